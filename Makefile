@@ -1,0 +1,39 @@
+# make setup | train | test | check. PYTHON names the interpreter that makes .venv; TORCH a torch requirement.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: setup setup-test train test lint types check
+
+setup: .venv/.setup
+setup-test: .venv/.setup-test
+
+# torch comes first and alone, so that its build is chosen here and left alone by everything after it.
+.venv/.setup: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q "$(TORCH)"
+	$(BIN)/pip install -q -e .
+	touch $@
+
+.venv/.setup-test: .venv/.setup
+	$(BIN)/pip install -q -e ".[test]"
+	touch $@
+
+train: setup
+	$(BIN)/dryvine train configs/tiny_cpu.toml
+
+test: setup-test
+	$(BIN)/python -m pytest
+
+# Type checkers look for a folder called dryvine; links stand in for it.
+types:
+	mkdir -p .typing/dryvine
+	for room in comm parallel trainer launch; do ln -sfn ../../$$room .typing/dryvine/$$room; done
+
+lint: setup-test types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p dryvine
+
+check: lint test

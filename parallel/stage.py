@@ -1,0 +1,147 @@
+"""A stage is a list of phases; a flight is one microbatch in one stage.
+
+A transformer layer is attention / dispatch / experts / combine. Each phase has detached boundaries and a backward of
+its own, and dW apart from dX (`flight.wgrads`), so that a pair of microbatches can be interleaved phase by phase
+(DeepSeek-V3, arXiv 2412.19437, section 3.2.1) and a schedule can put W anywhere. Hooks or threads inside one big
+autograd graph could do the same, but neither composes with recompute nor can be proven to run in a drawn order.
+
+Between phases travels a tuple of tensors, the state. What it holds is agreed between neighbours:
+
+    embed      ()                                    -> (x,)                  x [N, H]: N tokens of a microbatch
+    attention  (x,)                                  -> (x, rows, weights, experts)   or -> (x,) in a dense layer
+    dispatch   (x, rows [N,H], weights [N,K], experts [N,K]) -> (x, rows [R,H], weights [R])
+    experts    (x, rows [R,H], weights [R])          -> (x, rows [R,H])
+    combine    (x, rows [R,H])                       -> (x + sum of each token's rows,)
+    head       (x,)                                  -> () or (x,), and a loss
+
+A backward gets the gradients of a phase's outputs in the same places (None for integers) and gives those of its inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from dryvine.comm.api import Dispatcher, Handle, Pending
+from dryvine.parallel.wgrad import Closure, WGrad
+
+State = tuple[Tensor, ...]
+Grads = tuple[Tensor | None, ...]
+
+
+@dataclass
+class Flight:
+    """One microbatch in one stage, from the start of its F to the end of its W.
+
+    `loss_scale` seeds the backward of every loss, so that gradients are those of the mean over the global batch.
+    `training=False` saves nothing.
+    """
+
+    tokens: Tensor  # int64 [sequences, T + 1 + mtp_depth]: inputs, and what they are to predict
+    loss_scale: float
+    training: bool = True
+    losses: dict[str, Tensor] = field(default_factory=dict)  # name -> detached, already weighted scalar
+    saved: dict[int, Any] = field(default_factory=dict)  # phase number -> what its backward needs
+    handles: dict[str, Handle] = field(default_factory=dict)  # layer -> routing, shared by its phases
+    wgrads: list[list[Closure]] = field(default_factory=list)  # left by I, in the order the phases ran
+
+
+class Outcome(NamedTuple):
+    """What a compute function gives: the next state, and losses that start their own gradient here."""
+
+    state: State
+    losses: dict[str, Tensor]
+
+
+class Phase(Protocol):
+    """A step of a stage. `lane` says which resource it uses; a comm phase gives back before its result has arrived."""
+
+    name: str  # attention | dispatch | experts | combine | embed | dense | head | ...
+    layer: str  # the block it belongs to, e.g. layers.3
+    lane: Literal["compute", "comm"]
+
+    def forward(self, index: int, state: State, flight: Flight) -> Pending[State]: ...
+
+    def backward(self, index: int, grads: Grads, flight: Flight, wgrads: list[Closure]) -> Pending[Grads]: ...
+
+
+Function = Callable[[State, Flight], Outcome]
+
+
+class Compute:
+    """Arithmetic under autograd between detached boundaries. The first `through` tensors of the state pass untouched."""
+
+    lane: Literal["compute"] = "compute"
+
+    def __init__(self, name: str, layer: str, function: Function, wgrad: WGrad, through: int = 0) -> None:
+        self.name, self.layer, self.function, self.wgrad, self.through = name, layer, function, wgrad, through
+
+    def forward(self, index: int, state: State, flight: Flight) -> Pending[State]:
+        leaves = tuple(t.detach().requires_grad_(flight.training and t.is_floating_point()) for t in state[self.through :])
+        with torch.set_grad_enabled(flight.training):
+            out, losses = self.function(leaves, flight)
+        flight.losses.update({name: loss.detach() for name, loss in losses.items()})
+        if flight.training:
+            flight.saved[index] = (leaves, out, tuple(losses.values()))
+        return Pending.done(state[: self.through] + tuple(t.detach() for t in out))
+
+    def backward(self, index: int, grads: Grads, flight: Flight, wgrads: list[Closure]) -> Pending[Grads]:
+        leaves, out, losses = flight.saved.pop(index)
+        roots = [(t, g) for t, g in zip(out, grads[self.through :], strict=True) if t.requires_grad]
+        roots += [(loss, torch.full_like(loss, flight.loss_scale)) for loss in losses if loss.requires_grad]
+        with self.wgrad.collect(wgrads):
+            torch.autograd.backward([t for t, _ in roots], [g for _, g in roots])
+        return Pending.done(grads[: self.through] + tuple(leaf.grad for leaf in leaves))
+
+
+class Dispatch:
+    """Tokens to the experts they chose. Its backward is `combine` with the same handle."""
+
+    name, lane = "dispatch", "comm"
+
+    def __init__(self, layer: str, dispatcher: Dispatcher) -> None:
+        self.layer, self.dispatcher = layer, dispatcher
+
+    def forward(self, index: int, state: State, flight: Flight) -> Pending[State]:
+        x, rows, weights, experts = state
+        handle = flight.handles[self.layer] = self.dispatcher.layout(experts).wait()
+        sent = self.dispatcher.dispatch((rows,), weights, handle)
+        return Pending(lambda: (x, *sent.wait()))
+
+    def backward(self, index: int, grads: Grads, flight: Flight, wgrads: list[Closure]) -> Pending[Grads]:
+        dx, drows, dweights = grads
+        assert drows is not None
+        sent = self.dispatcher.combine(drows, dweights, flight.handles[self.layer])
+        return Pending(lambda: (dx, *sent.wait(), None))
+
+
+class Combine:
+    """Expert outputs back to their tokens, summed, and added to the residual. Its backward is `dispatch`."""
+
+    name, lane = "combine", "comm"
+
+    def __init__(self, layer: str, dispatcher: Dispatcher) -> None:
+        self.layer, self.dispatcher = layer, dispatcher
+
+    def forward(self, index: int, state: State, flight: Flight) -> Pending[State]:
+        x, rows = state
+        sent = self.dispatcher.combine(rows, None, flight.handles[self.layer])
+        return Pending(lambda: (x + sent.wait()[0],))
+
+    def backward(self, index: int, grads: Grads, flight: Flight, wgrads: list[Closure]) -> Pending[Grads]:
+        (dx,) = grads
+        assert dx is not None
+        sent = self.dispatcher.dispatch((dx,), None, flight.handles[self.layer])
+        return Pending(lambda: (dx, *sent.wait()))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The phases of one pipeline stage, in forward order."""
+
+    number: int
+    phases: Sequence[Phase]

@@ -1,0 +1,36 @@
+"""Weight gradients as closures: a Linear's backward computes dX and puts dW here, to be run later.
+
+Zero-bubble and DualPipe schedules need dX as early as possible and dW whenever the rank would idle. Splitting the
+autograd graph for that (torch's `stage_backward_input` / `stage_backward_weight`) runs custom autograd functions
+twice and grows quadratically with depth; a closure costs one append.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+Closure = Callable[[], None]
+
+
+class WGrad:
+    """Collects the closures of the backward that is running. One object per rank, handed to every layer that needs it."""
+
+    def __init__(self) -> None:
+        self._into: list[Closure] | None = None
+
+    def put(self, closure: Closure) -> None:
+        """Called by a layer's backward. Outside `collect` the closure runs at once, as plain autograd would."""
+        if self._into is None:
+            closure()
+        else:
+            self._into.append(closure)
+
+    @contextmanager
+    def collect(self, into: list[Closure]) -> Iterator[None]:
+        """Closures put meanwhile are appended to `into`; whoever holds the list runs and drops them."""
+        before, self._into = self._into, into
+        try:
+            yield
+        finally:
+            self._into = before
