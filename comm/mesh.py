@@ -1,0 +1,130 @@
+"""The process groups of a run, made once and handed down as one frozen value.
+
+Ranks are numbered ((pp * DP) + dp) * EP + ep: the expert-parallel ranks are neighbours, so that the expert all-to-all
+stays inside as few nodes as it can. The expert-parallel ranks are data-parallel for everything but the experts; the
+data rank is dp * EP + ep. A process-wide registry of groups, as other trainers keep, would save passing one argument
+and cost every test that wants two meshes in one process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+Channel = tuple[int, str]  # (route, "down" | "up")
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This rank's place among pp x dp x ep ranks, and its groups. A group of one rank is None."""
+
+    pp: int
+    dp: int
+    ep: int
+    rank: int
+    device: torch.device
+    experts: dist.ProcessGroup | None  # the expert-parallel group
+    channels: dict[Channel, dist.ProcessGroup]  # this rank's pipeline, once per route and direction
+    timeout: timedelta = timedelta(seconds=600)
+
+    @property
+    def size(self) -> int:
+        return self.pp * self.dp * self.ep
+
+    @property
+    def pp_rank(self) -> int:
+        return self.rank // (self.dp * self.ep)
+
+    @property
+    def dp_rank(self) -> int:
+        return self.rank // self.ep % self.dp
+
+    @property
+    def ep_rank(self) -> int:
+        return self.rank % self.ep
+
+    @property
+    def data_rank(self) -> int:
+        return self.rank % (self.dp * self.ep)
+
+    @property
+    def data_ranks(self) -> int:
+        return self.dp * self.ep
+
+    def global_rank(self, pp_rank: int) -> int:
+        """The world rank of stage-neighbour `pp_rank` in this rank's pipeline."""
+        return pp_rank * self.dp * self.ep + self.data_rank
+
+    def ranks(self, pp_ranks: Iterable[int], ep_rank: int | None = None) -> tuple[int, ...]:
+        """World ranks that hold a parameter of `pp_ranks`: all data ranks, or those of one ep rank for its experts."""
+        return tuple(
+            (p * self.dp + d) * self.ep + e
+            for p in sorted(pp_ranks)
+            for d in range(self.dp)
+            for e in range(self.ep)
+            if ep_rank is None or e == ep_rank
+        )
+
+    def group_of(self, families: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], dist.ProcessGroup | None]:
+        """Make one group per rank tuple and give those this rank is in. Collective: same `families` on every rank."""
+        mine: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
+        for ranks in families:
+            group = new_group(ranks, self.timeout)
+            if self.rank in ranks:
+                mine[ranks] = group
+        return mine
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over the world, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def max(self, values: torch.Tensor) -> torch.Tensor:
+        """Maximum over the world, in place."""
+        if self.size > 1:
+            dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        return values
+
+    def gather(self, value: object) -> list[object]:
+        """Every rank's `value`, in rank order. Pickles: for set-up, not for steps."""
+        if self.size == 1:
+            return [value]
+        out: list[object] = [None] * self.size
+        dist.all_gather_object(out, value)
+        return out
+
+
+def new_group(ranks: Sequence[int], timeout: timedelta) -> dist.ProcessGroup | None:
+    return dist.new_group(list(ranks), timeout=timeout) if len(ranks) > 1 else None
+
+
+def make_mesh(pp: int, dp: int, ep: int, routes: int, device: torch.device, timeout: timedelta) -> Mesh:
+    """Make every group of the run. Collective; the world must already be initialised unless it is one process.
+
+    Each pipeline gets one communicator per route and direction, so that activations never queue behind gradients.
+    """
+    size = pp * dp * ep
+    rank = dist.get_rank() if size > 1 else 0
+    experts, channels = None, {}
+
+    def make(families: list[list[int]], keep: Callable[[dist.ProcessGroup | None], None]) -> None:
+        for ranks in families:
+            group = new_group(ranks, timeout)
+            if rank in ranks:
+                keep(group)
+
+    def keep_experts(group: dist.ProcessGroup | None) -> None:
+        nonlocal experts
+        experts = group
+
+    make([list(range(first, first + ep)) for first in range(0, size, ep)], keep_experts)
+    if pp > 1:
+        pipelines = [list(range(first, size, dp * ep)) for first in range(dp * ep)]
+        for channel in [(route, direction) for route in range(routes) for direction in ("down", "up")]:
+            make(pipelines, lambda group, channel=channel: channels.__setitem__(channel, group))  # type: ignore[misc]
+    return Mesh(pp, dp, ep, rank, device, experts, channels, timeout)
