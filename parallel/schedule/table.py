@@ -1,0 +1,73 @@
+"""The schedules that have names. A new one is a file with a `Generator` and a line here; tests and CLI then find it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dryvine.parallel.schedule.check import check
+from dryvine.parallel.schedule.dualpipe import dualpipe, dualpipev
+from dryvine.parallel.schedule.ir import Schedule
+from dryvine.parallel.schedule.notation import from_csv
+from dryvine.parallel.schedule.one_f_one_b import one_f_one_b
+from dryvine.parallel.schedule.rules import Generator, ScheduleError, Sizes
+
+SCHEDULES: dict[str, Generator] = {
+    "one_f_one_b": one_f_one_b,
+    "dualpipe": dualpipe,
+    "dualpipev": dualpipev,
+}
+ALIASES = {"1f1b": "one_f_one_b"}
+FILE = "file:"
+
+
+def build(name: str, pp: int, microbatches: int, chunks: int = 1) -> Schedule:
+    """The schedule `name`, or that in `file:PATH.csv`, for `pp` ranks and `microbatches` a step.
+
+    `chunks` is the number of stages per rank; 1 means the schedule's own (2 for the V shapes). Raises ScheduleError,
+    which states the rule and the nearest legal sizes.
+    """
+    if name.startswith(FILE):
+        return _from_file(name.removeprefix(FILE), pp, microbatches)
+    generator, sizes = _find(name, pp, microbatches, chunks)
+    if problem := generator.explain(name, sizes):
+        raise ScheduleError(problem)
+    return generator.make(sizes)
+
+
+def legal(name: str, pp: int, microbatches: int, chunks: int = 1) -> str | None:
+    """None if `build` would succeed and the schedule can run, else why not. Cheap for names; a file is read."""
+    try:
+        if name.startswith(FILE):
+            check(build(name, pp, microbatches, chunks))
+            return None
+        generator, sizes = _find(name, pp, microbatches, chunks)
+    except ScheduleError as error:
+        return str(error)
+    return generator.explain(name, sizes)
+
+
+def load(path: str) -> Schedule:
+    """The schedule in a CSV file (see `notation`), unchecked."""
+    try:
+        text = Path(path).read_text()
+    except OSError as error:
+        raise ScheduleError(f"schedule file {path}: {error.strerror}") from error
+    return from_csv(text, path)
+
+
+def _find(name: str, pp: int, microbatches: int, chunks: int) -> tuple[Generator, Sizes]:
+    found = SCHEDULES.get(ALIASES.get(name, name))
+    if found is None:
+        raise ScheduleError(f"no schedule is called {name!r}; there are {', '.join(SCHEDULES)}, or file:PATH.csv")
+    return found, Sizes(pp, microbatches, max(chunks, found.chunks) if chunks >= 1 else chunks)
+
+
+def _from_file(path: str, pp: int, microbatches: int) -> Schedule:
+    schedule = load(path)
+    has = (len(schedule.ranks), schedule.microbatches)
+    if has != (pp, microbatches):
+        mend = f"set pp={has[0]}, microbatches={has[1]}, or change the file"
+        raise ScheduleError(
+            f"schedule file {path} is for {has[0]} ranks and {has[1]} microbatches, not {pp} and {microbatches}; {mend}"
+        )
+    return schedule
