@@ -1,4 +1,4 @@
-"""One all-to-all of rows inside one group: any split sizes, asynchronous, and nothing to do when the group is one rank."""
+"""One all-to-all of rows inside one group: any split sizes, asynchronous, and no network where the group is one rank."""
 
 from __future__ import annotations
 

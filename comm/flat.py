@@ -20,23 +20,23 @@ from dryvine.comm.payload import Format
 
 @dataclass(frozen=True)
 class FlatHandle:
-    """Send position i holds pair `pair_P[i]`; result row j came at position `came_R[j]`."""
+    """Send position i holds pair `pair[i]`; result row j came at position `came[j]`."""
 
     counts: tuple[int, ...]
     sends: tuple[int, ...]  # rows to each rank
     receives: tuple[int, ...]  # rows from each rank
-    pair_P: Tensor
-    place_TK: Tensor  # send position of pair (t, k)
-    came_R: Tensor
-    result_R: Tensor  # the inverse of came_R
+    pair: Tensor  # [P]
+    place: Tensor  # [T, K], send position of pair (t, k)
+    came: Tensor  # [R]
+    back: Tensor  # [R], the inverse of came
 
     @property
-    def token_P(self) -> Tensor:
-        return self.pair_P // max(1, self.place_TK.shape[1])
+    def token(self) -> Tensor:
+        return self.pair // max(1, self.place.shape[1])
 
 
 class Flat:
-    """`Dispatcher` over the ranks of `group` (None: this rank alone), which hold `experts` in equal, contiguous shares."""
+    """`Dispatcher` over the ranks of `group` (None: this rank alone); each has an equal, contiguous share of experts."""
 
     def __init__(self, group: dist.ProcessGroup | None, experts: int) -> None:
         self.exchange = Exchange(group)
@@ -61,30 +61,30 @@ class Flat:
             counts=tuple(sum(column) for column in zip(*(row[:-1] for row in come), strict=True)),
             sends=tuple(sum(row[:-1]) for row in to),
             receives=receives,
-            pair_P=pair_P,
-            place_TK=routing.invert(pair_P).view_as(experts_TK),
-            came_R=came_R,
-            result_R=routing.invert(came_R),
+            pair=pair_P,
+            place=routing.invert(pair_P).view_as(experts_TK),
+            came=came_R,
+            back=routing.invert(came_R),
         )
 
     def dispatch(
         self, rows: tuple[Tensor, ...], pairs: Tensor | None, handle: FlatHandle
     ) -> Pending[tuple[Tensor, ...]]:
         payload = rows if pairs is None else (*rows, pairs.flatten())
-        indexes = [handle.token_P] * len(rows) + [handle.pair_P] * (pairs is not None)
+        indexes = [handle.token] * len(rows) + [handle.pair] * (pairs is not None)
         wire = Format.of(payload)
         coming = self.exchange.start(wire.pack(payload, indexes), handle.sends, handle.receives)
-        return Pending(lambda: wire.unpack(coming.wait(), handle.came_R))
+        return Pending(lambda: wire.unpack(coming.wait(), handle.came))
 
     def combine(self, rows: Tensor, pairs: Tensor | None, handle: FlatHandle) -> Pending[tuple[Tensor, ...]]:
         payload = (rows,) if pairs is None else (rows, pairs)
         wire = Format.of(payload)
-        packed = wire.pack(payload, [handle.result_R] * len(payload))
+        packed = wire.pack(payload, [handle.back] * len(payload))
         coming = self.exchange.start(packed, handle.receives, handle.sends)
 
         def finish() -> tuple[Tensor, ...]:
             back, *weights = wire.unpack(coming.wait())
-            return (routing.summed(back, handle.place_TK), *(w[handle.place_TK] for w in weights))
+            return (routing.summed(back, handle.place), *(w[handle.place] for w in weights))
 
         return Pending(finish)
 
