@@ -19,6 +19,7 @@ A backward gets the gradients of a phase's outputs in the same places (None for 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
@@ -34,6 +35,19 @@ Grads = tuple[Tensor | None, ...]
 
 
 @dataclass
+class Clock:
+    """Seconds that this rank stood still for communication inside ops: the exposed part of the all-to-all."""
+
+    exposed: float = 0.0
+
+    def wait(self, pending: Pending[Any]) -> Any:
+        started = time.perf_counter()
+        value = pending.wait()
+        self.exposed += time.perf_counter() - started
+        return value
+
+
+@dataclass
 class Flight:
     """One microbatch in one stage, from the start of its F to the end of its W.
 
@@ -44,10 +58,11 @@ class Flight:
     tokens: Tensor  # int64 [sequences, T + 1 + mtp_depth]: inputs, and what they are to predict
     loss_scale: float
     training: bool = True
+    clock: Clock = field(default_factory=Clock)
     losses: dict[str, Tensor] = field(default_factory=dict)  # name -> detached, already weighted scalar
     saved: dict[int, Any] = field(default_factory=dict)  # phase number -> what its backward needs
     handles: dict[str, Handle] = field(default_factory=dict)  # layer -> routing, shared by its phases
-    wgrads: list[list[Closure]] = field(default_factory=list)  # left by I, in the order the phases ran
+    wgrads: list[tuple[str, list[Closure]]] = field(default_factory=list)  # left by I: (step, closures) as they ran
 
 
 class Outcome(NamedTuple):
@@ -81,7 +96,9 @@ class Compute:
         self.name, self.layer, self.function, self.wgrad, self.through = name, layer, function, wgrad, through
 
     def forward(self, index: int, state: State, flight: Flight) -> Pending[State]:
-        leaves = tuple(t.detach().requires_grad_(flight.training and t.is_floating_point()) for t in state[self.through :])
+        leaves = tuple(
+            t.detach().requires_grad_(flight.training and t.is_floating_point()) for t in state[self.through :]
+        )
         with torch.set_grad_enabled(flight.training):
             out, losses = self.function(leaves, flight)
         flight.losses.update({name: loss.detach() for name, loss in losses.items()})
@@ -108,7 +125,7 @@ class Dispatch:
 
     def forward(self, index: int, state: State, flight: Flight) -> Pending[State]:
         x, rows, weights, experts = state
-        handle = flight.handles[self.layer] = self.dispatcher.layout(experts).wait()
+        handle = flight.handles[self.layer] = flight.clock.wait(self.dispatcher.layout(experts))
         sent = self.dispatcher.dispatch((rows,), weights, handle)
         return Pending(lambda: (x, *sent.wait()))
 
