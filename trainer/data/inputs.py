@@ -1,0 +1,54 @@
+"""Which files a dataset is made of, in which order: patterns of the user's, or the embedded corpus.
+
+The embedded corpus is the source of the running Python's own standard library: real text (code, and English in its
+docstrings and `pydoc_data`) that every machine has, so that nothing is downloaded. Left out are tests, which python.org
+ships and Debian and container images do not, so that vocabulary and losses stay comparable between machines; the
+`encodings` tables and what the build of this Python generated, which are not text; and whatever is installed besides.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import sysconfig
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from dryvine.trainer.data.config import DataError
+
+_LEFT_OUT = {"test", "tests", "idle_test", "encodings", "site-packages", "dist-packages", "__pycache__"}
+
+
+class Input(NamedTuple):
+    """`name` is the path below the inputs' common folder: the same wherever the inputs lie."""
+
+    path: Path
+    name: str
+    size: int
+
+
+def match(patterns: Sequence[str]) -> list[Input]:
+    """The files that the patterns (`**` allowed) match: by pattern, then by path, each once. None may match nothing."""
+    paths: dict[Path, None] = {}
+    for pattern in patterns:
+        found = sorted(Path(p).absolute() for p in glob.glob(os.path.expanduser(pattern), recursive=True))
+        files = [path for path in found if path.is_file()]
+        if not files:
+            raise DataError(f"--text {pattern!r}: matches no file; quote the pattern and check the path")
+        paths |= dict.fromkeys(files)
+    root = os.path.commonpath([path.parent for path in paths])
+    return [Input(path, path.relative_to(root).as_posix(), path.stat().st_size) for path in paths]
+
+
+def stdlib() -> list[Input]:
+    """The embedded corpus, by name."""
+    root = Path(sysconfig.get_path("stdlib"))
+    found = [Input(path, path.relative_to(root).as_posix(), path.stat().st_size) for path in _python_files(root)]
+    return sorted(found, key=lambda file: file.name)
+
+
+def _python_files(root: Path) -> Iterator[Path]:
+    for folder, below, files in os.walk(root):
+        below[:] = [name for name in below if name not in _LEFT_OUT and not name.startswith("config-")]
+        yield from (Path(folder) / f for f in files if f.endswith(".py") and not f.startswith("_sysconfigdata"))

@@ -1,0 +1,65 @@
+"""Byte-level BPE: trained here, or anybody's `tokenizer.json`.
+
+Bytes, not characters, are the alphabet, so no text is out of vocabulary and decode(encode(text)) is the text. The
+special tokens are the few that packing needs; text that spells one out is encoded as the plain characters that it is,
+since a scraped page must not be able to end its own document.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from dryvine.trainer.data.config import DataError
+
+END = "<|endoftext|>"
+FIM = ("<|fim_begin|>", "<|fim_hole|>", "<|fim_end|>")  # DeepSeek-V3, arXiv 2412.19437, section 4.1
+_KNOWN_ENDS = (END, "<｜end▁of▁sentence｜>", "<|end_of_text|>", "</s>", "<eos>")
+_KNOWN_FIM = (FIM, ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"))
+
+
+class Vocabulary(NamedTuple):
+    """A tokenizer ready to pack documents, and the numbers that packing needs."""
+
+    tokenizer: Tokenizer
+    size: int  # largest id + 1
+    end: int  # put after each document
+    fim: tuple[int, int, int] | None  # before prefix, suffix and middle, in that order
+    sha256: str
+
+
+def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A pure function of the texts and the size: ties between merges fall by token id. Small texts give a smaller one."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END, *FIM],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def load(path: Path) -> Vocabulary:
+    """Read a `tokenizer.json`. Raises DataError if it is none, or has no token that ends a document."""
+    try:
+        content = path.read_bytes()
+        tokenizer = Tokenizer.from_str(content.decode())
+    except Exception as error:  # tokenizers raises a bare Exception for whatever it cannot parse
+        raise DataError(f"{path}: not a tokenizer.json ({error}); save one with tokenizer.save(path)") from None
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    ids = tokenizer.get_vocab(with_added_tokens=True)
+    end = next((ids[name] for name in _KNOWN_ENDS if name in ids), None)
+    if end is None:
+        raise DataError(f"{path}: no end-of-document token; add {END} to it with tokenizer.add_special_tokens")
+    fim = next(((ids[a], ids[b], ids[c]) for a, b, c in _KNOWN_FIM if {a, b, c} <= ids.keys()), None)
+    return Vocabulary(tokenizer, max(ids.values()) + 1, end, fim, hashlib.sha256(content).hexdigest())
