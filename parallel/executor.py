@@ -1,4 +1,4 @@
-"""Runs a lowered schedule: waits for what a slot needs, plays its ops, sends what they made. It knows no schedule by name.
+"""Runs a lowered schedule: waits for what a slot needs, plays its ops, sends what they made; no schedule has a name here.
 
 A receive is posted one slot before the slot that needs it and waited for when that slot starts; a send leaves as soon
 as its op has ended. Weight gradients stay in the flight of their microbatch between I and W, so W needs no queue and
@@ -33,12 +33,11 @@ class Batch:
 
 @dataclass
 class Played:
-    """What a rank did in one run of the schedule. Times are seconds of `time.perf_counter`."""
+    """What a rank did in one run of the schedule. Times are seconds of `time.perf_counter`; a slot starts when what it
+    needs has arrived."""
 
     losses: dict[str, list[Tensor]] = field(default_factory=dict)  # name -> one scalar per microbatch that made it
-    timeline: list[tuple[Slot, float, float]] = field(
-        default_factory=list
-    )  # slot, start, end, waits for peers left out
+    timeline: list[tuple[Slot, float, float]] = field(default_factory=list)  # slot, start, end
     started: float = 0.0
     ended: float = 0.0
     exposed: float = 0.0  # seconds stood still for the all-to-all inside ops
@@ -70,7 +69,7 @@ class Executor:
         played = Played(started=time.perf_counter())
         clock = flights.clock
         for number, step in enumerate(self.program):
-            for ahead in self.program[number and number + 1 : number + 2]:
+            for ahead in self.program[number + 1 if number else 0 : number + 2]:  # the first step posts its own too
                 for edge in ahead.receives:
                     arrivals[_key(edge)] = self._receive(edge)
             self._play(step.slot, flights, arrivals, played, clock)

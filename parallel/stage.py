@@ -88,7 +88,7 @@ Function = Callable[[State, Flight], Outcome]
 
 
 class Compute:
-    """Arithmetic under autograd between detached boundaries. The first `through` tensors of the state pass untouched."""
+    """Arithmetic under autograd between detached boundaries. The state's first `through` tensors pass untouched."""
 
     lane: Literal["compute"] = "compute"
 
@@ -113,6 +113,10 @@ class Compute:
         with self.wgrad.collect(wgrads):
             torch.autograd.backward([t for t, _ in roots], [g for _, g in roots])
         return Pending.done(grads[: self.through] + tuple(leaf.grad for leaf in leaves))
+
+
+def _leaf(tensor: Tensor, training: bool) -> Tensor:
+    return tensor.detach().requires_grad_(training and tensor.is_floating_point())
 
 
 class Dispatch:

@@ -14,7 +14,7 @@ Closure = Callable[[], None]
 
 
 class WGrad:
-    """Collects the closures of the backward that is running. One object per rank, handed to every layer that needs it."""
+    """Collects the closures of the backward that runs. One object per rank, handed to every layer that needs it."""
 
     def __init__(self) -> None:
         self._into: list[Closure] | None = None

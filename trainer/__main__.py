@@ -1,0 +1,74 @@
+"""What each rank runs: `torchrun --nproc-per-node N -m dryvine.trainer CONFIG [table.key=value ...]`.
+
+The config is checked before the process group is made. Environment variables are read here and nowhere below.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from dryvine.comm.mesh import make_mesh
+from dryvine.trainer.config import Config, ConfigError, check_world, load
+from dryvine.trainer.data.config import DataError
+from dryvine.trainer.data.prepare import prepare
+from dryvine.trainer.journal import same_run
+from dryvine.trainer.loop import train
+from dryvine.trainer.step import Diverged, make_schedule
+
+
+def main(words: Sequence[str]) -> int:
+    """Train as one rank of as many as the launcher says. Gives the exit code: 2 for what the user can mend."""
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    try:
+        if not words:
+            raise ConfigError("no config: torchrun --nproc-per-node N -m dryvine.trainer CONFIG [table.key=value ...]")
+        config = load(words[0], words[1:])
+        check_world(config, world)
+        same_run(config)
+        device = _device(config, int(os.environ.get("LOCAL_RANK", "0")))
+        dataset = prepare(config.data)
+    except (ConfigError, DataError) as error:
+        if rank == 0:
+            print(f"dryvine: {error}", file=sys.stderr)
+        return 2
+    return run(config, dataset, device, world)
+
+
+def run(config: Config, dataset: Path, device: torch.device, world: int) -> int:
+    timeout = timedelta(seconds=config.run.timeout_seconds)
+    if world > 1:
+        dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", timeout=timeout)
+    try:
+        p = config.parallel
+        routes = len(make_schedule(config, config.microbatches(config.batch.sequences)).routes)
+        train(config, make_mesh(p.pp, p.dp, p.ep, routes, device, timeout), dataset)
+    except Diverged as error:
+        print(f"dryvine: {error}", file=sys.stderr)
+        return 1
+    finally:
+        if world > 1:
+            dist.destroy_process_group()
+    return 0
+
+
+def _device(config: Config, local_rank: int) -> torch.device:
+    wanted = config.run.device
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            'run.device = "cuda", but torch sees no GPU here; set run.device = "cpu" or install CUDA torch'
+        )
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

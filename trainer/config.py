@@ -1,0 +1,200 @@
+"""The config of a run: TOML files composed of the tables of their owners, checked before any process group exists.
+
+Defaults < `extends` file < file < dotted overrides on the command line. Every model is frozen and refuses unknown keys.
+What is derived is a function, never written back, so the `config.toml` in a run folder is what the user asked for and
+runs again as it is. One flat namespace of flags, as Megatron has, is what this is instead of.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, Field, ValidationError
+
+from dryvine.comm.config import CommConfig
+from dryvine.parallel.config import ParallelConfig
+from dryvine.parallel.partition import partition
+from dryvine.parallel.schedule.table import build, legal
+from dryvine.trainer.data.config import DataConfig
+from dryvine.trainer.model.shape import Shape, blocks
+from dryvine.trainer.plan import BatchConfig, OptimConfig
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+class ConfigError(ValueError):
+    """One readable line: which file and key, what is wrong, and the mend."""
+
+
+class RunConfig(BaseModel, frozen=True, extra="forbid"):
+    """The `[run]` table: what to do, how long, and where the results go."""
+
+    name: Annotated[str, Field(pattern=r"^[\w.-]+$")]
+    steps: Positive
+    seed: int = 0
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    out: str = "runs"
+    checkpoint_every: Positive = 1000
+    keep_checkpoints: Positive = 2
+    eval_every: Positive = 100
+    eval_batches: Positive = 1
+    timeout_seconds: Positive = 600  # of every collective
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.out) / self.name
+
+
+class Config(BaseModel, frozen=True, extra="forbid"):
+    """Everything that decides what a run computes and how."""
+
+    run: RunConfig
+    model: Shape
+    data: DataConfig
+    batch: BatchConfig
+    parallel: ParallelConfig = ParallelConfig()
+    comm: CommConfig = CommConfig()
+    optim: OptimConfig = OptimConfig()
+
+    def microbatches(self, sequences: int) -> int:
+        """Microbatches per pipeline in a step of `sequences`."""
+        return sequences // (self.parallel.microbatch_sequences * self.parallel.dp * self.parallel.ep)
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a TOML file with its `extends` chain and apply `table.key=value` overrides. Raises ConfigError."""
+    tree = _read(Path(path), ())
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {_explain(error)}") from None
+    if problem := _conflict(config):
+        raise ConfigError(f"{path}: {problem}")
+    return config
+
+
+def check_world(config: Config, world: int) -> None:
+    """Raise ConfigError unless the config's layout has as many ranks as were launched."""
+    p = config.parallel
+    if p.world != world:
+        raise ConfigError(
+            f"parallel.pp x dp x ep = {p.pp} x {p.dp} x {p.ep} = {p.world} ranks, but {world} were launched: "
+            f"launch {p.world}, or set parallel.pp/dp/ep to match"
+        )
+
+
+def dump(config: Config) -> str:
+    """The config as TOML that `load` reads back to the same value."""
+    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+
+
+def split(config: Config) -> tuple[tuple[str, ...], ...]:
+    """The block names of each pipeline stage."""
+    every = blocks(config.model, config.data.seq_len)
+    p = config.parallel
+    stages = build(p.schedule, p.pp, config.microbatches(config.batch.sequences), p.chunks).stages
+    ranges = partition([b.cost for b in every], stages)
+    return tuple(tuple(every[i].name for i in part) for part in ranges)
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path in seen:
+        raise ConfigError(f"{path}: extends itself through {' -> '.join(map(str, seen))}; remove one `extends`")
+    try:
+        tree = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file{_near_file(path)}") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as TOML: {error}") from None
+    base = tree.pop("extends", None)
+    return tree if base is None else _merge(_read(path.parent / base, (*seen, path)), tree)
+
+
+def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    out = dict(base)
+    for key, value in over.items():
+        old = out.get(key)
+        out[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return out
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    *tables, key = dotted.split(".")
+    if not equals or not tables or not all((*tables, key)):
+        raise ConfigError(f"override {override!r}: write table.key=value, for example optim.lr=1e-3")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word is a string
+    for table in tables:
+        tree = tree.setdefault(table, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"override {override!r}: {table} is a value, not a table; drop what follows it")
+    tree[key] = value
+
+
+def _explain(error: ValidationError) -> str:
+    """The first complaint as one line, and how many more there are."""
+    first, *more = error.errors()
+    key = ".".join(str(part) for part in first["loc"])
+    match first["type"]:
+        case "extra_forbidden":
+            said = f"{key}: unknown key{_near_key(first['loc'])}"
+        case "missing":
+            said = f"{key}: must be given"
+        case "value_error":
+            said = f"{key}: {first['ctx']['error']}"
+        case _:
+            said = f"{key}: {first['msg'][0].lower()}{first['msg'][1:]}, not {first['input']!r}"
+    return said + (f" (and {len(more)} more)" if more else "")
+
+
+def _near_key(location: tuple[int | str, ...]) -> str:
+    """The keys that this table has, or the one that was meant."""
+    model: Any = Config
+    for part in location[:-1]:
+        model = model.model_fields[part].annotation if isinstance(part, str) else model
+        if not hasattr(model, "model_fields"):
+            return "; remove it"
+    wrong, known = str(location[-1]), list(model.model_fields)
+    near = difflib.get_close_matches(wrong, known, n=1)
+    return f"; did you mean {near[0]}?" if near else f"; this table has {', '.join(known)}"
+
+
+def _near_file(path: Path) -> str:
+    names = [str(p) for p in path.parent.glob("*.toml")] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(str(path), names, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _conflict(config: Config) -> str | None:
+    """The first impossible combination of tables, with its mend, or None."""
+    p, m = config.parallel, config.model
+    if m.routed % p.ep:
+        fits = [n for n in range(1, m.routed + 1) if m.routed % n == 0]
+        return f"model.routed = {m.routed} experts do not divide over parallel.ep = {p.ep}; ep may be one of {fits}"
+    per = p.microbatch_sequences * p.dp * p.ep
+    for sequences in config.batch.sizes():
+        if sequences % per:
+            return (
+                f"batch.sequences = {sequences} is not a multiple of microbatch_sequences x dp x ep = {per}; "
+                f"try {max(per, sequences // per * per)} or {(sequences // per + 1) * per}"
+            )
+        if problem := legal(p.schedule, p.pp, sequences // per, p.chunks):
+            return f"parallel.schedule: {problem} (microbatches = batch.sequences {sequences} / {per})"
+    if m.vocab < config.data.vocab_size:
+        return f"model.vocab = {m.vocab} is less than data.vocab_size = {config.data.vocab_size}; raise model.vocab"
+    try:
+        split(config)
+    except ValueError as error:
+        return f"parallel.pp = {p.pp}, schedule {p.schedule}: {error}"
+    return None

@@ -1,0 +1,127 @@
+"""The run folder: what a run was, and what it measured. Written by rank 0 alone.
+
+config.toml      as resolved; `dryvine train` runs it again
+commit.txt       the code's git commit, with `+` if the tree had changes
+metrics.jsonl    a row per step; a figure not known at a step is null
+events.out...    the same for TensorBoard
+schedule.svg     what ran, as simulated
+loss.png         training and validation loss
+checkpoints/
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import matplotlib
+from torch.utils.tensorboard import SummaryWriter
+
+from dryvine.trainer.config import Config, ConfigError, dump, load
+
+
+@dataclass(frozen=True)
+class Row:
+    """A step's figures. Times are of the step; `bubble` is the worst rank's idle share, `exposed_comm_ms` the mean
+    over ranks of the time in which a rank stood still for the expert all-to-all."""
+
+    step: int
+    tokens: int  # consumed so far
+    loss: float
+    val_loss: float | None
+    lr: float
+    grad_norm: float
+    tokens_per_second: float
+    bubble: float
+    overlapped_share: float
+    exposed_comm_ms: float | None
+    exposed_comm_share: float | None
+    mtp_loss: float | None
+    balance_loss: float | None
+    load_imbalance: float  # busiest expert over the mean, worst layer
+    seconds: float
+
+
+class Journal:
+    """An open run folder. `resume_step` drops the rows after it, which a resumed run makes again."""
+
+    def __init__(self, config: Config, resume_step: int) -> None:
+        self.folder = config.run.folder
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "config.toml").write_text(dump(config))
+        (self.folder / "commit.txt").write_text(commit() + "\n")
+        rows = [row for row in read(self.folder) if row["step"] <= resume_step]
+        self._lines = (self.folder / "metrics.jsonl").open("w")
+        self._lines.writelines(json.dumps(row) + "\n" for row in rows)
+        self._lines.flush()
+        self._board = SummaryWriter(str(self.folder), purge_step=resume_step + 1)
+
+    def write(self, row: Row) -> None:
+        figures = asdict(row)
+        self._lines.write(json.dumps(figures) + "\n")
+        self._lines.flush()
+        for name, value in figures.items():
+            if value is not None and name != "step":
+                self._board.add_scalar(name, value, row.step)
+
+    def close(self) -> None:
+        self._lines.close()
+        self._board.close()
+        plot(self.folder)
+
+
+def read(folder: Path) -> list[dict[str, float | None]]:
+    """The rows of a run folder's metrics.jsonl, in order; none if it has none."""
+    path = folder / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def plot(folder: Path) -> None:
+    """Draw loss.png from metrics.jsonl, the uniform guess ln(vocab) as the line that a model starts from."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = read(folder)
+    if not rows:
+        return
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    axes.plot([r["step"] for r in rows], [r["loss"] for r in rows], lw=0.8, alpha=0.6, label="training")
+    held_out = [r for r in rows if r["val_loss"] is not None]
+    axes.plot([r["step"] for r in held_out], [r["val_loss"] for r in held_out], "o-", ms=4, label="validation")
+    uniform = math.log(load(folder / "config.toml").data.vocab_size)
+    axes.axhline(uniform, ls=":", c="gray", label=f"uniform guess, ln(vocab) = {uniform:.2f}")
+    axes.set(xlabel="step", ylabel="loss, nats per token", title=folder.name)
+    axes.grid(alpha=0.2)
+    axes.legend(frameon=False)
+    figure.savefig(folder / "loss.png", dpi=120)
+    pyplot.close(figure)
+
+
+def commit() -> str:
+    """The commit of the code that runs, `+` for uncommitted changes; `unknown` outside a checkout."""
+    here = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(("git", *words), cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def same_run(config: Config) -> None:
+    """Raise ConfigError if the run folder holds a run that computes something else than `config` would."""
+    path = config.run.folder / "config.toml"
+    if not path.exists():
+        return
+    before = load(path)
+    for table in ("model", "data", "batch"):
+        if getattr(before, table) != getattr(config, table):
+            raise ConfigError(
+                f"{config.run.folder}: holds a run with another [{table}] table; set run.name for a new run, "
+                f"or go on with {path}"
+            )

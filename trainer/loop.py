@@ -1,0 +1,155 @@
+"""The training loop: resume, step, measure, validate, save, leave cleanly.
+
+SIGINT and SIGTERM only set a flag. All ranks agree on it at the end of a step, inside the one reduction that the
+metrics need anyway, then save and leave; a rank that left on its own would hang the others in their next collective.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from dryvine.comm.mesh import Mesh
+from dryvine.parallel.executor import Played
+from dryvine.trainer import checkpoint
+from dryvine.trainer.config import Config
+from dryvine.trainer.data.source import TokenSource
+from dryvine.trainer.journal import Journal, Row, read
+from dryvine.trainer.plan import Point, learning_rate, points
+from dryvine.trainer.report import final_table
+from dryvine.trainer.step import Rig, evaluate, make_rig, train_step
+
+
+@dataclass
+class Stop:
+    """Set by a signal; the loop looks at it between steps."""
+
+    asked: bool = False
+
+    @contextmanager
+    def on_signals(self) -> Iterator[Stop]:
+        def ask(number: int, frame: object) -> None:
+            self.asked = True
+
+        before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def train(config: Config, mesh: Mesh, dataset: Path) -> None:
+    """Train to `run.steps`, from the newest checkpoint of the run folder if there is one. Collective."""
+    extra = 1 + config.model.mtp_depth
+    source = TokenSource(dataset, "train", config.data.seq_len, extra, config.run.seed)
+    held_out = TokenSource(dataset, "val", config.data.seq_len, extra, config.run.seed)
+    rig = make_rig(config, mesh, source, held_out)
+    done = resume(rig)
+    console = Console(quiet=mesh.rank != 0)
+    if done:
+        console.print(f"resuming {config.run.folder} after step {done}")
+    journal = Journal(config, done) if mesh.rank == 0 else None
+    with Stop().on_signals() as stop, _progress(console) as bar:
+        task = bar.add_task(config.run.name, total=config.run.steps, completed=done, loss=float("nan"))
+        for point in islice(points(config.batch, config.data.seq_len), done, config.run.steps):
+            row, leave = one(rig, point, stop)
+            if journal:
+                journal.write(row)
+            bar.update(task, advance=1, loss=row.loss)
+            if leave or row.step % config.run.checkpoint_every == 0 or row.step == config.run.steps:
+                save(rig, row.step)
+            if leave:
+                console.print(f"stopped by a signal after step {row.step}; the same command goes on from there")
+                break
+    if journal:
+        journal.close()
+        console.print(final_table(config, read(config.run.folder)))
+
+
+def one(rig: Rig, point: Point, stop: Stop) -> tuple[Row, bool]:
+    """A step with its metrics. Also tells whether any rank was asked to stop."""
+    started = time.perf_counter()
+    played, norm, imbalance = train_step(rig, point)
+    seconds = time.perf_counter() - started
+    config, step = rig.config, point.step + 1
+    sums, stopped, worst, seconds = _reduce(rig.mesh, played, stop.asked, seconds)
+    microbatches = config.microbatches(point.sequences) * rig.mesh.data_ranks
+    validate = step % config.run.eval_every == 0 or step == config.run.steps or point.step == 0
+    tokens = point.sequences * config.data.seq_len
+    row = Row(
+        step=step,
+        tokens=point.tokens + tokens,
+        loss=sums["loss"] / microbatches,
+        val_loss=evaluate(rig) if validate else None,
+        lr=learning_rate(config.optim, point, config.data.seq_len),
+        grad_norm=norm,
+        tokens_per_second=tokens / seconds,
+        bubble=worst,
+        overlapped_share=sums["paired"] / sums["forwards"] if config.parallel.overlap == "on" else 0.0,
+        exposed_comm_ms=1e3 * sums["exposed"] / rig.mesh.size,
+        exposed_comm_share=sums["exposed"] / rig.mesh.size / seconds,
+        mtp_loss=sums["mtp"] / microbatches if config.model.mtp_depth else None,
+        balance_loss=sums["balance"] / microbatches if config.model.balance_alpha else None,
+        load_imbalance=imbalance,
+        seconds=seconds,
+    )
+    return row, stopped
+
+
+def _reduce(mesh: Mesh, played: Played, stop: bool, seconds: float) -> tuple[dict[str, float], bool, float, float]:
+    """Sums over ranks of what one rank played; whether any was asked to stop; the worst idle share; the longest time."""
+    forwards = [len(slot) for slot, _, _ in played.timeline for op in slot if op.kind == "F"]
+    sums = {
+        "loss": _total(played, "loss"),
+        "mtp": _total(played, "mtp."),
+        "balance": _total(played, "balance."),
+        "forwards": len(forwards),
+        "paired": forwards.count(2),
+        "exposed": played.exposed,
+    }
+    added = mesh.sum(torch.tensor(list(sums.values()), dtype=torch.float64, device=mesh.device)).tolist()
+    highs = [float(stop), played.idle / (played.ended - played.started), seconds]
+    stopped, worst, longest = mesh.max(torch.tensor(highs, dtype=torch.float64, device=mesh.device)).tolist()
+    return dict(zip(sums, added, strict=True)), stopped > 0, worst, longest
+
+
+def _total(played: Played, prefix: str) -> float:
+    found = [loss for name, losses in played.losses.items() if name.startswith(prefix) for loss in losses]
+    return float(torch.stack(found).double().sum()) if found else 0.0
+
+
+def save(rig: Rig, step: int) -> Path:
+    run = rig.config.run
+    return checkpoint.save(run.folder, step, rig.optimizer.state(), rig.model.buffers, run.keep_checkpoints, rig.mesh)
+
+
+def resume(rig: Rig) -> int:
+    """Load the newest checkpoint of the run folder, if any, and give the steps done."""
+    newest = checkpoint.latest(rig.config.run.folder)
+    if newest is None:
+        return 0
+    step = checkpoint.load(newest, rig.optimizer.state(), rig.model.buffers, rig.mesh)
+    rig.optimizer.zero.publish()
+    return step
+
+
+def _progress(console: Console) -> Progress:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=console, disable=console.quiet)

@@ -1,0 +1,102 @@
+"""What changes from step to step by plan: the learning rate and the batch. The `[optim]` and `[batch]` tables.
+
+Both are pure functions of the step, so a resumed run needs no state but its step number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Annotated, Literal, NamedTuple
+
+from pydantic import BaseModel, Field, model_validator
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Segment(BaseModel, frozen=True, extra="forbid"):
+    """A stretch of the learning-rate plan, `length` units long, that ends at `to` times optim.lr."""
+
+    shape: Literal["linear", "cosine", "constant"]
+    length: Positive
+    to: Annotated[float, Field(ge=0)]
+
+
+class OptimConfig(BaseModel, frozen=True, extra="forbid"):
+    """DeepSeek-V3's values by default (arXiv 2412.19437, section 4.2). After its last segment the rate stays."""
+
+    lr: Annotated[float, Field(gt=0)] = 2.2e-4
+    plan: tuple[Segment, ...] = (Segment(shape="linear", length=2000, to=1.0),)
+    plan_unit: Literal["steps", "tokens"] = "steps"
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: Annotated[float, Field(gt=0)] = 1.0
+
+
+class BatchConfig(BaseModel, frozen=True, extra="forbid"):
+    """Sequences in a step over the whole run; with a ramp, from `ramp_from` up in equal parts of `ramp_tokens`."""
+
+    sequences: Positive
+    ramp_from: Positive | None = None
+    ramp_increment: Positive = 1
+    ramp_tokens: Positive | None = None
+
+    @model_validator(mode="after")
+    def _ramp_fits(self) -> BatchConfig:
+        if (self.ramp_from is None) != (self.ramp_tokens is None):
+            raise ValueError("a ramp needs both ramp_from and ramp_tokens")
+        if self.ramp_from is not None and (
+            self.ramp_from > self.sequences or (self.sequences - self.ramp_from) % self.ramp_increment
+        ):
+            raise ValueError("ramp_from plus a whole number of ramp_increment must give sequences")
+        return self
+
+    def sizes(self) -> list[int]:
+        """Every number of sequences that a step of the run may have, ascending."""
+        first = self.sequences if self.ramp_from is None else self.ramp_from
+        return list(range(first, self.sequences + 1, self.ramp_increment))
+
+    def at(self, tokens: int) -> int:
+        """Sequences of the step that begins after `tokens` tokens."""
+        sizes = self.sizes()
+        if self.ramp_tokens is None:
+            return sizes[-1]
+        return sizes[min(len(sizes) - 1, tokens * len(sizes) // self.ramp_tokens)]
+
+
+class Point(NamedTuple):
+    """Where a step stands in the run; `first` and `tokens` are counted before it."""
+
+    step: int
+    first: int  # number of its first sequence
+    sequences: int
+    tokens: int
+
+
+def points(batch: BatchConfig, seq_len: int) -> Iterator[Point]:
+    """Step 0, 1, 2, ... without end."""
+    step = first = 0
+    while True:
+        sequences = batch.at(first * seq_len)
+        yield Point(step, first, sequences, first * seq_len)
+        step, first = step + 1, first + sequences
+
+
+def learning_rate(config: OptimConfig, point: Point, seq_len: int) -> float:
+    """The rate of a step. Segments follow each other, each from where the last one ended, the first from 0; a
+    segment's last step has its full `to`."""
+    at = point.step + 1 if config.plan_unit == "steps" else point.tokens + point.sequences * seq_len
+    rate = 0.0
+    for segment in config.plan:
+        if at <= segment.length:
+            return config.lr * _blend(segment, rate, at / segment.length)
+        rate, at = segment.to, at - segment.length
+    return config.lr * rate
+
+
+def _blend(segment: Segment, start: float, done: float) -> float:
+    if segment.shape == "constant":
+        return segment.to
+    share = done if segment.shape == "linear" else (1 - math.cos(math.pi * done)) / 2
+    return start + (segment.to - start) * share

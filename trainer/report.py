@@ -1,0 +1,44 @@
+"""What a run ends with: one short table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import median
+
+from rich.table import Table
+
+from dryvine.trainer.config import Config
+
+Figures = Sequence[dict[str, float | None]]
+
+
+def final_table(config: Config, rows: Figures) -> Table:
+    """The run in ten lines. Rates are medians over steps, so that the first step's warm-up does not colour them."""
+    p = config.parallel
+    table = Table(title=config.run.name, show_header=False)
+    table.add_row("layout", f"pp {p.pp} x dp {p.dp} x ep {p.ep}, {p.schedule}, overlap {p.overlap}, {config.run.dtype}")
+    table.add_row("steps", f"{rows[-1]['step']:,}")
+    table.add_row("tokens", f"{rows[-1]['tokens']:,}")
+    table.add_row("loss", _first_last(rows, "loss"))
+    table.add_row("validation loss", _first_last(rows, "val_loss"))
+    table.add_row("tokens/s", f"{_median(rows, 'tokens_per_second'):,.0f}")
+    table.add_row("bubble, worst rank", f"{_median(rows, 'bubble'):.1%}")
+    table.add_row("overlapped forwards", f"{_median(rows, 'overlapped_share'):.1%}")
+    table.add_row(
+        "exposed all-to-all", f"{_median(rows, 'exposed_comm_ms'):.0f} ms ({_median(rows, 'exposed_comm_share'):.1%})"
+    )
+    table.add_row("run folder", str(config.run.folder))
+    return table
+
+
+def _known(rows: Figures, name: str) -> list[float]:
+    return [value for row in rows if (value := row[name]) is not None]
+
+
+def _first_last(rows: Figures, name: str) -> str:
+    known = _known(rows, name)
+    return f"{known[0]:.3f} -> {known[-1]:.3f}"
+
+
+def _median(rows: Figures, name: str) -> float:
+    return median(_known(rows, name))

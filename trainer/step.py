@@ -1,0 +1,145 @@
+"""One training step of one rank, and one validation, in a screen: everything that the steps need is in `Rig`.
+
+A step is: the plan says which sequences and what rate; the executor plays the schedule; gradients are summed over all
+copies; the optimizer updates; the gate biases follow the load of the whole global batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from dryvine.comm.mesh import Mesh
+from dryvine.comm.table import make_dispatcher
+from dryvine.comm.wire import P2PWire
+from dryvine.parallel.executor import Batch, Executor, Played, boundary
+from dryvine.parallel.schedule.ir import Schedule
+from dryvine.parallel.schedule.lower import forward_only
+from dryvine.parallel.schedule.table import build
+from dryvine.parallel.wgrad import WGrad
+from dryvine.parallel.zero import Zero
+from dryvine.trainer.config import Config, split
+from dryvine.trainer.data.source import TokenSource
+from dryvine.trainer.model.decoder import Model, build_model
+from dryvine.trainer.optim import Optimizer
+from dryvine.trainer.plan import Point, learning_rate
+
+
+class Diverged(RuntimeError):
+    """The gradients are not finite."""
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass
+class Rig:
+    """One rank's part of a run: its stages, its data, its optimizer, and an executor for each size of batch."""
+
+    config: Config
+    mesh: Mesh
+    model: Model
+    optimizer: Optimizer
+    train: TokenSource
+    val: TokenSource
+    wire: P2PWire
+    executors: dict[tuple[int, bool], Executor] = field(default_factory=dict)  # (microbatches, training)
+
+    def executor(self, microbatches: int, training: bool) -> Executor:
+        key = (microbatches, training)
+        if key not in self.executors:
+            p = self.config.parallel
+            schedule = make_schedule(self.config, microbatches)
+            edge = boundary(
+                p.microbatch_sequences,
+                self.config.data.seq_len,
+                self.config.model.hidden,
+                DTYPES[self.config.run.dtype],
+            )
+            self.executors[key] = Executor(
+                schedule if training else forward_only(schedule),
+                self.mesh.pp_rank, self.model.stages, self.wire, edge, p.overlap == "on",
+            )  # fmt: skip
+        return self.executors[key]
+
+    def tokens(self, source: TokenSource, first: int, microbatches: int) -> list[torch.Tensor]:
+        """This data rank's microbatches of the step whose first sequence is `first`: a share that any layout agrees on
+        as a set, since the numbers are split over microbatches and data ranks and nothing else."""
+        size, mesh = self.config.parallel.microbatch_sequences, self.mesh
+        return [
+            torch.from_numpy(source.sequences(first + (m * mesh.data_ranks + mesh.data_rank) * size, size)).to(
+                mesh.device
+            )
+            for m in range(microbatches)
+        ]
+
+
+def make_schedule(config: Config, microbatches: int) -> Schedule:
+    p = config.parallel
+    return build(p.schedule, p.pp, microbatches, p.chunks)
+
+
+def make_rig(config: Config, mesh: Mesh, train: TokenSource, val: TokenSource) -> Rig:
+    """Build this rank's stages and state. Collective."""
+    schedule = make_schedule(config, config.microbatches(config.batch.sequences))
+    blocks = split(config)
+    model = build_model(
+        config.model,
+        {stage: blocks[stage] for stage in schedule.stages_of(mesh.pp_rank)},
+        ep_rank=mesh.ep_rank,
+        ep_size=mesh.ep,
+        dispatcher=make_dispatcher(config.comm.dispatcher, mesh.experts, config.model.routed),
+        wgrad=WGrad(),
+        dtype=DTYPES[config.run.dtype],
+        device=mesh.device,
+    )
+    model.initialise(config.run.seed)
+    zero = Zero(dict(model.named_parameters()), mesh)
+    return Rig(config, mesh, model, Optimizer(zero, config.optim), train, val, P2PWire(mesh))
+
+
+def accumulate(rig: Rig, point: Point) -> Played:
+    """Play the schedule over a step's sequences. Every main gradient then holds this rank's share of the sum."""
+    microbatches = rig.config.microbatches(point.sequences)
+    rig.optimizer.zero.zero_grads()
+    tokens = rig.tokens(rig.train, point.first, microbatches)
+    return rig.executor(microbatches, training=True).run(Batch(tokens, 1 / (microbatches * rig.mesh.data_ranks)))
+
+
+def train_step(rig: Rig, point: Point) -> tuple[Played, float, float]:
+    """One step. Gives what was played, the gradient norm before the clip, and the busiest expert's load over the mean
+    of its layer. Raises Diverged, with nothing updated, when the norm is not finite."""
+    played = accumulate(rig, point)
+    norm = rig.optimizer.reduce()
+    if norm != norm or norm == float("inf"):
+        raise Diverged(f"step {point.step + 1}: the gradient norm is {norm}; nothing was updated")
+    rig.optimizer.update(learning_rate(rig.config.optim, point, rig.config.data.seq_len), norm)
+    return played, norm, balance(rig)
+
+
+def balance(rig: Rig) -> float:
+    """Move every gate's bias by the load of the whole global batch, and start counting anew (arXiv 2408.15664)."""
+    shape = rig.config.model
+    layers = shape.moe_layers()
+    if not layers:
+        return 1.0
+    loads = torch.zeros(len(layers), shape.routed, dtype=torch.int64, device=rig.mesh.device)
+    for row, layer in zip(loads, layers, strict=True):
+        if layer in rig.model.loads:
+            row.copy_(rig.model.loads[layer])
+            rig.model.loads[layer].zero_()
+    rig.mesh.sum(loads)
+    rig.model.update_biases(dict(zip(layers, loads, strict=True)))
+    return float((loads.max(dim=1).values * shape.routed / loads.sum(dim=1)).max())
+
+
+def evaluate(rig: Rig) -> float:
+    """Mean next-token loss over the validation batches, the same ones every time and in every layout."""
+    config, total = rig.config, torch.zeros(1, dtype=torch.float64, device=rig.mesh.device)
+    microbatches = config.microbatches(config.batch.sequences)
+    for number in range(config.run.eval_batches):
+        tokens = rig.tokens(rig.val, number * config.batch.sequences, microbatches)
+        played = rig.executor(microbatches, training=False).run(Batch(tokens, 0.0, training=False))
+        total += sum((loss.double() for loss in played.losses.get("loss", [])), torch.zeros_like(total))
+    return float(rig.mesh.sum(total)) / (config.run.eval_batches * microbatches * rig.mesh.data_ranks)
