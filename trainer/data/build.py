@@ -31,13 +31,13 @@ Tick = Callable[[str, int, int], None]  # what is being done, bytes of input don
 class Recipe(BaseModel, frozen=True, extra="forbid"):
     """How text becomes a dataset. With the names and sizes of the inputs, it decides every byte of it."""
 
-    vocab_size: int | None = Field(None, ge=260)  # None: that of `tokenizer`
+    vocab_size: int | None = Field(default=None, ge=260)  # None: that of `tokenizer`
     tokenizer: Path | None = None  # a tokenizer.json; None: learn one
     field: str = "text"
-    validation_fraction: float = Field(0.05, ge=0, lt=1)
-    fim_rate: float = Field(0.0, ge=0, le=1)
-    shard_tokens: int = Field(2**26, gt=0)  # a kill loses one shard's work, about a minute of it
-    sample_bytes: int = Field(2**28, gt=0)  # of text to learn the vocabulary from
+    validation_fraction: float = Field(default=0.05, ge=0, lt=1)
+    fim_rate: float = Field(default=0.0, ge=0, le=1)
+    shard_tokens: int = Field(default=2**26, gt=0)  # a kill loses one shard's work, about a minute of it
+    sample_bytes: int = Field(default=2**28, gt=0)  # of text to learn the vocabulary from
 
 
 def silent(what: str, done: int, total: int) -> None:
@@ -130,13 +130,9 @@ def _vocabulary(inputs: Sequence[Input], recipe: Recipe, out: Path, tick: Tick) 
         partial.replace(path)
     vocabulary = tokenizer.load(path)
     if recipe.tokenizer and recipe.vocab_size not in (None, vocabulary.size):
-        raise DataError(
-            f"--vocab-size {recipe.vocab_size}: {recipe.tokenizer} has {vocabulary.size}; leave one of them out"
-        )
+        raise DataError(f"--vocab-size {recipe.vocab_size}: {recipe.tokenizer} has {vocabulary.size}; leave one out")
     if recipe.fim_rate and not vocabulary.fim:
-        raise DataError(
-            f"--fim-rate: {recipe.tokenizer} lacks {' '.join(tokenizer.FIM)}; add them to it, or use rate 0"
-        )
+        raise DataError(f"--fim-rate: {recipe.tokenizer} lacks {' '.join(tokenizer.FIM)}; add them, or leave it out")
     return vocabulary
 
 
@@ -146,15 +142,13 @@ def _held_out(item: Item, recipe: Recipe) -> bool:
 
 def _sample(inputs: Sequence[Input], recipe: Recipe, tick: Tick) -> Iterator[str]:
     """Training text from all over the inputs, about `sample_bytes` of it."""
-    total = sum(file.size for file in inputs)
     starts = [0, *itertools.accumulate(file.size for file in inputs)]
+    rate = recipe.sample_bytes / max(starts[-1], 1)
     for item in items(inputs, recipe.field, Place()):
-        place = f"{item.after}".encode()
-        if not _held_out(item, recipe) and fim.fraction("sample", item.key + place) < recipe.sample_bytes / max(
-            total, 1
-        ):
+        piece = item.key + f" {item.after.byte}".encode()
+        if not _held_out(item, recipe) and fim.fraction("sample", piece) < rate:
             yield item.record.text
-        tick("learning the vocabulary", starts[item.after.file] + item.after.byte, total)
+        tick("learning the vocabulary", starts[item.after.file] + item.after.byte, starts[-1])
 
 
 def _tokenize(

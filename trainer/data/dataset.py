@@ -76,9 +76,7 @@ class Dataset(BaseModel, frozen=True, extra="forbid"):
         except (FileNotFoundError, NotADirectoryError):
             raise DataError(f"{folder}: no finished dataset here; make one with `dryvine data build`") from None
         except ValidationError:
-            raise DataError(
-                f"{folder}: dataset.json is not of format {FORMAT}; build it anew in another folder"
-            ) from None
+            raise DataError(f"{folder}: dataset.json is not of format {FORMAT}; build it anew elsewhere") from None
 
     def split(self, name: SplitName) -> Split:
         return self.train if name == "train" else self.val
@@ -122,8 +120,9 @@ class PackedTokens:
         return parts[0] if len(parts) == 1 else np.concatenate(parts or [np.empty(0, self.dataset.dtype)])
 
     def document_ends(self) -> NDArray[np.uint64]:
-        """Where each document ends, ascending, as positions on the line ([documents]); its end token comes just before."""
-        ends = [np.load(shard.ends(self.folder)) for shard in self.shards]
-        return np.concatenate(
-            [np.empty(0, np.uint64), *(e + np.uint64(s) for e, s in zip(ends, self._starts, strict=False))]
-        )
+        """Where each document ends on the line, after its end token: uint64 [documents], ascending."""
+        ends = [
+            np.load(shard.ends(self.folder)) + np.uint64(start)
+            for shard, start in zip(self.shards, self._starts, strict=False)
+        ]
+        return np.concatenate([np.empty(0, np.uint64), *ends])

@@ -128,7 +128,7 @@ def _json_record(file: BufferedReader, raw: bytes, field: str, line: int) -> Ite
 
 
 def read_parquet(path: Path, field: str, line: int, byte: int) -> Iterator[Record]:
-    """A document a row, in the column `field`. A damaged file gives the rows before the damage, then one broken record."""
+    """A document a row, in the column `field`. A damaged file gives the rows before the damage, then a broken record."""
     size = path.stat().st_size
     with path.open("rb") as source:
         try:
@@ -182,6 +182,4 @@ def kind_of(path: Path) -> Kind:
     try:
         return READERS[path.suffix.lower()]
     except KeyError:
-        raise DataError(
-            f"{path}: cannot read {path.suffix or 'a file without suffix'}; known: {' '.join(READERS)}"
-        ) from None
+        raise DataError(f"{path}: no reader for {path.suffix or 'no suffix'}; known: {' '.join(READERS)}") from None

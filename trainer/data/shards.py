@@ -34,7 +34,7 @@ class Progress(BaseModel, frozen=True, extra="forbid"):
 
 
 def publish(file: BinaryIO, path: Path) -> None:
-    """Give a finished temporary file its name: after a crash of the machine, too, the name holds all of it or nothing."""
+    """Give a finished temporary file its name: even after a crash of the machine it holds all of it or nothing."""
     file.flush()
     os.fsync(file.fileno())
     file.close()

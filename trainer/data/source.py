@@ -37,7 +37,7 @@ class TokenSource:
         self.order = Order(seed, self.windows)
 
     def sequences(self, first: int, count: int, stride: int = 1) -> NDArray[np.int64]:
-        """Sequences first, first + stride, ... of the run: int64 [count, seq_len + extra]. Epochs follow one another."""
+        """Sequences first, first + stride, ... of the run: int64 [count, seq_len + extra]; epoch after epoch."""
         out = np.empty((count, self.length), np.int64)
         for i in range(count):
             out[i] = self.packed.tokens(self.order.window(first + i * stride) * self.seq_len, self.length)

@@ -33,7 +33,7 @@ class Vocabulary(NamedTuple):
 
 
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A pure function of the texts and the size: ties between merges fall by token id. Small texts give a smaller one."""
+    """A pure function of texts and size: ties between merges fall by token id. Little text gives fewer tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
