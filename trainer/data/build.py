@@ -21,6 +21,7 @@ from pydantic import BaseModel, Field
 from dryvine.trainer.data import fim, tokenizer
 from dryvine.trainer.data.config import DataError
 from dryvine.trainer.data.dataset import FORMAT, Dataset, dtype_for
+from dryvine.trainer.data.draw import draw
 from dryvine.trainer.data.inputs import Input
 from dryvine.trainer.data.shards import Part, Progress, write_whole
 from dryvine.trainer.data.stream import Item, Place, batches, items
@@ -40,6 +41,17 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
     sample_bytes: int = Field(default=2**28, gt=0)  # of text to learn the vocabulary from
 
 
+def check(recipe: Recipe) -> None:
+    """Raise DataError for a recipe that cannot be followed, before anything is written."""
+    if not recipe.tokenizer:
+        return
+    given = tokenizer.load(recipe.tokenizer)
+    if recipe.vocab_size not in (None, given.size):
+        raise DataError(f"--vocab-size {recipe.vocab_size}: {recipe.tokenizer} has {given.size} ids; leave one out")
+    if recipe.fim_rate and not given.fim:
+        raise DataError(f"--fim-rate: {recipe.tokenizer} lacks {' '.join(tokenizer.FIM)}; add them, or leave it out")
+
+
 def silent(what: str, done: int, total: int) -> None:
     """The Tick of those who do not watch."""
 
@@ -57,6 +69,7 @@ def build(inputs: Sequence[Input], recipe: Recipe, out: Path, tick: Tick = silen
     If another process is building there, waits up to `deadline` seconds for it. Raises DataError if it takes longer, if
     `out` holds anything built otherwise, or if the inputs hold no text.
     """
+    check(recipe)
     mark = fingerprint(inputs, recipe)
     if done := _finished(out, mark):
         return done
@@ -128,16 +141,11 @@ def _vocabulary(inputs: Sequence[Input], recipe: Recipe, out: Path, tick: Tick) 
             assert recipe.vocab_size, "a recipe names a tokenizer or the size of one"
             tokenizer.train(_sample(inputs, recipe, tick), recipe.vocab_size).save(str(partial))
         partial.replace(path)
-    vocabulary = tokenizer.load(path)
-    if recipe.tokenizer and recipe.vocab_size not in (None, vocabulary.size):
-        raise DataError(f"--vocab-size {recipe.vocab_size}: {recipe.tokenizer} has {vocabulary.size}; leave one out")
-    if recipe.fim_rate and not vocabulary.fim:
-        raise DataError(f"--fim-rate: {recipe.tokenizer} lacks {' '.join(tokenizer.FIM)}; add them, or leave it out")
-    return vocabulary
+    return tokenizer.load(path)
 
 
 def _held_out(item: Item, recipe: Recipe) -> bool:
-    return fim.fraction("split", item.key) < recipe.validation_fraction
+    return draw("split", item.key) < recipe.validation_fraction
 
 
 def _sample(inputs: Sequence[Input], recipe: Recipe, tick: Tick) -> Iterator[str]:
@@ -146,7 +154,7 @@ def _sample(inputs: Sequence[Input], recipe: Recipe, tick: Tick) -> Iterator[str
     rate = recipe.sample_bytes / max(starts[-1], 1)
     for item in items(inputs, recipe.field, Place()):
         piece = item.key + f" {item.after.byte}".encode()
-        if not _held_out(item, recipe) and fim.fraction("sample", piece) < rate:
+        if not _held_out(item, recipe) and draw("sample", piece) < rate:
             yield item.record.text
         tick("learning the vocabulary", starts[item.after.file] + item.after.byte, starts[-1])
 

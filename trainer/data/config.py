@@ -28,9 +28,5 @@ class DataConfig(BaseModel, frozen=True, extra="forbid"):
     seq_len: int = Field(gt=0, description="tokens of one sequence, without the extra ones that are only predicted")
     vocab_size: int = Field(default=4096, ge=260, le=2**31, description="256 bytes, 4 special tokens, and merges")
     dir: Path = Field(default=Path("data/stdlib"), description="where datasets of the embedded corpus are kept")
-    validation_fraction: float = Field(
-        default=0.05, gt=0, le=0.5, description="of files, chosen by a hash of their path"
-    )
-    fim_rate: float = Field(
-        default=0.0, ge=0, le=1, description="of training documents put prefix-suffix-middle; V3 uses 0.1"
-    )
+    validation_fraction: float = Field(default=0.05, gt=0, le=0.5, description="of files, by a hash of their path")
+    fim_rate: float = Field(default=0.0, ge=0, le=1, description="of documents put prefix-suffix-middle; V3: 0.1")

@@ -10,24 +10,16 @@ is a pure function of its key.
 
 from __future__ import annotations
 
-import hashlib
-import struct
-
+from dryvine.trainer.data.draw import draw
 from dryvine.trainer.data.tokenizer import Vocabulary
 
 Part = tuple[int | None, str]  # a special token, if any, and the text after it
 
 
-def fraction(use: str, key: bytes) -> float:
-    """A number in [0, 1) for a document: the same always, and independent between uses."""
-    digest = hashlib.blake2b(key, digest_size=8, person=use.encode()).digest()
-    return float(struct.unpack("<Q", digest)[0] >> 11) / 2**53
-
-
 def arrange(text: str, key: bytes, rate: float, vocabulary: Vocabulary) -> tuple[Part, ...]:
     """The parts of a document in the order in which they are packed: one, or three at the given rate."""
-    if vocabulary.fim is None or fraction("fim", key) >= rate:
+    if vocabulary.fim is None or draw("fim", key) >= rate:
         return ((None, text),)
-    first, second = sorted(int(fraction(use, key) * (len(text) + 1)) for use in ("cut", "other cut"))
+    first, second = sorted(int(draw(use, key) * (len(text) + 1)) for use in ("cut", "other cut"))
     begin, hole, end = vocabulary.fim
     return (begin, text[:first]), (hole, text[second:]), (end, text[first:second])

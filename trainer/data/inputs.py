@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dryvine.trainer.data.config import DataError
+from dryvine.trainer.data.readers import kind_of
 
 _LEFT_OUT = {"test", "tests", "idle_test", "encodings", "site-packages", "dist-packages", "__pycache__"}
 
@@ -29,7 +30,10 @@ class Input(NamedTuple):
 
 
 def match(patterns: Sequence[str]) -> list[Input]:
-    """The files that the patterns (`**` allowed) match: by pattern, then by path, each once. None may match nothing."""
+    """The files that the patterns (`**` allowed) match: by pattern, then by path, each once.
+
+    Raises DataError for a pattern that matches nothing, or a file that no reader is for.
+    """
     paths: dict[Path, None] = {}
     for pattern in patterns:
         found = sorted(Path(p).absolute() for p in glob.glob(os.path.expanduser(pattern), recursive=True))
@@ -37,6 +41,8 @@ def match(patterns: Sequence[str]) -> list[Input]:
         if not files:
             raise DataError(f"--text {pattern!r}: matches no file; quote the pattern and check the path")
         paths |= dict.fromkeys(files)
+    for path in paths:
+        kind_of(path)
     root = os.path.commonpath([path.parent for path in paths])
     return [Input(path, path.relative_to(root).as_posix(), path.stat().st_size) for path in paths]
 

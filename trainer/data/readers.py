@@ -47,9 +47,11 @@ Reader = Callable[[Path, str, int, int], Iterator[Record]]
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, UnicodeError):
-        return "not UTF-8"
-    return f"not JSON: {error}" if isinstance(error, json.JSONDecodeError | RecursionError) else str(error)
+    if isinstance(error, json.JSONDecodeError):
+        return f"not JSON: {error.msg}, column {error.colno}"
+    if isinstance(error, UnicodeEncodeError):
+        return "half of a surrogate pair, which is no text"
+    return "not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
 
 
 def _text_of(value: object, field: str) -> str:
@@ -60,7 +62,7 @@ def _text_of(value: object, field: str) -> str:
         raise ValueError(f"{field!r} is {type(value).__name__}, not a string")
     if not value:
         raise ValueError(f"{field!r} is empty")
-    value.encode()  # JSON may spell half a surrogate pair, which is no text
+    value.encode()  # JSON may spell half of a surrogate pair
     return value
 
 
@@ -128,7 +130,7 @@ def _json_record(file: BufferedReader, raw: bytes, field: str, line: int) -> Ite
 
 
 def read_parquet(path: Path, field: str, line: int, byte: int) -> Iterator[Record]:
-    """A document a row, in the column `field`. A damaged file gives the rows before the damage, then a broken record."""
+    """A document a row, in the column `field`. A damaged file gives the rows before the damage, and is then left."""
     size = path.stat().st_size
     with path.open("rb") as source:
         try:

@@ -90,6 +90,7 @@ class Part:
         self.quarantined = 0
         self._quarantine = (out / "quarantine.jsonl").open("ab")
         self._quarantine.truncate(progress.quarantine_bytes)
+        self._quarantine.seek(progress.quarantine_bytes)
 
     @classmethod
     def after(cls, part: Part, progress: Progress) -> Self:

@@ -51,6 +51,9 @@ def load(path: Path) -> Vocabulary:
     """Read a `tokenizer.json`. Raises DataError if it is none, or has no token that ends a document."""
     try:
         content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; name a tokenizer.json") from None
+    try:
         tokenizer = Tokenizer.from_str(content.decode())
     except Exception as error:  # tokenizers raises a bare Exception for whatever it cannot parse
         raise DataError(f"{path}: not a tokenizer.json ({error}); save one with tokenizer.save(path)") from None

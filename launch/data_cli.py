@@ -1,0 +1,109 @@
+"""`dryvine data build`: the user's own text files into a dataset folder, with a progress bar and a table at the end."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from dryvine.trainer.data.build import Recipe, Tick
+from dryvine.trainer.data.build import build as build_dataset
+from dryvine.trainer.data.config import DataConfig, DataError
+from dryvine.trainer.data.dataset import Dataset
+from dryvine.trainer.data.inputs import match
+
+app = typer.Typer(help="Datasets: text files into packed tokens.", no_args_is_help=True)
+
+VOCAB_SIZE = DataConfig.model_fields["vocab_size"].default
+
+
+@app.callback()
+def data() -> None:
+    """Keeps `build` a command of its own: typer would make the only command of an app the app itself."""
+
+
+@app.command()
+def build(
+    text: Annotated[list[str], typer.Option(help="Pattern of .txt, .jsonl or .parquet files; may be repeated.")],
+    out: Annotated[Path, typer.Option(help="Folder of the dataset. An interrupted build there is continued.")],
+    vocab_size: Annotated[
+        int | None, typer.Option(min=260, help=f"Size of the tokenizer to learn.  [default: {VOCAB_SIZE}]")
+    ] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="A tokenizer.json to use instead.")] = None,
+    field: Annotated[str, typer.Option(help="Field of .jsonl, column of .parquet, that holds the text.")] = "text",
+    val_fraction: Annotated[float, typer.Option(min=0, max=0.99, help="Of documents, held out.")] = 0.05,
+    fim_rate: Annotated[float, typer.Option(min=0, max=1, help="Of documents, put fill-in-the-middle.")] = 0.0,
+    more: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,  # what the shell made of an unquoted pattern
+) -> None:
+    """Tokenize text files into a dataset that `data.source` of a config names.
+
+    A .txt is one document, a .jsonl or .parquet has one in each line or row. A broken line is skipped and listed in
+    OUT/quarantine.jsonl. Killed at any time, the same command goes on where it was.
+    """
+    console = Console(stderr=True)
+    try:
+        recipe = Recipe(
+            vocab_size=vocab_size if vocab_size or tokenizer else VOCAB_SIZE,
+            tokenizer=tokenizer,
+            field=field,
+            validation_fraction=val_fraction,
+            fim_rate=fim_rate,
+        )
+        inputs = match([*text, *(more or [])])
+        with _bar(console) as bar:
+            dataset = build_dataset(inputs, recipe, out, _tick(bar))
+    except (DataError, OSError) as error:
+        console.print(f"dryvine data build: {error}", style="red", markup=False, soft_wrap=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        console.print("Interrupted. The same command goes on from the last whole shard.")
+        raise typer.Exit(130) from None
+    report(dataset, out, Console())
+
+
+def _bar(console: Console) -> Progress:
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+    return Progress(*columns, console=console)
+
+
+def _tick(bar: Progress) -> Tick:
+    """One row of the bar for each pass over the inputs, made when the pass reports for the first time."""
+    rows: dict[str, TaskID] = {}
+
+    def tick(what: str, done: int, total: int) -> None:
+        if what not in rows:
+            rows[what] = bar.add_task(what)
+        bar.update(rows[what], completed=done, total=total)
+
+    return tick
+
+
+def report(dataset: Dataset, folder: Path, console: Console) -> None:
+    """Documents, tokens and bytes per token of each split; under it what was skipped, and how to train on this."""
+    table = Table("split", title=Text(str(folder)))
+    for column in ("documents", "tokens", "bytes", "bytes/token"):
+        table.add_column(column, justify="right")
+    for name, split in (("train", dataset.train), ("val", dataset.val)):
+        density = f"{split.bytes / split.tokens:.2f}" if split.tokens else "-"
+        table.add_row(name, f"{split.documents:,}", f"{split.tokens:,}", f"{split.bytes:,}", density)
+    console.print(table)
+    console.print("\n".join(_notes(dataset, folder)), markup=False, highlight=False, soft_wrap=True)
+
+
+def _notes(dataset: Dataset, folder: Path) -> Iterator[str]:
+    quarantine = folder / "quarantine.jsonl"
+    yield f"{dataset.quarantined:,} broken lines skipped" + (f", listed in {quarantine}" if dataset.quarantined else "")
+    with quarantine.open() as lines:
+        for entry in map(json.loads, itertools.islice(lines, 3)):
+            yield f"  {entry['file']}:{entry['line']}: {entry['reason']}"
+    if not dataset.val.documents:
+        yield "No document was held out: split the text into more files, or raise --val-fraction."
+    yield f'Train on it: data.source="{folder}" data.vocab_size={dataset.vocab_size}'
