@@ -77,7 +77,9 @@ class Phase(Protocol):
 
     name: str  # attention | dispatch | experts | combine | embed | dense | head | ...
     layer: str  # the block it belongs to, e.g. layers.3
-    lane: Literal["compute", "comm"]
+
+    @property
+    def lane(self) -> Literal["compute", "comm"]: ...
 
     def forward(self, index: int, state: State, flight: Flight) -> Pending[State]: ...
 
@@ -122,7 +124,8 @@ def _leaf(tensor: Tensor, training: bool) -> Tensor:
 class Dispatch:
     """Tokens to the experts they chose. Its backward is `combine` with the same handle."""
 
-    name, lane = "dispatch", "comm"
+    name = "dispatch"
+    lane: Literal["comm"] = "comm"
 
     def __init__(self, layer: str, dispatcher: Dispatcher) -> None:
         self.layer, self.dispatcher = layer, dispatcher
@@ -143,7 +146,8 @@ class Dispatch:
 class Combine:
     """Expert outputs back to their tokens, summed, and added to the residual. Its backward is `dispatch`."""
 
-    name, lane = "combine", "comm"
+    name = "combine"
+    lane: Literal["comm"] = "comm"
 
     def __init__(self, layer: str, dispatcher: Dispatcher) -> None:
         self.layer, self.dispatcher = layer, dispatcher

@@ -1,0 +1,59 @@
+"""A transformer layer, cut into the functions that its phases run.
+
+The shared experts run inside the attention phase and join the residual there, so that dispatch carries nothing but the
+rows for routed experts (DeepSeek-V3 overlaps exactly the two all-to-alls; section 3.2.1).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from dryvine.parallel.stage import Flight, Outcome, State
+from dryvine.trainer.model.mla import MLA
+from dryvine.trainer.model.moe import FFN, Experts, Gate, balance_loss
+from dryvine.trainer.model.recompute import through
+from dryvine.trainer.model.spec import Spec
+
+
+class Layer(nn.Module):
+    """`name` is the block's, e.g. layers.3. `is_moe`: gate, shared and routed experts in place of one dense FFN."""
+
+    def __init__(self, spec: Spec, name: str, is_moe: bool) -> None:
+        super().__init__()
+        s = self.shape = spec.shape
+        self.name, self.again = name, "norm" in s.recompute
+        self.attention_norm, self.attention = spec.norm(s.hidden), MLA(spec)
+        self.ffn_norm = spec.norm(s.hidden)
+        if not is_moe:
+            self.ffn = FFN(spec, s.ffn)
+            return
+        self.gate, self.experts = Gate(spec), Experts(spec)
+        self.shared = FFN(spec, s.shared * s.expert_ffn) if s.shared else None
+
+    def _attend(self, x_NH: Tensor, flight: Flight) -> Tensor:
+        latents = through(lambda: (self.attention_norm(x_NH),), self.attention.down, self.again)
+        return x_NH + self.attention.attend(*latents, sequences=flight.tokens.shape[0])
+
+    def dense(self, state: State, flight: Flight) -> Outcome:
+        """(x,) -> (x,): attention and dense FFN."""
+        x_NH = self._attend(state[0], flight)
+        return Outcome((x_NH + through(lambda: (self.ffn_norm(x_NH),), self.ffn, self.again),), {})
+
+    def route(self, state: State, flight: Flight) -> Outcome:
+        """(x,) -> (x, rows, weights, experts): attention, shared experts, and where each row is to go."""
+        x_NH = self._attend(state[0], flight)
+
+        def use(rows_NH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            shared_NH = x_NH if self.shared is None else x_NH + self.shared(rows_NH)
+            return shared_NH, rows_NH, self.gate(rows_NH)
+
+        shared_NH, rows_NH, scores_NE = through(lambda: (self.ffn_norm(x_NH),), use, self.again)
+        weights_NK, experts_NK = self.gate.choose(scores_NE, count=flight.training)
+        losses = {}
+        if self.shape.balance_alpha:
+            losses[f"balance.{self.name}"] = balance_loss(scores_NE, flight.tokens.shape[0], self.shape)
+        return Outcome((shared_NH, rows_NH, weights_NK, experts_NK), losses)
+
+    def run_experts(self, state: State, flight: Flight) -> Outcome:
+        """(rows [R, H], weights [R]) -> (rows,)."""
+        return Outcome((self.experts(*state, flight.handles[self.name].counts),), {})

@@ -1,0 +1,175 @@
+"""The layers with weights: Linear, grouped Linear, Embedding, RMSNorm. Their backward computes dX and queues dW.
+
+No weight gets a gradient from autograd. A weight is an input of its Function only so that the output needs a gradient;
+the gradient given back for it is None, and the real one is a closure put on the WGrad queue, which adds into the FP32
+`main_grad`. So I and W split everywhere, accumulation is FP32 in a BF16 model, and the bits do not depend on when W
+runs. (With `.grad` and hooks, dW could not be deferred and would be rounded to BF16 once per microbatch.)
+
+Legend: N tokens, R rows of experts, X local experts, I inputs, O outputs, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from dryvine.parallel.wgrad import Closure, WGrad
+
+
+class Weight(nn.Parameter):
+    """A parameter with its FP32 gradient sum, which the optimizer's side may set to a view of its own bucket.
+
+    `expert`: dim 0 runs over this rank's routed experts, a contiguous slice of the global order.
+    """
+
+    main_grad: Tensor | None = None
+    expert: bool = False
+
+    def gradient(self) -> Tensor:
+        """`main_grad`, made of zeros if nobody has set one."""
+        if self.main_grad is None:
+            self.main_grad = torch.zeros_like(self, dtype=torch.float32, requires_grad=False)
+        return self.main_grad
+
+
+def _defer(wgrad: WGrad, closure: Closure) -> None:
+    """Closures run whenever W does, outside any backward, and what they hold may still ask for gradients."""
+    wgrad.put(torch.no_grad()(closure))
+
+
+def add_product(total_OI: Tensor, dy_NO: Tensor, x_NI: Tensor) -> None:
+    """total += dyᵀ x, with FP32 sums whatever the operands are."""
+    if dy_NO.is_cuda and dy_NO.dtype == x_NI.dtype != torch.float32:
+        torch.addmm(total_OI, dy_NO.t(), x_NI, out_dtype=torch.float32, out=total_OI)
+    else:
+        total_OI.addmm_(dy_NO.t().float(), x_NI.float())
+
+
+class _Linear(Function):
+    @staticmethod
+    def forward(ctx: Any, x_NI: Tensor, weight_OI: Weight, wgrad: WGrad, compute: torch.dtype) -> Tensor:
+        ctx.save_for_backward(x_NI)
+        ctx.weight, ctx.wgrad = weight_OI, wgrad
+        return functional.linear(x_NI.to(compute), weight_OI.to(compute))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_NO: Tensor) -> tuple[Tensor | None, None, None, None]:
+        (x_NI,), weight = ctx.saved_tensors, ctx.weight
+        _defer(ctx.wgrad, lambda: add_product(weight.gradient(), dy_NO, x_NI))
+        dx_NI = (dy_NO @ weight.to(dy_NO.dtype)).to(x_NI.dtype) if ctx.needs_input_grad[0] else None
+        return dx_NI, None, None, None
+
+
+def linear(x_NI: Tensor, weight_OI: Weight, wgrad: WGrad, compute: torch.dtype | None = None) -> Tensor:
+    """x Wᵀ: [N, I] -> [N, O]. `compute` raises operands and result to that dtype (the gate's FP32)."""
+    return _Linear.apply(x_NI, weight_OI, wgrad, compute or x_NI.dtype)
+
+
+class Linear(nn.Module):
+    def __init__(self, weight_OI: Weight, wgrad: WGrad) -> None:
+        super().__init__()
+        self.weight, self.wgrad = weight_OI, wgrad
+
+    def forward(self, x_NI: Tensor) -> Tensor:
+        return linear(x_NI, self.weight, self.wgrad)
+
+
+def grouped_product(x_RI: Tensor, weight_XOI: Tensor, counts: Sequence[int]) -> Tensor:
+    """Rows times the weight of their expert, transposed: the first counts[0] rows with weight 0, and so on."""
+    if x_RI.is_cuda and x_RI.dtype == torch.bfloat16:
+        ends = torch.tensor(list(accumulate(counts)), dtype=torch.int32, device=x_RI.device)
+        return functional.grouped_mm(x_RI, weight_XOI.transpose(1, 2), offs=ends)
+    y_RO = x_RI.new_empty(x_RI.shape[0], weight_XOI.shape[1])
+    for x, weight, y in zip(x_RI.split(counts), weight_XOI, y_RO.split(counts), strict=True):
+        torch.mm(x, weight.t(), out=y)
+    return y_RO
+
+
+class _GroupedLinear(Function):
+    @staticmethod
+    def forward(ctx: Any, x_RI: Tensor, weight_XOI: Weight, wgrad: WGrad, counts: Sequence[int]) -> Tensor:
+        ctx.save_for_backward(x_RI)
+        ctx.weight, ctx.wgrad, ctx.counts = weight_XOI, wgrad, list(counts)
+        return grouped_product(x_RI, weight_XOI.detach(), ctx.counts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_RO: Tensor) -> tuple[Tensor, None, None, None]:
+        (x_RI,), weight, counts = ctx.saved_tensors, ctx.weight, ctx.counts
+
+        def run() -> None:
+            for total, dy, x in zip(weight.gradient(), dy_RO.split(counts), x_RI.split(counts), strict=True):
+                add_product(total, dy, x)
+
+        _defer(ctx.wgrad, run)
+        return grouped_product(dy_RO, weight.detach().transpose(1, 2), counts), None, None, None
+
+
+def grouped_linear(x_RI: Tensor, weight_XOI: Weight, wgrad: WGrad, counts: Sequence[int]) -> Tensor:
+    """[R, I] -> [R, O], rows grouped by local expert; `counts` (host) are the rows of each, zeros welcome."""
+    return _GroupedLinear.apply(x_RI, weight_XOI, wgrad, counts)
+
+
+class _Embedding(Function):
+    @staticmethod
+    def forward(ctx: Any, weight_VH: Weight, tokens_N: Tensor, wgrad: WGrad) -> Tensor:
+        ctx.save_for_backward(tokens_N)
+        ctx.weight, ctx.wgrad = weight_VH, wgrad
+        return functional.embedding(tokens_N, weight_VH)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_NH: Tensor) -> tuple[None, None, None]:
+        (tokens_N,), weight = ctx.saved_tensors, ctx.weight
+        # index_put_ sorts on CUDA and so adds in a fixed order, where index_add_ races.
+        _defer(ctx.wgrad, lambda: weight.gradient().index_put_((tokens_N,), dy_NH.float(), accumulate=True))
+        return None, None, None
+
+
+class Embedding(nn.Module):
+    """tokens int64 [N] -> [N, H]."""
+
+    def __init__(self, weight_VH: Weight, wgrad: WGrad) -> None:
+        super().__init__()
+        self.weight, self.wgrad = weight_VH, wgrad
+
+    def forward(self, tokens_N: Tensor) -> Tensor:
+        return _Embedding.apply(self.weight, tokens_N, self.wgrad)
+
+
+class _RMSNorm(Function):
+    @staticmethod
+    def forward(ctx: Any, x_NH: Tensor, weight_H: Weight, wgrad: WGrad, eps: float) -> Tensor:
+        x = x_NH.float()
+        scale_N1 = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x_NH, scale_N1)
+        ctx.weight, ctx.wgrad = weight_H, wgrad
+        return (x * scale_N1 * weight_H.float()).to(x_NH.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_NH: Tensor) -> tuple[Tensor, None, None, None]:
+        (x_NH, scale_N1), weight = ctx.saved_tensors, ctx.weight
+        _defer(ctx.wgrad, lambda: weight.gradient().add_((dy_NH.float() * x_NH.float() * scale_N1).sum(0)))
+        unit, slope = x_NH.float() * scale_N1, dy_NH.float() * weight.float()
+        dx = scale_N1 * (slope - unit * (slope * unit).mean(-1, keepdim=True))
+        return dx.to(x_NH.dtype), None, None, None
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, computed in FP32, given in x's dtype. x is [N, H]."""
+
+    def __init__(self, weight_H: Weight, wgrad: WGrad, eps: float) -> None:
+        super().__init__()
+        self.weight, self.wgrad, self.eps = weight_H, wgrad, eps
+
+    def forward(self, x_NH: Tensor) -> Tensor:
+        return _RMSNorm.apply(x_NH, self.weight, self.wgrad, self.eps)

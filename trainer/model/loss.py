@@ -1,0 +1,50 @@
+"""Mean cross entropy that keeps one copy of the logits, in the model's dtype, and makes it their gradient in place.
+
+At a vocabulary of 129280 the FP32 logits of one 4096-token sequence are 2.1 GB; plain autograd keeps them, their
+log-softmax and the gradient. Here FP32 lives in slices of a few hundred rows.
+
+Legend: N tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+SLICE_ELEMENTS = 1 << 26  # 256 MiB of FP32
+
+
+def _slices(logits_NV: Tensor) -> Iterator[slice]:
+    rows = max(1, SLICE_ELEMENTS // logits_NV.shape[1])
+    return (slice(start, start + rows) for start in range(0, logits_NV.shape[0], rows))
+
+
+class _CrossEntropy(Function):
+    @staticmethod
+    def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+        norm_N = torch.cat([logits_NV[part].float().logsumexp(-1) for part in _slices(logits_NV)])
+        ctx.save_for_backward(logits_NV, targets_N, norm_N)
+        hit_N = logits_NV.gather(1, targets_N.unsqueeze(1)).squeeze(1).float()
+        return (norm_N - hit_N).mean()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, None]:
+        logits_NV, targets_N, norm_N = ctx.saved_tensors
+        scale = dloss / targets_N.shape[0]
+        for part in _slices(logits_NV):
+            grad = (logits_NV[part].float() - norm_N[part].unsqueeze(1)).exp_()
+            rows = torch.arange(grad.shape[0], device=grad.device)
+            grad[rows, targets_N[part]] -= 1
+            logits_NV[part] = grad.mul_(scale)
+        return logits_NV, None
+
+
+def cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+    """FP32 mean of -log softmax(logits)[target]. The logits' memory becomes their gradient: keep them nowhere else."""
+    return _CrossEntropy.apply(logits_NV, targets_N)

@@ -1,0 +1,76 @@
+"""Multi-head latent attention (arXiv 2412.19437, section 2.1.1) in training form: latents are expanded to full heads.
+
+Absorbing the up-projections into the scores saves cache, which training does not have, and costs kv_lora-wide products
+per head and position. What is worth saving here is memory: with recompute "mla_up", queries, keys and values are made
+again from the latents in the backward, while the attention core itself runs once.
+
+Legend: N = S * T tokens, S sequences, T positions, A heads, H hidden.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dryvine.trainer.model.recompute import through
+from dryvine.trainer.model.rope import rotate, softmax_scale
+from dryvine.trainer.model.spec import Spec
+
+
+class MLA(nn.Module):
+    def __init__(self, spec: Spec) -> None:
+        super().__init__()
+        s = self.shape = spec.shape
+        self.rope, self.scale = spec.rope, softmax_scale(s)
+        q_out = s.heads * s.qk_dim
+        if s.q_lora is None:
+            self.q = spec.linear(s.hidden, q_out)
+        else:
+            self.q_a, self.q_norm, self.q_b = (
+                spec.linear(s.hidden, s.q_lora),
+                spec.norm(s.q_lora),
+                spec.linear(s.q_lora, q_out),
+            )
+        self.kv_a = spec.linear(s.hidden, s.kv_lora + s.rope_dim)
+        self.kv_norm = spec.norm(s.kv_lora)
+        self.kv_b = spec.linear(s.kv_lora, s.heads * (s.nope_dim + s.v_dim))
+        self.o = spec.linear(s.heads * s.v_dim, s.hidden)
+
+    def down(self, x_NH: Tensor) -> tuple[Tensor, Tensor]:
+        """Normed hidden states -> (what queries are made of, key-value latent with the shared rope key)."""
+        return (self.q if self.shape.q_lora is None else self.q_a)(x_NH), self.kv_a(x_NH)
+
+    def attend(self, q_latent: Tensor, kv_latent: Tensor, sequences: int) -> Tensor:
+        """Latents of `sequences` equally long sequences -> [N, H]."""
+        out_SATv = through(
+            lambda: self._up(q_latent, kv_latent, sequences), self._core, again="mla_up" in self.shape.recompute
+        )
+        return self.o(out_SATv.transpose(1, 2).flatten(2).flatten(0, 1))
+
+    def _core(self, q_SATd: Tensor, k_SATd: Tensor, v_SATd: Tensor) -> Tensor:
+        out = functional.scaled_dot_product_attention(q_SATd, k_SATd, v_SATd, is_causal=True, scale=self.scale)
+        return out[..., : self.shape.v_dim]
+
+    def _up(self, q_latent: Tensor, kv_latent: Tensor, sequences: int) -> tuple[Tensor, Tensor, Tensor]:
+        """-> q, k, v, each [S, A, T, qk_dim]: v is padded with zeros, since fused kernels want one width."""
+        s = self.shape
+        c, k_rope = kv_latent.split((s.kv_lora, s.rope_dim), -1)
+        q = self._queries(q_latent).view(sequences, -1, s.heads, s.qk_dim)
+        kv = self._normed(self.kv_norm, c, self.kv_b).view(sequences, -1, s.heads, s.nope_dim + s.v_dim)
+        cos, sin = self.rope.table(q.shape[1], q.device)
+        q_nope, q_rope = q.split((s.nope_dim, s.rope_dim), -1)
+        k_nope, v = kv.split((s.nope_dim, s.v_dim), -1)
+        k_rope = rotate(k_rope.view(sequences, -1, 1, s.rope_dim), cos, sin).expand(-1, -1, s.heads, -1)
+        heads = torch.cat((q_nope, rotate(q_rope, cos, sin)), -1), torch.cat((k_nope, k_rope), -1), self._widen(v)
+        q_SATd, k_SATd, v_SATd = (t.transpose(1, 2) for t in heads)
+        return q_SATd, k_SATd, v_SATd
+
+    def _widen(self, v: Tensor) -> Tensor:
+        return functional.pad(v, (0, max(self.shape.qk_dim - self.shape.v_dim, 0)))
+
+    def _queries(self, q_latent: Tensor) -> Tensor:
+        return q_latent if self.shape.q_lora is None else self._normed(self.q_norm, q_latent, self.q_b)
+
+    def _normed(self, norm: nn.Module, latent: Tensor, up: nn.Module) -> Tensor:
+        return through(lambda: (norm(latent),), up, again="norm" in self.shape.recompute)

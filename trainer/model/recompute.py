@@ -1,0 +1,63 @@
+"""Recompute as a way of saving: what a cheap function made is not kept for the backward but made again when asked for.
+
+`torch.utils.checkpoint` drops everything between its borders and reruns it all. To be rid of a norm's output it must
+enclose the Linear that saved it, and for the outputs of the MLA up-projections the attention core, so that a GEMM and
+an attention run twice for nothing. Here only the tensors named are dropped: while `use` runs, whoever saves one of them
+saves its number instead, and the first that unpacks it calls `make` again (DeepSeek-V3, section 3.2.3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+R = TypeVar("R")
+Identity = tuple[int, torch.Size, tuple[int, ...], torch.dtype]
+
+
+def _identity(tensor: Tensor) -> Identity:
+    """Autograd hands a fresh alias of a saved tensor, so it is known by its memory, which is live while `use` runs."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+class _Remaker:
+    def __init__(self, make: Callable[[], tuple[Tensor, ...]], made: tuple[Tensor, ...]) -> None:
+        self.make = make
+        self.numbers = {_identity(t): i for i, t in enumerate(made)}
+        self.owed = 0
+        self.again: tuple[Tensor, ...] = ()
+
+    def pack(self, tensor: Tensor) -> Tensor | int:
+        number = self.numbers.get(_identity(tensor))
+        if number is None:
+            return tensor
+        self.owed += 1
+        return number
+
+    def unpack(self, saved: Tensor | int) -> Tensor:
+        if isinstance(saved, Tensor):
+            return saved
+        if not self.again:
+            with torch.no_grad():
+                self.again = self.make()
+        tensor = self.again[saved]
+        self.owed -= 1
+        if not self.owed:
+            self.again = ()
+        return tensor
+
+
+def through(make: Callable[[], tuple[Tensor, ...]], use: Callable[..., R], again: bool) -> R:
+    """use(*make()); with `again`, what `use` saves of make's tensors is made anew in the backward, to the same bits.
+
+    `make` must be pure and hold (in its closure) only what the backward keeps anyway.
+    """
+    made = make()
+    if not (again and torch.is_grad_enabled()):
+        return use(*made)
+    remaker = _Remaker(make, made)
+    with torch.autograd.graph.saved_tensors_hooks(remaker.pack, remaker.unpack):
+        return use(*made)

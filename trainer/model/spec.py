@@ -1,0 +1,46 @@
+"""What every module of a rank's model is built from, in one value: its makers and the ways of this rank.
+
+A module takes a Spec instead of six arguments, and whoever changes how a Linear multiplies changes `Spec.linear` once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from dryvine.parallel.wgrad import WGrad
+from dryvine.trainer.model.layers import Embedding, Linear, RMSNorm, Weight
+from dryvine.trainer.model.rope import Rope
+from dryvine.trainer.model.shape import Shape
+
+
+@dataclass(frozen=True)
+class Spec:
+    """`ep_rank` of `ep_size` holds the routed experts [ep_rank * local_experts, (ep_rank + 1) * local_experts)."""
+
+    shape: Shape
+    wgrad: WGrad
+    rope: Rope
+    ep_rank: int
+    ep_size: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def local_experts(self) -> int:
+        return self.shape.routed // self.ep_size
+
+    def weight(self, *size: int, expert: bool = False) -> Weight:
+        weight = Weight(torch.empty(*size, dtype=self.dtype, device=self.device))
+        weight.expert = expert
+        return weight
+
+    def linear(self, inputs: int, outputs: int) -> Linear:
+        return Linear(self.weight(outputs, inputs), self.wgrad)
+
+    def norm(self, size: int) -> RMSNorm:
+        return RMSNorm(self.weight(size), self.wgrad, self.shape.norm_eps)
+
+    def embedding(self, rows: int, size: int) -> Embedding:
+        return Embedding(self.weight(rows, size), self.wgrad)
