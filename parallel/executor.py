@@ -1,4 +1,4 @@
-"""Runs a lowered schedule: waits for what a slot needs, plays its ops, sends what they made; no schedule has a name here.
+"""Runs a lowered schedule: waits for what a slot needs, plays its ops, sends what they made. No schedule is named here.
 
 A receive is posted one slot before the slot that needs it and waited for when that slot starts; a send leaves as soon
 as its op has ended. Weight gradients stay in the flight of their microbatch between I and W, so W needs no queue and
@@ -12,7 +12,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from dryvine.comm.api import Pending, Wire
@@ -153,8 +152,3 @@ class _Flights:
 
 def _key(edge: Edge) -> tuple[str, int, int]:
     return edge.direction, edge.stage, edge.microbatch
-
-
-def boundary(sequences: int, seq_len: int, hidden: int, dtype: torch.dtype) -> State:
-    """What crosses a stage boundary of a decoder: its hidden states, [tokens, hidden]."""
-    return (torch.empty(sequences * seq_len, hidden, dtype=dtype, device="meta"),)

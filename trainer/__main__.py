@@ -61,9 +61,7 @@ def run(config: Config, dataset: Path, device: torch.device, world: int) -> int:
 def _device(config: Config, local_rank: int) -> torch.device:
     wanted = config.run.device
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            'run.device = "cuda", but torch sees no GPU here; set run.device = "cpu" or install CUDA torch'
-        )
+        raise ConfigError('run.device = "cuda", but torch sees no GPU; set it to "cpu", or install CUDA torch')
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     torch.cuda.set_device(local_rank)

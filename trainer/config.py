@@ -21,7 +21,7 @@ from dryvine.parallel.config import ParallelConfig
 from dryvine.parallel.partition import partition
 from dryvine.parallel.schedule.table import build, legal
 from dryvine.trainer.data.config import DataConfig
-from dryvine.trainer.model.shape import Shape, blocks
+from dryvine.trainer.model.shape import Shape, units
 from dryvine.trainer.plan import BatchConfig, OptimConfig
 
 Positive = Annotated[int, Field(ge=1)]
@@ -98,11 +98,11 @@ def dump(config: Config) -> str:
 
 def split(config: Config) -> tuple[tuple[str, ...], ...]:
     """The block names of each pipeline stage."""
-    every = blocks(config.model, config.data.seq_len)
+    every = units(config.model, config.data.seq_len)
     p = config.parallel
     stages = build(p.schedule, p.pp, config.microbatches(config.batch.sequences), p.chunks).stages
-    ranges = partition([b.cost for b in every], stages)
-    return tuple(tuple(every[i].name for i in part) for part in ranges)
+    ranges = partition([sum(block.cost for block in unit) for unit in every], stages)
+    return tuple(tuple(block.name for i in part for block in every[i]) for part in ranges)
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:

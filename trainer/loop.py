@@ -107,7 +107,7 @@ def one(rig: Rig, point: Point, stop: Stop) -> tuple[Row, bool]:
 
 
 def _reduce(mesh: Mesh, played: Played, stop: bool, seconds: float) -> tuple[dict[str, float], bool, float, float]:
-    """Sums over ranks of what one rank played; whether any was asked to stop; the worst idle share; the longest time."""
+    """Over all ranks: sums of what was played, whether any was asked to stop, worst idle share, longest time."""
     forwards = [len(slot) for slot, _, _ in played.timeline for op in slot if op.kind == "F"]
     sums = {
         "loss": _total(played, "loss"),

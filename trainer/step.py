@@ -13,7 +13,7 @@ import torch
 from dryvine.comm.mesh import Mesh
 from dryvine.comm.table import make_dispatcher
 from dryvine.comm.wire import P2PWire
-from dryvine.parallel.executor import Batch, Executor, Played, boundary
+from dryvine.parallel.executor import Batch, Executor, Played
 from dryvine.parallel.schedule.ir import Schedule
 from dryvine.parallel.schedule.lower import forward_only
 from dryvine.parallel.schedule.table import build
@@ -22,6 +22,7 @@ from dryvine.parallel.zero import Zero
 from dryvine.trainer.config import Config, split
 from dryvine.trainer.data.source import TokenSource
 from dryvine.trainer.model.decoder import Model, build_model
+from dryvine.trainer.model.shape import blocks
 from dryvine.trainer.optim import Optimizer
 from dryvine.trainer.plan import Point, learning_rate
 
@@ -51,12 +52,8 @@ class Rig:
         if key not in self.executors:
             p = self.config.parallel
             schedule = make_schedule(self.config, microbatches)
-            edge = boundary(
-                p.microbatch_sequences,
-                self.config.data.seq_len,
-                self.config.model.hidden,
-                DTYPES[self.config.run.dtype],
-            )
+            tokens = p.microbatch_sequences * self.config.data.seq_len
+            edge = (torch.empty(tokens, self.config.model.hidden, dtype=DTYPES[self.config.run.dtype], device="meta"),)
             self.executors[key] = Executor(
                 schedule if training else forward_only(schedule),
                 self.mesh.pp_rank, self.model.stages, self.wire, edge, p.overlap == "on",
@@ -67,12 +64,8 @@ class Rig:
         """This data rank's microbatches of the step whose first sequence is `first`: a share that any layout agrees on
         as a set, since the numbers are split over microbatches and data ranks and nothing else."""
         size, mesh = self.config.parallel.microbatch_sequences, self.mesh
-        return [
-            torch.from_numpy(source.sequences(first + (m * mesh.data_ranks + mesh.data_rank) * size, size)).to(
-                mesh.device
-            )
-            for m in range(microbatches)
-        ]
+        firsts = [first + (m * mesh.data_ranks + mesh.data_rank) * size for m in range(microbatches)]
+        return [torch.from_numpy(source.sequences(n, size)).to(mesh.device) for n in firsts]
 
 
 def make_schedule(config: Config, microbatches: int) -> Schedule:
@@ -120,17 +113,14 @@ def train_step(rig: Rig, point: Point) -> tuple[Played, float, float]:
 
 def balance(rig: Rig) -> float:
     """Move every gate's bias by the load of the whole global batch, and start counting anew (arXiv 2408.15664)."""
-    shape = rig.config.model
-    layers = shape.moe_layers()
+    shape, own = rig.config.model, rig.model.loads
+    layers = [block.name for block in blocks(shape) if block.kind in ("moe", "mtp")]
     if not layers:
         return 1.0
-    loads = torch.zeros(len(layers), shape.routed, dtype=torch.int64, device=rig.mesh.device)
-    for row, layer in zip(loads, layers, strict=True):
-        if layer in rig.model.loads:
-            row.copy_(rig.model.loads[layer])
-            rig.model.loads[layer].zero_()
-    rig.mesh.sum(loads)
-    rig.model.update_biases(dict(zip(layers, loads, strict=True)))
+    zeros = torch.zeros(shape.routed, dtype=torch.int64, device=rig.mesh.device)
+    loads = rig.mesh.sum(torch.stack([own.get(layer, zeros) for layer in layers]))
+    rig.model.update_biases(dict(zip(layers, loads, strict=True)), shape.bias_gamma)
+    rig.model.reset_loads()
     return float((loads.max(dim=1).values * shape.routed / loads.sum(dim=1)).max())
 
 

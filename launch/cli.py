@@ -1,0 +1,61 @@
+"""`dryvine`: one typer app. A command imports what it needs when it runs, so that those without torch start at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dryvine.launch import data_cli
+from dryvine.launch.schedule_cli import schedule
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app.add_typer(data_cli.app, name="data")
+app.command()(schedule)
+
+ConfigFile = Annotated[Path, typer.Argument(help="a TOML file, see configs/", show_default=False)]
+Overrides = Annotated[list[str] | None, typer.Argument(help="table.key=value ...", show_default=False)]
+
+
+@app.command()
+def train(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Train on this machine: in this process if the layout has one rank, else by torchrun."""
+    from dryvine.trainer.config import load
+
+    world = load(config, overrides or ()).parallel.world
+    words = [str(config), *(overrides or ())]
+    if world == 1:
+        from dryvine.trainer.__main__ import main as rank_main
+
+        raise typer.Exit(rank_main(words))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world)))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+    os.execv(sys.executable, [sys.executable, *torchrun, "-m", "dryvine.trainer", *words])
+
+
+@app.command()
+def verify(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Train three steps in FP32 on CPU ranks of this machine, in the config's layout and as one process, and compare
+    the loss, every gradient, the gradient norm and the weights. Exit code 1 if they differ by more than 1e-5."""
+    from rich.console import Console
+
+    from dryvine.trainer.config import load
+    from dryvine.trainer.verify import compare, table
+
+    deviations = compare(load(config, overrides or ()))
+    Console().print(table(deviations))
+    raise typer.Exit(0 if all(d.fine for d in deviations) else 1)
+
+
+def main() -> None:
+    """Run the app. What the user can mend is one line on stderr and exit code 2, without a traceback."""
+    try:
+        app()
+    except ValueError as error:
+        if type(error) is ValueError:
+            raise
+        print(f"dryvine: {error}", file=sys.stderr)
+        sys.exit(2)

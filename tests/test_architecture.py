@@ -1,0 +1,77 @@
+"""The rules of the house, checked: rooms and their layers, the package list, file lengths, what stays free of torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = ("comm", "parallel", "trainer", "launch")  # a room imports itself and those before it
+FILES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
+
+# What a login node without torch must be able to import.
+TORCH_FREE = (
+    "dryvine.comm.config",
+    "dryvine.comm.topology",
+    "dryvine.parallel.config",
+    "dryvine.parallel.partition",
+    "dryvine.parallel.schedule.ir",
+    "dryvine.parallel.schedule.table",
+    "dryvine.parallel.schedule.lower",
+    "dryvine.parallel.schedule.simulate",
+    "dryvine.trainer.config",
+    "dryvine.trainer.plan",
+    "dryvine.trainer.model.shape",
+    "dryvine.launch.cli",
+)
+
+
+def imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module or ""
+
+
+def test_every_package_is_listed_once_and_none_is_missing() -> None:
+    tool = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {path.parent.relative_to(ROOT).as_posix() for path in FILES}
+    assert sorted(tool["packages"]) == sorted("dryvine." + folder.replace("/", ".") for folder in folders)
+    assert tool["package-dir"] == {"dryvine." + f.replace("/", "."): f for f in folders}
+
+
+def test_no_folder_is_a_package_of_its_own() -> None:
+    assert not [path for path in FILES if path.name == "__init__.py"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_file_keeps_the_rules(path: Path) -> None:
+    room = path.relative_to(ROOT).parts[0]
+    allowed = ROOMS[: ROOMS.index(room) + 1]
+    for name in imports(path):
+        assert name.split(".")[0] not in ROOMS, f"bare import {name}: write dryvine.{name}"
+        if name.startswith("dryvine."):
+            assert name.split(".")[1] in allowed, f"{room} must not import {name}"
+    text = path.read_text()
+    tree = ast.parse(text)
+    assert not [node for node in ast.walk(tree) if isinstance(node, ast.Global)], "module state"
+    assert ast.get_docstring(tree), "no module docstring"
+    assert text.count("\n") <= 400, "over 400 lines"
+
+
+def test_planning_needs_no_torch() -> None:
+    code = (
+        "import sys\n"
+        "sys.modules['torch'] = None\n"
+        f"import {', '.join(TORCH_FREE)}\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,29 @@
+"""Blocks to stages: contiguous, complete, and as even as brute force finds."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dryvine.parallel.partition import partition
+
+
+@given(st.lists(st.integers(0, 20), min_size=1, max_size=9), st.data())
+def test_the_dearest_stage_is_as_cheap_as_brute_force_finds(costs: list[int], data: st.DataObject) -> None:
+    stages = data.draw(st.integers(1, len(costs)))
+    parts = partition(costs, stages)
+    assert [i for part in parts for i in part] == list(range(len(costs)))
+    assert all(len(part) for part in parts)
+    best = min(
+        max(sum(costs[a:b]) for a, b in zip((0, *cuts), (*cuts, len(costs)), strict=True))
+        for cuts in combinations(range(1, len(costs)), stages - 1)
+    )
+    assert max(sum(costs[i] for i in part) for part in parts) == best
+
+
+def test_more_stages_than_blocks_is_refused_with_the_mend() -> None:
+    with pytest.raises(ValueError, match="fewer pipeline ranks or more layers"):
+        partition([1.0, 1.0], 3)

@@ -1,0 +1,157 @@
+"""Does this layout train like one process? The first promise of the project, as a command.
+
+The same model, data and seed take a few steps in FP32, once on one rank without pipeline or expert parallelism and
+once in the layout asked for, both on CPU ranks of this machine. Compared are the loss, the gradient norm, every summed
+gradient and every weight; the deviation of a tensor is |a - b| / |a| in the L2 norm, taken in FP64. A training curve
+that looks the same would be the alternative, and it hides a missing gradient for a thousand steps.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.table import Table
+
+from dryvine.comm import local
+from dryvine.comm.mesh import make_mesh
+from dryvine.parallel.config import ParallelConfig
+from dryvine.trainer.config import Config
+from dryvine.trainer.data.prepare import prepare
+from dryvine.trainer.data.source import TokenSource
+from dryvine.trainer.plan import learning_rate, points
+from dryvine.trainer.step import accumulate, balance, make_rig, make_schedule
+
+STEPS = 3
+TOLERANCE = 1e-5  # relative, in FP32
+
+Whole = dict[str, NDArray[np.float32]]  # parameter -> all its elements, flat
+Part = dict[tuple[str, int], NDArray[np.float32]]  # (parameter, first element) -> what one rank owns
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a layout computed: per step the loss and gradient norm; gradients of the last step; weights after it."""
+
+    losses: tuple[float, ...]
+    norms: tuple[float, ...]
+    grads: Mapping[str, NDArray[np.float32]]
+    weights: Mapping[str, NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """The largest relative deviation among the tensors of a kind, and which tensor has it."""
+
+    kind: str
+    largest: float
+    where: str
+
+    @property
+    def fine(self) -> bool:
+        return self.largest <= TOLERANCE  # False for NaN
+
+
+def compare(config: Config) -> list[Deviation]:
+    """Run both layouts and compare them. Raises RankFailed if a rank fails."""
+    return deviations(play(alone(config)), play(in_fp32(config)))
+
+
+def in_fp32(config: Config) -> Config:
+    return config.model_copy(update={"run": config.run.model_copy(update={"dtype": "fp32", "device": "cpu"})})
+
+
+def alone(config: Config) -> Config:
+    """The same training in one process: one rank, one stage, the same microbatch size."""
+    one = ParallelConfig(microbatch_sequences=config.parallel.microbatch_sequences)
+    return in_fp32(config).model_copy(update={"parallel": one})
+
+
+def play(config: Config, steps: int = STEPS) -> Run:
+    """Train `steps` steps on local CPU ranks and put the pieces of all ranks together."""
+    dataset = prepare(config.data)
+    parts = local.run(_rank, config.parallel.world, config, dataset, steps, deadline=config.run.timeout_seconds)
+    losses = tuple(float(sum(part[0][i] for part in parts)) for i in range(steps))
+    return Run(losses, parts[0][1], _whole([part[2] for part in parts]), _whole([part[3] for part in parts]))
+
+
+def _rank(rank: int, config: Config, dataset: Path, steps: int) -> tuple[list[float], tuple[float, ...], Part, Part]:
+    p = config.parallel
+    routes = len(make_schedule(config, config.microbatches(config.batch.sequences)).routes)
+    mesh = make_mesh(p.pp, p.dp, p.ep, routes, torch.device("cpu"), timedelta(seconds=config.run.timeout_seconds))
+    source = TokenSource(dataset, "train", config.data.seq_len, 1 + config.model.mtp_depth, config.run.seed)
+    rig = make_rig(config, mesh, source, source)
+    losses, norms, grads = [], [], {}
+    for point in islice(points(config.batch, config.data.seq_len), steps):
+        played = accumulate(rig, point)
+        norms.append(rig.optimizer.reduce())
+        grads = {(p.name, p.start): p.grad.numpy().copy() for p in rig.optimizer.pieces}
+        rig.optimizer.update(learning_rate(config.optim, point, config.data.seq_len), norms[-1])
+        balance(rig)
+        share = config.microbatches(point.sequences) * mesh.data_ranks
+        losses.append(sum(float(loss) for some in played.losses.values() for loss in some) / share)
+    return losses, tuple(norms), grads, {(p.name, p.start): p.master.numpy() for p in rig.optimizer.pieces}
+
+
+def _whole(parts: list[Part]) -> Whole:
+    """Each parameter from its pieces. Every element must be owned once; an overlap or a gap would not line up."""
+    found: dict[str, list[tuple[int, NDArray[np.float32]]]] = {}
+    for part in parts:
+        for (name, start), values in part.items():
+            found.setdefault(name, []).append((start, values))
+    out = {}
+    for name, pieces in found.items():
+        pieces.sort(key=lambda piece: piece[0])
+        ends = [0, *(start + len(values) for start, values in pieces)]
+        if [start for start, _ in pieces] != ends[:-1]:
+            raise AssertionError(f"{name}: its pieces do not cover it once: {[(s, len(v)) for s, v in pieces]}")
+        out[name] = np.concatenate([values for _, values in pieces])
+    return out
+
+
+def deviations(one: Run, many: Run) -> list[Deviation]:
+    """The largest deviation of each kind of tensor, dearest kinds first."""
+    steps = [f"step {i + 1}" for i in range(len(one.losses))]
+    found = [
+        _worst("loss", dict(zip(steps, map(_relative, one.losses, many.losses), strict=True))),
+        _worst("gradient norm", dict(zip(steps, map(_relative, one.norms, many.norms), strict=True))),
+    ]
+    for what, left, right in (("gradient", one.grads, many.grads), ("weight", one.weights, many.weights)):
+        if left.keys() != right.keys():
+            raise AssertionError(f"the layouts hold other parameters: {sorted(left.keys() ^ right.keys())}")
+        kinds: dict[str, dict[str, float]] = {}
+        for name in left:
+            kinds.setdefault(_kind(name), {})[name] = _relative(left[name], right[name])
+        found += [_worst(f"{what} {kind}", kinds[kind]) for kind in sorted(kinds)]
+    return found
+
+
+def _kind(name: str) -> str:
+    """layers.3.attention.q_a.weight and layers.4.attention.q_a.weight are of one kind."""
+    return re.sub(r"\.\d+\.", ".N.", name)
+
+
+def _relative(one: float | NDArray[np.float32], many: float | NDArray[np.float32]) -> float:
+    a, b = np.asarray(one, np.float64), np.asarray(many, np.float64)
+    return float(np.linalg.norm(a - b) / (np.linalg.norm(a) or 1.0))
+
+
+def _worst(kind: str, found: Mapping[str, float]) -> Deviation:
+    where = max(found, key=lambda name: (np.isnan(found[name]), found[name]))
+    return Deviation(kind, found[where], where)
+
+
+def table(found: list[Deviation]) -> Table:
+    out = Table(
+        "what", "largest relative deviation", "where", title=f"this layout against one process, FP32, {STEPS} steps"
+    )
+    for d in found:
+        out.add_row(d.kind, f"[{'green' if d.fine else 'bold red'}]{d.largest:.1e}[/]", d.where)
+    return out
