@@ -11,7 +11,7 @@ One number per pair, as most simulators take, would need ten guesses and none co
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import combinations_with_replacement
 from typing import Literal, NamedTuple
@@ -52,8 +52,8 @@ class Costs:
         return self.op(slot[0].kind) if len(slot) == 1 else self.pair(slot[0].kind, slot[1].kind)
 
     def pair(self, a: Kind, b: Kind) -> float:
-        key = "".join(sorted((a, b)))
-        return self.pairs[key] if key in self.pairs else makespan(self.phases(a), self.phases(b))
+        a, b = sorted((a, b))
+        return self.pairs[a + b] if a + b in self.pairs else makespan(self.phases(a), self.phases(b))
 
     def phases(self, kind: Kind) -> tuple[Phase, ...]:
         """The op as a chain over its layers: see the module docstring."""
@@ -63,6 +63,11 @@ class Costs:
         comm = Phase("comm", total * self.comm / pieces)
         one = (compute, comm) if kind == "F" else (comm, compute)
         return tuple(phase for phase in one * pieces if phase.time > 0)
+
+    def of_a_part(self, part: float) -> Costs:
+        """Costs of stages that are `part` as large. A message stays as long: it is one microbatch's activations."""
+        pairs = {key: value * part for key, value in self.pairs.items()}
+        return replace(self, F=self.F * part, I=self.I * part, W=self.W * part, pairs=pairs)
 
     @staticmethod
     def parse(text: str) -> Costs:
@@ -91,13 +96,9 @@ def _item(item: str) -> tuple[str, float]:
     return "".join(sorted(key)) if "".join(sorted(key)) in PAIRS else key, number
 
 
-class _Front(NamedTuple):
-    """How far two jobs have come: when each may go on, and when each lane is free."""
-
-    a: float
-    b: float
-    compute: float
-    comm: float
+_Front = tuple[float, float, float, float]  # when job a and job b may go on; when compute and comm are free
+_LANE = {"compute": 2, "comm": 3}
+EQUAL = 1e-12  # times closer than this are one, else sums in another order would multiply the fronts
 
 
 @lru_cache(maxsize=256)
@@ -106,25 +107,27 @@ def makespan(a: tuple[Phase, ...], b: tuple[Phase, ...]) -> float:
 
     Exact: at each (phases of a done, phases of b done) all fronts are kept that no other one dominates.
     """
-    fronts: dict[tuple[int, int], set[_Front]] = {(0, 0): {_Front(0.0, 0.0, 0.0, 0.0)}}
+    fronts: dict[tuple[int, int], set[_Front]] = {(0, 0): {(0.0, 0.0, 0.0, 0.0)}}
     for i in range(len(a) + 1):
         for j in range(len(b) + 1):
-            here = fronts[i, j] = _best(fronts[i, j])
-            for front in here:
+            for front in _best(fronts.pop((i, j))) if i < len(a) or j < len(b) else ():
                 if i < len(a):
-                    fronts.setdefault((i + 1, j), set()).add(_advance(front, "a", a[i]))
+                    fronts.setdefault((i + 1, j), set()).add(_advance(front, 0, a[i]))
                 if j < len(b):
-                    fronts.setdefault((i, j + 1), set()).add(_advance(front, "b", b[j]))
+                    fronts.setdefault((i, j + 1), set()).add(_advance(front, 1, b[j]))
     return min(max(front) for front in fronts[len(a), len(b)])
 
 
-def _advance(front: _Front, job: Literal["a", "b"], phase: Phase) -> _Front:
-    end = max(getattr(front, job), getattr(front, phase.lane)) + phase.time
-    return front._replace(**{job: end, phase.lane: end})
+def _advance(front: _Front, job: int, phase: Phase) -> _Front:
+    lane, ahead = _LANE[phase.lane], list(front)
+    ahead[job] = ahead[lane] = max(front[job], front[lane]) + phase.time
+    return ahead[0], ahead[1], ahead[2], ahead[3]
 
 
-def _best(fronts: set[_Front]) -> set[_Front]:
-    def dominated(front: _Front) -> bool:
-        return any(o != front and all(x <= y for x, y in zip(o, front, strict=True)) for o in fronts)
-
-    return {front for front in fronts if not dominated(front)}
+def _best(fronts: set[_Front]) -> list[_Front]:
+    """Those that no other one is ahead of. Sorted, a front can only be dominated by an earlier one."""
+    kept: list[_Front] = []
+    for f in sorted(fronts):
+        if not any(k[1] <= f[1] + EQUAL and k[2] <= f[2] + EQUAL and k[3] <= f[3] + EQUAL for k in kept):
+            kept.append(f)
+    return kept

@@ -6,13 +6,21 @@ from pathlib import Path
 
 from dryvine.parallel.schedule.check import check
 from dryvine.parallel.schedule.dualpipe import dualpipe, dualpipev
+from dryvine.parallel.schedule.gpipe import gpipe
+from dryvine.parallel.schedule.interleaved import interleaved
 from dryvine.parallel.schedule.ir import Schedule
 from dryvine.parallel.schedule.notation import from_csv
 from dryvine.parallel.schedule.one_f_one_b import one_f_one_b
 from dryvine.parallel.schedule.rules import Generator, ScheduleError, Sizes
+from dryvine.parallel.schedule.zb1p import zb1p
+from dryvine.parallel.schedule.zbv import zbv
 
 SCHEDULES: dict[str, Generator] = {
+    "gpipe": gpipe,
     "one_f_one_b": one_f_one_b,
+    "interleaved": interleaved,
+    "zb1p": zb1p,
+    "zbv": zbv,
     "dualpipe": dualpipe,
     "dualpipev": dualpipev,
 }

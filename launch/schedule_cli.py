@@ -1,0 +1,99 @@
+"""`dryvine schedule`: draw a pipeline schedule, know what it costs, check one of your own. Needs no GPU, no torch."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.style import Style
+from rich.text import Text
+
+from dryvine.parallel.schedule.check import check
+from dryvine.parallel.schedule.costs import Costs
+from dryvine.parallel.schedule.draw import FORMATS
+from dryvine.parallel.schedule.draw_html import as_html
+from dryvine.parallel.schedule.draw_text import lines
+from dryvine.parallel.schedule.ir import Schedule
+from dryvine.parallel.schedule.rules import ScheduleError
+from dryvine.parallel.schedule.simulate import Timeline, simulate
+from dryvine.parallel.schedule.table import ALIASES, FILE, SCHEDULES, build, load
+
+_NAMES = f"{', '.join(SCHEDULES)}, or file:PATH.csv; several are compared"
+
+
+def schedule(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help=_NAMES)] = None,
+    pp: Annotated[int | None, typer.Option(help="pipeline ranks")] = None,
+    microbatches: Annotated[int | None, typer.Option(help="microbatches in a step, over all directions")] = None,
+    chunks: Annotated[int, typer.Option(help="stages per rank; 1 = the schedule's own")] = 1,
+    costs: Annotated[str, typer.Option(help="times, such as F=1,I=1,W=1,FB=2.4,P2P=0.1; COMM=0.33 prices pairs")] = "",
+    file: Annotated[Path | None, typer.Option(help="a schedule of your own, as --format csv writes it")] = None,
+    form: Annotated[str, typer.Option("--format", help=" | ".join(FORMATS))] = "text",
+    out: Annotated[Path | None, typer.Option(help="write there instead of to the terminal")] = None,
+) -> None:
+    """Draw, check and price pipeline schedules."""
+    try:
+        timelines = _timelines(_schedules(names or [], file, pp, microbatches, chunks), Costs.parse(costs))
+        if form == "text" and out is None and sys.stdout.isatty():
+            _paint(timelines)
+        else:
+            _write(_render(form, timelines, costs), out)
+    except ScheduleError as error:
+        typer.echo(f"dryvine schedule: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+def _schedules(
+    names: list[str], file: Path | None, pp: int | None, microbatches: int | None, chunks: int
+) -> list[Schedule]:
+    """What was asked for, checked. Sizes may be left out where a file gives them."""
+    found = [load(str(file))] if file else []
+    for name in names:
+        if name.startswith(FILE) and pp is None and microbatches is None:
+            found.append(load(name.removeprefix(FILE)))
+        elif pp is None or microbatches is None:
+            raise ScheduleError(f"{name} needs --pp and --microbatches, such as --pp 8 --microbatches 20")
+        else:
+            wide = chunks if ALIASES.get(name, name) == "interleaved" or len(names) == 1 else 1
+            found.append(build(name, pp, microbatches, wide))
+    if not found:
+        raise ScheduleError(f"name a schedule ({_NAMES}) or give --file PATH.csv")
+    for each in found:
+        check(each)
+    return found
+
+
+def _timelines(schedules: list[Schedule], costs: Costs) -> list[Timeline]:
+    """One schedule: costs are per stage. Several: per P-th of the model, so that all are runs of the same model."""
+    parts = [len(s.ranks) / s.stages if len(schedules) > 1 else 1.0 for s in schedules]
+    return [simulate(s, costs.of_a_part(part)) for s, part in zip(schedules, parts, strict=True)]
+
+
+def _render(form: str, timelines: list[Timeline], costs: str) -> str:
+    if form not in FORMATS:
+        raise ScheduleError(f"no format is called {form!r}; there are {', '.join(FORMATS)}")
+    if form == "html":
+        price = costs or "F=1, I=1, W=1, a pair the sum of both"
+        shared = "a P-th of the model (a chunk held is one stage's activations, so half as large in a V)"
+        return as_html(timelines, f"costs of {shared if len(timelines) > 1 else 'a stage'}: {price}")
+    return FORMATS[form](timelines)
+
+
+def _write(drawing: str, out: Path | None) -> None:
+    if out is None:
+        typer.echo(drawing, nl=False)
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(drawing)
+    typer.echo(f"wrote {out}", err=True)
+
+
+def _paint(timelines: list[Timeline]) -> None:
+    console = Console()
+    for timeline in timelines:
+        for line in lines(timeline, console.width):
+            painted = [(p.text, Style(color=p.colours[1], bgcolor=p.colours[0]) if p.colours else "") for p in line]
+            console.print(Text.assemble(*painted), no_wrap=True, crop=True)
