@@ -168,15 +168,19 @@ def _tokenize(
     tick: Tick,
 ) -> Progress:
     starts = [0, *itertools.accumulate(file.size for file in inputs)]
-    part = Part(out, progress, dtype_for(vocabulary.size))
-    for batch in batches(items(inputs, recipe.field, progress.place)):
-        _pack(batch, recipe, vocabulary, part)
-        place = batch[-1].after
-        if part.tokens >= recipe.shard_tokens:
+    work = batches(items(inputs, recipe.field, progress.place))
+    while progress.place.file < len(inputs):
+        with Part(out, progress, dtype_for(vocabulary.size)) as part:
+            for batch in work:
+                _pack(batch, recipe, vocabulary, part)
+                place = batch[-1].after
+                tick("tokenizing", starts[place.file] + place.byte, starts[-1])
+                if part.tokens >= recipe.shard_tokens:
+                    break
+            else:
+                place = Place(len(inputs))
             progress = part.commit(place)
-            part = Part.after(part, progress)
-        tick("tokenizing", starts[place.file] + place.byte, starts[-1])
-    return part.commit(Place(len(inputs)))
+    return progress
 
 
 def _pack(batch: Sequence[Item], recipe: Recipe, vocabulary: tokenizer.Vocabulary, part: Part) -> None:

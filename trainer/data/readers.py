@@ -119,7 +119,7 @@ def _json_record(file: BufferedReader, raw: bytes, field: str, line: int) -> Ite
         yield _broken(line, file.tell(), f"longer than {LONGEST >> 20} MiB; is this a JSON array?")
     elif raw.strip():
         try:
-            value = json.loads(raw.decode("utf-8-sig" if line == 1 else "utf-8"))
+            value = json.loads(raw.decode("utf-8-sig" if line == 1 else "utf-8").rstrip())
             if not isinstance(value, dict):
                 raise ValueError(f"a JSON {type(value).__name__}, not an object")
             if field not in value:

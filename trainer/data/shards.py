@@ -59,10 +59,10 @@ class ShardWriter:
         self.folder, self.name, self.dtype = folder, f"{part:05d}", dtype
         self.tokens, self.bytes = 0, 0
         self._ends: list[int] = []
-        self._file = temporary(folder / f"{self.name}.bin")
+        self.file = temporary(folder / f"{self.name}.bin")
 
     def add(self, ids: list[int], size: int, ends: bool) -> None:
-        np.array(ids, self.dtype).tofile(self._file)
+        np.array(ids, self.dtype).tofile(self.file)
         self.tokens, self.bytes = self.tokens + len(ids), self.bytes + size
         if ends:
             self._ends.append(self.tokens)
@@ -70,11 +70,11 @@ class ShardWriter:
     def close(self, before: Split) -> Split:
         """The split with this shard; an empty one is dropped, since nothing of no bytes can be mapped."""
         if not self.tokens:
-            self._file.close()
-            os.unlink(self._file.name)
+            self.file.close()
+            os.unlink(self.file.name)
             return before
         shard = Shard(name=self.name, tokens=self.tokens, documents=len(self._ends))
-        publish(self._file, shard.bin(self.folder))
+        publish(self.file, shard.bin(self.folder))
         ends = temporary(shard.ends(self.folder))
         np.save(ends, np.array(self._ends, np.uint64))
         publish(ends, shard.ends(self.folder))
@@ -92,9 +92,13 @@ class Part:
         self._quarantine.truncate(progress.quarantine_bytes)
         self._quarantine.seek(progress.quarantine_bytes)
 
-    @classmethod
-    def after(cls, part: Part, progress: Progress) -> Self:
-        return cls(part.out, progress, part.train.dtype)
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close what is still open: all of it if the part was not committed, and then the next run writes it anew."""
+        for file in (self.train.file, self.val.file, self._quarantine):
+            file.close()
 
     @property
     def tokens(self) -> int:

@@ -1,0 +1,304 @@
+"""Whole builds: the same bytes however often they are killed, round trips, splits, vocabularies, fill-in-the-middle."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from dryvine.trainer.data import stream, tokenizer
+from dryvine.trainer.data.build import Recipe, build
+from dryvine.trainer.data.config import DataError
+from dryvine.trainer.data.dataset import Dataset, PackedTokens, SplitName
+from dryvine.trainer.data.inputs import match
+
+WORDS = ["the", "expert", "token", "routes", "over", "node", "gradient", "é", "漢字", "stage", "1024", "bubble"]
+
+
+def corpus(folder: Path, texts: int = 30) -> list[str]:
+    """Files of each kind, a few lines of them broken; the patterns that match them."""
+    draw = random.Random(0)
+    documents = [" ".join(draw.choices(WORDS, k=draw.randint(5, 120))) + f" {i}\n" for i in range(3 * texts)]
+    for i in range(texts):
+        (folder / f"{i:03d}.txt").write_text(documents[i])
+    lines = [json.dumps({"text": text}) for text in documents[texts : 2 * texts]]
+    for i, broken in zip(range(3, 30, 10), ('{"text": ', '{"no": "text"}', "null"), strict=True):
+        lines[i] = broken
+    (folder / "web.jsonl").write_text("\n".join(lines))
+    pq.write_table(pa.table({"text": [*documents[2 * texts :], None]}), folder / "books.parquet", row_group_size=7)
+    return [f"{folder}/*.txt", f"{folder}/*.jsonl", f"{folder}/*.parquet"]
+
+
+def texts_of(folder: Path, split: SplitName) -> list[str]:
+    """The documents of a split, decoded, special tokens spelled out and without the end token."""
+    packed = PackedTokens(folder, split)
+    plain = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    ends = packed.document_ends().astype(int)
+    assert all(packed.tokens(end - 1, 1) == packed.dataset.end_token for end in ends)
+    pieces = [packed.tokens(a, b - a - 1) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+    return plain.decode_batch([piece.tolist() for piece in pieces], skip_special_tokens=False)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def alphabet(tmp_path_factory: pytest.TempPathFactory) -> tokenizer.Vocabulary:
+    path = tmp_path_factory.mktemp("alphabet") / "tokenizer.json"
+    tokenizer.train(["the cat sat on the mat, the hat on the cat" * 3], 290).save(str(path))
+    return tokenizer.load(path)
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(st.characters(exclude_categories=["Cs"])))
+def test_any_text_round_trips(alphabet: tokenizer.Vocabulary, text: str) -> None:
+    ids = alphabet.tokenizer.encode(text, add_special_tokens=False).ids
+    assert alphabet.tokenizer.decode(ids, skip_special_tokens=False) == text
+
+
+def test_text_cannot_spell_a_special_token(alphabet: tokenizer.Vocabulary) -> None:
+    text = f"a{tokenizer.END}b{tokenizer.FIM[1]}"
+    ids = alphabet.tokenizer.encode(text, add_special_tokens=False).ids
+    assert not {alphabet.end, *(alphabet.fim or ())} & set(ids)
+    assert alphabet.tokenizer.decode(ids, skip_special_tokens=False) == text
+
+
+def test_every_document_is_there_once_and_on_one_side(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    inputs = match(corpus(tmp_path / "in"))
+    recipe = Recipe(vocab_size=400, validation_fraction=0.3, shard_tokens=1500)
+    dataset = build(inputs, recipe, tmp_path / "out")
+    train, val = texts_of(tmp_path / "out", "train"), texts_of(tmp_path / "out", "val")
+    written = [item.record.text for item in stream.items(inputs, "text", stream.Place()) if item.record.text]
+    assert sorted(train + val) == sorted(written)
+    assert len(written) == 87
+    assert 10 < len(val) < 45
+    assert dataset.train.bytes == sum(len(text.encode()) for text in train)
+    assert (dataset.train.documents, dataset.val.documents) == (len(train), len(val))
+    assert dataset.quarantined == 4
+
+
+def test_copies_of_a_record_are_on_one_side(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": f"document {i % 20} of twenty"}) for i in range(100)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    build(match([f"{tmp_path}/a.jsonl"]), Recipe(vocab_size=300, validation_fraction=0.4), tmp_path / "out")
+    train, val = texts_of(tmp_path / "out", "train"), texts_of(tmp_path / "out", "val")
+    assert len(train) + len(val) == 100
+    assert set(train)
+    assert set(val)
+    assert not set(train) & set(val)
+
+
+def test_quarantine_names_file_line_and_reason(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    build(match(corpus(tmp_path / "in")), Recipe(vocab_size=300), tmp_path / "out")
+    entries = [json.loads(line) for line in (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()]
+    assert [(entry["file"], entry["line"]) for entry in entries] == [
+        ("web.jsonl", 4),
+        ("web.jsonl", 14),
+        ("web.jsonl", 24),
+        ("books.parquet", 31),
+    ]
+    assert entries[1]["reason"] == "no field 'text'"
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from dryvine.trainer.data import stream
+from dryvine.trainer.data.build import Recipe, build
+from dryvine.trainer.data.inputs import match
+stream.BATCH_BYTES = 800
+left, replace = int(sys.argv[1]), os.replace
+def dying(source, target):
+    global left
+    left -= 1
+    if left == 0:
+        os._exit(9)
+    replace(source, target)
+os.replace = dying
+build(match(sys.argv[3:]), Recipe(vocab_size=300, shard_tokens=1200, validation_fraction=0.3), Path(sys.argv[2]))
+"""
+
+
+def test_a_build_killed_again_and_again_ends_up_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each run dies just before it gives its n-th file its name, n going round the steps of a commit."""
+    (tmp_path / "in").mkdir()
+    patterns = corpus(tmp_path / "in")
+    codes = []
+    for n in (2, 3, 4, 8, 9, 10, 6, 7, 5, 99):
+        command = [sys.executable, "-c", KILLED, str(n), str(tmp_path / "killed"), *patterns]
+        codes.append(subprocess.run(command, timeout=60, check=False).returncode)
+        assert (tmp_path / "killed" / "dataset.json").exists() == (codes[-1] == 0)
+    assert codes == [9] * 9 + [0]
+    monkeypatch.setattr(stream, "BATCH_BYTES", 800)
+    recipe = Recipe(vocab_size=300, shard_tokens=1200, validation_fraction=0.3)
+    dataset = build(match(patterns), recipe, tmp_path / "whole")
+    assert len(dataset.train.shards) >= 5
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def test_a_resumed_build_does_not_start_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "in").mkdir()
+    inputs = match(corpus(tmp_path / "in"))
+    recipe = Recipe(vocab_size=300, shard_tokens=1200)
+    monkeypatch.setattr(stream, "BATCH_BYTES", 800)
+    places: list[int] = []
+
+    def stop_halfway(what: str, done: int, total: int) -> None:
+        places.append(done)
+        if what == "tokenizing" and done > total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(inputs, recipe, tmp_path / "out", stop_halfway)
+    with pytest.raises(DataError, match="half-built from other files or settings"):
+        build(inputs[1:], recipe, tmp_path / "out")
+    halfway, again = places[-1], list[tuple[str, int]]()
+    build(inputs, recipe, tmp_path / "out", lambda what, done, total: again.append((what, done)))
+    assert {what for what, _ in again} == {"tokenizing"}
+    assert again[0][1] > halfway / 2
+
+
+def test_a_finished_folder_is_kept_and_never_written_over(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    inputs = match(corpus(tmp_path / "in"))
+    recipe = Recipe(vocab_size=300)
+    first = build(inputs, recipe, tmp_path / "out")
+    before = contents(tmp_path / "out")
+
+    def fail(what: str, done: int, total: int) -> None:
+        raise AssertionError("it was built again")
+
+    assert build(inputs, recipe, tmp_path / "out", fail) == first
+    with pytest.raises(DataError, match="holds a dataset of other files or settings"):
+        build(inputs, Recipe(vocab_size=301), tmp_path / "out")
+    assert contents(tmp_path / "out") == before
+
+
+def test_inputs_without_text_are_refused_and_may_be_tried_again(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"body": "some text"}\n' * 3)
+    with pytest.raises(DataError, match="no text to train on in 1 files, 3 lines skipped"):
+        build(match([f"{tmp_path}/a.jsonl"]), Recipe(vocab_size=300), tmp_path / "out")
+    recipe = Recipe(vocab_size=300, field="body", validation_fraction=0)
+    assert build(match([f"{tmp_path}/a.jsonl"]), recipe, tmp_path / "out").train.documents == 3
+    assert (tmp_path / "out" / "quarantine.jsonl").read_text() == ""
+
+
+def test_the_vocabulary_is_learned_from_training_text_only(tmp_path: Path) -> None:
+    for a, b in itertools.product("abcdef", repeat=2):
+        (tmp_path / f"{a}{b}.txt").write_text(f"secret{a}{b} " * 50)
+    build(match([f"{tmp_path}/*.txt"]), Recipe(vocab_size=600, validation_fraction=0.3), tmp_path / "out")
+    vocab = tokenizer.load(tmp_path / "out" / "tokenizer.json").tokenizer.get_vocab()
+    words = {token.removeprefix("Ġ") for token in vocab}
+    names = {split: {text.split()[0] for text in texts_of(tmp_path / "out", split)} for split in ("train", "val")}
+    assert len(names["val"]) > 4
+    assert names["train"] <= words
+    assert not names["val"] & words
+
+
+def test_the_vocabulary_is_learned_from_a_bounded_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(200):
+        (tmp_path / f"{i}.txt").write_text("some words " * 100)
+    seen: list[str] = []
+    train = tokenizer.train
+
+    def spy(texts: list[str], vocab_size: int) -> Tokenizer:
+        seen.extend(texts)
+        return train(seen, vocab_size)
+
+    monkeypatch.setattr(tokenizer, "train", spy)
+    build(match([f"{tmp_path}/*.txt"]), Recipe(vocab_size=300, sample_bytes=44_000), tmp_path / "out")
+    assert 20_000 < sum(len(text) for text in seen) < 70_000
+
+
+def wide_tokenizer(path: Path) -> Path:
+    """A byte-level tokenizer whose bytes have ids above 65535."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {f"unused{i}": i for i in range(70_000)} | {c: 70_000 + i for i, c in enumerate(alphabet)}
+    wide = Tokenizer(models.BPE(vocab, []))
+    wide.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    wide.decoder = decoders.ByteLevel()
+    wide.add_special_tokens(["</s>"])
+    wide.enable_truncation(5)
+    wide.save(str(path))
+    return path
+
+
+def test_a_given_tokenizer_with_wide_ids(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("some text that is longer than five tokens")
+    given = wide_tokenizer(tmp_path / "wide.json")
+    recipe = Recipe(tokenizer=given, validation_fraction=0)
+    dataset = build(match([f"{tmp_path}/a.txt"]), recipe, tmp_path / "out")
+    assert (dataset.dtype, dataset.vocab_size, dataset.end_token) == ("<u4", 70_257, 70_256)
+    tokens = PackedTokens(tmp_path / "out", "train").tokens(0, dataset.train.tokens)
+    assert tokens.dtype == np.uint32
+    assert tokens.min() >= 70_000
+    assert texts_of(tmp_path / "out", "train") == ["some text that is longer than five tokens"]
+
+
+def test_recipes_that_cannot_be_followed_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    given = wide_tokenizer(tmp_path / "wide.json")
+    bare = Tokenizer(models.BPE())
+    bare.save(str(tmp_path / "bare.json"))
+    refused = {
+        "--vocab-size 300: .*wide.json has 70257 ids": Recipe(tokenizer=given, vocab_size=300),
+        "--fim-rate: .*wide.json lacks <|fim_begin|>".replace("|", r"\|"): Recipe(tokenizer=given, fim_rate=0.1),
+        "bare.json: no end-of-document token": Recipe(tokenizer=tmp_path / "bare.json"),
+        "a.txt: not a tokenizer.json": Recipe(tokenizer=tmp_path / "a.txt"),
+        "none.json: No such file": Recipe(tokenizer=tmp_path / "none.json"),
+    }
+    for reason, recipe in refused.items():
+        with pytest.raises(DataError, match=reason):
+            build(match([f"{tmp_path}/a.txt"]), recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_fill_in_the_middle(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    inputs = match(corpus(tmp_path / "in", 60))
+    plain, cut = (
+        build(inputs, Recipe(vocab_size=300, fim_rate=rate, validation_fraction=0.2), tmp_path / f"{rate}")
+        for rate in (0.0, 0.5)
+    )
+    before, after = texts_of(tmp_path / "0.0", "train"), texts_of(tmp_path / "0.5", "train")
+    begin, hole, end = tokenizer.FIM
+    rejoined = []
+    for text in after:
+        if text.startswith(begin):
+            prefix, _, rest = text.removeprefix(begin).partition(hole)
+            suffix, _, middle = rest.partition(end)
+            text = prefix + middle + suffix
+        rejoined.append(text)
+    changed = sum(text.startswith(begin) for text in after)
+    assert rejoined == before
+    assert 0.35 * len(before) < changed < 0.65 * len(before)
+    assert cut.train.bytes == plain.train.bytes
+    assert texts_of(tmp_path / "0.0", "val") == texts_of(tmp_path / "0.5", "val")
+
+
+def test_shards_are_where_dataset_json_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A document may run over shards; its end is found in the shard where it ends."""
+    monkeypatch.setattr("dryvine.trainer.data.readers.PIECE", 100)
+    monkeypatch.setattr(stream, "BATCH_BYTES", 100)
+    text = "one line of a long book\n" * 100
+    (tmp_path / "book.txt").write_text(text)
+    recipe = Recipe(vocab_size=300, shard_tokens=50, validation_fraction=0)
+    dataset = build(match([f"{tmp_path}/book.txt"]), recipe, tmp_path / "out")
+    assert len(dataset.train.shards) > 5
+    assert [shard.documents for shard in dataset.train.shards] == [0] * (len(dataset.train.shards) - 1) + [1]
+    assert texts_of(tmp_path / "out", "train") == [text]
+    assert Dataset.load(tmp_path / "out") == dataset

@@ -1,0 +1,73 @@
+"""`dryvine data build` as a user sees it: a table, or one line and exit code 2."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from dryvine.launch.data_cli import app
+from dryvine.trainer.data.dataset import Dataset
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    for i in range(30):
+        (tmp_path / "in" / f"{i:02d}.txt").write_text(f"some words in file {i}\n" * 5)
+    lines = [json.dumps({"body": f"record [bold]{i}"}) for i in range(5)] + ["{broken"] * 4
+    (tmp_path / "in" / "a.jsonl").write_text("\n".join(lines))
+    return tmp_path
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["build", *arguments])
+
+
+def test_builds_and_reports(folder: Path) -> None:
+    options = ["--vocab-size", "300", "--field", "body", "--val-fraction", "0.2"]
+    done = run("--text", "in/*.txt", "--text", "in/*.jsonl", "--out", "o", *options)
+    assert done.exit_code == 0, done.output
+    dataset = Dataset.load(folder / "o")
+    assert dataset.train.documents + dataset.val.documents == 35
+    assert dataset.val.documents > 0
+    assert f"{dataset.train.tokens:,}" in done.output
+    assert f"{dataset.train.bytes / dataset.train.tokens:.2f}" in done.output
+    assert "4 broken lines skipped, listed in o/quarantine.jsonl\n  a.jsonl:6: not JSON" in done.output
+    assert 'data.source="o" data.vocab_size=300' in done.output
+    assert run("--text", "in/*.txt", "--text", "in/*.jsonl", "--out", "o", *options).exit_code == 0
+
+
+def test_an_unquoted_pattern_works(folder: Path) -> None:
+    assert run("--text", "in/00.txt", "in/01.txt", "in/02.txt", "--out", "o", "--val-fraction", "0").exit_code == 0
+    assert Dataset.load(folder / "o").train.documents == 3
+
+
+def test_a_missing_validation_split_is_pointed_out(folder: Path) -> None:
+    assert "No document was held out" in run("--text", "in/00.txt", "--out", "o", "--val-fraction", "0.001").output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--text", "none/*.txt"], "matches no file"),
+        (["--text", "in/*.jsonl"], "no text to train on in 1 files, 9 lines skipped"),
+        (["--text", "in/*.txt", "--tokenizer", "none.json"], "none.json: No such file"),
+        (
+            ["--text", "in/*.txt", "--vocab-size", "300", "--tokenizer", "o/tokenizer.json"],
+            "has 265 ids; leave one",
+        ),
+        (["--text", "in/*.txt", "--out", "o"], "holds a dataset of other files or settings"),
+    ],
+)
+def test_refusals_are_one_line(folder: Path, arguments: list[str], reason: str) -> None:
+    assert run("--text", "in/00.txt", "--vocab-size", "265", "--val-fraction", "0", "--out", "o").exit_code == 0
+    refused = run("--out", "p", *arguments)
+    message = [line for line in refused.output.splitlines() if line.startswith("dryvine data build: ")]
+    assert refused.exit_code == 2
+    assert len(message) == 1
+    assert reason in message[0]
+    assert "Traceback" not in refused.output

@@ -1,0 +1,136 @@
+"""The order is a bijection in every epoch, for any number of windows, and reading by it gives the right tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dryvine.trainer.data.config import DataError
+from dryvine.trainer.data.dataset import Dataset, PackedTokens, Shard, Split, dtype_for
+from dryvine.trainer.data.order import Order
+from dryvine.trainer.data.source import TokenSource
+
+
+@settings(max_examples=60, deadline=None)
+@given(windows=st.integers(1, 1500), seed=st.integers(0, 2**40), epoch=st.integers(0, 2**30))
+def test_every_window_once_in_every_epoch(windows: int, seed: int, epoch: int) -> None:
+    order = Order(seed, windows)
+    assert sorted(order.window(epoch * windows + i) for i in range(windows)) == list(range(windows))
+
+
+@settings(max_examples=20, deadline=None)
+@given(windows=st.integers(2**33, 2**62), seed=st.integers(0, 2**20), places=st.sets(st.integers(0, 2**33 - 1)))
+def test_huge_epochs_need_no_table_and_do_not_collide(windows: int, seed: int, places: set[int]) -> None:
+    order = Order(seed, windows)
+    seen = {order.window(place) for place in places}
+    assert len(seen) == len(places)
+    assert all(0 <= window < windows for window in seen)
+
+
+def test_epochs_and_seeds_differ_and_repeat() -> None:
+    first = [Order(1, 500).window(i) for i in range(1000)]
+    assert first == [Order(1, 500).window(i) for i in range(1000)]
+    assert first[:500] != first[500:]
+    assert first != [Order(2, 500).window(i) for i in range(1000)]
+
+
+def test_order_looks_shuffled() -> None:
+    """Means of a random permutation within five sigma: where window 0 to n/2 falls, and steps between neighbours."""
+    n, order = 4001, Order(0, 4001)
+    windows = np.array([order.window(i) for i in range(n)])
+    assert abs(windows[: n // 2].mean() - n / 2) < 5 * n / (12 * n / 2) ** 0.5
+    assert abs(np.abs(np.diff(windows)).mean() - n / 3) < 5 * n / (18 * n) ** 0.5
+    assert (np.diff(windows) == 1).sum() < 10
+
+
+def write_dataset(folder: Path, shards: list[int], vocab_size: int = 300) -> np.ndarray:
+    """A dataset whose training tokens count up from 0, modulo the vocabulary, with empty validation."""
+    dtype = dtype_for(vocab_size)
+    line = (np.arange(sum(shards)) % vocab_size).astype(dtype)
+    (folder / "train").mkdir(parents=True)
+    entries, start = [], 0
+    for number, tokens in enumerate(shards):
+        shard = Shard(name=f"{number:05d}", tokens=tokens, documents=1)
+        line[start : start + tokens].tofile(shard.bin(folder / "train"))
+        np.save(shard.ends(folder / "train"), np.array([tokens], np.uint64))
+        entries.append(shard)
+        start += tokens
+    dataset = Dataset(
+        fingerprint="0",
+        tokenizer_sha256="0",
+        vocab_size=vocab_size,
+        end_token=0,
+        dtype=dtype,
+        recipe={},
+        quarantined=0,
+        train=Split(shards=tuple(entries), bytes=1),
+        val=Split(),
+    )
+    (folder / "dataset.json").write_text(dataset.model_dump_json())
+    return line
+
+
+@pytest.mark.parametrize("vocab_size", [300, 70_000])
+def test_reads_across_shard_edges(tmp_path: Path, vocab_size: int) -> None:
+    line = write_dataset(tmp_path, [7, 1, 12, 300], vocab_size)
+    packed = PackedTokens(tmp_path, "train")
+    assert len(packed) == 320
+    for start in range(25):
+        for length in (0, 1, 5, 13, 320 - start):
+            np.testing.assert_array_equal(packed.tokens(start, length), line[start : start + length])
+    assert packed.tokens(0, 3).dtype == np.dtype(dtype_for(vocab_size))
+    assert packed.tokens(320, 0).size == 0
+    np.testing.assert_array_equal(packed.document_ends(), [7, 8, 20, 320])
+    for start, length in ((-1, 2), (319, 2), (321, 0)):
+        with pytest.raises(IndexError):
+            packed.tokens(start, length)
+
+
+def test_wide_tokens_survive(tmp_path: Path) -> None:
+    line = write_dataset(tmp_path, [40_000, 39_000], 78_000)
+    np.testing.assert_array_equal(PackedTokens(tmp_path, "train").tokens(65_000, 9_000), line[65_000:74_000])
+
+
+def test_sequences_are_windows_by_number(tmp_path: Path) -> None:
+    line = write_dataset(tmp_path, [33, 40, 51])
+    source = TokenSource(tmp_path, "train", seq_len=10, extra=2, seed=5)
+    assert source.windows == 12  # the last window ends at 122 of 124
+    rows = source.sequences(3, 4, stride=5)
+    assert rows.dtype == np.int64
+    for row, number in zip(rows, (3, 8, 13, 18), strict=True):
+        start = source.order.window(number) * 10
+        np.testing.assert_array_equal(row, line[start : start + 12])
+    inputs = source.sequences(0, 12)[:, :10]
+    np.testing.assert_array_equal(np.sort(inputs.ravel()), np.arange(120))
+
+
+@pytest.mark.parametrize(("tokens", "windows"), [(21, 1), (22, 2), (31, 2), (32, 3)])
+def test_last_window_has_its_targets(tmp_path: Path, tokens: int, windows: int) -> None:
+    write_dataset(tmp_path, [tokens])
+    source = TokenSource(tmp_path, "train", seq_len=10, extra=2, seed=0)
+    assert source.windows == windows
+    assert source.sequences(0, 50).shape == (50, 12)
+
+
+def test_too_little_text_is_refused(tmp_path: Path) -> None:
+    write_dataset(tmp_path, [11])
+    with pytest.raises(DataError, match="train has 11 tokens and one sequence needs 12"):
+        TokenSource(tmp_path, "train", seq_len=10, extra=2, seed=0)
+    with pytest.raises(DataError, match="val has 0 tokens"):
+        TokenSource(tmp_path, "val", seq_len=10, extra=2, seed=0)
+
+
+def test_damaged_folders_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no finished dataset"):
+        PackedTokens(tmp_path, "train")
+    write_dataset(tmp_path, [11])
+    (tmp_path / "train" / "00000.bin").write_bytes(b"1234")
+    with pytest.raises(DataError, match=r"00000\.bin: 4 bytes where dataset\.json says 22"):
+        PackedTokens(tmp_path, "train")
+    (tmp_path / "dataset.json").write_text('{"format": 99}')
+    with pytest.raises(DataError, match="not of format 1"):
+        PackedTokens(tmp_path, "train")
