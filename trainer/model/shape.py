@@ -22,10 +22,8 @@ class Yarn(BaseModel, frozen=True, extra="forbid"):
     alpha: float = 1.0
     beta: float = 32.0
     original: PositiveInt = 4096  # the context length trained before the extension
-    mscale: float = (
-        1.0  # the rotated parts are scaled by m(mscale) / m(mscale_all_dim), m(a) = 0.1 a ln(factor) + 1 ...
-    )
-    mscale_all_dim: float = 1.0  # ... and the softmax by m(mscale_all_dim) squared
+    mscale: float = 1.0  # rotated parts are scaled by m(mscale) / m(mscale_all_dim), m(a) = 0.1 a ln(factor) + 1
+    mscale_all_dim: float = 1.0  # the softmax is scaled by m(mscale_all_dim) squared
 
 
 class Shape(BaseModel, frozen=True, extra="forbid"):
@@ -60,7 +58,7 @@ class Shape(BaseModel, frozen=True, extra="forbid"):
     bias_gamma: float = Field(default=1e-3, ge=0)
     init_std: float = Field(default=0.006, gt=0)
     norm_eps: float = Field(default=1e-6, gt=0)
-    recompute: frozenset[Literal["norm", "mla_up", "swiglu"]] = frozenset()
+    recompute: tuple[Literal["norm", "mla_up", "swiglu"], ...] = ()  # outputs made again in the backward, not kept
 
     @property
     def qk_dim(self) -> int:
