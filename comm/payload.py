@@ -60,22 +60,28 @@ class Format:
         """Bytes of one wire row."""
         return self.lanes * LANE_BYTES
 
-    def pack(self, tensors: Sequence[Tensor], indexes: Sequence[Tensor]) -> Tensor:
-        """Gather rows `indexes[i]` of each tensor, all of one length R, into a fresh buffer [R, lanes]."""
+    def pack(self, tensors: Sequence[Tensor], indexes: Sequence[Tensor] | None = None) -> Tensor:
+        """Rows `indexes[i]` of each tensor (all of one length R; None: as they lie) as a buffer [R, lanes]."""
+        if indexes is None and len(tensors) == 1:
+            return as_lanes(tensors[0])
+        if indexes is None:
+            return torch.cat([as_lanes(tensor) for tensor in tensors], dim=1)
         buffer = tensors[0].new_empty((len(indexes[0]), self.lanes), dtype=LANE)
         for column, tensor, index in zip(self.columns, tensors, indexes, strict=True):
             into = buffer[:, column.start : column.start + column.width]
             torch.index_select(as_lanes(tensor), 0, index, out=into)
         return buffer
 
-    def unpack(self, buffer: Tensor, index: Tensor | None = None) -> tuple[Tensor, ...]:
-        """The tensors again, rows in the order of `index` (as they lie if None)."""
+    def unpack(self, buffer: Tensor, index: Tensor | None = None, holes: Tensor | None = None) -> list[Tensor]:
+        """The tensors again, rows in the order of `index` (as they lie if None), and zero at `holes`."""
         out = []
         for column in self.columns:
-            lanes = buffer[:, column.start : column.start + column.width]
-            rows = lanes.contiguous() if index is None else lanes.index_select(0, index)
+            rows = buffer[:, column.start : column.start + column.width]
+            rows = rows.contiguous() if index is None else rows.index_select(0, index)
+            if holes is not None and len(holes):
+                rows.index_fill_(0, holes, 0)
             out.append(_as_rows(rows, column))
-        return tuple(out)
+        return out
 
 
 def as_lanes(tensor: Tensor) -> Tensor:

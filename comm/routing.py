@@ -12,6 +12,7 @@ Legend: T tokens, K choices per token, P = T*K pairs, pair p = t*K + k; E expert
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -47,10 +48,60 @@ def runs(begin: Tensor, lengths: Tensor, total: int) -> Tensor:
     return torch.arange(total, device=lengths.device) + shift
 
 
-def by_expert(counts_WX: Tensor, total: int) -> Tensor:
-    """Canonical order of rows that lie by source rank, then expert: int64 [total], position in what came."""
-    begin_WX = starts(counts_WX.flatten()).view_as(counts_WX)
-    return runs(begin_WX.T.flatten(), counts_WX.T.flatten(), total)
+def transposed(counts_AB: Tensor, total: int) -> Tensor:
+    """Rows lie in runs (a, b), a first; where to take them from so that they lie by (b, a): int64 [total].
+
+    What came by (source, expert) is so brought to (expert, source).
+    """
+    begin_AB = starts(counts_AB.flatten()).view_as(counts_AB)
+    return runs(begin_AB.T.flatten(), counts_AB.T.flatten(), total)
+
+
+def where(mask: Tensor, total: int) -> Tensor:
+    """Positions that are true in the flattened mask, ascending: `nonzero` for a known number, without a host read."""
+    flat = mask.flatten()
+    place = torch.where(flat, flat.cumsum(0) - 1, total)
+    found = torch.empty(total + 1, dtype=torch.int64, device=flat.device)
+    return found.scatter_(0, place, torch.arange(len(flat), device=flat.device))[:total]
+
+
+def more_than(amounts: Tensor, levels: int) -> Tensor:
+    """How many of `amounts` exceed 1, 2, ... `levels`, over the first dim: int64 [levels, ...]."""
+    if levels < 1:
+        return amounts.new_empty((0, *amounts.shape[1:]))
+    return torch.stack([(amounts > level).sum(0) for level in range(1, levels + 1)])
+
+
+@dataclass(frozen=True)
+class Sum:
+    """Sums of rows, each in a fixed order: result i is row first[i], plus row source for each later (target, source).
+
+    No target occurs twice in one later level, so adding is deterministic on a GPU as well, and no level is longer
+    than it must be. One atomic scatter would be shorter and give other bits in each run.
+    """
+
+    first: Tensor
+    later: tuple[tuple[Tensor, Tensor], ...]
+
+    @staticmethod
+    def plan(target: Tensor, source: Tensor, sizes: Sequence[int]) -> Sum:
+        """`target` is ascending; sizes[j] results have more than j terms, and sizes[0], all of them, at least one."""
+        begin = torch.ones_like(target, dtype=torch.bool)
+        begin[1:] = target[1:] != target[:-1]
+        place = torch.arange(len(target), device=target.device)
+        nth = place - torch.cummax(torch.where(begin, place, 0), 0).values if len(target) else place
+        chosen = [where(nth == level, size) for level, size in enumerate(sizes)]
+        later = tuple((target[c], source[c]) for c, size in zip(chosen[1:], sizes[1:], strict=True) if size)
+        return Sum(source[chosen[0]], later)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Summed in FP32, given in the rows' dtype."""
+        if not self.later:
+            return rows.index_select(0, self.first)
+        total = rows.index_select(0, self.first).float()
+        for target, source in self.later:
+            total.index_add_(0, target, rows.index_select(0, source).float())
+        return total.to(rows.dtype)
 
 
 def summed(rows: Tensor, place_TK: Tensor) -> Tensor:
@@ -66,6 +117,34 @@ def summed(rows: Tensor, place_TK: Tensor) -> Tensor:
     return total.to(rows.dtype)
 
 
-def split(values: Sequence[int], size: int) -> list[list[int]]:
-    """A flat list in pieces of `size`."""
-    return [list(values[i : i + size]) for i in range(0, len(values), size)]
+@dataclass(frozen=True)
+class Padding:
+    """Runs of rows, each lengthened to a multiple of the GEMM's alignment: place[r] is where real row r goes."""
+
+    counts: tuple[int, ...]
+    place: Tensor
+    holes: Tensor
+
+    @staticmethod
+    def of(used: Sequence[int], alignment: int, device: torch.device) -> Padding:
+        counts = tuple(-(-n // alignment) * alignment for n in used)
+        lengths_2X = torch.tensor((used, counts), device=device)
+        begin = starts(lengths_2X[1])
+        place = runs(begin, lengths_2X[0], sum(used))
+        holes = runs(begin + lengths_2X[0], lengths_2X[1] - lengths_2X[0], sum(counts) - sum(used))
+        return Padding(counts, place, holes)
+
+    def fill(self, index: Tensor) -> Tensor:
+        """A gather index in padded order; the holes take row 0, to be zeroed after."""
+        if not len(self.holes):
+            return index
+        return index.new_zeros(sum(self.counts)).index_copy_(0, self.place, index)
+
+
+def refuse(ranks: list[int]) -> None:
+    """Raise on every rank if some rank's routing named an expert twice for one token."""
+    if ranks:
+        raise ValueError(
+            f"routing of expert-parallel rank {ranks[0]}: a token chose the same expert twice; "
+            "choices must differ within a token (use top-k without replacement)"
+        )
