@@ -76,9 +76,12 @@ class GroupExchange:
         if self.group is None:
             return Pending.done(rows if into is None else into.copy_(rows))
         came = rows.new_empty((sum(receives), *rows.shape[1:])) if into is None else into
-        work = dist.all_to_all_single(came, rows, list(receives), list(sends), group=self.group, async_op=True)
+        due = tuple((w, n * row_bytes) for w, n in zip(self.world, receives, strict=True) if w != self.world[self.rank])
+        try:
+            work = dist.all_to_all_single(came, rows, list(receives), list(sends), group=self.group, async_op=True)
+        except RuntimeError as broken:  # a peer was lost before: the post itself fails
+            raise (self.watch.failed(what, due, 0.0, broken) if self.watch else broken) from broken
         assert work is not None
-        due = [(w, n * row_bytes) for w, n in zip(self.world, receives, strict=True) if w != self.world[self.rank]]
         awaited = self.watch.expect(what, due, work) if self.watch else None
 
         def finish() -> Tensor:

@@ -18,7 +18,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -35,18 +35,21 @@ class CommError(RuntimeError):
     """Ranks were waited for in vain. The message names rank, operation, peer, bytes awaited and who is gone."""
 
 
+Due = tuple[tuple[int, int], ...]  # (world rank, bytes that it owes)
+
+
 @dataclass(frozen=True)
 class Awaited:
     """What a rank waits for: an operation, and the bytes due from each world rank."""
 
     what: str
-    due: tuple[tuple[int, int], ...]
+    due: Due
     work: dist.Work
     since: float = field(default_factory=time.monotonic)
 
-    def peers(self) -> str:
-        due = [(rank, size) for rank, size in self.due if size] or list(self.due)
-        return ", ".join(f"{size} bytes from rank {rank}" for rank, size in due[:8]) + ", ..." * (len(due) > 8)
+    @property
+    def age(self) -> float:
+        return time.monotonic() - self.since
 
 
 class Watch:
@@ -65,9 +68,9 @@ class Watch:
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
 
-    def expect(self, what: str, due: Sequence[tuple[int, int]], work: dist.Work) -> Awaited:
+    def expect(self, what: str, due: Due, work: dist.Work) -> Awaited:
         """Note an operation that has begun; its deadline runs from now."""
-        awaited = Awaited(what, tuple(due), work)
+        awaited = Awaited(what, due, work)
         self._open[id(awaited)] = awaited
         return awaited
 
@@ -75,12 +78,12 @@ class Watch:
         """Until it is done; raises CommError when it is late, or broken, or somebody else found the job broken."""
         try:
             while not self._done(awaited.work):
-                if self.verdict or time.monotonic() - awaited.since > self.deadline:
-                    raise self._fail(awaited, "")
+                if self.verdict or awaited.age > self.deadline:
+                    raise self.failed(awaited.what, awaited.due, awaited.age)
+        except CommError:
+            raise
         except RuntimeError as broken:
-            if isinstance(broken, CommError):
-                raise
-            raise self._fail(awaited, str(broken).splitlines()[0]) from broken
+            raise self.failed(awaited.what, awaited.due, awaited.age, broken) from broken
         self._open.pop(id(awaited), None)
 
     def wait_queued(self, awaited: Awaited) -> None:
@@ -102,11 +105,12 @@ class Watch:
             work.wait()  # it ended meanwhile, well or badly
         return True
 
-    def _fail(self, awaited: Awaited, reason: str) -> CommError:
+    def failed(self, what: str, due: Due, age: float, broken: RuntimeError | None = None) -> CommError:
+        """Have the roll called, and give the error for this rank's part in it."""
         self._alarm.set()
         self._known.wait(self.grace + 4 * POLL)
         told = self.verdict or Verdict((), {}, "the store does not answer: its host is gone")
-        return CommError(told.message(self.rank, awaited, reason))
+        return CommError(told.message(self.rank, what, due, age) + (f" ({_brief(broken)})" if broken else ""))
 
     # The thread.
 
@@ -115,7 +119,7 @@ class Watch:
             for key, awaited in list(self._open.items()):
                 if awaited.work.is_completed() and not self._alarm.is_set():
                     self._open.pop(key, None)
-                elif time.monotonic() - awaited.since > self.deadline + POLL:
+                elif awaited.age > self.deadline + POLL:
                     self._alarm.set()
             try:
                 if self._alarm.is_set() or self._store.check(["call"]):
@@ -141,7 +145,8 @@ class Watch:
             self._fence(rank)
         self.verdict = Verdict(tuple(sorted(missing)), states, "")
         time.sleep(2 * POLL)  # the store may be ours: others have until now to read it
-        print(self.verdict.message(self.rank, oldest, ""), file=sys.stderr, flush=True)
+        doing = (oldest.what, oldest.due, oldest.age) if oldest else ("computing", (), 0.0)
+        print(self.verdict.message(self.rank, *doing), file=sys.stderr, flush=True)
         faulthandler.dump_traceback_later(EXIT, exit=True)
         self._known.set()
 
@@ -162,23 +167,26 @@ class Verdict:
     states: dict[int, str]
     trouble: str
 
-    def message(self, rank: int, awaited: Awaited | None, reason: str) -> str:
-        doing = "was computing"
-        if awaited:
-            doing = f"{awaited.what}: waited {time.monotonic() - awaited.since:.1f} s for {awaited.peers()}"
-        return f"rank {rank}: {doing}{f' ({reason})' if reason else ''}; {self._culprit(awaited)}"
+    def message(self, rank: int, what: str, due: Due, age: float) -> str:
+        owing = [(peer, size) for peer, size in due if peer in self.missing] or [(p, size) for p, size in due if size]
+        owed = ", ".join(f"{size} bytes from rank {peer}" for peer, size in owing[:8]) + ", ..." * (len(owing) > 8)
+        late = f": {owed} did not come in {age:.1f} s" if owed else ""
+        return f"rank {rank}: {what}{late}; {self._culprit(what, due)}"
 
-    def _culprit(self, awaited: Awaited | None) -> str:
+    def _culprit(self, what: str, due: Due) -> str:
         if self.trouble:
             return self.trouble
         if self.missing:
-            names = ", ".join(map(str, self.missing))
-            return f"rank {names} did not answer the roll call: dead or stopped"
-        where = {rank: self.states[rank] for rank, size in (awaited.due if awaited else ()) if size}
-        elsewhere = [f"rank {r} is {s}" for r, s in where.items() if awaited and s != f"waiting in {awaited.what}"]
-        return "every rank is alive; " + (
-            "; ".join(elsewhere[:8]) or "all wait in the same operation: the link is slow"
-        )
+            return f"rank {', '.join(map(str, self.missing))} did not answer the roll call: dead or stopped"
+        late = [rank for rank, state in self.states.items() if state == "computing"]
+        late += [peer for peer, size in due if size and not self.states[peer].endswith(what) and peer not in late]
+        where = "; ".join(f"rank {rank} is {self.states[rank]}" for rank in late[:8])
+        return "every rank is alive; " + (where or "all wait in the same operation: a slow link")
+
+
+def _brief(broken: RuntimeError) -> str:
+    """What the transport said, without its advice."""
+    return str(broken).partition(". This is")[0].splitlines()[0].rpartition("] ")[2]
 
 
 def watch_world(deadline: float) -> Watch:
