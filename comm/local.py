@@ -24,6 +24,13 @@ class RankFailed(RuntimeError):
     """A rank raised, died or overran the deadline; the message holds each failed rank's traceback."""
 
 
+def preload(*modules: str) -> None:
+    """Name what ranks need besides torch, so that it is imported once and not by each. For before the first `run`."""
+    lazily = ["torch._dynamo", "torch.distributed.tensor"]  # what making any optimizer imports, two seconds of it
+    names = ["__main__", "torch", "torch.distributed", "dryvine.comm.local", *lazily, *modules]
+    multiprocessing.get_context("forkserver").set_forkserver_preload(names)
+
+
 def run(fn: Callable[..., Any], world: int, *args: Any, deadline: float = 120.0) -> list[Any]:
     """Call `fn(rank, *args)` on `world` gloo ranks and give their results in rank order.
 
@@ -31,7 +38,6 @@ def run(fn: Callable[..., Any], world: int, *args: Any, deadline: float = 120.0)
     RankFailed names the culprits.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "dryvine.comm.local"])
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
         for rank in range(world):

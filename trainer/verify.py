@@ -77,6 +77,7 @@ def alone(config: Config) -> Config:
 def play(config: Config, steps: int = STEPS) -> Run:
     """Train `steps` steps on local CPU ranks and put the pieces of all ranks together."""
     dataset = prepare(config.data)
+    local.preload(__name__)
     parts = local.run(_rank, config.parallel.world, config, dataset, steps, deadline=config.run.timeout_seconds)
     losses = tuple(float(sum(part[0][i] for part in parts)) for i in range(steps))
     return Run(losses, parts[0][1], _whole([part[2] for part in parts]), _whole([part[3] for part in parts]))

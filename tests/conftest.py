@@ -1,0 +1,37 @@
+"""What many tests need: a small real corpus, and the tiny config on it."""
+
+from __future__ import annotations
+
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dryvine.comm import local
+from dryvine.trainer.config import Config, load
+from dryvine.trainer.data.build import Recipe, build
+from dryvine.trainer.data.inputs import match
+
+HERE = Path(__file__).parent
+local.preload("dryvine.trainer.verify")  # the heaviest thing that ranks of a test import
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset of a few standard library files, vocabulary 320."""
+    folder = tmp_path_factory.mktemp("corpus")
+    pattern = Path(sysconfig.get_path("stdlib")) / "a*.py"
+    build(match([str(pattern)]), Recipe(vocab_size=320, validation_fraction=0.3), folder)
+    return folder
+
+
+@pytest.fixture
+def tiny(corpus: Path, tmp_path: Path) -> Callable[..., Config]:
+    """`tiny("parallel.pp=2", ...)`: the tiny config with overrides, its run folder under the test's own."""
+
+    def make(*overrides: str) -> Config:
+        given = (f'data.source="{corpus}"', f'run.out="{tmp_path}"', *overrides)
+        return load(HERE / "tiny.toml", given)
+
+    return make
