@@ -171,5 +171,6 @@ def test_a_remade_tensor_is_dropped_and_made_once_for_all_who_saved_it(again: bo
     assert made[0].expired() == again
     (grad,) = torch.autograd.grad(sum(o.sum() for o in out), x)
     assert len(made) == (2 if again else 1)
+    assert all(one.expired() for one in made)
     e = x.exp()
     torch.testing.assert_close(grad, (2 * e + e.cos()) * e)

@@ -24,18 +24,15 @@ def _identity(tensor: Tensor) -> Identity:
 
 
 class _Remaker:
+    """Hooks of one `through`. It lives, and keeps what it made again, until the last backward that unpacks from it."""
+
     def __init__(self, make: Callable[[], tuple[Tensor, ...]], made: tuple[Tensor, ...]) -> None:
         self.make = make
         self.numbers = {_identity(t): i for i, t in enumerate(made)}
-        self.owed = 0
         self.again: tuple[Tensor, ...] = ()
 
     def pack(self, tensor: Tensor) -> Tensor | int:
-        number = self.numbers.get(_identity(tensor))
-        if number is None:
-            return tensor
-        self.owed += 1
-        return number
+        return self.numbers.get(_identity(tensor), tensor)
 
     def unpack(self, saved: Tensor | int) -> Tensor:
         if isinstance(saved, Tensor):
@@ -43,11 +40,7 @@ class _Remaker:
         if not self.again:
             with torch.no_grad():
                 self.again = self.make()
-        tensor = self.again[saved]
-        self.owed -= 1
-        if not self.owed:
-            self.again = ()
-        return tensor
+        return self.again[saved]
 
 
 def through(make: Callable[[], tuple[Tensor, ...]], use: Callable[..., R], again: bool) -> R:
