@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import BaseModel
 
 
 class CommConfig(BaseModel, frozen=True, extra="forbid"):
     """`dispatcher` is a name in `comm.table.DISPATCHERS`."""
 
-    dispatcher: str = "flat"
+    dispatcher: Literal["flat", "hierarchical"] = "flat"

@@ -11,7 +11,7 @@ import difflib
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import tomli_w
 from pydantic import BaseModel, Field, ValidationError
@@ -144,7 +144,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 def _explain(error: ValidationError) -> str:
     """The first complaint as one line, and how many more there are."""
-    first, *more = error.errors()
+    first, *more = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")  # a typo explains the rest
     key = ".".join(str(part) for part in first["loc"])
     match first["type"]:
         case "extra_forbidden":
@@ -162,8 +162,10 @@ def _near_key(location: tuple[int | str, ...]) -> str:
     """The keys that this table has, or the one that was meant."""
     model: Any = Config
     for part in location[:-1]:
-        model = model.model_fields[part].annotation if isinstance(part, str) else model
-        if not hasattr(model, "model_fields"):
+        if isinstance(part, str):  # an index into a list leaves the model of its items
+            annotation = model.model_fields[part].annotation
+            model = next((m for m in (annotation, *get_args(annotation)) if hasattr(m, "model_fields")), None)
+        if model is None:
             return "; remove it"
     wrong, known = str(location[-1]), list(model.model_fields)
     near = difflib.get_close_matches(wrong, known, n=1)
