@@ -14,7 +14,7 @@ from dryvine.trainer.data.build import Recipe, build
 from dryvine.trainer.data.inputs import match
 
 HERE = Path(__file__).parent
-local.preload("dryvine.trainer.verify")  # the heaviest thing that ranks of a test import
+local.preload("dryvine.trainer.verify", "dryvine.trainer.loop", "matplotlib.pyplot")  # what ranks of tests import
 
 
 @pytest.fixture(scope="session")

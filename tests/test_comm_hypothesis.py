@@ -44,7 +44,7 @@ class ThreadExchange:
 
     def __init__(self, board: Board, me: int) -> None:
         self.board, self.me, self.size, self.rank = board, me, len(board.ranks), board.ranks.index(me)
-        self.sent = 0
+        self.sent, self.meter = 0, Meter()
 
     def start(self, rows: Tensor, sends: Any, receives: Any, into: Tensor | None = None, what: str = "") -> Any:
         assert len(rows) == sum(sends), what

@@ -188,13 +188,19 @@ def test_a_finished_folder_is_kept_and_never_written_over(tmp_path: Path) -> Non
     assert contents(tmp_path / "out") == before
 
 
-def test_inputs_without_text_are_refused_and_may_be_tried_again(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"body": "some text"}\n' * 3)
-    with pytest.raises(DataError, match="no text to train on in 1 files, 3 lines skipped"):
-        build(match([f"{tmp_path}/a.jsonl"]), Recipe(vocab_size=300), tmp_path / "out")
-    recipe = Recipe(vocab_size=300, field="body", validation_fraction=0)
-    assert build(match([f"{tmp_path}/a.jsonl"]), recipe, tmp_path / "out").train.documents == 3
-    assert (tmp_path / "out" / "quarantine.jsonl").read_text() == ""
+def test_inputs_without_text_are_refused_and_may_be_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second try leaves nothing of the first: its quarantine is empty, also after several parts."""
+    (tmp_path / "a.jsonl").write_text('{"body": "some text"}\n' * 4)
+    inputs = match([f"{tmp_path}/a.jsonl"])
+    with pytest.raises(DataError, match="no text to train on in 1 files, 4 lines skipped"):
+        build(inputs, Recipe(vocab_size=300), tmp_path / "out")
+    monkeypatch.setattr(stream, "BATCH_RECORDS", 1)
+    recipe = Recipe(vocab_size=300, field="body", validation_fraction=0, shard_tokens=1)
+    dataset = build(inputs, recipe, tmp_path / "out")
+    assert [shard.documents for shard in dataset.train.shards] == [1, 1, 1, 1]
+    assert (tmp_path / "out" / "quarantine.jsonl").read_bytes() == b""
 
 
 def test_the_vocabulary_is_learned_from_training_text_only(tmp_path: Path) -> None:

@@ -20,7 +20,13 @@ from pathlib import Path
 import matplotlib
 from torch.utils.tensorboard import SummaryWriter
 
+from dryvine.parallel.schedule.costs import Costs
+from dryvine.parallel.schedule.draw_svg import svg
+from dryvine.parallel.schedule.ir import Schedule
+from dryvine.parallel.schedule.simulate import simulate
 from dryvine.trainer.config import Config, ConfigError, dump, load
+
+PRICE = Costs.parse("F=1,I=1,W=1,FB=2.4")  # a pair takes about three quarters of its parts (ISCA 2025, table 4)
 
 
 @dataclass(frozen=True)
@@ -48,11 +54,12 @@ class Row:
 class Journal:
     """An open run folder. `resume_step` drops the rows after it, which a resumed run makes again."""
 
-    def __init__(self, config: Config, resume_step: int) -> None:
+    def __init__(self, config: Config, schedule: Schedule, resume_step: int) -> None:
         self.folder = config.run.folder
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "config.toml").write_text(dump(config))
         (self.folder / "commit.txt").write_text(commit() + "\n")
+        (self.folder / "schedule.svg").write_text(svg(simulate(schedule, PRICE)))
         rows = [row for row in read(self.folder) if row["step"] <= resume_step]
         self._lines = (self.folder / "metrics.jsonl").open("w")
         self._lines.writelines(json.dumps(row) + "\n" for row in rows)

@@ -26,7 +26,8 @@ from dryvine.trainer.data.source import TokenSource
 from dryvine.trainer.journal import Journal, Row, read
 from dryvine.trainer.plan import Point, learning_rate, points
 from dryvine.trainer.report import final_table
-from dryvine.trainer.step import Rig, evaluate, make_rig, train_step
+from dryvine.trainer.step import Rig, evaluate, make_rig, make_schedule, train_step
+from dryvine.trainer.timeline import measured, write
 
 
 @dataclass
@@ -58,7 +59,8 @@ def train(config: Config, mesh: Mesh, dataset: Path) -> None:
     console = Console(quiet=mesh.rank != 0)
     if done:
         console.print(f"resuming {config.run.folder} after step {done}")
-    journal = Journal(config, done) if mesh.rank == 0 else None
+    schedule = make_schedule(config, config.microbatches(config.batch.sequences))
+    journal = Journal(config, schedule, done) if mesh.rank == 0 else None
     with Stop().on_signals() as stop, _progress(console) as bar:
         task = bar.add_task(config.run.name, total=config.run.steps, completed=done, loss=float("nan"))
         for point in islice(points(config.batch, config.data.seq_len), done, config.run.steps):
@@ -78,10 +80,12 @@ def train(config: Config, mesh: Mesh, dataset: Path) -> None:
 
 def one(rig: Rig, point: Point, stop: Stop) -> tuple[Row, bool]:
     """A step with its metrics. Also tells whether any rank was asked to stop."""
+    config, step = rig.config, point.step + 1
     started = time.perf_counter()
     played, norm, imbalance = train_step(rig, point)
     seconds = time.perf_counter() - started
-    config, step = rig.config, point.step + 1
+    if step == config.run.timeline_step:
+        _draw_timeline(rig, point, played)
     sums, stopped, worst, seconds = _reduce(rig.mesh, played, stop.asked, seconds)
     microbatches = config.microbatches(point.sequences) * rig.mesh.data_ranks
     validate = step % config.run.eval_every == 0 or step == config.run.steps or point.step == 0
@@ -121,6 +125,12 @@ def _reduce(mesh: Mesh, played: Played, stop: bool, seconds: float) -> tuple[dic
     highs = [float(stop), played.idle / (played.ended - played.started), seconds]
     stopped, worst, longest = mesh.max(torch.tensor(highs, dtype=torch.float64, device=mesh.device)).tolist()
     return dict(zip(sums, added, strict=True)), stopped > 0, worst, longest
+
+
+def _draw_timeline(rig: Rig, point: Point, played: Played) -> None:
+    schedule = make_schedule(rig.config, rig.config.microbatches(point.sequences))
+    if timeline := measured(schedule, played, rig.mesh):
+        write(rig.config.run.folder / "timeline.html", timeline)
 
 
 def _total(played: Played, prefix: str) -> float:
