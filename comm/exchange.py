@@ -41,6 +41,9 @@ class Exchange(Protocol):
     @property
     def rank(self) -> int: ...
 
+    @property
+    def meter(self) -> Meter: ...
+
     def start(
         self, rows: Tensor, sends: Sequence[int], receives: Sequence[int], into: Tensor | None = None, what: str = ""
     ) -> Pending[Tensor]:

@@ -46,6 +46,7 @@ class Flat:
     ) -> None:
         """`exchange`, if given, carries the rows in place of one over `group`."""
         self.exchange = exchange or GroupExchange(group)
+        self.meter = self.exchange.meter
         self.experts, self.alignment = experts, alignment
         if experts % self.exchange.size:
             raise ValueError(f"experts = {experts} do not divide over {self.exchange.size} expert-parallel ranks")
