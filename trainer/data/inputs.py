@@ -1,9 +1,10 @@
 """Which files a dataset is made of, in which order: patterns of the user's, or the embedded corpus.
 
 The embedded corpus is the source of the running Python's own standard library: real text (code, and English in its
-docstrings and `pydoc_data`) that every machine has, so that nothing is downloaded. Left out are tests, which python.org
-ships and Debian and container images do not, so that vocabulary and losses stay comparable between machines; the
-`encodings` tables and what the build of this Python generated, which are not text; and whatever is installed besides.
+docstrings and `pydoc_data`) that every machine has, so that nothing is downloaded. Left out is what one distribution
+ships and another does not, so that vocabulary and losses compare between machines: tests, the Tk programs, and what
+was generated for one machine (a Debian and a python.org 3.11 then have the same files). Also left out are the tables
+of `encodings`, which are not text, and whatever is installed besides.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from typing import NamedTuple
 from dryvine.trainer.data.config import DataError
 from dryvine.trainer.data.readers import kind_of
 
-_LEFT_OUT = {"test", "tests", "idle_test", "encodings", "site-packages", "dist-packages", "__pycache__"}
+_NOT_EVERYWHERE = {"test", "tests", "idlelib", "tkinter", "turtledemo", "macholib"}
+_LEFT_OUT = _NOT_EVERYWHERE | {"encodings", "site-packages", "dist-packages", "__pycache__"}
+_OF_ONE_MACHINE = ("_sysconfigdata", "sitecustomize", "_distutils_system_mod")
 
 
 class Input(NamedTuple):
@@ -57,4 +60,4 @@ def stdlib() -> list[Input]:
 def _python_files(root: Path) -> Iterator[Path]:
     for folder, below, files in os.walk(root):
         below[:] = [name for name in below if name not in _LEFT_OUT and not name.startswith("config-")]
-        yield from (Path(folder) / f for f in files if f.endswith(".py") and not f.startswith("_sysconfigdata"))
+        yield from (Path(folder) / f for f in files if f.endswith(".py") and not f.startswith(_OF_ONE_MACHINE))
