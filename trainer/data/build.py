@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -133,15 +132,19 @@ def _resume(out: Path, mark: str, inputs: Sequence[Input]) -> Progress:
 
 def _vocabulary(inputs: Sequence[Input], recipe: Recipe, out: Path, tick: Tick) -> tokenizer.Vocabulary:
     """The tokenizer of this build, in the folder before the first token is."""
-    path, partial = out / "tokenizer.json", out / "tokenizer.json.tmp"
+    path = out / "tokenizer.json"
     if not path.exists():
-        if recipe.tokenizer:
-            shutil.copyfile(recipe.tokenizer, partial)
-        else:
-            assert recipe.vocab_size, "a recipe names a tokenizer or the size of one"
-            tokenizer.train(_sample(inputs, recipe, tick), recipe.vocab_size).save(str(partial))
-        partial.replace(path)
+        write_whole(path, _given(recipe) or _learned(inputs, recipe, tick))
     return tokenizer.load(path)
+
+
+def _given(recipe: Recipe) -> str | None:
+    return recipe.tokenizer.read_bytes().decode() if recipe.tokenizer else None
+
+
+def _learned(inputs: Sequence[Input], recipe: Recipe, tick: Tick) -> str:
+    assert recipe.vocab_size, "a recipe names a tokenizer or the size of one"
+    return tokenizer.train(_sample(inputs, recipe, tick), recipe.vocab_size).to_str(pretty=True)
 
 
 def _held_out(item: Item, recipe: Recipe) -> bool:
