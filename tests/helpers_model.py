@@ -41,7 +41,8 @@ class Alone:
         return Pending.done(sent if pairs is None else (*sent, pairs[handle.token, handle.choice]))
 
     def combine(self, rows: Tensor, pairs: Tensor | None, handle: Any) -> Pending[tuple[Tensor, ...]]:
-        total = torch.zeros(handle.size[0], *rows.shape[1:], device=rows.device).index_add_(0, handle.token, rows.float()).to(rows.dtype)
+        total = torch.zeros(handle.size[0], *rows.shape[1:], device=rows.device)
+        total = total.index_add_(0, handle.token, rows.float()).to(rows.dtype)
         if pairs is None:
             return Pending.done((total,))
         back = torch.zeros(handle.size, dtype=pairs.dtype, device=pairs.device)
