@@ -97,4 +97,4 @@ class GroupExchange:
             rows.size()  # the closure holds what is being sent until it has left
             return came
 
-        return Pending(finish)
+        return Pending(finish, work.is_completed)

@@ -89,7 +89,7 @@ class Flat:
         wire = Format.of(payload)
         packed, what = wire.pack(payload, indexes), f"dispatch of {handle.label}"
         coming = self.exchange.start(packed, handle.sends, handle.receives, what=what)
-        return Pending(lambda: tuple(wire.unpack(coming.wait(), handle.came, handle.holes)))
+        return coming.then(lambda rows: tuple(wire.unpack(rows, handle.came, handle.holes)))
 
     def combine(self, rows: Tensor, pairs: Tensor | None, handle: FlatHandle) -> Pending[tuple[Tensor, ...]]:
         payload = (rows,) if pairs is None else (rows, pairs)
@@ -101,4 +101,4 @@ class Flat:
             back, *weights = wire.unpack(coming.wait())
             return (routing.summed(back, handle.place), *(w[handle.place] for w in weights))
 
-        return Pending(finish)
+        return Pending(finish, coming.ready)

@@ -31,7 +31,8 @@ class Lane:
     def run(self, step: Callable[[], V]) -> Pending[V]:
         """`step` must hold (close over) the tensors that it reads."""
         if self._stream is None:
-            return Pending(self._thread.submit(torch.no_grad()(step)).result)
+            under_way = self._thread.submit(torch.no_grad()(step))
+            return Pending(under_way.result, under_way.done)
         return self._on_stream(self._stream, step)
 
     @staticmethod

@@ -9,16 +9,18 @@ B one after the other; it is an oracle for our schedules, not our executor.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from dryvine.comm.api import Pending, Wire
 from dryvine.parallel import overlap as weave
+from dryvine.parallel.lanes import Lanes
+from dryvine.parallel.overlap import Order
 from dryvine.parallel.schedule.ir import Edge, Op, Schedule, Slot
 from dryvine.parallel.schedule.lower import lower
-from dryvine.parallel.stage import Clock, Flight, Stage, State
+from dryvine.parallel.stage import Flight, Stage, State
 
 
 @dataclass(frozen=True)
@@ -51,65 +53,57 @@ class Executor:
     """One rank's part of a schedule, ready to run any number of times.
 
     `stages` maps the numbers of this rank's stages to them; `boundary` is the state that crosses a stage boundary, as
-    meta tensors; `overlap` weaves pairs (the bits are the same without).
+    meta tensors; `order` weaves pairs (`overlap.ORDERS`), and None plays a pair's ops one by one, for the same bits.
     """
 
     def __init__(
-        self, schedule: Schedule, rank: int, stages: dict[int, Stage], wire: Wire, boundary: State, overlap: bool
+        self,
+        schedule: Schedule,
+        rank: int,
+        stages: dict[int, Stage],
+        wire: Wire,
+        boundary: State,
+        lanes: Callable[[], Lanes],
+        order: dict[str, Order] | None,
     ) -> None:
         self.schedule, self.rank, self.stages = schedule, rank, stages
-        self.wire, self.boundary, self.overlap = wire, boundary, overlap
+        self.wire, self.boundary, self.lanes, self.order = wire, boundary, lanes, order
         self.program = lower(schedule)[rank]
 
     def run(self, batch: Batch) -> Played:
         """Play every slot once. The gradients are in the parameters' `main_grad` when it returns."""
-        flights = _Flights(batch)
-        arrivals: dict[tuple[str, int, int], Pending[State]] = {}  # (direction, stage, microbatch) -> its input
-        played = Played(started=time.perf_counter())
-        clock = flights.clock
+        play = _Play(batch, self.lanes())
         for number, step in enumerate(self.program):
             for ahead in self.program[number + 1 if number else 0 : number + 2]:  # the first step posts its own too
                 for edge in ahead.receives:
-                    arrivals[_key(edge)] = self._receive(edge)
-            self._play(step.slot, flights, arrivals, played, clock)
+                    channel = (edge.route, edge.direction)
+                    play.arrivals[_key(edge)] = self.wire.receive(self.boundary, edge.source, channel)
+            self._slot(step.slot, play)
             for edge in step.sends:
-                self.wire.send(arrivals.pop(_key(edge)).wait(), edge.target, (edge.route, edge.direction))
+                self.wire.send(play.arrivals.pop(_key(edge)).wait(), edge.target, (edge.route, edge.direction))
         self.wire.drain()
-        played.losses, played.exposed = flights.losses, clock.exposed
-        played.ended = time.perf_counter()
-        return played
+        return play.end()
 
-    def _receive(self, edge: Edge) -> Pending[State]:
-        return self.wire.receive(self.boundary, edge.source, (edge.route, edge.direction))
-
-    def _play(
-        self,
-        slot: Slot,
-        flights: _Flights,
-        arrivals: dict[tuple[str, int, int], Pending[State]],
-        played: Played,
-        clock: Clock,
-    ) -> None:
-        inputs = [arrivals.pop(key).wait() if (key := self._input(op)) else () for op in slot]
+    def _slot(self, slot: Slot, play: _Play) -> None:
+        inputs = [play.arrivals.pop(key).wait() if (key := self._input(op)) else () for op in slot]
         start = time.perf_counter()
-        tracks = [self._track(op, state, flights, clock) for op, state in zip(slot, inputs, strict=True)]
-        weave.play(tracks, self.overlap)
-        for op, track in zip(slot, tracks, strict=True):
-            result = track.take()
+        tracks = [self._track(op, state, play) for op, state in zip(slot, inputs, strict=True)]
+        ends = weave.play(tracks, play.lanes, self.order)
+        for op, result in zip(slot, ends, strict=True):
             if key := self._output(op):
-                arrivals[key] = Pending.done(result)
-            flights.land(op)
-        played.timeline.append((slot, start, time.perf_counter()))
+                play.arrivals[key] = Pending.done(result)
+            play.land(op)
+        play.played.timeline.append((slot, start, time.perf_counter()))
 
-    def _track(self, op: Op, state: State, flights: _Flights, clock: Clock) -> weave.Track:
-        stage, flight = self.stages[op.stage], flights[op]
+    def _track(self, op: Op, state: State, play: _Play) -> weave.Track:
+        stage, flight = self.stages[op.stage], play.flight(op)
         match op.kind:
             case "F":
-                return weave.forward(stage, flight, state, clock)
+                return weave.forward(stage, flight, state)
             case "B" | "I":
-                return weave.backward(stage, flight, state, clock, split=op.kind == "I")
+                return weave.backward(stage, flight, state, split=op.kind == "I")
             case "W":
-                return weave.weights(flight, clock)
+                return weave.weights(flight)
 
     def _input(self, op: Op) -> tuple[str, int, int] | None:
         if op.kind == "F" and op.stage > 0:
@@ -126,28 +120,36 @@ class Executor:
         return None
 
 
-class _Flights:
-    """The microbatches under way on this rank: made by F, dropped by B or W (by F itself when not training)."""
+class _Play:
+    """One run under way: its microbatches in flight, what has arrived for them, and what was measured.
 
-    def __init__(self, batch: Batch) -> None:
-        self.batch, self.clock = batch, Clock()
-        self.losses: dict[str, list[Tensor]] = {}
-        self._open: dict[tuple[int, int], Flight] = {}
+    A flight is made by F and dropped by B or W (by F itself when not training).
+    """
 
-    def __getitem__(self, op: Op) -> Flight:
+    def __init__(self, batch: Batch, lanes: Lanes) -> None:
+        self.batch, self.lanes = batch, lanes
+        self.arrivals: dict[tuple[str, int, int], Pending[State]] = {}  # (direction, stage, microbatch) -> its input
+        self.played = Played(started=time.perf_counter())
+        self._flights: dict[tuple[int, int], Flight] = {}
+
+    def flight(self, op: Op) -> Flight:
         key = (op.stage, op.microbatch)
         if op.kind == "F":
-            batch = self.batch
-            self._open[key] = Flight(batch.tokens[op.microbatch], batch.loss_scale, batch.training, self.clock)
-        return self._open[key]
+            self._flights[key] = Flight(self.batch.tokens[op.microbatch], self.batch.loss_scale, self.batch.training)
+        return self._flights[key]
 
     def land(self, op: Op) -> None:
         key = (op.stage, op.microbatch)
         if op.kind == "F":
-            for name, loss in self._open[key].losses.items():
-                self.losses.setdefault(name, []).append(loss)
+            for name, loss in self._flights[key].losses.items():
+                self.played.losses.setdefault(name, []).append(loss)
         if op.kind in "BW" or not self.batch.training:
-            del self._open[key]
+            del self._flights[key]
+
+    def end(self) -> Played:
+        self.played.exposed = self.lanes.exposed()
+        self.played.ended = time.perf_counter()
+        return self.played
 
 
 def _key(edge: Edge) -> tuple[str, int, int]:

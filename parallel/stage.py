@@ -19,7 +19,6 @@ A backward gets the gradients of a phase's outputs in the same places (None for 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
@@ -35,19 +34,6 @@ Grads = tuple[Tensor | None, ...]
 
 
 @dataclass
-class Clock:
-    """Seconds that this rank stood still for communication inside ops: the exposed part of the all-to-all."""
-
-    exposed: float = 0.0
-
-    def wait(self, pending: Pending[Any]) -> Any:
-        started = time.perf_counter()
-        value = pending.wait()
-        self.exposed += time.perf_counter() - started
-        return value
-
-
-@dataclass
 class Flight:
     """One microbatch in one stage, from the start of its F to the end of its W.
 
@@ -58,11 +44,10 @@ class Flight:
     tokens: Tensor  # int64 [sequences, T + 1 + mtp_depth]: inputs, and what they are to predict
     loss_scale: float
     training: bool = True
-    clock: Clock = field(default_factory=Clock)
     losses: dict[str, Tensor] = field(default_factory=dict)  # name -> detached, already weighted scalar
     saved: dict[int, Any] = field(default_factory=dict)  # phase number -> what its backward needs
     handles: dict[str, Handle] = field(default_factory=dict)  # layer -> routing, shared by its phases
-    wgrads: list[tuple[str, list[Closure]]] = field(default_factory=list)  # left by I: (step, closures) as they ran
+    wgrads: list[list[Closure]] = field(default_factory=list)  # left by I, per phase, in the order in which they ran
 
 
 class Outcome(NamedTuple):
@@ -132,15 +117,15 @@ class Dispatch:
 
     def forward(self, index: int, state: State, flight: Flight) -> Pending[State]:
         x, rows, weights, experts = state
-        handle = flight.handles[self.layer] = flight.clock.wait(self.dispatcher.layout(experts))
+        handle = flight.handles[self.layer] = self.dispatcher.layout(experts).wait()
         sent = self.dispatcher.dispatch((rows,), weights, handle)
-        return Pending(lambda: (x, *sent.wait()))
+        return sent.then(lambda arrived: (x, *arrived))
 
     def backward(self, index: int, grads: Grads, flight: Flight, wgrads: list[Closure]) -> Pending[Grads]:
         dx, drows, dweights = grads
         assert drows is not None
         sent = self.dispatcher.combine(drows, dweights, flight.handles[self.layer])
-        return Pending(lambda: (dx, *sent.wait(), None))
+        return sent.then(lambda arrived: (dx, *arrived, None))
 
 
 class Combine:
@@ -155,13 +140,13 @@ class Combine:
     def forward(self, index: int, state: State, flight: Flight) -> Pending[State]:
         x, rows = state
         sent = self.dispatcher.combine(rows, None, flight.handles[self.layer])
-        return Pending(lambda: (x + sent.wait()[0],))
+        return sent.then(lambda arrived: (x + arrived[0],))
 
     def backward(self, index: int, grads: Grads, flight: Flight, wgrads: list[Closure]) -> Pending[Grads]:
         (dx,) = grads
         assert dx is not None
         sent = self.dispatcher.dispatch((dx,), None, flight.handles[self.layer])
-        return Pending(lambda: (dx, *sent.wait()))
+        return sent.then(lambda arrived: (dx, *arrived))
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ copies; the optimizer updates; the gate biases follow the load of the whole glob
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -14,6 +15,8 @@ from dryvine.comm.mesh import Mesh
 from dryvine.comm.table import make_dispatcher
 from dryvine.comm.wire import P2PWire
 from dryvine.parallel.executor import Batch, Executor, Played
+from dryvine.parallel.lanes import Lanes, make_lanes
+from dryvine.parallel.overlap import ORDERS
 from dryvine.parallel.schedule.ir import Schedule
 from dryvine.parallel.schedule.lower import forward_only
 from dryvine.parallel.schedule.table import build
@@ -45,6 +48,7 @@ class Rig:
     train: TokenSource
     val: TokenSource
     wire: P2PWire
+    lanes: Callable[[], Lanes]
     executors: dict[tuple[int, bool], Executor] = field(default_factory=dict)  # (microbatches, training)
 
     def executor(self, microbatches: int, training: bool) -> Executor:
@@ -56,7 +60,8 @@ class Rig:
             edge = (torch.empty(tokens, self.config.model.hidden, dtype=DTYPES[self.config.run.dtype], device="meta"),)
             self.executors[key] = Executor(
                 schedule if training else forward_only(schedule),
-                self.mesh.pp_rank, self.model.stages, self.wire, edge, p.overlap == "on",
+                self.mesh.pp_rank, self.model.stages, self.wire, edge, self.lanes,
+                ORDERS[self.mesh.device.type] if p.overlap == "on" else None,
             )  # fmt: skip
         return self.executors[key]
 
@@ -89,7 +94,7 @@ def make_rig(config: Config, mesh: Mesh, train: TokenSource, val: TokenSource) -
     )
     model.initialise(config.run.seed)
     zero = Zero(dict(model.named_parameters()), mesh)
-    return Rig(config, mesh, model, Optimizer(zero, config.optim), train, val, P2PWire(mesh))
+    return Rig(config, mesh, model, Optimizer(zero, config.optim), train, val, P2PWire(mesh), make_lanes(mesh.device))
 
 
 def accumulate(rig: Rig, point: Point) -> Played:

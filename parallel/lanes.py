@@ -1,0 +1,182 @@
+"""Where a stage's work goes: compute, communication, and weight gradients, side by side as far as the device can.
+
+On a GPU each is a stream. A step waits for the event of the step that made its input, and for nothing else, so an
+all-to-all that is called after an expert GEMM does not queue behind it; the host never waits but for the receive counts
+of a forward dispatch. On a CPU compute runs in the caller, an all-to-all runs in gloo's threads, and weight gradients
+fill the caller's waits for it, first come first served, so their sums keep their order and the bits do not depend on
+how long a message took.
+
+Tensors made in one lane and read in another are held until the lanes meet at the end of a slot. `record_stream` would
+do that for each, and leaves the allocator to find out when, at the price of memory that nobody can predict.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+
+from dryvine.comm.api import Pending
+from dryvine.parallel.wgrad import Closure
+
+LaneName = Literal["compute", "comm"]
+
+
+@dataclass
+class Baton:
+    """The value that goes from step to step of one op, and what the next step must wait for."""
+
+    value: Pending[Any]
+    lane: LaneName = "compute"  # that made it
+    event: torch.cuda.Event | None = None
+
+
+class Lanes(Protocol):
+    """One object per run of a schedule, so that what it measures is that run's."""
+
+    def step(self, lane: LaneName, baton: Baton, run: Callable[[Any], Pending[Any]]) -> None:
+        """Call `run` on the baton's value in `lane`, and put what it gives into the baton."""
+        ...
+
+    def later(self, closures: list[Closure]) -> None:
+        """Weight gradients that may run from now on, until `meet`, in the order given. The list is emptied."""
+        ...
+
+    def take(self, baton: Baton) -> Any:
+        """The baton's value, usable in the compute lane."""
+        ...
+
+    def meet(self) -> None:
+        """End of a slot: all three lanes are done with what the others made."""
+        ...
+
+    def exposed(self) -> float:
+        """Seconds that compute has stood still for communication so far. On a GPU this waits for the device."""
+        ...
+
+
+@dataclass
+class CpuLanes:
+    """Weight gradients run while compute would wait. At most `LAG` steps' worth are held back, to bound memory."""
+
+    waited: float = 0.0
+    fillers: deque[list[Closure]] = field(default_factory=deque)
+
+    LAG = 2  # compute steps whose weight gradients may still be waiting: about one layer
+
+    def step(self, lane: LaneName, baton: Baton, run: Callable[[Any], Pending[Any]]) -> None:
+        value = self.take(baton)
+        baton.value, baton.lane = run(value), lane
+
+    def later(self, closures: list[Closure]) -> None:
+        while len(self.fillers) >= self.LAG:
+            run_all(self.fillers.popleft())
+        self.fillers.append(closures)
+
+    def take(self, baton: Baton) -> Any:
+        if baton.lane == "compute":
+            return baton.value.wait()
+        while self.fillers and not baton.value.ready():
+            self._fill()
+        started = time.perf_counter()
+        value = baton.value.wait()
+        self.waited += time.perf_counter() - started
+        return value
+
+    def meet(self) -> None:
+        while self.fillers:
+            run_all(self.fillers.popleft())
+
+    def exposed(self) -> float:
+        return self.waited
+
+    def _fill(self) -> None:
+        """Run one closure, the oldest."""
+        oldest = self.fillers[0]
+        if oldest:
+            oldest.pop(0)()
+        if not oldest:
+            self.fillers.popleft()
+
+
+class CudaLanes:
+    """Three streams. What a step read is held until `meet`, whichever lane made it."""
+
+    def __init__(self, device: torch.device, streams: Streams) -> None:
+        self.streams = streams
+        self.compute = torch.cuda.current_stream(device)
+        self.held: list[Any] = []
+        self.stalls: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def step(self, lane: LaneName, baton: Baton, run: Callable[[Any], Pending[Any]]) -> None:
+        stream = self.compute if lane == "compute" else self.streams.comm
+        with torch.cuda.stream(stream):
+            self._enter(stream, lane, baton)
+            value = baton.value.wait()
+            self.held.append(value)
+            result = run(value).wait()  # queues; the host goes on
+        baton.value, baton.lane, baton.event = Pending.done(result), lane, stream.record_event()
+
+    def later(self, closures: list[Closure]) -> None:
+        self.streams.wgrad.wait_stream(self.compute)
+        with torch.cuda.stream(self.streams.wgrad):
+            for closure in closures:
+                closure()
+        self.held.append(list(closures))
+        closures.clear()
+
+    def take(self, baton: Baton) -> Any:
+        self._enter(self.compute, "compute", baton)
+        value = baton.value.wait()
+        self.held.append(value)
+        return value
+
+    def meet(self) -> None:
+        for stream in (self.streams.comm, self.streams.wgrad):
+            self.compute.wait_stream(stream)
+            stream.wait_stream(self.compute)
+        self.held.clear()
+
+    def exposed(self) -> float:
+        self.compute.synchronize()
+        return sum(before.elapsed_time(after) for before, after in self.stalls) / 1e3
+
+    def _enter(self, stream: torch.cuda.Stream, lane: LaneName, baton: Baton) -> None:
+        """Wait for the baton's step if it was in the other lane; compute's wait is timed on the device."""
+        if baton.event is None or baton.lane == lane:
+            return
+        if lane == "comm":
+            stream.wait_event(baton.event)
+            return
+        before = torch.cuda.Event(enable_timing=True)
+        before.record(stream)
+        stream.wait_event(baton.event)
+        after = torch.cuda.Event(enable_timing=True)
+        after.record(stream)
+        self.stalls.append((before, after))
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The two streams beside compute. Communication goes first where both have work: others wait for it."""
+
+    comm: torch.cuda.Stream
+    wgrad: torch.cuda.Stream
+
+
+def make_lanes(device: torch.device) -> Callable[[], Lanes]:
+    """A maker of lanes for each run on `device`; the streams are made once."""
+    if device.type == "cpu":
+        return CpuLanes
+    streams = Streams(torch.cuda.Stream(device, priority=-1), torch.cuda.Stream(device))
+    return lambda: CudaLanes(device, streams)
+
+
+def run_all(closures: list[Closure]) -> None:
+    """Run and drop each, so that what it held is freed as it goes."""
+    while closures:
+        closures.pop(0)()
