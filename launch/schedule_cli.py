@@ -18,10 +18,12 @@ from dryvine.parallel.schedule.draw_html import as_html
 from dryvine.parallel.schedule.draw_text import lines
 from dryvine.parallel.schedule.ir import Schedule
 from dryvine.parallel.schedule.rules import ScheduleError
+from dryvine.parallel.schedule.search import in_one_measure, search
 from dryvine.parallel.schedule.simulate import Timeline, simulate
 from dryvine.parallel.schedule.table import ALIASES, FILE, SCHEDULES, build, load
 
-_NAMES = f"{', '.join(SCHEDULES)}, or file:PATH.csv; several are compared"
+SEARCH = "search"
+_NAMES = f"{', '.join(SCHEDULES)}, file:PATH.csv, or {SEARCH} for a better one; several are compared"
 
 
 def schedule(
@@ -33,10 +35,20 @@ def schedule(
     file: Annotated[Path | None, typer.Option(help="a schedule of your own, as --format csv writes it")] = None,
     form: Annotated[str, typer.Option("--format", help=" | ".join(FORMATS))] = "text",
     out: Annotated[Path | None, typer.Option(help="write there instead of to the terminal")] = None,
+    memory: Annotated[
+        int | None, typer.Option(help="search: live chunks a rank may hold, else DualPipe's pp+1")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="search: annealing steps; 200000 take about 20 s at pp 8")] = 200_000,
+    exact: Annotated[float, typer.Option(help="search: seconds of OR-tools CP-SAT after it, for small sizes")] = 0.0,
 ) -> None:
     """Draw, check and price pipeline schedules."""
     try:
-        timelines = _timelines(_schedules(names or [], file, pp, microbatches, chunks), Costs.parse(costs))
+        prices = Costs.parse(costs)
+        sought = list(names or [])
+        found = _search(pp, microbatches, prices, memory, steps, exact) if SEARCH in sought else []
+        asked = [name for name in sought if name != SEARCH]
+        listed = found + _schedules(asked, file, pp, microbatches, chunks) if asked or file or not found else found
+        timelines = _timelines(listed, prices, shared=len(listed) > 1 or bool(found))
         if form == "text" and out is None and sys.stdout.isatty():
             _paint(timelines)
         else:
@@ -66,10 +78,26 @@ def _schedules(
     return found
 
 
-def _timelines(schedules: list[Schedule], costs: Costs) -> list[Timeline]:
-    """One schedule: costs are per stage. Several: per P-th of the model, so that all are runs of the same model."""
-    parts = [len(s.ranks) / s.stages if len(schedules) > 1 else 1.0 for s in schedules]
-    return [simulate(s, costs.of_a_part(part)) for s, part in zip(schedules, parts, strict=True)]
+def _search(
+    pp: int | None,
+    microbatches: int | None,
+    costs: Costs,
+    memory: int | None,
+    steps: int,
+    exact: float,
+) -> list[Schedule]:
+    """The searched schedule; what it gained, and what could be, is told on stderr."""
+    if pp is None or microbatches is None:
+        raise ScheduleError("search needs --pp and --microbatches, such as --pp 4 --microbatches 8")
+    found = search(pp, microbatches, costs, memory, steps=steps, exact_seconds=exact)
+    than = f"{found.named.schedule.name} {found.named.span:.5g}" if found.named else "no named schedule fits"
+    typer.echo(f"search: span {found.timeline.span:.5g} ({than}), bound {found.bound:.5g}", err=True)
+    return [found.timeline.schedule]
+
+
+def _timelines(schedules: list[Schedule], costs: Costs, shared: bool) -> list[Timeline]:
+    """`shared`: costs are per P-th of the model, so that all are runs of the same model; else per stage."""
+    return [in_one_measure(s, costs) if shared else simulate(s, costs) for s in schedules]
 
 
 def _render(form: str, timelines: list[Timeline], costs: str) -> str:
