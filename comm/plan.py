@@ -267,10 +267,11 @@ def sort_pair(target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def relay(rows: Tensor, legs: Sequence[Leg], exchange: Exchange, what: str) -> Tensor:
-    """Send what lies by (leg, target) in one exchange; gives what came by (leg, source)."""
+    """Send expert numbers that lie by (leg, target) in one exchange; gives what came by (leg, source)."""
     sends = torch.tensor([leg.sends for leg in legs], device=rows.device)
     receives = torch.tensor([leg.receives for leg in legs], device=rows.device)
     to = [sum(leg.sends[i] for leg in legs) for i in range(exchange.size)]
     come = [sum(leg.receives[i] for leg in legs) for i in range(exchange.size)]
-    came = exchange.start(rows[routing.transposed(sends, sum(to))], to, come, what=what).wait()
-    return came[routing.transposed(receives.T.contiguous(), sum(come))]
+    going = rows[routing.transposed(sends, sum(to))].to(torch.int32)
+    came = exchange.start(going, to, come, what=what).wait()
+    return came[routing.transposed(receives.T.contiguous(), sum(come))].to(torch.int64)

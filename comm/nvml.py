@@ -1,0 +1,163 @@
+"""What a node's GPUs and NICs say of their links, by NVML and sysfs: the refinement of a topology. Imports no torch.
+
+A GPU is known by its PCI bus id, never by its index: CUDA_VISIBLE_DEVICES and NVML number differently. Its NIC is the
+one that shares the longest PCI path with it, which is what NCCL's rail optimisation needs to hold. Without a driver
+the answer is empty and says so; nothing here fails a run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dryvine.comm.topology import Link, Topology, speed
+
+SPEED_FIELD = "NVML_FI_DEV_NVLINK_SPEED_MBPS_COMMON"
+
+
+@dataclass(frozen=True)
+class Nic:
+    """An InfiniBand or RoCE device and its port's rate in GB/s."""
+
+    name: str
+    kind: str
+    gigabytes: float
+    path: str
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """`nvlink_gigabytes` is the sum over active links, each way; `clique` names an NVLink domain that spans nodes."""
+
+    bus_id: str
+    name: str
+    nvlinks: int
+    nvlink_gigabytes: float
+    clique: str
+    nic: Nic | None
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One node's devices; `trouble` says why there is none."""
+
+    gpus: tuple[Gpu, ...] = ()
+    nics: tuple[Nic, ...] = ()
+    trouble: str = ""
+
+    def by_bus_id(self, bus_id: str) -> Gpu | None:
+        return next((gpu for gpu in self.gpus if gpu.bus_id == short(bus_id)), None)
+
+
+def short(bus_id: str) -> str:
+    """NVML's 00000000:1B:00.0 as sysfs and CUDA write it: 0000:1b:00.0."""
+    return bus_id.lower()[-12:]
+
+
+def probe(sysfs: Path = Path("/sys")) -> Hardware:
+    """Ask NVML and sysfs about this node."""
+    found = nics(sysfs)
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except ImportError:
+        return Hardware(nics=found, trouble="nvidia-ml-py is not installed: GPU links unknown")
+    except pynvml.NVMLError as error:
+        return Hardware(nics=found, trouble=f"no NVIDIA driver ({error}): GPU links unknown")
+    try:
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        return Hardware(tuple(_gpu(pynvml, handle, found, sysfs) for handle in handles), found)
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _gpu(nvml: Any, handle: Any, found: Sequence[Nic], sysfs: Path) -> Gpu:
+    bus_id = short(_text(nvml.nvmlDeviceGetPciInfo(handle).busId))
+    links = _nvlinks(nvml, handle)
+    each = _asked(nvml, lambda: nvml.nvmlDeviceGetFieldValues(handle, [getattr(nvml, SPEED_FIELD)])[0].value.uiVal, 0)
+    name = _text(nvml.nvmlDeviceGetName(handle))
+    return Gpu(bus_id, name, links, links * each / 1000, _clique(nvml, handle), nearest(bus_id, found, sysfs))
+
+
+def _nvlinks(nvml: Any, handle: Any) -> int:
+    states = (
+        _asked(nvml, lambda link=link: nvml.nvmlDeviceGetNvLinkState(handle, link), 0)  # type: ignore[misc]
+        for link in range(nvml.NVML_NVLINK_MAX_LINKS)
+    )
+    return sum(1 for state in states if state)
+
+
+def _clique(nvml: Any, handle: Any) -> str:
+    """Cluster UUID and clique of a multi-node NVLink fabric (NVL72); empty where there is none."""
+    info = nvml.c_nvmlGpuFabricInfoV_t()
+    asked = _asked(nvml, lambda: nvml.nvmlDeviceGetGpuFabricInfoV(handle, nvml.byref(info)), "none")
+    uuid = bytes(info.clusterUuid)
+    return f"{uuid.hex()}/{info.cliqueId}" if asked != "none" and any(uuid) else ""
+
+
+def _asked(nvml: Any, question: Callable[[], Any], otherwise: Any) -> Any:
+    """What this GPU or driver cannot answer counts as absent."""
+    try:
+        return question()
+    except (nvml.NVMLError, AttributeError):
+        return otherwise
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def nics(sysfs: Path) -> tuple[Nic, ...]:
+    """RDMA devices with an active first port, by name."""
+    found = []
+    for device in sorted((sysfs / "class/infiniband").glob("*")):
+        port = device / "ports/1"
+        try:
+            rate, layer = (port / "rate").read_text(), (port / "link_layer").read_text().strip()
+            active = "ACTIVE" in (port / "state").read_text()
+        except OSError:
+            continue
+        if active:
+            kind = "InfiniBand" if layer == "InfiniBand" else "RoCE"
+            found.append(Nic(device.name, kind, float(rate.split()[0]) / 8, os.path.realpath(device / "device")))
+    return tuple(found)
+
+
+def nearest(bus_id: str, found: Sequence[Nic], sysfs: Path) -> Nic | None:
+    """The NIC with the longest PCI path in common with the GPU; the first by name where several are as near."""
+    gpu = os.path.realpath(sysfs / "bus/pci/devices" / bus_id)
+
+    def shared(nic: Nic) -> int:
+        return len(os.path.commonpath([gpu, nic.path]))
+
+    return max(found, key=shared, default=None)
+
+
+def refined(topology: Topology, hardware: Hardware) -> Topology:
+    """Link kinds and speeds as the hardware says; what it does not say stays."""
+    fastest = max((gpu.nvlink_gigabytes for gpu in hardware.gpus), default=0.0)
+    if fastest:
+        topology = replace(topology, intra=Link("NVLink", fastest))
+    elif hardware.gpus:
+        topology = replace(topology, intra=Link("PCIe", speed("PCIe")))
+    if hardware.nics:
+        nic = max(hardware.nics, key=lambda nic: nic.gigabytes)
+        topology = replace(topology, inter=Link(nic.kind, nic.gigabytes))
+    return topology
+
+
+def merged(topology: Topology, cliques: Sequence[str]) -> Topology:
+    """Nodes whose ranks are all in one NVLink fabric are one node for dispatch. `cliques` by rank; "" is none."""
+    by_clique: dict[str, list[int]] = {}
+    for number, node in enumerate(topology.nodes):
+        names = {cliques[rank] for rank in node}
+        key = names.pop() if len(names) == 1 and "" not in names else f"node {number}"
+        by_clique.setdefault(key, []).extend(node)
+    if len(by_clique) == len(topology.nodes):
+        return topology
+    nodes = tuple(tuple(sorted(ranks)) for ranks in by_clique.values())
+    return replace(topology, nodes=nodes, found=f"{topology.found}, merged by NVLink fabric")

@@ -1,0 +1,258 @@
+"""`dryvine bench comm`: dispatch and combine by backend, tokens and dtype, beside what the links could do.
+
+Each case is timed from a barrier until the last rank is done, and backends take turns round by round, so that what else
+the machine does falls on all of them. `plain` is one bare all_to_all_single of the bytes that the backend sends, with
+no permutation around it: what the transport gives when nobody sorts anything.
+
+Logical bandwidth is rows x experts chosen x row bytes over time (what the model asked for); wire bandwidth is what was
+sent over links over time. A backend that sends each row once per node can have a logical bandwidth above its link's.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dryvine.comm.topology import Topology, TopologyConfig, discover
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from torch import Tensor, device
+
+Names = Annotated[str, typer.Option(help="backends, by comma")]
+Nodes = Annotated[str, typer.Option(help="CPU ranks on each node, e.g. 2,2; under torchrun: found")]
+Tokens = Annotated[str, typer.Option(help="tokens per rank, by comma")]
+Dtypes = Annotated[str, typer.Option(help="bf16, fp8 (values and a scale per 128)")]
+Out = Annotated[Path | None, typer.Option(help="where the plot goes (.png or .svg)")]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement to make."""
+
+    backend: str
+    tokens: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Figure:
+    """What one case took, in seconds on the slowest rank (median), and the bytes that one rank sends on average."""
+
+    backend: str
+    tokens: int
+    dtype: str
+    ranks: int
+    layout: float
+    dispatch: float
+    combine: float
+    plain: float  # a bare all_to_all_single of dispatch's bytes
+    logical: int  # bytes that dispatch delivers
+    intra: int  # bytes that dispatch sends inside the node
+    inter: int  # bytes that dispatch sends between nodes
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What all cases share."""
+
+    hidden: int
+    experts: int
+    top_k: int
+    rounds: int
+
+
+def comm(
+    backends: Names = "flat,hierarchical",
+    nodes: Nodes = "2,2",
+    tokens: Tokens = "256,1024,4096",
+    dtypes: Dtypes = "bf16,fp8",
+    hidden: int = 7168,
+    experts: int = 64,
+    top_k: int = 8,
+    rounds: int = 5,
+    out: Out = None,
+) -> None:
+    """Time dispatch and combine on CPU ranks of this machine, or on the ranks that torchrun started."""
+    from rich.console import Console
+
+    shape = Shape(hidden, experts, top_k, rounds)
+    cases = [Case(b, int(t), d) for d in dtypes.split(",") for t in tokens.split(",") for b in backends.split(",")]
+    figures, topology = _under_torchrun(shape, cases) if "RANK" in os.environ else _here(shape, cases, nodes)
+    if int(os.environ.get("RANK", 0)) == 0:
+        Console(highlight=False).print(table(figures, topology))
+        if out:
+            plot(figures, topology, out)
+
+
+def _here(shape: Shape, cases: list[Case], nodes: str) -> tuple[list[Figure], Topology]:
+    from dryvine.comm.local import run
+
+    config = TopologyConfig(nodes=tuple(map(int, nodes.split(","))), inter="loopback")
+    topology = discover(sum(config.nodes), config, {})
+    return run(measure, topology.ranks, topology, shape, cases, deadline=3600)[0], topology
+
+
+def _under_torchrun(shape: Shape, cases: list[Case]) -> tuple[list[Figure], Topology]:
+    import torch
+    import torch.distributed as dist
+
+    from dryvine.comm.nvml import probe, refined
+
+    if cuda := torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if cuda else "gloo")
+    topology = refined(discover(dist.get_world_size(), TopologyConfig(), os.environ), probe())
+    figures = measure(dist.get_rank(), topology, shape, cases)
+    dist.destroy_process_group()
+    return figures, topology
+
+
+def measure(rank: int, topology: Topology, shape: Shape, cases: list[Case]) -> list[Figure]:
+    """Run by every rank."""
+    import torch
+
+    from dryvine.comm.host import keep_freed_memory
+    from dryvine.comm.mesh import make_mesh
+    from dryvine.comm.table import make_dispatcher
+
+    keep_freed_memory()
+    place = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    mesh = make_mesh(1, 1, topology.ranks, 1, place, timedelta(seconds=600))
+    names = dict.fromkeys(case.backend for case in cases)
+    made = {name: make_dispatcher(name, mesh, shape.experts, topology, top_k=shape.top_k) for name in names}
+    figures = []
+    for case in cases:
+        figures.append(_measured(case, shape, made[case.backend], rank, topology.ranks, place))
+    return figures
+
+
+def _measured(case: Case, shape: Shape, dispatcher: Any, rank: int, ranks: int, place: device) -> Figure:
+    import torch
+
+    generator = torch.Generator().manual_seed(rank)
+    chosen = torch.rand(case.tokens, shape.experts, generator=generator).topk(shape.top_k).indices.to(place)
+    payload = _payload(case, shape.hidden, place)
+    weights = torch.rand(case.tokens, shape.top_k, device=place)
+    handle = dispatcher.layout(chosen).wait()
+    back = torch.zeros(sum(handle.counts), shape.hidden, dtype=torch.bfloat16, device=place)
+    dispatcher.meter.take()
+    dispatcher.dispatch(payload, weights, handle).wait()
+    moved = dispatcher.meter.take()
+    took = _turns(
+        {
+            "layout": lambda: dispatcher.layout(chosen).wait(),
+            "dispatch": lambda: dispatcher.dispatch(payload, weights, handle).wait(),
+            "combine": lambda: dispatcher.combine(back, None, handle).wait(),
+            "plain": _plain((moved.get("intra", 0) + moved.get("inter", 0)) // ranks, ranks, place),
+        },
+        shape.rounds,
+        place,
+    )
+    row_bytes = sum(t[0].nbytes for t in payload)
+    return Figure(
+        backend=case.backend,
+        tokens=case.tokens,
+        dtype=case.dtype,
+        ranks=ranks,
+        layout=took["layout"],
+        dispatch=took["dispatch"],
+        combine=took["combine"],
+        plain=took["plain"],
+        logical=case.tokens * shape.top_k * row_bytes,
+        intra=moved.get("intra", 0),
+        inter=moved.get("inter", 0),
+    )
+
+
+def _payload(case: Case, hidden: int, place: device) -> tuple[Tensor, ...]:
+    import torch
+
+    if case.dtype == "bf16":
+        return (torch.zeros(case.tokens, hidden, dtype=torch.bfloat16, device=place),)
+    values = torch.zeros(case.tokens, hidden, dtype=torch.uint8, device=place)
+    return values, torch.ones(case.tokens, hidden // 128, device=place)
+
+
+def _plain(each: int, ranks: int, place: device) -> Callable[[], None]:
+    """As many bytes as a backend sends, dealt evenly, to every rank; the same on each rank by its own rank's figure."""
+    import torch
+    import torch.distributed as dist
+
+    most = torch.tensor([each], device=place)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    out = torch.zeros(int(most) * ranks // 8 + ranks, dtype=torch.int64, device=place)
+    out = out[: len(out) // ranks * ranks]
+    back = torch.empty_like(out)
+
+    def exchange() -> None:
+        dist.all_to_all_single(back, out)
+
+    return exchange
+
+
+def _turns(runs: dict[str, Callable[[], Any]], rounds: int, place: device) -> dict[str, float]:
+    """Median seconds of each, one after the other in every round; the first round warms up."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds + 1):
+        for name, fn in runs.items():
+            times[name].append(_timed(fn, place))
+    return {name: statistics.median(taken[1:]) for name, taken in times.items()}
+
+
+def _timed(fn: Callable[[], Any], place: device) -> float:
+    import torch
+    import torch.distributed as dist
+
+    dist.barrier()
+    start = time.perf_counter()
+    fn()
+    if place.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = torch.tensor([time.perf_counter() - start], device=place)
+    dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
+    return float(seconds)
+
+
+def table(figures: list[Figure], topology: Topology) -> Table:
+    """One line per case; the last line is what the links could do."""
+    from rich.table import Table
+
+    times = ("layout ms", "dispatch ms", "combine ms", "plain ms")
+    rates = ("logical GB/s", f"{topology.intra.kind} GB/s", f"{topology.inter.kind} GB/s", "of plain")
+    made = Table("backend", "dtype", "tokens", "EP", *times, *rates)
+    for f in figures:
+        seconds = [f"{1000 * s:.1f}" for s in (f.layout, f.dispatch, f.combine, f.plain)]
+        rate = [f"{size / f.dispatch / 1e9:.2f}" for size in (f.logical, f.intra, f.inter)]
+        made.add_row(f.backend, f.dtype, str(f.tokens), str(f.ranks), *seconds, *rate, f"{f.plain / f.dispatch:.2f}")
+    limits = [f"{topology.intra.gigabytes:g}", f"{topology.inter.gigabytes:g}"]
+    made.add_section()
+    made.add_row("limit of the link", *[""] * 8, *limits, "1")
+    return made
+
+
+def plot(figures: list[Figure], topology: Topology, out: Path) -> None:
+    """Time by tokens, and wire bandwidth with each link's limit."""
+    from matplotlib.figure import Figure as Canvas
+
+    canvas = Canvas(figsize=(11, 4.5), layout="constrained")
+    left, right = canvas.subplots(1, 2)
+    for backend, dtype in dict.fromkeys((f.backend, f.dtype) for f in figures):
+        mine = sorted((f for f in figures if (f.backend, f.dtype) == (backend, dtype)), key=lambda f: f.tokens)
+        tokens = [f.tokens for f in mine]
+        left.plot(tokens, [1000 * (f.dispatch + f.combine) for f in mine], marker="o", label=f"{backend} {dtype}")
+        right.plot(tokens, [f.inter / f.dispatch / 1e9 for f in mine], marker="o", label=f"{backend} {dtype}")
+    right.axhline(topology.inter.gigabytes, linestyle="--", color="grey", label=f"{topology.inter.kind} limit")
+    left.set(xlabel="tokens per rank", ylabel="dispatch + combine, ms", xscale="log", yscale="log")
+    right.set(xlabel="tokens per rank", ylabel="between nodes, GB/s per rank", xscale="log", yscale="log")
+    for axes in (left, right):
+        axes.legend()
+    canvas.savefig(out)

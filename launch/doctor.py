@@ -1,0 +1,126 @@
+"""`dryvine doctor`: what a run would find here. Who shares a node, over what ranks talk, and what would be chosen."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dryvine.comm.nvml import Hardware, probe, refined
+from dryvine.comm.topology import GroupLimit, Topology, TopologyConfig, discover, mismatch
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+World = Annotated[int, typer.Option(help="ranks of the run; 0: WORLD_SIZE, SLURM_NTASKS or 1")]
+Nodes = Annotated[str, typer.Option(help="ranks on each node, e.g. 8,8; empty: found")]
+Experts = Annotated[int, typer.Option(help="routed experts, to judge the dispatcher")]
+TopK = Annotated[int, typer.Option(help="experts a token uses")]
+Groups = Annotated[str, typer.Option(help="node-limited routing as groups:limit, e.g. 8:4; empty: none")]
+Hidden = Annotated[int, typer.Option(help="width of a token, for bytes (BF16)")]
+
+
+def doctor(
+    world: World = 0,
+    nodes: Nodes = "",
+    experts: Experts = 256,
+    top_k: TopK = 8,
+    groups: Groups = "",
+    hidden: Hidden = 7168,
+) -> None:
+    """Print the topology as a table and as a picture, the dispatcher that `auto` takes, and what does not fit."""
+    from rich.console import Console
+
+    from dryvine.comm.table import pick
+
+    console, hardware = Console(highlight=False), probe()
+    count = world or int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
+    config = TopologyConfig(nodes=tuple(int(n) for n in nodes.split(",") if n))
+    topology = refined(discover(sum(config.nodes) or count, config, os.environ), hardware)
+    console.print(f"{topology.ranks} ranks on {len(topology.nodes)} nodes; found by {topology.found}")
+    console.print(table(topology))
+    console.print(picture(topology))
+    console.print(_devices(hardware))
+    if experts % topology.ranks:
+        console.print(f"dispatcher: none; {experts} experts do not divide over {topology.ranks} ranks")
+    else:
+        console.print("dispatcher: {} ({})".format(*pick(topology, top_k, experts)))
+    if groups:
+        limit = GroupLimit(*map(int, groups.split(":")))
+        console.print(mismatch(topology, experts, limit, hidden * 2) or "routing groups fit nodes")
+    for line in _warnings(topology, os.environ.get("GLOO_SOCKET_IFNAME", "")):
+        console.print(f"warning: {line}")
+
+
+def table(topology: Topology) -> Table:
+    """A line per rank: its node, its rail, and whom it talks to over which link."""
+    from rich.table import Table
+
+    columns = ("rank", "node", "rail", f"over {topology.intra.kind}", f"over {topology.inter.kind}")
+    made = Table(*columns, title=f"{speeds(topology)}")
+    for number, node in enumerate(topology.nodes):
+        for rail, rank in enumerate(node):
+            far = [topology.proxy(rank, n) for n in range(len(topology.nodes)) if n != number]
+            near = [r for r in node if r != rank]
+            made.add_row(str(rank), str(number), str(rail), spans(near) or "-", spans(far) or "-")
+    return made
+
+
+def speeds(topology: Topology) -> str:
+    intra, inter = topology.intra, topology.inter
+    return f"{intra.kind} {intra.gigabytes:g} GB/s inside a node, {inter.kind} {inter.gigabytes:g} GB/s between nodes"
+
+
+def picture(topology: Topology) -> str:
+    """Nodes as rows, rails as columns; a rank without a rail of its own on a smaller node says who stands in."""
+    widest = max(map(len, topology.nodes))
+    cell = len(str(topology.ranks)) + 3
+    lines = []
+    for number, node in enumerate(topology.nodes):
+        if number:
+            lines.append(" " * 10 + "".join("|".center(cell) for _ in range(widest)) + f"  {topology.inter.kind}")
+        ranks = "".join(f"r{rank}".center(cell, "-" if len(node) > 1 else " ") for rank in node)
+        inside = f"  {topology.intra.kind}" if len(node) > 1 else ""
+        lines.append(f"node {number:<4} {ranks}{' ' * cell * (widest - len(node))}{inside}")
+        if len(node) < widest:
+            first, last = len(node), widest - 1
+            rails = f"rail {first}" if first == last else f"rails {first} to {last}"
+            lines.append(
+                f"{'':10}{rails} of other nodes end at {spans([node[r % len(node)] for r in range(first, widest)])}"
+            )
+    return "\n".join(lines)
+
+
+def spans(ranks: list[int]) -> str:
+    """[0, 1, 2, 5] as 0-2 5."""
+    runs: list[list[int]] = []
+    for rank in sorted(set(ranks)):
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    return " ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def _devices(hardware: Hardware) -> Table | str:
+    from rich.table import Table
+
+    if not hardware.gpus:
+        return f"GPUs: none ({hardware.trouble})"
+    made = Table("GPU", "PCI", "NVLink", "GB/s", "NIC", "GB/s", "fabric")
+    for gpu in hardware.gpus:
+        nic = (gpu.nic.name, f"{gpu.nic.gigabytes:g}") if gpu.nic else ("none", "-")
+        made.add_row(gpu.name, gpu.bus_id, f"{gpu.nvlinks} links", f"{gpu.nvlink_gigabytes:g}", *nic, gpu.clique or "-")
+    return made
+
+
+def _warnings(topology: Topology, interface: str) -> list[str]:
+    found = []
+    if not topology.even:
+        sizes = [len(node) for node in topology.nodes]
+        found.append(f"nodes are uneven {sizes}: some rails end at one rank, which takes in more than the others")
+    if len(topology.nodes) > 1 and not interface and not Path("/sys/class/infiniband").exists():
+        found.append("GLOO_SOCKET_IFNAME is unset: gloo may bind to lo and hang; set it to the interface between nodes")
+    return found
