@@ -46,9 +46,7 @@ def main() -> None:
     parser.add_argument("--sizes", default=SIZES)
     parser.add_argument("--save", type=Path, help="folder for the schedules found, as CSV")
     options = parser.parse_args()
-    print(
-        "| P | M | DualPipe | found | saved | goal | bound | at most | chunks held | overlapped, DualPipe | found | time |"
-    )
+    print("| P | M | DualPipe | found | saved | goal | bound | at most | held | overlapped: DualPipe | found | time |")
     print("|" + "---|" * 12)
     with ProcessPoolExecutor(options.jobs) as pool:
         sizes = [tuple(map(int, size.split("x"))) for size in options.sizes.split(",")]
