@@ -110,7 +110,8 @@ def make_mesh(pp: int, dp: int, ep: int, routes: int, device: torch.device, time
     """
     size = pp * dp * ep
     rank = dist.get_rank() if size > 1 else 0
-    experts, channels = None, {}
+    experts: dist.ProcessGroup | None = None
+    channels: dict[Channel, dist.ProcessGroup] = {}
 
     def make(families: list[list[int]], keep: Callable[[dist.ProcessGroup | None], None]) -> None:
         for ranks in families:

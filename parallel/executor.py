@@ -135,7 +135,8 @@ class _Play:
     def flight(self, op: Op) -> Flight:
         key = (op.stage, op.microbatch)
         if op.kind == "F":
-            self._flights[key] = Flight(self.batch.tokens[op.microbatch], self.batch.loss_scale, self.batch.training)
+            batch, m = self.batch, op.microbatch
+            self._flights[key] = Flight(batch.tokens[m], batch.loss_scale, batch.training, m)
         return self._flights[key]
 
     def land(self, op: Op) -> None:

@@ -25,6 +25,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from dryvine.comm.api import Dispatcher, Handle, Pending
 from dryvine.parallel.wgrad import Closure, WGrad
@@ -44,6 +45,7 @@ class Flight:
     tokens: Tensor  # int64 [sequences, T + 1 + mtp_depth]: inputs, and what they are to predict
     loss_scale: float
     training: bool = True
+    microbatch: int = 0  # its number in the step
     losses: dict[str, Tensor] = field(default_factory=dict)  # name -> detached, already weighted scalar
     saved: dict[int, Any] = field(default_factory=dict)  # phase number -> what its backward needs
     handles: dict[str, Handle] = field(default_factory=dict)  # layer -> routing, shared by its phases
@@ -90,12 +92,14 @@ class Compute:
             out, losses = self.function(leaves, flight)
         flight.losses.update({name: loss.detach() for name, loss in losses.items()})
         if flight.training:
-            flight.saved[index] = (leaves, out, tuple(losses.values()))
+            # Edges, not tensors: what the next phase has consumed is free, and the graph is still to be found.
+            edges = tuple(get_gradient_edge(t) if t.requires_grad else None for t in out)
+            flight.saved[index] = (leaves, edges, tuple(losses.values()))
         return Pending.done(state[: self.through] + tuple(t.detach() for t in out))
 
     def backward(self, index: int, grads: Grads, flight: Flight, wgrads: list[Closure]) -> Pending[Grads]:
-        leaves, out, losses = flight.saved.pop(index)
-        roots = [(t, g) for t, g in zip(out, grads[self.through :], strict=True) if t.requires_grad]
+        leaves, edges, losses = flight.saved.pop(index)
+        roots = [(edge, g) for edge, g in zip(edges, grads[self.through :], strict=True) if edge is not None]
         roots += [(loss, torch.full_like(loss, flight.loss_scale)) for loss in losses if loss.requires_grad]
         with self.wgrad.collect(wgrads):
             torch.autograd.backward([t for t, _ in roots], [g for _, g in roots])
@@ -117,7 +121,8 @@ class Dispatch:
 
     def forward(self, index: int, state: State, flight: Flight) -> Pending[State]:
         x, rows, weights, experts = state
-        handle = flight.handles[self.layer] = self.dispatcher.layout(experts).wait()
+        label = f"{self.layer}, microbatch {flight.microbatch}"
+        handle = flight.handles[self.layer] = self.dispatcher.layout(experts, label).wait()
         sent = self.dispatcher.dispatch((rows,), weights, handle)
         return sent.then(lambda arrived: (x, *arrived))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import islice
+from itertools import islice, pairwise
 
 import pytest
 from hypothesis import given
@@ -44,7 +44,7 @@ def test_a_plan_in_tokens_is_the_same_plan() -> None:
 def test_the_ramp_grows_in_equal_parts_and_misses_no_sequence(first: int, parts: int, by: int, tokens: int) -> None:
     batch = BatchConfig(sequences=first + parts * by, ramp_from=first, ramp_increment=by, ramp_tokens=tokens)
     steps = list(islice(points(batch, 10), 300))
-    for before, after in zip(steps, steps[1:], strict=False):
+    for before, after in pairwise(steps):
         assert after.first == before.first + before.sequences
         assert after.sequences - before.sequences in range(0, parts * by + 1, by)
     assert steps[0].sequences == first

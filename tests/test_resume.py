@@ -6,7 +6,6 @@ import os
 import signal
 from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from dryvine.comm.mesh import make_mesh
 from dryvine.trainer import checkpoint, journal
 from dryvine.trainer.config import Config, ConfigError
 from dryvine.trainer.loop import train
-from dryvine.trainer.step import make_schedule
+from dryvine.trainer.step import make_schedule, open_data
 
 Tiny = Callable[..., Config]
 DUALPIPE = ("parallel.pp=2", "parallel.schedule=dualpipe")
@@ -25,17 +24,17 @@ TIMES = ("seconds", "tokens_per_second", "bubble", "exposed_comm_ms", "exposed_c
 
 def run(config: Config, interrupt_at: int | None = None) -> list[dict[str, float | None]]:
     """Train on local ranks; give the rows of metrics.jsonl without the times."""
-    local.run(_rank, config.parallel.world, config, Path(config.data.source), interrupt_at, deadline=100)
+    local.run(_rank, config.parallel.world, config, interrupt_at, deadline=100)
     return [{k: v for k, v in row.items() if k not in TIMES} for row in journal.read(config.run.folder)]
 
 
-def _rank(rank: int, config: Config, dataset: Path, interrupt_at: int | None) -> None:
+def _rank(rank: int, config: Config, interrupt_at: int | None) -> None:
     p = config.parallel
     routes = len(make_schedule(config, config.microbatches(config.batch.sequences)).routes)
     mesh = make_mesh(p.pp, p.dp, p.ep, routes, torch.device("cpu"), timedelta(seconds=100))
     if interrupt_at and rank == mesh.size - 1:
         _interrupt_after(interrupt_at)
-    train(config, mesh, dataset)
+    train(config, mesh, open_data(config))
 
 
 def _interrupt_after(steps: int) -> None:

@@ -9,7 +9,6 @@ import os
 import sys
 from collections.abc import Sequence
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -17,38 +16,37 @@ import torch.distributed as dist
 from dryvine.comm.mesh import make_mesh
 from dryvine.trainer.config import Config, ConfigError, check_world, load
 from dryvine.trainer.data.config import DataError
-from dryvine.trainer.data.prepare import prepare
 from dryvine.trainer.journal import same_run
 from dryvine.trainer.loop import train
-from dryvine.trainer.step import Diverged, make_schedule
+from dryvine.trainer.step import Data, Diverged, make_schedule, open_data
 
 
 def main(words: Sequence[str]) -> int:
     """Train as one rank of as many as the launcher says. Gives the exit code: 2 for what the user can mend."""
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank, world = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     try:
         if not words:
             raise ConfigError("no config: torchrun --nproc-per-node N -m dryvine.trainer CONFIG [table.key=value ...]")
         config = load(words[0], words[1:])
         check_world(config, world)
         same_run(config)
-        device = _device(config, int(os.environ.get("LOCAL_RANK", "0")))
-        dataset = prepare(config.data)
+        device = _device(config, local_rank)
+        data = open_data(config)
     except (ConfigError, DataError) as error:
-        if rank == 0:
+        if local_rank == 0:  # hosts may differ in what they lack
             print(f"dryvine: {error}", file=sys.stderr)
         return 2
-    return run(config, dataset, device, world)
+    return run(config, data, device, world)
 
 
-def run(config: Config, dataset: Path, device: torch.device, world: int) -> int:
+def run(config: Config, data: Data, device: torch.device, world: int) -> int:
     timeout = timedelta(seconds=config.run.timeout_seconds)
     if world > 1:
         dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", timeout=timeout)
     try:
         p = config.parallel
         routes = len(make_schedule(config, config.microbatches(config.batch.sequences)).routes)
-        train(config, make_mesh(p.pp, p.dp, p.ep, routes, device, timeout), dataset)
+        train(config, make_mesh(p.pp, p.dp, p.ep, routes, device, timeout), data)
     except Diverged as error:
         print(f"dryvine: {error}", file=sys.stderr)
         return 1

@@ -16,6 +16,7 @@ import math
 import subprocess
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from torch.utils.tensorboard import SummaryWriter
@@ -80,7 +81,7 @@ class Journal:
         plot(self.folder)
 
 
-def read(folder: Path) -> list[dict[str, float | None]]:
+def read(folder: Path) -> list[dict[str, Any]]:
     """The rows of a run folder's metrics.jsonl, in order; none if it has none."""
     path = folder / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

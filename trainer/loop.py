@@ -22,11 +22,10 @@ from dryvine.comm.mesh import Mesh
 from dryvine.parallel.executor import Played
 from dryvine.trainer import checkpoint
 from dryvine.trainer.config import Config
-from dryvine.trainer.data.source import TokenSource
 from dryvine.trainer.journal import Journal, Row, read
 from dryvine.trainer.plan import Point, learning_rate, points
 from dryvine.trainer.report import final_table
-from dryvine.trainer.step import Rig, evaluate, make_rig, make_schedule, train_step
+from dryvine.trainer.step import Data, Rig, evaluate, make_rig, make_schedule, train_step
 from dryvine.trainer.timeline import measured, write
 
 
@@ -49,12 +48,9 @@ class Stop:
                 signal.signal(number, handler)
 
 
-def train(config: Config, mesh: Mesh, dataset: Path) -> None:
+def train(config: Config, mesh: Mesh, data: Data) -> None:
     """Train to `run.steps`, from the newest checkpoint of the run folder if there is one. Collective."""
-    extra = 1 + config.model.mtp_depth
-    source = TokenSource(dataset, "train", config.data.seq_len, extra, config.run.seed)
-    held_out = TokenSource(dataset, "val", config.data.seq_len, extra, config.run.seed)
-    rig = make_rig(config, mesh, source, held_out)
+    rig = make_rig(config, mesh, data)
     done = resume(rig)
     console = Console(quiet=mesh.rank != 0)
     if done:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import median
+from typing import Any
 
 from rich.table import Table
 
 from dryvine.trainer.config import Config
 
-Figures = Sequence[dict[str, float | None]]
+Figures = Sequence[dict[str, Any]]
 
 
 def final_table(config: Config, rows: Figures) -> Table:

@@ -23,6 +23,7 @@ from dryvine.parallel.schedule.table import build
 from dryvine.parallel.wgrad import WGrad
 from dryvine.parallel.zero import Zero
 from dryvine.trainer.config import Config, split
+from dryvine.trainer.data.prepare import prepare
 from dryvine.trainer.data.source import TokenSource
 from dryvine.trainer.model.decoder import Model, build_model
 from dryvine.trainer.model.shape import blocks
@@ -37,6 +38,22 @@ class Diverged(RuntimeError):
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
+@dataclass(frozen=True)
+class Data:
+    """What a run reads. Made before any process group, so that a missing dataset costs nobody a GPU."""
+
+    train: TokenSource
+    val: TokenSource
+
+
+def open_data(config: Config) -> Data:
+    """Build the embedded corpus if it is what is asked for, and open both splits. Raises DataError."""
+    folder = prepare(config.data)
+    extra = 1 + config.model.mtp_depth
+    splits = (TokenSource(folder, s, config.data.seq_len, extra, config.run.seed) for s in ("train", "val"))
+    return Data(*splits)
+
+
 @dataclass
 class Rig:
     """One rank's part of a run: its stages, its data, its optimizer, and an executor for each size of batch."""
@@ -45,8 +62,7 @@ class Rig:
     mesh: Mesh
     model: Model
     optimizer: Optimizer
-    train: TokenSource
-    val: TokenSource
+    data: Data
     wire: P2PWire
     lanes: Callable[[], Lanes]
     executors: dict[tuple[int, bool], Executor] = field(default_factory=dict)  # (microbatches, training)
@@ -78,7 +94,7 @@ def make_schedule(config: Config, microbatches: int) -> Schedule:
     return build(p.schedule, p.pp, microbatches, p.chunks)
 
 
-def make_rig(config: Config, mesh: Mesh, train: TokenSource, val: TokenSource) -> Rig:
+def make_rig(config: Config, mesh: Mesh, data: Data) -> Rig:
     """Build this rank's stages and state. Collective."""
     schedule = make_schedule(config, config.microbatches(config.batch.sequences))
     blocks = split(config)
@@ -94,14 +110,14 @@ def make_rig(config: Config, mesh: Mesh, train: TokenSource, val: TokenSource) -
     )
     model.initialise(config.run.seed)
     zero = Zero(dict(model.named_parameters()), mesh)
-    return Rig(config, mesh, model, Optimizer(zero, config.optim), train, val, P2PWire(mesh), make_lanes(mesh.device))
+    return Rig(config, mesh, model, Optimizer(zero, config.optim), data, P2PWire(mesh), make_lanes(mesh.device))
 
 
 def accumulate(rig: Rig, point: Point) -> Played:
     """Play the schedule over a step's sequences. Every main gradient then holds this rank's share of the sum."""
     microbatches = rig.config.microbatches(point.sequences)
     rig.optimizer.zero.zero_grads()
-    tokens = rig.tokens(rig.train, point.first, microbatches)
+    tokens = rig.tokens(rig.data.train, point.first, microbatches)
     return rig.executor(microbatches, training=True).run(Batch(tokens, 1 / (microbatches * rig.mesh.data_ranks)))
 
 
@@ -134,7 +150,7 @@ def evaluate(rig: Rig) -> float:
     config, total = rig.config, torch.zeros(1, dtype=torch.float64, device=rig.mesh.device)
     microbatches = config.microbatches(config.batch.sequences)
     for number in range(config.run.eval_batches):
-        tokens = rig.tokens(rig.val, number * config.batch.sequences, microbatches)
+        tokens = rig.tokens(rig.data.val, number * config.batch.sequences, microbatches)
         played = rig.executor(microbatches, training=False).run(Batch(tokens, 0.0, training=False))
         total += sum((loss.double() for loss in played.losses.get("loss", [])), torch.zeros_like(total))
     return float(rig.mesh.sum(total)) / (config.run.eval_batches * microbatches * rig.mesh.data_ranks)

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,10 +23,8 @@ from dryvine.comm import local
 from dryvine.comm.mesh import make_mesh
 from dryvine.parallel.config import ParallelConfig
 from dryvine.trainer.config import Config
-from dryvine.trainer.data.prepare import prepare
-from dryvine.trainer.data.source import TokenSource
 from dryvine.trainer.plan import learning_rate, points
-from dryvine.trainer.step import accumulate, balance, make_rig, make_schedule
+from dryvine.trainer.step import accumulate, balance, make_rig, make_schedule, open_data
 
 STEPS = 3
 TOLERANCE = 1e-5  # relative, in FP32
@@ -76,19 +73,18 @@ def alone(config: Config) -> Config:
 
 def play(config: Config, steps: int = STEPS) -> Run:
     """Train `steps` steps on local CPU ranks and put the pieces of all ranks together."""
-    dataset = prepare(config.data)
+    open_data(config)
     local.preload(__name__)
-    parts = local.run(_rank, config.parallel.world, config, dataset, steps, deadline=config.run.timeout_seconds)
+    parts = local.run(_rank, config.parallel.world, config, steps, deadline=config.run.timeout_seconds)
     losses = tuple(float(sum(part[0][i] for part in parts)) for i in range(steps))
     return Run(losses, parts[0][1], _whole([part[2] for part in parts]), _whole([part[3] for part in parts]))
 
 
-def _rank(rank: int, config: Config, dataset: Path, steps: int) -> tuple[list[float], tuple[float, ...], Part, Part]:
+def _rank(rank: int, config: Config, steps: int) -> tuple[list[float], tuple[float, ...], Part, Part]:
     p = config.parallel
     routes = len(make_schedule(config, config.microbatches(config.batch.sequences)).routes)
     mesh = make_mesh(p.pp, p.dp, p.ep, routes, torch.device("cpu"), timedelta(seconds=config.run.timeout_seconds))
-    source = TokenSource(dataset, "train", config.data.seq_len, 1 + config.model.mtp_depth, config.run.seed)
-    rig = make_rig(config, mesh, source, source)
+    rig = make_rig(config, mesh, open_data(config))
     losses, norms, grads = [], [], {}
     for point in islice(points(config.batch, config.data.seq_len), steps):
         played = accumulate(rig, point)
