@@ -1,0 +1,440 @@
+"""FP8 on one GPU: are the kernels right, and how fast are they beside BF16 and the chip's measured limits?
+
+    python benchmarks/fp8.py --device cuda [--section check|product|wgrad|casts] [--tune] [--json FILE]
+
+Correctness first (casts bit for bit against the CPU reference, products against float64), then DeepSeek-V3's shapes.
+Each section runs in a process of its own with a deadline, so that a kernel that hangs costs one table and not all.
+Times are medians of CUDA-graph replays over rotating operands (launch cost and the L2 stay out of them).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dryvine.trainer.fp8 import reference
+from dryvine.trainer.fp8.gemm import Torch
+from dryvine.trainer.fp8.kernels import cast, fused, hopper, plain
+from dryvine.trainer.fp8.tensors import E5M6, Groups, Quantized
+
+DENSE = [(2112, 7168), (24576, 1536), (7168, 16384), (4096, 7168), (7168, 2048)]  # (N, K), with M = 4096 tokens
+EXPERTS = [(4096, 7168), (7168, 2048)]  # gate_up, down
+GROUPS = [(4, 8192), (8, 4096)]  # experts, tokens each
+ENGINES: dict[str, Any] = {"triton": hopper, "plain": plain, "torch": Torch()}
+SECTIONS = {"check": 120, "product": 150, "wgrad": 120, "casts": 60}  # seconds allowed
+
+
+Row = tuple[str, dict[str, float | None]]
+
+# ---- timing
+
+
+def median_ms(run: Callable[[int], object], sets: int, calls: int = 6, replays: int = 7) -> float:
+    """Milliseconds of run(i), i cycling over `sets` operand sets; the median over graph replays of `calls` calls."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for i in range(sets):
+            run(i)
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for i in range(calls):
+            run(i % sets)
+    graph.replay()
+    times = []
+    for _ in range(replays):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / calls)
+    return statistics.median(times)
+
+
+def attempt(label: str, measure: Callable[[], float]) -> float | None:
+    """A figure, or None with the reason printed: one engine that fails must not hide the others."""
+    try:
+        return measure()
+    except Exception as error:
+        print(f"    {label}: {type(error).__name__}: {str(error).strip().splitlines()[0][:160]}", flush=True)
+        torch.cuda.empty_cache()
+        return None
+
+
+def limits() -> dict[str, float]:
+    source = torch.empty(1 << 31, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    copy = 2 * source.numel() / median_ms(lambda i: target.copy_(source), 1) / 1e9
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return {"copy_TB_s": copy, "bf16_TFLOPS": 2 * 8192**3 / median_ms(lambda i: a @ b, 1) / 1e9}
+
+
+# ---- correctness
+
+
+def parts(value: object) -> Iterator[Tensor]:
+    if isinstance(value, Quantized):
+        yield from (value.values.view(torch.uint8), value.scales)
+    elif isinstance(value, E5M6):
+        yield from (value.high, value.low, value.scales)
+    elif isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from parts(item)
+
+
+def different(ours: object, theirs: object) -> int:
+    count = 0
+    for a, b in zip(parts(ours), parts(theirs), strict=True):
+        a, b = a.cpu(), b.cpu()
+        same = (a == b) | (a.isnan() & b.isnan()) if a.is_floating_point() else a == b
+        count += int((~same).sum())
+    return count
+
+
+def token_major(scales: Tensor) -> Tensor:
+    return scales.t().contiguous().t()
+
+
+def inputs(rows: int, cols: int) -> Iterator[tuple[str, Tensor]]:
+    yield "normal", torch.randn(rows, cols)
+    yield "spread", torch.randn(rows, cols) * 10 ** (torch.rand(rows, cols) * 12 - 8)
+    yield "tiny", torch.randn(rows, cols) * 2.0**-130
+    yield "huge", torch.randn(rows, cols) * 1e37
+    fault = torch.randn(rows, cols)
+    fault[0, 0], fault[1, 3], fault[2, -1] = torch.nan, torch.inf, -torch.inf
+    yield "not finite", fault
+
+
+def check_casts() -> int:
+    bad = 0
+    counts = (300, 0, 129, 128, 1)
+    host, device = Groups(counts, torch.device("cpu")), Groups(counts, torch.device("cuda"))
+    rows, cols = sum(counts), 512
+    weights, norm = torch.rand(rows), torch.rand(cols)
+    for kind, x in inputs(rows, cols):
+        x, dy = x.bfloat16(), torch.randn(rows, cols // 2).bfloat16()
+        gx, gdy, gw, gn = x.cuda(), dy.cuda(), weights.cuda(), norm.cuda()
+        for scales in ("fp32", "ue8m0"):
+            saved = reference.quantize_rows(x, scales)
+            on_gpu = saved.to("cuda")
+            packed = reference.pack_e5m6(x)
+            pairs = {
+                "rows": (cast.quantize_rows(gx, scales), saved),
+                "both": (cast.quantize_both(gx, device, scales), reference.quantize_both(x, host, scales)),
+                "columns of fp8": (
+                    cast.quantize_columns(on_gpu, device, scales),
+                    reference.quantize_columns(saved, host, scales),
+                ),
+                "blocks": (
+                    cast.quantize_blocks(gx.float(), scales),
+                    reference.quantize_blocks(x.float(), scales),
+                ),
+                "swiglu": (fused.swiglu_rows(gx, gw, scales), reference.swiglu_rows(x, weights, scales)),
+                "swiglu backward": (
+                    fused.swiglu_backward(gdy, on_gpu, gw, device, scales)[:3],
+                    reference.swiglu_backward(dy, saved, weights, host, scales)[:3],
+                ),
+                "rmsnorm": (fused.rmsnorm_rows(gx, gn, 1e-6, scales), reference.rmsnorm_rows(x, norm, 1e-6, scales)),
+                "e5m6": (cast.pack_e5m6(gx), packed),
+                "e5m6 read": (
+                    cast.unpack_e5m6(E5M6(packed.high.cuda(), packed.low.cuda(), token_major(packed.scales.cuda()))),
+                    reference.unpack_e5m6(packed),
+                ),
+            }  # fmt: skip
+            for name, (ours, theirs) in pairs.items():
+                count = different(ours, theirs)
+                bad += count > 0
+                if count:
+                    print(f"  DIFFERS {name}, {kind}, {scales}: {count} elements")
+    print(f"casts: {'all bits equal' if not bad else f'{bad} cases differ'}", flush=True)
+    return bad
+
+
+def operands(m: int, n: int, k: int, experts: int = 0) -> tuple[Quantized, Quantized]:
+    x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+    w = torch.randn(*([experts] if experts else []), n, k, device="cuda", dtype=torch.bfloat16)
+    return cast.quantize_rows(x), cast.quantize_blocks(w)[0]
+
+
+def relative(ours: Tensor, truth: Tensor) -> float:
+    return float((ours.double() - truth).norm() / truth.norm())
+
+
+def truth_product(a: Quantized, b: Quantized, groups: Groups | None) -> Tensor:
+    x, w = a.dequantize(torch.float32).double(), b.dequantize(torch.float32).double()
+    if groups is None:
+        return x @ w.t()
+    return torch.cat([part @ one.t() for part, one in zip(x.split(groups.counts), w, strict=True)])
+
+
+PRODUCTS = [(256, 256, 512, ()), (100, 2112, 7168, ()), (4096, 576, 1536, ()), (333, 7168, 2112, ()),
+            (630, 384, 256, (129, 0, 1, 500)), (4024, 4096, 7168, (1000, 24, 0, 3000))]  # fmt: skip
+WGRADS = [(256, 384, (130, 0, 1, 512)), (4096, 7168, (1000, 24, 0, 3000)), (2112, 1536, (4096,))]
+
+
+def check_product(engine: Any, m: int, n: int, k: int, counts: tuple[int, ...]) -> float:
+    groups = Groups(counts, torch.device("cuda")) if counts else None
+    a, b = operands(m, n, k, len(counts))
+    return relative(engine.product(a, b, groups), truth_product(a, b, groups))
+
+
+def check_wgrad(engine: Any, m: int, n: int, counts: tuple[int, ...]) -> float:
+    groups = Groups(counts, torch.device("cuda"))
+    a, b = (cast.quantize_columns(torch.randn(sum(counts), size, device="cuda").bfloat16(), groups) for size in (m, n))
+    total = torch.randn(len(counts), m, n, device="cuda")
+    truth = total.double()
+    for expert, part_a, part_b in _ranges(a, b, groups):
+        truth[expert] += part_a @ part_b.t()
+    engine.wgrad(a, b, groups, total)
+    return relative(total, truth)
+
+
+def check_products() -> int:
+    """BF16 rounds results by 2^-9, FP32 sums leave only what Hopper's 14 bits lose within 128 of K."""
+    bad = 0
+    for name, engine in ENGINES.items():
+        for kind, bound, measure, cases in (
+            ("product", 4e-3, check_product, PRODUCTS),
+            ("wgrad", 1e-3, check_wgrad, WGRADS),
+        ):
+            for case in cases:
+                label = f"{name} {kind} {case}"
+                error = attempt(label, lambda m=measure, e=engine, c=case: m(e, *c))
+                good = error is not None and error < bound
+                bad += not good
+                print(f"  {'ok   ' if good else 'WRONG'} {label}: {error if error is None else f'{error:.2e}'}")
+    print(f"products: {'all within bounds' if not bad else f'{bad} cases wrong'}", flush=True)
+    return bad
+
+
+def _ranges(a: Quantized, b: Quantized, groups: Groups) -> Iterator[tuple[int, Tensor, Tensor]]:
+    x, y = a.dequantize().double(), b.dequantize().double()
+    starts = [128 * start for start in groups.block_starts]
+    for expert, (first, last) in enumerate(pairwise(starts)):
+        yield expert, x[:, first:last], y[:, first:last]
+
+
+# ---- speed
+
+
+def table(title: str, rows: list[Row], unit: str) -> None:
+    names = list(dict.fromkeys(name for _, row in rows for name in row))
+    print(f"\n{title} [{unit}]")
+    print("  " + " " * 26 + "".join(f"{name:>16}" for name in names))
+    for label, row in rows:
+        cells = "".join(f"{'-' if row.get(name) is None else f'{row[name]:.0f}':>16}" for name in names)
+        print(f"  {label:26}{cells}")
+    sys.stdout.flush()
+
+
+def product_configs(tune: bool) -> dict[str, hopper.Config]:
+    base = hopper.PRODUCT
+    if not tune:
+        return {"triton": base}
+    return {
+        "128x256 s3": replace(base, stages=3),
+        "128x256 s4": base,
+        "128x256 s4 g16": replace(base, group_m=16),
+        "128x128 s6": replace(base, count=1, stages=6),
+        "128x256 sub64": replace(base, sub=64, count=4),
+    }
+
+
+def wgrad_configs(tune: bool) -> dict[str, hopper.Config]:
+    base = hopper.WGRAD
+    if not tune:
+        return {"triton": base}
+    return {
+        "128x128 s5": base,
+        "128x128 s5 g16": replace(base, group_m=16),
+        "128x256 s4": replace(base, count=2, stages=4),
+        "128x256 sub64": replace(base, sub=64, count=4, stages=4),
+        "128x128 sub64": replace(base, sub=64, count=2, stages=5),
+    }
+
+
+def rates(flops: float, sets: int, runs: dict[str, Callable[[int], object]]) -> dict[str, float | None]:
+    """TFLOPS of each contender; None for one that failed."""
+    return {name: attempt(name, lambda run=run: flops / median_ms(run, sets) / 1e9) for name, run in runs.items()}
+
+
+def shapes() -> Iterator[tuple[str, int, int, int, tuple[int, ...]]]:
+    """Label, M (all rows), N, K and rows by expert."""
+    for n, k in DENSE:
+        yield f"4096 x {n} x {k}", 4096, n, k, ()
+    for experts, tokens in GROUPS:
+        for n, k in EXPERTS:
+            yield f"{experts}x{tokens} x {n} x {k}", experts * tokens, n, k, (tokens,) * experts
+
+
+def product_row(tune: bool, m: int, n: int, k: int, counts: tuple[int, ...]) -> dict[str, float | None]:
+    groups = Groups(counts, torch.device("cuda")) if counts else None
+    ends = torch.tensor(counts, device="cuda").cumsum(0).int() if counts else None
+    sets = [operands(m, n, k, len(counts)) for _ in range(3)]
+    wide = [(a.dequantize(torch.bfloat16), b.dequantize(torch.bfloat16)) for a, b in sets]
+
+    def bf16(i: int) -> Tensor:
+        x, w = wide[i]
+        return x @ w.t() if ends is None else torch.nn.functional.grouped_mm(x, w.transpose(1, 2), offs=ends)
+
+    runs: dict[str, Callable[[int], object]] = {"bf16": bf16}
+    for name, config in product_configs(tune).items():
+        runs[name] = lambda i, config=config: hopper.product(*sets[i], groups, config=config)
+    runs["plain"] = lambda i: plain.product(*sets[i], groups)
+    runs["torch"] = lambda i: Torch().product(*sets[i], groups)
+    return rates(2 * m * n * k, len(sets), runs)
+
+
+def wgrad_row(tune: bool, m: int, n: int, counts: tuple[int, ...]) -> dict[str, float | None]:
+    groups = Groups(counts, torch.device("cuda"))
+    wide = [[torch.randn(sum(counts), size, device="cuda").bfloat16() for size in (m, n)] for _ in range(2)]
+    sets = [[cast.quantize_columns(x, groups) for x in pair] for pair in wide]
+    total = torch.zeros(len(counts), m, n, device="cuda")
+
+    def bf16(i: int) -> None:
+        dy, x = wide[i]
+        for one, dy_part, x_part in zip(total, dy.split(counts), x.split(counts), strict=True):
+            torch.addmm(one, dy_part.t(), x_part, out_dtype=torch.float32, out=one)
+
+    runs: dict[str, Callable[[int], object]] = {"bf16": bf16}
+    for name, config in wgrad_configs(tune).items():
+        runs[name] = lambda i, config=config: hopper.wgrad(*sets[i], groups, total, config)
+    runs["plain"] = lambda i: plain.wgrad(*sets[i], groups, total)
+    runs["torch"] = lambda i: Torch().wgrad(*sets[i], groups, total)
+    return rates(2 * sum(counts) * m * n, len(sets), runs)
+
+
+def speed_products(tune: bool) -> None:
+    rows = [(label, product_row(tune, m, n, k, counts)) for label, m, n, k, counts in shapes()]
+    table("Fprop and Dgrad", rows, "TFLOPS")
+
+
+def speed_wgrad(tune: bool) -> None:
+    rows = [(label, wgrad_row(tune, n, k, counts or (m,))) for label, m, n, k, counts in shapes()]
+    table("Wgrad (tokens x N x K), added in place to FP32", rows, "TFLOPS")
+
+
+def speed_casts(copy: float) -> None:
+    tokens, hidden, width, experts = 32768, 7168, 2048, 4
+    groups = Groups((tokens // experts,) * experts, torch.device("cuda"))
+    x = torch.randn(tokens, hidden, device="cuda").bfloat16()
+    h = torch.randn(tokens, 2 * width, device="cuda").bfloat16()
+    dy = torch.randn(tokens, width, device="cuda").bfloat16()
+    weights, norm = torch.rand(tokens, device="cuda"), torch.rand(hidden, device="cuda")
+    w = torch.randn(experts, 2 * width, hidden, device="cuda")
+    saved, kept, packed = cast.quantize_rows(x), cast.quantize_rows(h), cast.pack_e5m6(x)
+    many, few = x.numel(), dy.numel()
+    work: dict[str, tuple[float, Callable[[int], object]]] = {
+        "rows": (3 * many, lambda i: cast.quantize_rows(x)),
+        "columns": (3 * many, lambda i: cast.quantize_columns(x, groups)),
+        "columns of fp8": (2 * many, lambda i: cast.quantize_columns(saved, groups)),
+        "rows and columns": (4 * many, lambda i: cast.quantize_both(x, groups)),
+        "weight blocks, both ways": (6 * w.numel(), lambda i: cast.quantize_blocks(w)),
+        "swiglu": (7 * few, lambda i: fused.swiglu_rows(h, weights)),
+        "swiglu backward": (9 * few, lambda i: fused.swiglu_backward(dy, kept, weights, groups)),
+        "rmsnorm": (5 * many, lambda i: fused.rmsnorm_rows(x, norm, 1e-6)),
+        "e5m6 pack": (3.5 * many, lambda i: cast.pack_e5m6(x)),
+        "e5m6 unpack": (3.5 * many, lambda i: cast.unpack_e5m6(packed)),
+    }
+    rows: list[Row] = []
+    for name, (size, run) in work.items():
+        rate = attempt(name, lambda size=size, run=run: size / median_ms(run, 1) / 1e9)
+        rows.append((name, {"GB/s": rate and 1000 * rate, "% of copy": rate and 100 * rate / copy}))
+    table("Casts", rows, "GB/s read and written")
+
+
+def cast_share() -> None:
+    """One microbatch through this rank's experts of one V3 layer, forward and backward: how much of it is casts?"""
+    tokens, hidden, width, experts = 32768, 7168, 2048, 4
+    groups = Groups((tokens // experts,) * experts, torch.device("cuda"))
+    x = torch.randn(tokens, hidden, device="cuda").bfloat16()
+    h, dy = (
+        torch.randn(tokens, 2 * width, device="cuda").bfloat16(),
+        torch.randn(tokens, width, device="cuda").bfloat16(),
+    )
+    weights = torch.rand(tokens, device="cuda")
+    up, up_t = cast.quantize_blocks(torch.randn(experts, 2 * width, hidden, device="cuda"))
+    down, down_t = cast.quantize_blocks(torch.randn(experts, hidden, width, device="cuda"))
+    xq, (act, kept) = cast.quantize_rows(x), fused.swiglu_rows(h, weights)
+    dx_columns = cast.quantize_columns(x, groups)
+    dh, dh_t, act_t, _ = fused.swiglu_backward(dy, kept, weights, groups)
+    total_up, total_down = (torch.zeros(experts, *s, device="cuda") for s in ((2 * width, hidden), (hidden, width)))
+    casts = {
+        "x rows": lambda i: cast.quantize_rows(x),
+        "swiglu": lambda i: fused.swiglu_rows(h, weights),
+        "dy rows and columns": lambda i: cast.quantize_both(x, groups),
+        "swiglu backward": lambda i: fused.swiglu_backward(dy, kept, weights, groups),
+        "x columns": lambda i: cast.quantize_columns(xq, groups),
+    }
+    products = {
+        "up": lambda i: hopper.product(xq, up, groups),
+        "down": lambda i: hopper.product(act, down, groups),
+        "down dgrad": lambda i: hopper.product(xq, down_t, groups),
+        "up dgrad": lambda i: hopper.product(dh, up_t, groups),
+        "down wgrad": lambda i: hopper.wgrad(dx_columns, act_t, groups, total_down),
+        "up wgrad": lambda i: hopper.wgrad(dh_t, dx_columns, groups, total_up),
+    }
+    spent = {
+        kind: {name: median_ms(run, 1) for name, run in group.items()}
+        for kind, group in (("casts", casts), ("products", products))
+    }
+    sums = {kind: sum(times.values()) for kind, times in spent.items()}
+    print(
+        "\nexperts of a V3 layer, 4 x 8192 rows, ms: "
+        + json.dumps({k: {n: round(t, 3) for n, t in v.items()} for k, v in spent.items()})
+    )
+    share = sums["casts"] / sum(sums.values())
+    print(f"casts {sums['casts']:.2f} ms, products {sums['products']:.2f} ms: casts are {100 * share:.1f}%")
+
+
+def section(name: str, tune: bool) -> int:
+    torch.manual_seed(0)
+    if name == "check":
+        return check_casts() + check_products()
+    if name == "product":
+        found = limits()
+        print("limits:", json.dumps({key: round(value, 2) for key, value in found.items()}))
+        speed_products(tune)
+    elif name == "wgrad":
+        speed_wgrad(tune)
+    else:
+        speed_casts(limits()["copy_TB_s"])
+        cast_share()
+    return 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", choices=["cuda"], default="cuda")
+    parser.add_argument("--section", choices=list(SECTIONS))
+    parser.add_argument("--tune", action="store_true", help="time several tile shapes, stages and walks of each kernel")
+    arguments = parser.parse_args()
+    if arguments.section:
+        sys.exit(section(arguments.section, arguments.tune))
+    print(torch.cuda.get_device_name(), "torch", torch.__version__)
+    for name, seconds in SECTIONS.items():
+        started = time.monotonic()
+        command = [sys.executable, __file__, "--section", name, *(["--tune"] if arguments.tune else [])]
+        try:
+            code = subprocess.run(command, timeout=seconds, check=False).returncode
+        except subprocess.TimeoutExpired:
+            code = "out of time"
+        print(f"-- {name}: exit {code}, {time.monotonic() - started:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Compiles every FP8 kernel for sm_90 without a GPU and prints what came out, one JSON line each. Run by
+test_fp8_kernels.py: the kernels must be defined with TRITON_INTERPRET unset, which is another process."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import triton
+import triton.backends.nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+
+from dryvine.trainer.fp8.kernels import cast, fused, hopper, plain
+
+TOOL = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+FP8 = "fp8e4nv"
+# What is known of arguments at a real launch: pointers and these sizes are multiples of 16.
+ALIGNED = {"M", "N", "K", "R", "C", "F", "P", "x_stride", "c_stride", "sa_stride", "sb_stride"}
+SCALES = {"s": "fp32", "st": "fp32", "xs": "fp32", "ks": "fp32", "acts": "fp32", "sa": "fp32", "sb": "fp32"}
+VALUES = {"q": FP8, "qt": FP8, "kept": FP8, "act": FP8, "table": "i32", "starts": "i32"}
+OTHERS = {"weights": "fp32", "dw": "fp64", "x": "bf16", "h": "bf16", "dy": "bf16", "w": "fp32", "weight": "bf16",
+          "normed": "bf16", "inverse": "fp32", "high": "u8", "low": "u8", "c": "bf16"}  # fmt: skip
+
+
+def compile_one(kernel: Any, constants: dict[str, Any], warps: int, **types: str) -> dict[str, Any]:
+    pointers = SCALES | VALUES | OTHERS
+
+    def kind(name: str) -> str:
+        if name in constants:
+            return "constexpr"
+        if name in types:
+            return types[name]
+        return f"*{pointers[name]}" if name in pointers else "fp32" if name == "eps" else "i32"
+
+    names = list(kernel.arg_names)
+    signature = {name: kind(name) for name in names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in ALIGNED or n in pointers}
+    source = GluonASTSource if kernel.is_gluon() else ASTSource
+    built = triton.compile(
+        source(kernel, signature, {(names.index(k),): v for k, v in constants.items()}, aligned),
+        target=GPUTarget("cuda", 90, 32),
+        options={"num_warps": warps, "enable_fp_fusion": kernel.is_gluon()},
+    )
+    cubin = Path(sys.argv[1]) / "kernel.cubin"
+    cubin.write_bytes(built.asm["cubin"])
+    usage = subprocess.run([TOOL, "-res-usage", cubin], capture_output=True, text=True, check=True)
+    found = dict(re.findall(r"(REG|STACK):(\d+)", usage.stdout + usage.stderr))
+    ptx = built.asm["ptx"]
+    return {
+        "kernel": f"{kernel.__module__.split('.')[-1]}.{kernel.__name__}",
+        "constants": constants,
+        "registers": int(found["REG"]),
+        "stack": int(found["STACK"]),
+        "shared": built.metadata.shared,
+        "wgmma": len(re.findall(r"wgmma\.mma_async\S*\.e4m3\.e4m3", ptx)),
+        "tma": ptx.count("cp.async.bulk.tensor"),
+        "cast": ptx.count("cvt.rn.satfinite.e4m3x2.f32"),
+        "fused": ptx.count("fma.rn.f32"),
+    }
+
+
+def descriptors(width: int, gluon: bool) -> dict[str, str]:
+    layout = f",{gl.NVMMASharedLayout(128, 8, rank=2)!r}" if gluon else ""
+    return {
+        "a_desc": f"tensordesc<{FP8}[{64 if gluon else 128},128]{layout}>",
+        "b_desc": f"tensordesc<{FP8}[{width},128]{layout}>",
+    }
+
+
+def products() -> Any:
+    for config in (hopper.PRODUCT, replace(hopper.PRODUCT, count=1, stages=6)):
+        shape = {"GROUP_M": 8, "SUB": config.sub, "COUNT": config.count, "STAGES": config.stages}
+        for grouped in (False, True):
+            constants = {"GROUPED": grouped, **shape, "REGISTERS": config.registers}
+            yield compile_one(hopper.product_kernel, constants, 4, **descriptors(config.sub, True))
+    config = hopper.WGRAD
+    shape = {"GROUP_M": 8, "SUB": config.sub, "COUNT": config.count, "STAGES": config.stages}
+    constants = {**shape, "REGISTERS": config.registers}
+    yield compile_one(hopper.wgrad_kernel, constants, 4, **descriptors(config.sub, True), c="*fp32")
+    shape = {"GROUP_M": 8, "STAGES": 4}
+    yield compile_one(plain.product_kernel, {"GROUPED": True, **shape}, 8, **descriptors(128, False))
+    yield compile_one(plain.wgrad_kernel, shape, 8, **descriptors(128, False), c="*fp32")
+
+
+def quantisers() -> Any:
+    yield compile_one(cast.rows_kernel, {"UE8M0": False, "ROWS": cast.ROWS}, 4)
+    for from_fp8 in (False, True):
+        constants = {"FROM_FP8": from_fp8, "ROWS_TOO": not from_fp8, "GROUPED": True, "UE8M0": True}
+        yield compile_one(cast.columns_kernel, constants, 8, **({"x": f"*{FP8}"} if from_fp8 else {}))
+    yield compile_one(cast.blocks_kernel, {"UE8M0": False}, 8)
+    yield compile_one(cast.pack_kernel, {"ROWS": cast.ROWS}, 4)
+    yield compile_one(cast.unpack_kernel, {"ROWS": cast.ROWS}, 4)
+    yield compile_one(fused.swiglu_kernel, {"WEIGHTED": True, "UE8M0": False, "ROWS": fused.ROWS}, 4)
+    yield compile_one(fused.swiglu_backward_kernel, {"WEIGHTED": True, "UE8M0": False}, 16)
+    yield compile_one(fused.rmsnorm_kernel, {"UE8M0": False, "TILES": 64}, 8)
+
+
+if __name__ == "__main__":
+    for made in (*products(), *quantisers()):
+        print(json.dumps(made), flush=True)

@@ -1,0 +1,124 @@
+"""The emulated products: as exact as their operands, and the choices known to be bad look bad."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from dryvine.trainer.fp8 import reference
+from dryvine.trainer.fp8.gemm import ENGINES, Emulate
+from dryvine.trainer.fp8.tensors import Groups, Quantized
+
+CPU = torch.device("cpu")
+
+
+def relative(ours: Tensor, truth: Tensor) -> float:
+    return float((ours.double() - truth.double()).norm() / truth.double().norm())
+
+
+def wide(q: Quantized) -> Tensor:
+    return q.dequantize().double()
+
+
+def normal(*size: int, seed: int = 0) -> Tensor:
+    return torch.randn(*size, generator=torch.Generator().manual_seed(seed + sum(size)))
+
+
+def test_fprop_and_dgrad_err_no_more_than_their_operands() -> None:
+    x, w = normal(200, 1000), normal(300, 1000)
+    a, (b, turned) = reference.quantize_rows(x), reference.quantize_blocks(w)
+    truth = x.double() @ w.double().t()
+    assert relative(Emulate().product(a, b), truth) <= 1.05 * relative(wide(a) @ wide(b).t(), truth)
+    dy = normal(200, 300)
+    q, back = reference.quantize_rows(dy), dy.double() @ w.double()
+    assert relative(Emulate().product(q, turned), back) <= 1.05 * relative(wide(q) @ wide(turned).t(), back)
+
+
+def test_grouped_products_and_wgrad_err_no_more_than_their_operands() -> None:
+    counts = (100, 0, 28, 129)
+    groups = Groups(counts, CPU)
+    x, w, dy = normal(257, 384), normal(4, 256, 384), normal(257, 256)
+    a, b = reference.quantize_rows(x), reference.quantize_blocks(w)[0]
+    parts = x.double().split(counts), a.dequantize().double().split(counts)
+    truth = torch.cat([one @ m.t() for one, m in zip(parts[0], w.double(), strict=True)])
+    limit = torch.cat([one @ m.t() for one, m in zip(parts[1], wide(b), strict=True)])
+    assert relative(Emulate().product(a, b, groups, torch.float32), truth) <= 1.05 * relative(limit, truth)
+    total = torch.zeros(4, 256, 384)
+    dq, xq = reference.quantize_columns(dy, groups), reference.quantize_columns(a, groups)
+    Emulate().wgrad(dq, xq, groups, total)
+    grad = torch.stack([d.t() @ one for d, one in zip(dy.double().split(counts), parts[0], strict=True)])
+    starts = [128 * s for s in groups.block_starts]
+    spans = [slice(first, last) for first, last in pairwise(starts)]
+    limit = torch.stack([wide(dq)[:, s] @ wide(xq)[:, s].t() for s in spans])
+    assert relative(total, grad) <= 1.05 * relative(limit, grad)
+    assert not total[1].any(), "an expert without rows got a gradient"
+
+
+def test_wgrad_adds() -> None:
+    groups = Groups((5,), CPU)
+    a, b = (reference.quantize_columns(normal(5, size), groups) for size in (16, 32))
+    total = torch.ones(1, 16, 32)
+    Emulate().wgrad(a, b, groups, total)
+    torch.testing.assert_close(total[0] - 1, a.dequantize() @ b.dequantize().t(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_hopper_accumulator_needs_promotion() -> None:
+    """Section 3.5.2 of the V3 report: about 14 bits, near 2% of maximal error at K = 4096 without promotion."""
+    x, w = normal(64, 8192).abs(), normal(64, 8192).abs()  # of one sign, so that sums grow as long sums do
+    a, b = reference.quantize_rows(x), reference.quantize_blocks(w)[0]
+    truth = wide(a) @ wide(b).t()
+
+    def error(engine: Emulate, k: int) -> float:
+        part = [Quantized(q.values[:, :k], q.scales[:, : k // 128], q.tile) for q in (a, b)]
+        return relative(engine.product(*part, None, torch.float32), wide(part[0]) @ wide(part[1]).t())
+
+    assert relative(Emulate().product(a, b, None, torch.float32), truth) < 1e-6
+    promoted, never = Emulate("hopper", 128), Emulate("hopper", 0)
+    assert error(promoted, 8192) < 3e-4
+    assert error(never, 4096) > 20 * error(promoted, 4096)
+    assert error(never, 8192) > 1.7 * error(never, 4096) > 5e-3
+
+
+def outliers(rows: int, cols: int, seed: int) -> Tensor:
+    """Sizes that differ by token over many octaves, as gradients of activations do: a 128x128 block mixes them. (E4M3
+    has 18 octaves of its own, so a factor of a few hundred would not show.)"""
+    size = torch.exp(4 * normal(rows, 1, seed=seed))
+    return normal(rows, cols, seed=seed) * size * 1e-3
+
+
+def test_blocks_on_the_dgrad_operand_are_visibly_worse() -> None:
+    dy, w = outliers(256, 512, 5), normal(512, 384)
+    turned = reference.quantize_blocks(w)[1]
+    truth = dy.double() @ w.double()
+
+    def worst(q: Quantized) -> float:
+        """Over tokens: the small ones are those that lose."""
+        error = (Emulate().product(q, turned, None, torch.float32).double() - truth).norm(dim=1) / truth.norm(dim=1)
+        return float(error.quantile(0.9))
+
+    fine = worst(reference.quantize_rows(dy))
+    assert fine < 0.05
+    assert worst(reference.quantize_coarse(dy, "128x128")) > 3 * fine
+    assert worst(reference.quantize_coarse(dy, "tensor")) > 10 * fine
+
+
+def test_one_scale_a_tensor_is_visibly_worse() -> None:
+    x = normal(256, 512)
+    x[:, 7] *= 1e5  # one channel far above the rest
+    w = normal(256, 512)
+    w[:, 7] = 0
+    truth = x.double() @ w.double().t()
+    b = reference.quantize_blocks(w)[0]
+    fine = relative(Emulate().product(reference.quantize_rows(x), b, None, torch.float32), truth)
+    coarse = relative(Emulate().product(reference.quantize_coarse(x, "tensor"), b, None, torch.float32), truth)
+    assert coarse > 2 * fine
+
+
+@pytest.mark.parametrize("name", [name for name in ENGINES if name != "emulate"])
+def test_an_engine_that_cannot_run_says_why_and_what_would(name: str) -> None:
+    reason = ENGINES[name]().missing(CPU)
+    assert reason is not None
+    assert "emulate" in reason

@@ -1,0 +1,237 @@
+"""FP8 Linear and FFN: all three products against FP64, deferred dW, one weight cast a step, what is kept, the guard."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dryvine.parallel.wgrad import Closure, WGrad
+from dryvine.trainer.fp8 import reference
+from dryvine.trainer.fp8.gemm import Emulate
+from dryvine.trainer.fp8.guard import culprits
+from dryvine.trainer.fp8.linear import FP8, Linear
+from dryvine.trainer.fp8.recipe import Recipe, preset
+from dryvine.trainer.fp8.tensors import Quantized
+from dryvine.trainer.model.layers import Weight
+
+
+def normal(*size: int, seed: int = 0) -> Tensor:
+    return torch.randn(*size, generator=torch.Generator().manual_seed(seed + sum(size)))
+
+
+def make(**changes: object) -> FP8:
+    return FP8(preset("deepseek_v3", **changes), Emulate(), WGrad())
+
+
+def relative(ours: Tensor, truth: Tensor) -> float:
+    ours, truth = ours.detach().double(), truth.detach().double()
+    return float((ours - truth).norm() / truth.norm())
+
+
+def test_all_three_products_of_a_linear_are_near_fp64() -> None:
+    fp8, w, x, dy = make(), Weight(normal(144, 200)), normal(70, 200).requires_grad_(), normal(70, 144)
+    y = fp8.linear(x, w)
+    y.backward(dy)
+    assert x.grad is not None
+    assert w.grad is None, "autograd got a weight gradient too"
+    wide_x, wide_w, wide_dy = (t.detach().double() for t in (x, w, dy))
+    truths = wide_x @ wide_w.t(), wide_dy @ wide_w, wide_dy.t() @ wide_x
+    for ours, truth in zip((y, x.grad, w.gradient()), truths, strict=True):
+        assert 0.01 < relative(ours, truth) < 0.05, "E4M3 on both sides errs by about 3.5%"
+
+
+def test_after_attention_the_input_is_kept_finer() -> None:
+    """E5M6 leaves one quantisation in Wgrad's operand where FP8 leaves two."""
+    x, dy = normal(100, 256), normal(100, 128)
+    truth, errors = dy.t().double() @ x.double(), {}
+    for kept in ("e5m6", "fp8"):
+        fp8, w = make(cache_after_attention=kept), Weight(normal(128, 256))
+        Linear(w, fp8, after_attention=True)(x.requires_grad_()).backward(dy)
+        errors[kept] = relative(w.gradient(), truth)
+    assert errors["e5m6"] < 0.95 * errors["fp8"]
+
+
+def experts(fp8: FP8, counts: tuple[int, ...]) -> tuple[Tensor, ...]:
+    rows, hidden, width = sum(counts), 128, 96
+    up, down = Weight(normal(len(counts), 2 * width, hidden) / 11), Weight(normal(len(counts), hidden, width) / 10)
+    x, weights = normal(rows, hidden).requires_grad_(), torch.rand(rows, requires_grad=True)
+    dy = normal(rows, hidden, seed=3)
+    y = fp8.ffn(x, up, down, counts, weights)
+    y.backward(dy)
+    assert x.grad is not None
+    assert weights.grad is not None
+    leaves = [t.detach().double().requires_grad_() for t in (x, weights, up, down)]
+    parts = []
+    for rows_, weight, u, d in zip(leaves[0].split(counts), leaves[1].split(counts), leaves[2], leaves[3], strict=True):
+        gate, lift = (rows_ @ u.t()).chunk(2, -1)
+        parts.append(functional.silu(gate) * lift * weight[:, None] @ d.t())
+    truth = torch.cat(parts)
+    truth.backward(dy.double())
+    for ours, leaf in zip((x.grad, weights.grad, up.gradient(), down.gradient()), leaves, strict=True):
+        assert leaf.grad is not None
+        assert 0.005 < relative(ours, leaf.grad) < 0.09
+    assert relative(y, truth) < 0.07
+    return x, weights, up, down
+
+
+@pytest.mark.parametrize("counts", [(33, 0, 130), (64,)])
+def test_experts_are_near_fp64(counts: tuple[int, ...]) -> None:
+    experts(make(), counts)
+
+
+def test_a_rank_whose_experts_got_no_rows() -> None:
+    fp8, up, down = make(), Weight(normal(2, 64, 32)), Weight(normal(2, 32, 32))
+    x, weights = torch.zeros(0, 32, requires_grad=True), torch.zeros(0, requires_grad=True)
+    fp8.ffn(x, up, down, (0, 0), weights).sum().backward()
+    assert x.grad is not None
+    assert not up.gradient().any()
+
+
+def test_a_dense_ffn_is_one_expert() -> None:
+    x, up, down = normal(40, 64), normal(96, 64), normal(64, 48)
+    dense = make().ffn(x, Weight(up), Weight(down))
+    assert torch.equal(dense, make().ffn(x, Weight(up[None]), Weight(down[None]), (40,)))
+
+
+def test_dw_waits_for_its_turn_and_adds() -> None:
+    fp8, w, x = make(), Weight(normal(32, 64)), normal(10, 64).requires_grad_()
+    closures: list[Closure] = []
+    with fp8.wgrad.collect(closures):
+        fp8.linear(x, w).backward(normal(10, 32))
+    assert x.grad is not None
+    assert w.main_grad is None
+    closures[0]()
+    once = w.gradient().clone()
+    fp8.linear(x, w).backward(normal(10, 32))
+    torch.testing.assert_close(w.gradient(), 2 * once)
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
+    calls: list[int] = []
+    original: Callable[..., object] = getattr(reference, name)
+
+    def spy(*args: object, **named: object) -> object:
+        calls.append(1)
+        return original(*args, **named)
+
+    monkeypatch.setattr(reference, name, spy)
+    return calls
+
+
+def test_a_weight_is_cast_once_a_step_and_again_after_it_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    fp8, w = make(), Weight(normal(32, 64))
+    calls = counted(monkeypatch, "quantize_blocks")
+    x = normal(10, 64).requires_grad_()
+    for _ in range(3):
+        fp8.linear(x, w).sum().backward()
+    assert len(calls) == 1
+    before = fp8.linear(x, w)
+    with torch.no_grad():
+        w.mul_(2)
+    fp8.cache.clear()
+    assert torch.equal(fp8.linear(x, w), 2 * before)
+    assert len(calls) == 2
+
+
+def test_linears_that_share_an_input_share_its_cast(monkeypatch: pytest.MonkeyPatch) -> None:
+    fp8, a, b = make(), Weight(normal(32, 64)), Weight(normal(48, 64))
+    calls = counted(monkeypatch, "quantize_rows")
+    x = normal(10, 64)
+    fp8.linear(x, a)
+    fp8.linear(x, b)
+    assert len(calls) == 1
+    x.mul_(2)
+    fp8.linear(x, b)
+    assert len(calls) == 2, "a tensor changed in place was taken for the old one"
+
+
+def kept_bytes(run: Callable[[], Tensor]) -> int:
+    seen: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        run()
+    return sum(seen.values())
+
+
+def test_what_is_kept_is_as_predicted_and_half_of_bf16() -> None:
+    rows, hidden, width = 512, 256, 384
+    fp8, up, down = make(), Weight(normal(2 * width, hidden)), Weight(normal(hidden, width))
+    x = normal(rows, hidden).bfloat16().requires_grad_()
+    scaled = 1 + 4 / 128  # a byte a value, four a tile
+    assert kept_bytes(lambda: fp8.ffn(x, up, down)) == rows * (hidden + 2 * width) * scaled
+    assert kept_bytes(lambda: fp8.linear(x, up)) == rows * hidden * scaled
+    assert kept_bytes(lambda: fp8.linear(x, up, after_attention=True)) == rows * hidden * (1.5 + 4 / 128)
+
+
+BAD = [
+    ("gradient_tile", "128x128"),
+    ("gradient_tile", "tensor"),
+    ("activation_tile", "tensor"),
+    ("weight_tile", "tensor"),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), BAD)
+def test_bad_choices_run_and_are_worse(key: str, value: str) -> None:
+    """On operands with tokens and weights of very different sizes."""
+    size = torch.exp(4 * normal(200, 1))
+    x, dy, w = normal(200, 256) * size, normal(200, 128) / size, normal(128, 256)
+    w[:, 128:] *= 1e-6
+
+    def errors(fp8: FP8) -> tuple[float, ...]:
+        leaf, weight = x.clone().requires_grad_(), Weight(w)
+        y = fp8.linear(leaf, weight)
+        y.backward(dy)
+        assert leaf.grad is not None
+        truth, back = x.double() @ w.double().t(), dy.double() @ w.double()
+        by_row = [(o.detach() - t).norm(dim=1) / t.norm(dim=1) for o, t in ((y, truth), (leaf.grad, back))]
+        return *(float(e.quantile(0.9)) for e in by_row), relative(leaf.grad[:, 128:], back[:, 128:])
+
+    good, bad = errors(make()), errors(make(**{key: value}))
+    assert any(worse > 2 * fine for worse, fine in zip(bad, good, strict=True))
+
+
+def test_the_guard_counts_bad_and_floored_tiles_by_name() -> None:
+    fp8, w = make(), Weight(normal(32, 256))
+    x = normal(4, 256)
+    x[0, 3], x[1, 128:] = torch.nan, 1e-6
+    fp8.linear(x, w)
+    fp8.guard.on = True
+    fp8.linear(x.clone(), w)
+    fp8.linear(normal(4, 256), w)
+    (count,) = fp8.guard.take([("layers.0.o.weight", w)])
+    assert count == ("layers.0.o.weight: input", 1, 1, 16)
+    assert not list(fp8.guard.take([]))
+
+
+def test_the_culprit_is_named() -> None:
+    good, bad = torch.ones(3), torch.tensor([1.0, torch.nan])
+    assert culprits([("a", good), ("b", bad), ("c", None)]) == ["b"]
+
+
+def test_presets_and_overrides() -> None:
+    assert Recipe().linear == "bf16"
+    assert Recipe.model_validate({"preset": "deepseek_v3", "scales": "ue8m0"}) == preset("deepseek_v3", scales="ue8m0")
+    assert preset("deepseek_v3").fp8
+    assert not preset("fp32").fp8
+    assert preset("fp32", dispatch="fp8").dispatch == "fp8"
+    with pytest.raises(ValueError, match="Extra inputs"):
+        Recipe.model_validate({"scale": "ue8m0"})
+    with pytest.raises(ValueError, match="multiple of 32"):
+        Recipe.model_validate({"preset": "deepseek_v3", "promotion": 100})
+
+
+def test_values_are_those_of_the_paper() -> None:
+    q = reference.quantize_rows(torch.full((1, 128), 0.5))
+    assert isinstance(q, Quantized)
+    assert q.values.float().eq(448).all()
+    assert q.scales.item() == pytest.approx(0.5 / 448)

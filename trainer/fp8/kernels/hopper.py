@@ -1,0 +1,284 @@
+"""FP8 GEMMs for Hopper (sm_90) in Gluon, Triton's explicit dialect: y = A Bᵀ with scales, promoted every 128 of K.
+
+Why not plain `tl.dot`: the tensor cores' accumulator keeps about 14 bits, so each 128 of K must be added to an FP32
+accumulator by the CUDA cores (arXiv 2412.19437, 3.3.2). `tl.dot` makes a warp wait for its product and then add, with
+the tensor cores idle meanwhile, and synchronises all warps once an iteration. Here one warp does nothing but TMA loads
+and two warpgroups each own half of the tile's rows: while one adds, the other's products run. Persistent: a CTA per SM
+walks over tiles, and loads of the next tile start before this one is stored.
+
+Legend: A [M, K] in 1x128 tiles, B [N, K] in 128x128 (`product`) or 1x128 (`wgrad`) tiles, `table` as in Groups.
+"""
+
+# The annotations of kernels are read at run time, so no `from __future__ import annotations` here.
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from dryvine.trainer.fp8.tensors import TILE, Groups, Quantized, blocks
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile of 128 x (sub * count): `count` products of width `sub` share an A tile and registers of partial sums."""
+
+    sub: int = 128
+    count: int = 2
+    stages: int = 4
+    group_m: int = 8  # tiles are walked in bands of this many rows of tiles, for L2
+    registers: int = 232
+
+
+PRODUCT = Config()
+WGRAD = Config(count=1, stages=5)
+
+
+@gluon.jit
+def _where(tile, num_m, num_n, GROUP_M: gl.constexpr):
+    """Row and column of a tile, in bands of GROUP_M rows."""
+    width = GROUP_M * num_n
+    first = (tile // width) * GROUP_M
+    height = min(num_m - first, GROUP_M)
+    return first + (tile % width) % height, (tile % width) // height
+
+
+@gluon.jit
+def _rows(tile_m, table, M, GROUPED: gl.constexpr):
+    """(expert, first row, end of its rows) of a row of tiles."""
+    if GROUPED:
+        entry = table + 3 * tile_m
+        return gl.load(entry), gl.load(entry + 1), gl.load(entry + 2)
+    else:
+        return 0, tile_m * 128, M
+
+
+@gluon.jit
+def _fill(turn, a_desc, b_desc, a_bufs, b_bufs, full, empty, m0, n0, k0, SUB: gl.constexpr, COUNT: gl.constexpr,
+          STAGES: gl.constexpr):  # fmt: skip
+    """Start the loads of one 128 of K into the next stage, once its last readers have left."""
+    stage = turn % STAGES
+    mbarrier.wait(empty.index(stage), ((turn // STAGES) & 1) ^ 1)
+    bar = full.index(stage)
+    mbarrier.expect(bar, 128 * 128 + SUB * COUNT * 128)
+    for half in gl.static_range(2):
+        tma.async_copy_global_to_shared(a_desc, [m0 + 64 * half, k0], bar, a_bufs.index(stage * 2 + half))
+    for i in gl.static_range(COUNT):
+        tma.async_copy_global_to_shared(b_desc, [n0 + SUB * i, k0], bar, b_bufs.index(stage * COUNT + i))
+
+
+@gluon.jit
+def _product_loads(a_desc, b_desc, a_bufs, b_bufs, full, empty, table, M, N, k_blocks, num_m, num_n,
+                   GROUPED: gl.constexpr, GROUP_M: gl.constexpr, SUB: gl.constexpr, COUNT: gl.constexpr,
+                   STAGES: gl.constexpr):  # fmt: skip
+    turn = 0
+    for tile in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
+        tile_m, tile_n = _where(tile, num_m, num_n, GROUP_M)
+        expert, m0, _ = _rows(tile_m, table, M, GROUPED)
+        n0 = expert * N + tile_n * (SUB * COUNT)
+        for k in range(k_blocks):
+            _fill(turn, a_desc, b_desc, a_bufs, b_bufs, full, empty, m0, n0, k * 128, SUB, COUNT, STAGES)
+            turn += 1
+
+
+@gluon.jit
+def _product_sums(HALF: gl.constexpr, a_bufs, b_bufs, full, empty, c, sa, sb, table, M, N, k_blocks, num_m, num_n,
+                  sa_stride, sb_expert, sb_row, c_stride, GROUPED: gl.constexpr, GROUP_M: gl.constexpr,
+                  SUB: gl.constexpr, COUNT: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, SUB, 32])
+    out: gl.constexpr = gl.BlockedLayout([1, 8], [256 // SUB, SUB // 8], [4, 1], [1, 0])
+    rows = gl.arange(0, 64, layout=gl.SliceLayout(1, mma))
+    zero = gl.zeros((64, SUB), gl.float32, layout=mma)
+    turn = 0
+    for tile in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
+        tile_m, tile_n = _where(tile, num_m, num_n, GROUP_M)
+        expert, m0, end = _rows(tile_m, table, M, GROUPED)
+        m0 += 64 * HALF
+        n0 = tile_n * (SUB * COUNT)
+        sa_at = sa + m0 + rows
+        ours = m0 + rows < end
+        sb_at = sb + expert * sb_expert + (n0 // 128) * sb_row
+        second = n0 + 128 < N
+        scale = gl.load(sa_at, mask=ours, other=0.0)
+        left, right = gl.load(sb_at), gl.load(sb_at + sb_row, mask=second)
+        sums = (zero,) * COUNT
+        for k in range(k_blocks):
+            stage = turn % STAGES
+            left_now, right_now = scale * left, scale * right
+            # The next block's scales are asked for before this block's products, and so are there in time.
+            more = k + 1 < k_blocks
+            sa_at += sa_stride
+            sb_at += 1
+            scale = gl.load(sa_at, mask=ours & more, other=0.0)
+            left, right = gl.load(sb_at, mask=more), gl.load(sb_at + sb_row, mask=more & second)
+            mbarrier.wait(full.index(stage), (turn // STAGES) & 1)
+            a = a_bufs.index(stage * 2 + HALF)
+            for i in gl.static_range(COUNT):
+                b = b_bufs.index(stage * COUNT + i).permute((1, 0))
+                part = warpgroup_mma(a, b, zero, use_acc=False, is_async=True)
+                part = warpgroup_mma_wait(0, deps=[part])
+                if i == COUNT - 1:
+                    mbarrier.arrive(empty.index(stage))
+                factor = gl.expand_dims(left_now if i * SUB < 128 else right_now, 1)
+                sums = sums[:i] + (sums[i] + part * factor,) + sums[i + 1 :]  # noqa: RUF005
+            turn += 1
+        r = m0 + gl.arange(0, 64, layout=gl.SliceLayout(1, out))
+        n = n0 + gl.arange(0, SUB, layout=gl.SliceLayout(0, out))
+        c_at = c + gl.expand_dims(r.to(gl.int64) * c_stride, 1) + gl.expand_dims(n, 0)
+        for i in gl.static_range(COUNT):
+            keep = gl.expand_dims(r < end, 1) & gl.expand_dims(n + SUB * i < N, 0)
+            gl.store(c_at + SUB * i, gl.convert_layout(sums[i].to(c.dtype.element_ty), out), mask=keep)
+
+
+@gluon.jit
+def product_kernel(a_desc, b_desc, c, sa, sb, table, M, N, K, num_m, sa_stride, sb_expert, sb_row, c_stride,
+                   GROUPED: gl.constexpr, GROUP_M: gl.constexpr, SUB: gl.constexpr, COUNT: gl.constexpr,
+                   STAGES: gl.constexpr, REGISTERS: gl.constexpr):  # fmt: skip
+    a_bufs = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * 2, 64, 128], a_desc.layout)
+    b_bufs = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * COUNT, SUB, 128], b_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
+    k_blocks = gl.cdiv(K, 128)
+    num_n = gl.cdiv(N, SUB * COUNT)
+    gl.warp_specialize(
+        [
+            (_product_sums, (0, a_bufs, b_bufs, full, empty, c, sa, sb, table, M, N, k_blocks, num_m, num_n, sa_stride,
+                             sb_expert, sb_row, c_stride, GROUPED, GROUP_M, SUB, COUNT, STAGES)),
+            (_product_sums, (1, a_bufs, b_bufs, full, empty, c, sa, sb, table, M, N, k_blocks, num_m, num_n, sa_stride,
+                             sb_expert, sb_row, c_stride, GROUPED, GROUP_M, SUB, COUNT, STAGES)),
+            (_product_loads, (a_desc, b_desc, a_bufs, b_bufs, full, empty, table, M, N, k_blocks, num_m, num_n, GROUPED,
+                              GROUP_M, SUB, COUNT, STAGES)),
+        ],
+        [4, 1],
+        [REGISTERS, 40],
+    )  # fmt: skip
+
+
+@gluon.jit
+def _wgrad_loads(a_desc, b_desc, a_bufs, b_bufs, full, empty, starts, num_m, num_n, tiles, GROUP_M: gl.constexpr,
+                 SUB: gl.constexpr, COUNT: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    turn = 0
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        expert = tile // (num_m * num_n)
+        tile_m, tile_n = _where(tile % (num_m * num_n), num_m, num_n, GROUP_M)
+        for k in range(gl.load(starts + expert), gl.load(starts + expert + 1)):
+            _fill(turn, a_desc, b_desc, a_bufs, b_bufs, full, empty, tile_m * 128, tile_n * (SUB * COUNT), k * 128,
+                  SUB, COUNT, STAGES)  # fmt: skip
+            turn += 1
+
+
+@gluon.jit
+def _wgrad_sums(HALF: gl.constexpr, a_bufs, b_bufs, full, empty, c, sa, sb, starts, M, N, num_m, num_n, tiles,
+                sa_stride, sb_stride, GROUP_M: gl.constexpr, SUB: gl.constexpr, COUNT: gl.constexpr,
+                STAGES: gl.constexpr):  # fmt: skip
+    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, SUB, 32])
+    rows = gl.arange(0, 64, layout=gl.SliceLayout(1, mma))
+    cols = gl.arange(0, SUB, layout=gl.SliceLayout(0, mma))
+    zero = gl.zeros((64, SUB), gl.float32, layout=mma)
+    turn = 0
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        expert = tile // (num_m * num_n)
+        tile_m, tile_n = _where(tile % (num_m * num_n), num_m, num_n, GROUP_M)
+        m = tile_m * 128 + 64 * HALF + rows
+        n = tile_n * (SUB * COUNT) + cols
+        first, last = gl.load(starts + expert), gl.load(starts + expert + 1)
+        sums = (zero,) * COUNT
+        for k in range(first, last):
+            stage = turn % STAGES
+            a_scale = gl.load(sa + k * sa_stride + m, mask=m < M, other=0.0)
+            mbarrier.wait(full.index(stage), (turn // STAGES) & 1)
+            a = a_bufs.index(stage * 2 + HALF)
+            for i in gl.static_range(COUNT):
+                b = b_bufs.index(stage * COUNT + i).permute((1, 0))
+                part = warpgroup_mma(a, b, zero, use_acc=False, is_async=True)
+                # Asked for while the product runs: these are too many to hold a block ahead.
+                b_scale = gl.load(sb + k * sb_stride + n + SUB * i, mask=n + SUB * i < N, other=0.0)
+                part = warpgroup_mma_wait(0, deps=[part])
+                if i == COUNT - 1:
+                    mbarrier.arrive(empty.index(stage))
+                term = part * gl.expand_dims(b_scale, 0) * gl.expand_dims(a_scale, 1)
+                sums = sums[:i] + (sums[i] + term,) + sums[i + 1 :]  # noqa: RUF005
+            turn += 1
+        # In the product's own layout four threads cover a 32-byte sector of FP32: no shuffle would store faster.
+        c_at = c + expert.to(gl.int64) * M * N + gl.expand_dims(m.to(gl.int64) * N, 1) + gl.expand_dims(n, 0)
+        for i in gl.static_range(COUNT):
+            keep = gl.expand_dims(m < M, 1) & gl.expand_dims(n + SUB * i < N, 0) & (first < last)
+            gl.store(c_at + SUB * i, gl.load(c_at + SUB * i, mask=keep, other=0.0) + sums[i], mask=keep)
+
+
+@gluon.jit
+def wgrad_kernel(a_desc, b_desc, c, sa, sb, starts, M, N, num_m, tiles, sa_stride, sb_stride, GROUP_M: gl.constexpr,
+                 SUB: gl.constexpr, COUNT: gl.constexpr, STAGES: gl.constexpr,
+                 REGISTERS: gl.constexpr):  # fmt: skip
+    a_bufs = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * 2, 64, 128], a_desc.layout)
+    b_bufs = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * COUNT, SUB, 128], b_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
+    num_n = gl.cdiv(N, SUB * COUNT)
+    gl.warp_specialize(
+        [
+            (_wgrad_sums, (0, a_bufs, b_bufs, full, empty, c, sa, sb, starts, M, N, num_m, num_n, tiles, sa_stride,
+                           sb_stride, GROUP_M, SUB, COUNT, STAGES)),
+            (_wgrad_sums, (1, a_bufs, b_bufs, full, empty, c, sa, sb, starts, M, N, num_m, num_n, tiles, sa_stride,
+                           sb_stride, GROUP_M, SUB, COUNT, STAGES)),
+            (_wgrad_loads, (a_desc, b_desc, a_bufs, b_bufs, full, empty, starts, num_m, num_n, tiles, GROUP_M, SUB,
+                            COUNT, STAGES)),
+        ],
+        [4, 1],
+        [REGISTERS, 40],
+    )  # fmt: skip
+
+
+def _descriptor(values: Tensor, rows: int) -> TensorDescriptor:
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
+    return TensorDescriptor.from_tensor(values.flatten(0, -2), [rows, TILE], layout)
+
+
+def _programs(device: torch.device, tiles: int) -> int:
+    return min(tiles, torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def product(a: Quantized, b: Quantized, groups: Groups | None = None, dtype: torch.dtype = torch.bfloat16,
+            config: Config = PRODUCT) -> Tensor:  # fmt: skip
+    """A Bᵀ: [M, K] in 1x128 tiles times [N, K], or with `groups` [X, N, K], in 128x128 blocks, to [M, N].
+
+    K and N are multiples of 16 (TMA's alignment).
+    """
+    (m, k), n = a.values.shape, b.values.shape[-2]
+    c = torch.empty(m, n, dtype=dtype, device=a.values.device)
+    num_m = blocks(m) if groups is None else groups.blocks
+    if not num_m:
+        return c
+    tiles = num_m * -(-n // (config.sub * config.count))
+    table = c if groups is None else groups.tables[0]  # dense kernels never read it
+    product_kernel[(_programs(c.device, tiles),)](
+        _descriptor(a.values, 64), _descriptor(b.values, config.sub), c, a.scales, b.scales, table, m, n, k, num_m,
+        a.scales.stride(1), b.scales.stride(0) if groups else 0, b.scales.stride(-2), c.stride(0),
+        GROUPED=groups is not None, GROUP_M=config.group_m, SUB=config.sub, COUNT=config.count, STAGES=config.stages,
+        REGISTERS=config.registers, num_warps=4,
+    )  # fmt: skip
+    return c
+
+
+def wgrad(a: Quantized, b: Quantized, groups: Groups, total: Tensor, config: Config = WGRAD) -> None:
+    """total[x] += A_x B_xᵀ: A [M, P], B [N, P] in 1x128 tiles over the padded rows P of all experts, total FP32
+    [X, M, N]."""
+    m, n = a.values.shape[0], b.values.shape[0]
+    num_m = blocks(m)
+    tiles = len(groups.counts) * num_m * -(-n // (config.sub * config.count))
+    if not groups.blocks:
+        return
+    wgrad_kernel[(_programs(total.device, tiles),)](
+        _descriptor(a.values, 64), _descriptor(b.values, config.sub), total, a.scales, b.scales, groups.tables[1], m, n,
+        num_m, tiles, a.scales.stride(1), b.scales.stride(1), GROUP_M=config.group_m, SUB=config.sub,
+        COUNT=config.count, STAGES=config.stages, REGISTERS=config.registers, num_warps=4,
+    )  # fmt: skip

@@ -1,0 +1,58 @@
+"""The numerics of a run as one value: the `[fp8]` table. A preset and what one changes of it.
+
+The alternative, a flag per decision read wherever a cast happens, is how a run ends up with BF16 wgrads for half its
+layers and nobody knows. Here a Linear gets its recipe when it is built, and a recipe can be printed. The choices that
+make training worse (`tensor`, `128x128` for activations, the tensor cores' own accumulator) are here because a claim
+that they are worse must be testable. DeepSeek-V3: arXiv 2412.19437, section 3.3.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, model_validator
+
+Tile = Literal["1x128", "128x128", "tensor"]
+Scales = Literal["fp32", "ue8m0"]
+
+
+class Recipe(BaseModel, frozen=True, extra="forbid"):
+    """Defaults are those of the preset `deepseek_v3`; `preset` is applied first, the other keys over it."""
+
+    preset: Literal["deepseek_v3", "bf16", "fp32"] = "bf16"
+    linear: Literal["fp8", "bf16", "fp32"] = "fp8"  # all three products of every Linear; embedding, head, gate, norms
+    # and attention core always stay in the run's dtype
+    activation_tile: Tile = "1x128"
+    gradient_tile: Tile = "1x128"  # the operand of Dgrad, and of Wgrad the other way
+    weight_tile: Literal["128x128", "tensor"] = "128x128"
+    scales: Scales = "fp32"
+    accumulator: Literal["fp32", "hopper"] = "fp32"  # of the emulated products; a GPU has the one it has
+    promotion: Annotated[int, Field(ge=0, multiple_of=32)] = 128  # of K, with accumulator "hopper"; 0: never
+    gemm: Literal["auto", "emulate", "torch", "triton", "deep_gemm", "transformer_engine"] = "auto"
+    cache_after_attention: Literal["fp8", "e5m6"] = "e5m6"  # the saved input of the Linear after attention
+    dispatch: Literal["fp8", "bf16"] = "fp8"  # rows on their way to experts, with power-of-two scales; back in BF16
+    moments: Literal["bf16", "fp32"] = "bf16"  # of AdamW; masters are always FP32
+    guard_every: Annotated[int, Field(ge=0)] = 100  # steps between counts of bad and floored tiles; 0: never
+
+    @model_validator(mode="before")
+    @classmethod
+    def _over_preset(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        return PRESETS.get(given.get("preset", "bf16"), {}) | given
+
+    @property
+    def fp8(self) -> bool:
+        return self.linear == "fp8"
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "deepseek_v3": {"preset": "deepseek_v3"},
+    "bf16": {"preset": "bf16", "linear": "bf16", "dispatch": "bf16", "moments": "fp32"},
+    "fp32": {"preset": "fp32", "linear": "fp32", "dispatch": "bf16", "moments": "fp32"},
+}
+
+
+def preset(name: Literal["deepseek_v3", "bf16", "fp32"], **changes: Any) -> Recipe:
+    """A preset with some fields changed."""
+    return Recipe(preset=name, **changes)
