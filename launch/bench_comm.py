@@ -94,8 +94,10 @@ def comm(
 
 
 def _here(shape: Shape, cases: list[Case], nodes: str) -> tuple[list[Figure], Topology]:
+    from dryvine.comm.host import MALLOC
     from dryvine.comm.local import run
 
+    os.environ.update(MALLOC)
     config = TopologyConfig(nodes=tuple(map(int, nodes.split(","))), inter="loopback")
     topology = discover(sum(config.nodes), config, {})
     return run(measure, topology.ranks, topology, shape, cases, deadline=3600)[0], topology
@@ -120,11 +122,9 @@ def measure(rank: int, topology: Topology, shape: Shape, cases: list[Case]) -> l
     """Run by every rank."""
     import torch
 
-    from dryvine.comm.host import keep_freed_memory
     from dryvine.comm.mesh import make_mesh
     from dryvine.comm.table import make_dispatcher
 
-    keep_freed_memory()
     place = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     mesh = make_mesh(1, 1, topology.ranks, 1, place, timedelta(seconds=600))
     names = dict.fromkeys(case.backend for case in cases)
