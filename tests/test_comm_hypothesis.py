@@ -66,11 +66,13 @@ class Boards:
     def flat(self, rank: int, experts: int, alignment: int) -> Flat:
         return Flat(None, experts, alignment, ThreadExchange(self.all, rank))
 
-    def hierarchical(self, rank: int, experts: int, alignment: int, chunks: int) -> Hierarchical:
+    def hierarchical(
+        self, rank: int, experts: int, alignment: int, chunks: int, device: torch.device | None = None
+    ) -> Hierarchical:
         node = ThreadExchange(self.nodes[self.topology.nodes[self.topology.node_of(rank)]], rank)
         rail = ThreadExchange(self.rails[rail_of(self.topology, rank)], rank)
         groups = Groups(self.topology, rank, ThreadExchange(self.all, rank), node, rail, Meter())
-        return Hierarchical(groups, experts, chunks=chunks, alignment=alignment)
+        return Hierarchical(groups, experts, device, chunks, alignment)
 
 
 def on_ranks(ranks: int, fn: Callable[[int], Any]) -> list[Any]:
