@@ -20,7 +20,7 @@ from dryvine.parallel.schedule.ir import Schedule
 from dryvine.parallel.schedule.rules import ScheduleError, Sizes
 from dryvine.parallel.schedule.search_anneal import State, anneal
 from dryvine.parallel.schedule.search_exact import solve
-from dryvine.parallel.schedule.search_fold import Pipe, Row, fold, unfold
+from dryvine.parallel.schedule.search_fold import Pipe, Row, fold, split, unfold
 from dryvine.parallel.schedule.simulate import Timeline, simulate
 from dryvine.parallel.schedule.table import SCHEDULES
 
@@ -47,7 +47,7 @@ def search(
     memory: int | None = None,
     copies: int = 2,
     steps: int = 200_000,
-    rounds: int = 3,
+    rounds: int = 2,
     seed: int = 0,
     exact_seconds: float = 0.0,
 ) -> Found:
@@ -95,11 +95,12 @@ def _named(pp: int, microbatches: int, costs: Costs, memory: int, copies: int) -
 
 
 def _starts(pipe: Pipe) -> Iterator[list[Row]]:
-    """Rows that fit into the memory: the Vs that have names, and one microbatch after another."""
+    """Rows that fit into the memory: the Vs that have names, as they are and with every B split, so that no rank waits
+    for weight gradients; and one microbatch after another."""
     plain: list[Row] = [[(("F", 0),), (("F", 1),), (("B", 1),), (("B", 0),)] * pipe.share for _ in range(pipe.ranks)]
     sizes = Sizes(pipe.ranks, pipe.share, 2)
-    named = [SCHEDULES[name] for name in ("dualpipev", "zbv")]
-    for rows in (*(fold(g.make(sizes)) for g in named if g.allows(sizes)), plain):
+    named = [fold(g.make(sizes)) for g in (SCHEDULES["dualpipev"], SCHEDULES["zbv"]) if g.allows(sizes)]
+    for rows in (*named, *([split(row) for row in rows] for rows in named), plain):
         try:
             State(pipe, rows)
         except ValueError:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from dryvine.parallel.schedule.search_fold import NOTHING, Pipe, Row, Task, pairs_itself, read
 from dryvine.parallel.schedule.search_moves import propose
 
-MEAN = 0.1  # weight of the mean finish beside the last one, so that progress on ranks that are not last counts
+MEAN = 0.4  # weight of the mean finish beside the last one, so that progress on ranks that are not last counts
 
 
 class Trial(NamedTuple):

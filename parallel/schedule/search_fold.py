@@ -154,6 +154,15 @@ def unfold(pipe: Pipe, rows: list[Row], name: str) -> Schedule:
     return Schedule(name, 2 * share, (there, there[::-1]), tuple(near + far[::-1]))
 
 
+def split(row: Row) -> Row:
+    """The row with I for each B, and its W right after."""
+    out: Row = []
+    for slot in row:
+        out.append(tuple(("I" if kind == "B" else kind, turn) for kind, turn in slot))
+        out += [(("W", turn),) for kind, turn in slot if kind == "B"]
+    return out
+
+
 def _numbered(
     row: Row, stages: tuple[int, int], routes: tuple[int, int], firsts: tuple[int, int]
 ) -> tuple[tuple[Op, ...], ...]:
