@@ -75,14 +75,10 @@ class Dispatcher(Protocol):
 class Wire(Protocol):
     """Stage-to-stage messages of one pipeline. A channel is (route, direction) and FIFO between each two ranks."""
 
-    def send(self, tensors: tuple[Tensor, ...], target: int, channel: tuple[int, str]) -> None:
-        """Start sending to pipeline rank `target`; the tensors are held until they have left."""
+    def send(self, tensors: tuple[Tensor, ...], target: int, channel: tuple[int, str]) -> Pending[None]:
+        """Start sending to pipeline rank `target`; what is pending holds the tensors until they have left."""
         ...
 
     def receive(self, like: tuple[Tensor, ...], source: int, channel: tuple[int, str]) -> Pending[tuple[Tensor, ...]]:
         """Post a receive of tensors shaped as `like` (meta tensors will do)."""
-        ...
-
-    def drain(self) -> None:
-        """Wait until everything sent has left."""
         ...

@@ -1,14 +1,17 @@
 """Runs a lowered schedule: waits for what a slot needs, plays its ops, sends what they made. No schedule is named here.
 
 A receive is posted one slot before the slot that needs it and waited for when that slot starts; a send leaves as soon
-as its op has ended. Weight gradients stay in the flight of their microbatch between I and W, so W needs no queue and
-no order but the schedule's. `torch.distributed.pipelining`'s runtime allows one rank per stage and runs a pair's F and
-B one after the other; it is an oracle for our schedules, not our executor.
+as its slot has ended, and is held until it is gone. A rank that gets further ahead of its neighbour than the simulated
+schedule ever does waits for it, so that what is under way is bounded by the schedule and not by who is late. Weight
+gradients stay in the flight of their microbatch between I and W, so W needs no queue and no order but the schedule's.
+`torch.distributed.pipelining`'s runtime allows one rank per stage and runs a pair's F and B one after the other; it is
+an oracle for our schedules, not our executor.
 """
 
 from __future__ import annotations
 
 import time
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -16,6 +19,7 @@ from torch import Tensor
 
 from dryvine.comm.api import Pending, Wire
 from dryvine.parallel import overlap as weave
+from dryvine.parallel.flow import Line, channel, most_under_way, posts
 from dryvine.parallel.lanes import Lanes
 from dryvine.parallel.overlap import Order
 from dryvine.parallel.schedule.ir import Edge, Op, Schedule, Slot
@@ -52,9 +56,13 @@ class Played:
 class Executor:
     """One rank's part of a schedule, ready to run any number of times.
 
-    `stages` maps the numbers of this rank's stages to them; `boundary` is the state that crosses a stage boundary, as
-    meta tensors; `order` weaves pairs (`overlap.ORDERS`), and None plays a pair's ops one by one, for the same bits.
+    `stages` maps the numbers of this rank's stages to them; `boundary` tells what crosses an edge, as meta tensors,
+    each time that one is received; `order` weaves pairs (`overlap.ORDERS`), and None plays a pair's ops one by one, for
+    the same bits.
     """
+
+    AHEAD = 1  # slots; further ahead costs buffers and gains nothing (docs/benchmarks.md)
+    SLACK = 2  # messages that a rank may be further ahead than simulated, at equal costs, before it waits
 
     def __init__(
         self,
@@ -62,27 +70,34 @@ class Executor:
         rank: int,
         stages: dict[int, Stage],
         wire: Wire,
-        boundary: State,
+        boundary: Callable[[Edge], State],
         lanes: Callable[[], Lanes],
         order: dict[str, Order] | None,
     ) -> None:
         self.schedule, self.rank, self.stages = schedule, rank, stages
         self.wire, self.boundary, self.lanes, self.order = wire, boundary, lanes, order
         self.program = lower(schedule)[rank]
+        self.posts = posts(self.program, self.AHEAD)
+        self.most = {line: most + self.SLACK for line, most in most_under_way(schedule, rank, self.AHEAD).items()}
 
     def run(self, batch: Batch) -> Played:
         """Play every slot once. The gradients are in the parameters' `main_grad` when it returns."""
         play = _Play(batch, self.lanes())
-        for number, step in enumerate(self.program):
-            for ahead in self.program[number + 1 if number else 0 : number + 2]:  # the first step posts its own too
-                for edge in ahead.receives:
-                    channel = (edge.route, edge.direction)
-                    play.arrivals[_key(edge)] = self.wire.receive(self.boundary, edge.source, channel)
+        for step, receives in zip(self.program, self.posts, strict=True):
+            for edge in receives:
+                play.arrivals[_key(edge)] = self.wire.receive(self.boundary(edge), edge.source, channel(edge))
             self._slot(step.slot, play)
             for edge in step.sends:
-                self.wire.send(play.arrivals.pop(_key(edge)).wait(), edge.target, (edge.route, edge.direction))
-        self.wire.drain()
+                self._send(edge, play)
+        for leaving in play.leaving.values():
+            _let_go(leaving, 0)
         return play.end()
+
+    def _send(self, edge: Edge, play: _Play) -> None:
+        line = channel(edge), edge.target
+        state = play.arrivals.pop(_key(edge)).wait()
+        play.leaving[line].append(self.wire.send(state, edge.target, channel(edge)))
+        _let_go(play.leaving[line], self.most[line])
 
     def _slot(self, slot: Slot, play: _Play) -> None:
         inputs = [play.arrivals.pop(key).wait() if (key := self._input(op)) else () for op in slot]
@@ -129,6 +144,7 @@ class _Play:
     def __init__(self, batch: Batch, lanes: Lanes) -> None:
         self.batch, self.lanes = batch, lanes
         self.arrivals: dict[tuple[str, int, int], Pending[State]] = {}  # (direction, stage, microbatch) -> its input
+        self.leaving: defaultdict[Line, deque[Pending[None]]] = defaultdict(deque)
         self.played = Played(started=time.perf_counter())
         self._flights: dict[tuple[int, int], Flight] = {}
 
@@ -155,3 +171,9 @@ class _Play:
 
 def _key(edge: Edge) -> tuple[str, int, int]:
     return edge.direction, edge.stage, edge.microbatch
+
+
+def _let_go(leaving: deque[Pending[None]], most: int) -> None:
+    """Drop the sends that are gone, and wait for the oldest while more than `most` are not."""
+    while leaving and (len(leaving) > most or leaving[0].ready()):
+        leaving.popleft().wait()

@@ -73,10 +73,10 @@ class Rig:
             p = self.config.parallel
             schedule = make_schedule(self.config, microbatches)
             tokens = p.microbatch_sequences * self.config.data.seq_len
-            edge = (torch.empty(tokens, self.config.model.hidden, dtype=DTYPES[self.config.run.dtype], device="meta"),)
+            state = (torch.empty(tokens, self.config.model.hidden, dtype=DTYPES[self.config.run.dtype], device="meta"),)
             self.executors[key] = Executor(
                 schedule if training else forward_only(schedule),
-                self.mesh.pp_rank, self.model.stages, self.wire, edge, self.lanes,
+                self.mesh.pp_rank, self.model.stages, self.wire, lambda _: state, self.lanes,
                 ORDERS[self.mesh.device.type] if p.overlap == "on" else None,
             )  # fmt: skip
         return self.executors[key]
