@@ -43,12 +43,12 @@ def same_as_flat(sizes: list[int]) -> None:
 
     def both(rank: int) -> None:
         generator = torch.Generator().manual_seed(rank)
-        chosen = torch.rand(200 + rank, 16, generator=generator).topk(4).indices.to(GPU)
+        chosen = torch.rand(200 + rank, 24, generator=generator).topk(4).indices.to(GPU)
         x, w = (
             torch.randn(200 + rank, 64, generator=generator).to(GPU),
             torch.rand(200 + rank, 4, generator=generator).to(GPU),
         )
-        flat, two_hop = boards.flat(rank, 16, 8), boards.hierarchical(rank, 16, 8, 3, GPU)
+        flat, two_hop = boards.flat(rank, 24, 8), boards.hierarchical(rank, 24, 8, 3, GPU)
         a, b = flat.layout(chosen).wait(), two_hop.layout(chosen).wait()
         fa, fb = flat.dispatch((x,), w, a).wait(), two_hop.dispatch((x,), w, b).wait()
         assert all(torch.equal(p, q) for p, q in zip(fa, fb, strict=True))

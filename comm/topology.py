@@ -81,7 +81,7 @@ class Topology:
             for node in range(len(self.nodes)):
                 old, new = group[self.proxy(rank, node)], group[rank]
                 group = [new if g == old else g for g in group]
-        return tuple(tuple(r for r in range(self.ranks) if group[r] == g) for g in sorted(set(group)))
+        return tuple(sorted(tuple(r for r in range(self.ranks) if group[r] == g) for g in set(group)))
 
     def link(self, source: int, target: int) -> str:
         """ "self", "intra" or "inter": the class of link between two ranks."""

@@ -1,0 +1,173 @@
+"""Topology from every source, its refusals, what NVML adds, and how doctor draws it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dryvine.comm.nvml import Hardware, merged, probe, refined
+from dryvine.comm.topology import GroupLimit, Topology, TopologyConfig, by_sizes, discover, mismatch
+from dryvine.launch.doctor import doctor, picture, spans
+
+NONE = TopologyConfig()
+
+
+@pytest.mark.parametrize(
+    ("world", "env", "nodes", "found"),
+    [
+        (4, {}, ((0, 1, 2, 3),), "default"),
+        (4, {"LOCAL_WORLD_SIZE": "2"}, ((0, 1), (2, 3)), "torchrun"),
+        (5, {"SLURM_TASKS_PER_NODE": "2(x2),1"}, ((0, 1), (2, 3), (4,)), "SLURM"),
+        (5, {"SLURM_TASKS_PER_NODE": "2(x2),1", "SLURM_DISTRIBUTION": "cyclic"}, ((0, 3), (1, 4), (2,)), "cyclic"),
+        (4, {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, ((0, 1), (2, 3)), "MPI"),
+        (4, {"MPI_LOCALNRANKS": "4"}, ((0, 1, 2, 3),), "MPI"),
+    ],
+)
+def test_found_by_environment(world: int, env: dict[str, str], nodes: tuple[tuple[int, ...], ...], found: str) -> None:
+    topology = discover(world, NONE, env)
+    assert topology.nodes == nodes
+    assert found in topology.found
+
+
+def test_config_comes_first() -> None:
+    config = TopologyConfig(nodes=(3, 1), inter="InfiniBand", intra_gigabytes=7)
+    topology = discover(4, config, {"LOCAL_WORLD_SIZE": "2"})
+    assert topology.nodes == ((0, 1, 2), (3,))
+    assert (topology.inter.gigabytes, topology.intra.gigabytes) == (50.0, 7)
+
+
+def test_refusals_name_the_mend() -> None:
+    with pytest.raises(ValueError, match=r"5 ranks do not fill nodes of 2; .* set comm\.topology\.nodes"):
+        discover(5, NONE, {"LOCAL_WORLD_SIZE": "2"})
+    with pytest.raises(ValueError, match=r"3 ranks on 2 nodes, but the run has 4; set comm\.topology\.nodes"):
+        discover(4, TopologyConfig(nodes=(2, 1)), {})
+
+
+def test_rails() -> None:
+    even = by_sizes([2, 2, 2])
+    assert even.rails() == ((0, 2, 4), (1, 3, 5))
+    assert even.clients(3) == (1, 5)
+    assert even.link(0, 0) == "self"
+    assert even.link(0, 1) == "intra"
+    assert even.link(0, 2) == "inter"
+    uneven = by_sizes([3, 2])
+    assert uneven.proxy(2, 1) == 3  # rail 2 is not there: rail 0 takes it
+    assert uneven.rails() == ((0, 2, 3), (1, 4))
+    assert uneven.clients(3) == (0, 2)
+
+
+def test_part_of_a_world() -> None:
+    part = by_sizes([2, 2, 2]).of([1, 2, 3])
+    assert part.nodes == ((0,), (1, 2))
+
+
+def test_groups_that_do_not_fit_nodes_are_said_with_their_cost() -> None:
+    limit = GroupLimit(8, 4)
+    assert mismatch(by_sizes([8] * 8), 256, limit, 14336) is None
+    assert mismatch(by_sizes([4, 4]), 256, limit, 14336) is None
+    said = mismatch(by_sizes([2] * 6), 288, limit, 1000)
+    assert said is not None
+    assert "a token may reach 6 nodes instead of 4, up to 2000 bytes more a token and layer" in said
+
+
+def test_doctor_draws_even_and_uneven_nodes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert picture(by_sizes([2, 2])).splitlines() == [
+        "node 0    -r0--r1-  loopback",
+        "           |   |    ethernet",
+        "node 1    -r2--r3-  loopback",
+    ]
+    assert "rail 2 of other nodes end at 3" in picture(by_sizes([3, 2]))
+    assert spans([0, 1, 2, 5]) == "0-2 5"
+    doctor(nodes="8,8", experts=256, groups="8:4")
+    said = capsys.readouterr().out
+    assert "16 ranks on 2 nodes" in said
+    assert "dispatcher: hierarchical (2 nodes: a token crosses ethernet 1.00 times" in said
+    assert "routing groups fit nodes" in said
+    doctor(nodes="3,2", experts=7)
+    assert "7 experts do not divide over 5 ranks" in capsys.readouterr().out
+
+
+def fake_sysfs(root: Path) -> Path:
+    """Two GPUs and two NICs, each pair under its own switch."""
+    for number, (bus, nic) in enumerate((("0000:1b:00.0", "mlx5_0"), ("0000:9b:00.0", "mlx5_1"))):
+        switch = root / f"devices/pci{number}/switch"
+        (switch / bus).mkdir(parents=True)
+        (switch / f"nic{number}").mkdir()
+        (root / "bus/pci/devices").mkdir(parents=True, exist_ok=True)
+        (root / "bus/pci/devices" / bus).symlink_to(switch / bus)
+        port = root / "class/infiniband" / nic / "ports/1"
+        port.mkdir(parents=True)
+        (port / "rate").write_text("400 Gb/sec (4X NDR)\n")
+        (port / "link_layer").write_text("InfiniBand\n")
+        (port / "state").write_text("4: ACTIVE\n")
+        (root / "class/infiniband" / nic / "device").symlink_to(switch / f"nic{number}")
+    return root
+
+
+class NVMLError(Exception):
+    pass
+
+
+def fake_nvml(clique: bytes) -> Any:
+    """NVML of two H100s with 18 links of 25 GB/s; what it answers has the shape of nvidia-ml-py's."""
+    module: Any = ModuleType("pynvml")
+    buses = ["00000000:1B:00.0", "00000000:9B:00.0"]
+
+    def state(handle: int, link: int) -> int:
+        if link >= 18:
+            raise NVMLError("not supported")
+        return 1
+
+    def fabric(handle: int, info: Any) -> None:
+        info.clusterUuid, info.cliqueId = clique, 7
+
+    module.__dict__.update(
+        NVMLError=NVMLError,
+        NVML_NVLINK_MAX_LINKS=36,
+        NVML_FI_DEV_NVLINK_SPEED_MBPS_COMMON=1,
+        nvmlInit=lambda: None,
+        nvmlShutdown=lambda: None,
+        nvmlDeviceGetCount=lambda: 2,
+        nvmlDeviceGetHandleByIndex=lambda i: i,
+        nvmlDeviceGetName=lambda h: "NVIDIA H100",
+        nvmlDeviceGetPciInfo=lambda h: SimpleNamespace(busId=buses[h]),
+        nvmlDeviceGetFieldValues=lambda h, f: [SimpleNamespace(value=SimpleNamespace(uiVal=25000))],
+        nvmlDeviceGetNvLinkState=state,
+        c_nvmlGpuFabricInfoV_t=lambda: SimpleNamespace(clusterUuid=bytes(16), cliqueId=0),
+        byref=lambda info: info,
+        nvmlDeviceGetGpuFabricInfoV=fabric,
+    )
+    return module
+
+
+def test_nvml_refines_links_and_finds_each_gpu_its_nic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(bytes(16)))
+    hardware = probe(fake_sysfs(tmp_path))
+    first, second = hardware.gpus
+    assert (first.nvlinks, first.nvlink_gigabytes, first.clique) == (18, 450.0, "")
+    assert first.nic is not None
+    assert second.nic is not None
+    assert (first.nic.name, second.nic.name) == ("mlx5_0", "mlx5_1")
+    assert hardware.by_bus_id("00000000:9B:00.0") is second
+    topology = refined(by_sizes([2, 2]), hardware)
+    assert topology.intra == ("NVLink", 450.0)
+    assert topology.inter == ("InfiniBand", 50.0)
+
+
+def test_a_fabric_over_nodes_makes_them_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(b"\x01" * 16))
+    clique = probe(tmp_path).gpus[0].clique
+    assert clique == "01" * 16 + "/7"
+    assert merged(by_sizes([2, 2, 2]), [clique] * 4 + ["", ""]).nodes == ((0, 1, 2, 3), (4, 5))
+    assert merged(by_sizes([2, 2]), [""] * 4) == by_sizes([2, 2])
+
+
+def test_without_a_driver_the_topology_stays() -> None:
+    hardware = probe(Path("/nowhere"))
+    assert not hardware.gpus
+    assert "GPU links unknown" in hardware.trouble
+    assert refined(by_sizes([2]), Hardware()) == Topology(((0, 1),))
