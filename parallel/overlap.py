@@ -12,9 +12,8 @@ Phases without a row of their own (embed, dense, head) take attention's place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from typing import Any, NamedTuple
 
 from dryvine.comm.api import Pending
@@ -23,13 +22,24 @@ from dryvine.parallel.stage import Flight, Grads, Phase, Stage, State
 from dryvine.parallel.wgrad import Closure
 
 FORWARD = ("attention", "dispatch", "experts", "combine")
-BACKWARD = tuple(reversed(FORWARD))
 
-# (track, phase) by the kinds of a pair. On a GPU a step returns before it has run, so the host may queue the other
-# track's compute before it waits for the counts of dispatch(F); on a CPU compute is what the host does, so dispatch(F)
-# must be under way before.
-Order = tuple[tuple[int, str], ...]
-FB_HOST: Order = (
+Row = tuple[int, str]  # (track, phase)
+Order = dict[Row, int]  # by the kinds of a pair: a row's place in the round of its unit, 8 places long
+
+
+def _round(*rows: Row, early: str = "") -> Order:
+    """Rows in order. A phase that is `early` is the next unit's, and so starts a round before its own."""
+    return {row: place - (8 if row[1] == early else 0) for place, row in enumerate(rows)}
+
+
+def _both(*pieces: Sequence[str], early: str = "") -> Order:
+    """Two tracks that go the same way, in turn, piece by piece."""
+    return _round(*((track, phase) for piece in pieces for track in (0, 1) for phase in piece), early=early)
+
+
+# On a GPU a step returns before it has run, so the host may queue the other track's compute before it waits for the
+# counts of dispatch(F); on a CPU compute is what the host does, so dispatch(F) must be under way before.
+FB_HOST = _round(
     (1, "combine"),
     (0, "attention"),
     (0, "dispatch"),
@@ -39,7 +49,7 @@ FB_HOST: Order = (
     (0, "combine"),
     (1, "attention"),
 )
-FB_DEVICE: Order = (
+FB_DEVICE = _round(
     (1, "combine"),
     (0, "attention"),
     (1, "experts"),
@@ -49,17 +59,8 @@ FB_DEVICE: Order = (
     (0, "combine"),
     (1, "attention"),
 )
-FF: Order = tuple((track, phase) for phases in (FORWARD[:2], FORWARD[2:]) for track in (0, 1) for phase in phases)
-BB: Order = (
-    (0, "combine"),
-    (1, "combine"),
-    (0, "experts"),
-    (0, "dispatch"),
-    (1, "experts"),
-    (1, "dispatch"),
-    (0, "attention"),
-    (1, "attention"),
-)
+FF = _both(("attention", "dispatch"), ("experts", "combine"))
+BB = _both(("experts", "dispatch"), ("attention", "combine"), early="combine")
 ORDERS: dict[str, dict[str, Order]] = {
     "cpu": {"FB": FB_HOST, "FF": FF, "BB": BB},
     "cuda": {"FB": FB_DEVICE, "FF": FF, "BB": BB},
@@ -119,7 +120,7 @@ def weights(flight: Flight) -> Track:
 def play(tracks: Sequence[Track], lanes: Lanes, order: dict[str, Order] | None) -> list[State]:
     """Run one op, or a pair woven by `order`, and give what each track ends with. None runs a pair one by one."""
     for closures in (c for track in tracks for c in track.closures):
-        lanes.later(closures)
+        lanes.later(closures, held=True)
     steps = _woven(tracks, order) if order else ((t, s) for t in tracks for unit in t.units for s in unit)
     for track, step in steps:
         lanes.step(step.lane, track.baton, step.run)
@@ -132,16 +133,17 @@ def play(tracks: Sequence[Track], lanes: Lanes, order: dict[str, Order] | None) 
     return ends
 
 
-def _woven(tracks: Sequence[Track], order: dict[str, Order]) -> Iterator[tuple[Track, Step]]:
+def _woven(tracks: Sequence[Track], order: dict[str, Order]) -> Iterable[tuple[Track, Step]]:
     """Unit by unit in the order of the pair's table; the longer track ends alone, and so does an op without partner."""
     movers = sorted((t for t in tracks if t.kind != "W"), key=lambda t: t.kind == "B")  # F first; W has no steps
-    if len(movers) < 2:
-        yield from ((t, s) for t in movers for unit in t.units for s in unit)
-        return
-    place = {step: i for i, step in enumerate(order[movers[0].kind + movers[1].kind])}
-    for units in zip_longest(*(t.units for t in movers), fillvalue=()):
-        steps = [(place[n, s.phase], movers[n], s) for n, unit in enumerate(units) for s in unit]
-        yield from ((track, step) for _, track, step in sorted(steps, key=lambda item: item[0]))
+    place = order[movers[0].kind + movers[1].kind] if len(movers) == 2 else {}
+    steps = [
+        (8 * number + place.get((n, step.phase), 0), track, step)
+        for n, track in enumerate(movers)
+        for number, unit in enumerate(track.units)
+        for step in unit
+    ]
+    return ((track, step) for _, track, step in sorted(steps, key=lambda item: item[0]))
 
 
 def _units(stage: Stage) -> list[list[tuple[int, Phase]]]:
