@@ -42,8 +42,9 @@ class Lanes(Protocol):
         """Call `run` on the baton's value in `lane`, and put what it gives into the baton."""
         ...
 
-    def later(self, closures: list[Closure]) -> None:
-        """Weight gradients that may run from now on, until `meet`, in the order given. The list is emptied."""
+    def later(self, closures: list[Closure], held: bool = False) -> None:
+        """Weight gradients that may run from now on, until `meet`, in the order given. The list is emptied. `held`:
+        their inputs have been waiting since an earlier slot (W's), so there is no memory to save by haste."""
         ...
 
     def take(self, baton: Baton) -> Any:
@@ -61,21 +62,24 @@ class Lanes(Protocol):
 
 @dataclass
 class CpuLanes:
-    """Weight gradients run while compute would wait. At most `LAG` steps' worth are held back, to bound memory."""
+    """Weight gradients run while compute would wait, first come first served. Of those that a slot makes itself, at
+    most `LAG` steps' worth are held back, to bound memory; those that W brings were held anyway."""
 
     waited: float = 0.0
     fillers: deque[list[Closure]] = field(default_factory=deque)
+    made: int = 0  # how many of the fillers, counted from the last, this slot has made
 
     LAG = 2  # compute steps whose weight gradients may still be waiting: about one layer
 
     def step(self, lane: LaneName, baton: Baton, run: Callable[[Any], Pending[Any]]) -> None:
+        while lane == "compute" and self.made > self.LAG:  # not before a comm step: it would start late
+            self._fill()
         value = self.take(baton)
         baton.value, baton.lane = run(value), lane
 
-    def later(self, closures: list[Closure]) -> None:
-        while len(self.fillers) >= self.LAG:
-            run_all(self.fillers.popleft())
+    def later(self, closures: list[Closure], held: bool = False) -> None:
         self.fillers.append(closures)
+        self.made += not held
 
     def take(self, baton: Baton) -> Any:
         if baton.lane == "compute":
@@ -89,7 +93,7 @@ class CpuLanes:
 
     def meet(self) -> None:
         while self.fillers:
-            run_all(self.fillers.popleft())
+            self._fill()
 
     def exposed(self) -> float:
         return self.waited
@@ -101,6 +105,7 @@ class CpuLanes:
             oldest.pop(0)()
         if not oldest:
             self.fillers.popleft()
+            self.made = min(self.made, len(self.fillers))
 
 
 class CudaLanes:
@@ -121,7 +126,7 @@ class CudaLanes:
             result = run(value).wait()  # queues; the host goes on
         baton.value, baton.lane, baton.event = Pending.done(result), lane, stream.record_event()
 
-    def later(self, closures: list[Closure]) -> None:
+    def later(self, closures: list[Closure], held: bool = False) -> None:
         self.streams.wgrad.wait_stream(self.compute)
         with torch.cuda.stream(self.streams.wgrad):
             for closure in closures:
@@ -174,9 +179,3 @@ def make_lanes(device: torch.device) -> Callable[[], Lanes]:
         return CpuLanes
     streams = Streams(torch.cuda.Stream(device, priority=-1), torch.cuda.Stream(device))
     return lambda: CudaLanes(device, streams)
-
-
-def run_all(closures: list[Closure]) -> None:
-    """Run and drop each, so that what it held is freed as it goes."""
-    while closures:
-        closures.pop(0)()
