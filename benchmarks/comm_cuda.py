@@ -20,6 +20,7 @@ from dryvine.comm.exchange import GroupExchange, Meter
 from dryvine.comm.flat import Flat
 from dryvine.comm.groups import Groups
 from dryvine.comm.hierarchical import Hierarchical
+from dryvine.comm.routing import Sum
 from dryvine.comm.topology import by_sizes
 from tests.test_comm_hypothesis import Board, Boards, on_ranks
 
@@ -68,6 +69,17 @@ def alone(experts: int) -> dict[str, Any]:
     return {"flat": Flat(None, experts), "hierarchical": Hierarchical(groups, experts, GPU)}
 
 
+def sums_are_exact() -> None:
+    """BF16 rows summed by the device are FP32 sums in order, rounded once to nearest even."""
+    rows, source = torch.randn(4000, 512, device=GPU).bfloat16(), torch.randperm(4000, device=GPU)
+    begin = torch.arange(0, 4000, 8, device=GPU)
+    want = torch.zeros(500, 512, device=GPU)
+    for k in range(8):
+        want += rows[source[k::8]].float()
+    assert torch.equal(Sum(source, begin)(rows), want.bfloat16())
+    print("BF16 sums are FP32 sums rounded once")
+
+
 def host_stops(fn: Callable[[], Any]) -> int:
     """How often torch says that the host waited for the device."""
     torch.cuda.synchronize()
@@ -95,6 +107,7 @@ def main() -> None:
     print(torch.cuda.get_device_name(), torch.__version__)
     for sizes in ([2, 2], [3, 1], [2, 2, 2]):
         same_as_flat(sizes)
+    sums_are_exact()
     tokens, hidden, top_k, experts = 4096, 7168, 8, 64
     chosen = torch.rand(tokens, experts, device=GPU).topk(top_k).indices
     x, w = torch.randn(tokens, hidden, device=GPU, dtype=torch.bfloat16), torch.rand(tokens, top_k, device=GPU)

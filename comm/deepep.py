@@ -140,8 +140,7 @@ class DeepEP:
         row_of = torch.empty(rows * choices, dtype=torch.int64, device=pick.device)
         row_of[pick] = padding.place
         pairs = routing.where(here_MK, sum(used))
-        depth = routing.more_than(here_MK.sum(1), min(choices, len(used)) - 1).tolist()
-        rank_sum = Sum.plan(pairs // choices, row_of[pairs], [rows, *depth])
+        rank_sum = Sum.plan(pairs // choices, row_of[pairs], rows)
         shape = (rows, choices)
         filled = padding.fill(pick)
         return Pending.done(

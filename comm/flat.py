@@ -16,6 +16,7 @@ from dryvine.comm import routing
 from dryvine.comm.api import Pending
 from dryvine.comm.exchange import Exchange, GroupExchange
 from dryvine.comm.payload import Format
+from dryvine.comm.routing import Sum
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,12 @@ class FlatHandle:
     came: Tensor  # [R]
     back: Tensor  # [rows that came]
     holes: Tensor  # positions of the padding
+
+    @property
+    def sum(self) -> Sum:
+        """Of what came back, by token, in the order of its choices."""
+        tokens, choices = self.place.shape
+        return Sum(self.place.flatten(), torch.arange(tokens, device=self.place.device) * choices)
 
     @property
     def token(self) -> Tensor:
@@ -99,6 +106,6 @@ class Flat:
 
         def finish() -> tuple[Tensor, ...]:
             back, *weights = wire.unpack(coming.wait())
-            return (routing.summed(back, handle.place), *(w[handle.place] for w in weights))
+            return (handle.sum(back), *(w[handle.place] for w in weights))
 
         return Pending(finish, coming.ready)

@@ -39,8 +39,9 @@ class Hierarchical:
     ) -> None:
         self.all, self.intra, self.inter, self.meter = groups.all, groups.node, groups.rail, groups.meter
         crossing = chunks if len(groups.topology.nodes) > 1 else 0
-        self.planner = Planner(groups.topology, groups.rank, groups.rail_ranks, experts, crossing, alignment)
-        self.lane = Lane(device or torch.device("cpu"))
+        place = device or torch.device("cpu")
+        self.planner = Planner(groups.topology, groups.rank, groups.rail_ranks, experts, crossing, alignment, place)
+        self.lane = Lane(place)
 
     def layout(self, experts_TK: Tensor, label: str = "") -> Pending[Handle]:
         counted = self.lane.run(lambda: self._count(experts_TK, label))

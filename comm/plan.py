@@ -65,7 +65,6 @@ class Counts:
     message: Tensor
     ranks: Tensor  # bool [T, W]: token t has an expert on rank w
     nodes: Tensor  # bool [T, N]
-    levels: Tensor  # tokens with more than 1, 2, ... rows to come back
 
 
 class Told:
@@ -74,17 +73,22 @@ class Told:
     def __init__(self, values: Sequence[int], widths: Sequence[int], ranks: int) -> None:
         ends = list(accumulate(widths))
         parts = [list(values[end - width : end]) for end, width in zip(ends, widths, strict=True)]
-        self.experts, self.rank_levels, (self.own,), self.node, chunked, node_levels, (self.refused,) = parts
+        self.experts, (self.own,), self.node, chunked, (self.refused,) = parts
         self.ranks = [chunked[i : i + ranks] for i in range(0, len(chunked), ranks)]  # [chunk][place in node]
-        depth = len(node_levels) // max(1, len(self.node))
-        self.node_levels = [node_levels[i * depth : (i + 1) * depth] for i in range(len(self.node))]
 
 
 class Planner:
     """Makes handles for rank `me` of a topology; `rail` are the ranks of its inter-node group, ascending."""
 
     def __init__(
-        self, topology: Topology, me: int, rail: tuple[int, ...], experts: int, chunks: int, alignment: int
+        self,
+        topology: Topology,
+        me: int,
+        rail: tuple[int, ...],
+        experts: int,
+        chunks: int,
+        alignment: int,
+        device: torch.device,
     ) -> None:
         if experts % topology.ranks:
             raise ValueError(f"experts = {experts} do not divide over {topology.ranks} expert-parallel ranks")
@@ -96,6 +100,11 @@ class Planner:
         self.widest = max(map(len, topology.nodes))
         self.abroad = [(p, topology.node_of(p)) for p in rail if topology.proxy(me, topology.node_of(p)) == p != me]
         self.clients = {p: topology.clients(p) for p in self.node}
+        self.node_W = routing.upload([topology.node_of(w) for w in range(topology.ranks)], device)
+        members = [[*node, *[topology.ranks] * (self.widest - len(node))] for node in topology.nodes]
+        self.members_WL = routing.upload(members, device)[self.node_W]  # the ranks of each rank's node; W for none
+        self.node_L = routing.upload(self.node, device)
+        self.abroad_N = routing.upload([node for _, node in self.abroad], device)
 
     # Counting: device only.
 
@@ -103,73 +112,48 @@ class Planner:
         return [(tokens * c // self.chunks, tokens * (c + 1) // self.chunks) for c in range(self.chunks)]
 
     def count(self, experts_TK: Tensor) -> Counts:
-        tokens, choices = experts_TK.shape
-        device, ranks = experts_TK.device, self.topology.ranks
+        tokens, device, ranks = len(experts_TK), experts_TK.device, self.topology.ranks
         rank_TK = experts_TK // self.share
         times_TW = torch.zeros(tokens, ranks, dtype=torch.int64, device=device)
         times_TW.scatter_add_(1, rank_TK, torch.ones_like(rank_TK))
         reach_TW = times_TW > 0
-        node_W = torch.tensor([self.topology.node_of(w) for w in range(ranks)], device=device)
         times_TN = torch.zeros(tokens, len(self.topology.nodes), dtype=torch.int64, device=device)
-        times_TN.index_add_(1, node_W, reach_TW.to(torch.int64))
-        message = self._message(experts_TK, times_TW, times_TN, node_W)
-        reach_TN = times_TN > 0
-        rows_T = reach_TW[:, list(self.node)].sum(1) + reach_TN.sum(1) - reach_TN[:, self.here].to(torch.int64)
-        deepest = min(choices, len(self.node) + len(self.topology.nodes) - 1)
-        return Counts(message, reach_TW, reach_TN, routing.more_than(rows_T, deepest - 1))
+        times_TN.index_add_(1, self.node_W, reach_TW.to(torch.int64))
+        return Counts(self._message(experts_TK, times_TW, times_TN), reach_TW, times_TN > 0)
 
-    def _widths(self, choices: int) -> list[int]:
-        deep = min(choices, self.widest) - 1
-        own = min(choices, self.share) - 1
-        return [self.share, own, 1, self.chunks, self.chunks * self.widest, self.chunks * deep, 1]
+    @property
+    def _widths(self) -> list[int]:
+        return [self.share, 1, self.chunks, self.chunks * self.widest, 1]
 
-    def _message(self, experts_TK: Tensor, times_TW: Tensor, times_TN: Tensor, node_W: Tensor) -> Tensor:
-        """int64 [W, M]: for its experts, rows each; tokens with more than 1, 2, ... of its experts; tokens for it in
-        all; then for its node by chunk: tokens, tokens for each rank, tokens for more than 1, 2, ... ranks; refusal."""
-        choices, ranks = experts_TK.shape[1], len(node_W)
-        parts = [routing.count(experts_TK, self.experts).view(ranks, self.share)]
-        parts.append(routing.more_than(times_TW, min(choices, self.share) - 1).T)
-        parts.append((times_TW > 0).sum(0)[:, None])
+    def _message(self, experts_TK: Tensor, times_TW: Tensor, times_TN: Tensor) -> Tensor:
+        """int64 [W, M]: rows for each of its experts; tokens for it in all; then for its node, by chunk: tokens, and
+        tokens for each rank; 1 to refuse."""
+        ranks = len(self.node_W)
+        parts = [routing.count(experts_TK, self.experts).view(ranks, self.share), (times_TW > 0).sum(0)[:, None]]
         cuts = [slice(*bound) for bound in self.bounds(len(experts_TK))]
-        for_node = [(times_TN[cut] > 0).sum(0)[node_W][:, None] for cut in cuts]
-        members = [[*node, *[ranks] * (self.widest - len(node))] for node in self.topology.nodes]
-        place_WL = torch.tensor(members, device=node_W.device)[node_W]
+        for_node = [(times_TN[cut] > 0).sum(0)[self.node_W][:, None] for cut in cuts]
         absent = times_TW.new_zeros(1)
-        for_rank = [torch.cat(((times_TW[cut] > 0).sum(0), absent))[place_WL] for cut in cuts]
-        deep = [routing.more_than(times_TN[cut], min(choices, self.widest) - 1).T[node_W] for cut in cuts]
-        refused = routing.repeated(experts_TK).expand(ranks, 1)
-        return torch.cat([*parts, *for_node, *for_rank, *deep, refused], dim=1)
+        for_rank = [torch.cat(((times_TW[cut] > 0).sum(0), absent))[self.members_WL] for cut in cuts]
+        return torch.cat([*parts, *for_node, *for_rank, routing.repeated(experts_TK).expand(ranks, 1)], dim=1)
 
     # Planning: one host read, then the expert numbers make the two hops.
 
     def plan(
         self, experts_TK: Tensor, counts: Counts, theirs: Tensor, inter: Exchange, intra: Exchange, label: str
     ) -> Handle:
-        choices = experts_TK.shape[1]
-        ours_read, theirs_read, levels = self._read(counts, theirs)
-        widths = self._widths(choices)
-        ours = [Told(row, widths, self.widest) for row in ours_read]
-        told = [Told(row, widths, self.widest) for row in theirs_read]
+        read = torch.stack((counts.message, theirs)).tolist()  # the one host read of a forward dispatch
+        ours, told = ([Told(row, self._widths, self.widest) for row in side] for side in read)
         routing.refuse([rank for rank, t in enumerate(told) if t.refused])
 
         hop1 = self._hop1(counts, ours, told)
         came = self._cross(experts_TK, hop1, inter, label)
         hop2 = self._hop2(counts, came, hop1, ours, told)
         arrived_MK = self._deliver(experts_TK, came, hop1, hop2, intra, label)
-        node_sums = tuple(
-            Sum.plan(*sort_pair(leg.index), sizes=[sum(first.receives), *self._summed_levels(told, chunk)])
-            for chunk, (first, leg) in enumerate(zip(hop1, hop2[1:], strict=True))
-        )
+        pairs = zip(hop1, hop2[1:], strict=True)
+        node_sums = tuple(Sum.plan(*sort_pair(leg.index), sum(first.receives)) for first, leg in pairs)
         back = torch.cat([hop2[0].index, *(leg.index for leg in hop1)])
-        token_sum = Sum.plan(*sort_pair(back), sizes=[len(experts_TK), *levels])
+        token_sum = Sum.plan(*sort_pair(back), len(experts_TK))
         return self._arrange(arrived_MK, told, label, hop1, hop2, node_sums, token_sum)
-
-    def _read(self, counts: Counts, theirs: Tensor) -> tuple[list[list[int]], list[list[int]], list[int]]:
-        """The one host read of a forward dispatch."""
-        ranks, width = theirs.shape
-        values = torch.cat((counts.message.flatten(), theirs.flatten(), counts.levels)).tolist()
-        rows = [values[i : i + width] for i in range(0, 2 * ranks * width, width)]
-        return rows[:ranks], rows[ranks:], values[2 * ranks * width :]
 
     def _hop1(self, counts: Counts, ours: list[Told], told: list[Told]) -> tuple[Leg, ...]:
         proxies = dict(self.abroad)
@@ -177,7 +161,7 @@ class Planner:
         for chunk, (low, high) in enumerate(self.bounds(len(counts.nodes))):
             sends = tuple(ours[p].node[chunk] if p in proxies else 0 for p in self.rail)
             receives = tuple(told[s].node[chunk] if s in self.clients[self.me] else 0 for s in self.rail)
-            reach_NT = counts.nodes[low:high, list(proxies.values())].T
+            reach_NT = counts.nodes[low:high].index_select(1, self.abroad_N).T
             legs.append(Leg(routing.where(reach_NT, sum(sends)) % max(1, high - low) + low, sends, receives))
         return tuple(legs)
 
@@ -191,7 +175,7 @@ class Planner:
         self, counts: Counts, came: Tensor, hop1: Sequence[Leg], ours: list[Told], told: list[Told]
     ) -> tuple[Leg, ...]:
         own = tuple(ours[q].own for q in self.node)
-        place = routing.where(counts.ranks[:, list(self.node)].T, sum(own)) % max(1, len(counts.ranks))
+        place = routing.where(counts.ranks.index_select(1, self.node_L).T, sum(own)) % max(1, len(counts.ranks))
         legs = [Leg(place, own, tuple(told[p].own for p in self.node))]
         mine = self.node.index(self.me)
         for chunk, rows in enumerate(came.split([sum(leg.receives) for leg in hop1])):
@@ -209,16 +193,13 @@ class Planner:
         going = torch.cat([rows[leg.index] for rows, leg in zip(held, hop2, strict=True)])
         return relay(going, hop2, intra, f"layout hop 2 of {label}")
 
-    def _summed_levels(self, told: list[Told], chunk: int) -> list[int]:
-        return [sum(level) for level in zip(*(told[s].node_levels[chunk] for s in self.clients[self.me]), strict=True)]
-
     def _sources(self, told: list[Told], device: torch.device) -> Tensor:
         """The rank that each arrived row started from, [M], in order of arrival."""
         mine = self.node.index(self.me)
         runs = [(p, told[p].own) for p in self.node]
         for chunk in range(self.chunks):
             runs += [(s, told[s].ranks[chunk][mine]) for p in self.node for s in self.clients[p]]
-        ranks, lengths = torch.tensor(runs, device=device).T
+        ranks, lengths = routing.upload(runs, device).T
         return torch.repeat_interleave(ranks, lengths, output_size=sum(length for _, length in runs))
 
     def _arrange(
@@ -243,7 +224,6 @@ class Planner:
         pairs = routing.where(mine_MK, sum(used))
         row_of = torch.empty(rows * choices, dtype=torch.int64, device=pick.device)
         row_of[pick] = padding.place
-        levels = [sum(level) for level in zip(*(t.rank_levels for t in told), strict=True)]
         return Handle(
             counts=padding.counts,
             used=used,
@@ -253,7 +233,7 @@ class Planner:
             pick=padding.fill(pick),
             holes=padding.holes,
             choices=choices,
-            rank_sum=Sum.plan(pairs // choices, row_of[pairs], [rows, *levels]),
+            rank_sum=Sum.plan(pairs // choices, row_of[pairs], rows),
             node_sums=node_sums,
             token_sum=token_sum,
             place=padding.place,
@@ -268,8 +248,8 @@ def sort_pair(target: Tensor) -> tuple[Tensor, Tensor]:
 
 def relay(rows: Tensor, legs: Sequence[Leg], exchange: Exchange, what: str) -> Tensor:
     """Send expert numbers that lie by (leg, target) in one exchange; gives what came by (leg, source)."""
-    sends = torch.tensor([leg.sends for leg in legs], device=rows.device)
-    receives = torch.tensor([leg.receives for leg in legs], device=rows.device)
+    sends = routing.upload([leg.sends for leg in legs], rows.device)
+    receives = routing.upload([leg.receives for leg in legs], rows.device)
     to = [sum(leg.sends[i] for leg in legs) for i in range(exchange.size)]
     come = [sum(leg.receives[i] for leg in legs) for i in range(exchange.size)]
     going = rows[routing.transposed(sends, sum(to))].to(torch.int32)

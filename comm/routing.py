@@ -13,9 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def upload(values: Any, device: torch.device) -> Tensor:
+    """Nested lists of integers as an int64 tensor; to a GPU from pinned memory, so that the host goes straight on."""
+    made = torch.tensor(values, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return made.to(device, non_blocking=True)
 
 
 def count(values: Tensor, size: int) -> Tensor:
@@ -65,56 +72,27 @@ def where(mask: Tensor, total: int) -> Tensor:
     return found.scatter_(0, place, torch.arange(len(flat), device=flat.device))[:total]
 
 
-def more_than(amounts: Tensor, levels: int) -> Tensor:
-    """How many of `amounts` exceed 1, 2, ... `levels`, over the first dim: int64 [levels, ...]."""
-    if levels < 1:
-        return amounts.new_empty((0, *amounts.shape[1:]))
-    return torch.stack([(amounts > level).sum(0) for level in range(1, levels + 1)])
-
-
 @dataclass(frozen=True)
 class Sum:
-    """Sums of rows, each in a fixed order: result i is row first[i], plus row source for each later (target, source).
+    """Sums of rows: result i adds rows source[begin[i]], source[begin[i] + 1], ..., in that order.
 
-    No target occurs twice in one later level, so adding is deterministic on a GPU as well, and no level is longer
-    than it must be. One atomic scatter would be shorter and give other bits in each run.
+    An atomic scatter would be shorter and give other bits in each run.
     """
 
-    first: Tensor
-    later: tuple[tuple[Tensor, Tensor], ...]
+    source: Tensor
+    begin: Tensor
 
     @staticmethod
-    def plan(target: Tensor, source: Tensor, sizes: Sequence[int]) -> Sum:
-        """`target` is ascending; sizes[j] results have more than j terms, and sizes[0], all of them, at least one."""
-        begin = torch.ones_like(target, dtype=torch.bool)
-        begin[1:] = target[1:] != target[:-1]
-        place = torch.arange(len(target), device=target.device)
-        nth = place - torch.cummax(torch.where(begin, place, 0), 0).values if len(target) else place
-        chosen = [where(nth == level, size) for level, size in enumerate(sizes)]
-        later = tuple((target[c], source[c]) for c, size in zip(chosen[1:], sizes[1:], strict=True) if size)
-        return Sum(source[chosen[0]], later)
+    def plan(target: Tensor, source: Tensor, size: int) -> Sum:
+        """Row source[j] is added to result target[j] < size; `target` is ascending."""
+        return Sum(source, starts(count(target, size)))
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Summed in FP32, given in the rows' dtype."""
-        if not self.later:
-            return rows.index_select(0, self.first)
-        total = rows.index_select(0, self.first).float()
-        for target, source in self.later:
-            total.index_add_(0, target, rows.index_select(0, source).float())
-        return total.to(rows.dtype)
-
-
-def summed(rows: Tensor, place_TK: Tensor) -> Tensor:
-    """Row t of the result is the sum over k of rows[place_TK[t, k]], in FP32, in the order of k, in the rows' dtype.
-
-    The order is fixed by hand: an atomic scatter would give other bits in each run.
-    """
-    if place_TK.shape[1] == 0:
-        return rows.new_zeros((len(place_TK), *rows.shape[1:]))
-    total = rows.index_select(0, place_TK[:, 0]).float()
-    for k in range(1, place_TK.shape[1]):
-        total += rows.index_select(0, place_TK[:, k])
-    return total.to(rows.dtype)
+        # On CPUs embedding_bag rounds BF16 ties away from zero, so the sum is made in FP32 and rounded by the cast.
+        exact = rows if rows.is_cuda else rows.float()
+        sums = torch.nn.functional.embedding_bag(self.source, exact.flatten(1), self.begin, mode="sum")
+        return sums.to(rows.dtype).view(len(self.begin), *rows.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -128,7 +106,7 @@ class Padding:
     @staticmethod
     def of(used: Sequence[int], alignment: int, device: torch.device) -> Padding:
         counts = tuple(-(-n // alignment) * alignment for n in used)
-        lengths_2X = torch.tensor((used, counts), device=device)
+        lengths_2X = upload((used, counts), device)
         begin = starts(lengths_2X[1])
         place = runs(begin, lengths_2X[0], sum(used))
         holes = runs(begin + lengths_2X[0], lengths_2X[1] - lengths_2X[0], sum(counts) - sum(used))
