@@ -15,6 +15,7 @@ from dryvine.parallel.schedule.search import in_one_measure, lower_bound, search
 from dryvine.parallel.schedule.search_anneal import State, anneal
 from dryvine.parallel.schedule.search_exact import solve
 from dryvine.parallel.schedule.search_fold import Pipe, fold, read, unfold
+from dryvine.parallel.schedule.search_grow import grow
 from dryvine.parallel.schedule.search_moves import propose
 from dryvine.parallel.schedule.simulate import simulate
 from dryvine.parallel.schedule.table import build
@@ -121,13 +122,23 @@ def test_never_worse_than_the_best_named_one(pp, m, memory, copies, costs):
         assert found.timeline.span <= found.named.span
 
 
+def test_a_long_pipe_grows_from_a_short_one_without_new_bubbles():
+    short, long = pipe_of("dualpipe", 4, 8, COSTS, 5), pipe_of("dualpipe", 4, 20, COSTS, 5)
+    rows = anneal(short, fold(build("dualpipe", 4, 8)), 5_000, seed=1)
+    longer = grow(short, rows, long)
+    steady = 12 * (2 * COSTS.F / 3 + 2 * COSTS.I / 3 + COSTS.W)
+    check(unfold(long, longer, "long"))
+    assert State(long, longer).span <= State(short, rows).span + steady + 0.5
+    assert search(4, 20, COSTS, steps=4_000, rounds=1).gain > 0.02
+
+
 def test_an_impossible_limit_is_refused():
     with pytest.raises(ScheduleError, match="as few as 1 chunks"):
         search(4, 8, COSTS, memory=1)
 
 
 @given(st.integers(1, 4), st.integers(1, 8), st.floats(0, 0.6), st.floats(0.3, 2), st.floats(0, 0.5))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_no_schedule_undercuts_the_bound(ranks, more, comm, i, p2p):
     costs = Costs(F=1, I=i, W=0.7, comm=comm, P2P=p2p, layers=2)
     for name, pp, m in (("dualpipe", 2 * ranks, 4 * ranks + 2 * more), ("zbv", ranks, 2 * ranks + more)):

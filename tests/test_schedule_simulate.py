@@ -10,7 +10,7 @@ from dryvine.parallel.schedule.costs import PAIRS, Costs, Phase, makespan
 from dryvine.parallel.schedule.ir import Op
 from dryvine.parallel.schedule.notation import from_csv
 from dryvine.parallel.schedule.rules import ScheduleError
-from dryvine.parallel.schedule.simulate import simulate
+from dryvine.parallel.schedule.simulate import measured, simulate
 from dryvine.parallel.schedule.table import build
 
 
@@ -86,3 +86,11 @@ def test_costs_from_text():
 def test_a_cyclic_wait_is_not_waited_for():
     with pytest.raises(ValueError, match="cyclic wait"):
         simulate(from_csv("0B0,0F0\n"))
+
+
+def test_a_measured_run_is_drawn_as_a_simulated_one():
+    schedule = build("dualpipe", 4, 8)
+    times = [[(cell.start + 1e6, cell.end + 1e6) for cell in row] for row in simulate(schedule).cells]
+    run = measured(schedule, times)
+    assert (run.span, run.bubble, run.cells[0][0].start, run.label) == (26, 2, 0, "measured")
+    assert run.cells == simulate(schedule).cells

@@ -1,9 +1,9 @@
 """A schedule better than every named one, for given costs and a memory limit; and how much better any could be.
 
 The search is annealing over folded rows (`search_fold`, `search_moves`, `search_anneal`), in rounds that each start
-from the best so far; `search_exact` may then improve or prove small ones. What it gives is an ordinary Schedule: to be
-checked, drawn, saved as CSV and run as `file:`. It is never worse than the best named schedule under the same limit,
-because that is where it starts and what it falls back to.
+from the best so far, of a short pipe that is then made longer (`search_grow`); `search_exact` may improve or prove
+small ones. What it gives is an ordinary Schedule: to be checked, drawn, saved as CSV and run as `file:`. It is never
+worse than the best named schedule under the same limit, because that is what it falls back to.
 
 One measure for all: costs are those of a P-th of the model, and memory is counted in its activations. A V's stages are
 half as large, so its costs and its chunks count half.
@@ -12,7 +12,7 @@ half as large, so its costs and its chunks count half.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dryvine.parallel.schedule.check import check
 from dryvine.parallel.schedule.costs import KINDS, Costs
@@ -21,6 +21,7 @@ from dryvine.parallel.schedule.rules import ScheduleError, Sizes
 from dryvine.parallel.schedule.search_anneal import State, anneal
 from dryvine.parallel.schedule.search_exact import solve
 from dryvine.parallel.schedule.search_fold import Pipe, Row, fold, split, unfold
+from dryvine.parallel.schedule.search_grow import grow
 from dryvine.parallel.schedule.simulate import Timeline, simulate
 from dryvine.parallel.schedule.table import SCHEDULES
 
@@ -62,11 +63,9 @@ def search(
     part = Sizes(pp // 2, microbatches // 2, 2) if mirrored else Sizes(pp, microbatches, 2)
     own = costs if mirrored else costs.of_a_part(0.5)
     pipe = Pipe(part.pp, part.microbatches, memory if mirrored else 2 * memory, own, mirrored)
-    rows = min(_starts(pipe), key=lambda rows: State(pipe, rows).score, default=None)
+    rows = _anneal(pipe, steps, rounds, seed)
     if rows is None:
         raise ScheduleError(f"no schedule holds as few as {memory} chunks; set the memory to 2 or more")
-    for i in range(rounds):
-        rows = anneal(pipe, rows, steps // rounds, seed + i)
     bound = lower_bound(pipe)
     if exact_seconds:
         best = solve(pipe, State(pipe, rows).span, exact_seconds, rows)
@@ -77,6 +76,23 @@ def search(
     check(found.schedule)
     named = min(_named(pp, microbatches, costs, memory, copies), key=lambda t: t.span, default=None)
     return Found(named if named and named.span <= found.span else found, named, bound)
+
+
+def _anneal(pipe: Pipe, steps: int, rounds: int, seed: int) -> list[Row] | None:
+    """Rounds of annealing, each from the best so far. A long pipe is searched short first, then made longer, if
+    that can be done without new bubbles."""
+    best = min(_starts(pipe), key=lambda rows: State(pipe, rows).score, default=None)
+    if best is None:
+        return None
+    short = replace(pipe, share=2 * pipe.ranks)
+    if short.share < pipe.share:
+        core = _anneal(short, steps - steps // 4, rounds, seed)
+        longer = core and grow(short, core, pipe)
+        if longer and State(pipe, longer).score < State(pipe, best).score:
+            best, steps, rounds = longer, steps // 4, 1
+    for i in range(rounds):
+        best = anneal(pipe, best, steps // rounds, seed + i)
+    return best
 
 
 def in_one_measure(schedule: Schedule, costs: Costs) -> Timeline:

@@ -7,7 +7,7 @@ also hold measured times: pictures and figures are the same for both.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
@@ -80,6 +80,17 @@ class Timeline:
         bubble = f"bubble {self.bubble:.4g} ({self.bubble_fraction:.1%})"
         memory = f"{self.peak_activations} chunks held, {self.params_per_rank} stages a rank"
         return f"span {self.span:.6g}, {bubble}, {self.overlapped_share:.0%} of forwards overlapped, {memory}"
+
+
+def measured(schedule: Schedule, times: Sequence[Sequence[tuple[float, float]]]) -> Timeline:
+    """The timeline of a real run: per rank, the (start, end) of each slot on one clock, made to count from zero."""
+    zero = min(start for row in times for start, _ in row)
+    rows = zip(schedule.ranks, times, strict=True)
+    cells = tuple(
+        tuple(Cell(slot, start - zero, end - zero) for slot, (start, end) in zip(slots, row, strict=True))
+        for slots, row in rows
+    )
+    return Timeline(schedule, cells, "measured")
 
 
 def simulate(schedule: Schedule, costs: Costs | None = None) -> Timeline:
