@@ -88,7 +88,7 @@ def host_stops(fn: Callable[[], Any]) -> int:
         torch.cuda.set_sync_debug_mode("warn")
         fn()
         torch.cuda.set_sync_debug_mode("default")
-    return sum("synchroniz" in str(w.message) for w in seen)
+    return sum("called a synchroniz" in str(w.message) for w in seen)
 
 
 def milliseconds(fn: Callable[[], Any], rounds: int = 20) -> float:
