@@ -1,6 +1,6 @@
 """How much a searched schedule saves over DualPipe at DualPipe's own memory, and how much any could: docs/schedules.md.
 
-    python benchmarks/schedule_search.py [--steps 2000000] [--rounds 4] [--jobs 2] [--sizes 4x8,8x16]
+    python benchmarks/schedule_search.py [--steps 1000000] [--rounds 1] [--jobs 2] [--sizes 4x8,8x16]
 
 Costs F = 1, I = 1.3, W = 0.8 with compute:communication 2:1 in F and I, pairs of any two ops priced by two lanes; a
 Markdown table, one row per (P, M). Deterministic for given steps and rounds, whatever the machine.
@@ -40,8 +40,8 @@ def row(pp: int, microbatches: int, steps: int, rounds: int, save: Path | None) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=2_000_000)
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=1_000_000)
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--sizes", default=SIZES)
     parser.add_argument("--save", type=Path, help="folder for the schedules found, as CSV")

@@ -104,6 +104,7 @@ def test_beats_dualpipe_at_its_own_memory():
     assert found.gain > 0.08
     kinds = {"".join(op.kind for op in slot) for row in found.timeline.schedule.ranks for slot in row if len(slot) > 1}
     assert not kinds <= {"FB", "BF"}
+    assert "WW" not in kinds  # saves nothing
     assert found == search(4, 8, COSTS, steps=20_000)
 
 

@@ -20,7 +20,7 @@ from dryvine.parallel.schedule.ir import Schedule
 from dryvine.parallel.schedule.rules import ScheduleError, Sizes
 from dryvine.parallel.schedule.search_anneal import State, anneal
 from dryvine.parallel.schedule.search_exact import solve
-from dryvine.parallel.schedule.search_fold import Pipe, Row, fold, split, unfold
+from dryvine.parallel.schedule.search_fold import Pipe, Row, fold, split, tidy, unfold
 from dryvine.parallel.schedule.search_grow import grow
 from dryvine.parallel.schedule.simulate import Timeline, simulate
 from dryvine.parallel.schedule.table import SCHEDULES
@@ -72,7 +72,7 @@ def search(
         bound = max(bound, best.bound)
         if best.rows and State(pipe, best.rows).span < State(pipe, rows).span:
             rows = best.rows
-    found = simulate(unfold(pipe, rows, "search"), own)
+    found = simulate(unfold(pipe, [tidy(pipe, row) for row in rows], "search"), own)
     check(found.schedule)
     named = min(_named(pp, microbatches, costs, memory, copies), key=lambda t: t.span, default=None)
     return Found(named if named and named.span <= found.span else found, named, bound)

@@ -154,6 +154,16 @@ def unfold(pipe: Pipe, rows: list[Row], name: str) -> Schedule:
     return Schedule(name, 2 * share, (there, there[::-1]), tuple(near + far[::-1]))
 
 
+def tidy(pipe: Pipe, row: Row) -> Row:
+    """The row without pairs that save nothing, such as W&W."""
+    price = pipe.prices
+    out: Row = []
+    for slot in row:
+        saves = price[slot] < sum(price[(letter,)] for letter in slot) - 1e-9
+        out += [slot] if saves else [(letter,) for letter in slot]
+    return out
+
+
 def split(row: Row) -> Row:
     """The row with I for each B, and its W right after."""
     out: Row = []
