@@ -20,7 +20,7 @@ from torch import Tensor
 from dryvine.comm.api import Pending, Wire
 from dryvine.parallel import overlap as weave
 from dryvine.parallel.flow import Line, channel, most_under_way, posts
-from dryvine.parallel.lanes import Lanes
+from dryvine.parallel.lanes import Lanes, Mark
 from dryvine.parallel.overlap import Order
 from dryvine.parallel.schedule.ir import Edge, Op, Schedule, Slot
 from dryvine.parallel.schedule.lower import lower
@@ -101,14 +101,14 @@ class Executor:
 
     def _slot(self, slot: Slot, play: _Play) -> None:
         inputs = [play.arrivals.pop(key).wait() if (key := self._input(op)) else () for op in slot]
-        start = time.perf_counter()
+        start = play.lanes.mark()
         tracks = [self._track(op, state, play) for op, state in zip(slot, inputs, strict=True)]
         ends = weave.play(tracks, play.lanes, self.order)
         for op, result in zip(slot, ends, strict=True):
             if key := self._output(op):
                 play.arrivals[key] = Pending.done(result)
             play.land(op)
-        play.played.timeline.append((slot, start, time.perf_counter()))
+        play.marks.append((slot, start, play.lanes.mark()))
 
     def _track(self, op: Op, state: State, play: _Play) -> weave.Track:
         stage, flight = self.stages[op.stage], play.flight(op)
@@ -145,6 +145,7 @@ class _Play:
         self.batch, self.lanes = batch, lanes
         self.arrivals: dict[tuple[str, int, int], Pending[State]] = {}  # (direction, stage, microbatch) -> its input
         self.leaving: defaultdict[Line, deque[Pending[None]]] = defaultdict(deque)
+        self.marks: list[tuple[Slot, Mark, Mark]] = []
         self.played = Played(started=time.perf_counter())
         self._flights: dict[tuple[int, int], Flight] = {}
 
@@ -164,6 +165,9 @@ class _Play:
             del self._flights[key]
 
     def end(self) -> Played:
+        seconds = self.lanes.read([mark for _, *marks in self.marks for mark in marks])
+        times = zip(seconds[::2], seconds[1::2], strict=True)
+        self.played.timeline = [(slot, *pair) for (slot, _, _), pair in zip(self.marks, times, strict=True)]
         self.played.exposed = self.lanes.exposed()
         self.played.ended = time.perf_counter()
         return self.played

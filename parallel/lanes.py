@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -24,6 +24,7 @@ from dryvine.comm.api import Pending
 from dryvine.parallel.wgrad import Closure
 
 LaneName = Literal["compute", "comm"]
+Mark = Any  # a moment, in the terms of the lanes that made it
 
 
 @dataclass
@@ -53,6 +54,14 @@ class Lanes(Protocol):
 
     def meet(self) -> None:
         """End of a slot: all three lanes are done with what the others made."""
+        ...
+
+    def mark(self) -> Mark:
+        """Now, as compute sees it. On a GPU now is when the device gets there."""
+        ...
+
+    def read(self, marks: Sequence[Mark]) -> list[float]:
+        """The marks in seconds of this host's `time.perf_counter`. On a GPU this waits for the device."""
         ...
 
     def exposed(self) -> float:
@@ -94,6 +103,12 @@ class CpuLanes:
     def meet(self) -> None:
         while self.fillers:
             self._fill()
+
+    def mark(self) -> Mark:
+        return time.perf_counter()
+
+    def read(self, marks: Sequence[Mark]) -> list[float]:
+        return list(marks)
 
     def exposed(self) -> float:
         return self.waited
@@ -146,6 +161,16 @@ class CudaLanes:
             stream.wait_stream(self.compute)
         self.held.clear()
 
+    def mark(self) -> Mark:
+        return _record(self.compute)
+
+    def read(self, marks: Sequence[Mark]) -> list[float]:
+        """By their distance from an event whose time the host knows: one it has just waited for."""
+        last = _record(self.compute)
+        last.synchronize()
+        now = time.perf_counter()
+        return [now - mark.elapsed_time(last) / 1e3 for mark in marks]
+
     def exposed(self) -> float:
         self.compute.synchronize()
         return sum(before.elapsed_time(after) for before, after in self.stalls) / 1e3
@@ -157,12 +182,15 @@ class CudaLanes:
         if lane == "comm":
             stream.wait_event(baton.event)
             return
-        before = torch.cuda.Event(enable_timing=True)
-        before.record(stream)
+        before = _record(stream)
         stream.wait_event(baton.event)
-        after = torch.cuda.Event(enable_timing=True)
-        after.record(stream)
-        self.stalls.append((before, after))
+        self.stalls.append((before, _record(stream)))
+
+
+def _record(stream: torch.cuda.Stream) -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(stream)
+    return event
 
 
 @dataclass(frozen=True)

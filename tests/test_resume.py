@@ -19,7 +19,7 @@ from dryvine.trainer.step import make_schedule, open_data
 
 Tiny = Callable[..., Config]
 DUALPIPE = ("parallel.pp=2", "parallel.schedule=dualpipe")
-TIMES = ("seconds", "tokens_per_second", "bubble", "exposed_comm_ms", "exposed_comm_share")
+TIMES = ("seconds", "slowest_rank_ms", "tokens_per_second", "bubble", "exposed_comm_ms", "exposed_comm_share")
 
 
 def run(config: Config, interrupt_at: int | None = None) -> list[dict[str, float | None]]:

@@ -46,6 +46,7 @@ class Row:
     overlapped_share: float
     exposed_comm_ms: float | None
     exposed_comm_share: float | None
+    slowest_rank_ms: float  # the mean wait of a rank for the one that ended the schedule last
     mtp_loss: float | None
     balance_loss: float | None
     load_imbalance: float  # busiest expert over the mean, worst layer

@@ -98,6 +98,7 @@ def one(rig: Rig, point: Point, stop: Stop) -> tuple[Row, bool]:
         overlapped_share=sums["paired"] / sums["forwards"] if config.parallel.overlap == "on" else 0.0,
         exposed_comm_ms=1e3 * sums["exposed"] / rig.mesh.size,
         exposed_comm_share=sums["exposed"] / rig.mesh.size / seconds,
+        slowest_rank_ms=1e3 * sums["waited"],
         mtp_loss=sums["mtp"] / microbatches if config.model.mtp_depth else None,
         balance_loss=sums["balance"] / microbatches if config.model.balance_alpha else None,
         load_imbalance=imbalance,
@@ -107,7 +108,8 @@ def one(rig: Rig, point: Point, stop: Stop) -> tuple[Row, bool]:
 
 
 def _reduce(mesh: Mesh, played: Played, stop: bool, seconds: float) -> tuple[dict[str, float], bool, float, float]:
-    """Over all ranks: sums of what was played, whether any was asked to stop, worst idle share, longest time."""
+    """Over all ranks: sums of what was played (and the mean wait for the slowest rank), whether any was asked to stop,
+    the worst idle share, the longest time."""
     forwards = [len(slot) for slot, _, _ in played.timeline for op in slot if op.kind == "F"]
     sums = {
         "loss": _total(played, "loss"),
@@ -116,11 +118,14 @@ def _reduce(mesh: Mesh, played: Played, stop: bool, seconds: float) -> tuple[dic
         "forwards": len(forwards),
         "paired": forwards.count(2),
         "exposed": played.exposed,
+        "played": played.ended - played.started,
     }
     added = mesh.sum(torch.tensor(list(sums.values()), dtype=torch.float64, device=mesh.device)).tolist()
-    highs = [float(stop), played.idle / (played.ended - played.started), seconds]
-    stopped, worst, longest = mesh.max(torch.tensor(highs, dtype=torch.float64, device=mesh.device)).tolist()
-    return dict(zip(sums, added, strict=True)), stopped > 0, worst, longest
+    figures = dict(zip(sums, added, strict=True))
+    highs = [float(stop), played.idle / sums["played"], sums["played"], seconds]
+    stopped, worst, slowest, longest = mesh.max(torch.tensor(highs, dtype=torch.float64, device=mesh.device)).tolist()
+    figures["waited"] = slowest - figures["played"] / mesh.size
+    return figures, stopped > 0, worst, longest
 
 
 def _draw_timeline(rig: Rig, point: Point, played: Played) -> None:
