@@ -108,7 +108,7 @@ class Watch:
     def failed(self, what: str, due: Due, age: float, broken: RuntimeError | None = None) -> CommError:
         """Have the roll called, and give the error for this rank's part in it."""
         self._alarm.set()
-        self._known.wait(self.grace + 4 * POLL)
+        self._known.wait(self.grace + 6 * POLL)
         told = self.verdict or Verdict((), {}, "the store does not answer: its host is gone")
         return CommError(told.message(self.rank, what, due, age) + (f" ({_brief(broken)})" if broken else ""))
 
@@ -141,12 +141,14 @@ class Watch:
             time.sleep(POLL / 5)
         present = [rank for rank in range(self.world) if rank not in missing]
         states = {rank: self._store.get(f"here/{rank}").decode() for rank in present}
-        for rank in missing:
-            self._fence(rank)
         self.verdict = Verdict(tuple(sorted(missing)), states, "")
-        time.sleep(2 * POLL)  # the store may be ours: others have until now to read it
         doing = (oldest.what, oldest.due, oldest.age) if oldest else ("computing", (), 0.0)
         print(self.verdict.message(self.rank, *doing), file=sys.stderr, flush=True)
+        time.sleep(
+            2 * POLL
+        )  # a launcher ends all ranks when one has ended: each must have spoken, and the store be read
+        for rank in missing:
+            self._fence(rank)
         faulthandler.dump_traceback_later(EXIT, exit=True)
         self._known.set()
 

@@ -6,7 +6,9 @@ import multiprocessing
 import os
 import re
 import signal
+import threading
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -62,27 +64,50 @@ def go_down(how: str, folder: Path) -> None:
         os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[how])
 
 
-@pytest.mark.parametrize(
-    ("how", "when"), [("kill", "layout"), ("kill", "dispatch"), ("stop", "combine"), ("slow", "dispatch")]
-)
-def test_a_lost_rank_is_named_by_all_others_in_time(tmp_path: Path, how: str, when: str) -> None:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "dryvine.comm.local"])
-    ranks = [context.Process(target=rank_main, args=(r, tmp_path, how, when), daemon=True) for r in range(4)]
-    for process in ranks:
-        process.start()
-    try:
-        for process in ranks:
+LOSSES = [("kill", "layout"), ("kill", "dispatch"), ("stop", "combine"), ("slow", "dispatch")]
+
+
+class Job:
+    """Four ranks of which rank 2 is lost; all jobs run at once, since they mostly wait."""
+
+    def __init__(self, folder: Path, how: str, when: str) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "torch.distributed", "dryvine.comm.local"])
+        self.folder = folder
+        self.ranks = [context.Process(target=rank_main, args=(r, folder, how, when), daemon=True) for r in range(4)]
+        for process in self.ranks:
+            process.start()
+
+    def join(self) -> None:
+        for process in self.ranks:
             process.join(60)
-        took = time.time() - float((tmp_path / "down").read_text())
-        assert took < DEADLINE + 10
-        # A rank that is stopped cannot end itself: a sibling ends it. One that dawdles is ended by its own watch.
-        assert [p.exitcode for p in ranks] == [3, 3, 1 if how == "slow" else -signal.SIGKILL, 3]
+        self.took = time.time() - float((self.folder / "down").read_text())
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple[str, str], Job]]:
+    started = {loss: Job(tmp_path_factory.mktemp("job"), *loss) for loss in LOSSES}
+    try:
+        waiters = [threading.Thread(target=job.join) for job in started.values()]
+        for waiter in waiters:
+            waiter.start()
+        for waiter in waiters:
+            waiter.join()
+        yield started
     finally:
-        for process in ranks:
-            process.kill()
+        for job in started.values():
+            for process in job.ranks:
+                process.kill()
+
+
+@pytest.mark.parametrize(("how", "when"), LOSSES)
+def test_a_lost_rank_is_named_by_all_others_in_time(jobs: dict[tuple[str, str], Job], how: str, when: str) -> None:
+    job = jobs[how, when]
+    assert job.took < DEADLINE + 10
+    # A rank that is stopped cannot end itself: a sibling ends it. One that dawdles is ended by its own watch.
+    assert [p.exitcode for p in job.ranks] == [3, 3, 1 if how == "slow" else -signal.SIGKILL, 3]
     for rank in (0, 1, 3):
-        error = (tmp_path / f"error{rank}").read_text()
+        error = (job.folder / f"error{rank}").read_text()
         assert re.match(rf"rank {rank}: {when} \S+.* of layer 3, microbatch 3: .*", error)
         if rank != 1 or when == "layout":  # rank 1 gets its rows through rank 3 or 0, and waits for those
             assert re.search(r"\d+ bytes from rank 2.* did not come in \d+\.\d s", error), error
