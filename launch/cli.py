@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from dryvine.launch import data_cli
+from dryvine.launch import bench_comm, data_cli
+from dryvine.launch.doctor import doctor
 from dryvine.launch.schedule_cli import schedule
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Pretrain mixture-of-experts models.")
+bench = typer.Typer(no_args_is_help=True, help="Measure this machine.")
+bench.command("comm")(bench_comm.comm)
 app.add_typer(data_cli.app, name="data")
+app.add_typer(bench, name="bench")
+app.command()(doctor)
 app.command()(schedule)
 
 ConfigFile = Annotated[Path, typer.Argument(help="a TOML file, see configs/", show_default=False)]
@@ -31,9 +35,9 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
         from dryvine.trainer.__main__ import main as rank_main
 
         raise typer.Exit(rank_main(words))
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world)))
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
-    os.execv(sys.executable, [sys.executable, *torchrun, "-m", "dryvine.trainer", *words])
+    from dryvine.launch.spawn import spawn
+
+    raise typer.Exit(spawn(world, words))
 
 
 @app.command()

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 
 from dryvine.comm.mesh import make_mesh
+from dryvine.comm.topology import Topology, discover
+from dryvine.comm.watch import watch_world
 from dryvine.trainer.config import Config, ConfigError, check_world, load
 from dryvine.trainer.data.config import DataError
 from dryvine.trainer.journal import same_run
@@ -31,29 +33,41 @@ def main(words: Sequence[str]) -> int:
         check_world(config, world)
         same_run(config)
         device = _device(config, local_rank)
+        topology = _topology(config, world)
         data = open_data(config)
     except (ConfigError, DataError) as error:
         if local_rank == 0:  # hosts may differ in what they lack
             print(f"dryvine: {error}", file=sys.stderr)
         return 2
-    return run(config, data, device, world)
+    return run(config, data, device, topology)
 
 
-def run(config: Config, data: Data, device: torch.device, world: int) -> int:
-    timeout = timedelta(seconds=config.run.timeout_seconds)
-    if world > 1:
+def run(config: Config, data: Data, device: torch.device, topology: Topology) -> int:
+    """Train in a world of `topology.ranks`, and leave no process group behind."""
+    p, many, watch = config.parallel, topology.ranks > 1, None
+    timeout = timedelta(seconds=config.comm.deadline)
+    if many:
         dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", timeout=timeout)
+        watch = watch_world(config.comm.deadline)
     try:
-        p = config.parallel
         routes = len(make_schedule(config, config.microbatches(config.batch.sequences)).routes)
-        train(config, make_mesh(p.pp, p.dp, p.ep, routes, device, timeout), data)
+        train(config, make_mesh(p.pp, p.dp, p.ep, routes, device, timeout), data, topology, watch)
     except Diverged as error:
         print(f"dryvine: {error}", file=sys.stderr)
         return 1
     finally:
-        if world > 1:
+        if watch:
+            watch.close()
+        if many:
             dist.destroy_process_group()
     return 0
+
+
+def _topology(config: Config, world: int) -> Topology:
+    try:
+        return discover(world, config.comm.topology, os.environ)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _device(config: Config, local_rank: int) -> torch.device:

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -46,7 +48,8 @@ def save(folder: Path, step: int, pieces: Pieces, buffers: Mapping[str, Tensor],
     _barrier(mesh)
     state = {f"{name}@{start}/{field}": t for (name, start), fields in pieces.items() for field, t in fields.items()}
     state |= {f"buffer/{name}": t for name, t in buffers.items()}
-    dcp.save(state, storage_writer=dcp.FileSystemWriter(part), no_dist=mesh.size == 1)
+    with _alone_is_fine():
+        dcp.save(state, storage_writer=dcp.FileSystemWriter(part), no_dist=mesh.size == 1)
     if mesh.rank == 0:
         (part / "state.json").write_text(json.dumps({"step": step}) + "\n")
         shutil.rmtree(target, ignore_errors=True)
@@ -74,7 +77,8 @@ def load(path: Path, pieces: Pieces, buffers: Mapping[str, Tensor], mesh: Mesh) 
                 else:
                     source = wanted.setdefault(key, torch.empty(length, dtype=live.dtype, device=live.device))
                     copies.append((live[low - start : high - start], source[low - begin : high - begin]))
-    dcp.load(wanted, storage_reader=reader, no_dist=mesh.size == 1)
+    with _alone_is_fine():
+        dcp.load(wanted, storage_reader=reader, no_dist=mesh.size == 1)
     for live, source in copies:
         live.copy_(source)
     return int(json.loads((path / "state.json").read_text())["step"])
@@ -101,6 +105,14 @@ def _covering(
             f"set run.name to begin a new run, or go back to the [model] table in the run folder's config.toml"
         )
     return found
+
+
+@contextmanager
+def _alone_is_fine() -> Iterator[None]:
+    """torch warns that a run of one process has no process group, even when told so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield
 
 
 def _barrier(mesh: Mesh) -> None:

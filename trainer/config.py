@@ -45,7 +45,6 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
     eval_every: Positive = 100
     eval_batches: Positive = 1
     timeline_step: Positive | None = None  # draw this step's measured timeline over the simulated one
-    timeout_seconds: Positive = 600  # of every collective
 
     @property
     def folder(self) -> Path:

@@ -50,6 +50,9 @@ class Row:
     mtp_loss: float | None
     balance_loss: float | None
     load_imbalance: float  # busiest expert over the mean, worst layer
+    rank_imbalance: float  # the same of expert-parallel ranks
+    mbytes_inside_nodes: float  # of expert rows, training and validation, all ranks
+    mbytes_between_nodes: float
     seconds: float
 
 

@@ -19,6 +19,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dryvine.comm.mesh import Mesh
+from dryvine.comm.topology import Topology
+from dryvine.comm.watch import Watch
 from dryvine.parallel.executor import Played
 from dryvine.trainer import checkpoint
 from dryvine.trainer.config import Config
@@ -48,9 +50,9 @@ class Stop:
                 signal.signal(number, handler)
 
 
-def train(config: Config, mesh: Mesh, data: Data) -> None:
+def train(config: Config, mesh: Mesh, data: Data, topology: Topology | None = None, watch: Watch | None = None) -> None:
     """Train to `run.steps`, from the newest checkpoint of the run folder if there is one. Collective."""
-    rig = make_rig(config, mesh, data)
+    rig = make_rig(config, mesh, data, topology, watch)
     done = resume(rig)
     console = Console(quiet=mesh.rank != 0)
     if done:
@@ -78,11 +80,11 @@ def one(rig: Rig, point: Point, stop: Stop) -> tuple[Row, bool]:
     """A step with its metrics. Also tells whether any rank was asked to stop."""
     config, step = rig.config, point.step + 1
     started = time.perf_counter()
-    played, norm, imbalance = train_step(rig, point)
+    played, norm, even = train_step(rig, point)
     seconds = time.perf_counter() - started
     if step == config.run.timeline_step:
         _draw_timeline(rig, point, played)
-    sums, stopped, worst, seconds = _reduce(rig.mesh, played, stop.asked, seconds)
+    sums, stopped, worst, seconds = _reduce(rig, played, stop.asked, seconds)
     microbatches = config.microbatches(point.sequences) * rig.mesh.data_ranks
     validate = step % config.run.eval_every == 0 or step == config.run.steps or point.step == 0
     tokens = point.sequences * config.data.seq_len
@@ -101,15 +103,19 @@ def one(rig: Rig, point: Point, stop: Stop) -> tuple[Row, bool]:
         slowest_rank_ms=1e3 * sums["waited"],
         mtp_loss=sums["mtp"] / microbatches if config.model.mtp_depth else None,
         balance_loss=sums["balance"] / microbatches if config.model.balance_alpha else None,
-        load_imbalance=imbalance,
+        load_imbalance=even.experts,
+        rank_imbalance=even.ranks,
+        mbytes_inside_nodes=sums["intra"] / 1e6,
+        mbytes_between_nodes=sums["inter"] / 1e6,
         seconds=seconds,
     )
     return row, stopped
 
 
-def _reduce(mesh: Mesh, played: Played, stop: bool, seconds: float) -> tuple[dict[str, float], bool, float, float]:
+def _reduce(rig: Rig, played: Played, stop: bool, seconds: float) -> tuple[dict[str, float], bool, float, float]:
     """Over all ranks: sums of what was played (and the mean wait for the slowest rank), whether any was asked to stop,
     the worst idle share, the longest time."""
+    mesh, moved = rig.mesh, rig.dispatcher.take().bytes
     forwards = [len(slot) for slot, _, _ in played.timeline for op in slot if op.kind == "F"]
     sums = {
         "loss": _total(played, "loss"),
@@ -119,6 +125,8 @@ def _reduce(mesh: Mesh, played: Played, stop: bool, seconds: float) -> tuple[dic
         "paired": forwards.count(2),
         "exposed": played.exposed,
         "played": played.ended - played.started,
+        "intra": moved.get("intra", 0),
+        "inter": moved.get("inter", 0),
     }
     added = mesh.sum(torch.tensor(list(sums.values()), dtype=torch.float64, device=mesh.device)).tolist()
     figures = dict(zip(sums, added, strict=True))

@@ -8,11 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
+from dryvine.comm.api import Dispatcher
+from dryvine.comm.load import Metered
 from dryvine.comm.mesh import Mesh
 from dryvine.comm.table import make_dispatcher
+from dryvine.comm.topology import Topology
+from dryvine.comm.watch import Watch
 from dryvine.comm.wire import P2PWire
 from dryvine.parallel.executor import Batch, Executor, Played
 from dryvine.parallel.lanes import Lanes, make_lanes
@@ -63,6 +68,7 @@ class Rig:
     model: Model
     optimizer: Optimizer
     data: Data
+    dispatcher: Metered
     wire: P2PWire
     lanes: Callable[[], Lanes]
     executors: dict[tuple[int, bool], Executor] = field(default_factory=dict)  # (microbatches, training)
@@ -94,23 +100,46 @@ def make_schedule(config: Config, microbatches: int) -> Schedule:
     return build(p.schedule, p.pp, microbatches, p.chunks)
 
 
-def make_rig(config: Config, mesh: Mesh, data: Data) -> Rig:
-    """Build this rank's stages and state. Collective."""
+def make_rig(
+    config: Config, mesh: Mesh, data: Data, topology: Topology | None = None, watch: Watch | None = None
+) -> Rig:
+    """Build this rank's stages and state. `topology` None is one node; without `watch` a wait has torch's own deadline.
+    Collective."""
     schedule = make_schedule(config, config.microbatches(config.batch.sequences))
     blocks = split(config)
+    dispatcher = Metered(_dispatcher(config, mesh, topology, watch))
     model = build_model(
         config.model,
         {stage: blocks[stage] for stage in schedule.stages_of(mesh.pp_rank)},
         ep_rank=mesh.ep_rank,
         ep_size=mesh.ep,
-        dispatcher=make_dispatcher(config.comm.dispatcher, mesh.experts, config.model.routed),
+        dispatcher=dispatcher,
         wgrad=WGrad(),
         dtype=DTYPES[config.run.dtype],
         device=mesh.device,
     )
     model.initialise(config.run.seed)
     zero = Zero(dict(model.named_parameters()), mesh)
-    return Rig(config, mesh, model, Optimizer(zero, config.optim), data, P2PWire(mesh), make_lanes(mesh.device))
+    return Rig(
+        config, mesh, model, Optimizer(zero, config.optim), data, dispatcher, P2PWire(mesh), make_lanes(mesh.device)
+    )
+
+
+def _dispatcher(config: Config, mesh: Mesh, topology: Topology | None, watch: Watch | None) -> Dispatcher:
+    comm, shape = config.comm, config.model
+    dtype = DTYPES[config.run.dtype]
+    return make_dispatcher(
+        comm.dispatcher,
+        mesh,
+        shape.routed,
+        topology,
+        comm.imbalance,
+        watch=watch,
+        chunks=comm.chunks,
+        top_k=shape.top_k,
+        tokens=config.parallel.microbatch_sequences * config.data.seq_len,
+        row_bytes=shape.hidden * dtype.itemsize,
+    )
 
 
 def accumulate(rig: Rig, point: Point) -> Played:
@@ -121,9 +150,9 @@ def accumulate(rig: Rig, point: Point) -> Played:
     return rig.executor(microbatches, training=True).run(Batch(tokens, 1 / (microbatches * rig.mesh.data_ranks)))
 
 
-def train_step(rig: Rig, point: Point) -> tuple[Played, float, float]:
-    """One step. Gives what was played, the gradient norm before the clip, and the busiest expert's load over the mean
-    of its layer. Raises Diverged, with nothing updated, when the norm is not finite."""
+def train_step(rig: Rig, point: Point) -> tuple[Played, float, Balance]:
+    """One step. Gives what was played, the gradient norm before the clip, and how even the load was. Raises Diverged,
+    with nothing updated, when the norm is not finite."""
     played = accumulate(rig, point)
     norm = rig.optimizer.reduce()
     if norm != norm or norm == float("inf"):
@@ -132,17 +161,28 @@ def train_step(rig: Rig, point: Point) -> tuple[Played, float, float]:
     return played, norm, balance(rig)
 
 
-def balance(rig: Rig) -> float:
+class Balance(NamedTuple):
+    """The busiest over the mean, in the worst layer; 1 is even."""
+
+    experts: float
+    ranks: float  # of an expert-parallel group
+
+
+def balance(rig: Rig) -> Balance:
     """Move every gate's bias by the load of the whole global batch, and start counting anew (arXiv 2408.15664)."""
     shape, own = rig.config.model, rig.model.loads
     layers = [block.name for block in blocks(shape) if block.kind in ("moe", "mtp")]
     if not layers:
-        return 1.0
+        return Balance(1.0, 1.0)
     zeros = torch.zeros(shape.routed, dtype=torch.int64, device=rig.mesh.device)
     loads = rig.mesh.sum(torch.stack([own.get(layer, zeros) for layer in layers]))
     rig.model.update_biases(dict(zip(layers, loads, strict=True)), shape.bias_gamma)
     rig.model.reset_loads()
-    return float((loads.max(dim=1).values * shape.routed / loads.sum(dim=1)).max())
+    return Balance(*(_imbalance(loads.view(len(layers), n, -1).sum(-1)) for n in (shape.routed, rig.mesh.ep)))
+
+
+def _imbalance(loads: torch.Tensor) -> float:
+    return float((loads.max(dim=1).values * loads.shape[1] / loads.sum(dim=1)).max())
 
 
 def evaluate(rig: Rig) -> float:

@@ -75,7 +75,7 @@ def play(config: Config, steps: int = STEPS) -> Run:
     """Train `steps` steps on local CPU ranks and put the pieces of all ranks together."""
     open_data(config)
     local.preload(__name__)
-    parts = local.run(_rank, config.parallel.world, config, steps, deadline=config.run.timeout_seconds)
+    parts = local.run(_rank, config.parallel.world, config, steps, deadline=config.comm.deadline)
     losses = tuple(float(sum(part[0][i] for part in parts)) for i in range(steps))
     return Run(losses, parts[0][1], _whole([part[2] for part in parts]), _whole([part[3] for part in parts]))
 
@@ -83,7 +83,7 @@ def play(config: Config, steps: int = STEPS) -> Run:
 def _rank(rank: int, config: Config, steps: int) -> tuple[list[float], tuple[float, ...], Part, Part]:
     p = config.parallel
     routes = len(make_schedule(config, config.microbatches(config.batch.sequences)).routes)
-    mesh = make_mesh(p.pp, p.dp, p.ep, routes, torch.device("cpu"), timedelta(seconds=config.run.timeout_seconds))
+    mesh = make_mesh(p.pp, p.dp, p.ep, routes, torch.device("cpu"), timedelta(seconds=config.comm.deadline))
     rig = make_rig(config, mesh, open_data(config))
     losses, norms, grads = [], [], {}
     for point in islice(points(config.batch, config.data.seq_len), steps):
