@@ -45,7 +45,9 @@ def grouped(seed: int, tokens: int) -> torch.Tensor:
 def timed(fn: Callable[[], Any]) -> tuple[float, int]:
     """Seconds until every rank is done, and bytes that left this node meanwhile."""
     dist.barrier()
-    before, start = netns_bed.sent_bytes(), time.perf_counter()
+    before = netns_bed.sent_bytes()
+    dist.barrier()  # nobody starts before everybody has read
+    start = time.perf_counter()
     fn()
     dist.barrier()
     return time.perf_counter() - start, netns_bed.sent_bytes() - before

@@ -6,6 +6,7 @@ it is one collective, one permutation and fifty lines to trust. On one node of f
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from dryvine.comm import routing
 from dryvine.comm.api import Pending
 from dryvine.comm.exchange import Exchange, GroupExchange
 from dryvine.comm.payload import Format
+from dryvine.comm.pool import Pool
 from dryvine.comm.routing import Sum
 
 
@@ -53,7 +55,7 @@ class Flat:
     ) -> None:
         """`exchange`, if given, carries the rows in place of one over `group`."""
         self.exchange = exchange or GroupExchange(group)
-        self.meter = self.exchange.meter
+        self.meter, self.pool = self.exchange.meter, Pool()
         self.experts, self.alignment = experts, alignment
         if experts % self.exchange.size:
             raise ValueError(f"experts = {experts} do not divide over {self.exchange.size} expert-parallel ranks")
@@ -94,18 +96,40 @@ class Flat:
         payload = rows if pairs is None else (*rows, pairs.flatten())
         indexes = [handle.token] * len(rows) + [handle.pair] * (pairs is not None)
         wire = Format.of(payload)
-        packed, what = wire.pack(payload, indexes), f"dispatch of {handle.label}"
-        coming = self.exchange.start(packed, handle.sends, handle.receives, what=what)
-        return coming.then(lambda rows: tuple(wire.unpack(rows, handle.came, handle.holes)))
+        finish = self._exchange(wire, payload, indexes, handle.sends, handle.receives, f"dispatch of {handle.label}")
+        return Pending(lambda: finish(lambda came: tuple(wire.unpack(came, handle.came, handle.holes))))
+
+    def _exchange(
+        self,
+        wire: Format,
+        payload: Sequence[Tensor],
+        indexes: Sequence[Tensor],
+        sends: Sequence[int],
+        receives: Sequence[int],
+        what: str,
+    ) -> Callable[[Callable[[Tensor], tuple[Tensor, ...]]], tuple[Tensor, ...]]:
+        """Start; gives a function that waits, lets its argument read what came, and takes the buffers back."""
+        device, alone = indexes[0].device, self.exchange.size == 1
+        packed = wire.pack(payload, indexes, self.pool.take(sum(sends), wire.lanes, device))
+        into = None if alone else self.pool.take(sum(receives), wire.lanes, device)
+        coming = self.exchange.start(packed, sends, receives, into, what)
+
+        def finish(read: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+            came = coming.wait()
+            result = read(came)
+            self.pool.give(packed, *([] if alone else [came]))
+            return result
+
+        return finish
 
     def combine(self, rows: Tensor, pairs: Tensor | None, handle: FlatHandle) -> Pending[tuple[Tensor, ...]]:
         payload = (rows,) if pairs is None else (rows, pairs)
         wire = Format.of(payload)
-        packed = wire.pack(payload, [handle.back] * len(payload))
-        coming = self.exchange.start(packed, handle.receives, handle.sends, what=f"combine of {handle.label}")
+        indexes = [handle.back] * len(payload)
+        finish = self._exchange(wire, payload, indexes, handle.receives, handle.sends, f"combine of {handle.label}")
 
-        def finish() -> tuple[Tensor, ...]:
-            back, *weights = wire.unpack(coming.wait())
+        def read(came: Tensor) -> tuple[Tensor, ...]:
+            back, *weights = wire.unpack(came)
             return (handle.sum(back), *(w[handle.place] for w in weights))
 
-        return Pending(finish, coming.ready)
+        return Pending(lambda: finish(read))

@@ -19,8 +19,9 @@ from dryvine.comm.api import Pending
 from dryvine.comm.exchange import Exchange
 from dryvine.comm.groups import Groups
 from dryvine.comm.lane import Lane
-from dryvine.comm.payload import LANE, Format
+from dryvine.comm.payload import Format
 from dryvine.comm.plan import Counts, Handle, Leg, Planner
+from dryvine.comm.pool import Pool
 
 
 class Hierarchical:
@@ -41,7 +42,7 @@ class Hierarchical:
         crossing = chunks if len(groups.topology.nodes) > 1 else 0
         place = device or torch.device("cpu")
         self.planner = Planner(groups.topology, groups.rank, groups.rail_ranks, experts, crossing, alignment, place)
-        self.lane = Lane(place)
+        self.lane, self.pool = Lane(place), Pool()
 
     def layout(self, experts_TK: Tensor, label: str = "") -> Pending[Handle]:
         counted = self.lane.run(lambda: self._count(experts_TK, label))
@@ -66,21 +67,26 @@ class Hierarchical:
     def _dispatch(self, rows: tuple[Tensor, ...], pairs: Tensor | None, handle: Handle) -> tuple[Tensor, ...]:
         payload = rows if pairs is None else (*rows, pairs)
         wire = Format.of(payload)
+        with self.pool.scratch(wire.lanes, rows[0].device) as take:
 
-        def packed(leg: Leg) -> Tensor:
-            return wire.pack(payload, [leg.index] * len(payload))
+            def packed(leg: Leg) -> Tensor:
+                return wire.pack(payload, [leg.index] * len(payload), take(len(leg.index)))
 
-        what = f"dispatch hop 1 of {handle.label}"
-        crossing = [self.inter.start(packed(leg), leg.sends, leg.receives, what=what) for leg in handle.hop1]
-        sizes = [sum(leg.receives) for leg in handle.hop2]
-        arrived = payload[0].new_empty((sum(sizes), wire.lanes), dtype=LANE)
-        (own, space), *others = zip(handle.hop2, arrived.split(sizes), strict=True)
-        arriving = [self._near(packed(own), own, space, handle)]
-        for coming, (leg, into) in zip(crossing, others, strict=True):
-            arriving.append(self._near(coming.wait().index_select(0, leg.index), leg, into, handle))
-        for stage in arriving:
-            stage.wait()
-        return self._result(wire, arrived, pairs is not None, handle)
+            what = f"dispatch hop 1 of {handle.label}"
+            crossing = [
+                self.inter.start(packed(leg), leg.sends, leg.receives, take(sum(leg.receives)), what)
+                for leg in handle.hop1
+            ]
+            sizes = [sum(leg.receives) for leg in handle.hop2]
+            arrived = take(sum(sizes))
+            (own, space), *others = zip(handle.hop2, arrived.split(sizes), strict=True)
+            arriving = [self._near(packed(own), own, space, handle)]
+            for coming, (leg, into) in zip(crossing, others, strict=True):
+                onward = torch.index_select(coming.wait(), 0, leg.index, out=take(len(leg.index)))
+                arriving.append(self._near(onward, leg, into, handle))
+            for stage in arriving:
+                stage.wait()
+            return self._result(wire, arrived, pairs is not None, handle)
 
     def _near(self, rows: Tensor, leg: Leg, into: Tensor, handle: Handle) -> Pending[Tensor]:
         return self.intra.start(rows, leg.sends, leg.receives, into, f"dispatch hop 2 of {handle.label}")
@@ -103,19 +109,20 @@ class Hierarchical:
             handle.hop2, wire.pack(payload).split([sum(leg.receives) for leg in handle.hop2]), strict=True
         )
         hop1, hop2 = f"combine hop 1 of {handle.label}", f"combine hop 2 of {handle.label}"
-        leaving = [self._back(self.intra, leg, going, None, hop2) for leg, going in others]
-        homes = [sum(leg.sends) for leg in (handle.hop2[0], *handle.hop1)]
-        home = payload[0].new_empty((sum(homes), wire.lanes), dtype=LANE)
-        near, *far = home.split(homes)
-        coming = []
-        for leg, into, left, add in zip(handle.hop1, far, leaving, handle.node_sums, strict=True):
-            summed = wire.pack([add(tensor) for tensor in wire.unpack(left.wait())])
-            coming.append(self._back(self.inter, leg, summed, into, hop1))
-        coming.append(self._back(self.intra, *own, near, hop2))
-        for part in coming:
-            part.wait()
-        return tuple(handle.token_sum(tensor) for tensor in wire.unpack(home))
+        with self.pool.scratch(wire.lanes, rows.device) as take:
+            leaving = [self._back(self.intra, leg, going, take(sum(leg.sends)), hop2) for leg, going in others]
+            homes = [sum(leg.sends) for leg in (handle.hop2[0], *handle.hop1)]
+            home = take(sum(homes))
+            near, *far = home.split(homes)
+            coming = []
+            for leg, into, left, add in zip(handle.hop1, far, leaving, handle.node_sums, strict=True):
+                summed = wire.pack([add(tensor) for tensor in wire.unpack(left.wait())])
+                coming.append(self._back(self.inter, leg, summed, into, hop1))
+            coming.append(self._back(self.intra, *own, near, hop2))
+            for part in coming:
+                part.wait()
+            return tuple(handle.token_sum(tensor) for tensor in wire.unpack(home))
 
     @staticmethod
-    def _back(exchange: Exchange, leg: Leg, rows: Tensor, into: Tensor | None, what: str) -> Pending[Tensor]:
+    def _back(exchange: Exchange, leg: Leg, rows: Tensor, into: Tensor, what: str) -> Pending[Tensor]:
         return exchange.start(rows, leg.receives, leg.sends, into, what)

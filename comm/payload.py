@@ -60,13 +60,15 @@ class Format:
         """Bytes of one wire row."""
         return self.lanes * LANE_BYTES
 
-    def pack(self, tensors: Sequence[Tensor], indexes: Sequence[Tensor] | None = None) -> Tensor:
+    def pack(
+        self, tensors: Sequence[Tensor], indexes: Sequence[Tensor] | None = None, into: Tensor | None = None
+    ) -> Tensor:
         """Rows `indexes[i]` of each tensor (all of one length R; None: as they lie) as a buffer [R, lanes]."""
         if indexes is None and len(tensors) == 1:
             return as_lanes(tensors[0])
         if indexes is None:
             return torch.cat([as_lanes(tensor) for tensor in tensors], dim=1)
-        buffer = tensors[0].new_empty((len(indexes[0]), self.lanes), dtype=LANE)
+        buffer = tensors[0].new_empty((len(indexes[0]), self.lanes), dtype=LANE) if into is None else into
         for column, tensor, index in zip(self.columns, tensors, indexes, strict=True):
             into = buffer[:, column.start : column.start + column.width]
             torch.index_select(as_lanes(tensor), 0, index, out=into)
