@@ -11,6 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
+from itertools import product
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,7 +31,7 @@ class Mesh:
     rank: int
     device: torch.device
     experts: dist.ProcessGroup | None  # the expert-parallel group
-    channels: dict[Channel, dist.ProcessGroup]  # this rank's pipeline, once per route and direction
+    channels: dict[tuple[Channel, bool], dist.ProcessGroup]  # this rank's pipeline; True: to a higher pipeline rank
     timeout: timedelta = timedelta(seconds=600)
 
     @property
@@ -106,12 +109,13 @@ def new_group(ranks: Sequence[int], timeout: timedelta) -> dist.ProcessGroup | N
 def make_mesh(pp: int, dp: int, ep: int, routes: int, device: torch.device, timeout: timedelta) -> Mesh:
     """Make every group of the run. Collective; the world must already be initialised unless it is one process.
 
-    Each pipeline gets one communicator per route and direction, so that activations never queue behind gradients.
+    Each pipeline gets a communicator per route, direction and sense, so that activations never queue behind gradients,
+    nor, where a V has stages on both ways between two ranks, a send behind a receive that was posted early.
     """
     size = pp * dp * ep
     rank = dist.get_rank() if size > 1 else 0
     experts: dist.ProcessGroup | None = None
-    channels: dict[Channel, dist.ProcessGroup] = {}
+    channels: dict[tuple[Channel, bool], dist.ProcessGroup] = {}
 
     def make(families: list[list[int]], keep: Callable[[dist.ProcessGroup | None], None]) -> None:
         for ranks in families:
@@ -126,6 +130,12 @@ def make_mesh(pp: int, dp: int, ep: int, routes: int, device: torch.device, time
     make([list(range(first, first + ep)) for first in range(0, size, ep)], keep_experts)
     if pp > 1:
         pipelines = [list(range(first, size, dp * ep)) for first in range(dp * ep)]
-        for channel in [(route, direction) for route in range(routes) for direction in ("down", "up")]:
-            make(pipelines, lambda group, channel=channel: channels.__setitem__(channel, group))  # type: ignore[misc]
+        kinds = product(range(routes), ("down", "up"), (False, True))
+        for key in [((route, direction), rising) for route, direction, rising in kinds]:
+            make(pipelines, partial(_keep, channels, key))
     return Mesh(pp, dp, ep, rank, device, experts, channels, timeout)
+
+
+def _keep(channels: dict[Any, dist.ProcessGroup], key: Any, group: dist.ProcessGroup | None) -> None:
+    if group:
+        channels[key] = group

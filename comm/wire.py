@@ -57,7 +57,7 @@ class P2PWire:
         self.pool = Pool(mesh.device)
 
     def send(self, tensors: tuple[Tensor, ...], target: int, channel: Channel) -> Pending[None]:
-        group, peer = self.mesh.channels[channel], self.mesh.global_rank(target)
+        group, peer = self.mesh.channels[channel, target > self.mesh.pp_rank], self.mesh.global_rank(target)
         held = [tensor.contiguous() for tensor in tensors]
         works = [dist.isend(tensor, peer, group=group) for tensor in held]
 
@@ -70,7 +70,7 @@ class P2PWire:
         return Pending(finish, lambda: all(work is None or work.is_completed() for work in works))
 
     def receive(self, like: tuple[Tensor, ...], source: int, channel: Channel) -> Pending[tuple[Tensor, ...]]:
-        group, peer = self.mesh.channels[channel], self.mesh.global_rank(source)
+        group, peer = self.mesh.channels[channel, source < self.mesh.pp_rank], self.mesh.global_rank(source)
         buffers = tuple(self.pool.take(t) for t in like)
         works = [dist.irecv(buffer, peer, group=group) for buffer in buffers]
 

@@ -27,6 +27,7 @@ from dryvine.trainer.plan import learning_rate, points
 from dryvine.trainer.step import accumulate, balance, make_rig, make_schedule, open_data
 
 STEPS = 3
+COMPARED = ("gradient", "weight")
 TOLERANCE = 1e-5  # relative, in FP32
 
 Whole = dict[str, NDArray[np.float32]]  # parameter -> all its elements, flat
@@ -146,9 +147,22 @@ def _worst(kind: str, found: Mapping[str, float]) -> Deviation:
 
 
 def table(found: list[Deviation]) -> Table:
-    out = Table(
-        "what", "largest relative deviation", "where", title=f"this layout against one process, FP32, {STEPS} steps"
-    )
+    """A row per kind of tensor, its gradient's and its weight's deviation side by side."""
+    rows: dict[str, dict[str, Deviation]] = {}
     for d in found:
-        out.add_row(d.kind, f"[{'green' if d.fine else 'bold red'}]{d.largest:.1e}[/]", d.where)
+        what, _, kind = d.kind.partition(" ")
+        alone = d.kind in ("loss", "gradient norm")
+        rows.setdefault(d.kind if alone else kind, {})[COMPARED[0] if alone else what] = d
+    out = Table(title=f"this layout against one process: |a - b| / |a|, FP32, {STEPS} steps")
+    out.add_column("what", no_wrap=True)
+    for what in COMPARED:
+        out.add_column(what, justify="right", no_wrap=True)
+    for kind, of in rows.items():
+        out.add_row(kind, *(_cell(of.get(what)) for what in COMPARED))
     return out
+
+
+def _cell(d: Deviation | None) -> str:
+    if d is None:
+        return ""
+    return f"[green]{d.largest:.1e}[/]" if d.fine else f"[bold red]{d.largest:.1e} in {d.where}[/]"
