@@ -7,7 +7,7 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,14 @@ FP8 = "fp8e4nv"
 # What is known of arguments at a real launch: pointers and these sizes are multiples of 16.
 ALIGNED = {"M", "N", "K", "R", "C", "F", "P", "x_stride", "c_stride", "sa_stride", "sb_stride"}
 SCALES = {"s": "fp32", "st": "fp32", "xs": "fp32", "ks": "fp32", "acts": "fp32", "sa": "fp32", "sb": "fp32"}
-VALUES = {"q": FP8, "qt": FP8, "kept": FP8, "act": FP8, "table": "i32", "starts": "i32"}
+VALUES = {"q": FP8, "qt": "i32", "kept": FP8, "act": "i32", "table": "i32", "starts": "i32"}
 OTHERS = {"weights": "fp32", "dw": "fp64", "x": "bf16", "h": "bf16", "dy": "bf16", "w": "fp32", "weight": "bf16",
           "normed": "bf16", "inverse": "fp32", "high": "u8", "low": "u8", "c": "bf16"}  # fmt: skip
 
 
-def compile_one(kernel: Any, constants: dict[str, Any], warps: int, **types: str) -> dict[str, Any]:
+def compile_one(
+    kernel: Any, constants: dict[str, Any], warps: int, maxnreg: int | None = None, **types: str
+) -> dict[str, Any]:
     pointers = SCALES | VALUES | OTHERS
 
     def kind(name: str) -> str:
@@ -47,7 +49,7 @@ def compile_one(kernel: Any, constants: dict[str, Any], warps: int, **types: str
     built = triton.compile(
         source(kernel, signature, {(names.index(k),): v for k, v in constants.items()}, aligned),
         target=GPUTarget("cuda", 90, 32),
-        options={"num_warps": warps, "enable_fp_fusion": kernel.is_gluon()},
+        options={"num_warps": warps, "enable_fp_fusion": kernel.is_gluon(), "maxnreg": maxnreg},
     )
     cubin = Path(sys.argv[1]) / "kernel.cubin"
     cubin.write_bytes(built.asm["cubin"])
@@ -63,28 +65,31 @@ def compile_one(kernel: Any, constants: dict[str, Any], warps: int, **types: str
         "wgmma": len(re.findall(r"wgmma\.mma_async\S*\.e4m3\.e4m3", ptx)),
         "tma": ptx.count("cp.async.bulk.tensor"),
         "cast": ptx.count("cvt.rn.satfinite.e4m3x2.f32"),
-        "fused": ptx.count("fma.rn.f32"),
     }
 
 
-def descriptors(width: int, gluon: bool) -> dict[str, str]:
+def descriptors(width: int, gluon: bool, scales: bool = False) -> dict[str, str]:
     layout = f",{gl.NVMMASharedLayout(128, 8, rank=2)!r}" if gluon else ""
+    flat = f",{gl.NVMMASharedLayout(0, 32, rank=2)!r}"
+    of_scales = {"sa_desc": f"tensordesc<fp32[1,64]{flat}>", "sb_desc": f"tensordesc<fp32[1,{width}]{flat}>"}
     return {
         "a_desc": f"tensordesc<{FP8}[{64 if gluon else 128},128]{layout}>",
         "b_desc": f"tensordesc<{FP8}[{width},128]{layout}>",
+        **(of_scales if scales else {}),
     }
 
 
+def constants(config: hopper.Config, **more: Any) -> dict[str, Any]:
+    return {field.upper(): value for field, value in asdict(config).items()} | more
+
+
 def products() -> Any:
-    for config in (hopper.PRODUCT, replace(hopper.PRODUCT, count=1, stages=6)):
-        shape = {"GROUP_M": 8, "SUB": config.sub, "COUNT": config.count, "STAGES": config.stages}
-        for grouped in (False, True):
-            constants = {"GROUPED": grouped, **shape, "REGISTERS": config.registers}
-            yield compile_one(hopper.product_kernel, constants, 4, **descriptors(config.sub, True))
+    config = hopper.PRODUCT
+    for grouped in (False, True):
+        yield compile_one(hopper.product_kernel, constants(config, GROUPED=grouped), 4, **descriptors(config.sub, True))
     config = hopper.WGRAD
-    shape = {"GROUP_M": 8, "SUB": config.sub, "COUNT": config.count, "STAGES": config.stages}
-    constants = {**shape, "REGISTERS": config.registers}
-    yield compile_one(hopper.wgrad_kernel, constants, 4, **descriptors(config.sub, True), c="*fp32")
+    types = descriptors(config.sub, True, scales=True)
+    yield compile_one(hopper.wgrad_kernel, constants(config), 4, **types, c="*fp32")
     shape = {"GROUP_M": 8, "STAGES": 4}
     yield compile_one(plain.product_kernel, {"GROUPED": True, **shape}, 8, **descriptors(128, False))
     yield compile_one(plain.wgrad_kernel, shape, 8, **descriptors(128, False), c="*fp32")
@@ -93,8 +98,8 @@ def products() -> Any:
 def quantisers() -> Any:
     yield compile_one(cast.rows_kernel, {"UE8M0": False, "ROWS": cast.ROWS}, 4)
     for from_fp8 in (False, True):
-        constants = {"FROM_FP8": from_fp8, "ROWS_TOO": not from_fp8, "GROUPED": True, "UE8M0": True}
-        yield compile_one(cast.columns_kernel, constants, 8, **({"x": f"*{FP8}"} if from_fp8 else {}))
+        known = {"FROM_FP8": from_fp8, "ROWS_TOO": not from_fp8, "GROUPED": True, "UE8M0": True}
+        yield compile_one(cast.columns_kernel, known, 8, 128, **({"x": f"*{FP8}"} if from_fp8 else {}))
     yield compile_one(cast.blocks_kernel, {"UE8M0": False}, 8)
     yield compile_one(cast.pack_kernel, {"ROWS": cast.ROWS}, 4)
     yield compile_one(cast.unpack_kernel, {"ROWS": cast.ROWS}, 4)

@@ -194,7 +194,7 @@ def _scaled_mm(a: Quantized, b: Quantized, dtype: torch.dtype) -> Tensor:
         b.values.contiguous().t(),
         _token_major(scales),
         kinds[a.tile],
-        _token_major(b.scales) if b.tile[0] == 1 else b.scales,
+        _token_major(b.scales) if b.tile[0] == 1 else _padded_turned(b.scales),
         kinds[b.tile],
         output_dtype=dtype,
     )
@@ -204,6 +204,13 @@ def _scaled_mm(a: Quantized, b: Quantized, dtype: torch.dtype) -> Tensor:
 def _token_major(scales: Tensor) -> Tensor:
     """[R, B] with strides (1, R) exactly."""
     return scales if scales.stride() == (1, len(scales)) else scales.t().contiguous().t()
+
+
+def _padded_turned(scales: Tensor) -> Tensor:
+    """Scales of blocks [N / 128, K / 128] as [K / 128 rounded up to 4, N / 128]: those of K side by side in memory, and
+    what `empty_blocks` left room for included."""
+    width = scales.stride(0)
+    return scales.as_strided((width, len(scales)), (1, width), scales.storage_offset())
 
 
 ENGINES: dict[str, Callable[[], Engine]] = {"emulate": Emulate, "torch": Torch, "triton": Triton}

@@ -30,6 +30,7 @@ from dryvine.trainer.fp8.tensors import (
 )
 
 LOG2E = 1.4426950408889634
+WHOLE = 12582912.0  # 1.5 * 2^23: added, it rounds to a whole number and leaves that in the last bits
 # 2^f on [-1/2, 1/2], highest power first: a minimax fit, relative error 8e-8 before rounding.
 EXP2 = (0.00132764713, 0.00967554096, 0.0555071309, 0.240221202, 0.693146944, 1.00000012)
 
@@ -43,9 +44,9 @@ def scale_of(amax: Tensor, scales: ScaleFormat, top: float = E4M3_MAX) -> Tensor
     return scale
 
 
-def _scaled(x: Tensor, scale: Tensor, top: float) -> Tensor:
-    """x / scale within +-top; zero for NaN, and for all of a tile whose scale is infinite."""
-    return (x * (1.0 / scale)).nan_to_num(nan=0.0).clamp(-top, top)
+def _scaled(x: Tensor, scale: Tensor) -> Tensor:
+    """x / scale, zero in a tile whose scale is infinite."""
+    return (x * (1.0 / scale)).masked_fill_(scale.isinf(), 0.0)
 
 
 def _tiles(x: Tensor) -> Tensor:
@@ -59,7 +60,7 @@ def quantize_rows(x: Tensor, scales: ScaleFormat = "fp32") -> Quantized:
     out = empty_rows(x.shape[0], x.shape[1], x.device)
     tiles = _tiles(x)
     out.scales.copy_(scale_of(tiles.abs().amax(-1), scales))
-    out.values.copy_(_scaled(tiles, out.scales.unsqueeze(-1), E4M3_MAX).flatten(1)[:, : x.shape[1]].to(FP8))
+    out.values.copy_(_scaled(tiles, out.scales.unsqueeze(-1)).flatten(1)[:, : x.shape[1]].to(FP8))
     return out
 
 
@@ -75,7 +76,7 @@ def quantize_coarse(x: Tensor, tile: str, scales: ScaleFormat = "fp32") -> Quant
         whole = torch.nn.functional.pad(amax, (0, 0, 0, -len(amax) % TILE)).unflatten(0, (-1, TILE))
         amax = whole.amax(1, keepdim=True).expand_as(whole).flatten(0, 1)[: len(amax)]
     out.scales.copy_(scale_of(amax, scales))
-    out.values.copy_(_scaled(tiles, out.scales.unsqueeze(-1), E4M3_MAX).flatten(1)[:, : x.shape[1]].to(FP8))
+    out.values.copy_(_scaled(tiles, out.scales.unsqueeze(-1)).flatten(1)[:, : x.shape[1]].to(FP8))
     return out
 
 
@@ -107,7 +108,7 @@ def quantize_blocks(w: Tensor, scales: ScaleFormat = "fp32", whole: bool = False
     tiles = full.unflatten(-1, (-1, TILE)).unflatten(-3, (-1, TILE))  # [..., R / 128, 128, C / 128, 128]
     amax = tiles.abs().amax((-3, -1))
     out.scales.copy_(scale_of(amax.amax((-2, -1), keepdim=True) if whole else amax, scales))
-    scaled = _scaled(tiles, out.scales[..., :, None, :, None], E4M3_MAX).flatten(-4, -3).flatten(-2, -1)
+    scaled = _scaled(tiles, out.scales[..., :, None, :, None]).flatten(-4, -3).flatten(-2, -1)
     out.values.copy_(scaled[..., :rows, :cols].to(FP8))
     turned.values.copy_(out.values.transpose(-2, -1))
     turned.scales.copy_(out.scales.transpose(-2, -1))
@@ -116,13 +117,13 @@ def quantize_blocks(w: Tensor, scales: ScaleFormat = "fp32", whole: bool = False
 
 def sigmoid(x: Tensor) -> Tensor:
     """1 / (1 + e^-x) within 3e-7, by steps that round alike on every machine."""
-    t = (x.nan_to_num(nan=0.0) * -LOG2E).clamp(-126.0, 126.0)
-    n = torch.floor(t + 0.5)
-    f = t - n
-    power = torch.full_like(f, EXP2[0])
-    for coefficient in EXP2[1:]:
-        power = power * f + coefficient
-    power = (power.view(torch.int32) + (n.int() << 23)).view(torch.float32)
+    t = (x.nan_to_num(nan=0.0) * -LOG2E).clamp(-120.0, 120.0)
+    whole = t + WHOLE
+    f = t - (whole - WHOLE)
+    power, wide = torch.full_like(f, EXP2[0]), f.double()
+    for coefficient in torch.tensor(EXP2[1:]).double().tolist():  # as FP32 has them
+        power = torch.addcmul(torch.tensor(coefficient, dtype=torch.double), power.double(), wide).float()  # an FMA's
+    power = (power.view(torch.int32) + (whole.view(torch.int32) << 23)).view(torch.float32)
     return 1.0 / (power + 1.0)
 
 
@@ -175,7 +176,7 @@ def pack_e5m6(x: Tensor) -> E5M6:
     tiles = _tiles(x)
     scales = torch.empty(blocks(x.shape[1]), pad(x.shape[0], 4), device=x.device).t()[: x.shape[0]]
     scales.copy_(scale_of(tiles.abs().amax(-1), "ue8m0", E5M6_MAX))
-    code = _e5m6(_scaled(tiles, scales.unsqueeze(-1), E5M6_MAX))
+    code = _e5m6(_scaled(tiles, scales.unsqueeze(-1)))
     low = (code[..., :64] & 15) | ((code[..., 64:] & 15) << 4)
     return E5M6((code >> 4).to(torch.uint8).flatten(1), low.to(torch.uint8).flatten(1), scales)
 

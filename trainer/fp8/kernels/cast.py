@@ -10,7 +10,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dryvine.trainer.fp8.kernels.numbers import block_rows, e4m3, inverse_of, magnitude, scale_of, scaled
+from dryvine.trainer.fp8.kernels.numbers import (
+    block_rows,
+    byte,
+    inverse_of,
+    magnitude,
+    put_columns,
+    put_rows,
+    scale_of,
+    scaled,
+)
 from dryvine.trainer.fp8.tensors import (
     E5M6,
     TILE,
@@ -33,9 +42,18 @@ def rows_kernel(x, q, s, R, C, x_stride, s_stride, UE8M0: tl.constexpr, ROWS: tl
     c = b * 128 + tl.arange(0, 128)
     keep = (r < R)[:, None] & (c < C)[None, :]
     v = tl.load(x + r.to(tl.int64)[:, None] * x_stride + c[None, :], mask=keep, other=0.0).to(tl.float32)
-    scale = scale_of(tl.max(magnitude(v), 1), 448.0, UE8M0)
-    tl.store(q + r.to(tl.int64)[:, None] * C + c[None, :], e4m3(v, scale[:, None]), mask=keep)
-    tl.store(s + b * s_stride + r, scale, mask=r < R)
+    put_rows(q, s, v, r, R, c, C, b, s_stride, UE8M0)
+
+
+@triton.jit
+def fourth(x, xs, first, end, c, C, b, xs_stride, FROM_FP8: tl.constexpr):
+    """Rows first, first + 4, .. of a block of 128, FP32 [32, 128], zeros beyond `end`."""
+    r = first + 4 * tl.arange(0, 32)
+    keep = (r < end)[:, None] & (c < C)[None, :]
+    v = tl.load(x + r.to(tl.int64)[:, None] * C + c[None, :], mask=keep, other=0.0).to(tl.float32)
+    if FROM_FP8:
+        v = v * tl.load(xs + b * xs_stride + r, mask=r < end, other=0.0)[:, None]
+    return v, r
 
 
 @triton.jit
@@ -44,42 +62,51 @@ def columns_kernel(x, xs, q, s, qt, st, table, R, C, P, xs_stride, s_stride, st_
     b = tl.program_id(0)
     block = tl.program_id(1)
     first, end = block_rows(block, table, R, GROUPED)
-    i = tl.arange(0, 128)
-    r = first + i
-    c = b * 128 + i
-    keep = (r < end)[:, None] & (c < C)[None, :]
-    at = r.to(tl.int64)[:, None] * C + c[None, :]
-    v = tl.load(x + at, mask=keep, other=0.0).to(tl.float32)
-    if FROM_FP8:
-        v = v * tl.load(xs + b * xs_stride + r, mask=r < end, other=0.0)[:, None]
-    size = magnitude(v)
+    c = b * 128 + tl.arange(0, 128)
+    v0, r = fourth(x, xs, first, end, c, C, b, xs_stride, FROM_FP8)
+    v1, _ = fourth(x, xs, first + 1, end, c, C, b, xs_stride, FROM_FP8)
+    v2, _ = fourth(x, xs, first + 2, end, c, C, b, xs_stride, FROM_FP8)
+    v3, _ = fourth(x, xs, first + 3, end, c, C, b, xs_stride, FROM_FP8)
     if ROWS_TOO:
-        row_scale = scale_of(tl.max(size, 1), 448.0, UE8M0)
-        tl.store(q + at, e4m3(v, row_scale[:, None]), mask=keep)
-        tl.store(s + b * s_stride + r, row_scale, mask=r < end)
-    scale = scale_of(tl.max(size, 0), 448.0, UE8M0)
-    turned = tl.trans(e4m3(v, scale[None, :]))
-    tl.store(qt + c.to(tl.int64)[:, None] * P + (block * 128 + i)[None, :], turned, mask=(c < C)[:, None])
-    tl.store(st + block * st_stride + c, scale, mask=c < C)
+        put_rows(q, s, v0, r, end, c, C, b, s_stride, UE8M0)
+        put_rows(q, s, v1, r + 1, end, c, C, b, s_stride, UE8M0)
+        put_rows(q, s, v2, r + 2, end, c, C, b, s_stride, UE8M0)
+        put_rows(q, s, v3, r + 3, end, c, C, b, s_stride, UE8M0)
+    put_columns(qt, st, v0, v1, v2, v3, block, c, C, P, st_stride, UE8M0)
+
+
+@triton.jit
+def put_values(q, v, inverse, fault, r, end, c, C):
+    value = tl.where(fault, 0.0, v * inverse).to(tl.float8e4nv)
+    tl.store(q + r.to(tl.int64)[:, None] * C + c[None, :], value, mask=(r < end)[:, None] & (c < C)[None, :])
 
 
 @triton.jit
 def blocks_kernel(w, q, s, qt, st, R, C, s_batch, s_stride, st_batch, st_stride, UE8M0: tl.constexpr):
+    """`qt` is int32 [X, C, R / 4]: the turned copy leaves as words, as in `put_columns`. (As bytes, Triton 3.6 stores
+    half of them wrong where R is not a multiple of 16.)"""
     col, row, x = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    i = tl.arange(0, 128)
-    r = row * 128 + i
-    c = col * 128 + i
-    keep = (r < R)[:, None] & (c < C)[None, :]
-    base = x.to(tl.int64) * R * C
-    at = base + r.to(tl.int64)[:, None] * C + c[None, :]
-    v = tl.load(w + at, mask=keep, other=0.0).to(tl.float32)
-    amax = tl.max(tl.max(magnitude(v), 1), 0)
-    scale = scale_of(tl.full((1,), 0.0, tl.float32) + amax, 448.0, UE8M0)
-    cast = e4m3(v, scale[:, None])
-    tl.store(q + at, cast, mask=keep)
-    turned = (c < C)[:, None] & (r < R)[None, :]
-    tl.store(qt + base + c.to(tl.int64)[:, None] * R + r[None, :], tl.trans(cast), mask=turned)
-    one = tl.arange(0, 1)
+    c = col * 128 + tl.arange(0, 128)
+    w += x.to(tl.int64) * R * C
+    q += x.to(tl.int64) * R * C
+    v0, r = fourth(w, s, row * 128, R, c, C, col, 0, False)
+    v1, _ = fourth(w, s, row * 128 + 1, R, c, C, col, 0, False)
+    v2, _ = fourth(w, s, row * 128 + 2, R, c, C, col, 0, False)
+    v3, _ = fourth(w, s, row * 128 + 3, R, c, C, col, 0, False)
+    largest = tl.maximum(tl.maximum(magnitude(v0), magnitude(v1)), tl.maximum(magnitude(v2), magnitude(v3)))
+    amax = tl.max(tl.max(largest, 1), 0)
+    scale = scale_of(tl.full((1, 1), 0, tl.int32) + amax, 448.0, UE8M0)
+    inverse, fault = inverse_of(scale), scale == float("inf")
+    put_values(q, v0, inverse, fault, r, R, c, C)
+    put_values(q, v1, inverse, fault, r + 1, R, c, C)
+    put_values(q, v2, inverse, fault, r + 2, R, c, C)
+    put_values(q, v3, inverse, fault, r + 3, R, c, C)
+    four = byte(v0, inverse) | (byte(v1, inverse) << 8) | (byte(v2, inverse) << 16) | (byte(v3, inverse) << 24)
+    four = tl.where(fault, 0, four).to(tl.int32, bitcast=True)
+    p = row * 32 + tl.arange(0, 32)
+    at = qt + x.to(tl.int64) * C * (R // 4) + c.to(tl.int64)[:, None] * (R // 4) + p[None, :]
+    tl.store(at, tl.trans(four), mask=(c < C)[:, None] & (4 * p < R)[None, :])
+    one = tl.arange(0, 1)[:, None] + tl.arange(0, 1)[None, :]
     tl.store(s + x * s_batch + row * s_stride + col + one, scale)
     tl.store(st + x * st_batch + col * st_stride + row + one, scale)
 
@@ -106,9 +133,8 @@ def pack_kernel(x, high, low, s, R, C, s_stride, ROWS: tl.constexpr):
     right = tl.load(x + at + 64, mask=keep, other=0.0).to(tl.float32)
     amax = tl.maximum(tl.max(magnitude(left), 1), tl.max(magnitude(right), 1))
     scale = scale_of(amax, 65024.0, True)
-    inverse = inverse_of(scale)[:, None]
-    left = e5m6_code(scaled(left, inverse, 65024.0))
-    right = e5m6_code(scaled(right, inverse, 65024.0))
+    left = e5m6_code(scaled(left, scale[:, None]))
+    right = e5m6_code(scaled(right, scale[:, None]))
     tl.store(high + at, (left >> 4).to(tl.uint8), mask=keep)
     tl.store(high + at + 64, (right >> 4).to(tl.uint8), mask=keep)
     tl.store(low + row * (C // 2) + b * 64 + i[None, :], ((left & 15) | ((right & 15) << 4)).to(tl.uint8), mask=keep)
@@ -156,9 +182,10 @@ def _columns(x: Tensor | Quantized, groups: Groups, scales: ScaleFormat, rows_to
     out = empty_rows(rows, cols, source.device) if rows_too else turned
     if groups.blocks:
         columns_kernel[(blocks(cols), groups.blocks)](
-            source, source_scales, out.values, out.scales, turned.values, turned.scales, groups.tables[0], rows, cols,
+            source, source_scales, out.values, out.scales, turned.values.view(torch.int32),
+            turned.scales, groups.tables[0], rows, cols,
             padded, source_scales.stride(1), out.scales.stride(1), turned.scales.stride(1), isinstance(x, Quantized),
-            rows_too, len(groups.counts) > 1, scales == "ue8m0", num_warps=8, enable_fp_fusion=False,
+            rows_too, len(groups.counts) > 1, scales == "ue8m0", num_warps=8, maxnreg=128, enable_fp_fusion=False,
         )  # fmt: skip
     return out, turned
 
@@ -173,10 +200,12 @@ def quantize_both(x: Tensor, groups: Groups, scales: ScaleFormat = "fp32") -> tu
 
 def quantize_blocks(w: Tensor, scales: ScaleFormat = "fp32") -> tuple[Quantized, Quantized]:
     rows, cols = w.shape[-2:]
+    if rows % 16 or cols % 16:
+        raise ValueError(f"FP8 weights on a GPU have sizes that are multiples of 16, not {rows} x {cols}: pad them")
     out, turned = empty_blocks(w.shape, w.device), empty_blocks((*w.shape[:-2], cols, rows), w.device)
     batch = w.shape[0] if w.dim() == 3 else 1
     blocks_kernel[(blocks(cols), blocks(rows), batch)](
-        w, out.values, out.scales, turned.values, turned.scales, rows, cols, out.scales.stride(0),
+        w, out.values, out.scales, turned.values.view(torch.int32), turned.scales, rows, cols, out.scales.stride(0),
         out.scales.stride(-2), turned.scales.stride(0), turned.scales.stride(-2), scales == "ue8m0", num_warps=8,
         enable_fp_fusion=False,
     )  # fmt: skip

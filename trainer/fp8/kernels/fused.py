@@ -9,27 +9,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dryvine.trainer.fp8.kernels.numbers import block_rows, e4m3, inverse_of, magnitude, scale_of, sigmoid
+from dryvine.trainer.fp8.kernels.numbers import (
+    block_rows,
+    e4m3,
+    magnitude,
+    put_columns,
+    put_rows,
+    scale_of,
+    sigmoid,
+)
 from dryvine.trainer.fp8.tensors import TILE, Groups, Quantized, ScaleFormat, blocks, empty_rows
 
 ROWS = 16
-
-
-@triton.jit
-def put_rows(q, s, v, r, end, c, C, b, s_stride, UE8M0: tl.constexpr):
-    """Store v [.., 128] as one column of 1x128 tiles, number b."""
-    scale = scale_of(tl.max(magnitude(v), 1), 448.0, UE8M0)
-    tl.store(q + r.to(tl.int64)[:, None] * C + c[None, :], e4m3(v, scale[:, None]), mask=(r < end)[:, None])
-    tl.store(s + b * s_stride + r, scale, mask=r < end)
-
-
-@triton.jit
-def put_columns(qt, st, v, block, c, P, st_stride, UE8M0: tl.constexpr):
-    """Store v [128, 128] turned round, as 1x128 tiles over rows."""
-    scale = scale_of(tl.max(magnitude(v), 0), 448.0, UE8M0)
-    p = block * 128 + tl.arange(0, 128)
-    tl.store(qt + c.to(tl.int64)[:, None] * P + p[None, :], tl.trans(e4m3(v, scale[None, :])))
-    tl.store(st + block * st_stride + c, scale)
 
 
 @triton.jit
@@ -51,38 +42,53 @@ def swiglu_kernel(h, weights, q, s, kept, ks, R, F, s_stride, ks_stride, WEIGHTE
 
 
 @triton.jit
-def swiglu_backward_kernel(dy, kept, ks, weights, q, s, qt, st, act, acts, dw, table, R, F, P, ks_stride, s_stride,
-                           st_stride, act_stride, WEIGHTED: tl.constexpr, UE8M0: tl.constexpr):  # fmt: skip
-    b = tl.program_id(0)
-    block = tl.program_id(1)
-    first, end = block_rows(block, table, R, True)
-    i = tl.arange(0, 128)
-    r = first + i
-    c = b * 128 + i
-    ours = (r < end)[:, None]
-    row = r.to(tl.int64)[:, None]
-    at = kept + row * (2 * F) + c[None, :]
-    at_scale = ks + b * ks_stride + r
-    gate = tl.load(at, mask=ours, other=0.0).to(tl.float32) * tl.load(at_scale, mask=r < end, other=0.0)[:, None]
+def read_back(kept, ks, r, end, c, b, F2, ks_stride):
+    """One tile column of a 1x128 tensor of width F2, FP32 [32, 128]."""
+    v = tl.load(kept + r.to(tl.int64)[:, None] * F2 + c[None, :], mask=(r < end)[:, None], other=0.0).to(tl.float32)
+    return v * tl.load(ks + b * ks_stride + r, mask=r < end, other=0.0)[:, None]
+
+
+@triton.jit
+def fourth(dy, kept, ks, weights, dw, r, end, c, b, F, ks_stride, WEIGHTED: tl.constexpr):
+    """-> the product again, d gate and d up of rows r, each FP32 [32, 128]; writes this tile's piece of d weights."""
+    gate = read_back(kept, ks, r, end, c, b, 2 * F, ks_stride)
+    up = read_back(kept, ks, r, end, c + F, b + F // 128, 2 * F, ks_stride)
+    d = tl.load(dy + r.to(tl.int64)[:, None] * F + c[None, :], mask=(r < end)[:, None], other=0.0).to(tl.float32)
     sig = sigmoid(gate)
     silu = gate * sig
-    slope = sig * (gate * (1.0 - sig) + 1.0)
-    at_scale += (F // 128) * ks_stride
-    up = tl.load(at + F, mask=ours, other=0.0).to(tl.float32) * tl.load(at_scale, mask=r < end, other=0.0)[:, None]
-    d = tl.load(dy + row * F + c[None, :], mask=ours, other=0.0).to(tl.float32)
     y = silu * up
     if WEIGHTED:
         weight = tl.load(weights + r, mask=r < end, other=0.0).to(tl.float32)[:, None]
         tl.store(dw + r.to(tl.int64) * (F // 128) + b, tl.sum((d * y).to(tl.float64), 1), mask=r < end)
         y = y * weight
         d = d * weight
-    put_columns(act, acts, y, block, c, P, act_stride, UE8M0)
-    dgate = d * up * slope
-    put_rows(q, s, dgate, r, end, c, 2 * F, b, s_stride, UE8M0)
-    put_columns(qt, st, dgate, block, c, P, st_stride, UE8M0)
-    dup = d * silu
-    put_rows(q, s, dup, r, end, c + F, 2 * F, b + F // 128, s_stride, UE8M0)
-    put_columns(qt, st, dup, block, c + F, P, st_stride, UE8M0)
+    return y, d * up * (sig * (gate * (1.0 - sig) + 1.0)), d * silu
+
+
+@triton.jit
+def swiglu_backward_kernel(dy, kept, ks, weights, q, s, qt, st, act, acts, dw, table, R, F, P, ks_stride, s_stride,
+                           st_stride, act_stride, WEIGHTED: tl.constexpr, UE8M0: tl.constexpr):  # fmt: skip
+    b = tl.program_id(0)
+    block = tl.program_id(1)
+    first, end = block_rows(block, table, R, True)
+    c = b * 128 + tl.arange(0, 128)
+    far, far_b = c + F, b + F // 128
+    r = first + 4 * tl.arange(0, 32)
+    y0, g0, u0 = fourth(dy, kept, ks, weights, dw, r, end, c, b, F, ks_stride, WEIGHTED)
+    y1, g1, u1 = fourth(dy, kept, ks, weights, dw, r + 1, end, c, b, F, ks_stride, WEIGHTED)
+    y2, g2, u2 = fourth(dy, kept, ks, weights, dw, r + 2, end, c, b, F, ks_stride, WEIGHTED)
+    y3, g3, u3 = fourth(dy, kept, ks, weights, dw, r + 3, end, c, b, F, ks_stride, WEIGHTED)
+    put_columns(act, acts, y0, y1, y2, y3, block, c, F, P, act_stride, UE8M0)
+    put_columns(qt, st, g0, g1, g2, g3, block, c, 2 * F, P, st_stride, UE8M0)
+    put_rows(q, s, g0, r, end, c, 2 * F, b, s_stride, UE8M0)
+    put_rows(q, s, g1, r + 1, end, c, 2 * F, b, s_stride, UE8M0)
+    put_rows(q, s, g2, r + 2, end, c, 2 * F, b, s_stride, UE8M0)
+    put_rows(q, s, g3, r + 3, end, c, 2 * F, b, s_stride, UE8M0)
+    put_columns(qt, st, u0, u1, u2, u3, block, far, 2 * F, P, st_stride, UE8M0)
+    put_rows(q, s, u0, r, end, far, 2 * F, far_b, s_stride, UE8M0)
+    put_rows(q, s, u1, r + 1, end, far, 2 * F, far_b, s_stride, UE8M0)
+    put_rows(q, s, u2, r + 2, end, far, 2 * F, far_b, s_stride, UE8M0)
+    put_rows(q, s, u3, r + 3, end, far, 2 * F, far_b, s_stride, UE8M0)
 
 
 @triton.jit
@@ -95,7 +101,7 @@ def rmsnorm_kernel(x, weight, q, s, normed, inverse, R, C, eps, s_stride, UE8M0:
     wide = v.to(tl.float64)
     mean = (tl.sum(tl.sum(wide * wide, 1), 0) / C.to(tl.float64)).to(tl.float32)
     one = tl.full((1, 1), 0.0, tl.float32)
-    inv = inverse_of(tl.sqrt_rn(one + (mean + eps)))
+    inv = tl.div_rn(one + 1.0, tl.sqrt_rn(one + (mean + eps)))
     w = tl.load(weight + c, mask=c < C, other=0.0).to(tl.float32)
     y = (v * inv * w).to(normed.dtype.element_ty)
     tl.store(normed + base + c, y, mask=c < C)
@@ -130,10 +136,11 @@ def swiglu_backward(
     pieces = torch.zeros(rows, blocks(width), dtype=torch.float64, device=dy.device)
     if groups.blocks:
         swiglu_backward_kernel[(blocks(width), groups.blocks)](
-            dy, kept.values, kept.scales, dy if weights is None else weights, out.values, out.scales, turned.values,
-            turned.scales, act.values, act.scales, pieces, groups.tables[0], rows, width, padded, kept.scales.stride(1),
-            out.scales.stride(1), turned.scales.stride(1), act.scales.stride(1), weights is not None,
-            scales == "ue8m0", num_warps=16, enable_fp_fusion=False,
+            dy, kept.values, kept.scales, dy if weights is None else weights, out.values, out.scales,
+            turned.values.view(torch.int32), turned.scales, act.values.view(torch.int32), act.scales, pieces,
+            groups.tables[0], rows, width, padded, kept.scales.stride(1), out.scales.stride(1),
+            turned.scales.stride(1), act.scales.stride(1), weights is not None, scales == "ue8m0", num_warps=16,
+            enable_fp_fusion=False,
         )  # fmt: skip
     return out, turned, act, pieces.sum(-1).float()
 

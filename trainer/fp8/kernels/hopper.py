@@ -34,7 +34,7 @@ class Config:
 
 
 PRODUCT = Config()
-WGRAD = Config(count=1, stages=5)
+WGRAD = Config(count=1, stages=6, group_m=16)
 
 
 @gluon.jit
@@ -57,37 +57,38 @@ def _rows(tile_m, table, M, GROUPED: gl.constexpr):
 
 
 @gluon.jit
-def _fill(turn, a_desc, b_desc, a_bufs, b_bufs, full, empty, m0, n0, k0, SUB: gl.constexpr, COUNT: gl.constexpr,
-          STAGES: gl.constexpr):  # fmt: skip
-    """Start the loads of one 128 of K into the next stage, once its last readers have left."""
+def _fill(turn, a_desc, b_desc, a_bufs, b_bufs, full, empty, m0, n0, k0, more,
+          SUB: gl.constexpr, COUNT: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    """Start the loads of one 128 of K into the next stage once its last readers have left; `more` bytes will follow."""
     stage = turn % STAGES
     mbarrier.wait(empty.index(stage), ((turn // STAGES) & 1) ^ 1)
     bar = full.index(stage)
-    mbarrier.expect(bar, 128 * 128 + SUB * COUNT * 128)
-    for half in gl.static_range(2):
-        tma.async_copy_global_to_shared(a_desc, [m0 + 64 * half, k0], bar, a_bufs.index(stage * 2 + half))
+    mbarrier.expect(bar, 128 * 128 + SUB * COUNT * 128 + more)
+    for i in gl.static_range(2):
+        tma.async_copy_global_to_shared(a_desc, [m0 + 64 * i, k0], bar, a_bufs.index(stage * 2 + i))
     for i in gl.static_range(COUNT):
         tma.async_copy_global_to_shared(b_desc, [n0 + SUB * i, k0], bar, b_bufs.index(stage * COUNT + i))
 
 
 @gluon.jit
 def _product_loads(a_desc, b_desc, a_bufs, b_bufs, full, empty, table, M, N, k_blocks, num_m, num_n,
-                   GROUPED: gl.constexpr, GROUP_M: gl.constexpr, SUB: gl.constexpr, COUNT: gl.constexpr,
-                   STAGES: gl.constexpr):  # fmt: skip
+                   GROUPED: gl.constexpr, GROUP_M: gl.constexpr, SUB: gl.constexpr,
+                   COUNT: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
     turn = 0
     for tile in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
         tile_m, tile_n = _where(tile, num_m, num_n, GROUP_M)
         expert, m0, _ = _rows(tile_m, table, M, GROUPED)
         n0 = expert * N + tile_n * (SUB * COUNT)
         for k in range(k_blocks):
-            _fill(turn, a_desc, b_desc, a_bufs, b_bufs, full, empty, m0, n0, k * 128, SUB, COUNT, STAGES)
+            _fill(turn, a_desc, b_desc, a_bufs, b_bufs, full, empty, m0, n0, k * 128, 0, SUB, COUNT, STAGES)
             turn += 1
 
 
 @gluon.jit
 def _product_sums(HALF: gl.constexpr, a_bufs, b_bufs, full, empty, c, sa, sb, table, M, N, k_blocks, num_m, num_n,
                   sa_stride, sb_expert, sb_row, c_stride, GROUPED: gl.constexpr, GROUP_M: gl.constexpr,
-                  SUB: gl.constexpr, COUNT: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+                  SUB: gl.constexpr, COUNT: gl.constexpr,
+                  STAGES: gl.constexpr):  # fmt: skip
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, SUB, 32])
     out: gl.constexpr = gl.BlockedLayout([1, 8], [256 // SUB, SUB // 8], [4, 1], [1, 0])
     rows = gl.arange(0, 64, layout=gl.SliceLayout(1, mma))
@@ -135,25 +136,22 @@ def _product_sums(HALF: gl.constexpr, a_bufs, b_bufs, full, empty, c, sa, sb, ta
 
 @gluon.jit
 def product_kernel(a_desc, b_desc, c, sa, sb, table, M, N, K, num_m, sa_stride, sb_expert, sb_row, c_stride,
-                   GROUPED: gl.constexpr, GROUP_M: gl.constexpr, SUB: gl.constexpr, COUNT: gl.constexpr,
-                   STAGES: gl.constexpr, REGISTERS: gl.constexpr):  # fmt: skip
+                   GROUPED: gl.constexpr, GROUP_M: gl.constexpr, SUB: gl.constexpr,
+                   COUNT: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr):  # fmt: skip
     a_bufs = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * 2, 64, 128], a_desc.layout)
     b_bufs = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * COUNT, SUB, 128], b_desc.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=2)
+    full, empty = _barriers(STAGES)
     k_blocks = gl.cdiv(K, 128)
     num_n = gl.cdiv(N, SUB * COUNT)
+    # What registers the others leave are the first one's.
     gl.warp_specialize(
         [
-            (_product_sums, (0, a_bufs, b_bufs, full, empty, c, sa, sb, table, M, N, k_blocks, num_m, num_n, sa_stride,
-                             sb_expert, sb_row, c_stride, GROUPED, GROUP_M, SUB, COUNT, STAGES)),
-            (_product_sums, (1, a_bufs, b_bufs, full, empty, c, sa, sb, table, M, N, k_blocks, num_m, num_n, sa_stride,
-                             sb_expert, sb_row, c_stride, GROUPED, GROUP_M, SUB, COUNT, STAGES)),
-            (_product_loads, (a_desc, b_desc, a_bufs, b_bufs, full, empty, table, M, N, k_blocks, num_m, num_n, GROUPED,
-                              GROUP_M, SUB, COUNT, STAGES)),
+            (_product_sums, (0, a_bufs, b_bufs, full, empty, c, sa, sb, table, M, N, k_blocks, num_m, num_n,
+                             sa_stride, sb_expert, sb_row, c_stride, GROUPED, GROUP_M, SUB, COUNT, STAGES)),
+            (_product_sums, (1, a_bufs, b_bufs, full, empty, c, sa, sb, table, M, N, k_blocks, num_m, num_n,
+                             sa_stride, sb_expert, sb_row, c_stride, GROUPED, GROUP_M, SUB, COUNT, STAGES)),
+            (_product_loads, (a_desc, b_desc, a_bufs, b_bufs, full, empty, table, M, N, k_blocks, num_m, num_n,
+                              GROUPED, GROUP_M, SUB, COUNT, STAGES)),
         ],
         [4, 1],
         [REGISTERS, 40],
@@ -161,44 +159,70 @@ def product_kernel(a_desc, b_desc, c, sa, sb, table, M, N, K, num_m, sa_stride, 
 
 
 @gluon.jit
-def _wgrad_loads(a_desc, b_desc, a_bufs, b_bufs, full, empty, starts, num_m, num_n, tiles, GROUP_M: gl.constexpr,
-                 SUB: gl.constexpr, COUNT: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+def _barriers(STAGES: gl.constexpr):
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
+    return full, empty
+
+
+@gluon.jit
+def _wgrad_loads(a_desc, b_desc, sa_desc, sb_desc, a_bufs, b_bufs, sa_bufs, sb_bufs, full, empty, starts, num_m, num_n,
+                 tiles, GROUP_M: gl.constexpr, SUB: gl.constexpr, COUNT: gl.constexpr,
+                 STAGES: gl.constexpr):  # fmt: skip
     turn = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         expert = tile // (num_m * num_n)
         tile_m, tile_n = _where(tile % (num_m * num_n), num_m, num_n, GROUP_M)
+        m0, n0 = tile_m * 128, tile_n * (SUB * COUNT)
         for k in range(gl.load(starts + expert), gl.load(starts + expert + 1)):
-            _fill(turn, a_desc, b_desc, a_bufs, b_bufs, full, empty, tile_m * 128, tile_n * (SUB * COUNT), k * 128,
+            stage = turn % STAGES
+            _fill(turn, a_desc, b_desc, a_bufs, b_bufs, full, empty, m0, n0, k * 128, 4 * (128 + SUB * COUNT),
                   SUB, COUNT, STAGES)  # fmt: skip
+            for i in gl.static_range(2):
+                tma.async_copy_global_to_shared(
+                    sa_desc, [k, m0 + 64 * i], full.index(stage), sa_bufs.index(stage * 2 + i)
+                )
+            for i in gl.static_range(COUNT):
+                tma.async_copy_global_to_shared(
+                    sb_desc, [k, n0 + SUB * i], full.index(stage), sb_bufs.index(stage * COUNT + i)
+                )
             turn += 1
 
 
 @gluon.jit
-def _wgrad_sums(HALF: gl.constexpr, a_bufs, b_bufs, full, empty, c, sa, sb, starts, M, N, num_m, num_n, tiles,
-                sa_stride, sb_stride, GROUP_M: gl.constexpr, SUB: gl.constexpr, COUNT: gl.constexpr,
+def _read_scales(buffer, SIZE: gl.constexpr, layout: gl.constexpr):
+    """[1, SIZE] of shared memory to registers, [SIZE]."""
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    return buffer._reinterpret(gl.float32, [SIZE], flat).load(layout)
+
+
+@gluon.jit
+def _wgrad_sums(HALF: gl.constexpr, a_bufs, b_bufs, sa_bufs, sb_bufs, full, empty, c, starts, M, N, num_m, num_n, tiles,
+                GROUP_M: gl.constexpr, SUB: gl.constexpr, COUNT: gl.constexpr,
                 STAGES: gl.constexpr):  # fmt: skip
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, SUB, 32])
-    rows = gl.arange(0, 64, layout=gl.SliceLayout(1, mma))
-    cols = gl.arange(0, SUB, layout=gl.SliceLayout(0, mma))
+    in_rows: gl.constexpr = gl.SliceLayout(1, mma)
+    in_cols: gl.constexpr = gl.SliceLayout(0, mma)
     zero = gl.zeros((64, SUB), gl.float32, layout=mma)
     turn = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         expert = tile // (num_m * num_n)
         tile_m, tile_n = _where(tile % (num_m * num_n), num_m, num_n, GROUP_M)
-        m = tile_m * 128 + 64 * HALF + rows
-        n = tile_n * (SUB * COUNT) + cols
         first, last = gl.load(starts + expert), gl.load(starts + expert + 1)
         sums = (zero,) * COUNT
-        for k in range(first, last):
+        for _ in range(first, last):
             stage = turn % STAGES
-            a_scale = gl.load(sa + k * sa_stride + m, mask=m < M, other=0.0)
             mbarrier.wait(full.index(stage), (turn // STAGES) & 1)
             a = a_bufs.index(stage * 2 + HALF)
+            a_scale = _read_scales(sa_bufs.index(stage * 2 + HALF), 64, in_rows)
             for i in gl.static_range(COUNT):
                 b = b_bufs.index(stage * COUNT + i).permute((1, 0))
+                # Before the product, which no warp ends before all have begun it: one thread frees the stage for all.
+                b_scale = _read_scales(sb_bufs.index(stage * COUNT + i), SUB, in_cols)
                 part = warpgroup_mma(a, b, zero, use_acc=False, is_async=True)
-                # Asked for while the product runs: these are too many to hold a block ahead.
-                b_scale = gl.load(sb + k * sb_stride + n + SUB * i, mask=n + SUB * i < N, other=0.0)
                 part = warpgroup_mma_wait(0, deps=[part])
                 if i == COUNT - 1:
                     mbarrier.arrive(empty.index(stage))
@@ -206,6 +230,8 @@ def _wgrad_sums(HALF: gl.constexpr, a_bufs, b_bufs, full, empty, c, sa, sb, star
                 sums = sums[:i] + (sums[i] + term,) + sums[i + 1 :]  # noqa: RUF005
             turn += 1
         # In the product's own layout four threads cover a 32-byte sector of FP32: no shuffle would store faster.
+        m = tile_m * 128 + 64 * HALF + gl.arange(0, 64, layout=in_rows)
+        n = tile_n * (SUB * COUNT) + gl.arange(0, SUB, layout=in_cols)
         c_at = c + expert.to(gl.int64) * M * N + gl.expand_dims(m.to(gl.int64) * N, 1) + gl.expand_dims(n, 0)
         for i in gl.static_range(COUNT):
             keep = gl.expand_dims(m < M, 1) & gl.expand_dims(n + SUB * i < N, 0) & (first < last)
@@ -213,25 +239,24 @@ def _wgrad_sums(HALF: gl.constexpr, a_bufs, b_bufs, full, empty, c, sa, sb, star
 
 
 @gluon.jit
-def wgrad_kernel(a_desc, b_desc, c, sa, sb, starts, M, N, num_m, tiles, sa_stride, sb_stride, GROUP_M: gl.constexpr,
+def wgrad_kernel(a_desc, b_desc, sa_desc, sb_desc, c, starts, M, N, num_m, tiles, GROUP_M: gl.constexpr,
                  SUB: gl.constexpr, COUNT: gl.constexpr, STAGES: gl.constexpr,
                  REGISTERS: gl.constexpr):  # fmt: skip
     a_bufs = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * 2, 64, 128], a_desc.layout)
     b_bufs = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * COUNT, SUB, 128], b_desc.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=2)
+    sa_bufs = gl.allocate_shared_memory(gl.float32, [STAGES * 2, 1, 64], sa_desc.layout)
+    sb_bufs = gl.allocate_shared_memory(gl.float32, [STAGES * COUNT, 1, SUB], sb_desc.layout)
+    full, empty = _barriers(STAGES)
     num_n = gl.cdiv(N, SUB * COUNT)
+    # What registers the others leave are the first one's.
     gl.warp_specialize(
         [
-            (_wgrad_sums, (0, a_bufs, b_bufs, full, empty, c, sa, sb, starts, M, N, num_m, num_n, tiles, sa_stride,
-                           sb_stride, GROUP_M, SUB, COUNT, STAGES)),
-            (_wgrad_sums, (1, a_bufs, b_bufs, full, empty, c, sa, sb, starts, M, N, num_m, num_n, tiles, sa_stride,
-                           sb_stride, GROUP_M, SUB, COUNT, STAGES)),
-            (_wgrad_loads, (a_desc, b_desc, a_bufs, b_bufs, full, empty, starts, num_m, num_n, tiles, GROUP_M, SUB,
-                            COUNT, STAGES)),
+            (_wgrad_sums, (0, a_bufs, b_bufs, sa_bufs, sb_bufs, full, empty, c, starts, M, N, num_m, num_n, tiles,
+                           GROUP_M, SUB, COUNT, STAGES)),
+            (_wgrad_sums, (1, a_bufs, b_bufs, sa_bufs, sb_bufs, full, empty, c, starts, M, N, num_m, num_n, tiles,
+                           GROUP_M, SUB, COUNT, STAGES)),
+            (_wgrad_loads, (a_desc, b_desc, sa_desc, sb_desc, a_bufs, b_bufs, sa_bufs, sb_bufs, full, empty,
+                            starts, num_m, num_n, tiles, GROUP_M, SUB, COUNT, STAGES)),
         ],
         [4, 1],
         [REGISTERS, 40],
@@ -241,6 +266,13 @@ def wgrad_kernel(a_desc, b_desc, c, sa, sb, starts, M, N, num_m, tiles, sa_strid
 def _descriptor(values: Tensor, rows: int) -> TensorDescriptor:
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
     return TensorDescriptor.from_tensor(values.flatten(0, -2), [rows, TILE], layout)
+
+
+def _scales(scales: Tensor, size: int) -> TensorDescriptor:
+    """Of 1x128 tiles, [R, B] token-major: `size` rows' scales of one block at a time."""
+    return TensorDescriptor.from_tensor(
+        scales.t(), [1, size], gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+    )
 
 
 def _programs(device: torch.device, tiles: int) -> int:
@@ -263,8 +295,8 @@ def product(a: Quantized, b: Quantized, groups: Groups | None = None, dtype: tor
     product_kernel[(_programs(c.device, tiles),)](
         _descriptor(a.values, 64), _descriptor(b.values, config.sub), c, a.scales, b.scales, table, m, n, k, num_m,
         a.scales.stride(1), b.scales.stride(0) if groups else 0, b.scales.stride(-2), c.stride(0),
-        GROUPED=groups is not None, GROUP_M=config.group_m, SUB=config.sub, COUNT=config.count, STAGES=config.stages,
-        REGISTERS=config.registers, num_warps=4,
+        GROUPED=groups is not None, GROUP_M=config.group_m, SUB=config.sub, COUNT=config.count,
+        STAGES=config.stages, REGISTERS=config.registers, num_warps=4,
     )  # fmt: skip
     return c
 
@@ -278,7 +310,8 @@ def wgrad(a: Quantized, b: Quantized, groups: Groups, total: Tensor, config: Con
     if not groups.blocks:
         return
     wgrad_kernel[(_programs(total.device, tiles),)](
-        _descriptor(a.values, 64), _descriptor(b.values, config.sub), total, a.scales, b.scales, groups.tables[1], m, n,
-        num_m, tiles, a.scales.stride(1), b.scales.stride(1), GROUP_M=config.group_m, SUB=config.sub,
-        COUNT=config.count, STAGES=config.stages, REGISTERS=config.registers, num_warps=4,
+        _descriptor(a.values, 64), _descriptor(b.values, config.sub), _scales(a.scales, 64),
+        _scales(b.scales, config.sub), total, groups.tables[1], m, n, num_m, tiles, GROUP_M=config.group_m,
+        SUB=config.sub, COUNT=config.count, STAGES=config.stages, REGISTERS=config.registers,
+        num_warps=4,
     )  # fmt: skip

@@ -1,6 +1,7 @@
 """Device functions shared by the cast kernels: the same steps as reference.py, in the same order.
 
-Launch with `enable_fp_fusion=False`: a fused multiply-add rounds once where the reference rounds twice.
+Launch with `enable_fp_fusion=False`: a fused multiply-add rounds once where the reference rounds twice. Where `tl.fma`
+is written, the reference has a division or FP64, which give the same bits.
 Legend: `s` scale, `y` values within the format's range.
 """
 
@@ -10,51 +11,88 @@ import triton.language as tl
 
 @triton.jit
 def scale_of(amax, TOP: tl.constexpr, UE8M0: tl.constexpr):
-    """amax is infinite if the tile held a NaN or an infinity."""
-    s = tl.div_rn(tl.maximum(amax, 1e-4), tl.full(amax.shape, TOP, tl.float32))
+    """`amax` as `largest` gives it; infinity if the tile held a NaN or an infinity."""
+    a = tl.maximum(amax.to(tl.float32, bitcast=True), 1e-4)
+    s = a * (1.0 / TOP)
+    s = tl.fma(tl.fma(s, -TOP, a), 1.0 / TOP, s)  # a / TOP, correctly rounded
     if UE8M0:
         s = ((s.to(tl.int32, bitcast=True) + 0x7FFFFF) & ~0x7FFFFF).to(tl.float32, bitcast=True)
-    return s
+    return tl.where(amax < 0x7F800000, s, float("inf"))
 
 
 @triton.jit
 def magnitude(x):
-    """|x|, a NaN as infinity: `max` on a GPU drops NaNs."""
-    return tl.where(x == x, tl.abs(x), float("inf"))
+    """The bits of |x|, which order as the numbers do, with NaNs above infinity: a float `max` on a GPU drops NaNs."""
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit
-def scaled(x, inverse, TOP: tl.constexpr):
-    y = x * inverse
-    y = tl.where(y == y, y, 0.0)
-    return tl.minimum(tl.maximum(y, -TOP), TOP)
+def scaled(x, s):
+    """x / s, zero in a tile whose scale is infinite. Within the format's range without a clamp, since s came from
+    the largest |x|, and the hardware cast saturates what rounding adds to that one."""
+    return tl.where(s < float("inf"), x * inverse_of(s), 0.0)
 
 
 @triton.jit
 def inverse_of(s):
-    return tl.div_rn(tl.full(s.shape, 1.0, tl.float32), s)
+    """1 / s, correctly rounded, for s from 2^-120 to 2^120: two of Newton's steps from the hardware's approximation,
+    the last of which rounds right (Markstein). `div_rn` has a rare case, and with it a branch that keeps divisions
+    from being interleaved: a third of a cast's time."""
+    y = tl.rsqrt(s)
+    y = y * y
+    y = tl.fma(tl.fma(-s, y, 1.0), y, y)
+    return tl.fma(tl.fma(-s, y, 1.0), y, y)
 
 
 @triton.jit
 def e4m3(x, s):
     """x / s as E4M3; `s` is broadcast against x."""
-    return scaled(x, inverse_of(s), 448.0).to(tl.float8e4nv)
+    return scaled(x, s).to(tl.float8e4nv)
 
 
 @triton.jit
 def sigmoid(x):
-    t = tl.where(x == x, x, 0.0) * -1.4426950408889634
-    t = tl.minimum(tl.maximum(t, -126.0), 126.0)
-    n = tl.floor(t + 0.5)
-    f = t - n
+    """Of a NaN, anything: whoever asks multiplies with x."""
+    t = tl.minimum(tl.maximum(x * -1.4426950408889634, -120.0), 120.0)
+    m = t + 12582912.0  # 1.5 * 2^23: rounds t to a whole number, and leaves that number in the last bits
+    f = t - (m - 12582912.0)
     p = tl.full(f.shape, 0.00132764713, tl.float32)
-    p = p * f + 0.00967554096
-    p = p * f + 0.0555071309
-    p = p * f + 0.240221202
-    p = p * f + 0.693146944
-    p = p * f + 1.00000012
-    p = (p.to(tl.int32, bitcast=True) + (n.to(tl.int32) << 23)).to(tl.float32, bitcast=True)
+    p = tl.fma(p, f, 0.00967554096)
+    p = tl.fma(p, f, 0.0555071309)
+    p = tl.fma(p, f, 0.240221202)
+    p = tl.fma(p, f, 0.693146944)
+    p = tl.fma(p, f, 1.00000012)
+    p = (p.to(tl.int32, bitcast=True) + (m.to(tl.int32, bitcast=True) << 23)).to(tl.float32, bitcast=True)
     return inverse_of(p + 1.0)
+
+
+@triton.jit
+def put_rows(q, s, v, r, end, c, C, b, s_stride, UE8M0: tl.constexpr):
+    """Store v [.., 128] as column b of 1x128 tiles."""
+    scale = scale_of(tl.max(magnitude(v), 1), 448.0, UE8M0)
+    at = q + r.to(tl.int64)[:, None] * C + c[None, :]
+    tl.store(at, e4m3(v, scale[:, None]), mask=(r < end)[:, None] & (c < C)[None, :])
+    tl.store(s + b * s_stride + r, scale, mask=r < end)
+
+
+@triton.jit
+def byte(v, inverse):
+    return (v * inverse).to(tl.float8e4nv).to(tl.uint8, bitcast=True).to(tl.uint32)
+
+
+@triton.jit
+def put_columns(qt, st, v0, v1, v2, v3, block, c, C, P, st_stride, UE8M0: tl.constexpr):
+    """Store 128 rows turned round, as 1x128 tiles over rows: v0 [32, 128] has rows 0, 4, 8, .., v1 rows 1, 5, .. and so
+    on, so that four bytes which end up side by side are in one thread: `qt` is int32 [C, P / 4]."""
+    largest = tl.maximum(tl.maximum(magnitude(v0), magnitude(v1)), tl.maximum(magnitude(v2), magnitude(v3)))
+    scale = scale_of(tl.max(largest, 0), 448.0, UE8M0)
+    i = inverse_of(scale)[None, :]
+    words = byte(v0, i) | (byte(v1, i) << 8) | (byte(v2, i) << 16) | (byte(v3, i) << 24)
+    words = tl.where(scale[None, :] < float("inf"), words, 0)
+    p = block * 32 + tl.arange(0, 32)
+    at = qt + c.to(tl.int64)[:, None] * (P // 4) + p[None, :]
+    tl.store(at, tl.trans(words.to(tl.int32, bitcast=True)), mask=(c < C)[:, None])
+    tl.store(st + block * st_stride + c, scale, mask=c < C)
 
 
 @triton.jit
