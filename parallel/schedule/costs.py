@@ -31,7 +31,8 @@ class Phase(NamedTuple):
 
 @dataclass(frozen=True)
 class Costs:
-    """Times in any one unit. B is I + W. A pair in `pairs` (letters sorted: "BF") has that price, else the lanes'.
+    """Times in any one unit. B is I + W if not given. A pair in `pairs` (letters sorted: "BF") has that price, else
+    the lanes'.
 
     P2P: from the end of an op to the start of what needs it on another rank. comm: part of F and I, 0 to 1; at 0 a
     pair costs the sum of its ops, for nothing can hide.
@@ -40,13 +41,15 @@ class Costs:
     F: float = 1.0
     I: float = 1.0  # noqa: E741
     W: float = 1.0
+    B: float | None = None
     P2P: float = 0.0
     comm: float = 0.0
     layers: int = 4
     pairs: Mapping[str, float] = field(default_factory=dict)
 
     def op(self, kind: Kind) -> float:
-        return {"F": self.F, "I": self.I, "W": self.W, "B": self.I + self.W}[kind]
+        whole = self.I + self.W if self.B is None else self.B
+        return {"F": self.F, "I": self.I, "W": self.W, "B": whole}[kind]
 
     def slot(self, slot: Slot) -> float:
         return self.op(slot[0].kind) if len(slot) == 1 else self.pair(slot[0].kind, slot[1].kind)
@@ -67,19 +70,20 @@ class Costs:
     def of_a_part(self, part: float) -> Costs:
         """Costs of stages that are `part` as large. A message stays as long: it is one microbatch's activations."""
         pairs = {key: value * part for key, value in self.pairs.items()}
-        return replace(self, F=self.F * part, I=self.I * part, W=self.W * part, pairs=pairs)
+        whole = None if self.B is None else self.B * part
+        return replace(self, F=self.F * part, I=self.I * part, W=self.W * part, B=whole, pairs=pairs)
 
     @staticmethod
     def parse(text: str) -> Costs:
         """From "F=1,I=1.3,W=0.8,P2P=0.1,COMM=0.33,LAYERS=4", and any pair, such as "FB=2.4"."""
         values = dict(_item(item) for item in text.split(",") if item.strip())
         pairs = {key: values.pop(key) for key in PAIRS if key in values}
-        known = {name: values.pop(name) for name in ("F", "I", "W", "P2P") if name in values}
+        known = {name: values.pop(name) for name in ("F", "I", "W", "B", "P2P") if name in values}
         layers, comm = int(values.pop("LAYERS", 4)), values.pop("COMM", 0.0)
         if values or layers < 1 or not 0 <= comm < 1:
             wrong = ", ".join(values) or "LAYERS or COMM out of range"
             raise ScheduleError(
-                f"costs {text!r}: {wrong}; keys are F I W P2P COMM (0 to 1) LAYERS (1 up), or a pair: FB"
+                f"costs {text!r}: {wrong}; keys are F I W B P2P COMM (0 to 1) LAYERS (1 up), or a pair: FB"
             )
         return Costs(**known, comm=comm, layers=layers, pairs=pairs)
 

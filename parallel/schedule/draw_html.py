@@ -55,8 +55,7 @@ document.addEventListener("mouseout",e=>{lit(e.target.id,false);tip.style.displa
 def as_html(timelines: Sequence[Timeline], note: str = "") -> str:
     """The page. `note` is a line under the title: what the costs are, what was measured."""
     title = " against ".join(dict.fromkeys(escape(_name(timeline)) for timeline in timelines))
-    span = max(timeline.span for timeline in timelines)
-    pictures = [f'<div class="pic">{svg(t, span, f"t{i}-")}</div>' for i, t in enumerate(timelines)]
+    pictures = [f'<div class="pic">{svg(t, timelines, f"t{i}-")}</div>' for i, t in enumerate(timelines)]
     ops = {key: value for i, timeline in enumerate(timelines) for key, value in _ops(timeline, f"t{i}-").items()}
     parts = {"TITLE": title, "NOTE": escape(note), "TABLE": _table(timelines), "PICTURES": "\n".join(pictures)}
     page = _PAGE.replace("OPS", json.dumps(ops, separators=(",", ":")).replace("</", "<\\/"))

@@ -6,7 +6,7 @@ as long, has no dark mode, and cannot carry the tooltips that the HTML page hang
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -42,10 +42,10 @@ class _Frame:
         return self.x(self.span)
 
 
-def svg(timeline: Timeline, span: float | None = None, prefix: str = "") -> str:
-    """One SVG document. `span` fixes the time shown, so that several pictures share a scale. With `prefix`, every op
-    gets the id prefix + its text (t0-2F3), for a page that adds tooltips."""
-    frame = _frame(timeline, span or timeline.span)
+def svg(timeline: Timeline, among: Sequence[Timeline] = (), prefix: str = "") -> str:
+    """One SVG document, on the scale and span that it shares with those `among` which it is shown. With `prefix`, every
+    op gets the id prefix + its text (t0-2F3), for a page that adds tooltips."""
+    frame = _frame(timeline, among or (timeline,))
     schedule = timeline.schedule
     hue = hues(schedule)
     cells = [_cell(frame, rank, cell, hue, prefix) for rank, row in enumerate(timeline.cells) for cell in row]
@@ -66,10 +66,11 @@ def svg(timeline: Timeline, span: float | None = None, prefix: str = "") -> str:
     return "\n".join(parts) + "\n"
 
 
-def _frame(timeline: Timeline, span: float) -> _Frame:
-    """About 1200 pixels wide, and wider where the shortest op would be under 6 pixels."""
-    shortest = min(c.end - c.start for row in timeline.cells for c in row if c.end > c.start)
-    return _Frame(max(1200 / span, 6 / shortest), span, len(timeline.cells))
+def _frame(timeline: Timeline, among: Sequence[Timeline]) -> _Frame:
+    """About 1200 pixels wide, and wider where the shortest op would be under 6 pixels, but not over 4000."""
+    span = max(each.span for each in among)
+    shortest = min(c.end - c.start for each in among for row in each.cells for c in row if c.end > c.start)
+    return _Frame(min(max(1200 / span, 6 / shortest), 4000 / span), span, len(timeline.cells))
 
 
 def _style(count: int) -> str:
