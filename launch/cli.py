@@ -12,7 +12,12 @@ from dryvine.launch import bench_comm, data_cli
 from dryvine.launch.doctor import doctor
 from dryvine.launch.schedule_cli import schedule
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Pretrain mixture-of-experts models.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Pretrain mixture-of-experts models.",
+)
 bench = typer.Typer(no_args_is_help=True, help="Measure this machine.")
 bench.command("comm")(bench_comm.comm)
 app.add_typer(data_cli.app, name="data")

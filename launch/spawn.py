@@ -10,14 +10,19 @@ import os
 import sys
 from collections.abc import Sequence
 
+import torch
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
+
+from dryvine.comm.host import MALLOC
 
 
 def spawn(world: int, words: Sequence[str]) -> int:
     """Run `dryvine.trainer` with `words` on `world` ranks and give the exit code. One OpenMP thread set per core."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world)))
+    if not torch.cuda.is_available():
+        os.environ.update(MALLOC)
     try:
         torchrun(["--standalone", "--nproc-per-node", str(world), "-m", "dryvine.trainer", *words])
     except SignalException:
