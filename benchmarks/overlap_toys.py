@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dryvine.comm.api import Pending
-from dryvine.parallel.stage import Combine, Dispatch, Flight, Grads, Stage, State
+from dryvine.parallel.stage import Combine, Dispatch, Flight, Grads, Layout, Stage, State
 from dryvine.parallel.wgrad import Closure
 
 PIECES = {"attention": 5, "experts": 2}  # Linears of a phase, so closures of its weight gradient
@@ -181,7 +181,7 @@ def toy_stage(number: int, layers: int, times: Times, clockwork: Clockwork, stag
     link = Link(times, clockwork)
     phases: list[Any] = [End("embed", torch.zeros(1))] if stages and number == 0 else []
     for name in (f"layers.{number * layers + i}" for i in range(layers)):
-        phases += [Toy("attention", name, times, clockwork), Dispatch(name, link)]
+        phases += [Toy("attention", name, times, clockwork), Layout(name, link), Dispatch(name, link)]
         phases += [Toy("experts", name, times, clockwork), Combine(name, link)]
     return Stage(number, phases + ([End("head", torch.zeros(1))] if number == stages - 1 else []))
 

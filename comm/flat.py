@@ -68,7 +68,7 @@ class Flat:
         ones = [1] * self.exchange.size
         coming = self.exchange.start(ours, ones, ones, what=f"layout of {label}")
         place_TK = routing.invert(pair_P).view_as(experts_TK)
-        return Pending(lambda: self._handle(pair_P, place_TK, ours, coming.wait(), label))
+        return Pending(lambda: self._handle(pair_P, place_TK, ours, coming.wait(), label), coming.ready)
 
     def _handle(self, pair_P: Tensor, place_TK: Tensor, ours: Tensor, theirs: Tensor, label: str) -> FlatHandle:
         to, come = torch.stack((ours, theirs)).tolist()  # the one read on the host

@@ -51,7 +51,7 @@ class Hierarchical:
             counts, coming = counted.wait()
             return self.planner.plan(experts_TK, counts, coming.wait(), self.inter, self.intra, label)
 
-        return Pending(lambda: self.lane.run(plan).wait())
+        return Pending(lambda: self.lane.run(plan).wait(), lambda: counted.ready() and counted.wait()[1].ready())
 
     def dispatch(self, rows: tuple[Tensor, ...], pairs: Tensor | None, handle: Handle) -> Pending[tuple[Tensor, ...]]:
         return self.lane.run(lambda: self._dispatch(rows, pairs, handle))

@@ -77,7 +77,7 @@ class Metered:
             rows[:] = map(sum, zip(rows, handle.used, strict=True))
             return handle
 
-        return Pending(finish)
+        return Pending(finish, coming.ready)
 
     def dispatch(self, rows: tuple[Tensor, ...], pairs: Tensor | None, handle: Any) -> Pending[tuple[Tensor, ...]]:
         result: Pending[tuple[Tensor, ...]] = self.inner.dispatch(rows, pairs, handle)
@@ -119,7 +119,7 @@ class Guarded:
         ranks, ones = self.exchange.size, [1] * self.exchange.size
         to_W = routing.count(experts_TK // self.share, ranks)
         coming = self.exchange.start(to_W.expand(ranks, ranks).contiguous(), ones, ones, what=f"load of {label}")
-        return Pending(lambda: self._rounds(experts_TK, coming.wait().sum(0).tolist(), label))
+        return Pending(lambda: self._rounds(experts_TK, coming.wait().sum(0).tolist(), label), coming.ready)
 
     def _rounds(self, experts_TK: Tensor, loads: list[int], label: str) -> Rounds:
         rounds = max(1, -int(-imbalance(loads) // self.factor))

@@ -21,15 +21,16 @@ from dryvine.parallel.lanes import Baton, LaneName, Lanes
 from dryvine.parallel.stage import Flight, Grads, Phase, Stage, State
 from dryvine.parallel.wgrad import Closure
 
-FORWARD = ("attention", "dispatch", "experts", "combine")
+FORWARD = ("attention", "layout", "dispatch", "experts", "combine")
+ROUND = 2 * len(FORWARD)  # places in the round of a unit
 
 Row = tuple[int, str]  # (track, phase)
-Order = dict[Row, int]  # by the kinds of a pair: a row's place in the round of its unit, 8 places long
+Order = dict[Row, int]  # by the kinds of a pair: a row's place in the round of its unit
 
 
 def _round(*rows: Row, early: str = "") -> Order:
     """Rows in order. A phase that is `early` is the next unit's, and so starts a round before its own."""
-    return {row: place - (8 if row[1] == early else 0) for place, row in enumerate(rows)}
+    return {row: place - (ROUND if row[1] == early else 0) for place, row in enumerate(rows)}
 
 
 def _both(*pieces: Sequence[str], early: str = "") -> Order:
@@ -37,11 +38,13 @@ def _both(*pieces: Sequence[str], early: str = "") -> Order:
     return _round(*((track, phase) for piece in pieces for track in (0, 1) for phase in piece), early=early)
 
 
-# On a GPU a step returns before it has run, so the host may queue the other track's compute before it waits for the
-# counts of dispatch(F); on a CPU compute is what the host does, so dispatch(F) must be under way before.
+# On a GPU a step returns before it has run, so the host queues the other track's compute before it waits for counts in
+# layout(F); on a CPU compute is what the host does, so dispatch(F) must be under way before, and weight gradients run
+# while counts travel.
 FB_HOST = _round(
     (1, "combine"),
     (0, "attention"),
+    (0, "layout"),
     (0, "dispatch"),
     (1, "experts"),
     (1, "dispatch"),
@@ -53,22 +56,24 @@ FB_DEVICE = _round(
     (1, "combine"),
     (0, "attention"),
     (1, "experts"),
+    (0, "layout"),
     (0, "dispatch"),
     (1, "dispatch"),
     (0, "experts"),
     (0, "combine"),
     (1, "attention"),
 )
-FF = _both(("attention", "dispatch"), ("experts", "combine"))
+FF_HOST = _both(("attention", "layout", "dispatch"), ("experts", "combine"))
+FF_DEVICE = _both(("attention",), ("layout", "dispatch"), ("experts", "combine"))
 BB = _both(("experts", "dispatch"), ("attention", "combine"), early="combine")
 ORDERS: dict[str, dict[str, Order]] = {
-    "cpu": {"FB": FB_HOST, "FF": FF, "BB": BB},
-    "cuda": {"FB": FB_DEVICE, "FF": FF, "BB": BB},
+    "cpu": {"FB": FB_HOST, "FF": FF_HOST, "BB": BB},
+    "cuda": {"FB": FB_DEVICE, "FF": FF_DEVICE, "BB": BB},
 }
 
 
 class Step(NamedTuple):
-    phase: str  # a row: attention | dispatch | experts | combine
+    phase: str  # a row: attention | layout | dispatch | experts | combine
     lane: LaneName
     run: Callable[[Any], Pending[Any]]
     closures: list[Closure]  # that the step leaves, to run later in the slot; those of I stay in the flight
@@ -107,7 +112,8 @@ def backward(stage: Stage, flight: Flight, grads: Grads, split: bool) -> Track:
             [] if split else left,
         )
 
-    units = [[step(i, p) for i, p in reversed(unit)] for unit in reversed(_units(stage))]
+    # A layout has nothing to do backward, and on a stream even nothing waits for what was queued before it.
+    units = [[step(i, p) for i, p in reversed(unit) if p.name != "layout"] for unit in reversed(_units(stage))]
     return Track("B", Baton(Pending.done(grads)), units)
 
 
@@ -138,7 +144,7 @@ def _woven(tracks: Sequence[Track], order: dict[str, Order]) -> Iterable[tuple[T
     movers = sorted((t for t in tracks if t.kind != "W"), key=lambda t: t.kind == "B")  # F first; W has no steps
     place = order[movers[0].kind + movers[1].kind] if len(movers) == 2 else {}
     steps = [
-        (8 * number + place.get((n, step.phase), 0), track, step)
+        (ROUND * number + place.get((n, step.phase), 0), track, step)
         for n, track in enumerate(movers)
         for number, unit in enumerate(track.units)
         for step in unit

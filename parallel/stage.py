@@ -1,7 +1,7 @@
 """A stage is a list of phases; a flight is one microbatch in one stage.
 
-A transformer layer is attention / dispatch / experts / combine. Each phase has detached boundaries and a backward of
-its own, and dW apart from dX (`flight.wgrads`), so that a pair of microbatches can be interleaved phase by phase
+A transformer layer is attention / layout / dispatch / experts / combine. Each has detached boundaries and a backward
+of its own, and dW apart from dX (`flight.wgrads`), so that a pair of microbatches can be interleaved phase by phase
 (DeepSeek-V3, arXiv 2412.19437, section 3.2.1) and a schedule can put W anywhere. Hooks or threads inside one big
 autograd graph could do the same, but neither composes with recompute nor can be proven to run in a drawn order.
 
@@ -9,6 +9,7 @@ Between phases travels a tuple of tensors, the state. What it holds is agreed be
 
     embed      ()                                    -> (x,)                  x [N, H]: N tokens of a microbatch
     attention  (x,)                                  -> (x, rows, weights, experts)   or -> (x,) in a dense layer
+    layout     (x, rows [N,H], weights [N,K], experts [N,K]) -> the same, once it is known which rank gets what
     dispatch   (x, rows [N,H], weights [N,K], experts [N,K]) -> (x, rows [R,H], weights [R])
     experts    (x, rows [R,H], weights [R])          -> (x, rows [R,H])
     combine    (x, rows [R,H])                       -> (x + sum of each token's rows,)
@@ -62,7 +63,7 @@ class Outcome(NamedTuple):
 class Phase(Protocol):
     """A step of a stage. `lane` says which resource it uses; a comm phase gives back before its result has arrived."""
 
-    name: str  # attention | dispatch | experts | combine | embed | dense | head | ...
+    name: str  # attention | layout | dispatch | experts | combine | embed | dense | head | ...
     layer: str  # the block it belongs to, e.g. layers.3
 
     @property
@@ -110,8 +111,31 @@ def _leaf(tensor: Tensor, training: bool) -> Tensor:
     return tensor.detach().requires_grad_(training and tensor.is_floating_point())
 
 
+class Layout:
+    """Tells every rank how many rows will come. Apart from dispatch, so that somebody may compute until counts are
+    here: they take the link's latency and the slowest rank's lag, whatever their size. Nothing to do backward."""
+
+    name = "layout"
+    lane: Literal["comm"] = "comm"
+
+    def __init__(self, layer: str, dispatcher: Dispatcher) -> None:
+        self.layer, self.dispatcher = layer, dispatcher
+
+    def forward(self, index: int, state: State, flight: Flight) -> Pending[State]:
+        *_, experts = state
+
+        def keep(handle: Handle) -> State:
+            flight.handles[self.layer] = handle
+            return state
+
+        return self.dispatcher.layout(experts, f"{self.layer}, microbatch {flight.microbatch}").then(keep)
+
+    def backward(self, index: int, grads: Grads, flight: Flight, wgrads: list[Closure]) -> Pending[Grads]:
+        return Pending.done(grads)
+
+
 class Dispatch:
-    """Tokens to the experts they chose. Its backward is `combine` with the same handle."""
+    """Tokens to the experts they chose, by the handle of `Layout`. Its backward is `combine` with the same handle."""
 
     name = "dispatch"
     lane: Literal["comm"] = "comm"
@@ -120,10 +144,8 @@ class Dispatch:
         self.layer, self.dispatcher = layer, dispatcher
 
     def forward(self, index: int, state: State, flight: Flight) -> Pending[State]:
-        x, rows, weights, experts = state
-        label = f"{self.layer}, microbatch {flight.microbatch}"
-        handle = flight.handles[self.layer] = self.dispatcher.layout(experts, label).wait()
-        sent = self.dispatcher.dispatch((rows,), weights, handle)
+        x, rows, weights, _ = state
+        sent = self.dispatcher.dispatch((rows,), weights, flight.handles[self.layer])
         return sent.then(lambda arrived: (x, *arrived))
 
     def backward(self, index: int, grads: Grads, flight: Flight, wgrads: list[Closure]) -> Pending[Grads]:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from dryvine.comm.api import Dispatcher
-from dryvine.parallel.stage import Combine, Compute, Dispatch, Flight, Outcome, Phase, Stage, State
+from dryvine.parallel.stage import Combine, Compute, Dispatch, Flight, Layout, Outcome, Phase, Stage, State
 from dryvine.parallel.wgrad import WGrad
+from dryvine.trainer.fp8.linear import FP8
 from dryvine.trainer.model.initialise import initialise
 from dryvine.trainer.model.layer import Layer
 from dryvine.trainer.model.layers import Embedding, Linear, RMSNorm, Weight
@@ -125,7 +126,7 @@ class Model:
         return self._part("embed", lambda: self.spec.embedding(self.spec.shape.vocab, self.spec.shape.hidden))
 
     def _projection(self) -> Linear:
-        return self._part("head", lambda: self.spec.linear(self.spec.shape.hidden, self.spec.shape.vocab))
+        return self._part("head", lambda: self.spec.plain_linear(self.spec.shape.hidden, self.spec.shape.vocab))
 
     def _embed(self, name: str) -> list[Phase]:
         embedding = self._embedding()
@@ -146,6 +147,7 @@ class Model:
     def _routed(self, layer: Layer, attention: Callable[[State, Flight], Outcome]) -> list[Phase]:
         return [
             self._compute("attention", layer.name, attention),
+            Layout(layer.name, self.dispatcher),
             Dispatch(layer.name, self.dispatcher),
             self._compute("experts", layer.name, layer.run_experts, through=1),
             Combine(layer.name, self.dispatcher),
@@ -178,11 +180,12 @@ def build_model(
     wgrad: WGrad,
     dtype: torch.dtype,
     device: torch.device | str,
+    fp8: FP8 | None = None,
 ) -> Model:
     """The model of one rank: `stages` gives the block names (see `shape.blocks`) of each stage number it holds.
 
     Weights are not filled: call `initialise`, or `load`; on the meta device, `to_empty` first. `shape.routed` must be a
     multiple of `ep_size`.
     """
-    spec = Spec(shape, wgrad, Rope(shape), ep_rank, ep_size, dtype, torch.device(device))
+    spec = Spec(shape, wgrad, Rope(shape), ep_rank, ep_size, dtype, torch.device(device), fp8)
     return Model(spec, stages, dispatcher)
