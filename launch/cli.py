@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from dryvine.launch import bench_comm, data_cli
 from dryvine.launch.doctor import doctor
@@ -33,9 +34,12 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="table.key=value ...
 def train(config: ConfigFile, overrides: Overrides = None) -> None:
     """Train on this machine: in this process if the layout has one rank, else by torchrun."""
     from dryvine.trainer.config import load
+    from dryvine.trainer.data.prepare import prepare
 
-    world = load(config, overrides or ()).parallel.world
-    words = [str(config), *(overrides or ())]
+    resolved = load(config, overrides or ())
+    with data_cli.watched(Console(stderr=True)) as tick:
+        prepare(resolved.data, tick)
+    world, words = resolved.parallel.world, [str(config), *(overrides or ())]
     if world == 1:
         from dryvine.trainer.__main__ import main as rank_main
 
@@ -49,8 +53,6 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
 def verify(config: ConfigFile, overrides: Overrides = None) -> None:
     """Train three steps in FP32 on CPU ranks of this machine, in the config's layout and as one process, and compare
     the loss, every gradient, the gradient norm and the weights. Exit code 1 if they differ by more than 1e-5."""
-    from rich.console import Console
-
     from dryvine.trainer.config import load
     from dryvine.trainer.verify import compare, table
 

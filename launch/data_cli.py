@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -58,8 +59,8 @@ def build(
             fim_rate=fim_rate,
         )
         inputs = match([*text, *(more or [])])
-        with _bar(console) as bar:
-            dataset = build_dataset(inputs, recipe, out, _tick(bar))
+        with watched(console) as tick:
+            dataset = build_dataset(inputs, recipe, out, tick)
     except (DataError, OSError) as error:
         console.print(f"dryvine data build: {error}", style="red", markup=False, soft_wrap=True)
         raise typer.Exit(2) from None
@@ -69,21 +70,19 @@ def build(
     report(dataset, out, Console())
 
 
-def _bar(console: Console) -> Progress:
-    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
-    return Progress(*columns, console=console)
-
-
-def _tick(bar: Progress) -> Tick:
-    """One row of the bar for each pass over the inputs, made when the pass reports for the first time."""
+@contextmanager
+def watched(console: Console) -> Iterator[Tick]:
+    """A progress bar: one row for each pass over the inputs, made when the pass reports for the first time."""
     rows: dict[str, TaskID] = {}
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console) as bar:
 
-    def tick(what: str, done: int, total: int) -> None:
-        if what not in rows:
-            rows[what] = bar.add_task(what)
-        bar.update(rows[what], completed=done, total=total)
+        def tick(what: str, done: int, total: int) -> None:
+            if what not in rows:
+                rows[what] = bar.add_task(what)
+            bar.update(rows[what], completed=done, total=total)
 
-    return tick
+        yield tick
 
 
 def report(dataset: Dataset, folder: Path, console: Console) -> None:
