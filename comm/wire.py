@@ -7,6 +7,8 @@ that is already there.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from math import prod
 
 import torch
@@ -15,6 +17,9 @@ from torch import Tensor
 
 from dryvine.comm.api import Pending
 from dryvine.comm.mesh import Channel, Mesh
+from dryvine.comm.watch import Due, Watch
+
+NAMES = {"down": "activations", "up": "gradients"}
 
 
 class Pool:
@@ -50,10 +55,13 @@ def _unused(memory: torch.UntypedStorage) -> bool:
 
 
 class P2PWire:
-    """A `Wire` on isend and irecv. Tensors that are sent must not be written to afterwards."""
+    """A `Wire` on isend and irecv. Tensors that are sent must not be written to afterwards.
 
-    def __init__(self, mesh: Mesh) -> None:
-        self.mesh = mesh
+    The deadline is that of the process groups; with a `watch`, what breaks is told with the culprit's name.
+    """
+
+    def __init__(self, mesh: Mesh, watch: Watch | None = None) -> None:
+        self.mesh, self.watch = mesh, watch
         self.pool = Pool(mesh.device)
 
     def send(self, tensors: tuple[Tensor, ...], target: int, channel: Channel) -> Pending[None]:
@@ -62,9 +70,7 @@ class P2PWire:
         works = [dist.isend(tensor, peer, group=group) for tensor in held]
 
         def finish() -> None:
-            for work in works:
-                assert work is not None
-                work.wait()
+            self._wait(works, f"sending {NAMES[channel[1]]} of route {channel[0]} to rank {peer}", ())
             held.clear()
 
         return Pending(finish, lambda: all(work is None or work.is_completed() for work in works))
@@ -75,9 +81,19 @@ class P2PWire:
         works = [dist.irecv(buffer, peer, group=group) for buffer in buffers]
 
         def finish() -> tuple[Tensor, ...]:
-            for work in works:
-                assert work is not None
-                work.wait()
+            size = sum(buffer.numel() * buffer.element_size() for buffer in buffers)
+            self._wait(works, f"receiving {NAMES[channel[1]]} of route {channel[0]}", ((peer, size),))
             return buffers
 
         return Pending(finish)
+
+    def _wait(self, works: Sequence[dist.Work | None], what: str, due: Due) -> None:
+        started = time.monotonic()
+        try:
+            for work in works:
+                assert work is not None
+                work.wait()
+        except RuntimeError as broken:
+            if self.watch is None:
+                raise
+            raise self.watch.failed(what, due, time.monotonic() - started, broken) from broken

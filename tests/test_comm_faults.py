@@ -72,7 +72,6 @@ class Job:
 
     def __init__(self, folder: Path, how: str, when: str) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed", "dryvine.comm.local"])
         self.folder = folder
         self.ranks = [context.Process(target=rank_main, args=(r, folder, how, when), daemon=True) for r in range(4)]
         for process in self.ranks:
