@@ -57,7 +57,8 @@ def turn(names: list[str], shape: Shape, words: list[str], out: Path) -> Rows:
         command = ["ip", "netns", "exec", name, sys.executable, "-m", "torch.distributed.run", *torchrun, *words]
         agents.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL))
     try:
-        if any([agent.wait(400) for agent in agents]):
+        codes = [agent.wait(400) for agent in agents]
+        if any(codes):
             raise SystemExit("a node failed; see its words above")
     finally:
         for agent in agents:
@@ -102,23 +103,15 @@ def summary(shape: Shape, rows: Rows, rate: float) -> dict[str, float]:
 def table(results: dict[Shape, dict[str, dict[str, float]]], given: argparse.Namespace) -> Table:
     title = f"{given.config.name}, {given.dispatcher} dispatcher, {given.rate} between nodes, {os.cpu_count()} cores"
     shown = Table(title=title, caption="same losses, bit for bit")
-    for column in (
-        "nodes x ranks",
-        "overlap",
-        "step s (quartiles)",
-        "exposed s",
-        "of link",
-        "compute : link",
-        "faster",
-    ):
+    for column in ("nodes", "overlap", "step s", "quartiles", "exposed s", "of link", "compute:link", "faster"):
         shown.add_column(column, justify="right")
     for shape, by in results.items():
         compute = by["off"]["seconds"] - by["off"]["exposed"]
         for overlap, r in by.items():
-            took = f"{r['seconds']:.3f} ({r['low']:.3f}-{r['high']:.3f})"
+            took = (f"{r['seconds']:.3f}", f"{r['low']:.2f}-{r['high']:.2f}")
             ratio, gain = compute / r["link"], by["off"]["seconds"] / r["seconds"]
             exposed = (f"{r['exposed']:.3f}", f"{r['exposed'] / r['link']:.0%}")
-            shown.add_row(f"{shape.nodes} x {shape.ranks}", overlap, took, *exposed, f"{ratio:.2f}", f"{gain:.2f}x")
+            shown.add_row(f"{shape.nodes} x {shape.ranks}", overlap, *took, *exposed, f"{ratio:.2f}", f"{gain:.2f}x")
     return shown
 
 

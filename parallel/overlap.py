@@ -125,10 +125,11 @@ def weights(flight: Flight) -> Track:
 
 def play(tracks: Sequence[Track], lanes: Lanes, order: dict[str, Order] | None) -> list[State]:
     """Run one op, or a pair woven by `order`, and give what each track ends with. None runs a pair one by one."""
+    if order is None and len(tracks) > 1:
+        return [end for track in tracks for end in play([track], lanes, order)]
     for closures in (c for track in tracks for c in track.closures):
         lanes.later(closures, held=True)
-    steps = _woven(tracks, order) if order else ((t, s) for t in tracks for unit in t.units for s in unit)
-    for track, step in steps:
+    for track, step in _woven(tracks, order or {}):
         lanes.step(step.lane, track.baton, step.run)
         if step.closures:
             lanes.later(step.closures)
