@@ -19,4 +19,7 @@ class CommConfig(BaseModel, frozen=True, extra="forbid"):
     imbalance: float = Field(
         default=0.0, ge=0, description="dispatch in rounds beyond this times the mean load; 0: never"
     )
+    sms: int | None = Field(
+        default=None, ge=1, description="a GPU's SMs for the expert all-to-all, left free by GEMMs; none: NCCL's choice"
+    )
     topology: TopologyConfig = TopologyConfig()

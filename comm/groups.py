@@ -44,7 +44,7 @@ def rail_of(topology: Topology, rank: int) -> tuple[int, ...]:
 
 def make_groups(mesh: Mesh, topology: Topology, watch: Watch | None = None) -> Groups:
     """Collective over the world. `topology` is the world's."""
-    nodes, rails = (mesh.group_of(family) if mesh.ep > 1 else {} for family in _families(mesh, topology))
+    nodes, rails = (mesh.group_of(family, mesh.sms) if mesh.ep > 1 else {} for family in _families(mesh, topology))
     first = mesh.rank - mesh.ep_rank
     part, me, meter = topology.of(range(first, first + mesh.ep)), mesh.ep_rank, Meter()
 

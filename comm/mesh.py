@@ -33,6 +33,7 @@ class Mesh:
     experts: dist.ProcessGroup | None  # the expert-parallel group
     channels: dict[tuple[Channel, bool], dist.ProcessGroup]  # this rank's pipeline; True: to a higher pipeline rank
     timeout: timedelta = timedelta(seconds=600)
+    sms: int | None = None  # of a GPU, for the expert all-to-all
 
     @property
     def size(self) -> int:
@@ -72,11 +73,13 @@ class Mesh:
             if ep_rank is None or e == ep_rank
         )
 
-    def group_of(self, families: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], dist.ProcessGroup | None]:
+    def group_of(
+        self, families: Sequence[tuple[int, ...]], sms: int | None = None
+    ) -> dict[tuple[int, ...], dist.ProcessGroup | None]:
         """Make one group per rank tuple and give those this rank is in. Collective: same `families` on every rank."""
         mine: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
         for ranks in families:
-            group = new_group(ranks, self.timeout)
+            group = new_group(ranks, self.timeout, sms)
             if self.rank in ranks:
                 mine[ranks] = group
         return mine
@@ -102,24 +105,45 @@ class Mesh:
         return out
 
 
-def new_group(ranks: Sequence[int], timeout: timedelta) -> dist.ProcessGroup | None:
-    return dist.new_group(list(ranks), timeout=timeout) if len(ranks) > 1 else None
+def new_group(ranks: Sequence[int], timeout: timedelta, sms: int | None = None) -> dist.ProcessGroup | None:
+    if len(ranks) < 2:
+        return None
+    return dist.new_group(list(ranks), timeout=timeout, pg_options=None if sms is None else _within(sms, timeout))
 
 
-def make_mesh(pp: int, dp: int, ep: int, routes: int, device: torch.device, timeout: timedelta) -> Mesh:
+def _within(sms: int, timeout: timedelta) -> dist.ProcessGroupNCCL.Options:
+    """Options of one NCCL group whose kernels take at most `sms` SMs: a CTA of NCCL fills one."""
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timeout
+    options.config.max_ctas = sms
+    return options
+
+
+def make_mesh(
+    pp: int, dp: int, ep: int, routes: int, device: torch.device, timeout: timedelta, sms: int | None = None
+) -> Mesh:
     """Make every group of the run. Collective; the world must already be initialised unless it is one process.
 
     Each pipeline gets a communicator per route, direction and sense, so that activations never queue behind gradients,
     nor, where a V has stages on both ways between two ranks, a send behind a receive that was posted early.
+
+    `sms` is how many SMs of a GPU the expert all-to-all may take at once. GEMMs are told to leave them free, for the
+    whole process; scaled_mm on Hopper does, for others it is a hint. A CPU has none, so there it says nothing.
     """
     size = pp * dp * ep
     rank = dist.get_rank() if size > 1 else 0
     experts: dist.ProcessGroup | None = None
     channels: dict[tuple[Channel, bool], dist.ProcessGroup] = {}
 
-    def make(families: list[list[int]], keep: Callable[[dist.ProcessGroup | None], None]) -> None:
+    budget = sms if device.type == "cuda" else None
+    if budget is not None:
+        torch._C._set_sm_carveout_experimental(budget)
+
+    def make(
+        families: list[list[int]], keep: Callable[[dist.ProcessGroup | None], None], sms: int | None = None
+    ) -> None:
         for ranks in families:
-            group = new_group(ranks, timeout)
+            group = new_group(ranks, timeout, sms)
             if rank in ranks:
                 keep(group)
 
@@ -127,13 +151,13 @@ def make_mesh(pp: int, dp: int, ep: int, routes: int, device: torch.device, time
         nonlocal experts
         experts = group
 
-    make([list(range(first, first + ep)) for first in range(0, size, ep)], keep_experts)
+    make([list(range(first, first + ep)) for first in range(0, size, ep)], keep_experts, budget)
     if pp > 1:
         pipelines = [list(range(first, size, dp * ep)) for first in range(dp * ep)]
         kinds = product(range(routes), ("down", "up"), (False, True))
         for key in [((route, direction), rising) for route, direction, rising in kinds]:
             make(pipelines, partial(_keep, channels, key))
-    return Mesh(pp, dp, ep, rank, device, experts, channels, timeout)
+    return Mesh(pp, dp, ep, rank, device, experts, channels, timeout, budget)
 
 
 def _keep(channels: dict[Any, dist.ProcessGroup], key: Any, group: dist.ProcessGroup | None) -> None:

@@ -51,7 +51,7 @@ def run(config: Config, data: Data, device: torch.device, topology: Topology) ->
         watch = watch_world(config.comm.deadline)
     try:
         routes = len(make_schedule(config, config.microbatches(config.batch.sequences)).routes)
-        train(config, make_mesh(p.pp, p.dp, p.ep, routes, device, timeout), data, topology, watch)
+        train(config, make_mesh(p.pp, p.dp, p.ep, routes, device, timeout, config.comm.sms), data, topology, watch)
     except Diverged as error:
         print(f"dryvine: {error}", file=sys.stderr)
         return 1
