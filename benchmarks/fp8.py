@@ -196,17 +196,26 @@ WGRADS = [(256, 384, (130, 0, 1, 512)), (4096, 7168, (1000, 24, 0, 3000)), (2112
 def check_product(engine: Any, m: int, n: int, k: int, counts: tuple[int, ...]) -> float:
     groups = Groups(counts, torch.device("cuda")) if counts else None
     a, b = operands(m, n, k, len(counts))
-    return relative(engine.product(a, b, groups), truth_product(a, b, groups))
+    y = engine.product(a, b, groups)
+    for _ in range(20):
+        if not torch.equal(y, engine.product(a, b, groups)):
+            raise AssertionError("other bits in a second run")
+    return relative(y, truth_product(a, b, groups))
 
 
 def check_wgrad(engine: Any, m: int, n: int, counts: tuple[int, ...]) -> float:
     groups = Groups(counts, torch.device("cuda"))
     a, b = (cast.quantize_columns(torch.randn(sum(counts), size, device="cuda").bfloat16(), groups) for size in (m, n))
     total = torch.randn(len(counts), m, n, device="cuda")
-    truth = total.double()
+    before, truth = total.clone(), total.double()
     for expert, part_a, part_b in _ranges(a, b, groups):
         truth[expert] += part_a @ part_b.t()
     engine.wgrad(a, b, groups, total)
+    for _ in range(20):  # a race shows as other bits, long before it shows as an error
+        again = before.clone()
+        engine.wgrad(a, b, groups, again)
+        if not torch.equal(again, total):
+            raise AssertionError("other bits in a second run")
     return relative(total, truth)
 
 
@@ -215,8 +224,8 @@ def check_products() -> int:
     bad = 0
     for name, engine in ENGINES.items():
         for kind, bound, measure, cases in (
-            ("product", 4e-3, check_product, PRODUCTS),
-            ("wgrad", 1e-3, check_wgrad, WGRADS),
+            ("product", 2e-3, check_product, PRODUCTS),
+            ("wgrad", 1.6e-4, check_wgrad, WGRADS),
         ):
             for case in cases:
                 label = f"{name} {kind} {case}"
@@ -259,8 +268,11 @@ def wgrad_configs(tune: bool) -> dict[str, hopper.Config]:
     base = hopper.WGRAD
     if not tune:
         return {"triton": base}
-    return {"128x128 s6": base, "128x128 s5 g8": replace(base, stages=5, group_m=8),
-            "128x256 s4": replace(base, count=2, stages=4)}  # fmt: skip
+    return {
+        "128x128 s6 g16": base,
+        "128x128 s5 g16": replace(base, stages=5),
+        "128x128 s6 g8": replace(base, group_m=8),
+    }
 
 
 def rates(flops: float, sets: int, runs: dict[str, Callable[[int], object]]) -> dict[str, float | None]:

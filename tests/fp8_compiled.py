@@ -68,14 +68,11 @@ def compile_one(
     }
 
 
-def descriptors(width: int, gluon: bool, scales: bool = False) -> dict[str, str]:
+def descriptors(width: int, gluon: bool) -> dict[str, str]:
     layout = f",{gl.NVMMASharedLayout(128, 8, rank=2)!r}" if gluon else ""
-    flat = f",{gl.NVMMASharedLayout(0, 32, rank=2)!r}"
-    of_scales = {"sa_desc": f"tensordesc<fp32[1,64]{flat}>", "sb_desc": f"tensordesc<fp32[1,{width}]{flat}>"}
     return {
         "a_desc": f"tensordesc<{FP8}[{64 if gluon else 128},128]{layout}>",
         "b_desc": f"tensordesc<{FP8}[{width},128]{layout}>",
-        **(of_scales if scales else {}),
     }
 
 
@@ -88,7 +85,7 @@ def products() -> Any:
     for grouped in (False, True):
         yield compile_one(hopper.product_kernel, constants(config, GROUPED=grouped), 4, **descriptors(config.sub, True))
     config = hopper.WGRAD
-    types = descriptors(config.sub, True, scales=True)
+    types = descriptors(config.sub, True)
     yield compile_one(hopper.wgrad_kernel, constants(config), 4, **types, c="*fp32")
     shape = {"GROUP_M": 8, "STAGES": 4}
     yield compile_one(plain.product_kernel, {"GROUPED": True, **shape}, 8, **descriptors(128, False))

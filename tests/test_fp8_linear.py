@@ -24,7 +24,7 @@ def normal(*size: int, seed: int = 0) -> Tensor:
 
 
 def make(**changes: object) -> FP8:
-    return FP8(preset("deepseek_v3", **changes), Emulate(), WGrad())
+    return FP8(preset("deepseek_v3", **changes), Emulate(), "", WGrad())
 
 
 def relative(ours: Tensor, truth: Tensor) -> float:
@@ -223,7 +223,6 @@ def test_presets_and_overrides() -> None:
     assert Recipe.model_validate({"preset": "deepseek_v3", "scales": "ue8m0"}) == preset("deepseek_v3", scales="ue8m0")
     assert preset("deepseek_v3").fp8
     assert not preset("fp32").fp8
-    assert preset("fp32", dispatch="fp8").dispatch == "fp8"
     with pytest.raises(ValueError, match="Extra inputs"):
         Recipe.model_validate({"scale": "ue8m0"})
     with pytest.raises(ValueError, match="multiple of 32"):

@@ -21,6 +21,7 @@ from dryvine.parallel.config import ParallelConfig
 from dryvine.parallel.partition import partition
 from dryvine.parallel.schedule.table import build, legal
 from dryvine.trainer.data.config import DataConfig
+from dryvine.trainer.fp8.recipe import Recipe
 from dryvine.trainer.model.shape import Shape, units
 from dryvine.trainer.plan import BatchConfig, OptimConfig
 
@@ -61,6 +62,7 @@ class Config(BaseModel, frozen=True, extra="forbid"):
     parallel: ParallelConfig = ParallelConfig()
     comm: CommConfig = CommConfig()
     optim: OptimConfig = OptimConfig()
+    fp8: Recipe = Recipe()  # off
 
     def microbatches(self, sequences: int) -> int:
         """Microbatches per pipeline in a step of `sequences`."""

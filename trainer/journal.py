@@ -53,6 +53,8 @@ class Row:
     rank_imbalance: float  # the same of expert-parallel ranks
     mbytes_inside_nodes: float  # of expert rows, training and validation, all ranks
     mbytes_between_nodes: float
+    fp8_bad_tiles: float | None  # of this step, if it was counted (fp8.guard_every): held a NaN or an infinity
+    fp8_floored_share: float | None  # tiles so small that all of their values lost precision
     seconds: float
 
 

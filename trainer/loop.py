@@ -55,6 +55,8 @@ def train(config: Config, mesh: Mesh, data: Data, topology: Topology | None = No
     rig = make_rig(config, mesh, data, topology, watch)
     done = resume(rig)
     console = Console(quiet=mesh.rank != 0)
+    if rig.fp8 is not None:
+        console.print(rig.fp8.chosen)
     if done:
         console.print(f"resuming {config.run.folder} after step {done}")
     schedule = make_schedule(config, config.microbatches(config.batch.sequences))
@@ -107,6 +109,8 @@ def one(rig: Rig, point: Point, stop: Stop) -> tuple[Row, bool]:
         rank_imbalance=even.ranks,
         mbytes_inside_nodes=sums["intra"] / 1e6,
         mbytes_between_nodes=sums["inter"] / 1e6,
+        fp8_bad_tiles=sums["bad"] if sums["tiles"] else None,
+        fp8_floored_share=sums["floored"] / sums["tiles"] if sums["tiles"] else None,
         seconds=seconds,
     )
     return row, stopped
@@ -117,7 +121,11 @@ def _reduce(rig: Rig, played: Played, stop: bool, seconds: float) -> tuple[dict[
     the worst idle share, the longest time."""
     mesh, moved = rig.mesh, rig.dispatcher.take().bytes
     forwards = [len(slot) for slot, _, _ in played.timeline for op in slot if op.kind == "F"]
+    tiles = list(rig.fp8.guard.take(rig.model.named_parameters())) if rig.fp8 is not None else []
     sums = {
+        "bad": sum(count.bad for count in tiles),
+        "floored": sum(count.floored for count in tiles),
+        "tiles": sum(count.tiles for count in tiles),
         "loss": _total(played, "loss"),
         "mtp": _total(played, "mtp."),
         "balance": _total(played, "balance."),

@@ -30,6 +30,8 @@ from dryvine.parallel.zero import Zero
 from dryvine.trainer.config import Config, split
 from dryvine.trainer.data.prepare import prepare
 from dryvine.trainer.data.source import TokenSource
+from dryvine.trainer.fp8.choose import choose
+from dryvine.trainer.fp8.linear import FP8
 from dryvine.trainer.model.decoder import Model, build_model
 from dryvine.trainer.model.shape import blocks
 from dryvine.trainer.optim import Optimizer
@@ -71,6 +73,7 @@ class Rig:
     dispatcher: Metered
     wire: P2PWire
     lanes: Callable[[], Lanes]
+    fp8: FP8 | None = None
     executors: dict[tuple[int, bool], Executor] = field(default_factory=dict)  # (microbatches, training)
 
     def executor(self, microbatches: int, training: bool) -> Executor:
@@ -86,6 +89,12 @@ class Rig:
                 ORDERS[self.mesh.device.type] if p.overlap == "on" else None,
             )  # fmt: skip
         return self.executors[key]
+
+    def update(self, rate: float, norm: float) -> None:
+        """Step the optimizer. FP8 copies of weights were of the old ones."""
+        self.optimizer.update(rate, norm)
+        if self.fp8 is not None:
+            self.fp8.cache.clear()
 
     def tokens(self, source: TokenSource, first: int, microbatches: int) -> list[torch.Tensor]:
         """This data rank's microbatches of the step whose first sequence is `first`: a share that any layout agrees on
@@ -108,20 +117,31 @@ def make_rig(
     schedule = make_schedule(config, config.microbatches(config.batch.sequences))
     blocks = split(config)
     dispatcher = Metered(_dispatcher(config, mesh, topology, watch))
+    wgrad = WGrad()
+    fp8 = FP8(config.fp8, *choose(config.fp8, mesh.device), wgrad) if config.fp8.fp8 else None
     model = build_model(
         config.model,
         {stage: blocks[stage] for stage in schedule.stages_of(mesh.pp_rank)},
         ep_rank=mesh.ep_rank,
         ep_size=mesh.ep,
         dispatcher=dispatcher,
-        wgrad=WGrad(),
+        wgrad=wgrad,
         dtype=DTYPES[config.run.dtype],
         device=mesh.device,
+        fp8=fp8,
     )
     model.initialise(config.run.seed)
     zero = Zero(dict(model.named_parameters()), mesh)
     return Rig(
-        config, mesh, model, Optimizer(zero, config.optim), data, dispatcher, P2PWire(mesh), make_lanes(mesh.device)
+        config,
+        mesh,
+        model,
+        Optimizer(zero, config.optim),
+        data,
+        dispatcher,
+        P2PWire(mesh, watch),
+        make_lanes(mesh.device),
+        fp8,
     )
 
 
@@ -146,6 +166,9 @@ def accumulate(rig: Rig, point: Point) -> Played:
     """Play the schedule over a step's sequences. Every main gradient then holds this rank's share of the sum."""
     microbatches = rig.config.microbatches(point.sequences)
     rig.optimizer.zero.zero_grads()
+    if rig.fp8 is not None:
+        every = rig.config.fp8.guard_every
+        rig.fp8.guard.on = every > 0 and point.step % every == 0
     tokens = rig.tokens(rig.data.train, point.first, microbatches)
     return rig.executor(microbatches, training=True).run(Batch(tokens, 1 / (microbatches * rig.mesh.data_ranks)))
 
@@ -157,7 +180,7 @@ def train_step(rig: Rig, point: Point) -> tuple[Played, float, Balance]:
     norm = rig.optimizer.reduce()
     if norm != norm or norm == float("inf"):
         raise Diverged(f"step {point.step + 1}: the gradient norm is {norm}; nothing was updated")
-    rig.optimizer.update(learning_rate(rig.config.optim, point, rig.config.data.seq_len), norm)
+    rig.update(learning_rate(rig.config.optim, point, rig.config.data.seq_len), norm)
     return played, norm, balance(rig)
 
 

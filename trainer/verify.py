@@ -91,7 +91,7 @@ def _rank(rank: int, config: Config, steps: int) -> tuple[list[float], tuple[flo
         played = accumulate(rig, point)
         norms.append(rig.optimizer.reduce())
         grads = {(p.name, p.start): p.grad.numpy().copy() for p in rig.optimizer.pieces}
-        rig.optimizer.update(learning_rate(config.optim, point, config.data.seq_len), norms[-1])
+        rig.update(learning_rate(config.optim, point, config.data.seq_len), norms[-1])
         balance(rig)
         share = config.microbatches(point.sequences) * mesh.data_ranks
         losses.append(sum(float(loss) for some in played.losses.values() for loss in some) / share)

@@ -2,7 +2,7 @@
 
 `emulate` is the truth: the arithmetic of the recipe in plain torch, on any machine, with an accumulator one can choose.
 The others are the same two functions on a GPU. An engine is a class with `missing` (why it cannot run here, in words)
-and a line in ENGINES; `choose` measures those that can once and says what it took.
+and a line in ENGINES; choose.py picks one.
 
 Legend: A [M, K] in 1x128 tiles; B [N, K], or [X, N, K] by expert, in 128x128 blocks; P padded rows (see Groups).
 """
@@ -22,7 +22,6 @@ from torch.nn import functional
 from dryvine.trainer.fp8.tensors import TILE, Groups, Quantized, pad
 
 Accumulator = Literal["fp32", "hopper"]
-EngineName = Literal["auto", "emulate", "torch", "triton", "deep_gemm"]
 
 
 class Engine(Protocol):

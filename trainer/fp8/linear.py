@@ -82,8 +82,9 @@ def _kernels() -> ModuleType:
 class FP8:
     """The FP8 arithmetic of one rank: recipe, engine, weight cache, guard. Built once and passed to the layers."""
 
-    def __init__(self, recipe: Recipe, engine: Engine, wgrad: WGrad) -> None:
-        self.recipe, self.engine, self.wgrad = recipe, engine, wgrad
+    def __init__(self, recipe: Recipe, engine: Engine, chosen: str, wgrad: WGrad) -> None:
+        """`chosen`: which engine and why, a line for the log."""
+        self.recipe, self.engine, self.chosen, self.wgrad = recipe, engine, chosen, wgrad
         self.cache, self.guard = WeightCache(recipe), Guard()
         self._last: tuple[weakref.ref[Tensor], int, Quantized] | None = None
         self._whole: dict[int, Groups] = {}
@@ -139,7 +140,8 @@ class FP8:
         @torch.no_grad()
         def run() -> None:
             if isinstance(x, E5M6):
-                operand = self.columns(casts(x.high).unpack_e5m6(x), groups)
+                wide = casts(x.high).unpack_e5m6(x)[:, : weight.shape[-1]].contiguous()
+                operand = self.columns(wide, groups)
             else:
                 operand = x if turned else self.columns(x, groups)
             total = weight.gradient()

@@ -20,8 +20,8 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
     """Defaults are those of the preset `deepseek_v3`; `preset` is applied first, the other keys over it."""
 
     preset: Literal["deepseek_v3", "bf16", "fp32"] = "bf16"
-    linear: Literal["fp8", "bf16", "fp32"] = "fp8"  # all three products of every Linear; embedding, head, gate, norms
-    # and attention core always stay in the run's dtype
+    linear: Literal["fp8", "bf16", "fp32"] = "fp8"  # all three products of every Linear; without FP8 they, and with it
+    # embedding, head, gate, norms and attention core, are in run.dtype
     activation_tile: Tile = "1x128"
     gradient_tile: Tile = "1x128"  # the operand of Dgrad, and of Wgrad the other way
     weight_tile: Literal["128x128", "tensor"] = "128x128"
@@ -30,8 +30,6 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
     promotion: Annotated[int, Field(ge=0, multiple_of=32)] = 128  # of K, with accumulator "hopper"; 0: never
     gemm: Literal["auto", "emulate", "torch", "triton", "deep_gemm", "transformer_engine"] = "auto"
     cache_after_attention: Literal["fp8", "e5m6"] = "e5m6"  # the saved input of the Linear after attention
-    dispatch: Literal["fp8", "bf16"] = "fp8"  # rows on their way to experts, with power-of-two scales; back in BF16
-    moments: Literal["bf16", "fp32"] = "bf16"  # of AdamW; masters are always FP32
     guard_every: Annotated[int, Field(ge=0)] = 100  # steps between counts of bad and floored tiles; 0: never
 
     @model_validator(mode="before")
@@ -48,8 +46,8 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
 
 PRESETS: dict[str, dict[str, Any]] = {
     "deepseek_v3": {"preset": "deepseek_v3"},
-    "bf16": {"preset": "bf16", "linear": "bf16", "dispatch": "bf16", "moments": "fp32"},
-    "fp32": {"preset": "fp32", "linear": "fp32", "dispatch": "bf16", "moments": "fp32"},
+    "bf16": {"preset": "bf16", "linear": "bf16"},
+    "fp32": {"preset": "fp32", "linear": "fp32"},
 }
 
 

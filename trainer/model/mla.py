@@ -35,7 +35,7 @@ class MLA(nn.Module):
         self.kv_a = spec.linear(s.hidden, s.kv_lora + s.rope_dim)
         self.kv_norm = spec.norm(s.kv_lora)
         self.kv_b = spec.linear(s.kv_lora, s.heads * (s.nope_dim + s.v_dim))
-        self.o = spec.linear(s.heads * s.v_dim, s.hidden)
+        self.o = spec.linear(s.heads * s.v_dim, s.hidden, after_attention=True)
 
     def down(self, x_NH: Tensor) -> tuple[Tensor, Tensor]:
         """Normed hidden states -> (what queries are made of, key-value latent with the shared rope key)."""

@@ -28,9 +28,11 @@ class FFN(nn.Module):
         super().__init__()
         self.gate_up = spec.linear(spec.shape.hidden, 2 * width)
         self.down = spec.linear(width, spec.shape.hidden)
-        self.again = "swiglu" in spec.shape.recompute
+        self.fp8, self.again = spec.fp8, "swiglu" in spec.shape.recompute
 
     def forward(self, x_NH: Tensor) -> Tensor:
+        if self.fp8 is not None:
+            return self.fp8.ffn(x_NH, self.gate_up.weight, self.down.weight)
         gate_up = self.gate_up(x_NH)
         return through(lambda: (swiglu(gate_up),), self.down, self.again)
 
@@ -43,9 +45,11 @@ class Experts(nn.Module):
         s, local = spec.shape, spec.local_experts
         self.gate_up = spec.weight(local, 2 * s.expert_ffn, s.hidden, expert=True)
         self.down = spec.weight(local, s.hidden, s.expert_ffn, expert=True)
-        self.wgrad, self.again = spec.wgrad, "swiglu" in s.recompute
+        self.wgrad, self.fp8, self.again = spec.wgrad, spec.fp8, "swiglu" in s.recompute
 
     def forward(self, rows_RH: Tensor, weights_R: Tensor, counts: Sequence[int]) -> Tensor:
+        if self.fp8 is not None:
+            return self.fp8.ffn(rows_RH, self.gate_up, self.down, counts, weights_R)
         gate_up = grouped_linear(rows_RH, self.gate_up, self.wgrad, counts)
         return through(
             lambda: (swiglu(gate_up, weights_R),),

@@ -8,8 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from dryvine.parallel.wgrad import WGrad
+from dryvine.trainer.fp8 import linear as fp8_linear
 from dryvine.trainer.model.layers import Embedding, Linear, RMSNorm, Weight
 from dryvine.trainer.model.rope import Rope
 from dryvine.trainer.model.shape import Shape
@@ -26,6 +28,7 @@ class Spec:
     ep_size: int
     dtype: torch.dtype
     device: torch.device
+    fp8: fp8_linear.FP8 | None = None  # how Linears and FFNs multiply; None: in `dtype`
 
     @property
     def local_experts(self) -> int:
@@ -36,7 +39,14 @@ class Spec:
         weight.expert = expert
         return weight
 
-    def linear(self, inputs: int, outputs: int) -> Linear:
+    def linear(self, inputs: int, outputs: int, after_attention: bool = False) -> nn.Module:
+        """x Wᵀ in the recipe's arithmetic; `after_attention`: its input is kept as the recipe says for that place."""
+        if self.fp8 is None:
+            return self.plain_linear(inputs, outputs)
+        return fp8_linear.Linear(self.weight(outputs, inputs), self.fp8, after_attention)
+
+    def plain_linear(self, inputs: int, outputs: int) -> Linear:
+        """In the run's dtype whatever the recipe: the head."""
         return Linear(self.weight(outputs, inputs), self.wgrad)
 
     def norm(self, size: int) -> RMSNorm:

@@ -214,6 +214,8 @@ def quantize_blocks(w: Tensor, scales: ScaleFormat = "fp32") -> tuple[Quantized,
 
 def pack_e5m6(x: Tensor) -> E5M6:
     rows, cols = x.shape
+    if cols % TILE:
+        raise ValueError(f"E5M6 on a GPU packs whole tiles of 128, not {cols}: set fp8.cache_after_attention = 'fp8'")
     high = torch.empty(rows, cols, dtype=torch.uint8, device=x.device)
     low = torch.empty(rows, cols // 2, dtype=torch.uint8, device=x.device)
     scales = torch.empty(blocks(cols), pad(rows, 4), device=x.device).t()[:rows]

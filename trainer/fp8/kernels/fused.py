@@ -116,6 +116,8 @@ def swiglu_rows(
     gate_up: Tensor, weights: Tensor | None = None, scales: ScaleFormat = "fp32"
 ) -> tuple[Quantized, Quantized]:
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    if width % TILE:
+        raise ValueError(f"an FP8 FFN on a GPU has a width that is a multiple of 128, not {width}: pad it")
     out, kept = empty_rows(rows, width, gate_up.device), empty_rows(rows, 2 * width, gate_up.device)
     if rows:
         swiglu_kernel[(blocks(width), -(-rows // ROWS))](

@@ -57,13 +57,13 @@ def _rows(tile_m, table, M, GROUPED: gl.constexpr):
 
 
 @gluon.jit
-def _fill(turn, a_desc, b_desc, a_bufs, b_bufs, full, empty, m0, n0, k0, more,
-          SUB: gl.constexpr, COUNT: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
-    """Start the loads of one 128 of K into the next stage once its last readers have left; `more` bytes will follow."""
+def _fill(turn, a_desc, b_desc, a_bufs, b_bufs, full, empty, m0, n0, k0, SUB: gl.constexpr, COUNT: gl.constexpr,
+          STAGES: gl.constexpr):  # fmt: skip
+    """Start the loads of one 128 of K into the next stage, once its last readers have left."""
     stage = turn % STAGES
     mbarrier.wait(empty.index(stage), ((turn // STAGES) & 1) ^ 1)
     bar = full.index(stage)
-    mbarrier.expect(bar, 128 * 128 + SUB * COUNT * 128 + more)
+    mbarrier.expect(bar, 128 * 128 + SUB * COUNT * 128)
     for i in gl.static_range(2):
         tma.async_copy_global_to_shared(a_desc, [m0 + 64 * i, k0], bar, a_bufs.index(stage * 2 + i))
     for i in gl.static_range(COUNT):
@@ -80,7 +80,7 @@ def _product_loads(a_desc, b_desc, a_bufs, b_bufs, full, empty, table, M, N, k_b
         expert, m0, _ = _rows(tile_m, table, M, GROUPED)
         n0 = expert * N + tile_n * (SUB * COUNT)
         for k in range(k_blocks):
-            _fill(turn, a_desc, b_desc, a_bufs, b_bufs, full, empty, m0, n0, k * 128, 0, SUB, COUNT, STAGES)
+            _fill(turn, a_desc, b_desc, a_bufs, b_bufs, full, empty, m0, n0, k * 128, SUB, COUNT, STAGES)
             turn += 1
 
 
@@ -169,94 +169,79 @@ def _barriers(STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _wgrad_loads(a_desc, b_desc, sa_desc, sb_desc, a_bufs, b_bufs, sa_bufs, sb_bufs, full, empty, starts, num_m, num_n,
-                 tiles, GROUP_M: gl.constexpr, SUB: gl.constexpr, COUNT: gl.constexpr,
-                 STAGES: gl.constexpr):  # fmt: skip
+def _wgrad_loads(a_desc, b_desc, a_bufs, b_bufs, full, empty, starts, num_m, num_n, tiles, GROUP_M: gl.constexpr,
+                 SUB: gl.constexpr, COUNT: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
     turn = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         expert = tile // (num_m * num_n)
         tile_m, tile_n = _where(tile % (num_m * num_n), num_m, num_n, GROUP_M)
-        m0, n0 = tile_m * 128, tile_n * (SUB * COUNT)
         for k in range(gl.load(starts + expert), gl.load(starts + expert + 1)):
-            stage = turn % STAGES
-            _fill(turn, a_desc, b_desc, a_bufs, b_bufs, full, empty, m0, n0, k * 128, 4 * (128 + SUB * COUNT),
+            _fill(turn, a_desc, b_desc, a_bufs, b_bufs, full, empty, tile_m * 128, tile_n * (SUB * COUNT), k * 128,
                   SUB, COUNT, STAGES)  # fmt: skip
-            for i in gl.static_range(2):
-                tma.async_copy_global_to_shared(
-                    sa_desc, [k, m0 + 64 * i], full.index(stage), sa_bufs.index(stage * 2 + i)
-                )
-            for i in gl.static_range(COUNT):
-                tma.async_copy_global_to_shared(
-                    sb_desc, [k, n0 + SUB * i], full.index(stage), sb_bufs.index(stage * COUNT + i)
-                )
             turn += 1
 
 
 @gluon.jit
-def _read_scales(buffer, SIZE: gl.constexpr, layout: gl.constexpr):
-    """[1, SIZE] of shared memory to registers, [SIZE]."""
-    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    return buffer._reinterpret(gl.float32, [SIZE], flat).load(layout)
-
-
-@gluon.jit
-def _wgrad_sums(HALF: gl.constexpr, a_bufs, b_bufs, sa_bufs, sb_bufs, full, empty, c, starts, M, N, num_m, num_n, tiles,
-                GROUP_M: gl.constexpr, SUB: gl.constexpr, COUNT: gl.constexpr,
+def _wgrad_sums(HALF: gl.constexpr, a_bufs, b_bufs, full, empty, c, sa, sb, starts, M, N, num_m, num_n, tiles,
+                sa_stride, sb_stride, GROUP_M: gl.constexpr, SUB: gl.constexpr, COUNT: gl.constexpr,
                 STAGES: gl.constexpr):  # fmt: skip
+    """One product of 64 x SUB at a time leaves registers for the next block's scales. (Scales that came by TMA with the
+    operands were faster, and wrong in a few tiles of some runs: docs/fp8.md.)"""
+    gl.static_assert(COUNT == 1)
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, SUB, 32])
-    in_rows: gl.constexpr = gl.SliceLayout(1, mma)
-    in_cols: gl.constexpr = gl.SliceLayout(0, mma)
+    rows = gl.arange(0, 64, layout=gl.SliceLayout(1, mma))
+    cols = gl.arange(0, SUB, layout=gl.SliceLayout(0, mma))
     zero = gl.zeros((64, SUB), gl.float32, layout=mma)
     turn = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         expert = tile // (num_m * num_n)
         tile_m, tile_n = _where(tile % (num_m * num_n), num_m, num_n, GROUP_M)
+        m = tile_m * 128 + 64 * HALF + rows
+        n = tile_n * SUB + cols
         first, last = gl.load(starts + expert), gl.load(starts + expert + 1)
-        sums = (zero,) * COUNT
-        for _ in range(first, last):
+        sa_at = sa + first * sa_stride + m
+        sb_at = sb + first * sb_stride + n
+        ours, theirs = (m < M) & (first < last), (n < N) & (first < last)
+        a_next, b_next = gl.load(sa_at, mask=ours, other=0.0), gl.load(sb_at, mask=theirs, other=0.0)
+        sums = zero
+        for k in range(first, last):
             stage = turn % STAGES
+            a_scale, b_scale = a_next, b_next
+            more = k + 1 < last
+            sa_at += sa_stride
+            sb_at += sb_stride
+            a_next = gl.load(sa_at, mask=ours & more, other=0.0)
+            b_next = gl.load(sb_at, mask=theirs & more, other=0.0)
             mbarrier.wait(full.index(stage), (turn // STAGES) & 1)
-            a = a_bufs.index(stage * 2 + HALF)
-            a_scale = _read_scales(sa_bufs.index(stage * 2 + HALF), 64, in_rows)
-            for i in gl.static_range(COUNT):
-                b = b_bufs.index(stage * COUNT + i).permute((1, 0))
-                # Before the product, which no warp ends before all have begun it: one thread frees the stage for all.
-                b_scale = _read_scales(sb_bufs.index(stage * COUNT + i), SUB, in_cols)
-                part = warpgroup_mma(a, b, zero, use_acc=False, is_async=True)
-                part = warpgroup_mma_wait(0, deps=[part])
-                if i == COUNT - 1:
-                    mbarrier.arrive(empty.index(stage))
-                term = part * gl.expand_dims(b_scale, 0) * gl.expand_dims(a_scale, 1)
-                sums = sums[:i] + (sums[i] + term,) + sums[i + 1 :]  # noqa: RUF005
+            b = b_bufs.index(stage).permute((1, 0))
+            part = warpgroup_mma(a_bufs.index(stage * 2 + HALF), b, zero, use_acc=False, is_async=True)
+            part = warpgroup_mma_wait(0, deps=[part])
+            mbarrier.arrive(empty.index(stage))
+            sums += part * gl.expand_dims(b_scale, 0) * gl.expand_dims(a_scale, 1)
             turn += 1
         # In the product's own layout four threads cover a 32-byte sector of FP32: no shuffle would store faster.
-        m = tile_m * 128 + 64 * HALF + gl.arange(0, 64, layout=in_rows)
-        n = tile_n * (SUB * COUNT) + gl.arange(0, SUB, layout=in_cols)
         c_at = c + expert.to(gl.int64) * M * N + gl.expand_dims(m.to(gl.int64) * N, 1) + gl.expand_dims(n, 0)
-        for i in gl.static_range(COUNT):
-            keep = gl.expand_dims(m < M, 1) & gl.expand_dims(n + SUB * i < N, 0) & (first < last)
-            gl.store(c_at + SUB * i, gl.load(c_at + SUB * i, mask=keep, other=0.0) + sums[i], mask=keep)
+        keep = gl.expand_dims(ours, 1) & gl.expand_dims(theirs, 0)
+        gl.store(c_at, gl.load(c_at, mask=keep, other=0.0) + sums, mask=keep)
 
 
 @gluon.jit
-def wgrad_kernel(a_desc, b_desc, sa_desc, sb_desc, c, starts, M, N, num_m, tiles, GROUP_M: gl.constexpr,
+def wgrad_kernel(a_desc, b_desc, c, sa, sb, starts, M, N, num_m, tiles, sa_stride, sb_stride, GROUP_M: gl.constexpr,
                  SUB: gl.constexpr, COUNT: gl.constexpr, STAGES: gl.constexpr,
                  REGISTERS: gl.constexpr):  # fmt: skip
     a_bufs = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * 2, 64, 128], a_desc.layout)
     b_bufs = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * COUNT, SUB, 128], b_desc.layout)
-    sa_bufs = gl.allocate_shared_memory(gl.float32, [STAGES * 2, 1, 64], sa_desc.layout)
-    sb_bufs = gl.allocate_shared_memory(gl.float32, [STAGES * COUNT, 1, SUB], sb_desc.layout)
     full, empty = _barriers(STAGES)
     num_n = gl.cdiv(N, SUB * COUNT)
     # What registers the others leave are the first one's.
     gl.warp_specialize(
         [
-            (_wgrad_sums, (0, a_bufs, b_bufs, sa_bufs, sb_bufs, full, empty, c, starts, M, N, num_m, num_n, tiles,
-                           GROUP_M, SUB, COUNT, STAGES)),
-            (_wgrad_sums, (1, a_bufs, b_bufs, sa_bufs, sb_bufs, full, empty, c, starts, M, N, num_m, num_n, tiles,
-                           GROUP_M, SUB, COUNT, STAGES)),
-            (_wgrad_loads, (a_desc, b_desc, sa_desc, sb_desc, a_bufs, b_bufs, sa_bufs, sb_bufs, full, empty,
-                            starts, num_m, num_n, tiles, GROUP_M, SUB, COUNT, STAGES)),
+            (_wgrad_sums, (0, a_bufs, b_bufs, full, empty, c, sa, sb, starts, M, N, num_m, num_n, tiles, sa_stride,
+                           sb_stride, GROUP_M, SUB, COUNT, STAGES)),
+            (_wgrad_sums, (1, a_bufs, b_bufs, full, empty, c, sa, sb, starts, M, N, num_m, num_n, tiles, sa_stride,
+                           sb_stride, GROUP_M, SUB, COUNT, STAGES)),
+            (_wgrad_loads, (a_desc, b_desc, a_bufs, b_bufs, full, empty, starts, num_m, num_n, tiles, GROUP_M, SUB,
+                            COUNT, STAGES)),
         ],
         [4, 1],
         [REGISTERS, 40],
@@ -266,13 +251,6 @@ def wgrad_kernel(a_desc, b_desc, sa_desc, sb_desc, c, starts, M, N, num_m, tiles
 def _descriptor(values: Tensor, rows: int) -> TensorDescriptor:
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
     return TensorDescriptor.from_tensor(values.flatten(0, -2), [rows, TILE], layout)
-
-
-def _scales(scales: Tensor, size: int) -> TensorDescriptor:
-    """Of 1x128 tiles, [R, B] token-major: `size` rows' scales of one block at a time."""
-    return TensorDescriptor.from_tensor(
-        scales.t(), [1, size], gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
-    )
 
 
 def _programs(device: torch.device, tiles: int) -> int:
@@ -310,8 +288,7 @@ def wgrad(a: Quantized, b: Quantized, groups: Groups, total: Tensor, config: Con
     if not groups.blocks:
         return
     wgrad_kernel[(_programs(total.device, tiles),)](
-        _descriptor(a.values, 64), _descriptor(b.values, config.sub), _scales(a.scales, 64),
-        _scales(b.scales, config.sub), total, groups.tables[1], m, n, num_m, tiles, GROUP_M=config.group_m,
-        SUB=config.sub, COUNT=config.count, STAGES=config.stages, REGISTERS=config.registers,
-        num_warps=4,
+        _descriptor(a.values, 64), _descriptor(b.values, config.sub), total, a.scales, b.scales, groups.tables[1], m, n,
+        num_m, tiles, a.scales.stride(1), b.scales.stride(1), GROUP_M=config.group_m, SUB=config.sub,
+        COUNT=config.count, STAGES=config.stages, REGISTERS=config.registers, num_warps=4,
     )  # fmt: skip

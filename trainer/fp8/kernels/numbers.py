@@ -37,7 +37,7 @@ def scaled(x, s):
 def inverse_of(s):
     """1 / s, correctly rounded, for s from 2^-120 to 2^120: two of Newton's steps from the hardware's approximation,
     the last of which rounds right (Markstein). `div_rn` has a rare case, and with it a branch that keeps divisions
-    from being interleaved: a third of a cast's time."""
+    from being interleaved."""
     y = tl.rsqrt(s)
     y = y * y
     y = tl.fma(tl.fma(-s, y, 1.0), y, y)
