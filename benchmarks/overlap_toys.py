@@ -103,7 +103,16 @@ class Device:
         return (time.perf_counter() - start) / times
 
 
-Clockwork = Sleeper | Device
+class Nothing:
+    """Compute and messages that take no time, for what the host alone takes."""
+
+    def spend(self, seconds: float, name: str) -> None: ...
+
+    def message(self, seconds: float, name: str, value: Any) -> Pending[Any]:
+        return Pending.done(value)
+
+
+Clockwork = Sleeper | Device | Nothing
 
 
 @dataclass(frozen=True)
