@@ -68,10 +68,6 @@ def test_file_keeps_the_rules(path: Path) -> None:
 
 
 def test_planning_needs_no_torch() -> None:
-    code = (
-        "import sys\n"
-        "sys.modules['torch'] = None\n"
-        f"import {', '.join(TORCH_FREE)}\n"
-    )
+    code = f"import sys\nsys.modules['torch'] = None\nimport {', '.join(TORCH_FREE)}\n"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
