@@ -16,7 +16,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,11 +25,16 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
-from schedules_runners import MAKERS, Pace, Runner, Sizes, lengths, punctual, reference
+from schedules_runners import MAKERS, Idle, Nowhere, Pace, Runner, Sizes, lengths, punctual, reference
 
 from dryvine.comm import local
+from dryvine.parallel.executor import Batch, Executor
+from dryvine.parallel.lanes import CpuLanes
+from dryvine.parallel.overlap import ORDERS
 from dryvine.parallel.schedule.costs import Costs
 from dryvine.parallel.schedule.simulate import simulate
+from dryvine.parallel.schedule.table import build
+from dryvine.parallel.stage import Stage
 
 HOST = ("dryvine dualpipev", "dryvine zb1p", "torch DualPipeV", "torch ZBVZeroBubble")
 
@@ -124,16 +129,32 @@ def real_costs(bare: torch.Tensor) -> Costs:
 
 
 def host_time(rank: int, sizes: Sizes, name: str, steps: int) -> float:
-    """Microseconds of this rank's Python per op when nothing sleeps: its thread's CPU time, waits not counted."""
+    """Microseconds of this rank's host per op when nothing sleeps: its thread's CPU time, waits not counted; autograd,
+    the layer and gloo's system calls included. The least of the steps: others' work on the machine only adds."""
     runner = MAKERS[name](sizes, rank, Pace())
     runner.step()
+    punctual()
+    return least(runner.step, steps, dist.barrier) / sum(1 for _ in runner.schedule.ops(rank))
+
+
+def executor_time(ranks: int, microbatches: int, name: str, steps: int) -> float:
+    """Microseconds per op of our executor alone: rank 1's program, with phases and a wire that do nothing."""
+    schedule = build(name, ranks, microbatches)
+    stages = {number: Stage(number, [Idle(number)]) for number in schedule.stages_of(1)}
+    executor = Executor(schedule, 1, stages, Nowhere(), lambda edge: (), CpuLanes, ORDERS["cpu"])
+    batch = Batch([torch.empty(0)] * microbatches, 1.0)
+    return least(lambda: executor.run(batch), steps) / sum(1 for _ in schedule.ops(1))
+
+
+def least(run: Callable[[], object], times: int, before: Callable[[], object] = lambda: None) -> float:
+    """Microseconds of this thread's CPU time."""
     spent = []
-    for _ in range(steps):
-        dist.barrier()
+    for _ in range(times):
+        before()
         start = time.thread_time()
-        runner.step()
-        spent.append(time.thread_time() - start)
-    return 1e6 * statistics.median(spent) / sum(1 for _ in runner.schedule.ops(rank))
+        run()
+        spent.append(1e6 * (time.thread_time() - start))
+    return min(spent)
 
 
 # ---- the report
@@ -148,34 +169,31 @@ def host(ranks: int, microbatches: Sequence[int], steps: int) -> dict[str, list[
     def mean(name: str, m: int) -> float:
         return statistics.mean(local.run(host_time, ranks, Sizes(ranks, m), name, steps, deadline=600))
 
-    return {name: [mean(name, m) for m in microbatches] for name in HOST}
+    alone = {
+        f"dryvine {name}, executor alone": [executor_time(ranks, m, name, steps) for m in microbatches]
+        for name in ("dualpipev", "zb1p")
+    }
+    return alone | {name: [mean(name, m) for m in microbatches] for name in HOST}
 
 
 def overheads(rows: Sequence[Row], title: str) -> Table:
+    """Of one pace."""
     table = Table(title=title)
-    paces = list(dict.fromkeys(row.pace for row in rows))
-    table.add_column("runtime, schedule")
-    for pace in paces:
-        for head in (f"{pace:g} ms: ideal", "wall", "over ideal", "range", "over own"):
-            table.add_column(head, justify="right")
-    table.add_column("gradient error", justify="right")
-    for name in dict.fromkeys(row.name for row in rows):
-        mine = [row for row in rows if row.name == name]
-        cells = [cell for row in mine for cell in _cells(row)]
-        table.add_row(name, *cells, f"{max(row.error for row in mine):.0e}")
+    table.add_column("runtime, schedule", no_wrap=True)
+    for head in ("ideal ms", "wall ms", "over ideal", "range", "over own", "gradient error"):
+        table.add_column(head, justify="right")
+    for row in rows:
+        low, high = (100 * (wall / row.ideal - 1) for wall in (min(row.walls), max(row.walls)))
+        over, over_own = 100 * row.over, 100 * (row.wall / row.own - 1)
+        times = f"{row.ideal:.0f}", f"{row.wall:.1f}", f"{over:+.1f}%", f"{low:+.1f} to {high:+.1f}"
+        table.add_row(row.name, *times, f"{over_own:+.1f}%", f"{row.error:.0e}")
     return table
 
 
-def _cells(row: Row) -> tuple[str, ...]:
-    low, high, middle = (100 * (wall / row.ideal - 1) for wall in (min(row.walls), max(row.walls), row.wall))
-    over_own = 100 * (row.wall / row.own - 1)
-    return f"{row.ideal:.0f}", f"{row.wall:.1f}", f"{middle:+.1f}%", f"{low:+.1f} to {high:+.1f}", f"{over_own:+.1f}%"
-
-
 def host_table(found: dict[str, list[float]], microbatches: Sequence[int]) -> Table:
-    table = Table("us of Python per op", *(f"M = {m}" for m in microbatches))
+    table = Table("us of host per op", *(f"M = {m}" for m in microbatches))
     for name, times in found.items():
-        table.add_row(name, *(f"{t:.0f}" for t in times))
+        table.add_row(name, *(f"{t:.1f}" for t in times))
     return table
 
 
@@ -216,10 +234,12 @@ def main() -> None:
     picture(rows, given.picture)
     if given.json:
         given.json.write_text(json.dumps({"rows": [vars(row) for row in rows], "host_us": found}, indent=1))
-    console = Console(width=160)
+    console = Console(width=100)
     console.print(host_table(found, given.host))
     sizes = f"P = {given.ranks}, M = {given.microbatches}, median of {given.steps}"
-    console.print(overheads(rows, f"{sizes}, load {load:.1f} before, {os.getloadavg()[0]:.1f} after"))
+    for pace in given.ms:
+        title = f"F = I = W = {pace:g} ms, {sizes}, load {load:.1f} before, {os.getloadavg()[0]:.1f} after"
+        console.print(overheads([row for row in rows if row.pace == pace], title))
 
 
 if __name__ == "__main__":

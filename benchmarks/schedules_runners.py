@@ -15,14 +15,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from dryvine.comm.mesh import make_mesh
+from dryvine.comm.api import Pending
+from dryvine.comm.mesh import Channel, make_mesh
 from dryvine.comm.wire import P2PWire
 from dryvine.parallel.executor import Batch, Executor
 from dryvine.parallel.lanes import CpuLanes
@@ -30,7 +31,7 @@ from dryvine.parallel.overlap import ORDERS
 from dryvine.parallel.schedule.ir import Op, Schedule
 from dryvine.parallel.schedule.notation import from_csv
 from dryvine.parallel.schedule.table import build
-from dryvine.parallel.stage import Compute, Flight, Outcome, Stage, State
+from dryvine.parallel.stage import Compute, Flight, Grads, Outcome, Stage, State
 from dryvine.parallel.wgrad import Closure, WGrad
 from dryvine.trainer.model.layers import Weight
 
@@ -181,6 +182,35 @@ class Dryvine:
 
     def step(self) -> None:
         self.executor.run(self.batch)
+
+
+@dataclass
+class Idle:
+    """A phase that does nothing, and so costs what the executor costs."""
+
+    stage: int
+    name: str = "dense"
+    lane: Literal["compute"] = "compute"
+
+    @property
+    def layer(self) -> str:
+        return f"layers.{self.stage}"
+
+    def forward(self, index: int, state: State, flight: Flight) -> Pending[State]:
+        return Pending.done(state)
+
+    def backward(self, index: int, grads: Grads, flight: Flight, wgrads: list[Closure]) -> Pending[Grads]:
+        return Pending.done(grads)
+
+
+class Nowhere:
+    """A wire to nobody."""
+
+    def send(self, tensors: State, target: int, channel: Channel) -> Pending[None]:
+        return Pending.done(None)
+
+    def receive(self, like: State, source: int, channel: Channel) -> Pending[State]:
+        return Pending.done(like)
 
 
 class Torch:
