@@ -18,6 +18,7 @@ from dryvine.comm.topology import Topology, discover
 from dryvine.comm.watch import watch_world
 from dryvine.trainer.config import Config, ConfigError, check_world, load
 from dryvine.trainer.data.config import DataError
+from dryvine.trainer.fp8.choose import CannotRun, check
 from dryvine.trainer.journal import same_run
 from dryvine.trainer.loop import train
 from dryvine.trainer.step import Data, Diverged, make_schedule, open_data
@@ -33,9 +34,10 @@ def main(words: Sequence[str]) -> int:
         check_world(config, world)
         same_run(config)
         device = _device(config, local_rank)
+        check(config.fp8, device)
         topology = _topology(config, world)
         data = open_data(config)
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, CannotRun) as error:
         if local_rank == 0:  # hosts may differ in what they lack
             print(f"dryvine: {error}", file=sys.stderr)
         return 2

@@ -52,17 +52,23 @@ class Mixed:
         self.sums.wgrad(a, b, groups, total)
 
 
+def check(recipe: Recipe, device: torch.device) -> None:
+    """Raise CannotRun if the engine that the recipe names cannot work on `device`; costs nothing."""
+    name = recipe.gemm
+    reason = ABSENT.get(name) or (ENGINES[name]().missing(device) if name in ENGINES else None)
+    if recipe.fp8 and reason:
+        raise CannotRun(f"fp8.gemm = '{name}' {reason}")
+
+
 def choose(recipe: Recipe, device: torch.device) -> tuple[Engine, str]:
     """The engine, and a line for the log. Raises CannotRun."""
+    check(recipe, device)
     name = recipe.gemm
     if name == "auto":
         able = {n: make() for n, make in ENGINES.items() if n != "emulate" and not make().missing(device)}
         return fastest(able, device) if able else (_emulate(recipe), f"fp8.gemm: emulate, the one there is on {device}")
     if name == "emulate":
         return _emulate(recipe), "fp8.gemm: emulate, as asked"
-    reason = ABSENT.get(name) or ENGINES[name]().missing(device)
-    if reason:
-        raise CannotRun(f"fp8.gemm = '{name}' {reason}")
     return ENGINES[name](), f"fp8.gemm: {name}, as asked"
 
 
