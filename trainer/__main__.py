@@ -34,7 +34,7 @@ def main(words: Sequence[str]) -> int:
         check_world(config, world)
         same_run(config)
         device = _device(config, local_rank)
-        check(config.fp8, device)
+        check(config.fp8, device, (config.model.ffn, config.model.expert_ffn))
         topology = _topology(config, world)
         data = open_data(config)
     except (ConfigError, DataError, CannotRun) as error:

@@ -8,7 +8,7 @@ next driver.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -52,12 +52,15 @@ class Mixed:
         self.sums.wgrad(a, b, groups, total)
 
 
-def check(recipe: Recipe, device: torch.device) -> None:
-    """Raise CannotRun if the engine that the recipe names cannot work on `device`; costs nothing."""
+def check(recipe: Recipe, device: torch.device, widths: Sequence[int] = ()) -> None:
+    """Raise CannotRun if the engine that the recipe names, or FFNs of these `widths`, cannot work on `device`."""
     name = recipe.gemm
     reason = ABSENT.get(name) or (ENGINES[name]().missing(device) if name in ENGINES else None)
     if recipe.fp8 and reason:
         raise CannotRun(f"fp8.gemm = '{name}' {reason}")
+    odd = [width for width in widths if width % 128]
+    if recipe.fp8 and odd and device.type == "cuda":
+        raise CannotRun(f"[fp8] on a GPU: FFN width {odd[0]} is not a multiple of 128; change model.ffn or expert_ffn")
 
 
 def choose(recipe: Recipe, device: torch.device) -> tuple[Engine, str]:
