@@ -27,7 +27,7 @@ from dryvine.trainer.config import Config
 from dryvine.trainer.journal import Journal, Row, read
 from dryvine.trainer.plan import Point, learning_rate, points
 from dryvine.trainer.report import final_table
-from dryvine.trainer.step import Data, Rig, evaluate, make_rig, make_schedule, train_step
+from dryvine.trainer.step import Data, Rig, evaluate, make_rig, make_schedule, routes_of_tokens, train_step
 from dryvine.trainer.timeline import measured, write
 
 
@@ -55,6 +55,8 @@ def train(config: Config, mesh: Mesh, data: Data, topology: Topology | None = No
     rig = make_rig(config, mesh, data, topology, watch)
     done = resume(rig)
     console = Console(quiet=mesh.rank != 0)
+    for line in routes_of_tokens(config, mesh, topology) if topology else ():
+        console.print(line)
     if rig.fp8 is not None:
         console.print(rig.fp8.chosen)
     if done:

@@ -15,8 +15,8 @@ import torch
 from dryvine.comm.api import Dispatcher
 from dryvine.comm.load import Metered
 from dryvine.comm.mesh import Mesh
-from dryvine.comm.table import make_dispatcher
-from dryvine.comm.topology import Topology
+from dryvine.comm.table import make_dispatcher, pick
+from dryvine.comm.topology import GroupLimit, Topology, mismatch
 from dryvine.comm.watch import Watch
 from dryvine.comm.wire import P2PWire
 from dryvine.parallel.executor import Batch, Executor, Played
@@ -160,6 +160,16 @@ def _dispatcher(config: Config, mesh: Mesh, topology: Topology | None, watch: Wa
         tokens=config.parallel.microbatch_sequences * config.data.seq_len,
         row_bytes=shape.hidden * dtype.itemsize,
     )
+
+
+def routes_of_tokens(config: Config, mesh: Mesh, topology: Topology) -> list[str]:
+    """How tokens will travel, and what does not fit, in lines for the start of a run; from rank 0's expert group."""
+    shape, group = config.model, topology.of(range(mesh.ep))
+    name, why = pick(group, shape.top_k, shape.routed)
+    taken = f"auto takes {name}: {why}" if config.comm.dispatcher == "auto" else f"{config.comm.dispatcher}, as asked"
+    row_bytes = shape.hidden * DTYPES[config.run.dtype].itemsize
+    misfit = mismatch(group, shape.routed, GroupLimit(shape.groups, shape.group_limit), row_bytes)
+    return [f"comm.dispatcher: {taken}", *([f"warning: {misfit}"] if misfit else [])]
 
 
 def accumulate(rig: Rig, point: Point) -> Played:
