@@ -48,6 +48,10 @@ class Lanes(Protocol):
         their inputs have been waiting since an earlier slot (W's), so there is no memory to save by haste."""
         ...
 
+    def hold(self, spent: list[Any]) -> None:
+        """What the last step read and nobody keeps: it may be another lane's memory. The list is emptied."""
+        ...
+
     def take(self, baton: Baton) -> Any:
         """The baton's value, usable in the compute lane."""
         ...
@@ -89,6 +93,9 @@ class CpuLanes:
     def later(self, closures: list[Closure], held: bool = False) -> None:
         self.fillers.append(closures)
         self.made += not held
+
+    def hold(self, spent: list[Any]) -> None:
+        spent.clear()
 
     def take(self, baton: Baton) -> Any:
         if baton.lane == "compute":
@@ -148,6 +155,10 @@ class CudaLanes:
                 closure()
         self.held.append(list(closures))
         closures.clear()
+
+    def hold(self, spent: list[Any]) -> None:
+        self.held += spent
+        spent.clear()
 
     def take(self, baton: Baton) -> Any:
         self._enter(self.compute, "compute", baton)

@@ -87,6 +87,7 @@ class Track:
     baton: Baton
     units: list[list[Step]] = field(default_factory=list)
     closures: list[list[Closure]] = field(default_factory=list)  # W's
+    spent: list[Any] = field(default_factory=list)  # its flight's
 
 
 def forward(stage: Stage, flight: Flight, state: State) -> Track:
@@ -114,7 +115,7 @@ def backward(stage: Stage, flight: Flight, grads: Grads, split: bool) -> Track:
 
     # A layout has nothing to do backward, and on a stream even nothing waits for what was queued before it.
     units = [[step(i, p) for i, p in reversed(unit) if p.name != "layout"] for unit in reversed(_units(stage))]
-    return Track("B", Baton(Pending.done(grads)), units)
+    return Track("B", Baton(Pending.done(grads)), units, spent=flight.spent)
 
 
 def weights(flight: Flight) -> Track:
@@ -131,6 +132,7 @@ def play(tracks: Sequence[Track], lanes: Lanes, order: dict[str, Order] | None) 
         lanes.later(closures, held=True)
     for track, step in _woven(tracks, order or {}):
         lanes.step(step.lane, track.baton, step.run)
+        lanes.hold(track.spent)
         if step.closures:
             lanes.later(step.closures)
         if order is None:

@@ -10,12 +10,17 @@ Between phases travels a tuple of tensors, the state. What it holds is agreed be
     embed      ()                                    -> (x,)                  x [N, H]: N tokens of a microbatch
     attention  (x,)                                  -> (x, rows, weights, experts)   or -> (x,) in a dense layer
     layout     (x, rows [N,H], weights [N,K], experts [N,K]) -> the same, once it is known which rank gets what
-    dispatch   (x, rows [N,H], weights [N,K], experts [N,K]) -> (x, rows [R,H], weights [R])
-    experts    (x, rows [R,H], weights [R])          -> (x, rows [R,H])
+    dispatch   (x, rows [N,H], weights [N,K], experts [N,K]) -> (x, *sent rows [R,..], weights [R])
+    experts    (x, *sent rows [R,..], weights [R])   -> (x, rows [R,H])
     combine    (x, rows [R,H])                       -> (x + sum of each token's rows,)
     head       (x,)                                  -> () or (x,), and a loss
 
 A backward gets the gradients of a phase's outputs in the same places (None for integers) and gives those of its inputs.
+
+Sent rows are what a `Codec` makes of rows for a dispatch: the rows themselves, or FP8 values and scales. Both dispatches
+send so, the backward of combine too, whose gradients are (dx, *sent drows [R,..]). A combine adds, so what it carries
+is one tensor of rows in the run's dtype: the gradients of experts' inputs are (dx, drows [R,H], dweights [R]) whatever
+was sent.
 """
 
 from __future__ import annotations
@@ -51,6 +56,9 @@ class Flight:
     saved: dict[int, Any] = field(default_factory=dict)  # phase number -> what its backward needs
     handles: dict[str, Handle] = field(default_factory=dict)  # layer -> routing, shared by its phases
     wgrads: list[list[Closure]] = field(default_factory=list)  # left by I, per phase, in the order in which they ran
+    spent: list[Any] = field(
+        default_factory=list
+    )  # inputs of phases whose backward is done, until lanes let go of them
 
 
 class Outcome(NamedTuple):
@@ -104,11 +112,68 @@ class Compute:
         roots += [(loss, torch.full_like(loss, flight.loss_scale)) for loss in losses if loss.requires_grad]
         with self.wgrad.collect(wgrads):
             torch.autograd.backward([t for t, _ in roots], [g for _, g in roots])
+        flight.spent += [leaf.detach() for leaf in leaves]
         return Pending.done(grads[: self.through] + tuple(leaf.grad for leaf in leaves))
 
 
-def _leaf(tensor: Tensor, training: bool) -> Tensor:
-    return tensor.detach().requires_grad_(training and tensor.is_floating_point())
+class Explicit:
+    """Arithmetic whose backward is a function too, for inputs that autograd cannot serve: the gradient of rows that came
+    as FP8 values and scales is one tensor of another dtype. `forward` gives the next state and what `backward` needs;
+    `backward` turns that and the outputs' gradients into the inputs'. The state's first `through` pass untouched."""
+
+    lane: Literal["compute"] = "compute"
+
+    def __init__(
+        self,
+        name: str,
+        layer: str,
+        forward: Callable[[State, Flight], tuple[State, Any]],
+        backward: Callable[[Any, Grads], Grads],
+        wgrad: WGrad,
+        through: int = 0,
+    ) -> None:
+        self.name, self.layer, self.wgrad, self.through = name, layer, wgrad, through
+        self._forward, self._backward = forward, backward
+
+    @torch.no_grad()
+    def forward(self, index: int, state: State, flight: Flight) -> Pending[State]:
+        out, kept = self._forward(state[self.through :], flight)
+        if flight.training:
+            flight.saved[index] = kept
+        return Pending.done(state[: self.through] + out)
+
+    @torch.no_grad()
+    def backward(self, index: int, grads: Grads, flight: Flight, wgrads: list[Closure]) -> Pending[Grads]:
+        kept = flight.saved.pop(index)
+        with self.wgrad.collect(wgrads):
+            given = self._backward(kept, grads[self.through :])
+        flight.spent.append(kept)
+        return Pending.done(grads[: self.through] + given)
+
+
+class Codec(Protocol):
+    """What rows are while a dispatch carries them. One object for all layers; both calls run in the comm lane."""
+
+    def encode(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Rows [N, H] to tensors [N, ..] of any dtype, row by row: done once a token, before copies are made."""
+        ...
+
+    def decode(self, sent: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """What arrived, to what experts take."""
+        ...
+
+
+class AsIs:
+    """Rows travel in their own dtype."""
+
+    def encode(self, rows: Tensor) -> tuple[Tensor, ...]:
+        return (rows,)
+
+    def decode(self, sent: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return sent
+
+
+AS_IS = AsIs()
 
 
 class Layout:
@@ -135,18 +200,21 @@ class Layout:
 
 
 class Dispatch:
-    """Tokens to the experts they chose, by the handle of `Layout`. Its backward is `combine` with the same handle."""
+    """Tokens to the experts they chose, by the handle of `Layout`. Its backward is `combine` with the same handle.
+
+    Encoding is its first step, on the stream that sends: compute has no reader for the encoded rows, and is what a pair
+    waits for."""
 
     name = "dispatch"
     lane: Literal["comm"] = "comm"
 
-    def __init__(self, layer: str, dispatcher: Dispatcher) -> None:
-        self.layer, self.dispatcher = layer, dispatcher
+    def __init__(self, layer: str, dispatcher: Dispatcher, codec: Codec = AS_IS) -> None:
+        self.layer, self.dispatcher, self.codec = layer, dispatcher, codec
 
     def forward(self, index: int, state: State, flight: Flight) -> Pending[State]:
         x, rows, weights, _ = state
-        sent = self.dispatcher.dispatch((rows,), weights, flight.handles[self.layer])
-        return sent.then(lambda arrived: (x, *arrived))
+        sent = self.dispatcher.dispatch(self.codec.encode(rows), weights, flight.handles[self.layer])
+        return sent.then(lambda arrived: (x, *self.codec.decode(arrived[:-1]), arrived[-1]))
 
     def backward(self, index: int, grads: Grads, flight: Flight, wgrads: list[Closure]) -> Pending[Grads]:
         dx, drows, dweights = grads
@@ -161,8 +229,8 @@ class Combine:
     name = "combine"
     lane: Literal["comm"] = "comm"
 
-    def __init__(self, layer: str, dispatcher: Dispatcher) -> None:
-        self.layer, self.dispatcher = layer, dispatcher
+    def __init__(self, layer: str, dispatcher: Dispatcher, codec: Codec = AS_IS) -> None:
+        self.layer, self.dispatcher, self.codec = layer, dispatcher, codec
 
     def forward(self, index: int, state: State, flight: Flight) -> Pending[State]:
         x, rows = state
@@ -172,8 +240,8 @@ class Combine:
     def backward(self, index: int, grads: Grads, flight: Flight, wgrads: list[Closure]) -> Pending[Grads]:
         (dx,) = grads
         assert dx is not None
-        sent = self.dispatcher.dispatch((dx,), None, flight.handles[self.layer])
-        return sent.then(lambda arrived: (dx, *arrived))
+        sent = self.dispatcher.dispatch(self.codec.encode(dx), None, flight.handles[self.layer])
+        return sent.then(lambda arrived: (dx, *self.codec.decode(arrived)))
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import torch
 from dryvine.comm.api import Dispatcher
 from dryvine.comm.load import Metered
 from dryvine.comm.mesh import Mesh
+from dryvine.comm.payload import Format
 from dryvine.comm.table import make_dispatcher, pick
 from dryvine.comm.topology import GroupLimit, Topology, mismatch
 from dryvine.comm.watch import Watch
@@ -31,6 +32,7 @@ from dryvine.trainer.config import Config, split
 from dryvine.trainer.data.prepare import prepare
 from dryvine.trainer.data.source import TokenSource
 from dryvine.trainer.fp8.choose import choose
+from dryvine.trainer.fp8.dispatch import codec
 from dryvine.trainer.fp8.linear import FP8
 from dryvine.trainer.model.decoder import Model, build_model
 from dryvine.trainer.model.shape import blocks
@@ -147,7 +149,6 @@ def make_rig(
 
 def _dispatcher(config: Config, mesh: Mesh, topology: Topology | None, watch: Watch | None) -> Dispatcher:
     comm, shape = config.comm, config.model
-    dtype = DTYPES[config.run.dtype]
     return make_dispatcher(
         comm.dispatcher,
         mesh,
@@ -158,8 +159,15 @@ def _dispatcher(config: Config, mesh: Mesh, topology: Topology | None, watch: Wa
         chunks=comm.chunks,
         top_k=shape.top_k,
         tokens=config.parallel.microbatch_sequences * config.data.seq_len,
-        row_bytes=shape.hidden * dtype.itemsize,
+        row_bytes=max(_row_bytes(config)),
     )
+
+
+def _row_bytes(config: Config) -> tuple[int, int]:
+    """Of a dispatched row with its weights, and of a combined one."""
+    rows = torch.empty(0, config.model.hidden, dtype=DTYPES[config.run.dtype])
+    weights = torch.empty(0, config.model.top_k)
+    return Format.of((*codec(config.fp8).encode(rows), weights)).bytes, Format.of((rows, weights)).bytes
 
 
 def routes_of_tokens(config: Config, mesh: Mesh, topology: Topology) -> list[str]:
@@ -167,8 +175,7 @@ def routes_of_tokens(config: Config, mesh: Mesh, topology: Topology) -> list[str
     shape, group = config.model, topology.of(range(mesh.ep))
     name, why = pick(group, shape.top_k, shape.routed)
     taken = f"auto takes {name}: {why}" if config.comm.dispatcher == "auto" else f"{config.comm.dispatcher}, as asked"
-    row_bytes = shape.hidden * DTYPES[config.run.dtype].itemsize
-    misfit = mismatch(group, shape.routed, GroupLimit(shape.groups, shape.group_limit), row_bytes)
+    misfit = mismatch(group, shape.routed, GroupLimit(shape.groups, shape.group_limit), _row_bytes(config)[0])
     return [f"comm.dispatcher: {taken}", *([f"warning: {misfit}"] if misfit else [])]
 
 

@@ -14,7 +14,8 @@ Legend: N tokens, R rows of experts, X local experts, I inputs, O outputs, F wid
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -101,6 +102,30 @@ class FP8:
         groups = self.whole(x_RI) if counts is None else Groups.of(counts, x_RI)
         return _FFN.apply(x_RI, weights_R, up, down, self, self.rows(x_RI), groups)
 
+    def ffn_forward(self, ffn: FFN, x: Quantized, weights_R: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Kept]:
+        """The FFN of rows that are quantised already: [R, I] -> [R, I] in `dtype`, and what `ffn_backward` needs."""
+        gate_up = self.engine.product(x, self.cache.get(ffn.up)[0], ffn.experts, dtype)
+        act, kept = casts(gate_up).swiglu_rows(gate_up, weights_R, self.recipe.scales)
+        self.guard.count(ffn.up, "input", x)
+        self.guard.count(ffn.down, "input", act)
+        return self.engine.product(act, self.cache.get(ffn.down)[0], ffn.experts, dtype), Kept(x, kept, weights_R)
+
+    def ffn_backward(
+        self, ffn: FFN, kept: Kept, dy: Quantized, turned: Operand, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor | None]:
+        """dy by rows, and what gives it by columns -> dx in `dtype` and d weights; dW is queued."""
+        dact = self.engine.product(dy, self.cache.get(ffn.down)[1], ffn.experts, dtype)
+        dh, dh_turned, act_turned, dweights = casts(dact).swiglu_backward(
+            dact, kept.gate_up, kept.weights, ffn.groups, self.recipe.scales
+        )
+        self.guard.count(ffn.down, "output gradient", dy)
+        self.guard.count(ffn.up, "output gradient", dh)
+        self.defer_wgrad(ffn.down, turned, lambda: act_turned, ffn.groups)
+        x = kept.x  # alone, or the closure would keep the rest too
+        self.defer_wgrad(ffn.up, lambda: dh_turned, lambda: self.columns(x, ffn.groups), ffn.groups)
+        dx = self.engine.product(dh, self.cache.get(ffn.up)[1], ffn.experts, dtype)
+        return dx, None if kept.weights is None else dweights.to(kept.weights.dtype)
+
     def rows(self, x: Tensor) -> Quantized:
         """x as an operand of Fprop. Linears that read one tensor, one after the other, share one cast and one copy."""
         if self._last is not None:
@@ -122,9 +147,14 @@ class FP8:
             return casts(x).quantize_rows(x, self.recipe.scales)
         return reference.quantize_coarse(x, tile, self.recipe.scales)
 
-    def columns(self, x: Tensor | Quantized, groups: Groups) -> Quantized:
-        """A kept input, turned, as an operand of Wgrad."""
-        return casts(x.values if isinstance(x, Quantized) else x).quantize_columns(x, groups, self.recipe.scales)
+    def columns(self, kept: Quantized | E5M6, groups: Groups, width: int | None = None) -> Quantized:
+        """Rows, as they were kept, as an operand of Wgrad. Of E5M6 the first `width` columns are of the tensor."""
+        if isinstance(kept, E5M6):
+            kernels = casts(kept.high)
+            return kernels.quantize_columns(
+                kernels.unpack_e5m6(kept)[:, :width].contiguous(), groups, self.recipe.scales
+            )
+        return casts(kept.values).quantize_columns(kept, groups, self.recipe.scales)
 
     def gradient(self, dy: Tensor, groups: Groups) -> tuple[Quantized, Quantized]:
         """dy as an operand of Dgrad and of Wgrad."""
@@ -134,20 +164,40 @@ class FP8:
         turned = reference.padded(dy.float(), groups).t().contiguous()
         return reference.quantize_coarse(dy, tile, scales), reference.quantize_coarse(turned, tile, scales)
 
-    def defer_wgrad(self, weight: Any, dy: Quantized, x: Quantized | E5M6, groups: Groups, turned: bool) -> None:
-        """Queue dW += dyᵀ x. `x` is what was kept (rows), or already by columns when `turned`."""
+    def defer_wgrad(self, weight: Any, dy: Operand, x: Operand, groups: Groups) -> None:
+        """Queue dW += dyᵀ x, both by columns; what is not yet turned is turned there, off the way of dX."""
 
         @torch.no_grad()
         def run() -> None:
-            if isinstance(x, E5M6):
-                wide = casts(x.high).unpack_e5m6(x)[:, : weight.shape[-1]].contiguous()
-                operand = self.columns(wide, groups)
-            else:
-                operand = x if turned else self.columns(x, groups)
             total = weight.gradient()
-            self.engine.wgrad(dy, operand, groups, total if total.dim() == 3 else total.unsqueeze(0))
+            self.engine.wgrad(dy(), x(), groups, total if total.dim() == 3 else total.unsqueeze(0))
 
         self.wgrad.put(run)
+
+
+Operand = Callable[[], Quantized]
+
+
+@dataclass(frozen=True)
+class FFN:
+    """The weights [2F, I] and [I, F], or by expert [X, ..], and how many rows each expert has."""
+
+    up: Any
+    down: Any
+    groups: Groups
+
+    @property
+    def experts(self) -> Groups | None:
+        return self.groups if self.up.dim() == 3 else None
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What the backward of an FFN needs of its forward."""
+
+    x: Quantized
+    gate_up: Quantized
+    weights: Tensor | None
 
 
 class _Linear(Function):
@@ -170,8 +220,9 @@ class _Linear(Function):
         groups = fp8.whole(dy_NO)
         dy, dy_turned = fp8.gradient(dy_NO, groups)
         fp8.guard.count(ctx.weight, "output gradient", dy)
-        saved = ctx.saved_tensors
-        fp8.defer_wgrad(ctx.weight, dy_turned, E5M6(*saved) if ctx.fine else Quantized(*saved), groups, turned=False)
+        kept = (E5M6 if ctx.fine else Quantized)(*ctx.saved_tensors)
+        width = ctx.weight.shape[-1]
+        fp8.defer_wgrad(ctx.weight, lambda: dy_turned, lambda: fp8.columns(kept, groups, width), groups)
         dx = None
         if ctx.needs_input_grad[0]:
             dx = fp8.engine.product(dy, fp8.cache.get(ctx.weight)[1], None, dy_NO.dtype)
@@ -183,32 +234,19 @@ class _FFN(Function):
     def forward(
         ctx: Any, x: Tensor, weights: Tensor | None, up: Any, down: Any, fp8: FP8, rows: Quantized, groups: Groups
     ) -> Tensor:
-        experts = groups if up.dim() == 3 else None
-        gate_up = fp8.engine.product(rows, fp8.cache.get(up)[0], experts, x.dtype)
-        act, kept = casts(x).swiglu_rows(gate_up, weights, fp8.recipe.scales)
-        ctx.save_for_backward(rows.values, rows.scales, kept.values, kept.scales, weights)
-        ctx.up, ctx.down, ctx.fp8, ctx.groups = up, down, fp8, groups
-        fp8.guard.count(up, "input", rows)
-        fp8.guard.count(down, "input", act)
-        return fp8.engine.product(act, fp8.cache.get(down)[0], experts, x.dtype)
+        ctx.fp8, ctx.ffn = fp8, FFN(up, down, groups)
+        y, kept = fp8.ffn_forward(ctx.ffn, rows, weights, x.dtype)
+        ctx.save_for_backward(kept.x.values, kept.x.scales, kept.gate_up.values, kept.gate_up.scales, weights)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_RI: Tensor) -> tuple[Tensor | None, ...]:
-        fp8, up, down, groups = ctx.fp8, ctx.up, ctx.down, ctx.groups
         x_values, x_scales, kept_values, kept_scales, weights = ctx.saved_tensors
-        experts = groups if up.dim() == 3 else None
-        dy, dy_turned = fp8.gradient(dy_RI, groups)
-        dact = fp8.engine.product(dy, fp8.cache.get(down)[1], experts, dy_RI.dtype)
-        dh, dh_turned, act_turned, dweights = casts(dact).swiglu_backward(
-            dact, Quantized(kept_values, kept_scales), weights, groups, fp8.recipe.scales
-        )
-        fp8.guard.count(down, "output gradient", dy)
-        fp8.guard.count(up, "output gradient", dh)
-        fp8.defer_wgrad(down, dy_turned, act_turned, groups, turned=True)
-        fp8.defer_wgrad(up, dh_turned, Quantized(x_values, x_scales), groups, turned=False)
-        dx = fp8.engine.product(dh, fp8.cache.get(up)[1], experts, dy_RI.dtype)
-        return dx, None if weights is None else dweights.to(weights.dtype), None, None, None, None, None
+        kept = Kept(Quantized(x_values, x_scales), Quantized(kept_values, kept_scales), weights)
+        dy, dy_turned = ctx.fp8.gradient(dy_RI, ctx.ffn.groups)
+        dx, dweights = ctx.fp8.ffn_backward(ctx.ffn, kept, dy, lambda: dy_turned, dy_RI.dtype)
+        return dx, dweights, None, None, None, None, None
 
 
 class Linear(nn.Module):

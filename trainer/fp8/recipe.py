@@ -30,6 +30,8 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
     promotion: Annotated[int, Field(ge=0, multiple_of=32)] = 128  # of K, with accumulator "hopper"; 0: never
     gemm: Literal["auto", "emulate", "torch", "triton", "deep_gemm", "transformer_engine"] = "auto"
     cache_after_attention: Literal["fp8", "e5m6"] = "e5m6"  # the saved input of the Linear after attention
+    dispatch: Literal["fp8", "bf16"] = "fp8"  # rows sent to experts, and gradients of what they gave, in 1x128 tiles of
+    # power-of-two scales; sums coming back are in run.dtype. "bf16", the default with other tiles: in run.dtype too
     guard_every: Annotated[int, Field(ge=0)] = 100  # steps between counts of bad and floored tiles; 0: never
 
     @model_validator(mode="before")
@@ -37,11 +39,26 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
     def _over_preset(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        return PRESETS.get(given.get("preset", "bf16"), {}) | given
+        known: dict[str, Any] = PRESETS.get(given.get("preset", "bf16"), {}) | given
+        return known if _fine(known) else {"dispatch": "bf16"} | known
+
+    @model_validator(mode="after")
+    def _tiles_travel(self) -> Recipe:
+        if self.fp8_dispatch and not _fine(self.model_dump()):
+            raise ValueError("fp8.dispatch = 'fp8' carries 1x128 tiles and no other; set fp8.dispatch = 'bf16'")
+        return self
 
     @property
     def fp8(self) -> bool:
         return self.linear == "fp8"
+
+    @property
+    def fp8_dispatch(self) -> bool:
+        return self.fp8 and self.dispatch == "fp8"
+
+
+def _fine(given: dict[str, Any]) -> bool:
+    return all(given.get(tile, "1x128") == "1x128" for tile in ("activation_tile", "gradient_tile"))
 
 
 PRESETS: dict[str, dict[str, Any]] = {

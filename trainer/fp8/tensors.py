@@ -129,9 +129,13 @@ class Groups:
 
 
 def empty_rows(rows: int, cols: int, device: torch.device) -> Quantized:
-    """Room for 1x128 tiles. Scales have strides (1, rows padded to 4), as scaled_mm and TMA want them."""
-    scales = torch.empty(blocks(cols), pad(rows, 4), device=device).t()[:rows]
-    return Quantized(torch.empty(rows, cols, dtype=FP8, device=device), scales)
+    """Room for 1x128 tiles."""
+    return Quantized(torch.empty(rows, cols, dtype=FP8, device=device), empty_scales(rows, cols, device))
+
+
+def empty_scales(rows: int, cols: int, device: torch.device) -> Tensor:
+    """Room for those of 1x128 tiles: [R, B] with strides (1, rows padded to 4), as scaled_mm and TMA want them."""
+    return torch.empty(blocks(cols), pad(rows, 4), device=device).t()[:rows]
 
 
 def empty_blocks(shape: Sequence[int], device: torch.device) -> Quantized:

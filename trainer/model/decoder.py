@@ -14,8 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from dryvine.comm.api import Dispatcher
-from dryvine.parallel.stage import Combine, Compute, Dispatch, Flight, Layout, Outcome, Phase, Stage, State
+from dryvine.parallel.stage import (
+    AS_IS,
+    Combine,
+    Compute,
+    Dispatch,
+    Explicit,
+    Flight,
+    Layout,
+    Outcome,
+    Phase,
+    Stage,
+    State,
+)
 from dryvine.parallel.wgrad import WGrad
+from dryvine.trainer.fp8.dispatch import Tiles, codec
 from dryvine.trainer.fp8.linear import FP8
 from dryvine.trainer.model.initialise import initialise
 from dryvine.trainer.model.layer import Layer
@@ -34,6 +47,7 @@ class Model:
 
     def __init__(self, spec: Spec, names: Mapping[int, tuple[str, ...]], dispatcher: Dispatcher) -> None:
         self.spec, self.dispatcher = spec, dispatcher
+        self.codec = AS_IS if spec.fp8 is None else codec(spec.fp8.recipe)
         self.root = nn.ModuleDict()
         kinds = {block.name: block.kind for block in blocks(spec.shape)}
         self.stages = {
@@ -148,10 +162,16 @@ class Model:
         return [
             self._compute("attention", layer.name, attention),
             Layout(layer.name, self.dispatcher),
-            Dispatch(layer.name, self.dispatcher),
-            self._compute("experts", layer.name, layer.run_experts, through=1),
-            Combine(layer.name, self.dispatcher),
+            Dispatch(layer.name, self.dispatcher, self.codec),
+            self._experts(layer),
+            Combine(layer.name, self.dispatcher, self.codec),
         ]
+
+    def _experts(self, layer: Layer) -> Phase:
+        if not isinstance(self.codec, Tiles):
+            return self._compute("experts", layer.name, layer.run_experts, through=1)
+        back = layer.experts.arrived_backward
+        return Explicit("experts", layer.name, layer.run_arrived, back, self.spec.wgrad, through=1)
 
     def _head(self, name: str) -> list[Phase]:
         norm: RMSNorm = self._part("norm", lambda: self.spec.norm(self.spec.shape.hidden))

@@ -6,6 +6,8 @@ rows for routed experts (DeepSeek-V3 overlaps exactly the two all-to-alls; secti
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from dryvine.parallel.stage import Flight, Outcome, State
@@ -57,3 +59,7 @@ class Layer(nn.Module):
     def run_experts(self, state: State, flight: Flight) -> Outcome:
         """(rows [R, H], weights [R]) -> (rows,)."""
         return Outcome((self.experts(*state, flight.handles[self.name].counts),), {})
+
+    def run_arrived(self, state: State, flight: Flight) -> tuple[State, Any]:
+        """`run_experts` of rows that came in FP8, and what `Experts.arrived_backward` needs."""
+        return self.experts.arrived(state, flight.handles[self.name].counts)

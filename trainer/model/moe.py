@@ -10,10 +10,15 @@ Legend: N = S * T tokens, S sequences, E routed experts, G groups, K choices per
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from dryvine.parallel.stage import Grads, State
+from dryvine.trainer.fp8.linear import FFN as FFN8
+from dryvine.trainer.fp8.linear import Kept
+from dryvine.trainer.fp8.tensors import Groups, Quantized
 from dryvine.trainer.model.layers import grouped_linear, linear
 from dryvine.trainer.model.recompute import through
 from dryvine.trainer.model.shape import Shape
@@ -56,6 +61,22 @@ class Experts(nn.Module):
             lambda h: grouped_linear(h, self.down, self.wgrad, counts),
             self.again,
         )
+
+    def arrived(self, state: State, counts: Sequence[int]) -> tuple[State, tuple[FFN8, Kept]]:
+        """`forward` of rows that came in FP8: (values [R, H], scales [R, H / 128], weights [R]) -> (rows [R, H],), and
+        what its backward needs."""
+        assert self.fp8 is not None
+        values, scales, weights_R = state
+        ffn = FFN8(self.gate_up, self.down, Groups.of(counts, values))
+        rows_RH, kept = self.fp8.ffn_forward(ffn, Quantized(values, scales), weights_R, self.down.dtype)
+        return (rows_RH,), (ffn, kept)
+
+    def arrived_backward(self, saved: tuple[FFN8, Kept], grads: Grads) -> Grads:
+        """The rows' gradient, in FP8 too, (values, scales) -> (drows [R, H], dweights [R])."""
+        fp8, (ffn, kept) = self.fp8, saved
+        assert fp8 is not None
+        dy = Quantized(*cast(State, grads))
+        return fp8.ffn_backward(ffn, kept, dy, lambda: fp8.columns(dy, ffn.groups), self.down.dtype)
 
 
 class Gate(nn.Module):
