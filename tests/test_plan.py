@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from dryvine.trainer.plan import BatchConfig, OptimConfig, Point, Segment, learning_rate, points
+from dryvine.trainer.plan import BatchConfig, OptimConfig, Point, Segment, gradient_scale, learning_rate, points
 
 
 def at(step: int) -> Point:
@@ -55,3 +55,10 @@ def test_the_ramp_grows_in_equal_parts_and_misses_no_sequence(first: int, parts:
 def test_a_ramp_that_cannot_end_at_its_goal_is_refused() -> None:
     with pytest.raises(ValidationError, match="whole number of ramp_increment"):
         BatchConfig(sequences=10, ramp_from=3, ramp_increment=4, ramp_tokens=100)
+
+
+@pytest.mark.parametrize(("sequences", "seq_len", "scale"), [(1, 1, 1.0), (16, 256, 4096.0), (15360, 4096, 2.0**25)])
+def test_gradients_are_scaled_by_the_power_of_two_at_or_below_the_tokens(
+    sequences: int, seq_len: int, scale: float
+) -> None:
+    assert gradient_scale(Point(0, 0, sequences, 0), seq_len) == scale

@@ -24,16 +24,17 @@ class Optimizer:
         ]
         self.adam = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
-    def reduce(self) -> float:
-        """Sum the gradients over all their copies and give their global norm; each rank then holds its pieces."""
+    def reduce(self, scale: float) -> float:
+        """Sum the gradients, which are `scale` times the true ones, over all their copies and give the true global
+        norm; each rank then holds its pieces, still scaled."""
         self.zero.reduce()
-        return float(self.zero.grad_norm())
+        return float(self.zero.grad_norm()) / scale
 
-    def update(self, rate: float, norm: float) -> None:
-        """Clip by the global norm, step the masters, give every copy the new values."""
+    def update(self, rate: float, norm: float, scale: float) -> None:
+        """Clip by the global norm, step the masters, give every copy the new values. The pass that clips unscales."""
         clip = min(1.0, self.config.clip / (norm + 1e-6))
         for bucket in self.zero.buckets:
-            bucket.shard.mul_(clip)
+            bucket.shard.mul_(clip / scale)
         for piece in self.pieces:
             piece.master.grad = piece.grad
         for group in self.adam.param_groups:

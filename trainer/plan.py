@@ -95,6 +95,15 @@ def learning_rate(config: OptimConfig, point: Point, seq_len: int) -> float:
     return config.lr * rate
 
 
+def gradient_scale(point: Point, seq_len: int) -> float:
+    """What a step's gradients are multiplied by until the update: the power of two at or below its tokens.
+
+    A loss is a mean over all of them, so a token's gradient is near 1/tokens of its own size, which is below the
+    floor of FP8's scales (1e-4) for any batch worth having. A power of two changes no bit of a BF16 or FP32 value.
+    """
+    return float(1 << (point.sequences * seq_len).bit_length() - 1)
+
+
 def _blend(segment: Segment, start: float, done: float) -> float:
     if segment.shape == "constant":
         return segment.to

@@ -37,7 +37,7 @@ from dryvine.trainer.fp8.linear import FP8
 from dryvine.trainer.model.decoder import Model, build_model
 from dryvine.trainer.model.shape import blocks
 from dryvine.trainer.optim import Optimizer
-from dryvine.trainer.plan import Point, learning_rate
+from dryvine.trainer.plan import Point, gradient_scale, learning_rate
 
 
 class Diverged(RuntimeError):
@@ -92,11 +92,16 @@ class Rig:
             )  # fmt: skip
         return self.executors[key]
 
-    def update(self, rate: float, norm: float) -> None:
+    def update(self, point: Point, norm: float) -> None:
         """Step the optimizer. FP8 copies of weights were of the old ones."""
-        self.optimizer.update(rate, norm)
+        rate = learning_rate(self.config.optim, point, self.config.data.seq_len)
+        self.optimizer.update(rate, norm, self.scale(point))
         if self.fp8 is not None:
             self.fp8.cache.clear()
+
+    def scale(self, point: Point) -> float:
+        """What a step's gradients are multiplied by until the update."""
+        return gradient_scale(point, self.config.data.seq_len)
 
     def tokens(self, source: TokenSource, first: int, microbatches: int) -> list[torch.Tensor]:
         """This data rank's microbatches of the step whose first sequence is `first`: a share that any layout agrees on
@@ -180,24 +185,26 @@ def routes_of_tokens(config: Config, mesh: Mesh, topology: Topology) -> list[str
 
 
 def accumulate(rig: Rig, point: Point) -> Played:
-    """Play the schedule over a step's sequences. Every main gradient then holds this rank's share of the sum."""
+    """Play the schedule over a step's sequences. Every main gradient then holds this rank's share of the sum, times
+    `rig.scale(point)`."""
     microbatches = rig.config.microbatches(point.sequences)
     rig.optimizer.zero.zero_grads()
     if rig.fp8 is not None:
         every = rig.config.fp8.guard_every
         rig.fp8.guard.on = every > 0 and point.step % every == 0
     tokens = rig.tokens(rig.data.train, point.first, microbatches)
-    return rig.executor(microbatches, training=True).run(Batch(tokens, 1 / (microbatches * rig.mesh.data_ranks)))
+    share = rig.scale(point) / (microbatches * rig.mesh.data_ranks)
+    return rig.executor(microbatches, training=True).run(Batch(tokens, share))
 
 
 def train_step(rig: Rig, point: Point) -> tuple[Played, float, Balance]:
     """One step. Gives what was played, the gradient norm before the clip, and how even the load was. Raises Diverged,
     with nothing updated, when the norm is not finite."""
     played = accumulate(rig, point)
-    norm = rig.optimizer.reduce()
+    norm = rig.optimizer.reduce(rig.scale(point))
     if norm != norm or norm == float("inf"):
         raise Diverged(f"step {point.step + 1}: the gradient norm is {norm}; nothing was updated")
-    rig.update(learning_rate(rig.config.optim, point, rig.config.data.seq_len), norm)
+    rig.update(point, norm)
     return played, norm, balance(rig)
 
 

@@ -23,7 +23,7 @@ from dryvine.comm import local
 from dryvine.comm.mesh import make_mesh
 from dryvine.parallel.config import ParallelConfig
 from dryvine.trainer.config import Config
-from dryvine.trainer.plan import learning_rate, points
+from dryvine.trainer.plan import points
 from dryvine.trainer.step import accumulate, balance, make_rig, make_schedule, open_data
 
 STEPS = 3
@@ -89,9 +89,9 @@ def _rank(rank: int, config: Config, steps: int) -> tuple[list[float], tuple[flo
     losses, norms, grads = [], [], {}
     for point in islice(points(config.batch, config.data.seq_len), steps):
         played = accumulate(rig, point)
-        norms.append(rig.optimizer.reduce())
-        grads = {(p.name, p.start): p.grad.numpy().copy() for p in rig.optimizer.pieces}
-        rig.update(learning_rate(config.optim, point, config.data.seq_len), norms[-1])
+        norms.append(rig.optimizer.reduce(rig.scale(point)))
+        grads = {(p.name, p.start): p.grad.numpy() / np.float32(rig.scale(point)) for p in rig.optimizer.pieces}
+        rig.update(point, norms[-1])
         balance(rig)
         share = config.microbatches(point.sequences) * mesh.data_ranks
         losses.append(sum(float(loss) for some in played.losses.values() for loss in some) / share)
