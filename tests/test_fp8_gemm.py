@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from dryvine.trainer.fp8 import reference
-from dryvine.trainer.fp8.gemm import ENGINES, Emulate
+from dryvine.trainer.fp8.choose import ENGINES
+from dryvine.trainer.fp8.gemm import Emulate
 from dryvine.trainer.fp8.tensors import Groups, Quantized
 
 CPU = torch.device("cpu")

@@ -125,7 +125,7 @@ def make_rig(
     blocks = split(config)
     dispatcher = Metered(_dispatcher(config, mesh, topology, watch))
     wgrad = WGrad()
-    fp8 = FP8(config.fp8, *choose(config.fp8, mesh.device), wgrad) if config.fp8.fp8 else None
+    fp8 = FP8(config.fp8, *choose(config.fp8, mesh, config.run.folder), wgrad) if config.fp8.fp8 else None
     model = build_model(
         config.model,
         {stage: blocks[stage] for stage in schedule.stages_of(mesh.pp_rank)},

@@ -1,15 +1,15 @@
 """FP8 matrix products, y = A Bᵀ and the wgrad accumulation, by several engines behind one protocol.
 
 `emulate` is the truth: the arithmetic of the recipe in plain torch, on any machine, with an accumulator one can choose.
-The others are the same two functions on a GPU. An engine is a class with `missing` (why it cannot run here, in words)
-and a line in ENGINES; choose.py picks one.
+The others are the same two functions on a GPU; those of other packages are in gemm_deep_gemm.py and gemm_te.py. An
+engine is a class with `missing` (why it cannot run here, in words) and a line in ENGINES of choose.py, which picks one.
 
 Legend: A [M, K] in 1x128 tiles; B [N, K], or [X, N, K] by expert, in 128x128 blocks; P padded rows (see Groups).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import pairwise
@@ -41,7 +41,7 @@ class Engine(Protocol):
         ...
 
 
-def _by_expert(a: Quantized, b: Quantized, groups: Groups) -> Iterator[tuple[slice, Quantized, Quantized]]:
+def by_expert(a: Quantized, b: Quantized, groups: Groups) -> Iterator[tuple[slice, Quantized, Quantized]]:
     """The rows of each expert that has any, with its operands."""
     first = 0
     for expert, count in enumerate(groups.counts):
@@ -55,7 +55,7 @@ def _by_expert(a: Quantized, b: Quantized, groups: Groups) -> Iterator[tuple[sli
             )
 
 
-def _by_range(a: Quantized, b: Quantized, groups: Groups) -> Iterator[tuple[int, Quantized, Quantized]]:
+def by_range(a: Quantized, b: Quantized, groups: Groups) -> Iterator[tuple[int, Quantized, Quantized]]:
     """Operands of wgrad over the padded rows of each expert that has any."""
 
     def cut(q: Quantized, first: int, last: int) -> Quantized:
@@ -90,12 +90,12 @@ class Emulate:
         if groups is None:
             return self._sum(a, b).to(dtype)
         y = torch.empty(len(a.values), b.values.shape[-2], dtype=dtype, device=a.values.device)
-        for rows, part_a, part_b in _by_expert(a, b, groups):
+        for rows, part_a, part_b in by_expert(a, b, groups):
             y[rows] = self._sum(part_a, part_b).to(dtype)
         return y
 
     def wgrad(self, a: Quantized, b: Quantized, groups: Groups, total: Tensor) -> None:
-        for expert, part_a, part_b in _by_range(a, b, groups):
+        for expert, part_a, part_b in by_range(a, b, groups):
             total[expert] += self._sum(part_a, part_b)
 
     def _sum(self, a: Quantized, b: Quantized) -> Tensor:
@@ -124,7 +124,7 @@ def _hopper(a: Tensor, b: Tensor) -> Tensor:
     return total
 
 
-def _no_hopper(device: torch.device) -> str | None:
+def no_hopper(device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"needs a Hopper GPU, and the device is {device.type}; fp8.gemm = 'emulate' works anywhere"
     major = torch.cuda.get_device_capability(device)[0]
@@ -137,7 +137,7 @@ class Triton:
 
     @staticmethod
     def missing(device: torch.device) -> str | None:
-        return _no_hopper(device) or (None if find_spec("triton") else "needs triton >= 3.6: pip install triton")
+        return no_hopper(device) or (None if find_spec("triton") else "needs triton >= 3.6: pip install triton")
 
     def product(
         self, a: Quantized, b: Quantized, groups: Groups | None = None, dtype: torch.dtype = torch.bfloat16
@@ -158,7 +158,7 @@ class Torch:
 
     @staticmethod
     def missing(device: torch.device) -> str | None:
-        if reason := _no_hopper(device):
+        if reason := no_hopper(device):
             return reason
         version = torch.version.cuda or "0.0"
         old = tuple(map(int, version.split("."))) < (12, 9)
@@ -170,34 +170,29 @@ class Torch:
         if groups is None:
             return _scaled_mm(a, b, dtype)
         y = torch.empty(len(a.values), b.values.shape[-2], dtype=dtype, device=a.values.device)
-        for rows, part_a, part_b in _by_expert(a, b, groups):
+        for rows, part_a, part_b in by_expert(a, b, groups):
             y[rows] = _scaled_mm(part_a, part_b, dtype)
         return y
 
     def wgrad(self, a: Quantized, b: Quantized, groups: Groups, total: Tensor) -> None:
-        for expert, part_a, part_b in _by_range(a, b, groups):
+        for expert, part_a, part_b in by_range(a, b, groups):
             total[expert] += _scaled_mm(part_a, part_b, torch.float32)
 
 
 def _scaled_mm(a: Quantized, b: Quantized, dtype: torch.dtype) -> Tensor:
-    """Rows are filled up to a multiple of 4 where need be; K-slices are copied, since scaled_mm wants whole rows."""
+    """K-slices are copied, since scaled_mm wants whole rows, and a multiple of 4 of them."""
     kinds = {(1, TILE): functional.ScalingType.BlockWise1x128, (TILE, TILE): functional.ScalingType.BlockWise128x128}
-    rows = len(a.values)
-    values, scales = a.values.contiguous(), a.scales
-    if rows % 4:
-        extra = -rows % 4
-        values = torch.cat((values, values.new_zeros(extra, values.shape[1])))
-        scales = torch.cat((scales, scales.new_ones(extra, scales.shape[1])))
+    whole = filled(a, 4)
     y = functional.scaled_mm(
-        values,
+        whole.values.contiguous(),
         b.values.contiguous().t(),
-        _token_major(scales),
+        _token_major(whole.scales),
         kinds[a.tile],
         _token_major(b.scales) if b.tile[0] == 1 else _padded_turned(b.scales),
         kinds[b.tile],
         output_dtype=dtype,
     )
-    return y[:rows]
+    return y[: len(a.values)]
 
 
 def _token_major(scales: Tensor) -> Tensor:
@@ -205,11 +200,27 @@ def _token_major(scales: Tensor) -> Tensor:
     return scales if scales.stride() == (1, len(scales)) else scales.t().contiguous().t()
 
 
+def filled(q: Quantized, multiple: int) -> Quantized:
+    """Rows of 1x128 tiles filled up with zeros to a multiple; itself where they are one."""
+    extra = -len(q.values) % multiple
+    if not extra:
+        return q
+    zeros = q.values.new_zeros(extra, q.values.shape[1])
+    return Quantized(
+        torch.cat((q.values, zeros)), torch.cat((q.scales, q.scales.new_ones(extra, q.scales.shape[1]))), q.tile
+    )
+
+
+def aligned(scales: Tensor) -> Tensor:
+    """[R, B] with strides (1, R rounded up to 4), where TMA can read. (A slice may have the one without the other.)"""
+    rows, wide = len(scales), pad(len(scales), 4)
+    if scales.stride() == (1, wide) and scales.data_ptr() % 16 == 0:
+        return scales
+    return scales.new_empty(scales.shape[1], wide).t()[:rows].copy_(scales)
+
+
 def _padded_turned(scales: Tensor) -> Tensor:
     """Scales of blocks [N / 128, K / 128] as [K / 128 rounded up to 4, N / 128]: those of K side by side in memory, and
     what `empty_blocks` left room for included."""
     width = scales.stride(0)
     return scales.as_strided((width, len(scales)), (1, width), scales.storage_offset())
-
-
-ENGINES: dict[str, Callable[[], Engine]] = {"emulate": Emulate, "torch": Torch, "triton": Triton}
