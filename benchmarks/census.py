@@ -1,0 +1,52 @@
+"""Which memory a stretch of code leaves behind, storage by storage, on any device.
+
+Every tensor that an operator makes meanwhile is noted by its storage, weakly; what is alive afterwards was kept by
+somebody. The allocator's own figure would do on a GPU but for caches that a microbatch replaces rather than keeps, and
+a CPU's allocator has none. Saved-tensor hooks see what autograd saves, but not what a handle or a closure holds, nor
+what hooks of the code itself (recompute) have packed.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class Census(TorchDispatchMode):
+    """`with Census() as census: ...`, then `census.alive()`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: dict[int, tuple[weakref.ref[Any], str]] = {}  # by id of the storage, which its death frees
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {id(t.untyped_storage()) for t in _tensors((args, kwargs))}
+        self.note([t for t in _tensors(out) if id(t.untyped_storage()) not in given], str(func))
+        return out
+
+    def note(self, values: Iterable[torch.Tensor], made_by: str) -> None:
+        """Count these too, though nobody made them here: a phase's input, say."""
+        for value in values:
+            storage = value.untyped_storage()
+            self._seen[id(storage)] = weakref.ref(storage), f"{made_by} {list(value.shape)} {value.dtype}"
+
+    def alive(self) -> list[tuple[int, str]]:
+        """(bytes, by which operator, of which shape and dtype) of each storage that is still held, largest first."""
+        gc.collect()
+        found = [(storage, made_by) for ref, made_by in self._seen.values() if (storage := ref()) is not None]
+        return sorted(((storage.nbytes(), made_by) for storage, made_by in found), reverse=True)
+
+    @property
+    def bytes(self) -> int:
+        return sum(size for size, _ in self.alive())
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]

@@ -1,0 +1,107 @@
+"""The one-GPU benchmarks run: toys of them on a CPU, in processes of their own, and what they tell adds up."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import kernel_times
+from benchmarks.census import Census
+
+HERE = Path(__file__).parents[1] / "benchmarks"
+
+
+def run(script: str, out: Path, *words: str) -> Any:
+    command = [sys.executable, str(HERE / script), "--device=cpu", f"--json={out / 'found.json'}", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads((out / "found.json").read_text())
+
+
+def test_a_layer_is_measured_by_phase_and_kind(tmp_path: Path) -> None:
+    found = run("layer.py", tmp_path, "--iterations=2", "--tokens=32", f"--trace={tmp_path / 'layer.json.gz'}")
+    bf16, fp8 = found["layers"]
+    assert list(bf16["phases_ms"]) == [
+        "F attention", "F layout", "F dispatch", "F experts", "F combine",
+        "B combine", "B experts", "B dispatch", "B layout", "B attention", "W experts", "W attention",
+    ]  # fmt: skip
+    assert sum(bf16["phases_ms"].values()) == pytest.approx(bf16["total_ms"], rel=0.3)
+    assert bf16["unclassified"] == []
+    assert 0 < fp8["kept_bytes"] < bf16["kept_bytes"]
+    for one in (bf16, fp8):
+        assert {"GEMM", "attention core", "permutation"} <= set(one["kinds_by_phase_ms"]["F attention"])
+        assert "GEMM" in one["kinds_by_phase_ms"]["B experts"]
+    assert len(kernel_times.read(tmp_path / "layer-bf16.json.gz", ())) > 100
+
+
+def test_peers_train_the_same_model(tmp_path: Path) -> None:
+    words = ("--small", "--steps=1", "--contender=dryvine bf16", "--contender=transformers grouped_mm")
+    ours, theirs = run("peer.py", tmp_path, *words)["found"].values()
+    assert ours["parameters"] == theirs["parameters"]
+    assert ours["losses"][0] == pytest.approx(theirs["losses"][0], abs=0.05)
+
+
+def trace(path: Path, events: list[dict[str, Any]]) -> Path:
+    with gzip.open(path, "wt") as file:
+        json.dump({"traceEvents": [{"ph": "X", "args": {}, **event} for event in events]}, file)
+    return path
+
+
+def test_kernels_belong_to_where_they_were_launched(tmp_path: Path) -> None:
+    """A kernel runs after the span that launched it has ended on the host, and another thread may have launched it."""
+
+    def launched(correlation: int, name: str, at: float, start: float, took: float) -> list[dict[str, Any]]:
+        args = {"correlation": correlation}
+        return [
+            {"cat": "cuda_runtime", "name": "cudaLaunchKernel", "tid": 9, "ts": at, "dur": 1.0, "args": args},
+            {"cat": "kernel", "name": name, "tid": 7, "ts": start, "dur": took, "args": args},
+        ]
+
+    events = [
+        {"cat": "user_annotation", "name": "F attention", "tid": 1, "ts": 0.0, "dur": 10.0},
+        {"cat": "user_annotation", "name": "B attention", "tid": 1, "ts": 20.0, "dur": 10.0},
+        *launched(1, "nvjet_tst_128x256_64x4_2x1_v_bz_coopA_TNT", 5.0, 15.0, 8.0),
+        *launched(2, "rows_kernel", 25.0, 22.0, 4.0),
+        *launched(3, "what_is_this", 50.0, 60.0, 2.0),
+    ]
+    gemm, cast, other = kernel_times.read(trace(tmp_path / "t.json.gz", events), ("F attention", "B attention"))
+    assert (gemm.span, gemm.kind) == ("F attention", "GEMM")
+    assert (cast.span, cast.kind) == ("B attention", "casts")
+    assert (other.span, other.kind) == ("", kernel_times.UNKNOWN)
+    assert kernel_times.busy([gemm, cast, other]) == pytest.approx(8 + 3 + 2)  # a microsecond of two at once
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_6_64x128x128_4x1x1", "attention core"),
+        ("void cutlass::device_kernel<cutlass::gemm::kernel::GemmUniversal<...>>", "GEMM"),
+        ("void cutlass::Kernel2<cutlass_80_simt_sgemm_128x64_8x5_tn_align1>(...)", "GEMM in FP32"),
+        ("product_kernel", "GEMM"),
+        ("swiglu_backward_kernel", "casts"),
+        ("rmsnorm_kernel", "norms"),
+        ("void at::native::index_elementwise_kernel<128, 4, ...>", "permutation"),
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>", "elementwise"),
+        ("void at::native::unrolled_elementwise_kernel<at::native::direct_copy_kernel_cuda>", "copies"),
+        ("Memset (Device)", "copies"),
+    ],
+)
+def test_kinds_follow_from_names(name: str, kind: str) -> None:
+    assert kernel_times.kind_of(name) == kind
+
+
+def test_a_census_counts_what_is_kept_and_nothing_else() -> None:
+    before = torch.ones(1000)
+    with Census() as census:
+        kept = [before * 2, before[:10], (before + 1).view(10, 100)[:1]]  # the last holds all of its storage
+        (before * 3).sum()
+    assert [size for size, _ in census.alive()] == [4000, 4000]
+    del kept
+    assert census.bytes == 0
