@@ -16,8 +16,10 @@ setup-test: .venv/.setup-test
 	$(BIN)/pip install -q -e .
 	touch $@
 
+# The kernels are also compiled by the triton of torch 2.11, which has a folder of its own since two cannot be installed.
 .venv/.setup-test: .venv/.setup
 	$(BIN)/pip install -q -e ".[test]"
+	[ "$$(uname)" != Linux ] || $(BIN)/pip install -q --no-deps --upgrade --target .venv/triton-3.6.0 triton==3.6.0
 	touch $@
 
 train: setup

@@ -59,6 +59,8 @@ def compile_one(
     return {
         "kernel": f"{kernel.__module__.split('.')[-1]}.{kernel.__name__}",
         "constants": constants,
+        "triton": triton.__version__,
+        "warps": warps,
         "registers": int(found["REG"]),
         "stack": int(found["STACK"]),
         "shared": built.metadata.shared,
