@@ -3,9 +3,9 @@
     python benchmarks/layer.py --device cuda [--recipe bf16|deepseek_v3] [--trace FILE.json.gz] [--json FILE]
 
 The phases are those that the trainer runs (`build_model`), one after the other on one stream, with W put off to the end
-as a schedule would. The rank is number 0 of a group of 64 that holds V3's 256 experts: the dispatcher `fake` supposes
-that all others route as it does, so of 4096 tokens with 8 choices each, 32768 rows come to its 4 experts, as many as
-the gate's choices say to each. Rows are really gathered, multiplied and summed; only their journey is left out.
+as a schedule would. The rank is number 0 of a group of 64 that holds V3's 256 experts, and supposes that all others
+route as it does: of 4096 tokens with 8 choices each, 32768 rows come to its 4 experts, as many to each as gates say.
+The dispatcher is `flat`, with every gather and sum of its own; the journey alone is one copy on this device instead.
 
 Time of a phase is between CUDA events, host waits and launches in it included, without a profiler. What the kernels in
 it are is read from one more microbatch under torch.profiler. `gaps` are the events' total less the time in which any
@@ -20,7 +20,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -35,9 +35,10 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from dryvine.comm.fake import Fake
+from dryvine.comm.api import Pending
+from dryvine.comm.exchange import Meter
+from dryvine.comm.flat import Flat
 from dryvine.comm.mesh import make_mesh
-from dryvine.comm.topology import by_sizes
 from dryvine.parallel.stage import Flight, Stage, State
 from dryvine.parallel.wgrad import Closure, WGrad
 from dryvine.trainer.config import load
@@ -66,14 +67,21 @@ def v3(device: torch.device, recompute: bool) -> Shape:
 # ---- the layer, and a microbatch through it
 
 
-class Uncounted(Fake):
-    """Without the bytes of each link: to count them takes kernels and host waits that no real dispatcher has."""
+class Mirror:
+    """The `Exchange` of a group whose ranks all route as this one does: what they send it is what it sends them."""
 
-    def _sends(self, rank_TK: torch.Tensor) -> tuple[int, ...]:
-        return ()
+    def __init__(self, size: int) -> None:
+        self.size, self.rank, self.meter = size, 0, Meter()
 
-    def _count(self, *payload: Any) -> None:
-        pass
+    def start(
+        self,
+        rows: torch.Tensor,
+        sends: Sequence[int],
+        receives: Sequence[int],
+        into: torch.Tensor | None = None,
+        what: str = "",
+    ) -> Pending[torch.Tensor]:
+        return Pending.done(rows.clone() if into is None else into.copy_(rows))
 
 
 class Clock:
@@ -168,7 +176,7 @@ def make_bench(recipe: Recipe, device: torch.device, tokens: int, recompute: boo
         alone = make_mesh(1, 1, 1, 1, device, timedelta(seconds=60))
         engine, said = choose(preset(recipe), alone, folder)
         fp8 = FP8(preset(recipe), engine, said, wgrad)
-    dispatcher = Uncounted(by_sizes([8] * (EP // 8)), 0, shape.routed)
+    dispatcher = Flat(None, shape.routed, exchange=Mirror(EP))
     model = build_model(
         shape, {0: ("layers.0",)}, ep_rank=0, ep_size=EP, dispatcher=dispatcher, wgrad=wgrad,
         dtype=torch.bfloat16, device=device, fp8=fp8,
