@@ -42,6 +42,7 @@ class Played:
     needs has arrived."""
 
     losses: dict[str, list[Tensor]] = field(default_factory=dict)  # name -> one scalar per microbatch that made it
+    microbatches: dict[str, list[int]] = field(default_factory=dict)  # name -> which ones, in the same order
     timeline: list[tuple[Slot, float, float]] = field(default_factory=list)  # slot, start, end
     started: float = 0.0
     ended: float = 0.0
@@ -161,6 +162,7 @@ class _Play:
         if op.kind == "F":
             for name, loss in self._flights[key].losses.items():
                 self.played.losses.setdefault(name, []).append(loss)
+                self.played.microbatches.setdefault(name, []).append(op.microbatch)
         if op.kind in "BW" or not self.batch.training:
             del self._flights[key]
 

@@ -21,7 +21,8 @@ from dryvine.trainer.data.config import DataError
 from dryvine.trainer.fp8.choose import CannotRun, check
 from dryvine.trainer.journal import same_run
 from dryvine.trainer.loop import train
-from dryvine.trainer.step import Data, Diverged, make_schedule, open_data
+from dryvine.trainer.skip import Diverged
+from dryvine.trainer.step import Data, make_schedule, open_data
 
 
 def main(words: Sequence[str]) -> int:
@@ -55,7 +56,8 @@ def run(config: Config, data: Data, device: torch.device, topology: Topology) ->
         routes = len(make_schedule(config, config.microbatches(config.batch.sequences)).routes)
         train(config, make_mesh(p.pp, p.dp, p.ep, routes, device, timeout, config.comm.sms), data, topology, watch)
     except Diverged as error:
-        print(f"dryvine: {error}", file=sys.stderr)
+        if not many or dist.get_rank() == 0:  # all ranks say the same
+            print(f"dryvine: {error}", file=sys.stderr)
         return 1
     finally:
         if watch:

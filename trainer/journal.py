@@ -1,6 +1,7 @@
 """The run folder: what a run was, and what it measured. Written by rank 0 alone.
 
 config.toml      as resolved; `dryvine train` runs it again
+skipped.jsonl    a line per step that updated nothing: its data, and what was not finite on which rank
 commit.txt       the code's git commit, with `+` if the tree had changes
 metrics.jsonl    a row per step; a figure not known at a step is null
 events.out...    the same for TensorBoard
@@ -14,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 import subprocess
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,11 @@ class Row:
 
     step: int
     tokens: int  # consumed so far
-    loss: float
+    loss: float  # null in metrics.jsonl if not finite, as is every figure
     val_loss: float | None
     lr: float
     grad_norm: float
+    skipped: int  # 0; of a step that updated nothing, its number in a row of such
     tokens_per_second: float
     bubble: float
     overlapped_share: float
@@ -74,7 +76,7 @@ class Journal:
         self._board = SummaryWriter(str(self.folder), purge_step=resume_step + 1)
 
     def write(self, row: Row) -> None:
-        figures = asdict(row)
+        figures = {name: value if value is None or math.isfinite(value) else None for name, value in vars(row).items()}
         self._lines.write(json.dumps(figures) + "\n")
         self._lines.flush()
         for name, value in figures.items():

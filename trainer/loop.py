@@ -6,6 +6,7 @@ metrics need anyway, then save and leave; a rank that left on its own would hang
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from dryvine.trainer.config import Config
 from dryvine.trainer.journal import Journal, Row, read
 from dryvine.trainer.plan import Point, learning_rate, points
 from dryvine.trainer.report import final_table
+from dryvine.trainer.skip import Diverged, Skipped, blame, enough
 from dryvine.trainer.step import Data, Rig, evaluate, make_rig, make_schedule, routes_of_tokens, train_step
 from dryvine.trainer.timeline import measured, write
 
@@ -63,12 +65,17 @@ def train(config: Config, mesh: Mesh, data: Data, topology: Topology | None = No
         console.print(f"resuming {config.run.folder} after step {done}")
     schedule = make_schedule(config, config.microbatches(config.batch.sequences))
     journal = Journal(config, schedule, done) if mesh.rank == 0 else None
+    skips: list[Skipped] = []  # in a row, up to now
     with Stop().on_signals() as stop, _progress(console) as bar:
         task = bar.add_task(config.run.name, total=config.run.steps, completed=done, loss=float("nan"))
         for point in islice(points(config.batch, config.data.seq_len), done, config.run.steps):
-            row, leave = one(rig, point, stop)
+            row, leave = one(rig, point, stop, skips)
             if journal:
                 journal.write(row)
+            if row.skipped:
+                _tell(skips[-1], console, journal)
+            if row.skipped == config.optim.skips:
+                break
             bar.update(task, advance=1, loss=row.loss)
             if leave or row.step % config.run.checkpoint_every == 0 or row.step == config.run.steps:
                 save(rig, row.step)
@@ -77,15 +84,20 @@ def train(config: Config, mesh: Mesh, data: Data, topology: Topology | None = No
                 break
     if journal:
         journal.close()
+    if len(skips) == config.optim.skips:
+        raise Diverged(enough(skips))
+    if journal:
         console.print(final_table(config, read(config.run.folder)))
 
 
-def one(rig: Rig, point: Point, stop: Stop) -> tuple[Row, bool]:
-    """A step with its metrics. Also tells whether any rank was asked to stop."""
+def one(rig: Rig, point: Point, stop: Stop, skips: list[Skipped]) -> tuple[Row, bool]:
+    """A step with its metrics. Also tells whether any rank was asked to stop. `skips` gets the step if it was skipped,
+    and is emptied if not."""
     config, step = rig.config, point.step + 1
     started = time.perf_counter()
     played, norm, even = train_step(rig, point)
     seconds = time.perf_counter() - started
+    skips[:] = [] if math.isfinite(norm) else [*skips, blame(point, played, rig.optimizer.zero, rig.mesh)]
     if step == config.run.timeline_step:
         _draw_timeline(rig, point, played)
     sums, stopped, worst, seconds = _reduce(rig, played, stop.asked, seconds)
@@ -99,6 +111,7 @@ def one(rig: Rig, point: Point, stop: Stop) -> tuple[Row, bool]:
         val_loss=evaluate(rig) if validate else None,
         lr=learning_rate(config.optim, point, config.data.seq_len),
         grad_norm=norm,
+        skipped=len(skips),
         tokens_per_second=tokens / seconds,
         bubble=worst,
         overlapped_share=sums["paired"] / sums["forwards"] if config.parallel.overlap == "on" else 0.0,
@@ -116,6 +129,12 @@ def one(rig: Rig, point: Point, stop: Stop) -> tuple[Row, bool]:
         seconds=seconds,
     )
     return row, stopped
+
+
+def _tell(skipped: Skipped, console: Console, journal: Journal | None) -> None:
+    console.print(str(skipped), markup=False)
+    if journal:
+        skipped.append(journal.folder)
 
 
 def _reduce(rig: Rig, played: Played, stop: bool, seconds: float) -> tuple[dict[str, float], bool, float, float]:

@@ -32,6 +32,7 @@ class OptimConfig(BaseModel, frozen=True, extra="forbid"):
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip: Annotated[float, Field(gt=0)] = 1.0
+    skips: Positive = 3  # in a row end a run: one is bad data or a bad bit, three on other data each are the weights
 
 
 class BatchConfig(BaseModel, frozen=True, extra="forbid"):

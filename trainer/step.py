@@ -6,6 +6,7 @@ copies; the optimizer updates; the gate biases follow the load of the whole glob
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -38,11 +39,6 @@ from dryvine.trainer.model.decoder import Model, build_model
 from dryvine.trainer.model.shape import blocks
 from dryvine.trainer.optim import Optimizer
 from dryvine.trainer.plan import Point, gradient_scale, learning_rate
-
-
-class Diverged(RuntimeError):
-    """The gradients are not finite."""
-
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -198,14 +194,14 @@ def accumulate(rig: Rig, point: Point) -> Played:
 
 
 def train_step(rig: Rig, point: Point) -> tuple[Played, float, Balance]:
-    """One step. Gives what was played, the gradient norm before the clip, and how even the load was. Raises Diverged,
-    with nothing updated, when the norm is not finite."""
+    """One step. Gives what was played, the gradient norm before the clip, and how even the load was. With a norm that
+    is not finite, on any rank and so on all, the step is skipped: no weight, moment or gate bias has changed."""
     played = accumulate(rig, point)
     norm = rig.optimizer.reduce(rig.scale(point))
-    if norm != norm or norm == float("inf"):
-        raise Diverged(f"step {point.step + 1}: the gradient norm is {norm}; nothing was updated")
-    rig.update(point, norm)
-    return played, norm, balance(rig)
+    sound = math.isfinite(norm)
+    if sound:
+        rig.update(point, norm)
+    return played, norm, balance(rig, move=sound)
 
 
 class Balance(NamedTuple):
@@ -215,15 +211,17 @@ class Balance(NamedTuple):
     ranks: float  # of an expert-parallel group
 
 
-def balance(rig: Rig) -> Balance:
-    """Move every gate's bias by the load of the whole global batch, and start counting anew (arXiv 2408.15664)."""
+def balance(rig: Rig, move: bool = True) -> Balance:
+    """Move every gate's bias by the load of the whole global batch, unless the step is skipped, and start counting
+    anew (arXiv 2408.15664)."""
     shape, own = rig.config.model, rig.model.loads
     layers = [block.name for block in blocks(shape) if block.kind in ("moe", "mtp")]
     if not layers:
         return Balance(1.0, 1.0)
     zeros = torch.zeros(shape.routed, dtype=torch.int64, device=rig.mesh.device)
     loads = rig.mesh.sum(torch.stack([own.get(layer, zeros) for layer in layers]))
-    rig.model.update_biases(dict(zip(layers, loads, strict=True)), shape.bias_gamma)
+    if move:
+        rig.model.update_biases(dict(zip(layers, loads, strict=True)), shape.bias_gamma)
     rig.model.reset_loads()
     return Balance(*(_imbalance(loads.view(len(layers), n, -1).sum(-1)) for n in (shape.routed, rig.mesh.ep)))
 
