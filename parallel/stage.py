@@ -17,10 +17,9 @@ Between phases travels a tuple of tensors, the state. What it holds is agreed be
 
 A backward gets the gradients of a phase's outputs in the same places (None for integers) and gives those of its inputs.
 
-Sent rows are what a `Codec` makes of rows for a dispatch: the rows themselves, or FP8 values and scales. Both dispatches
-send so, the backward of combine too, whose gradients are (dx, *sent drows [R,..]). A combine adds, so what it carries
-is one tensor of rows in the run's dtype: the gradients of experts' inputs are (dx, drows [R,H], dweights [R]) whatever
-was sent.
+Sent rows are what a `Codec` makes of rows for a dispatch: they themselves, or FP8 values and scales. The backward of
+combine is a dispatch and sends so too: it gives (dx, *sent drows [R,..]). What combine carries is added up on its way,
+and so is rows [R,H] in the run's dtype whatever was sent; experts' gradients are (dx, drows [R,H], dweights [R]).
 """
 
 from __future__ import annotations
@@ -117,9 +116,9 @@ class Compute:
 
 
 class Explicit:
-    """Arithmetic whose backward is a function too, for inputs that autograd cannot serve: the gradient of rows that came
-    as FP8 values and scales is one tensor of another dtype. `forward` gives the next state and what `backward` needs;
-    `backward` turns that and the outputs' gradients into the inputs'. The state's first `through` pass untouched."""
+    """Arithmetic whose backward is a function too, for inputs that autograd cannot serve: the gradient of rows that
+    came as FP8 values and scales is one tensor of another dtype. `forward` gives the next state and what `backward`
+    needs; `backward` makes of that and the outputs' gradients the inputs'. The first `through` pass untouched."""
 
     lane: Literal["compute"] = "compute"
 

@@ -104,7 +104,8 @@ def quantisers() -> Any:
     yield compile_one(cast.unpack_kernel, {"ROWS": cast.ROWS}, 4)
     yield compile_one(fused.swiglu_kernel, {"WEIGHTED": True, "UE8M0": False, "ROWS": fused.ROWS}, 4)
     yield compile_one(fused.swiglu_backward_kernel, {"WEIGHTED": True, "UE8M0": False}, 16)
-    yield compile_one(fused.rmsnorm_kernel, {"UE8M0": False, "TILES": 64}, 8)
+    for cast_too in (True, False):
+        yield compile_one(fused.rmsnorm_kernel, {"CAST": cast_too, "UE8M0": False, "TILES": 64}, 8)
 
 
 if __name__ == "__main__":

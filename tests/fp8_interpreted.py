@@ -149,6 +149,8 @@ def test_swiglu(kind: str, weighted: bool) -> None:
 def test_rmsnorm(kind: str) -> None:
     x, weight = INPUTS[kind](4, 384).bfloat16(), INPUTS["normal"](384, 1).flatten()
     _same(fused.rmsnorm_rows(x, weight, 1e-6), reference.rmsnorm_rows(x, weight, 1e-6))
+    part = torch.cat((x, x), 1)[:, :384]  # as the latent of MLA comes, in wider rows
+    _same(fused.rmsnorm(part, weight, 1e-6), reference.rmsnorm(part, weight, 1e-6))
 
 
 @pytest.mark.parametrize("kind", INPUTS)

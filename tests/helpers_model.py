@@ -12,6 +12,9 @@ from torch import Tensor
 from dryvine.comm.api import Pending
 from dryvine.parallel.stage import Flight, Stage, State
 from dryvine.parallel.wgrad import Closure, WGrad
+from dryvine.trainer.fp8.gemm import Emulate
+from dryvine.trainer.fp8.linear import FP8
+from dryvine.trainer.fp8.recipe import preset
 from dryvine.trainer.model.decoder import Model, build_model
 from dryvine.trainer.model.shape import Shape, blocks
 
@@ -58,6 +61,19 @@ def tiny(**changes: Any) -> Shape:
         score="sigmoid", normalise=True, route_scale=2.5, vocab=67, max_position=64, init_std=0.1,
     )  # fmt: skip
     return Shape(**(facts.model_dump() | changes))
+
+
+def in_fp8(shape: Shape, dispatcher: Any = None, **recipe: Any) -> tuple[Model, FP8]:
+    """All blocks on one rank as one stage, filled: BF16 with FP8 products, emulated."""
+    wgrad = WGrad()
+    fp8 = FP8(preset("deepseek_v3", **recipe), Emulate(), "", wgrad)
+    names = tuple(block.name for block in blocks(shape))
+    model = build_model(
+        shape, {0: names}, ep_rank=0, ep_size=1, dispatcher=dispatcher or Alone(shape.routed), wgrad=wgrad,
+        dtype=torch.bfloat16, device="cpu", fp8=fp8,
+    )  # fmt: skip
+    model.initialise(0)
+    return model, fp8
 
 
 def whole(shape: Shape, *, dtype: torch.dtype = torch.float32, device: str = "cpu", stages: int = 1) -> Model:

@@ -133,8 +133,12 @@ class FP8:
             if of() is x and version == x._version:
                 return known
         q = self.quantize(x.detach().contiguous(), self.recipe.activation_tile)
-        self._last = (weakref.ref(x), x._version, q)
+        self.remember(x, q)
         return q
+
+    def remember(self, x: Tensor, rows: Quantized) -> None:
+        """`rows` is what a cast of x would give: the next Linears that read x take it."""
+        self._last = (weakref.ref(x), x._version, rows)
 
     def whole(self, x: Tensor) -> Groups:
         """All rows as one group; kept by their number, since its tables are on the device."""

@@ -159,15 +159,20 @@ def swiglu_backward(
     return *quantize_both(dh, groups, scales), quantize_columns(_weigh(act, weights), groups, scales), dweights
 
 
-def rmsnorm_rows(
-    x: Tensor, weight: Tensor, eps: float, scales: ScaleFormat = "fp32"
-) -> tuple[Quantized, Tensor, Tensor]:
-    """RMSNorm and cast in one pass: [R, C] -> quantised rows, the normed x in x's dtype (for what stays BF16), and
-    1 / rms, FP32 [R, 1], for the backward. Quantised is the normed x as given, so that both readers see one tensor."""
+def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """[R, C] -> the normed x in x's dtype, and 1 / rms, FP32 [R, 1], for the backward."""
     square = x.double()
     mean = ((square * square).sum(-1, keepdim=True) / x.shape[-1]).float()
     inverse = 1.0 / (mean + eps).double().sqrt().float()  # torch's FP32 sqrt on a CPU is not correctly rounded
-    normed = (x.float() * inverse * weight.float()).to(x.dtype)
+    return (x.float() * inverse * weight.float()).to(x.dtype), inverse
+
+
+def rmsnorm_rows(
+    x: Tensor, weight: Tensor, eps: float, scales: ScaleFormat = "fp32"
+) -> tuple[Quantized, Tensor, Tensor]:
+    """`rmsnorm` and cast in one pass: quantised rows, then what it gives. Quantised is the normed x as given, so that
+    readers of either see one tensor."""
+    normed, inverse = rmsnorm(x, weight, eps)
     return quantize_rows(normed, scales), normed, inverse
 
 

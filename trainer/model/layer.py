@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from dryvine.parallel.stage import Flight, Outcome, State
+from dryvine.trainer.model.layers import through_norm
 from dryvine.trainer.model.mla import MLA
 from dryvine.trainer.model.moe import FFN, Experts, Gate, balance_loss
-from dryvine.trainer.model.recompute import through
 from dryvine.trainer.model.spec import Spec
 
 
@@ -24,8 +24,8 @@ class Layer(nn.Module):
         super().__init__()
         s = self.shape = spec.shape
         self.name, self.again = name, "norm" in s.recompute
-        self.attention_norm, self.attention = spec.norm(s.hidden), MLA(spec)
-        self.ffn_norm = spec.norm(s.hidden)
+        self.attention_norm, self.attention = spec.norm(s.hidden, feeds_linear=True), MLA(spec)
+        self.ffn_norm = spec.norm(s.hidden, feeds_linear=not is_moe or s.shared > 0)
         if not is_moe:
             self.ffn = FFN(spec, s.ffn)
             return
@@ -33,13 +33,13 @@ class Layer(nn.Module):
         self.shared = FFN(spec, s.shared * s.expert_ffn) if s.shared else None
 
     def _attend(self, x_NH: Tensor, flight: Flight) -> Tensor:
-        latents = through(lambda: (self.attention_norm(x_NH),), self.attention.down, self.again)
+        latents = through_norm(self.attention_norm, x_NH, self.attention.down, self.again)
         return x_NH + self.attention.attend(*latents, sequences=flight.tokens.shape[0])
 
     def dense(self, state: State, flight: Flight) -> Outcome:
         """(x,) -> (x,): attention and dense FFN."""
         x_NH = self._attend(state[0], flight)
-        return Outcome((x_NH + through(lambda: (self.ffn_norm(x_NH),), self.ffn, self.again),), {})
+        return Outcome((x_NH + through_norm(self.ffn_norm, x_NH, self.ffn, self.again),), {})
 
     def route(self, state: State, flight: Flight) -> Outcome:
         """(x,) -> (x, rows, weights, experts): attention, shared experts, and where each row is to go."""
@@ -49,7 +49,7 @@ class Layer(nn.Module):
             shared_NH = x_NH if self.shared is None else x_NH + self.shared(rows_NH)
             return shared_NH, rows_NH, self.gate(rows_NH)
 
-        shared_NH, rows_NH, scores_NE = through(lambda: (self.ffn_norm(x_NH),), use, self.again)
+        shared_NH, rows_NH, scores_NE = through_norm(self.ffn_norm, x_NH, use, self.again)
         weights_NK, experts_NK = self.gate.choose(scores_NE, count=flight.training)
         losses = {}
         if self.shape.balance_alpha:

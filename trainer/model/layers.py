@@ -10,9 +10,9 @@ Legend: N tokens, R rows of experts, X local experts, I inputs, O outputs, V voc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from dryvine.parallel.wgrad import Closure, WGrad
+from dryvine.trainer.fp8.linear import FP8, casts
+from dryvine.trainer.model.recompute import through
+
+R = TypeVar("R")
 
 
 class Weight(nn.Parameter):
@@ -163,27 +167,47 @@ def _norm_dx(dy_NH: Tensor, x_NH: Tensor, scale_N1: Tensor, weight_H: Tensor) ->
 
 
 class _RMSNorm(Function):
+    """Given what it gives: `normed_NH` was made outside, by whichever kernel."""
+
     @staticmethod
-    def forward(ctx: Any, x_NH: Tensor, weight_H: Weight, wgrad: WGrad, eps: float) -> Tensor:
-        out_NH, scale_N1 = _norm(x_NH, weight_H.detach(), eps)
+    def forward(ctx: Any, x_NH: Tensor, weight_H: Weight, wgrad: WGrad, normed_NH: Tensor, scale_N1: Tensor) -> Tensor:
         ctx.save_for_backward(x_NH, scale_N1)
         ctx.weight, ctx.wgrad = weight_H, wgrad
-        return out_NH
+        return normed_NH
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy_NH: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, dy_NH: Tensor) -> tuple[Tensor, None, None, None, None]:
         (x_NH, scale_N1), weight = ctx.saved_tensors, ctx.weight
         _defer(ctx.wgrad, lambda: weight.gradient().add_((dy_NH.float() * x_NH.float() * scale_N1).sum(0)))
-        return _norm_dx(dy_NH, x_NH, scale_N1, weight.detach()), None, None, None
+        return _norm_dx(dy_NH, x_NH, scale_N1, weight.detach()), None, None, None, None
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, computed in FP32, given in x's dtype. x is [N, H]."""
+    """x / rms(x) * weight over the last dimension, computed in FP32, given in x's dtype. x is [N, H].
 
-    def __init__(self, weight_H: Weight, wgrad: WGrad, eps: float) -> None:
+    With `fp8` the cast for the Linears that read the result is made in the same pass and left with `fp8`.
+    """
+
+    def __init__(self, weight_H: Weight, wgrad: WGrad, eps: float, fp8: FP8 | None = None) -> None:
         super().__init__()
-        self.weight, self.wgrad, self.eps = weight_H, wgrad, eps
+        self.weight, self.wgrad, self.eps, self.fp8 = weight_H, wgrad, eps, fp8
 
     def forward(self, x_NH: Tensor) -> Tensor:
-        return _RMSNorm.apply(x_NH, self.weight, self.wgrad, self.eps)
+        x, weight_H = x_NH.detach(), self.weight.detach()
+        if self.fp8 is None:
+            return _RMSNorm.apply(x_NH, self.weight, self.wgrad, *_norm(x, weight_H, self.eps))
+        rows, *given = casts(x).rmsnorm_rows(x, weight_H, self.eps, self.fp8.recipe.scales)
+        normed_NH = _RMSNorm.apply(x_NH, self.weight, self.wgrad, *given)
+        self.fp8.remember(normed_NH, rows)
+        return normed_NH
+
+    def again(self, x_NH: Tensor) -> Tensor:
+        """`forward` to the bit, for a backward that wants the result anew: without a gradient, and without the cast."""
+        norm = _norm if self.fp8 is None else casts(x_NH).rmsnorm
+        return norm(x_NH.detach(), self.weight.detach(), self.eps)[0]
+
+
+def through_norm(norm: RMSNorm, x_NH: Tensor, use: Callable[..., R], again: bool) -> R:
+    """use(norm(x)), its saved copies of the normed x made anew in the backward if `again`: see `through`."""
+    return through(lambda: (norm(x_NH),), use, again, lambda: (norm.again(x_NH),))

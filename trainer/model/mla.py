@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dryvine.trainer.model.layers import RMSNorm, through_norm
 from dryvine.trainer.model.recompute import through
 from dryvine.trainer.model.rope import rotate, softmax_scale
 from dryvine.trainer.model.spec import Spec
@@ -29,11 +30,11 @@ class MLA(nn.Module):
         else:
             self.q_a, self.q_norm, self.q_b = (
                 spec.linear(s.hidden, s.q_lora),
-                spec.norm(s.q_lora),
+                spec.norm(s.q_lora, feeds_linear=True),
                 spec.linear(s.q_lora, q_out),
             )
         self.kv_a = spec.linear(s.hidden, s.kv_lora + s.rope_dim)
-        self.kv_norm = spec.norm(s.kv_lora)
+        self.kv_norm = spec.norm(s.kv_lora, feeds_linear=True)
         self.kv_b = spec.linear(s.kv_lora, s.heads * (s.nope_dim + s.v_dim))
         self.o = spec.linear(s.heads * s.v_dim, s.hidden, after_attention=True)
 
@@ -74,5 +75,5 @@ class MLA(nn.Module):
     def _queries(self, q_latent: Tensor) -> Tensor:
         return q_latent if self.shape.q_lora is None else self._normed(self.q_norm, q_latent, self.q_b)
 
-    def _normed(self, norm: nn.Module, latent: Tensor, up: nn.Module) -> Tensor:
-        return through(lambda: (norm(latent),), up, again="norm" in self.shape.recompute)
+    def _normed(self, norm: RMSNorm, latent: Tensor, up: nn.Module) -> Tensor:
+        return through_norm(norm, latent, up, again="norm" in self.shape.recompute)

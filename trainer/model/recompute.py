@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 R = TypeVar("R")
+Make = Callable[[], tuple[Tensor, ...]]
 Identity = tuple[int, torch.Size, tuple[int, ...], torch.dtype]
 
 
@@ -26,7 +27,7 @@ def _identity(tensor: Tensor) -> Identity:
 class _Remaker:
     """Hooks of one `through`. It lives, and keeps what it made again, until the last backward that unpacks from it."""
 
-    def __init__(self, make: Callable[[], tuple[Tensor, ...]], made: tuple[Tensor, ...]) -> None:
+    def __init__(self, make: Make, made: tuple[Tensor, ...]) -> None:
         self.make = make
         self.numbers = {_identity(t): i for i, t in enumerate(made)}
         self.again: tuple[Tensor, ...] = ()
@@ -43,14 +44,15 @@ class _Remaker:
         return self.again[saved]
 
 
-def through(make: Callable[[], tuple[Tensor, ...]], use: Callable[..., R], again: bool) -> R:
+def through(make: Make, use: Callable[..., R], again: bool, remake: Make | None = None) -> R:
     """use(*make()); with `again`, what `use` saves of make's tensors is made anew in the backward, to the same bits.
 
-    `make` must be pure and hold (in its closure) only what the backward keeps anyway.
+    `make` must be pure and hold (in its closure) only what the backward keeps anyway. `remake` gives the same tensors
+    where `make` does more than that.
     """
     made = make()
     if not (again and torch.is_grad_enabled()):
         return use(*made)
-    remaker = _Remaker(make, made)
+    remaker = _Remaker(remake or make, made)
     with torch.autograd.graph.saved_tensors_hooks(remaker.pack, remaker.unpack):
         return use(*made)

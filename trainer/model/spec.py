@@ -49,8 +49,10 @@ class Spec:
         """In the run's dtype whatever the recipe: the head."""
         return Linear(self.weight(outputs, inputs), self.wgrad)
 
-    def norm(self, size: int) -> RMSNorm:
-        return RMSNorm(self.weight(size), self.wgrad, self.shape.norm_eps)
+    def norm(self, size: int, feeds_linear: bool = False) -> RMSNorm:
+        """`feeds_linear`: Linears or an FFN of the recipe read its output as it is, and take its cast from the norm."""
+        casts = feeds_linear and self.fp8 is not None and self.fp8.recipe.activation_tile == "1x128"
+        return RMSNorm(self.weight(size), self.wgrad, self.shape.norm_eps, self.fp8 if casts else None)
 
     def embedding(self, rows: int, size: int) -> Embedding:
         return Embedding(self.weight(rows, size), self.wgrad)

@@ -8,7 +8,7 @@ from dryvine.trainer.fp8.kernels.cast import (
     quantize_rows,
     unpack_e5m6,
 )
-from dryvine.trainer.fp8.kernels.fused import rmsnorm_rows, swiglu_backward, swiglu_rows
+from dryvine.trainer.fp8.kernels.fused import rmsnorm, rmsnorm_rows, swiglu_backward, swiglu_rows
 
 __all__ = [
     "pack_e5m6",
@@ -16,6 +16,7 @@ __all__ = [
     "quantize_both",
     "quantize_columns",
     "quantize_rows",
+    "rmsnorm",
     "rmsnorm_rows",
     "swiglu_backward",
     "swiglu_rows",
