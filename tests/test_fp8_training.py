@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from dryvine.trainer import verify
 from dryvine.trainer.config import Config
@@ -21,23 +22,27 @@ def layout(tiny: Tiny, pp: int, ep: int, schedule: str, *more: str) -> Config:
     return tiny('run.out="unused"', f"parallel.pp={pp}", f"parallel.ep={ep}", f"parallel.schedule={schedule}", *more)
 
 
-def apart(one: verify.Run, other: verify.Run) -> float:
-    """Of all gradients of the last step as one vector."""
-    a, b = (np.concatenate([run.grads[name] for name in sorted(one.grads)]).astype(np.float64) for run in (one, other))
-    return float(np.linalg.norm(a - b) / np.linalg.norm(a))
+def apart(one: verify.Run, other: verify.Run) -> dict[str, float]:
+    """Of each gradient of the last step, relative."""
+
+    def relative(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+        return float(np.linalg.norm(a - b) / np.linalg.norm(a))
+
+    assert one.grads.keys() == other.grads.keys()
+    return {n: relative(g.astype(np.float64), other.grads[n].astype(np.float64)) for n, g in one.grads.items()}
 
 
 def test_fp8_layouts_train_like_one_process(tiny: Tiny) -> None:
     """Sums of another order differ in the last bits of FP32, and a value that lies between two of E4M3 then takes the
-    other one: a sixteenth of it. So layouts agree to a share of FP8's own error, which is measured here and not set."""
-    alone = layout(tiny, 1, 1, "one_f_one_b", *ON)
-    one = verify.play(alone, steps=1)
+    other one: a sixteenth of it. So each gradient may differ by a share of FP8's own error in it, which is measured
+    here and not set: a quarter, where layouts take a tenth at most and one rank's missing share of an expert twice."""
+    one = verify.play(layout(tiny, 1, 1, "one_f_one_b", *ON), steps=1)
     exact = verify.play(layout(tiny, 1, 1, "one_f_one_b", "run.dtype=bf16"), steps=1)
     many = verify.play(layout(tiny, 2, 2, "dualpipe", *ON), steps=1)
-    own = apart(exact, one)
-    assert 0.005 < own < 0.2, "FP8 was not on, or is broken"
-    assert apart(one, many) < own / 2
-    assert many.losses == pytest.approx(one.losses, rel=1e-3)
+    own, layouts = apart(exact, one), apart(one, many)
+    assert 0.005 < np.median(list(own.values())) < 0.3, "FP8 was not on, or is broken"
+    assert {name: (gap, own[name]) for name, gap in layouts.items() if not gap < own[name] / 4} == {}
+    assert many.losses == pytest.approx(one.losses, rel=1e-4)
 
 
 def test_overlap_does_not_change_a_bit_of_fp8(tiny: Tiny) -> None:
