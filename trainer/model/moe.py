@@ -75,7 +75,8 @@ class Experts(nn.Module):
         """The rows' gradient, in FP8 too, (values, scales) -> (drows [R, H], dweights [R])."""
         fp8, (ffn, kept) = self.fp8, saved
         assert fp8 is not None
-        dy = Quantized(*cast(State, grads))
+        values, scales = cast(State, grads)
+        dy = Quantized(values, scales)
         return fp8.ffn_backward(ffn, kept, dy, lambda: fp8.columns(dy, ffn.groups), self.down.dtype)
 
 
