@@ -26,7 +26,7 @@ FP8 = "fp8e4nv"
 ALIGNED = {"M", "N", "K", "R", "C", "F", "P", "x_stride", "c_stride", "sa_stride", "sb_stride"}
 SCALES = {"s": "fp32", "st": "fp32", "xs": "fp32", "ks": "fp32", "acts": "fp32", "sa": "fp32", "sb": "fp32"}
 VALUES = {"q": FP8, "qt": "i32", "kept": FP8, "act": "i32", "table": "i32", "starts": "i32"}
-OTHERS = {"weights": "fp32", "dw": "fp64", "x": "bf16", "h": "bf16", "dy": "bf16", "w": "fp32", "weight": "bf16",
+OTHERS = {"weights": "fp32", "dw": "fp32", "x": "bf16", "h": "bf16", "dy": "bf16", "w": "fp32", "weight": "bf16",
           "normed": "bf16", "inverse": "fp32", "high": "u8", "low": "u8", "c": "bf16"}  # fmt: skip
 
 
@@ -96,14 +96,14 @@ def products() -> Any:
 
 def quantisers() -> Any:
     yield compile_one(cast.rows_kernel, {"UE8M0": False, "ROWS": cast.ROWS}, 4)
-    for from_fp8 in (False, True):
-        known = {"FROM_FP8": from_fp8, "ROWS_TOO": not from_fp8, "GROUPED": True, "UE8M0": True}
-        yield compile_one(cast.columns_kernel, known, 8, 128, **({"x": f"*{FP8}"} if from_fp8 else {}))
+    yield compile_one(cast.columns_kernel, {"ROWS_TOO": True, "GROUPED": True, "UE8M0": True}, 8, 128)
+    turn = {"GROUPED": True, "UE8M0": True, "WORDS": cast.TURNED_WORDS}
+    yield compile_one(cast.turn_kernel, turn, 4, 96, x=f"*{FP8}")
     yield compile_one(cast.blocks_kernel, {"UE8M0": False}, 8)
     yield compile_one(cast.pack_kernel, {"ROWS": cast.ROWS}, 4)
     yield compile_one(cast.unpack_kernel, {"ROWS": cast.ROWS}, 4)
     yield compile_one(fused.swiglu_kernel, {"WEIGHTED": True, "UE8M0": False, "ROWS": fused.ROWS}, 4)
-    yield compile_one(fused.swiglu_backward_kernel, {"WEIGHTED": True, "UE8M0": False}, 16)
+    yield compile_one(fused.swiglu_backward_kernel, {"WEIGHTED": True, "UE8M0": False, "WORDS": 8}, 4, 128)
     for cast_too in (True, False):
         yield compile_one(fused.rmsnorm_kernel, {"CAST": cast_too, "UE8M0": False, "TILES": 64}, 8)
 

@@ -66,7 +66,7 @@ def test_quantisers_cast_in_hardware_and_do_not_spill(compiled: list[dict[str, A
     assert len(quantisers) >= 9
     for kernel in quantisers:
         name = kernel["kernel"].partition(".")[2]
-        assert kernel["stack"] <= (256 if name == "swiglu_backward_kernel" else 0), kernel
+        assert kernel["stack"] <= 8, kernel  # one address, outside the loops
         if "pack" not in name and kernel["constants"].get("CAST", True):
             assert kernel["cast"], kernel
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dryvine.parallel.wgrad import WGrad
 from dryvine.trainer.model.decoder import Model
-from dryvine.trainer.model.layers import add_product, grouped_product
+from dryvine.trainer.model.layers import Weight, add_product, grouped_product, linear_to_fp32
 from dryvine.trainer.model.shape import Shape
 from tests.helpers_model import filled, random_tokens, tiny, train, whole
 
@@ -63,3 +64,19 @@ def test_products_are_summed_in_fp32() -> None:
     total = torch.full((64, 96), 0.125, device="cuda")
     add_product(total, dy, x)
     torch.testing.assert_close(total, 0.125 + dy.float().t() @ x.float(), rtol=1e-5, atol=1e-3)
+
+
+def test_the_gates_product_keeps_what_fp32_operands_would_give() -> None:
+    x = torch.randn(512, 7168, device="cuda", dtype=torch.bfloat16)
+    dy = torch.randn(512, 256, device="cuda") * 1e-3
+    plain = torch.randn(256, 7168, device="cuda", dtype=torch.bfloat16) * 0.02
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        weight, leaf = Weight(plain.to(dtype)), x.to(dtype).requires_grad_()
+        y = linear_to_fp32(leaf, weight, WGrad())
+        y.backward(dy)
+        found.append((y.detach(), leaf.grad, weight.gradient()))
+    (y, dx, dw), (true_y, true_dx, true_dw) = found
+    torch.testing.assert_close(y, true_y, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(dx, true_dx.bfloat16(), rtol=2**-7, atol=1e-6)  # one unit in the last place of BF16
+    assert (dw - true_dw).norm() / true_dw.norm() < 1e-5

@@ -19,7 +19,7 @@ from dryvine.parallel.stage import Grads, State
 from dryvine.trainer.fp8.linear import FFN as FFN8
 from dryvine.trainer.fp8.linear import Kept
 from dryvine.trainer.fp8.tensors import Groups, Quantized
-from dryvine.trainer.model.layers import grouped_linear, linear
+from dryvine.trainer.model.layers import grouped_linear, linear_to_fp32
 from dryvine.trainer.model.recompute import through
 from dryvine.trainer.model.shape import Shape
 from dryvine.trainer.model.spec import Spec
@@ -95,7 +95,7 @@ class Gate(nn.Module):
 
     def forward(self, x_NH: Tensor) -> Tensor:
         """-> scores, FP32 [N, E]."""
-        logits = linear(x_NH, self.weight, self.wgrad, compute=torch.float32)
+        logits = linear_to_fp32(x_NH, self.weight, self.wgrad)
         return logits.sigmoid() if self.shape.score == "sigmoid" else logits.softmax(-1)
 
     def choose(self, scores_NE: Tensor, count: bool) -> tuple[Tensor, Tensor]:

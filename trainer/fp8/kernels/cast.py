@@ -13,10 +13,12 @@ from torch import Tensor
 from dryvine.trainer.fp8.kernels.numbers import (
     block_rows,
     byte,
+    column_scale,
     inverse_of,
     magnitude,
     put_columns,
     put_rows,
+    put_words,
     scale_of,
     scaled,
 )
@@ -33,6 +35,7 @@ from dryvine.trainer.fp8.tensors import (
 )
 
 ROWS = 32  # rows a program of the row cast takes: 16 loads of 16 bytes in flight a thread
+TURNED_WORDS = 16  # of four rows each, that a program of the turn takes at a time
 
 
 @triton.jit
@@ -46,33 +49,61 @@ def rows_kernel(x, q, s, R, C, x_stride, s_stride, UE8M0: tl.constexpr, ROWS: tl
 
 
 @triton.jit
-def fourth(x, xs, first, end, c, C, b, xs_stride, FROM_FP8: tl.constexpr):
+def fourth(x, first, end, c, C):
     """Rows first, first + 4, .. of a block of 128, FP32 [32, 128], zeros beyond `end`."""
     r = first + 4 * tl.arange(0, 32)
     keep = (r < end)[:, None] & (c < C)[None, :]
-    v = tl.load(x + r.to(tl.int64)[:, None] * C + c[None, :], mask=keep, other=0.0).to(tl.float32)
-    if FROM_FP8:
-        v = v * tl.load(xs + b * xs_stride + r, mask=r < end, other=0.0)[:, None]
-    return v, r
+    return tl.load(x + r.to(tl.int64)[:, None] * C + c[None, :], mask=keep, other=0.0).to(tl.float32), r
 
 
 @triton.jit
-def columns_kernel(x, xs, q, s, qt, st, table, R, C, P, xs_stride, s_stride, st_stride, FROM_FP8: tl.constexpr,
-                   ROWS_TOO: tl.constexpr, GROUPED: tl.constexpr, UE8M0: tl.constexpr):  # fmt: skip
+def columns_kernel(x, q, s, qt, st, table, R, C, P, s_stride, st_stride, ROWS_TOO: tl.constexpr, GROUPED: tl.constexpr,
+                   UE8M0: tl.constexpr):  # fmt: skip
     b = tl.program_id(0)
     block = tl.program_id(1)
     first, end = block_rows(block, table, R, GROUPED)
     c = b * 128 + tl.arange(0, 128)
-    v0, r = fourth(x, xs, first, end, c, C, b, xs_stride, FROM_FP8)
-    v1, _ = fourth(x, xs, first + 1, end, c, C, b, xs_stride, FROM_FP8)
-    v2, _ = fourth(x, xs, first + 2, end, c, C, b, xs_stride, FROM_FP8)
-    v3, _ = fourth(x, xs, first + 3, end, c, C, b, xs_stride, FROM_FP8)
+    v0, r = fourth(x, first, end, c, C)
+    v1, _ = fourth(x, first + 1, end, c, C)
+    v2, _ = fourth(x, first + 2, end, c, C)
+    v3, _ = fourth(x, first + 3, end, c, C)
     if ROWS_TOO:
         put_rows(q, s, v0, r, end, c, C, b, s_stride, UE8M0)
         put_rows(q, s, v1, r + 1, end, c, C, b, s_stride, UE8M0)
         put_rows(q, s, v2, r + 2, end, c, C, b, s_stride, UE8M0)
         put_rows(q, s, v3, r + 3, end, c, C, b, s_stride, UE8M0)
     put_columns(qt, st, v0, v1, v2, v3, block, c, C, P, st_stride, UE8M0)
+
+
+@triton.jit
+def some_rows(x, xs, r, end, c, C, b, xs_stride):
+    """Those rows of FP8 tiles, read back to FP32, zeros beyond `end`."""
+    keep = (r < end)[:, None] & (c < C)[None, :]
+    v = tl.load(x + r.to(tl.int64)[:, None] * C + c[None, :], mask=keep, other=0.0).to(tl.float32)
+    return v * tl.load(xs + b * xs_stride + r, mask=r < end, other=0.0)[:, None]
+
+
+@triton.jit
+def turn_kernel(x, xs, qt, st, table, R, C, P, xs_stride, st_stride, GROUPED: tl.constexpr, UE8M0: tl.constexpr,
+                WORDS: tl.constexpr):  # fmt: skip
+    """FP8 by rows to FP8 by columns. The 16 KiB of a block are read a second time, from L1, once their scales are
+    known: holding them as FP32 takes registers that are worth more as threads which hide the first read."""
+    b = tl.program_id(0)
+    block = tl.program_id(1)
+    first, end = block_rows(block, table, R, GROUPED)
+    c = b * 128 + tl.arange(0, 128)
+    r = first + 4 * tl.arange(0, WORDS)
+    largest = tl.zeros((WORDS, 128), tl.int32)
+    for i in tl.static_range(128 // WORDS):
+        v = some_rows(x, xs, r + i // 4 * (4 * WORDS) + i % 4, end, c, C, b, xs_stride)
+        largest = tl.maximum(largest, magnitude(v))
+    inverse, sound = column_scale(largest, st, block, c, C, st_stride, UE8M0)
+    for part in tl.static_range(32 // WORDS):
+        words = tl.zeros((WORDS, 128), tl.uint32)
+        for i in tl.static_range(4):
+            v = some_rows(x, xs, r + part * (4 * WORDS) + i, end, c, C, b, xs_stride)
+            words |= byte(v, inverse) << (8 * i)
+        put_words(qt, words, sound, block * 32 + part * WORDS, c, C, P, WORDS)
 
 
 @triton.jit
@@ -89,10 +120,10 @@ def blocks_kernel(w, q, s, qt, st, R, C, s_batch, s_stride, st_batch, st_stride,
     c = col * 128 + tl.arange(0, 128)
     w += x.to(tl.int64) * R * C
     q += x.to(tl.int64) * R * C
-    v0, r = fourth(w, s, row * 128, R, c, C, col, 0, False)
-    v1, _ = fourth(w, s, row * 128 + 1, R, c, C, col, 0, False)
-    v2, _ = fourth(w, s, row * 128 + 2, R, c, C, col, 0, False)
-    v3, _ = fourth(w, s, row * 128 + 3, R, c, C, col, 0, False)
+    v0, r = fourth(w, row * 128, R, c, C)
+    v1, _ = fourth(w, row * 128 + 1, R, c, C)
+    v2, _ = fourth(w, row * 128 + 2, R, c, C)
+    v3, _ = fourth(w, row * 128 + 3, R, c, C)
     largest = tl.maximum(tl.maximum(magnitude(v0), magnitude(v1)), tl.maximum(magnitude(v2), magnitude(v3)))
     amax = tl.max(tl.max(largest, 1), 0)
     scale = scale_of(tl.full((1, 1), 0, tl.int32) + amax, 448.0, UE8M0)
@@ -174,23 +205,36 @@ def quantize_rows(x: Tensor, scales: ScaleFormat = "fp32") -> Quantized:
     return out
 
 
-def _columns(x: Tensor | Quantized, groups: Groups, scales: ScaleFormat, rows_too: bool) -> tuple[Quantized, Quantized]:
-    source, source_scales = (x.values, x.scales) if isinstance(x, Quantized) else (x, x)
-    rows, cols = source.shape
+def _columns(x: Tensor, groups: Groups, scales: ScaleFormat, rows_too: bool) -> tuple[Quantized, Quantized]:
+    rows, cols = x.shape
     padded = groups.blocks * TILE
-    turned = empty_rows(cols, padded, source.device)
-    out = empty_rows(rows, cols, source.device) if rows_too else turned
+    turned = empty_rows(cols, padded, x.device)
+    out = empty_rows(rows, cols, x.device) if rows_too else turned
     if groups.blocks:
         columns_kernel[(blocks(cols), groups.blocks)](
-            source, source_scales, out.values, out.scales, turned.values.view(torch.int32),
-            turned.scales, groups.tables[0], rows, cols,
-            padded, source_scales.stride(1), out.scales.stride(1), turned.scales.stride(1), isinstance(x, Quantized),
-            rows_too, len(groups.counts) > 1, scales == "ue8m0", num_warps=8, maxnreg=128, enable_fp_fusion=False,
+            x, out.values, out.scales, turned.values.view(torch.int32), turned.scales, groups.tables[0], rows, cols,
+            padded, out.scales.stride(1), turned.scales.stride(1), rows_too, len(groups.counts) > 1,
+            scales == "ue8m0", num_warps=8, maxnreg=128, enable_fp_fusion=False,
         )  # fmt: skip
     return out, turned
 
 
+def _turned(x: Quantized, groups: Groups, scales: ScaleFormat) -> Quantized:
+    rows, cols = x.values.shape
+    padded = groups.blocks * TILE
+    turned = empty_rows(cols, padded, x.values.device)
+    if groups.blocks:
+        turn_kernel[(blocks(cols), groups.blocks)](
+            x.values, x.scales, turned.values.view(torch.int32), turned.scales, groups.tables[0], rows, cols, padded,
+            x.scales.stride(1), turned.scales.stride(1), len(groups.counts) > 1, scales == "ue8m0", TURNED_WORDS,
+            num_warps=4, maxnreg=96, enable_fp_fusion=False,
+        )  # fmt: skip
+    return turned
+
+
 def quantize_columns(x: Tensor | Quantized, groups: Groups, scales: ScaleFormat = "fp32") -> Quantized:
+    if isinstance(x, Quantized):
+        return _turned(x, groups, scales)
     return _columns(x, groups, scales, rows_too=False)[1]
 
 

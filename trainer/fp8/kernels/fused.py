@@ -11,10 +11,12 @@ from torch import Tensor
 
 from dryvine.trainer.fp8.kernels.numbers import (
     block_rows,
+    byte,
+    column_scale,
     e4m3,
     magnitude,
-    put_columns,
     put_rows,
+    put_words,
     scale_of,
     sigmoid,
 )
@@ -49,8 +51,9 @@ def read_back(kept, ks, r, end, c, b, F2, ks_stride):
 
 
 @triton.jit
-def fourth(dy, kept, ks, weights, dw, r, end, c, b, F, ks_stride, WEIGHTED: tl.constexpr):
-    """-> the product again, d gate and d up of rows r, each FP32 [32, 128]; writes this tile's piece of d weights."""
+def some_rows(dy, kept, ks, weights, dw, r, end, c, b, F, ks_stride, WEIGHTED: tl.constexpr, FIRST: tl.constexpr):
+    """-> the product again, d gate and d up of rows r, each FP32 [.., 128]. The first time also writes this tile's
+    piece of d weights."""
     gate = read_back(kept, ks, r, end, c, b, 2 * F, ks_stride)
     up = read_back(kept, ks, r, end, c + F, b + F // 128, 2 * F, ks_stride)
     d = tl.load(dy + r.to(tl.int64)[:, None] * F + c[None, :], mask=(r < end)[:, None], other=0.0).to(tl.float32)
@@ -59,7 +62,8 @@ def fourth(dy, kept, ks, weights, dw, r, end, c, b, F, ks_stride, WEIGHTED: tl.c
     y = silu * up
     if WEIGHTED:
         weight = tl.load(weights + r, mask=r < end, other=0.0).to(tl.float32)[:, None]
-        tl.store(dw + r.to(tl.int64) * (F // 128) + b, tl.sum((d * y).to(tl.float64), 1), mask=r < end)
+        if FIRST:
+            tl.store(dw + r.to(tl.int64) * (F // 128) + b, tl.sum(d * y, 1), mask=r < end)
         y = y * weight
         d = d * weight
     return y, d * up * (sig * (gate * (1.0 - sig) + 1.0)), d * silu
@@ -67,28 +71,43 @@ def fourth(dy, kept, ks, weights, dw, r, end, c, b, F, ks_stride, WEIGHTED: tl.c
 
 @triton.jit
 def swiglu_backward_kernel(dy, kept, ks, weights, q, s, qt, st, act, acts, dw, table, R, F, P, ks_stride, s_stride,
-                           st_stride, act_stride, WEIGHTED: tl.constexpr, UE8M0: tl.constexpr):  # fmt: skip
+                           st_stride, act_stride, WEIGHTED: tl.constexpr, UE8M0: tl.constexpr,
+                           WORDS: tl.constexpr):  # fmt: skip
+    """Three tensors of 128 x 128 leave by columns, whose scales need all rows first. Held, they fill the registers of
+    an SM; so a block is worked out twice, 8 rows at a time, the second time from L1."""
     b = tl.program_id(0)
     block = tl.program_id(1)
     first, end = block_rows(block, table, R, True)
     c = b * 128 + tl.arange(0, 128)
     far, far_b = c + F, b + F // 128
-    r = first + 4 * tl.arange(0, 32)
-    y0, g0, u0 = fourth(dy, kept, ks, weights, dw, r, end, c, b, F, ks_stride, WEIGHTED)
-    y1, g1, u1 = fourth(dy, kept, ks, weights, dw, r + 1, end, c, b, F, ks_stride, WEIGHTED)
-    y2, g2, u2 = fourth(dy, kept, ks, weights, dw, r + 2, end, c, b, F, ks_stride, WEIGHTED)
-    y3, g3, u3 = fourth(dy, kept, ks, weights, dw, r + 3, end, c, b, F, ks_stride, WEIGHTED)
-    put_columns(act, acts, y0, y1, y2, y3, block, c, F, P, act_stride, UE8M0)
-    put_columns(qt, st, g0, g1, g2, g3, block, c, 2 * F, P, st_stride, UE8M0)
-    put_rows(q, s, g0, r, end, c, 2 * F, b, s_stride, UE8M0)
-    put_rows(q, s, g1, r + 1, end, c, 2 * F, b, s_stride, UE8M0)
-    put_rows(q, s, g2, r + 2, end, c, 2 * F, b, s_stride, UE8M0)
-    put_rows(q, s, g3, r + 3, end, c, 2 * F, b, s_stride, UE8M0)
-    put_columns(qt, st, u0, u1, u2, u3, block, far, 2 * F, P, st_stride, UE8M0)
-    put_rows(q, s, u0, r, end, far, 2 * F, far_b, s_stride, UE8M0)
-    put_rows(q, s, u1, r + 1, end, far, 2 * F, far_b, s_stride, UE8M0)
-    put_rows(q, s, u2, r + 2, end, far, 2 * F, far_b, s_stride, UE8M0)
-    put_rows(q, s, u3, r + 3, end, far, 2 * F, far_b, s_stride, UE8M0)
+    rows = first + 4 * tl.arange(0, WORDS)
+    y_most = tl.zeros((WORDS, 128), tl.int32)
+    g_most, u_most = y_most, y_most
+    for part in range(32 // WORDS):
+        for i in tl.static_range(4):
+            r = rows + part * (4 * WORDS) + i
+            y, g, u = some_rows(dy, kept, ks, weights, dw, r, end, c, b, F, ks_stride, WEIGHTED, True)
+            put_rows(q, s, g, r, end, c, 2 * F, b, s_stride, UE8M0)
+            put_rows(q, s, u, r, end, far, 2 * F, far_b, s_stride, UE8M0)
+            y_most = tl.maximum(y_most, magnitude(y))
+            g_most = tl.maximum(g_most, magnitude(g))
+            u_most = tl.maximum(u_most, magnitude(u))
+    y_inverse, y_sound = column_scale(y_most, acts, block, c, F, act_stride, UE8M0)
+    g_inverse, g_sound = column_scale(g_most, st, block, c, 2 * F, st_stride, UE8M0)
+    u_inverse, u_sound = column_scale(u_most, st, block, far, 2 * F, st_stride, UE8M0)
+    for part in range(32 // WORDS):
+        y_words = tl.zeros((WORDS, 128), tl.uint32)
+        g_words, u_words = y_words, y_words
+        for i in tl.static_range(4):
+            r = rows + part * (4 * WORDS) + i
+            y, g, u = some_rows(dy, kept, ks, weights, dw, r, end, c, b, F, ks_stride, WEIGHTED, False)
+            y_words |= byte(y, y_inverse) << (8 * i)
+            g_words |= byte(g, g_inverse) << (8 * i)
+            u_words |= byte(u, u_inverse) << (8 * i)
+        place = block * 32 + part * WORDS
+        put_words(act, y_words, y_sound, place, c, F, P, WORDS)
+        put_words(qt, g_words, g_sound, place, c, 2 * F, P, WORDS)
+        put_words(qt, u_words, u_sound, place, far, 2 * F, P, WORDS)
 
 
 @triton.jit
@@ -137,16 +156,16 @@ def swiglu_backward(
     padded = groups.blocks * TILE
     out = empty_rows(rows, 2 * width, dy.device)
     turned, act = empty_rows(2 * width, padded, dy.device), empty_rows(width, padded, dy.device)
-    pieces = torch.zeros(rows, blocks(width), dtype=torch.float64, device=dy.device)
+    pieces = torch.zeros(rows, blocks(width), device=dy.device)
     if groups.blocks:
         swiglu_backward_kernel[(blocks(width), groups.blocks)](
             dy, kept.values, kept.scales, dy if weights is None else weights, out.values, out.scales,
             turned.values.view(torch.int32), turned.scales, act.values.view(torch.int32), act.scales, pieces,
             groups.tables[0], rows, width, padded, kept.scales.stride(1), out.scales.stride(1),
-            turned.scales.stride(1), act.scales.stride(1), weights is not None, scales == "ue8m0", num_warps=16,
-            enable_fp_fusion=False,
+            turned.scales.stride(1), act.scales.stride(1), weights is not None, scales == "ue8m0", 8,
+            num_warps=4, maxnreg=128, enable_fp_fusion=False,
         )  # fmt: skip
-    return out, turned, act, pieces.sum(-1).float()
+    return out, turned, act, pieces.sum(-1)
 
 
 def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

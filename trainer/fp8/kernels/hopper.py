@@ -34,7 +34,7 @@ class Config:
 
 
 PRODUCT = Config()
-WGRAD = Config(count=1, stages=6, group_m=16)
+WGRAD = Config(group_m=16, registers=240)
 
 
 @gluon.jit
@@ -182,47 +182,60 @@ def _wgrad_loads(a_desc, b_desc, a_bufs, b_bufs, full, empty, starts, num_m, num
 
 
 @gluon.jit
-def _wgrad_sums(HALF: gl.constexpr, a_bufs, b_bufs, full, empty, c, sa, sb, starts, M, N, num_m, num_n, tiles,
-                sa_stride, sb_stride, GROUP_M: gl.constexpr, SUB: gl.constexpr, COUNT: gl.constexpr,
+def _wgrad_sums(HALF: gl.constexpr, a_bufs, b_bufs, scale_bufs, full, empty, c, sa, sb, starts, M, N, num_m, num_n,
+                tiles, sa_stride, sb_stride, GROUP_M: gl.constexpr, SUB: gl.constexpr, COUNT: gl.constexpr,
                 STAGES: gl.constexpr):  # fmt: skip
-    """One product of 64 x SUB at a time leaves registers for the next block's scales. (Scales that came by TMA with the
-    operands were faster, and wrong in a few tiles of some runs: docs/fp8.md.)"""
-    gl.static_assert(COUNT == 1)
+    """B's scales differ by column, so a thread needs a quarter of them. Each thread asks memory for its share two
+    blocks ahead, and all of them pass through shared memory: read directly, they would hold 64 registers and come
+    late. (By TMA they are as fast, and wrong in some tiles of some runs: docs/fp8.md.)"""
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, SUB, 32])
-    rows = gl.arange(0, 64, layout=gl.SliceLayout(1, mma))
-    cols = gl.arange(0, SUB, layout=gl.SliceLayout(0, mma))
+    in_rows: gl.constexpr = gl.SliceLayout(1, mma)
+    in_cols: gl.constexpr = gl.SliceLayout(0, mma)
+    line: gl.constexpr = gl.BlockedLayout([SUB * COUNT // 128], [32], [4], [0])
+    rows = gl.arange(0, 64, layout=in_rows)
+    cols = gl.arange(0, SUB * COUNT, layout=line)
     zero = gl.zeros((64, SUB), gl.float32, layout=mma)
+    shared = scale_bufs.index(HALF)
     turn = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         expert = tile // (num_m * num_n)
         tile_m, tile_n = _where(tile % (num_m * num_n), num_m, num_n, GROUP_M)
         m = tile_m * 128 + 64 * HALF + rows
-        n = tile_n * SUB + cols
+        n = tile_n * (SUB * COUNT) + cols
         first, last = gl.load(starts + expert), gl.load(starts + expert + 1)
-        sa_at = sa + first * sa_stride + m
-        sb_at = sb + first * sb_stride + n
-        ours, theirs = (m < M) & (first < last), (n < N) & (first < last)
-        a_next, b_next = gl.load(sa_at, mask=ours, other=0.0), gl.load(sb_at, mask=theirs, other=0.0)
-        sums = zero
+        sa_at, sb_at = sa + first * sa_stride + m, sb + first * sb_stride + n
+        ours, theirs = m < M, n < N
+        a_scale = gl.load(sa_at, mask=ours & (first < last), other=0.0)
+        b_scale = gl.load(sb_at, mask=theirs & (first < last), other=0.0)
+        a_next = gl.load(sa_at + sa_stride, mask=ours & (first + 1 < last), other=0.0)
+        b_next = gl.load(sb_at + sb_stride, mask=theirs & (first + 1 < last), other=0.0)
+        sums = (zero,) * COUNT
         for k in range(first, last):
             stage = turn % STAGES
-            a_scale, b_scale = a_next, b_next
-            more = k + 1 < last
+            shared.store(b_scale)
+            a_now, a_scale, b_scale = a_scale, a_next, b_next
+            more = k + 2 < last
             sa_at += sa_stride
             sb_at += sb_stride
-            a_next = gl.load(sa_at, mask=ours & more, other=0.0)
-            b_next = gl.load(sb_at, mask=theirs & more, other=0.0)
+            a_next = gl.load(sa_at + sa_stride, mask=ours & more, other=0.0)
+            b_next = gl.load(sb_at + sb_stride, mask=theirs & more, other=0.0)
             mbarrier.wait(full.index(stage), (turn // STAGES) & 1)
-            b = b_bufs.index(stage).permute((1, 0))
-            part = warpgroup_mma(a_bufs.index(stage * 2 + HALF), b, zero, use_acc=False, is_async=True)
-            part = warpgroup_mma_wait(0, deps=[part])
-            mbarrier.arrive(empty.index(stage))
-            sums += part * gl.expand_dims(b_scale, 0) * gl.expand_dims(a_scale, 1)
+            for i in gl.static_range(COUNT):
+                b = b_bufs.index(stage * COUNT + i).permute((1, 0))
+                part = warpgroup_mma(a_bufs.index(stage * 2 + HALF), b, zero, use_acc=False, is_async=True)
+                part = warpgroup_mma_wait(0, deps=[part])
+                if i == COUNT - 1:
+                    mbarrier.arrive(empty.index(stage))
+                b_now = shared.slice(i * SUB, SUB).load(in_cols)
+                term = part * gl.expand_dims(b_now, 0) * gl.expand_dims(a_now, 1)
+                sums = sums[:i] + (sums[i] + term,) + sums[i + 1 :]  # noqa: RUF005
             turn += 1
         # In the product's own layout four threads cover a 32-byte sector of FP32: no shuffle would store faster.
+        n = tile_n * (SUB * COUNT) + gl.arange(0, SUB, layout=in_cols)
         c_at = c + expert.to(gl.int64) * M * N + gl.expand_dims(m.to(gl.int64) * N, 1) + gl.expand_dims(n, 0)
-        keep = gl.expand_dims(ours, 1) & gl.expand_dims(theirs, 0)
-        gl.store(c_at, gl.load(c_at, mask=keep, other=0.0) + sums, mask=keep)
+        for i in gl.static_range(COUNT):
+            keep = gl.expand_dims(ours, 1) & gl.expand_dims(n + SUB * i < N, 0) & (first < last)
+            gl.store(c_at + SUB * i, gl.load(c_at + SUB * i, mask=keep, other=0.0) + sums[i], mask=keep)
 
 
 @gluon.jit
@@ -231,20 +244,21 @@ def wgrad_kernel(a_desc, b_desc, c, sa, sb, starts, M, N, num_m, tiles, sa_strid
                  REGISTERS: gl.constexpr):  # fmt: skip
     a_bufs = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * 2, 64, 128], a_desc.layout)
     b_bufs = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * COUNT, SUB, 128], b_desc.layout)
+    scale_bufs = gl.allocate_shared_memory(gl.float32, [2, SUB * COUNT], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     full, empty = _barriers(STAGES)
     num_n = gl.cdiv(N, SUB * COUNT)
     # What registers the others leave are the first one's.
     gl.warp_specialize(
         [
-            (_wgrad_sums, (0, a_bufs, b_bufs, full, empty, c, sa, sb, starts, M, N, num_m, num_n, tiles, sa_stride,
-                           sb_stride, GROUP_M, SUB, COUNT, STAGES)),
-            (_wgrad_sums, (1, a_bufs, b_bufs, full, empty, c, sa, sb, starts, M, N, num_m, num_n, tiles, sa_stride,
-                           sb_stride, GROUP_M, SUB, COUNT, STAGES)),
+            (_wgrad_sums, (0, a_bufs, b_bufs, scale_bufs, full, empty, c, sa, sb, starts, M, N, num_m, num_n, tiles,
+                           sa_stride, sb_stride, GROUP_M, SUB, COUNT, STAGES)),
+            (_wgrad_sums, (1, a_bufs, b_bufs, scale_bufs, full, empty, c, sa, sb, starts, M, N, num_m, num_n, tiles,
+                           sa_stride, sb_stride, GROUP_M, SUB, COUNT, STAGES)),
             (_wgrad_loads, (a_desc, b_desc, a_bufs, b_bufs, full, empty, starts, num_m, num_n, tiles, GROUP_M, SUB,
                             COUNT, STAGES)),
         ],
         [4, 1],
-        [REGISTERS, 40],
+        [REGISTERS, 24],
     )  # fmt: skip
 
 

@@ -81,18 +81,31 @@ def byte(v, inverse):
 
 
 @triton.jit
+def column_scale(largest, st, block, c, C, st_stride, UE8M0: tl.constexpr):
+    """Scales of 1x128 tiles over rows, from the largest magnitudes [.., 128] of any partition of the 128 rows; stored.
+    -> their inverses and whether the tile was sound, each [1, 128]."""
+    scale = scale_of(tl.max(largest, 0), 448.0, UE8M0)
+    tl.store(st + block * st_stride + c, scale, mask=c < C)
+    return inverse_of(scale)[None, :], (scale < float("inf"))[None, :]
+
+
+@triton.jit
+def put_words(qt, words, sound, first, c, C, P, WORDS: tl.constexpr):
+    """Store uint32 [WORDS, 128], four rows of a column in each, turned round: `qt` is int32 [C, P / 4], `first` the
+    place of the first word in its row."""
+    words = tl.where(sound, words, 0).to(tl.int32, bitcast=True)
+    at = qt + c.to(tl.int64)[:, None] * (P // 4) + first + tl.arange(0, WORDS)[None, :]
+    tl.store(at, tl.trans(words), mask=(c < C)[:, None])
+
+
+@triton.jit
 def put_columns(qt, st, v0, v1, v2, v3, block, c, C, P, st_stride, UE8M0: tl.constexpr):
     """Store 128 rows turned round, as 1x128 tiles over rows: v0 [32, 128] has rows 0, 4, 8, .., v1 rows 1, 5, .. and so
-    on, so that four bytes which end up side by side are in one thread: `qt` is int32 [C, P / 4]."""
+    on, so that four bytes which end up side by side are in one thread."""
     largest = tl.maximum(tl.maximum(magnitude(v0), magnitude(v1)), tl.maximum(magnitude(v2), magnitude(v3)))
-    scale = scale_of(tl.max(largest, 0), 448.0, UE8M0)
-    i = inverse_of(scale)[None, :]
+    i, sound = column_scale(largest, st, block, c, C, st_stride, UE8M0)
     words = byte(v0, i) | (byte(v1, i) << 8) | (byte(v2, i) << 16) | (byte(v3, i) << 24)
-    words = tl.where(scale[None, :] < float("inf"), words, 0)
-    p = block * 32 + tl.arange(0, 32)
-    at = qt + c.to(tl.int64)[:, None] * (P // 4) + p[None, :]
-    tl.store(at, tl.trans(words.to(tl.int32, bitcast=True)), mask=(c < C)[:, None])
-    tl.store(st + block * st_stride + c, scale, mask=c < C)
+    put_words(qt, words, sound, block * 32, c, C, P, 32)
 
 
 @triton.jit
