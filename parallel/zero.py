@@ -13,7 +13,7 @@ gradients that a schedule defers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -33,6 +33,15 @@ class Piece(NamedTuple):
     master: Tensor  # FP32, a view of the bucket's shard
     grad: Tensor  # FP32, a view of the bucket's reduced gradient
     matrix: bool  # has two dimensions or more: weight decay applies
+
+
+class Span(NamedTuple):
+    """Where a piece is: `start` in the whole parameter, `inside` in its bucket's shard."""
+
+    name: str
+    start: int
+    inside: slice
+    matrix: bool
 
 
 @dataclass
@@ -55,13 +64,18 @@ class Bucket:
         return self.index * self.master.numel()
 
     def pieces(self) -> Iterator[Piece]:
+        for name, start, inside, matrix in self.spans():
+            yield Piece(name, start, self.master[inside], self.shard[inside], matrix)
+
+    def spans(self) -> Iterator[Span]:
+        """The pieces, as places in any tensor that is sharded like the master."""
         at = 0
         for name, offset, parameter in zip(self.names, self.offsets, self.parameters, strict=True):
             low = max(at, self.first)
             high = min(at + parameter.numel(), self.first + self.master.numel())
             if low < high:
                 inside = slice(low - self.first, high - self.first)
-                yield Piece(name, offset + low - at, self.master[inside], self.shard[inside], parameter.dim() > 1)
+                yield Span(name, offset + low - at, inside, parameter.dim() > 1)
             at += parameter.numel()
 
 
@@ -103,11 +117,11 @@ class Zero:
             squares += bucket.shard.to(torch.float64).square().sum()
         return self.mesh.sum(squares).sqrt()
 
-    def publish(self) -> None:
-        """Give every copy the new values, from the FP32 masters of their owners."""
-        for bucket in self.buckets:
+    def publish(self, shards: Sequence[Tensor] | None = None) -> None:
+        """Give every copy the new values, from the FP32 masters of their owners, or from `shards`, one a bucket."""
+        for i, bucket in enumerate(self.buckets):
             own = bucket.values[bucket.first : bucket.first + bucket.master.numel()]
-            own.copy_(bucket.master)
+            own.copy_(bucket.master if shards is None else shards[i])
             if bucket.group is not None:
                 all_gather(bucket.values, own.clone(), bucket.group)
 

@@ -60,8 +60,15 @@ def save(folder: Path, step: int, pieces: Pieces, buffers: Mapping[str, Tensor],
     return target
 
 
+def fields(path: Path) -> set[str]:
+    """What is stored of pieces: "master", "exp_avg", ... Whether a checkpoint has an average depends on its run."""
+    keys = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    return {key.rpartition("/")[2] for key in keys if not key.startswith("buffer/")}
+
+
 def load(path: Path, pieces: Pieces, buffers: Mapping[str, Tensor], mesh: Mesh) -> int:
-    """Fill `pieces` and `buffers` in place from a checkpoint of any layout and give its step. Collective."""
+    """Fill `pieces` and `buffers` in place from a checkpoint of any layout, and of FP32 or BF16 moments, and give its
+    step. Collective."""
     reader = dcp.FileSystemReader(path)
     stored = _stored({key: meta.size for key, meta in reader.read_metadata().state_dict_metadata.items()})  # type: ignore[union-attr]
     wanted: dict[str, Tensor] = {f"buffer/{name}": t for name, t in buffers.items()}

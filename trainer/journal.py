@@ -40,6 +40,7 @@ class Row:
     tokens: int  # consumed so far
     loss: float  # null in metrics.jsonl if not finite, as is every figure
     val_loss: float | None
+    val_loss_ema: float | None  # of the averages of the weights (optim.ema)
     lr: float
     grad_norm: float
     skipped: int  # 0; of a step that updated nothing, its number in a row of such
@@ -107,6 +108,10 @@ def plot(folder: Path) -> None:
     axes.plot([r["step"] for r in rows], [r["loss"] for r in rows], lw=0.8, alpha=0.6, label="training")
     held_out = [r for r in rows if r["val_loss"] is not None]
     axes.plot([r["step"] for r in held_out], [r["val_loss"] for r in held_out], "o-", ms=4, label="validation")
+    averaged = [r for r in held_out if r.get("val_loss_ema") is not None]
+    if averaged:
+        steps, losses = [r["step"] for r in averaged], [r["val_loss_ema"] for r in averaged]
+        axes.plot(steps, losses, "s--", ms=4, label="validation, averaged weights")
     uniform = math.log(load(folder / "config.toml").data.vocab_size)
     axes.axhline(uniform, ls=":", c="gray", label=f"uniform guess, ln(vocab) = {uniform:.2f}")
     axes.set(xlabel="step", ylabel="loss, nats per token", title=folder.name)

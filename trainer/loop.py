@@ -29,7 +29,16 @@ from dryvine.trainer.journal import Journal, Row, read
 from dryvine.trainer.plan import Point, learning_rate, points
 from dryvine.trainer.report import final_table
 from dryvine.trainer.skip import Diverged, Skipped, blame, enough
-from dryvine.trainer.step import Data, Rig, evaluate, make_rig, make_schedule, routes_of_tokens, train_step
+from dryvine.trainer.step import (
+    Data,
+    Rig,
+    evaluate,
+    evaluate_average,
+    make_rig,
+    make_schedule,
+    routes_of_tokens,
+    train_step,
+)
 from dryvine.trainer.timeline import measured, write
 
 
@@ -55,8 +64,8 @@ class Stop:
 def train(config: Config, mesh: Mesh, data: Data, topology: Topology | None = None, watch: Watch | None = None) -> None:
     """Train to `run.steps`, from the newest checkpoint of the run folder if there is one. Collective."""
     rig = make_rig(config, mesh, data, topology, watch)
-    done = resume(rig)
     console = Console(quiet=mesh.rank != 0)
+    done = resume(rig, console)
     for line in routes_of_tokens(config, mesh, topology) if topology else ():
         console.print(line)
     if rig.fp8 is not None:
@@ -109,6 +118,7 @@ def one(rig: Rig, point: Point, stop: Stop, skips: list[Skipped]) -> tuple[Row, 
         tokens=point.tokens + tokens,
         loss=sums["loss"] / microbatches,
         val_loss=evaluate(rig) if validate else None,
+        val_loss_ema=evaluate_average(rig) if validate else None,
         lr=learning_rate(config.optim, point, config.data.seq_len),
         grad_norm=norm,
         skipped=len(skips),
@@ -181,13 +191,18 @@ def save(rig: Rig, step: int) -> Path:
     return checkpoint.save(run.folder, step, rig.optimizer.state(), rig.model.buffers, run.keep_checkpoints, rig.mesh)
 
 
-def resume(rig: Rig) -> int:
+def resume(rig: Rig, console: Console) -> int:
     """Load the newest checkpoint of the run folder, if any, and give the steps done."""
     newest = checkpoint.latest(rig.config.run.folder)
     if newest is None:
         return 0
-    step = checkpoint.load(newest, rig.optimizer.state(), rig.model.buffers, rig.mesh)
-    rig.optimizer.zero.publish()
+    stored, pieces = checkpoint.fields(newest), rig.optimizer.state()
+    wanted = {place: {k: t for k, t in fields.items() if k != "ema" or k in stored} for place, fields in pieces.items()}
+    step = checkpoint.load(newest, wanted, rig.model.buffers, rig.mesh)
+    rig.publish()
+    if rig.optimizer.ema and "ema" not in stored:
+        rig.optimizer.ema.restart()
+        console.print(f"{newest} has no average of the weights: optim.ema starts from the weights of step {step}")
     return step
 
 

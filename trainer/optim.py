@@ -2,14 +2,35 @@
 
 torch's fused AdamW does the arithmetic; FP32 masters, summed gradients and sharding come from `parallel.zero`. The
 norm is taken over the owned pieces of all ranks, so it counts every parameter once whatever the layout.
+
+BF16 moments are rounded to nearest from FP32 results, a bounded chunk at a time: the kernel's own mixed form exists on
+CUDA alone, and not in torch 2.11. Stochastic rounding would need random bits that any layout agrees on; what it would
+gain is measured in docs/fp8.md.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
 
 from dryvine.parallel.zero import Piece, Zero
+from dryvine.trainer.ema import Ema
 from dryvine.trainer.plan import OptimConfig
+
+CHUNK = 1 << 24  # elements of BF16 moments that are FP32 at one time: 128 MiB for both
+MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Running means of a piece's gradient and of its square, in FP32 or BF16."""
+
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
 
 
 class Optimizer:
@@ -18,11 +39,10 @@ class Optimizer:
     def __init__(self, zero: Zero, config: OptimConfig) -> None:
         self.zero, self.config = zero, config
         self.pieces = list(zero.pieces())
-        groups = [
-            {"params": [p.master for p in self.pieces if p.matrix is matrix], "weight_decay": decay}
-            for matrix, decay in ((True, config.weight_decay), (False, 0.0))
-        ]
-        self.adam = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+        dtype = MOMENTS[config.moments]
+        self.moments = [Moments(*(torch.zeros_like(p.master, dtype=dtype) for _ in range(2))) for p in self.pieces]
+        self.step = torch.zeros((), dtype=torch.float32, device=zero.mesh.device)  # updates made
+        self.ema = Ema([bucket.master for bucket in zero.buckets], config.ema) if config.ema else None
 
     def reduce(self, scale: float) -> float:
         """Sum the gradients, which are `scale` times the true ones, over all their copies and give the true global
@@ -31,28 +51,72 @@ class Optimizer:
         return float(self.zero.grad_norm()) / scale
 
     def update(self, rate: float, norm: float, scale: float) -> None:
-        """Clip by the global norm, step the masters, give every copy the new values. The pass that clips unscales."""
+        """Clip by the global norm, in the pass that unscales, and step the masters. Publishing is the caller's."""
         clip = min(1.0, self.config.clip / (norm + 1e-6))
         for bucket in self.zero.buckets:
             bucket.shard.mul_(clip / scale)
-        for piece in self.pieces:
-            piece.master.grad = piece.grad
-        for group in self.adam.param_groups:
-            group["lr"] = rate
-        self.adam.step()
-        self.zero.publish()
+        if self.ema:
+            self.ema.before_update()
+        for matrix in (True, False):
+            some = [(p, m) for p, m in zip(self.pieces, self.moments, strict=True) if p.matrix is matrix]
+            if self.config.moments == "fp32":
+                self._adamw([(p.master, p.grad, m.exp_avg, m.exp_avg_sq) for p, m in some], rate, matrix)
+                continue
+            for chunk in _chunks(some):
+                self._rounded(chunk, rate, matrix)
+        self.step += 1
+        if self.ema:
+            self.ema.after_update()
 
-    def state(self) -> dict[tuple[str, int], dict[str, torch.Tensor]]:
-        """(parameter, first element) -> master, exp_avg, exp_avg_sq and step of each piece; live tensors.
+    def _rounded(self, chunk: Wide, rate: float, matrix: bool) -> None:
+        """A step of BF16 moments, with FP32 in between."""
+        wide = [(master, grad, first.float(), second.float()) for master, grad, first, second in chunk]
+        self._adamw(wide, rate, matrix)
+        for (_, _, *rounded), (_, _, *exact) in zip(chunk, wide, strict=True):
+            for low, high in zip(rounded, exact, strict=True):
+                low.copy_(high)
 
-        The moments of a piece that has never stepped are made here, zero, so that a checkpoint can be loaded into them.
-        """
-        return {(piece.name, piece.start): {"master": piece.master, **self._moments(piece)} for piece in self.pieces}
+    def _adamw(self, wide: Wide, rate: float, matrix: bool) -> None:
+        """One call of the fused kernel; it counts the step by itself, so each call has counts of its own."""
+        if not wide:
+            return
+        masters, grads, firsts, seconds = (list(of) for of in zip(*wide, strict=True))
+        config = self.config
+        adamw(
+            masters, grads, firsts, seconds, [], [self.step.clone() for _ in masters], fused=True, amsgrad=False,
+            beta1=config.betas[0], beta2=config.betas[1], lr=rate, eps=config.eps,
+            weight_decay=config.weight_decay if matrix else 0.0, maximize=False,
+        )  # fmt: skip
 
-    def _moments(self, piece: Piece) -> dict[str, torch.Tensor]:
-        state = self.adam.state[piece.master]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=piece.master.device)
-            state["exp_avg"] = torch.zeros_like(piece.master)
-            state["exp_avg_sq"] = torch.zeros_like(piece.master)
-        return dict(state)
+    def state(self) -> dict[tuple[str, int], dict[str, Tensor]]:
+        """(parameter, first element) -> master, exp_avg, exp_avg_sq and step of each piece, and ema if there is one;
+        live tensors."""
+        averages = self.ema.averages if self.ema else [None] * len(self.zero.buckets)
+        places = ((span, average) for b, average in zip(self.zero.buckets, averages, strict=True) for span in b.spans())
+        return {
+            (p.name, p.start): {"master": p.master, "exp_avg": m.exp_avg, "exp_avg_sq": m.exp_avg_sq, "step": self.step}
+            | ({} if average is None else {"ema": average[span.inside]})
+            for p, m, (span, average) in zip(self.pieces, self.moments, places, strict=True)
+        }
+
+
+Wide = list[tuple[Tensor, Tensor, Tensor, Tensor]]  # master, gradient, exp_avg, exp_avg_sq: of equal sizes
+
+
+def _chunks(some: list[tuple[Piece, Moments]]) -> Iterator[Wide]:
+    """The pieces in runs of at most CHUNK elements; longer ones are cut."""
+    chunk: Wide = []
+    room = CHUNK
+    for piece, moments in some:
+        of = (piece.master, piece.grad, moments.exp_avg, moments.exp_avg_sq)
+        at, size = 0, piece.master.numel()
+        while at < size:
+            end = min(size, at + room)
+            chunk.append(tuple(t[at:end] for t in of))  # type: ignore[arg-type]
+            room -= end - at
+            at = end
+            if not room:
+                yield chunk
+                chunk, room = [], CHUNK
+    if chunk:
+        yield chunk

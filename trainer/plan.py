@@ -32,7 +32,19 @@ class OptimConfig(BaseModel, frozen=True, extra="forbid"):
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip: Annotated[float, Field(gt=0)] = 1.0
+    moments: Literal["fp32", "bf16"] = "fp32"  # the published run has BF16, over FP32 masters
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0  # decay of an average of the parameters, kept on the CPU; 0: none
     skips: Positive = 3  # in a row end a run: one is bad data or a bad bit, three on other data each are the weights
+
+    @model_validator(mode="after")
+    def _moments_can_decay(self) -> OptimConfig:
+        # Half a unit of BF16 is at most 2^-8 of a value: what decays by less is rounded back and never shrinks.
+        if self.moments == "bf16" and 1 - max(self.betas) < 2**-8:
+            raise ValueError(
+                f"moments = 'bf16' cannot decay by 1 - {max(self.betas)}, which is under half a unit of BF16; "
+                f"set betas of at most 0.996, or moments = 'fp32'"
+            )
+        return self
 
 
 class BatchConfig(BaseModel, frozen=True, extra="forbid"):

@@ -22,6 +22,8 @@ def final_table(config: Config, rows: Figures) -> Table:
     table.add_row("tokens", f"{rows[-1]['tokens']:,}")
     table.add_row("loss", _first_last(rows, "loss"))
     table.add_row("validation loss", _first_last(rows, "val_loss"))
+    if config.optim.ema:
+        table.add_row("the same of averaged weights", _first_last(rows, "val_loss_ema"))
     table.add_row("tokens/s", f"{_median(rows, 'tokens_per_second'):,.0f}")
     table.add_row("bubble, worst rank", f"{_median(rows, 'bubble'):.1%}")
     table.add_row("overlapped forwards", f"{_median(rows, 'overlapped_share'):.1%}")
@@ -34,7 +36,7 @@ def final_table(config: Config, rows: Figures) -> Table:
 
 
 def _known(rows: Figures, name: str) -> list[float]:
-    return [value for row in rows if (value := row[name]) is not None]
+    return [value for row in rows if (value := row.get(name)) is not None]
 
 
 def _first_last(rows: Figures, name: str) -> str:

@@ -102,7 +102,7 @@ def _own(played: Played, zero: Zero) -> Blame:
 
 
 def _main_grad(parameter: Tensor) -> Tensor:
-    return parameter.main_grad  # type: ignore[attr-defined, no-any-return]
+    return parameter.main_grad  # type: ignore[attr-defined]
 
 
 def _ask(mesh: Mesh, own: Blame) -> dict[int, Blame]:

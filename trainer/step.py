@@ -7,7 +7,7 @@ copies; the optimizer updates; the gate biases follow the load of the whole glob
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -89,9 +89,14 @@ class Rig:
         return self.executors[key]
 
     def update(self, point: Point, norm: float) -> None:
-        """Step the optimizer. FP8 copies of weights were of the old ones."""
+        """Step the optimizer and give every copy of a weight its new values."""
         rate = learning_rate(self.config.optim, point, self.config.data.seq_len)
         self.optimizer.update(rate, norm, self.scale(point))
+        self.publish()
+
+    def publish(self, shards: Sequence[torch.Tensor] | None = None) -> None:
+        """Set the weights from the masters, or from `shards` of each bucket. FP8 copies were of the old ones."""
+        self.optimizer.zero.publish(shards)
         if self.fp8 is not None:
             self.fp8.cache.clear()
 
@@ -228,6 +233,17 @@ def balance(rig: Rig, move: bool = True) -> Balance:
 
 def _imbalance(loads: torch.Tensor) -> float:
     return float((loads.max(dim=1).values * loads.shape[1] / loads.sum(dim=1)).max())
+
+
+def evaluate_average(rig: Rig) -> float | None:
+    """`evaluate` with the averages of the weights in their place; None if none are kept. Gate biases follow the load
+    and are no parameters: they stay as they are."""
+    if rig.optimizer.ema is None:
+        return None
+    rig.publish(rig.optimizer.ema.averages)
+    loss = evaluate(rig)
+    rig.publish()
+    return loss
 
 
 def evaluate(rig: Rig) -> float:

@@ -90,7 +90,7 @@ def _rank(rank: int, config: Config, steps: int) -> tuple[list[float], tuple[flo
     for point in islice(points(config.batch, config.data.seq_len), steps):
         played = accumulate(rig, point)
         norms.append(rig.optimizer.reduce(rig.scale(point)))
-        grads = {(p.name, p.start): p.grad.numpy() / np.float32(rig.scale(point)) for p in rig.optimizer.pieces}
+        grads = {(p.name, p.start): (p.grad / rig.scale(point)).numpy() for p in rig.optimizer.pieces}
         rig.update(point, norms[-1])
         balance(rig)
         share = config.microbatches(point.sequences) * mesh.data_ranks
