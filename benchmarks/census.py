@@ -23,25 +23,27 @@ class Census(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._seen: dict[int, tuple[weakref.ref[Any], str]] = {}  # by id of the storage, which its death frees
+        self._seen: dict[
+            int, tuple[weakref.ref[Any], tuple[Any, ...]]
+        ] = {}  # by id of the storage, which its death frees
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         given = {id(t.untyped_storage()) for t in _tensors((args, kwargs))}
-        self.note([t for t in _tensors(out) if id(t.untyped_storage()) not in given], str(func))
+        self.note([t for t in _tensors(out) if id(t.untyped_storage()) not in given], func)
         return out
 
-    def note(self, values: Iterable[torch.Tensor], made_by: str) -> None:
+    def note(self, values: Iterable[torch.Tensor], made_by: object) -> None:
         """Count these too, though nobody made them here: a phase's input, say."""
         for value in values:
             storage = value.untyped_storage()
-            self._seen[id(storage)] = weakref.ref(storage), f"{made_by} {list(value.shape)} {value.dtype}"
+            self._seen[id(storage)] = weakref.ref(storage), (made_by, tuple(value.shape), value.dtype)
 
     def alive(self) -> list[tuple[int, str]]:
         """(bytes, by which operator, of which shape and dtype) of each storage that is still held, largest first."""
         gc.collect()
-        found = [(storage, made_by) for ref, made_by in self._seen.values() if (storage := ref()) is not None]
-        return sorted(((storage.nbytes(), made_by) for storage, made_by in found), reverse=True)
+        found = [(storage, made) for ref, made in self._seen.values() if (storage := ref()) is not None]
+        return sorted(((storage.nbytes(), " ".join(map(str, made))) for storage, made in found), reverse=True)
 
     @property
     def bytes(self) -> int:
