@@ -46,13 +46,18 @@ def scale_of(amax: Tensor, scales: ScaleFormat, top: float = E4M3_MAX) -> Tensor
 
 def _scaled(x: Tensor, scale: Tensor) -> Tensor:
     """x / scale, zero in a tile whose scale is infinite."""
-    return (x * (1.0 / scale)).masked_fill_(scale.isinf(), 0.0)
+    scaled, bad = x * (1.0 / scale), scale.isinf()
+    return scaled.masked_fill_(bad, 0.0) if bad.any() else scaled  # a pass that is hardly ever needed
 
 
 def _tiles(x: Tensor) -> Tensor:
     """[R, C] -> FP32 [R, B, 128], the last tile filled with zeros."""
-    x = x.float()
-    return torch.nn.functional.pad(x, (0, -x.shape[-1] % TILE)).unflatten(-1, (-1, TILE))
+    return _filled(x.float(), -x.shape[-1] % TILE).unflatten(-1, (-1, TILE))
+
+
+def _filled(x: Tensor, cols: int = 0, rows: int = 0) -> Tensor:
+    """With zero columns and rows behind. (`pad` by nothing would copy.)"""
+    return torch.nn.functional.pad(x, (0, cols, 0, rows)) if cols or rows else x
 
 
 def quantize_rows(x: Tensor, scales: ScaleFormat = "fp32") -> Quantized:
@@ -82,7 +87,7 @@ def quantize_coarse(x: Tensor, tile: str, scales: ScaleFormat = "fp32") -> Quant
 
 def padded(x: Tensor, groups: Groups) -> Tensor:
     """Rows with every expert's filled up to whole blocks: [R, C] -> [P, C]."""
-    return torch.cat([torch.nn.functional.pad(part, (0, 0, 0, -len(part) % TILE)) for part in x.split(groups.counts)])
+    return torch.cat([_filled(part, rows=-len(part) % TILE) for part in x.split(groups.counts)])
 
 
 def quantize_columns(x: Tensor | Quantized, groups: Groups, scales: ScaleFormat = "fp32") -> Quantized:
@@ -91,7 +96,14 @@ def quantize_columns(x: Tensor | Quantized, groups: Groups, scales: ScaleFormat 
     An FP8 source is read back, transposed and quantised anew, since its tiles run the other way.
     """
     source = x.dequantize() if isinstance(x, Quantized) else x.float()
-    return quantize_rows(padded(source, groups).t().contiguous(), scales)
+    whole = padded(source, groups)
+    tiles = whole.unflatten(0, (-1, TILE))  # [B, 128, C]
+    out = empty_rows(whole.shape[1], len(whole), whole.device)
+    scale = scale_of(tiles.abs().amax(1), scales)
+    out.scales.copy_(scale.t())
+    # Turned as bytes, a quarter of the traffic.
+    out.values.view(torch.uint8).copy_(_scaled(tiles, scale.unsqueeze(1)).to(FP8).view(torch.uint8).flatten(0, 1).t())
+    return out
 
 
 def quantize_both(x: Tensor, groups: Groups, scales: ScaleFormat = "fp32") -> tuple[Quantized, Quantized]:
