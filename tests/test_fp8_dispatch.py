@@ -86,6 +86,26 @@ def test_a_row_of_v3_on_the_wire() -> None:
         assert codec(recipe) is AS_IS
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("hidden", [7168, 512])
+def test_a_gpu_sends_the_same_bits_and_never_waits(hidden: int) -> None:
+    rows, tiles = faulty(301, hidden, 0), Tiles()
+    sent = tiles.encode(rows)
+    given, empty = rows.cuda(), rows[:0].cuda()
+    tiles.encode(given)  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ours = tiles.encode(given)
+        arrived = tiles.decode(ours)
+        assert [len(t) for t in tiles.decode(tiles.encode(empty))] == [0, 0]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for a, b in zip((*ours, *arrived), (*sent, *tiles.decode(sent)), strict=True):
+        assert torch.equal(bits(a.cpu()), bits(b))
+        assert a.stride() == b.stride()
+
+
 def test_tiles_that_cannot_travel() -> None:
     assert not preset("deepseek_v3", gradient_tile="128x128").fp8_dispatch
     assert preset("deepseek_v3", gradient_tile="128x128").dispatch == "bf16", "a recipe must say what it does"
