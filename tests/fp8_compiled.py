@@ -4,26 +4,17 @@ test_fp8_kernels.py: the kernels must be defined with TRITON_INTERPRET unset, wh
 from __future__ import annotations
 
 import json
-import re
-import subprocess
-import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-import triton
-import triton.backends.nvidia
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from helpers_compile import compile_for_hopper
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon._runtime import GluonASTSource
 
 from dryvine.trainer.fp8.kernels import cast, fused, hopper, plain
 
-TOOL = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
 FP8 = "fp8e4nv"
 # What is known of arguments at a real launch: pointers and these sizes are multiples of 16.
-ALIGNED = {"M", "N", "K", "R", "C", "F", "P", "x_stride", "c_stride", "sa_stride", "sb_stride"}
+ALIGNED = frozenset({"M", "N", "K", "R", "C", "F", "P", "x_stride", "c_stride", "sa_stride", "sb_stride"})
 SCALES = {"s": "fp32", "st": "fp32", "xs": "fp32", "ks": "fp32", "acts": "fp32", "sa": "fp32", "sb": "fp32"}
 VALUES = {"q": FP8, "qt": "i32", "kept": FP8, "act": "i32", "table": "i32", "starts": "i32"}
 OTHERS = {"weights": "fp32", "dw": "fp32", "x": "bf16", "h": "bf16", "dy": "bf16", "w": "fp32", "weight": "bf16",
@@ -36,38 +27,14 @@ def compile_one(
     pointers = SCALES | VALUES | OTHERS
 
     def kind(name: str) -> str:
-        if name in constants:
-            return "constexpr"
         if name in types:
             return types[name]
         return f"*{pointers[name]}" if name in pointers else "fp32" if name == "eps" else "i32"
 
-    names = list(kernel.arg_names)
-    signature = {name: kind(name) for name in names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in ALIGNED or n in pointers}
-    source = GluonASTSource if kernel.is_gluon() else ASTSource
-    built = triton.compile(
-        source(kernel, signature, {(names.index(k),): v for k, v in constants.items()}, aligned),
-        target=GPUTarget("cuda", 90, 32),
-        options={"num_warps": warps, "enable_fp_fusion": kernel.is_gluon(), "maxnreg": maxnreg},
-    )
-    cubin = Path(sys.argv[1]) / "kernel.cubin"
-    cubin.write_bytes(built.asm["cubin"])
-    usage = subprocess.run([TOOL, "-res-usage", cubin], capture_output=True, text=True, check=True)
-    found = dict(re.findall(r"(REG|STACK):(\d+)", usage.stdout + usage.stderr))
-    ptx = built.asm["ptx"]
-    return {
-        "kernel": f"{kernel.__module__.split('.')[-1]}.{kernel.__name__}",
-        "constants": constants,
-        "triton": triton.__version__,
-        "warps": warps,
-        "registers": int(found["REG"]),
-        "stack": int(found["STACK"]),
-        "shared": built.metadata.shared,
-        "wgmma": len(re.findall(r"wgmma\.mma_async\S*\.e4m3\.e4m3", ptx)),
-        "tma": ptx.count("cp.async.bulk.tensor"),
-        "cast": ptx.count("cvt.rn.satfinite.e4m3x2.f32"),
-    }
+    return compile_for_hopper(
+        kernel, {name: kind(name) for name in kernel.arg_names if name not in constants}, constants, ALIGNED, warps,
+        maxnreg, fusion=kernel.is_gluon(),
+    )  # fmt: skip
 
 
 def descriptors(width: int, gluon: bool) -> dict[str, str]:

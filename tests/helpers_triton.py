@@ -1,0 +1,55 @@
+"""Kernels in a process of their own, with triton's environment as they need it, by each triton that is supported."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parent
+PRESENT = importlib.util.find_spec("triton") is not None
+INSTALLED = importlib.metadata.version("triton") if PRESENT else "none"
+OTHER = "3.6.0"  # goes with torch 2.11; `make setup-test` puts it beside the installed one
+HOPPER_SHARED = 227 * 1024  # bytes that a block can have
+HOPPER_REGISTERS = 65536  # of an SM
+
+
+def run(*command: str, **environment: str) -> str:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON", "PYTEST"))}
+    done = subprocess.run(
+        [sys.executable, *command], env=clean | environment, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+def interpret(tests: str) -> None:
+    """The tests of a file of tests/, under the interpreter."""
+    said = run("-m", "pytest", str(HERE / tests), "-p", "no:cacheprovider", TRITON_INTERPRET="1")
+    assert "[100%]" in said
+
+
+def compile_by(version: str, script: str, folder: Path) -> list[dict[str, Any]]:
+    """What a script of tests/ says of the kernels it compiles, by triton `version`; `folder` is for its cache."""
+    other = HERE.parent / ".venv" / f"triton-{OTHER}"
+    paths = {}
+    if version != INSTALLED:
+        if not other.is_dir():
+            pytest.skip(f"no triton {OTHER}: make setup-test")
+        paths = {"PYTHONPATH": os.pathsep.join((str(other), os.environ.get("PYTHONPATH", "")))}
+    lines = run(str(HERE / script), TRITON_CACHE_DIR=str(folder), **paths)
+    kernels = [json.loads(line) for line in lines.splitlines()]
+    assert {kernel["triton"] for kernel in kernels} == {version}
+    return kernels
+
+
+def assert_registers_fit(kernel: dict[str, Any]) -> None:
+    """Rounded up to 8 a thread, as the hardware hands registers out."""
+    assert 32 * kernel["warps"] * (-(-kernel["registers"] // 8) * 8) <= HOPPER_REGISTERS, kernel
