@@ -22,12 +22,13 @@ from typing import Any
 KINDS = {
     "attention core": r"flash|fmha|sdpa|cudnn_generated|scaled_dot_product|dot_do_o",
     "norms": r"rms_?norm|layer_?norm|GammaBeta",
-    "casts": r"^(rows|columns|blocks|pack|unpack|swiglu|swiglu_backward|silu\w*|quantize\w*|cast\w*)_kernel",
+    "casts": r"^(rows|columns|turn|blocks|pack|unpack|swiglu|swiglu_backward)_kernel",
     "GEMM in FP32": r"sgemm|simt|gemm\w*_f32f32_f32f32",
     "GEMM": r"gemm|nvjet|cutlass|xmma|cublas|splitk|^product_kernel|^wgrad_kernel|grouped_mm|^aten::(\w*mm\w*|linear)$",
-    "permutation": r"index|gather|scatter|sort|top_?k|embedding_?bag|histogram|bincount|scan|cumsum|repeat_interleave",
+    "permutation": r"index|gather|scatter|sort|top_?k|embedding_?bag|histogram|bincount|scan|cumsum|repeat_interleave"
+    r"|^(sum|tally|place|arrive)_kernel",
     "copies": r"copy|CatArray|memcpy|memset|fill|^aten::(cat|zeros?_?|empty\w*|clone|contiguous|to)$",
-    "elementwise": r"elementwise|reduce|triton_|^aten::",
+    "elementwise": r"elementwise|reduce|triton_|^aten::|^(gated|gated_backward|heads|heads_backward)_kernel",
 }  # the first that matches, so what is special comes before what is common
 UNKNOWN = "unclassified"
 DEVICE = {"kernel", "gpu_memcpy", "gpu_memset"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -95,6 +96,13 @@ def test_kernels_belong_to_where_they_were_launched(tmp_path: Path) -> None:
 )
 def test_kinds_follow_from_names(name: str, kind: str) -> None:
     assert kernel_times.kind_of(name) == kind
+
+
+def test_no_kernel_of_ours_is_unclassified() -> None:
+    sources = [path for folder in ("comm", "trainer") for path in (HERE.parent / folder).rglob("*.py")]
+    names = [name for path in sources for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE)]
+    assert len(names) > 10
+    assert [name for name in names if kernel_times.kind_of(name) == kernel_times.UNKNOWN] == []
 
 
 def test_a_census_counts_what_is_kept_and_nothing_else() -> None:
