@@ -24,6 +24,7 @@ from dryvine.comm.topology import Topology
 from dryvine.comm.watch import Watch
 from dryvine.parallel.executor import Played
 from dryvine.trainer import checkpoint
+from dryvine.trainer.activations import activations
 from dryvine.trainer.config import Config
 from dryvine.trainer.journal import Journal, Row, read
 from dryvine.trainer.plan import Point, learning_rate, points
@@ -68,6 +69,7 @@ def train(config: Config, mesh: Mesh, data: Data, topology: Topology | None = No
     done = resume(rig, console)
     for line in routes_of_tokens(config, mesh, topology) if topology else ():
         console.print(line)
+    console.print(activations(config, mesh.device.type == "cuda"))
     if rig.fp8 is not None:
         console.print(rig.fp8.chosen)
     if done:
