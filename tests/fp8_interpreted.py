@@ -18,6 +18,7 @@ from dryvine.trainer.fp8.kernels import cast, fused, plain
 from dryvine.trainer.fp8.tensors import E5M6, Groups, Quantized
 from tests.helpers_interpreter import right_casts
 
+
 @pytest.fixture(autouse=True, scope="module")
 def _right_casts() -> Iterator[None]:
     with right_casts():

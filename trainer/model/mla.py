@@ -9,13 +9,13 @@ Legend: N = S * T tokens, S sequences, T positions, A heads, H hidden.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dryvine.trainer.model.heads import assemble
 from dryvine.trainer.model.layers import RMSNorm, through_norm
 from dryvine.trainer.model.recompute import through
-from dryvine.trainer.model.rope import rotate, softmax_scale
+from dryvine.trainer.model.rope import softmax_scale
 from dryvine.trainer.model.spec import Spec
 
 
@@ -57,23 +57,13 @@ class MLA(nn.Module):
         """-> q, k [S, A, T, qk_dim] and v, at least v_dim wide."""
         s = self.shape
         c, k_rope = kv_latent.split((s.kv_lora, s.rope_dim), -1)
-        q = self._queries(q_latent).view(sequences, -1, s.heads, s.qk_dim)
-        kv = self._normed(self.kv_norm, c, self.kv_b).view(sequences, -1, s.heads, s.nope_dim + s.v_dim)
-        cos, sin = self.rope.table(q.shape[1], q.device)
-        q_nope, q_rope = q.split((s.nope_dim, s.rope_dim), -1)
-        k_nope, v = kv.split((s.nope_dim, s.v_dim), -1)
-        k_rope = rotate(k_rope.view(sequences, -1, 1, s.rope_dim), cos, sin).expand(-1, -1, s.heads, -1)
-        heads = torch.cat((q_nope, rotate(q_rope, cos, sin)), -1), torch.cat((k_nope, k_rope), -1), self._widen(v)
-        q_SATd, k_SATd, v_SATd = (t.transpose(1, 2) for t in heads)
-        return q_SATd, k_SATd, v_SATd
-
-    def _widen(self, v: Tensor) -> Tensor:
-        """Values as wide as queries on the CPU, whose fused kernel wants that (1.5 times as fast as the unfused one,
-        and no T x T scores are kept). On Hopper cuDNN takes both widths as they are; padding would cost 1.6 times."""
-        return v if v.is_cuda else functional.pad(v, (0, max(self.shape.qk_dim - self.shape.v_dim, 0)))
+        q, kv = self._queries(q_latent), self._normed(self.kv_norm, c, self.kv_b)
+        table = self.rope.table(len(q) // sequences, q.device)
+        return assemble(q, kv, k_rope, table, sequences, s.heads)
 
     def _queries(self, q_latent: Tensor) -> Tensor:
-        return q_latent if self.shape.q_lora is None else self._normed(self.q_norm, q_latent, self.q_b)
+        """A tensor of its own, for `assemble` to write over: a latent may be asked for again by recompute."""
+        return q_latent.clone() if self.shape.q_lora is None else self._normed(self.q_norm, q_latent, self.q_b)
 
     def _normed(self, norm: RMSNorm, latent: Tensor, up: nn.Module) -> Tensor:
         return through_norm(norm, latent, up, again="norm" in self.shape.recompute)

@@ -1,0 +1,39 @@
+"""Compiles the model's own kernels for sm_90 without a GPU, at V3's sizes, and prints what came out as JSON lines.
+Run by test_model_kernels.py: the kernels must be defined with TRITON_INTERPRET unset, which is another process."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from helpers_compile import compile_for_hopper
+
+from dryvine.trainer.model.kernels import gated, heads
+
+V3 = {"A": 128, "NOPE": 128, "PAIRS": 32, "V": 128, "NOPE2": 128, "PAIRS2": 32}
+TABLES = {"cos": "*fp32", "sin": "*fp32", "T": "i32"}
+FORWARD = ("q_stride", "kv_stride", "k_rope_stride")
+BACKWARD = tuple(f"{tensor}_{dim}" for tensor in "qkv" for dim in "sat")
+
+
+def typed(kind: str, *names: str) -> dict[str, str]:
+    return dict.fromkeys(names, kind)
+
+
+def every() -> Any:
+    """Strides of a real launch are multiples of 16."""
+    types = TABLES | typed("*bf16", "q", "kv", "k_rope", "k") | typed("i32", *FORWARD)
+    yield compile_for_hopper(heads.heads_kernel, types, V3 | {"HEADS": heads.FORWARD}, frozenset((*FORWARD, "T")), 4)
+    types = TABLES | typed("*bf16", "dq", "dk", "dv", "dx", "dkv", "dk_rope") | typed("i32", *BACKWARD)
+    known = V3 | {"V2": 128, "HEADS": heads.BACKWARD}
+    yield compile_for_hopper(heads.heads_backward_kernel, types, known, frozenset((*BACKWARD, "T")), 4)
+    known = {"WEIGHTED": True, "BLOCK": gated.BLOCK}
+    for dtype in ("*bf16", "*fp32"):
+        types = typed(dtype, "h", "y", "dy", "dh") | typed("*fp32", "weights", "dweights") | {"F": "i32"}
+        for kernel in (gated.gated_kernel, gated.gated_backward_kernel):
+            yield compile_for_hopper(kernel, types, known, frozenset("F"), 8, fusion=True)
+
+
+if __name__ == "__main__":
+    for made in every():
+        print(json.dumps(made), flush=True)

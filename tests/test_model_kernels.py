@@ -1,0 +1,30 @@
+"""The model's Triton kernels without a GPU: under the interpreter, and compiled for Hopper."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests import helpers_triton
+from tests.helpers_triton import INSTALLED, OTHER
+
+pytestmark = pytest.mark.skipif(not helpers_triton.PRESENT, reason="triton is for Linux only")
+
+
+def test_definitions_are_met_under_the_interpreter() -> None:
+    helpers_triton.interpret("model_interpreted.py")
+
+
+@pytest.mark.parametrize("version", [INSTALLED, OTHER])
+def test_compiled_kernels_move_wide_words_and_do_not_spill(version: str, tmp_path: Any) -> None:
+    kernels = helpers_triton.compile_by(version, "model_compiled.py", tmp_path)
+    assert len(kernels) == 6
+    for kernel in kernels:
+        assert kernel["stack"] == 0, kernel
+        assert kernel["registers"] <= 128, kernel
+        loads, stores = kernel["widest"]
+        wide = 7 if kernel["kernel"].startswith("heads.") else 1
+        assert min(loads.count(16), stores.count(16)) >= wide, kernel
+        assert kernel["shared"] <= helpers_triton.HOPPER_SHARED, kernel
+        helpers_triton.assert_registers_fit(kernel)
