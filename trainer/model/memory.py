@@ -99,7 +99,8 @@ class _Keeper:
         if s.shared:
             yield from self._ffn("attention", "shared experts", load.tokens, s.shared * s.expert_ffn)
         yield from self._gate()
-        yield "layout", "routing of rows, there and back", "dispatch, combine", 16 * (load.tokens * s.top_k + load.rows)
+        indexes = 3 * load.tokens * s.top_k + load.tokens + 2 * load.rows
+        yield "layout", "routing of rows, there and back", "dispatch, combine", 8 * indexes
         yield from self._experts()
 
     def head(self, name: str) -> Iterator[Row]:
