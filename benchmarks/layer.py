@@ -46,7 +46,7 @@ from dryvine.trainer.fp8.choose import choose
 from dryvine.trainer.fp8.gemm import Torch
 from dryvine.trainer.fp8.linear import FP8
 from dryvine.trainer.fp8.recipe import preset
-from dryvine.trainer.model.decoder import build_model
+from dryvine.trainer.model.decoder import Model, build_model
 from dryvine.trainer.model.shape import Shape
 
 Recipe = Literal["bf16", "deepseek_v3"]
@@ -168,6 +168,16 @@ class Bench:
                     closures.clear()
 
 
+@torch.no_grad()
+def fill(model: Model, seed: int = 0) -> None:
+    """`Model.initialise` on the device: billions of numbers drawn on a CPU take half a minute that tells nothing."""
+    torch.manual_seed(seed)
+    for _, weight in model.named_parameters():
+        weight.normal_(0, model.spec.shape.init_std) if weight.dim() > 1 else weight.fill_(1)
+    for buffer in model.root.buffers():
+        buffer.zero_()
+
+
 def make_bench(recipe: Recipe, device: torch.device, tokens: int, recompute: bool, folder: Path) -> Bench:
     torch.manual_seed(0)
     shape, wgrad = v3(device, recompute), WGrad()
@@ -181,7 +191,7 @@ def make_bench(recipe: Recipe, device: torch.device, tokens: int, recompute: boo
         shape, {0: ("layers.0",)}, ep_rank=0, ep_size=EP, dispatcher=dispatcher, wgrad=wgrad,
         dtype=torch.bfloat16, device=device, fp8=fp8,
     )  # fmt: skip
-    model.initialise(0)
+    fill(model)
     for _, weight in model.named_parameters():
         weight.gradient()
     x, dy = (torch.randn(tokens, shape.hidden, device=device).bfloat16() for _ in range(2))

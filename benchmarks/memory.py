@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from census import Census
-from layer import CONFIG, EP, RECIPES, Mirror, Recipe
+from layer import CONFIG, EP, RECIPES, Mirror, Recipe, fill
 from rich.console import Console
 from rich.table import Table
 
@@ -125,7 +125,7 @@ def make_bench(shape: Shape, recipe: Recipe, name: str, batch: Load, device: tor
         shape, {0: (name,)}, ep_rank=0, ep_size=EP, dispatcher=Flat(None, shape.routed, exchange=Mirror(EP)),
         wgrad=wgrad, dtype=torch.bfloat16, device=device, fp8=fp8,
     )  # fmt: skip
-    model.initialise(0)
+    fill(model)
     tokens = torch.zeros(1, batch.tokens + 1 + shape.mtp_depth, dtype=torch.int64, device=device)
     return Bench(model.stages[0], tokens, torch.randn(batch.tokens, shape.hidden, device=device).bfloat16())
 
