@@ -3,7 +3,7 @@
 Forward, q's rope part is rotated where it lies and only k is written anew. Backward, one program takes all heads of a
 token, so that the shared rope key's gradient is summed over heads in FP32, in one order, and rotated back and rounded
 once. Incoming gradients are not overwritten: autograd may have given them to others too. Bytes a token and
-head in BF16: forward 2 (2 rope + 2 nope + rope), backward 2 (3 D + rope + 2 V + nope), D = nope + rope.
+head in BF16: forward 2 (2 rope + 2 nope + rope), backward 2 (3 D + nope + 2 V), D = nope + rope.
 
 Legend as in model/heads.py; a pair's members are `a`, the first, and `b`.
 """
