@@ -72,11 +72,11 @@ def alone(experts: int) -> dict[str, Any]:
 def sums_are_exact() -> None:
     """BF16 rows summed by the device are FP32 sums in order, rounded once to nearest even."""
     rows, source = torch.randn(4000, 512, device=GPU).bfloat16(), torch.randperm(4000, device=GPU)
-    begin = torch.arange(0, 4000, 8, device=GPU)
+    begin = torch.arange(0, 4001, 8, device=GPU)
     want = torch.zeros(500, 512, device=GPU)
     for k in range(8):
         want += rows[source[k::8]].float()
-    assert torch.equal(Sum(source, begin)(rows), want.bfloat16())
+    assert torch.equal(Sum(source, begin, 8)(rows), want.bfloat16())
     print("BF16 sums are FP32 sums rounded once")
 
 

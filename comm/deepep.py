@@ -109,7 +109,6 @@ class DeepEPHandle:
     theirs: Any
     pick: Tensor  # [R] (arrived row, choice) of each result row, as row * K + k
     place: Tensor
-    holes: Tensor
     arrived: tuple[int, int]  # M, K
     rank_sum: Sum
 
@@ -140,12 +139,10 @@ class DeepEP:
         row_of = torch.empty(rows * choices, dtype=torch.int64, device=pick.device)
         row_of[pick] = padding.place
         pairs = routing.where(here_MK, sum(used))
-        rank_sum = Sum.plan(pairs // choices, row_of[pairs], rows)
+        rank_sum = Sum.plan(pairs // choices, row_of[pairs], rows, choices)
         shape = (rows, choices)
         filled = padding.fill(pick)
-        return Pending.done(
-            DeepEPHandle(padding.counts, tuple(used), theirs, filled, padding.place, padding.holes, shape, rank_sum)
-        )
+        return Pending.done(DeepEPHandle(padding.counts, tuple(used), theirs, filled, padding.place, shape, rank_sum))
 
     def dispatch(
         self, rows: tuple[Tensor, ...], pairs: Tensor | None, handle: DeepEPHandle
@@ -155,7 +152,7 @@ class DeepEP:
         arrived = self.port.dispatch(_as_bf16(wire.pack(payload)), handle.theirs)
         lanes = arrived.view(LANE)[:, : wire.lanes]
         choices = handle.arrived[1]
-        out = wire.unpack(lanes, handle.pick // choices, handle.holes)
+        out = wire.unpack(lanes, handle.pick // choices)  # padding stays -1
         if pairs is not None:
             out[-1] = out[-1].gather(1, (handle.pick % choices)[:, None])[:, 0]
         return Pending.done(tuple(out))

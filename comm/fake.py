@@ -17,8 +17,8 @@ from torch import Tensor
 from dryvine.comm import routing
 from dryvine.comm.api import Pending
 from dryvine.comm.exchange import Meter
-from dryvine.comm.payload import Format
-from dryvine.comm.routing import Sum
+from dryvine.comm.payload import Format, gather
+from dryvine.comm.routing import Arrival, Sum
 from dryvine.comm.topology import Topology
 
 
@@ -28,9 +28,10 @@ class FakeHandle:
 
     counts: tuple[int, ...]
     used: tuple[int, ...]
-    pair: Tensor  # [R] the pair t * K + k of each result row
-    holes: Tensor
+    pair: Tensor  # [R] the pair t * K + k of each result row, -1 for padding
+    token: Tensor  # [R] and its token
     place: Tensor  # [T, K] result row of each pair
+    sum: Sum  # of result rows, by token
     sends: tuple[int, ...]
 
 
@@ -44,24 +45,41 @@ class Fake:
         self.meter = Meter()
 
     def layout(self, experts_TK: Tensor, label: str = "") -> Pending[FakeHandle]:
-        place_TK = experts_TK % self.share
-        used = tuple(routing.count(place_TK, self.share).tolist())
-        padding = routing.Padding.of(used, self.alignment, experts_TK.device)
-        pair_P = place_TK.flatten().argsort(stable=True)
-        row_of = padding.place[routing.invert(pair_P)].view_as(experts_TK)
-        sends = self._sends(experts_TK // self.share)
-        return Pending.done(FakeHandle(padding.counts, used, padding.fill(pair_P), padding.holes, row_of, sends))
+        order = routing.by_expert(experts_TK % self.share, 1, self.share)
+        counts, reached = routing.read(order.message, self._reached(experts_TK // self.share))
+        arrival = Arrival.of(order.message, counts, self.alignment)
+        pair = torch.where(arrival.came < 0, -1, order.pair[arrival.came])
+        place = arrival.back[order.place]
+        return Pending.done(
+            FakeHandle(
+                counts=arrival.counts,
+                used=arrival.used,
+                pair=pair,
+                token=pair // experts_TK.shape[1],
+                place=place,
+                sum=Sum.even(place),
+                sends=self._sends(reached.tolist()),
+            )
+        )
 
-    def _sends(self, rank_TK: Tensor) -> tuple[int, ...]:
-        times_TW = torch.stack([(rank_TK == w).sum(1) for w in range(self.topology.ranks)], dim=1)
+    def _reached(self, rank_TK: Tensor) -> Tensor:
+        """Pairs for each rank; of two hops tokens for each rank, then for each node."""
+        ranks, nodes = self.topology.ranks, len(self.topology.nodes)
         if self.hops == 1:
-            return tuple(times_TW.sum(0).tolist())
-        hit = (times_TW > 0).sum(0).tolist()
+            return routing.count(rank_TK, ranks)
+        node_W = routing.upload([self.topology.node_of(w) for w in range(ranks)], rank_TK.device)
+        hit = torch.zeros((len(rank_TK), ranks + nodes), dtype=torch.bool, device=rank_TK.device)
+        return hit.scatter_(1, rank_TK, True).scatter_(1, ranks + node_W[rank_TK], True).sum(0)
+
+    def _sends(self, reached: list[int]) -> tuple[int, ...]:
+        if self.hops == 1:
+            return tuple(reached)
+        hit, far = reached[: self.topology.ranks], reached[self.topology.ranks :]
         sends = [0] * self.topology.ranks
         here = self.topology.node_of(self.rank)
-        for node, members in enumerate(self.topology.nodes):
+        for node in range(len(far)):
             if node != here:
-                sends[self.topology.proxy(self.rank, node)] += int((times_TW[:, list(members)] > 0).any(1).sum())
+                sends[self.topology.proxy(self.rank, node)] += far[node]
         for other in self.topology.nodes[here]:  # its own tokens, and those handed on for ranks of other nodes
             sends[other] += hit[other] * (1 + len(self.topology.clients(self.rank)))
         return tuple(sends)
@@ -69,21 +87,14 @@ class Fake:
     def dispatch(
         self, rows: tuple[Tensor, ...], pairs: Tensor | None, handle: FakeHandle
     ) -> Pending[tuple[Tensor, ...]]:
-        token_R = handle.pair // handle.place.shape[1]
         self._count(rows, pairs, handle)
-        out = [t.index_select(0, token_R) for t in rows]
-        if pairs is not None:
-            out.append(pairs.flatten()[handle.pair])
-        for tensor in out:
-            (tensor if tensor.dim() > 1 else tensor[:, None]).view(torch.uint8)[handle.holes] = 0
-        return Pending.done(tuple(out))
+        values = () if pairs is None else (gather(pairs.flatten(), handle.pair),)
+        return Pending.done((*(gather(tensor, handle.token) for tensor in rows), *values))
 
     def combine(self, rows: Tensor, pairs: Tensor | None, handle: FakeHandle) -> Pending[tuple[Tensor, ...]]:
         back = None if pairs is None else pairs[handle.place]
         self._count((rows,), back, handle)
-        tokens, choices = handle.place.shape
-        begin = torch.arange(tokens, device=rows.device) * choices
-        summed = Sum(handle.place.flatten(), begin)(rows)
+        summed = handle.sum(rows)
         return Pending.done((summed,) if back is None else (summed, back))
 
     def _count(self, rows: Sequence[Tensor], pairs: Tensor | None, handle: FakeHandle) -> None:

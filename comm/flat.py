@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -18,33 +17,27 @@ from dryvine.comm.api import Pending
 from dryvine.comm.exchange import Exchange, GroupExchange
 from dryvine.comm.payload import Format
 from dryvine.comm.pool import Pool
-from dryvine.comm.routing import Sum
+from dryvine.comm.routing import Arrival, Order, Sum
 
 
 @dataclass(frozen=True)
 class FlatHandle:
-    """Send position i holds pair `pair[i]`; result row j came at position `came[j]`; row `back[i]` came at i."""
+    """Everything that both directions need, worked out once."""
 
-    counts: tuple[int, ...]  # rows given for each local expert, with padding
-    used: tuple[int, ...]  # of which real
     label: str  # whose routing this is, for errors
     sends: tuple[int, ...]  # rows to each rank
     receives: tuple[int, ...]  # rows from each rank
-    pair: Tensor  # [P]
-    place: Tensor  # [T, K], send position of pair (t, k)
-    came: Tensor  # [R]
-    back: Tensor  # [rows that came]
-    holes: Tensor  # positions of the padding
+    order: Order
+    arrival: Arrival
+    sum: Sum  # of what came back, by token, in the order of its choices
 
     @property
-    def sum(self) -> Sum:
-        """Of what came back, by token, in the order of its choices."""
-        tokens, choices = self.place.shape
-        return Sum(self.place.flatten(), torch.arange(tokens, device=self.place.device) * choices)
+    def counts(self) -> tuple[int, ...]:
+        return self.arrival.counts
 
     @property
-    def token(self) -> Tensor:
-        return self.pair // self.place.shape[1]
+    def used(self) -> tuple[int, ...]:
+        return self.arrival.used
 
 
 class Flat:
@@ -61,43 +54,31 @@ class Flat:
             raise ValueError(f"experts = {experts} do not divide over {self.exchange.size} expert-parallel ranks")
 
     def layout(self, experts_TK: Tensor, label: str = "") -> Pending[FlatHandle]:
-        pair_P = experts_TK.flatten().argsort(stable=True)
-        counts_WX = routing.count(experts_TK, self.experts).view(self.exchange.size, -1)
-        refused_W1 = routing.repeated(experts_TK).expand(self.exchange.size, 1)
-        ours = torch.cat((counts_WX, refused_W1), dim=1)
-        ones = [1] * self.exchange.size
-        coming = self.exchange.start(ours, ones, ones, what=f"layout of {label}")
-        place_TK = routing.invert(pair_P).view_as(experts_TK)
-        return Pending(lambda: self._handle(pair_P, place_TK, ours, coming.wait(), label), coming.ready)
+        order, ones = routing.by_expert(experts_TK, self.exchange.size, self.experts), [1] * self.exchange.size
+        coming = self.exchange.start(order.message, ones, ones, what=f"layout of {label}")
+        summed = Sum.even(order.place)
+        return Pending(lambda: self._handle(order, summed, coming.wait(), label), coming.ready)
 
-    def _handle(self, pair_P: Tensor, place_TK: Tensor, ours: Tensor, theirs: Tensor, label: str) -> FlatHandle:
-        to, come = torch.stack((ours, theirs)).tolist()  # the one read on the host
-        routing.refuse([rank for rank, row in enumerate(come) if row[-1]])
-        receives = tuple(sum(row[:-1]) for row in come)
-        used = tuple(sum(column) for column in zip(*(row[:-1] for row in come), strict=True))
-        padding = routing.Padding.of(used, self.alignment, theirs.device)
-        came_R = routing.transposed(theirs[:, :-1], sum(receives))
+    def _handle(self, order: Order, summed: Sum, theirs: Tensor, label: str) -> FlatHandle:
+        to, come = routing.read(order.message, theirs)  # the one read on the host
+        routing.refuse(come[:, -1].nonzero().flatten().tolist())
         return FlatHandle(
-            counts=padding.counts,
-            used=used,
             label=label,
-            sends=tuple(sum(row[:-1]) for row in to),
-            receives=receives,
-            pair=pair_P,
-            place=place_TK,
-            came=padding.fill(came_R),
-            back=padding.place[routing.invert(came_R)],
-            holes=padding.holes,
+            sends=tuple(to[:, :-1].sum(1).tolist()),
+            receives=tuple(come[:, :-1].sum(1).tolist()),
+            order=order,
+            arrival=Arrival.of(theirs, come, self.alignment),
+            sum=summed,
         )
 
     def dispatch(
         self, rows: tuple[Tensor, ...], pairs: Tensor | None, handle: FlatHandle
     ) -> Pending[tuple[Tensor, ...]]:
         payload = rows if pairs is None else (*rows, pairs.flatten())
-        indexes = [handle.token] * len(rows) + [handle.pair] * (pairs is not None)
+        indexes = [handle.order.token] * len(rows) + [handle.order.pair] * (pairs is not None)
         wire = Format.of(payload)
         finish = self._exchange(wire, payload, indexes, handle.sends, handle.receives, f"dispatch of {handle.label}")
-        return Pending(lambda: finish(lambda came: tuple(wire.unpack(came, handle.came, handle.holes))))
+        return Pending(lambda: finish(lambda came: tuple(wire.unpack(came, handle.arrival.came))))
 
     def _exchange(
         self,
@@ -125,11 +106,11 @@ class Flat:
     def combine(self, rows: Tensor, pairs: Tensor | None, handle: FlatHandle) -> Pending[tuple[Tensor, ...]]:
         payload = (rows,) if pairs is None else (rows, pairs)
         wire = Format.of(payload)
-        indexes = [handle.back] * len(payload)
+        indexes = [handle.arrival.back] * len(payload)
         finish = self._exchange(wire, payload, indexes, handle.receives, handle.sends, f"combine of {handle.label}")
 
         def read(came: Tensor) -> tuple[Tensor, ...]:
             back, *weights = wire.unpack(came)
-            return (handle.sum(back), *(w[handle.place] for w in weights))
+            return (handle.sum(back), *(w[handle.order.place] for w in weights))
 
         return Pending(lambda: finish(read))

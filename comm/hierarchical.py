@@ -94,29 +94,32 @@ class Hierarchical:
     @staticmethod
     def _result(wire: Format, arrived: Tensor, paired: bool, handle: Handle) -> tuple[Tensor, ...]:
         """A copy of each arrived row for every local expert that it is for, in the result's order."""
-        rows = wire.unpack(arrived, handle.pick // handle.choices, handle.holes)
+        rows = wire.unpack(arrived, handle.row)
         if paired:
-            choice = (handle.pick % handle.choices)[:, None]
-            rows[-1] = rows[-1].gather(1, choice)[:, 0]
+            rows[-1] = rows[-1].gather(1, handle.choice)[:, 0]
         return tuple(rows)
 
     def _combine(self, rows: Tensor, pairs: Tensor | None, handle: Handle) -> tuple[Tensor, ...]:
-        payload = [handle.rank_sum(rows)]
-        if pairs is not None:
-            payload.append(handle.scattered(pairs))
-        wire = Format.of(payload)
-        own, *others = zip(
-            handle.hop2, wire.pack(payload).split([sum(leg.receives) for leg in handle.hop2]), strict=True
-        )
+        values = [] if pairs is None else [handle.scattered(pairs)]
+        wire = Format.of((rows, *values))
+        sizes = [sum(leg.receives) for leg in handle.hop2]
         hop1, hop2 = f"combine hop 1 of {handle.label}", f"combine hop 2 of {handle.label}"
         with self.pool.scratch(wire.lanes, rows.device) as take:
+            departing = take(sum(sizes))
+            going, *scattered = wire.unpack(departing)
+            handle.rank_sum(rows, going)
+            for space, value in zip(scattered, values, strict=True):
+                space.copy_(value)
+            own, *others = zip(handle.hop2, departing.split(sizes), strict=True)
             leaving = [self._back(self.intra, leg, going, take(sum(leg.sends)), hop2) for leg, going in others]
             homes = [sum(leg.sends) for leg in (handle.hop2[0], *handle.hop1)]
             home = take(sum(homes))
             near, *far = home.split(homes)
             coming = []
             for leg, into, left, add in zip(handle.hop1, far, leaving, handle.node_sums, strict=True):
-                summed = wire.pack([add(tensor) for tensor in wire.unpack(left.wait())])
+                summed = take(sum(leg.receives))
+                for tensor, space in zip(wire.unpack(left.wait()), wire.unpack(summed), strict=True):
+                    add(tensor, space)
                 coming.append(self._back(self.inter, leg, summed, into, hop1))
             coming.append(self._back(self.intra, *own, near, hop2))
             for part in coming:

@@ -126,7 +126,7 @@ class Guarded:
         tokens = len(experts_TK)
         bounds = tuple(tokens * (r + 1) // rounds - tokens * r // rounds for r in range(rounds))
         handles = tuple(self.inner.layout(part, label).wait() for part in experts_TK.split(bounds))
-        counts_RX = torch.tensor([handle.counts for handle in handles], device=experts_TK.device)
+        counts_RX = routing.upload([handle.counts for handle in handles], experts_TK.device)
         total = int(sum(sum(handle.counts) for handle in handles))
         from_rounds = routing.invert(routing.transposed(counts_RX, total))
         return Rounds(

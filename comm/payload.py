@@ -5,7 +5,7 @@ a lane is what gathers copy fastest, and no backend has to know FP8 (gloo and NC
 tensor would pay the latency of every hop two or three times and let a payload arrive in parts.
 
 Each tensor starts on a lane, so that on arrival it is a view of the buffer. The gather that brings rows into sending
-order writes straight into the buffer, and the one that orders what came reads straight out of it.
+order writes straight into the buffer; what orders or sums what came reads straight out of it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from math import prod
 
 import torch
 from torch import Tensor
+
+from dryvine.comm import routing
 
 LANE = torch.int64
 LANE_BYTES = 8
@@ -33,6 +35,17 @@ class Column:
     @property
     def bytes(self) -> int:
         return prod(self.tail) * self.dtype.itemsize
+
+    def lanes(self, buffer: Tensor) -> Tensor:
+        return buffer[:, self.start : self.start + self.width]
+
+    def rows(self, lanes: Tensor) -> Tensor:
+        """A view of lanes [R, width] as rows of the tensor."""
+        exact = lanes.view(torch.uint8)[:, : self.bytes].view(self.dtype)
+        return exact.view(len(lanes), *self.tail)
+
+    def of(self, buffer: Tensor) -> Tensor:
+        return self.rows(self.lanes(buffer))
 
 
 @dataclass(frozen=True)
@@ -69,21 +82,32 @@ class Format:
         if indexes is None:
             return torch.cat([as_lanes(tensor) for tensor in tensors], dim=1)
         buffer = tensors[0].new_empty((len(indexes[0]), self.lanes), dtype=LANE) if into is None else into
+        kernels = routing.kernels_for(buffer)
         for column, tensor, index in zip(self.columns, tensors, indexes, strict=True):
-            into = buffer[:, column.start : column.start + column.width]
-            torch.index_select(as_lanes(tensor), 0, index, out=into)
+            if kernels:
+                kernels.gather(tensor, index, column.of(buffer))
+            else:
+                torch.index_select(as_lanes(tensor), 0, index, out=column.lanes(buffer))
         return buffer
 
-    def unpack(self, buffer: Tensor, index: Tensor | None = None, holes: Tensor | None = None) -> list[Tensor]:
-        """The tensors again, rows in the order of `index` (as they lie if None), and zero at `holes`."""
-        out = []
-        for column in self.columns:
-            rows = buffer[:, column.start : column.start + column.width]
-            rows = rows.contiguous() if index is None else rows.index_select(0, index)
-            if holes is not None and len(holes):
-                rows.index_fill_(0, holes, 0)
-            out.append(_as_rows(rows, column))
-        return out
+    def unpack(self, buffer: Tensor, index: Tensor | None = None) -> list[Tensor]:
+        """The tensors again, as views of the buffer; with `index`, copies: row index[i] at i, zeros if negative."""
+        if index is None:
+            return [column.of(buffer) for column in self.columns]
+        if routing.kernels_for(buffer):
+            return [gather(column.of(buffer), index) for column in self.columns]
+        return [column.rows(gather(column.lanes(buffer), index)).contiguous() for column in self.columns]
+
+
+def gather(rows: Tensor, index: Tensor) -> Tensor:
+    """Rows index[i] of [N, ...], zeros where the index is negative."""
+    kernels = routing.kernels_for(rows)
+    if kernels:
+        return kernels.gather(rows, index)
+    found = rows.index_select(0, index.clamp(min=0))
+    holes = (index < 0).nonzero().flatten()
+    found.view(len(found), prod(found.shape[1:])).view(torch.uint8).index_fill_(0, holes, 0)
+    return found
 
 
 def as_lanes(tensor: Tensor) -> Tensor:
@@ -95,10 +119,3 @@ def as_lanes(tensor: Tensor) -> Tensor:
     padded = flat.new_zeros((rows, -(-row_bytes // LANE_BYTES) * LANE_BYTES), dtype=torch.uint8)
     padded[:, :row_bytes] = flat.view(torch.uint8)
     return padded.view(LANE)
-
-
-def _as_rows(lanes: Tensor, column: Column) -> Tensor:
-    if column.bytes % LANE_BYTES == 0:
-        return lanes.view(column.dtype).reshape(len(lanes), *column.tail)
-    exact = lanes.view(torch.uint8)[:, : column.bytes].contiguous()
-    return exact.view(column.dtype).reshape(len(lanes), *column.tail)

@@ -42,8 +42,9 @@ class Handle:
     label: str  # whose routing this is, for errors
     hop1: tuple[Leg, ...]
     hop2: tuple[Leg, ...]
-    pick: Tensor  # [R] which (arrived row, choice) each result row is, as row * K + k
-    holes: Tensor  # positions of the padding
+    row: Tensor  # [R] which arrived row each result row is; -1 for padding
+    choice: Tensor  # [R, 1] and which of its token's choices
+    pick: Tensor  # [R_used] both, of each real row, as row * K + k
     choices: int
     rank_sum: Sum  # result rows -> arrived rows
     node_sums: tuple[Sum, ...]  # per chunk: rows back from the node's ranks -> rows that came over
@@ -54,7 +55,7 @@ class Handle:
         """Each pair's value at its choice, [M, K], and zero at choices that were not this rank's."""
         rows = sum(sum(leg.receives) for leg in self.hop2)
         values = pairs_R.new_zeros(rows * self.choices)
-        values[self.pick[self.place]] = pairs_R[self.place]
+        values[self.pick] = pairs_R[self.place]
         return values.view(rows, self.choices)
 
 
@@ -141,8 +142,8 @@ class Planner:
     def plan(
         self, experts_TK: Tensor, counts: Counts, theirs: Tensor, inter: Exchange, intra: Exchange, label: str
     ) -> Handle:
-        read = torch.stack((counts.message, theirs)).tolist()  # the one host read of a forward dispatch
-        ours, told = ([Told(row, self._widths, self.widest) for row in side] for side in read)
+        read = routing.read(counts.message, theirs)  # the one host read of a forward dispatch
+        ours, told = ([Told(row, self._widths, self.widest) for row in side.tolist()] for side in read)
         routing.refuse([rank for rank, t in enumerate(told) if t.refused])
 
         hop1 = self._hop1(counts, ours, told)
@@ -150,9 +151,10 @@ class Planner:
         hop2 = self._hop2(counts, came, hop1, ours, told)
         arrived_MK = self._deliver(experts_TK, came, hop1, hop2, intra, label)
         pairs = zip(hop1, hop2[1:], strict=True)
-        node_sums = tuple(Sum.plan(*sort_pair(leg.index), sum(first.receives)) for first, leg in pairs)
+        most = experts_TK.shape[1]  # a token's experts are on no more ranks than that, nor on more nodes
+        node_sums = tuple(Sum.plan(*sort_pair(leg.index), sum(first.receives), most) for first, leg in pairs)
         back = torch.cat([hop2[0].index, *(leg.index for leg in hop1)])
-        token_sum = Sum.plan(*sort_pair(back), len(experts_TK))
+        token_sum = Sum.plan(*sort_pair(back), len(experts_TK), most)
         return self._arrange(arrived_MK, told, label, hop1, hop2, node_sums, token_sum)
 
     def _hop1(self, counts: Counts, ours: list[Told], told: list[Told]) -> tuple[Leg, ...]:
@@ -219,21 +221,23 @@ class Planner:
         source_M1 = self._sources(told, arrived_MK.device)[:, None]
         key_MK = (arrived_MK % self.share) * len(told) + source_M1
         last = self.share * len(told)
-        pick = torch.where(mine_MK, key_MK, last).flatten().argsort(stable=True)[: sum(used)]
+        pick = routing.stable_order(torch.where(mine_MK, key_MK, last), last + 1)[: sum(used)]
         padding = routing.Padding.of(used, self.alignment, pick.device)
         pairs = routing.where(mine_MK, sum(used))
         row_of = torch.empty(rows * choices, dtype=torch.int64, device=pick.device)
         row_of[pick] = padding.place
+        filled = padding.fill(pick)
         return Handle(
             counts=padding.counts,
             used=used,
             label=label,
             hop1=hop1,
             hop2=hop2,
-            pick=padding.fill(pick),
-            holes=padding.holes,
+            row=filled // choices,
+            choice=(filled % choices)[:, None],
+            pick=pick,
             choices=choices,
-            rank_sum=Sum.plan(pairs // choices, row_of[pairs], rows),
+            rank_sum=Sum.plan(pairs // choices, row_of[pairs], rows, choices),
             node_sums=node_sums,
             token_sum=token_sum,
             place=padding.place,
@@ -242,7 +246,7 @@ class Planner:
 
 def sort_pair(target: Tensor) -> tuple[Tensor, Tensor]:
     """Ascending targets, and for each the row that it takes."""
-    ordered = target.sort(stable=True)
+    ordered = target.to(torch.int32).sort(stable=True)  # half the passes of int64
     return ordered.values, ordered.indices
 
 

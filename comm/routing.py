@@ -3,8 +3,10 @@
 Every dispatcher gives rows in one canonical order: by local expert, then by source rank, then by token. So all of
 them are comparable bit by bit with `flat`, and a run's numbers do not depend on the backend.
 
-Nothing here reads a tensor on the host: the lengths that a result has are given by the caller, who read the counts
-once. (`bincount`, `nonzero` and boolean masks would each stop the host on a GPU.)
+Nothing here reads a GPU's tensor on the host but `read`: the lengths that a result has are given by the caller, who
+read the counts once. (`bincount`, `nonzero` and boolean masks would each stop the host on a GPU.)
+
+What is written here in torch is the definition, and what runs on a CPU; on a GPU `kernels` gives the same bits.
 
 Legend: T tokens, K choices per token, P = T*K pairs, pair p = t*K + k; E experts; W ranks; X experts per rank.
 """
@@ -17,6 +19,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+
+
+def kernels_for(tensor: Tensor) -> Any:
+    """`comm.kernels` where the tensor is on a GPU, else None. Only there is triton imported."""
+    if not tensor.is_cuda:
+        return None
+    from dryvine.comm import kernels
+
+    return kernels
+
+
+def read(*tensors: Tensor) -> list[Tensor]:
+    """The tensors on the host, which waits once for all of them: the copies go to pinned memory."""
+    if not tensors[0].is_cuda:
+        return list(tensors)
+    copies = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in tensors]
+    torch.cuda.current_stream(tensors[0].device).record_event().synchronize()
+    return copies
 
 
 def upload(values: Any, device: torch.device) -> Tensor:
@@ -73,26 +94,90 @@ def where(mask: Tensor, total: int) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Order:
+    """The pairs of this rank by expert, then token: the order in which a rank sends."""
+
+    pair: Tensor  # [P] the pair at each send position
+    token: Tensor  # [P] and its token
+    place: Tensor  # [T, K] the send position of each pair
+    message: Tensor  # int64 [W, X + 1], what each rank is told: rows for each of its experts, then 1 to refuse
+
+
+def by_expert(experts_TK: Tensor, ranks: int, experts: int) -> Order:
+    """`ranks` hold equal, contiguous shares of `experts`."""
+    kernels = kernels_for(experts_TK)
+    if kernels:
+        return Order(*kernels.by_expert(experts_TK, ranks, experts))
+    pair = experts_TK.flatten().argsort(stable=True)
+    refused_W1 = repeated(experts_TK).expand(ranks, 1)
+    message = torch.cat((count(experts_TK, experts).view(ranks, -1), refused_W1), dim=1)
+    return Order(pair, pair // experts_TK.shape[1], invert(pair).view_as(experts_TK), message)
+
+
+def stable_order(keys: Tensor, below: int) -> Tensor:
+    """argsort of the flattened keys [A, B], all under `below`; equal keys keep their order."""
+    kernels = kernels_for(keys)
+    if kernels:
+        return kernels.by_expert(keys, 1, below)[0]
+    return keys.flatten().argsort(stable=True)
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """Rows that came by (source rank, local expert), and the result, which has them by (expert, rank) and padded."""
+
+    counts: tuple[int, ...]  # rows given for each local expert, with padding
+    used: tuple[int, ...]  # of which real
+    came: Tensor  # [R] position at which each result row came; -1 for padding
+    back: Tensor  # [rows that came] the result row of each
+
+    @staticmethod
+    def of(message: Tensor, host: Tensor, alignment: int) -> Arrival:
+        """From what every rank said, int64 [W, X + 1] as in `Order`, and the host's copy of it."""
+        used = tuple(host[:, :-1].sum(0).tolist())
+        kernels = kernels_for(message)
+        if kernels:
+            counts = tuple(-(-n // alignment) * alignment for n in used)
+            return Arrival(counts, used, *kernels.arrive(message, sum(used), sum(counts), alignment))
+        padding = Padding.of(used, alignment, message.device)
+        came = transposed(message[:, :-1], sum(used))
+        return Arrival(padding.counts, used, padding.fill(came), padding.place[invert(came)])
+
+
+@dataclass(frozen=True)
 class Sum:
-    """Sums of rows: result i adds rows source[begin[i]], source[begin[i] + 1], ..., in that order.
+    """Sums of rows: result i adds rows source[begin[i]], ..., source[begin[i + 1] - 1], in that order; at most `most`.
 
     An atomic scatter would be shorter and give other bits in each run.
     """
 
     source: Tensor
-    begin: Tensor
+    begin: Tensor  # one more than there are results
+    most: int
 
     @staticmethod
-    def plan(target: Tensor, source: Tensor, size: int) -> Sum:
+    def plan(target: Tensor, source: Tensor, size: int, most: int) -> Sum:
         """Row source[j] is added to result target[j] < size; `target` is ascending."""
-        return Sum(source, starts(count(target, size)))
+        results = torch.arange(size + 1, dtype=target.dtype, device=target.device)
+        return Sum(source, torch.searchsorted(target, results), most)
 
-    def __call__(self, rows: Tensor) -> Tensor:
-        """Summed in FP32, given in the rows' dtype."""
-        # On CPUs embedding_bag rounds BF16 ties away from zero, so the sum is made in FP32 and rounded by the cast.
-        exact = rows if rows.is_cuda else rows.float()
-        sums = torch.nn.functional.embedding_bag(self.source, exact.flatten(1), self.begin, mode="sum")
-        return sums.to(rows.dtype).view(len(self.begin), *rows.shape[1:])
+    @staticmethod
+    def even(source_TK: Tensor) -> Sum:
+        """Each result adds as many: result t the rows source[t]."""
+        tokens, choices = source_TK.shape
+        begin = torch.arange(tokens + 1, device=source_TK.device) * choices
+        return Sum(source_TK.flatten(), begin, choices)
+
+    def __call__(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
+        """Summed in FP32 from +0 on, one after the other, and rounded once to the rows' dtype. Rows may lie apart."""
+        kernels = kernels_for(rows)
+        if kernels:
+            return kernels.sum_rows(rows, self.source, self.begin, self.most, out)
+        # embedding_bag rounds BF16 ties away from zero, so the sum is made in FP32 and rounded by the cast.
+        summed = functional.embedding_bag(
+            self.source, rows.float().flatten(1), self.begin, mode="sum", include_last_offset=True
+        ).view(len(self.begin) - 1, *rows.shape[1:])
+        return summed.to(rows.dtype) if out is None else out.copy_(summed)
 
 
 @dataclass(frozen=True)
@@ -101,22 +186,19 @@ class Padding:
 
     counts: tuple[int, ...]
     place: Tensor
-    holes: Tensor
 
     @staticmethod
     def of(used: Sequence[int], alignment: int, device: torch.device) -> Padding:
         counts = tuple(-(-n // alignment) * alignment for n in used)
         lengths_2X = upload((used, counts), device)
         begin = starts(lengths_2X[1])
-        place = runs(begin, lengths_2X[0], sum(used))
-        holes = runs(begin + lengths_2X[0], lengths_2X[1] - lengths_2X[0], sum(counts) - sum(used))
-        return Padding(counts, place, holes)
+        return Padding(counts, runs(begin, lengths_2X[0], sum(used)))
 
     def fill(self, index: Tensor) -> Tensor:
-        """A gather index in padded order; the holes take row 0, to be zeroed after."""
-        if not len(self.holes):
+        """A gather index in padded order: -1 at the padding, which `payload.gather` makes zero."""
+        if sum(self.counts) == len(self.place):
             return index
-        return index.new_zeros(sum(self.counts)).index_copy_(0, self.place, index)
+        return index.new_full((sum(self.counts),), -1).index_copy_(0, self.place, index)
 
 
 def refuse(ranks: list[int]) -> None:

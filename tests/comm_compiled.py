@@ -1,0 +1,39 @@
+"""Compiles comm's kernels for sm_90 without a GPU and prints what came out, one JSON line each. Run by
+test_comm_kernels.py: the kernels must be defined with TRITON_INTERPRET unset, which is another process."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from helpers_compile import compile_for_hopper
+
+from dryvine.comm import kernels
+
+POINTERS = {"rows", "out", "index", "source", "begin", "expert", "message", "pair", "token", "place", "came", "back"}
+
+
+def compile_one(kernel: Any, constants: dict[str, Any], warps: int, **types: str) -> dict[str, Any]:
+    """Of sizes nothing is known, as at a launch with odd ones: what is wide here is wide always."""
+    known = dict.fromkeys(POINTERS, "*i64") | {"tallies": "*i32"} | types
+    kinds = {name: known.get(name, "i32") for name in kernel.arg_names if name not in constants}
+    return compile_for_hopper(kernel, kinds, constants, frozenset(), warps)
+
+
+def every() -> Any:
+    wide, narrow = {"ROWS": 1, "COLS": kernels.TILE}, {"ROWS": 128, "COLS": 8}
+    for shape in (wide, narrow):
+        yield compile_one(kernels.sum_kernel, {"VEC": 8, "MOST": 8, **shape}, 4, rows="*bf16", out="*bf16")
+    yield compile_one(kernels.sum_kernel, {"VEC": 4, "MOST": 8, **wide}, 4, rows="*fp32", out="*fp32")
+    yield compile_one(kernels.gather_kernel, {"VEC": 2, **wide}, 4)
+    yield compile_one(kernels.gather_kernel, {"VEC": 1, "ROWS": kernels.TILE, "COLS": 1}, 4, rows="*i32", out="*i32")
+    yield compile_one(kernels.tally_kernel, {"K": 8, "BLOCK": kernels.BLOCK}, 8)
+    yield compile_one(kernels.scan_kernel, {"CHUNK": 1024}, 4)
+    yield compile_one(kernels.place_kernel, {"BLOCK": kernels.BLOCK, "PART": kernels.PART}, 8)
+    for ranks, share in ((1, 256), (64, 4), (8, 32)):
+        yield compile_one(kernels.arrive_kernel, {"WIDE": ranks, "HIGH": share, "BLOCK": 256}, 4)
+
+
+if __name__ == "__main__":
+    for made in every():
+        print(json.dumps(made), flush=True)
