@@ -65,11 +65,12 @@ def sum_kernel(rows, source, begin, out, R, width, row_stride, out_stride,
 
 
 def _vector(*tensors: Tensor) -> int:
-    """Elements that each row of all of these (of one dtype, rows [N, C] of unit stride) is a multiple of, and starts on
-    a multiple of: at most 16 bytes."""
-    size = tensors[0].element_size()
-    starts = [n for t in tensors for n in (t.data_ptr(), t.stride(0) * size, t.shape[1] * size)]
-    return gcd(VECTOR, *starts) // size
+    """Bytes, at most 16, that the rows [N, C] of all of these are whole multiples of, and start on multiples of."""
+    found = VECTOR
+    for t in tensors:
+        size = t.element_size()
+        found = gcd(found, t.data_ptr(), t.stride(0) * size, t.shape[1] * size)
+    return found
 
 
 def _shape(rows: int, width: int) -> tuple[tuple[int], int, int]:
@@ -81,7 +82,7 @@ def _shape(rows: int, width: int) -> tuple[tuple[int], int, int]:
 
 def _flat(rows: Tensor) -> Tensor:
     """[N, C] with unit stride within a row."""
-    flat = rows.reshape(len(rows), rows.shape[1:].numel())
+    flat = rows if rows.dim() == 2 else rows.reshape(len(rows), rows.shape[1:].numel())
     if flat.shape[1] == 1:  # torch gives such a dimension any stride
         return flat.as_strided(flat.shape, (flat.stride(0), 1))
     return flat if flat.stride(1) == 1 else flat.contiguous()
@@ -91,10 +92,10 @@ def gather(rows: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:
     """Rows index[i] of [N, ...], zeros where the index is negative; into `out` [R, ...] (any strides between rows)."""
     made = rows.new_empty((len(index), *rows.shape[1:])) if out is None else out
     if made.numel():
-        source, target = (_flat(t).view(torch.uint8) for t in (rows, made))
-        unit = min(_vector(source, target), max(UNITS))
-        source, target = source.view(UNITS[unit]), target.view(UNITS[unit])
-        vec = _vector(source, target)
+        source, target = _flat(rows), _flat(made)
+        wide = _vector(source, target)
+        unit = min(wide, max(UNITS))
+        source, target, vec = source.view(UNITS[unit]), target.view(UNITS[unit]), wide // unit
         grid, high, cols = _shape(*target.shape)
         gather_kernel[grid](
             source, index, target, len(index), target.shape[1] // vec, source.stride(0) // vec,
@@ -108,7 +109,7 @@ def sum_rows(rows: Tensor, source: Tensor, begin: Tensor, most: int, out: Tensor
     made = rows.new_empty((len(begin) - 1, *rows.shape[1:])) if out is None else out
     if made.numel():
         given, target = _flat(rows), _flat(made)
-        vec = _vector(given, target)
+        vec = _vector(given, target) // rows.element_size()
         grid, high, cols = _shape(*target.shape)
         sum_kernel[grid](
             given, source, begin, target, len(target), target.shape[1] // vec, given.stride(0) // vec,

@@ -41,8 +41,9 @@ class Column:
 
     def rows(self, lanes: Tensor) -> Tensor:
         """A view of lanes [R, width] as rows of the tensor."""
-        exact = lanes.view(torch.uint8)[:, : self.bytes].view(self.dtype)
-        return exact.view(len(lanes), *self.tail)
+        whole = self.bytes % LANE_BYTES == 0
+        exact = lanes.view(self.dtype) if whole else lanes.view(torch.uint8)[:, : self.bytes].view(self.dtype)
+        return exact if len(self.tail) == 1 else exact.view(len(lanes), *self.tail)
 
     def of(self, buffer: Tensor) -> Tensor:
         return self.rows(self.lanes(buffer))

@@ -165,7 +165,7 @@ class Sum:
     def even(source_TK: Tensor) -> Sum:
         """Each result adds as many: result t the rows source[t]."""
         tokens, choices = source_TK.shape
-        begin = torch.arange(tokens + 1, device=source_TK.device) * choices
+        begin = torch.arange(0, tokens * choices + 1, choices, device=source_TK.device)
         return Sum(source_TK.flatten(), begin, choices)
 
     def __call__(self, rows: Tensor, out: Tensor | None = None) -> Tensor:

@@ -32,6 +32,24 @@ def every() -> Any:
     yield compile_one(kernels.place_kernel, {"BLOCK": kernels.BLOCK, "PART": kernels.PART}, 8)
     for ranks, share in ((1, 256), (64, 4), (8, 32)):
         yield compile_one(kernels.arrive_kernel, {"WIDE": ranks, "HIGH": share, "BLOCK": 256}, 4)
+    yield from small()
+
+
+def small() -> Any:
+    """Arguments that are 1 become constants at a launch, which the interpreter does not do."""
+    one = dict.fromkeys(("R", "width", "row_stride", "out_stride"), 1)
+    column = {"VEC": 1, "ROWS": kernels.TILE, "COLS": 1}
+    yield compile_one(kernels.gather_kernel, column | one, 4, rows="*i32", out="*i32")
+    yield compile_one(kernels.sum_kernel, column | one | {"MOST": 1}, 4, rows="*bf16", out="*bf16")
+    order = dict.fromkeys(("P", "B", "E", "X"), 1)
+    yield compile_one(kernels.tally_kernel, {"P": 1, "B": 1, "E": 1, "K": 1, "BLOCK": kernels.BLOCK}, 8)
+    yield compile_one(kernels.scan_kernel, {"B": 1, "E": 1, "X": 1, "CHUNK": 1024}, 4)
+    yield compile_one(kernels.place_kernel, order | {"K": 1, "BLOCK": kernels.BLOCK, "PART": kernels.PART}, 8)
+    for ranks, share in ((1, 1), (256, 1)):
+        known = {"W": 1} if ranks == 1 else {}
+        yield compile_one(
+            kernels.arrive_kernel, known | {"X": 1, "alignment": 1, "WIDE": ranks, "HIGH": share, "BLOCK": 256}, 4
+        )
 
 
 if __name__ == "__main__":
