@@ -131,15 +131,22 @@ def smooth(losses: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.convolve(losses, np.full(WINDOW, 1 / WINDOW), mode="valid")
 
 
+def gap(losses: NDArray[np.float64], base: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Of smoothed losses, at the steps that both runs have."""
+    both = min(len(losses), len(base))
+    return smooth(losses[:both]) / smooth(base[:both]) - 1
+
+
 def summary(runs: Sequence[Run]) -> dict[str, Any]:
     """Final smoothed loss of each run, its gap to BF16 of the same seed, and how far seeds lie apart."""
-    final = {(run.recipe, run.seed): float(smooth(run.losses)[-1]) for run in runs}
-    base = [loss for (recipe, _), loss in final.items() if recipe == "bf16"]
+    losses = {(run.recipe, run.seed): run.losses for run in runs}
+    base = [float(smooth(some)[-1]) for (recipe, _), some in losses.items() if recipe == "bf16"]
     gaps: dict[str, list[float]] = {}
-    for (recipe, seed), loss in final.items():
-        gaps.setdefault(recipe, []).append(loss / final["bf16", seed] - 1)
+    for (recipe, seed), some in losses.items():
+        gaps.setdefault(recipe, []).append(float(gap(some, losses["bf16", seed])[-1]))
     return {
-        "losses": {f"{recipe}, seed {seed}": loss for (recipe, seed), loss in final.items()},
+        "steps": {f"{recipe}, seed {seed}": len(some) for (recipe, seed), some in losses.items()},
+        "losses": {f"{recipe}, seed {seed}": float(smooth(some)[-1]) for (recipe, seed), some in losses.items()},
         "gaps": gaps,
         "gap": {recipe: statistics.mean(some) for recipe, some in gaps.items()},
         "seed_spread": (max(base) - min(base)) / statistics.mean(base),
@@ -147,16 +154,15 @@ def summary(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def draw(runs: Sequence[Run], errors: dict[str, dict[str, float]], path: Path) -> None:
-    found = {(run.recipe, run.seed): smooth(run.losses) for run in runs}
+    found = {(run.recipe, run.seed): run.losses for run in runs}
     colours = dict(zip(RECIPES, ("tab:gray", "tab:blue", "black", "tab:orange", "tab:red"), strict=True))
     figure, (above, below, bars) = plt.subplots(3, 1, figsize=(8, 10), height_ratios=(3, 3, 2.4), layout="constrained")
     for (recipe, seed), losses in found.items():
-        steps = np.arange(len(losses)) + WINDOW
         label = recipe if seed == 0 else None
-        above.plot(steps, losses, color=colours[recipe], lw=0.9, label=label)
-        if recipe != "bf16":
-            below.plot(steps, 100 * (losses / found["bf16", seed] - 1), color=colours[recipe], lw=0.9, label=label)
-    base = np.stack([losses for (recipe, _), losses in found.items() if recipe == "bf16"])
+        for axis, line in ((above, smooth(losses)), (below, 100 * gap(losses, found["bf16", seed]))):
+            if axis is above or recipe != "bf16":
+                axis.plot(np.arange(len(line)) + WINDOW, line, color=colours[recipe], lw=0.9, label=label)
+    base = np.stack([smooth(losses) for (recipe, _), losses in found.items() if recipe == "bf16"])
     spread = 100 * (base / base.mean(0) - 1)
     steps = np.arange(base.shape[1]) + WINDOW
     below.fill_between(steps, spread.min(0), spread.max(0), color="tab:gray", alpha=0.25, label="seeds of bf16")
@@ -268,13 +274,20 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("runs/fp8_loss"))
     parser.add_argument("--figure", type=Path, help="write FIGURE.svg and FIGURE.json")
+    parser.add_argument("--look", action="store_true", help="train nothing: what there is, at the steps both runs have")
     asked = parser.parse_args()
     runs = every_run(asked.out, asked.seeds)
-    train_all(runs, asked.steps, asked.device, asked.jobs)
+    if not asked.look:
+        train_all(runs, asked.steps, asked.device, asked.jobs)
     taken = take(next(run.folder for run in runs if run.recipe == "bf16"), 0, asked.device)
     device = torch.cuda.get_device_name() if asked.device == "cuda" else "CPU"
-    found = {"device": device, "torch": torch.__version__, "steps": asked.steps, **summary(runs), "linears": len(taken),
-             "errors": errors(taken)}  # fmt: skip
+    found = {
+        "device": device,
+        "torch": torch.__version__,
+        **summary(runs),
+        "linears": len(taken),
+        "errors": errors(taken),
+    }
     say(found)
     if asked.figure:
         asked.figure.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")

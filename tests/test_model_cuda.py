@@ -134,6 +134,7 @@ def test_the_gates_product_keeps_what_fp32_operands_would_give() -> None:
         y.backward(dy)
         found.append((y.detach(), leaf.grad, weight.gradient()))
     (y, dx, dw), (true_y, true_dx, true_dw) = found
-    torch.testing.assert_close(y, true_y, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(dx, true_dx.bfloat16(), rtol=2**-7, atol=1e-6)  # one unit in the last place of BF16
+    cut = 7168 / 16 * 2**-24  # a tensor core cuts its FP32 sum after every 16 products
+    assert (y - true_y).norm() / true_y.norm() < cut
+    assert (dx.float() - true_dx).norm() / true_dx.norm() < 2**-8  # rounded once
     assert (dw - true_dw).norm() / true_dw.norm() < 1e-5

@@ -160,7 +160,7 @@ def swiglu_backward(
     dy: Tensor, kept: Quantized, weights: Tensor | None, groups: Groups, scales: ScaleFormat = "fp32"
 ) -> tuple[Quantized, Quantized, Quantized, Tensor]:
     """dy [R, F] and the kept gate_up -> d gate_up as rows [R, 2F] and as columns [2F, P], the product again as columns
-    [F, P], and d weights: FP32 [R], summed over F in FP64 pieces of 128."""
+    [F, P], and d weights: FP32 [R], summed over F (the kernel adds in FP32, pieces of 128)."""
     gate, up = _halves(kept)
     s = sigmoid(gate)
     silu, slope = gate * s, s * (gate * (1.0 - s) + 1.0)
