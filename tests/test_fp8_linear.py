@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -234,3 +235,12 @@ def test_values_are_those_of_the_paper() -> None:
     assert isinstance(q, Quantized)
     assert q.values.float().eq(448).all()
     assert q.scales.item() == pytest.approx(0.5 / 448)
+
+
+def test_a_cast_is_forgotten_with_its_tensor() -> None:
+    fp8 = FP8(preset("deepseek_v3"), Emulate(), "", WGrad())
+    x = torch.randn(4, 128)
+    values = weakref.ref(fp8.rows(x).values)
+    assert fp8.rows(x).values is values()
+    del x
+    assert values() is None

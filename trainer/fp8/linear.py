@@ -138,7 +138,12 @@ class FP8:
 
     def remember(self, x: Tensor, rows: Quantized) -> None:
         """`rows` is what a cast of x would give: the next Linears that read x take it."""
-        self._last = (weakref.ref(x), x._version, rows)
+        self._last = (weakref.ref(x, self._forget), x._version, rows)
+
+    def _forget(self, of: weakref.ref[Tensor]) -> None:
+        """x is gone, and nobody can ask for its rows."""
+        if self._last is not None and self._last[0] is of:
+            self._last = None
 
     def whole(self, x: Tensor) -> Groups:
         """All rows as one group; kept by their number, since its tables are on the device."""
