@@ -129,7 +129,7 @@ def test_the_gates_product_keeps_what_fp32_operands_would_give() -> None:
     plain = torch.randn(256, 7168, device="cuda", dtype=torch.bfloat16) * 0.02
     found = []
     for dtype in (torch.bfloat16, torch.float32):
-        weight, leaf = Weight(plain.to(dtype)), x.to(dtype).requires_grad_()
+        weight, leaf = Weight(plain.to(dtype)), x.to(dtype, copy=True).requires_grad_()
         y = linear_to_fp32(leaf, weight, WGrad())
         y.backward(dy)
         found.append((y.detach(), leaf.grad, weight.gradient()))
