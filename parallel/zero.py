@@ -56,7 +56,7 @@ class Bucket:
     values: Tensor  # [padded], the parameters' dtype; they are views of it
     grads: Tensor  # [padded], FP32; their main_grads are views of it
     master: Tensor  # [padded / copies], FP32
-    shard: Tensor  # [padded / copies], FP32: this rank's slice of the summed gradient
+    shard: Tensor  # [padded / copies], FP32: this rank's slice of the summed gradient; `grads` if there is one copy
 
     @property
     def first(self) -> int:
@@ -105,16 +105,14 @@ class Zero:
     def reduce(self) -> None:
         """Sum the gradients over all copies; each rank keeps the slice it owns."""
         for bucket in self.buckets:
-            if bucket.group is None:
-                bucket.shard.copy_(bucket.grads)
-            else:
+            if bucket.group is not None:
                 reduce_scatter(bucket.shard, bucket.grads, bucket.group)
 
     def grad_norm(self) -> Tensor:
         """L2 norm of the whole gradient, every parameter counted once. Call after `reduce`; a scalar, FP64."""
         squares = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         for bucket in self.buckets:
-            squares += bucket.shard.to(torch.float64).square().sum()
+            squares += torch.linalg.vector_norm(bucket.shard, dtype=torch.float64).square()  # makes no FP64 copy
         return self.mesh.sum(squares).sqrt()
 
     def publish(self, shards: Sequence[Tensor] | None = None) -> None:
@@ -159,7 +157,7 @@ def _bucket(
     bucket = Bucket(
         group, ranks.index(mesh.rank), list(parameters), offsets, list(parameters.values()), values, grads,
         master=torch.zeros(share, dtype=torch.float32, device=some.device),
-        shard=torch.zeros(share, dtype=torch.float32, device=some.device),
+        shard=grads if group is None else torch.zeros(share, dtype=torch.float32, device=some.device),
     )  # fmt: skip
     bucket.master.copy_(values[bucket.first : bucket.first + share])
     return bucket
