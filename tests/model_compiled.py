@@ -8,7 +8,7 @@ from typing import Any
 
 from helpers_compile import compile_for_hopper
 
-from dryvine.trainer.model.kernels import gated, heads
+from dryvine.trainer.model.kernels import gated, heads, norm
 
 V3 = {"A": 128, "NOPE": 128, "PAIRS": 32, "V": 128, "NOPE2": 128, "PAIRS2": 32}
 TABLES = {"cos": "*fp32", "sin": "*fp32", "T": "i32"}
@@ -32,6 +32,11 @@ def every() -> Any:
         types = typed(dtype, "h", "y", "dy", "dh") | typed("*fp32", "weights", "dweights") | {"F": "i32"}
         for kernel in (gated.gated_kernel, gated.gated_backward_kernel):
             yield compile_for_hopper(kernel, types, known, frozenset("F"), 8, fusion=True)
+    types = (
+        typed("*bf16", "dy", "x") | typed("*fp32", "inverse", "sums") | typed("i32", "N", "H", "dy_stride", "x_stride")
+    )
+    known = {"CHUNK": norm.CHUNK, "ROWS": norm.ROWS, "BLOCK": norm.BLOCK}
+    yield compile_for_hopper(norm.norm_weight_kernel, types, known, frozenset(("N", "H", "dy_stride", "x_stride")), 4)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dryvine.trainer.model import heads, mla, swiglu
-from dryvine.trainer.model.kernels import gated
+from dryvine.trainer.model.kernels import gated, norm
 from dryvine.trainer.model.kernels import heads as fused
 from dryvine.trainer.model.recompute import through
 from dryvine.trainer.model.rope import Rope
@@ -205,3 +205,17 @@ def test_swiglu_of_extremes() -> None:
     h, dy = torch.cat((edge, torch.ones(9))).unsqueeze(0), torch.ones(1, 9)
     torch.testing.assert_close(gated.forward(h, None), swiglu.forward(h, None), equal_nan=True)
     torch.testing.assert_close(gated.backward(dy, h, None)[0], swiglu.backward(dy, h, None)[0], equal_nan=True)
+
+
+@pytest.mark.parametrize(("rows", "width"), [(0, 16), (5, 24), (300, 144)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_of_a_norms_weight_is_an_fp32_sum(rows: int, width: int, dtype: torch.dtype) -> None:
+    """Of rows that may be a slice of wider ones, as MLA's key-value latent is."""
+    generator = torch.Generator().manual_seed(5)
+    dy, wide = (torch.randn(rows, w, generator=generator).to(dtype) for w in (width, width + 8))
+    x, inverse = wide[:, 3 : width + 3], torch.rand(rows, 1, generator=generator)
+    terms = dy.double() * x.double() * inverse.double()
+    found = norm.weight_gradient(dy, x, inverse)
+    assert found.dtype == torch.float32
+    bound = 2.0**-24 * (norm.CHUNK // norm.ROWS + 10) * terms.abs().sum(0)  # one rounding an addition, and two a term
+    assert ((found.double() - terms.sum(0)).abs() <= bound).all()

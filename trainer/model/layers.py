@@ -207,6 +207,15 @@ def _norm_dx(dy_NH: Tensor, x_NH: Tensor, scale_N1: Tensor, weight_H: Tensor) ->
     return (scale_N1 * (slope - unit * (slope * unit).mean(-1, keepdim=True))).to(x_NH.dtype)
 
 
+def _norm_dw(dy_NH: Tensor, x_NH: Tensor, scale_N1: Tensor) -> Tensor:
+    """FP32 [H]."""
+    if x_NH.is_cuda:
+        from dryvine.trainer.model.kernels import norm
+
+        return norm.weight_gradient(dy_NH, x_NH, scale_N1)
+    return (dy_NH.float() * x_NH.float() * scale_N1).sum(0)
+
+
 class _RMSNorm(Function):
     """Given what it gives: `normed_NH` was made outside, by whichever kernel."""
 
@@ -220,7 +229,7 @@ class _RMSNorm(Function):
     @once_differentiable
     def backward(ctx: Any, dy_NH: Tensor) -> tuple[Tensor, None, None, None, None]:
         (x_NH, scale_N1), weight = ctx.saved_tensors, ctx.weight
-        _defer(ctx.wgrad, lambda: weight.gradient().add_((dy_NH.float() * x_NH.float() * scale_N1).sum(0)))
+        _defer(ctx.wgrad, lambda: weight.gradient().add_(_norm_dw(dy_NH, x_NH, scale_N1)))
         return _norm_dx(dy_NH, x_NH, scale_N1, weight.detach()), None, None, None, None
 
 
