@@ -28,7 +28,8 @@ KINDS = {
     "permutation": r"index|gather|scatter|sort|top_?k|embedding_?bag|histogram|bincount|scan|cumsum|repeat_interleave"
     r"|^(sum|tally|place|arrive)_kernel",
     "copies": r"copy|CatArray|memcpy|memset|fill|^aten::(cat|zeros?_?|empty\w*|clone|contiguous|to)$",
-    "elementwise": r"elementwise|reduce|triton_|^aten::|^(gated|gated_backward|heads|heads_backward)_kernel",
+    "elementwise": r"elementwise|reduce|triton_|^aten::"
+    r"|^(gated|gated_backward|heads|heads_backward|logsumexp|logits_gradient)_kernel",
 }  # the first that matches, so what is special comes before what is common
 UNKNOWN = "unclassified"
 DEVICE = {"kernel", "gpu_memcpy", "gpu_memset"}

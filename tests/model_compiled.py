@@ -8,7 +8,7 @@ from typing import Any
 
 from helpers_compile import compile_for_hopper
 
-from dryvine.trainer.model.kernels import gated, heads, norm
+from dryvine.trainer.model.kernels import gated, heads, loss, norm
 
 V3 = {"A": 128, "NOPE": 128, "PAIRS": 32, "V": 128, "NOPE2": 128, "PAIRS2": 32}
 TABLES = {"cos": "*fp32", "sin": "*fp32", "T": "i32"}
@@ -37,6 +37,9 @@ def every() -> Any:
     )
     known = {"CHUNK": norm.CHUNK, "ROWS": norm.ROWS, "BLOCK": norm.BLOCK}
     yield compile_for_hopper(norm.norm_weight_kernel, types, known, frozenset(("N", "H", "dy_stride", "x_stride")), 4)
+    types = {"logits": "*bf16", "targets": "*i64", "norms": "*fp32", "dloss": "*fp32", "N": "i32", "V": "i32"}
+    for kernel in (loss.logsumexp_kernel, loss.logits_gradient_kernel):
+        yield compile_for_hopper(kernel, types, {"BLOCK": loss.BLOCK}, frozenset("V"), 8, fusion=True)
 
 
 if __name__ == "__main__":

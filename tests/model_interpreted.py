@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dryvine.trainer.model import heads, mla, swiglu
+from dryvine.trainer.model import heads, loss, mla, swiglu
 from dryvine.trainer.model.kernels import gated, norm
 from dryvine.trainer.model.kernels import heads as fused
+from dryvine.trainer.model.kernels import loss as fused_loss
 from dryvine.trainer.model.recompute import through
 from dryvine.trainer.model.rope import Rope
 from tests.helpers_interpreter import right_casts
@@ -219,3 +220,19 @@ def test_the_gradient_of_a_norms_weight_is_an_fp32_sum(rows: int, width: int, dt
     assert found.dtype == torch.float32
     bound = 2.0**-24 * (norm.CHUNK // norm.ROWS + 10) * terms.abs().sum(0)  # one rounding an addition, and two a term
     assert ((found.double() - terms.sum(0)).abs() <= bound).all()
+
+
+@pytest.mark.parametrize(("rows", "width"), [(3, 7), (5, fused_loss.BLOCK + 5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cross_entropy_and_its_gradient(rows: int, width: int, dtype: torch.dtype) -> None:
+    """Logits from near nothing to where e^x overflows FP32, and a row of -inf but one."""
+    generator = torch.Generator().manual_seed(6)
+    logits = (torch.randn(rows, width, generator=generator) * torch.logspace(-2, 2.5, rows).unsqueeze(1)).to(dtype)
+    logits[0, 1:] = float("-inf")
+    targets = torch.arange(rows) * 2 % width
+    ours, theirs = fused_loss.norms(logits), loss.norms(logits)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    found, truth, dloss = logits.clone(), logits.clone(), torch.tensor(3.0)
+    fused_loss.into_gradient(found, targets, theirs, dloss)
+    loss.into_gradient(truth, targets, theirs, dloss)
+    torch.testing.assert_close(found, truth, rtol=2**-7 if dtype == torch.bfloat16 else 1e-5, atol=1e-9)

@@ -10,6 +10,7 @@ from tests import helpers_triton
 from tests.helpers_triton import INSTALLED, OTHER
 
 pytestmark = pytest.mark.skipif(not helpers_triton.PRESENT, reason="triton is for Linux only")
+SUMS = ("norm.norm_weight_kernel", "loss.logsumexp_kernel")  # store a number where others store a tensor
 
 
 def test_definitions_are_met_under_the_interpreter() -> None:
@@ -19,13 +20,13 @@ def test_definitions_are_met_under_the_interpreter() -> None:
 @pytest.mark.parametrize("version", [INSTALLED, OTHER])
 def test_compiled_kernels_move_wide_words_and_do_not_spill(version: str, tmp_path: Any) -> None:
     kernels = helpers_triton.compile_by(version, "model_compiled.py", tmp_path)
-    assert len(kernels) == 7
+    assert len(kernels) == 9
     for kernel in kernels:
         assert kernel["stack"] == 0, kernel
         assert kernel["registers"] <= 128, kernel
         loads, stores = kernel["widest"]
         wide = 7 if kernel["kernel"].startswith("heads.") else 1
         assert loads.count(16) >= wide, kernel
-        assert stores.count(16) >= wide or kernel["kernel"].startswith("norm."), kernel  # stores one row of sums
+        assert stores.count(16) >= wide or kernel["kernel"] in SUMS, kernel
         assert kernel["shared"] <= helpers_triton.HOPPER_SHARED, kernel
         helpers_triton.assert_registers_fit(kernel)

@@ -1,0 +1,54 @@
+"""The two functions of model/loss.py on CUDA: a program takes a row of logits, which is read once forward and read and
+written once backward. In torch it is a dozen passes over FP32 slices. Legend as in model/loss.py.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 4096  # columns at a time
+
+
+@triton.jit
+def logsumexp_kernel(logits, norms, V, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    most = tl.full([BLOCK], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)  # of e^(x - most), each lane for itself
+    for first in range(0, V, BLOCK):
+        c = first + tl.arange(0, BLOCK)
+        x = tl.load(logits + row * V + c, mask=c < V, other=float("-inf")).to(tl.float32)
+        higher = tl.maximum(most, x)
+        shift = tl.where(higher == float("-inf"), 0.0, higher)  # a lane that has seen nothing yet
+        total = total * tl.exp(most - shift) + tl.exp(x - shift)
+        most = higher
+    top = tl.max(most, 0)
+    tl.store(norms + row, top + tl.log(tl.sum(total * tl.exp(most - top), 0)))
+
+
+@triton.jit
+def logits_gradient_kernel(logits, targets, norms, dloss, N, V, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    target, norm = tl.load(targets + row), tl.load(norms + row)
+    scale = tl.load(dloss) / N
+    for first in range(0, V, BLOCK):
+        c = first + tl.arange(0, BLOCK)
+        x = tl.load(logits + row * V + c, mask=c < V, other=0.0).to(tl.float32)
+        grad = (tl.exp(x - norm) - tl.where(c == target, 1.0, 0.0)) * scale
+        tl.store(logits + row * V + c, grad.to(logits.dtype.element_ty), mask=c < V)
+
+
+def norms(logits_NV: Tensor) -> Tensor:
+    """log sum exp of each row, FP32 [N]."""
+    n, v = logits_NV.shape
+    out = torch.empty(n, dtype=torch.float32, device=logits_NV.device)
+    logsumexp_kernel[(n,)](logits_NV, out, v, min(BLOCK, triton.next_power_of_2(v)), num_warps=8)
+    return out
+
+
+def into_gradient(logits_NV: Tensor, targets_N: Tensor, norms_N: Tensor, dloss: Tensor) -> None:
+    """Logits to dloss * d mean loss / d logits, in place."""
+    n, v = logits_NV.shape
+    logits_gradient_kernel[(n,)](
+        logits_NV, targets_N.contiguous(), norms_N, dloss, n, v, min(BLOCK, triton.next_power_of_2(v)), num_warps=8
+    )
