@@ -21,18 +21,24 @@ def compile_one(kernel: Any, constants: dict[str, Any], warps: int, **types: str
 
 
 def every() -> Any:
-    wide, narrow = {"ROWS": 1, "COLS": kernels.TILE}, {"ROWS": 128, "COLS": 8}
-    for shape in (wide, narrow):
-        yield compile_one(kernels.sum_kernel, {"VEC": 8, "MOST": 8, **shape}, 4, rows="*bf16", out="*bf16")
-    yield compile_one(kernels.sum_kernel, {"VEC": 4, "MOST": 8, **wide}, 4, rows="*fp32", out="*fp32")
-    yield compile_one(kernels.gather_kernel, {"VEC": 2, **wide}, 4)
-    yield compile_one(kernels.gather_kernel, {"VEC": 1, "ROWS": kernels.TILE, "COLS": 1}, 4, rows="*i32", out="*i32")
+    yield from moved()
     yield compile_one(kernels.tally_kernel, {"K": 8, "BLOCK": kernels.BLOCK}, 8)
     yield compile_one(kernels.scan_kernel, {"CHUNK": 1024}, 4)
     yield compile_one(kernels.place_kernel, {"BLOCK": kernels.BLOCK, "PART": kernels.PART}, 8)
     for ranks, share in ((1, 256), (64, 4), (8, 32)):
         yield compile_one(kernels.arrive_kernel, {"WIDE": ranks, "HIGH": share, "BLOCK": 256}, 4)
     yield from small()
+
+
+def moved() -> Any:
+    """Rows of every width, from one element on: Triton's layouts, and its mistakes in them, go by a tile's shape."""
+    for cols in (2**i for i in range(kernels.TILE.bit_length())):
+        shape = {"ROWS": kernels.TILE // cols, "COLS": cols}
+        most = {"MOST": 8 if cols in (8, kernels.TILE) else 2}
+        for kind, vec in (("*bf16", min(cols, 8)), ("*fp32", min(cols, 4))):
+            yield compile_one(kernels.sum_kernel, {"VEC": vec, **most, **shape}, 4, rows=kind, out=kind)
+        yield compile_one(kernels.gather_kernel, {"VEC": min(cols, 2), **shape}, 4)
+    yield compile_one(kernels.gather_kernel, {"VEC": 1, "ROWS": kernels.TILE, "COLS": 1}, 4, rows="*i32", out="*i32")
 
 
 def small() -> Any:

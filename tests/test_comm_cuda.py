@@ -95,6 +95,7 @@ def test_an_expert_chosen_twice_is_refused() -> None:
         Flat(None, EXPERTS).layout(chosen.cuda()).wait()
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # is a prototype, says torch 2.11
 @pytest.mark.parametrize("make", [flat, fake, hierarchical])
 def test_nothing_but_the_layout_stops_the_host(make: Callable[[str], Any]) -> None:
     dispatcher, chosen = make("cuda"), draw(512).cuda()

@@ -87,6 +87,7 @@ def test_a_row_of_v3_on_the_wire() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # is a prototype, says torch 2.11
 @pytest.mark.parametrize("hidden", [7168, 512])
 def test_a_gpu_sends_the_same_bits_and_never_waits(hidden: int) -> None:
     rows, tiles = faulty(301, hidden, 0), Tiles()
