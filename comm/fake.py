@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from dryvine.comm import routing
+from dryvine.comm.alone import Local
 from dryvine.comm.api import Pending
 from dryvine.comm.exchange import Meter
-from dryvine.comm.payload import Format, gather
-from dryvine.comm.routing import Arrival, Sum
+from dryvine.comm.payload import Format
 from dryvine.comm.topology import Topology
 
 
@@ -26,13 +26,16 @@ from dryvine.comm.topology import Topology
 class FakeHandle:
     """The local routing, and how many rows one dispatch sends to each rank, over both hops."""
 
-    counts: tuple[int, ...]
-    used: tuple[int, ...]
-    pair: Tensor  # [R] the pair t * K + k of each result row, -1 for padding
-    token: Tensor  # [R] and its token
-    place: Tensor  # [T, K] result row of each pair
-    sum: Sum  # of result rows, by token
+    local: Local
     sends: tuple[int, ...]
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        return self.local.counts
+
+    @property
+    def used(self) -> tuple[int, ...]:
+        return self.local.used
 
 
 class Fake:
@@ -47,20 +50,8 @@ class Fake:
     def layout(self, experts_TK: Tensor, label: str = "") -> Pending[FakeHandle]:
         order = routing.by_expert(experts_TK % self.share, 1, self.share)
         counts, reached = routing.read(order.message, self._reached(experts_TK // self.share))
-        arrival = Arrival.of(order.message, counts, self.alignment)
-        pair = torch.where(arrival.came < 0, -1, order.pair[arrival.came])
-        place = arrival.back[order.place]
-        return Pending.done(
-            FakeHandle(
-                counts=arrival.counts,
-                used=arrival.used,
-                pair=pair,
-                token=pair // experts_TK.shape[1],
-                place=place,
-                sum=Sum.even(place),
-                sends=self._sends(reached.tolist()),
-            )
-        )
+        local = Local.of(order, counts, self.alignment)
+        return Pending.done(FakeHandle(local, self._sends(reached.tolist())))
 
     def _reached(self, rank_TK: Tensor) -> Tensor:
         """Pairs for each rank; of two hops tokens for each rank, then for each node."""
@@ -88,14 +79,12 @@ class Fake:
         self, rows: tuple[Tensor, ...], pairs: Tensor | None, handle: FakeHandle
     ) -> Pending[tuple[Tensor, ...]]:
         self._count(rows, pairs, handle)
-        values = () if pairs is None else (gather(pairs.flatten(), handle.pair),)
-        return Pending.done((*(gather(tensor, handle.token) for tensor in rows), *values))
+        return Pending.done(handle.local.dispatch(rows, pairs))
 
     def combine(self, rows: Tensor, pairs: Tensor | None, handle: FakeHandle) -> Pending[tuple[Tensor, ...]]:
-        back = None if pairs is None else pairs[handle.place]
-        self._count((rows,), back, handle)
-        summed = handle.sum(rows)
-        return Pending.done((summed,) if back is None else (summed, back))
+        combined = handle.local.combine(rows, pairs)
+        self._count((rows,), None if pairs is None else combined[1], handle)
+        return Pending.done(combined)
 
     def _count(self, rows: Sequence[Tensor], pairs: Tensor | None, handle: FakeHandle) -> None:
         """What combine sends, all ranks together, is what dispatch sends; so each is counted as a dispatch."""

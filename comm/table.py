@@ -9,6 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from dryvine.comm.alone import Alone
 from dryvine.comm.api import Dispatcher
 from dryvine.comm.deepep import DeepEP, probe
 from dryvine.comm.exchange import Exchange, GroupExchange
@@ -55,6 +56,8 @@ class Setup:
 
 
 def _flat(setup: Setup) -> Dispatcher:
+    if setup.place[0].ranks == 1:
+        return Alone(setup.experts, setup.alignment)
     return Flat(None, setup.experts, setup.alignment, setup.exchange())
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dryvine.comm import kernels, payload, routing
+from dryvine.comm.alone import Alone
 from dryvine.comm.fake import Fake
 from dryvine.comm.payload import Format
 from dryvine.comm.routing import Arrival, Sum
@@ -207,6 +208,20 @@ def test_fake(native: Any, hops: int) -> None:
         handle = fake.layout(chosen).wait()
         got, values = fake.dispatch((rows,), weights, handle).wait()
         return [handle.counts, handle.sends, got, values, *fake.combine(got, values, handle).wait()]
+
+    for ours, defined in zip(*both(native, journey), strict=True):
+        assert torch.equal(ours, defined) if isinstance(ours, Tensor) else ours == defined
+
+
+@pytest.mark.parametrize("alignment", [1, 8])
+def test_alone(native: Any, alignment: int) -> None:
+    chosen, rows, weights = draw(0, 20, 16, 4), torch.randn(20, 24).bfloat16(), torch.rand(20, 4)
+
+    def journey() -> list[Any]:
+        dispatcher = Alone(16, alignment)
+        handle = dispatcher.layout(chosen).wait()
+        got, values = dispatcher.dispatch((rows,), weights, handle).wait()
+        return [handle.counts, got, values, *dispatcher.combine(got, values, handle).wait()]
 
     for ours, defined in zip(*both(native, journey), strict=True):
         assert torch.equal(ours, defined) if isinstance(ours, Tensor) else ours == defined

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
 from benchmarks.census import Census
+from dryvine.comm.alone import Alone
 from dryvine.comm.flat import Flat
 from dryvine.parallel.schedule.table import build
 from dryvine.parallel.stage import Flight, Stage, State
@@ -46,12 +49,14 @@ def forward(stage: Stage, flight: Flight, x: torch.Tensor | None) -> None:
         state = phase.forward(index, state, flight).wait()
 
 
-def measured(shape: Shape, recipe: Recipe, names: tuple[str, ...], dtype: torch.dtype = torch.bfloat16) -> int:
+def measured(
+    shape: Shape, recipe: Recipe, names: tuple[str, ...], dtype: torch.dtype = torch.bfloat16, alone: bool = False
+) -> int:
     wgrad = WGrad()
     fp8 = FP8(recipe, Emulate(), "", wgrad) if recipe.fp8 else None
     model = build_model(
-        shape, {0: names}, ep_rank=0, ep_size=1, dispatcher=Flat(None, shape.routed), wgrad=wgrad, dtype=dtype,
-        device="cpu", fp8=fp8,
+        shape, {0: names}, ep_rank=0, ep_size=1, dispatcher=(Alone if alone else partial(Flat, None))(shape.routed),
+        wgrad=wgrad, dtype=dtype, device="cpu", fp8=fp8,
     )  # fmt: skip
     model.initialise(0)
     tokens = random_tokens(shape, SEQUENCES, LENGTH)
@@ -101,6 +106,16 @@ def test_each_recompute_saves_what_is_predicted(recipe: Recipe, ways: tuple[str,
 def test_other_architectures(recipe: Recipe, changes: dict[str, Any]) -> None:
     shape, names = middle(**changes), ("layers.1",)
     assert kept_bytes(shape, recipe, names, load(shape)) == pytest.approx(measured(shape, recipe, names), rel=0.02)
+
+
+@pytest.mark.parametrize("recipe", [RECIPES["bf16"], RECIPES["fp8"]], ids=["bf16", "fp8"])
+def test_a_rank_alone_keeps_fewer_indexes(recipe: Recipe) -> None:
+    shape, batch = middle(), load(middle())
+    alone = replace(batch, alone=True)
+    saved = measured(shape, recipe, ("layers.1",)) - measured(shape, recipe, ("layers.1",), alone=True)
+    counts = 8 * (shape.routed + 1)  # in flat's handle, and too few to be predicted
+    predicted = kept_bytes(shape, recipe, ("layers.1",), batch) - kept_bytes(shape, recipe, ("layers.1",), alone)
+    assert saved - counts == predicted > 0
 
 
 def test_fp32_keeps_twice_as_much() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dryvine.comm import routing
+from dryvine.comm.alone import Alone
 from dryvine.comm.exchange import GroupExchange, Meter
 from dryvine.comm.fake import Fake
 from dryvine.comm.flat import Flat
@@ -29,6 +30,10 @@ def draw(tokens: int, experts: int = EXPERTS) -> Tensor:
 
 def flat(device: str) -> Any:
     return Flat(None, EXPERTS, alignment=16)
+
+
+def alone(device: str) -> Any:
+    return Alone(EXPERTS, alignment=16)
 
 
 def fake(device: str) -> Any:
@@ -56,7 +61,7 @@ def journey(make: Callable[[str], Any], device: str, tokens: int, hidden: int) -
     return [handle.counts, handle.used, *(t.cpu() for t in (*sent, plain, with_it, back, again, *both))]
 
 
-@pytest.mark.parametrize("make", [flat, fake, hierarchical])
+@pytest.mark.parametrize("make", [flat, alone, fake, hierarchical])
 @pytest.mark.parametrize(("tokens", "hidden"), [(0, 256), (1, 256), (333, 7168)])
 def test_a_layers_journey_has_the_bits_of_the_cpu(make: Callable[[str], Any], tokens: int, hidden: int) -> None:
     for ours, defined in zip(*(journey(make, d, tokens, hidden) for d in ("cuda", "cpu")), strict=True):
@@ -96,7 +101,7 @@ def test_an_expert_chosen_twice_is_refused() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # is a prototype, says torch 2.11
-@pytest.mark.parametrize("make", [flat, fake, hierarchical])
+@pytest.mark.parametrize("make", [flat, alone, fake, hierarchical])
 def test_nothing_but_the_layout_stops_the_host(make: Callable[[str], Any]) -> None:
     dispatcher, chosen = make("cuda"), draw(512).cuda()
     rows, weights = torch.randn(512, 256, device="cuda").bfloat16(), torch.rand(512, TOP_K, device="cuda")

@@ -19,7 +19,8 @@ def load_of(config: Config, cuda: bool) -> Load:
     """A microbatch of the run on each rank, its rows spread evenly over the experts."""
     sequences = config.parallel.microbatch_sequences
     tokens = sequences * config.data.seq_len
-    return Load.even(config.model, tokens, sequences, WIDE[config.run.dtype], cuda)
+    alone = config.parallel.ep == 1 and config.comm.dispatcher in ("auto", "flat")
+    return Load.even(config.model, tokens, sequences, WIDE[config.run.dtype], cuda, alone)
 
 
 def stage_bytes(config: Config, cuda: bool) -> dict[int, int]:

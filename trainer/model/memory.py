@@ -33,6 +33,7 @@ class Load:
     """A microbatch on one rank: `sequences` of together `tokens`, and how many `rows` come to the rank's experts.
 
     `wide` is the bytes of a number in run.dtype. `cuda` False: a CPU's attention wants values as wide as queries.
+    `alone`: the rank holds all experts, and its rows are put in order once, not on both sides of an exchange.
     """
 
     tokens: int
@@ -40,11 +41,12 @@ class Load:
     rows: int
     wide: int = 2
     cuda: bool = True
+    alone: bool = False
 
     @staticmethod
-    def even(shape: Shape, tokens: int, sequences: int, wide: int = 2, cuda: bool = True) -> Load:
+    def even(shape: Shape, tokens: int, sequences: int, wide: int = 2, cuda: bool = True, alone: bool = False) -> Load:
         """Rows as they are when experts are chosen alike: as many as a rank's own tokens send."""
-        return Load(tokens, sequences, tokens * shape.top_k, wide, cuda)
+        return Load(tokens, sequences, tokens * shape.top_k, wide, cuda, alone)
 
 
 def kept(shape: Shape, recipe: Recipe, names: Iterable[str], load: Load) -> tuple[Kept, ...]:
@@ -99,7 +101,7 @@ class _Keeper:
         if s.shared:
             yield from self._ffn("attention", "shared experts", load.tokens, s.shared * s.expert_ffn)
         yield from self._gate()
-        indexes = 3 * load.tokens * s.top_k + load.tokens + 2 * load.rows
+        indexes = 3 * load.tokens * s.top_k + load.tokens + (0 if load.alone else 2 * load.rows)
         yield "layout", "routing of rows, there and back", "dispatch, combine", 8 * indexes
         yield from self._experts()
 
