@@ -53,15 +53,15 @@ def sum_kernel(rows, source, begin, out, R, width, row_stride, out_stride,
                VEC: tl.constexpr, MOST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
     """Unrolled, so that the loads of all addends are in flight before the first is added."""
     r, c, inside = tile(R, width, VEC, ROWS, COLS)
-    row = r[:, None]  # before all loads: Triton 3.6 and 3.7 compile no [:, None] after them for 16 or 32 columns
-    first = tl.load(begin + row, mask=row < R, other=0)
-    count = tl.load(begin + row + 1, mask=row < R, other=0) - first
+    first = tl.load(begin + r, mask=r < R, other=0)
+    count = tl.load(begin + r + 1, mask=r < R, other=0) - first
     total = tl.zeros([ROWS, COLS], tl.float32)
     for k in tl.static_range(MOST):
-        at = tl.load(source + first + k, mask=k < count, other=0)
-        v = tl.load(rows + at * (row_stride * VEC) + c[None, :], mask=inside & (k < count), other=0.0)
+        # `at` alone becomes a column: Triton (3.6, 3.7) fails where the mask that it was loaded by does so too.
+        at = tl.load(source + first + k, mask=k < count, other=-1)[:, None]
+        v = tl.load(rows + at * (row_stride * VEC) + c[None, :], mask=inside & (at >= 0), other=0.0)
         total += v.to(tl.float32)
-    tl.store(out + row * (out_stride * VEC) + c[None, :], total.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + r[:, None] * (out_stride * VEC) + c[None, :], total.to(out.dtype.element_ty), mask=inside)
 
 
 def _vector(*tensors: Tensor) -> int:
