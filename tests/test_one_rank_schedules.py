@@ -96,7 +96,7 @@ def test_overlap_does_not_change_a_bit(tiny: Tiny, numerics: str) -> None:
 @needs_cuda
 @pytest.mark.parametrize("numerics", ["bf16", "fp8"])
 def test_a_gpu_trains_like_the_cpu_to_rounding(tiny: Tiny, numerics: str) -> None:
-    """The mean of a step's losses. (A single balance loss moves by percents when one token's choice was all but a tie.)"""
+    """The mean of a step's losses. (A single balance loss moves by percents when one token's choice was a tie.)"""
     fp8 = ("fp8.preset=deepseek_v3",) if numerics == "fp8" else ()
     config = one_rank(tiny, "one_f_one_b", "run.dtype=bf16", *fp8, *WIDE)
     steps = 5
