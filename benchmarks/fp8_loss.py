@@ -53,6 +53,7 @@ from matplotlib import pyplot as plt
 
 CONFIG = Path(__file__).with_suffix(".toml")
 WINDOW = 100  # steps
+DRAWN = 5  # every so many steps
 GOAL = 0.0025
 RECIPES: dict[str, tuple[str, ...]] = {  # name -> overrides
     "bf16": (),
@@ -161,7 +162,8 @@ def draw(runs: Sequence[Run], errors: dict[str, dict[str, float]], path: Path) -
         label = recipe if seed == 0 else None
         for axis, line in ((above, smooth(losses)), (below, 100 * gap(losses, found["bf16", seed]))):
             if axis is above or recipe != "bf16":
-                axis.plot(np.arange(len(line)) + WINDOW, line, color=colours[recipe], lw=0.9, label=label)
+                steps = np.arange(len(line)) + WINDOW
+                axis.plot(steps[::DRAWN], line[::DRAWN], color=colours[recipe], lw=0.9, label=label)
     base = np.stack([smooth(losses) for (recipe, _), losses in found.items() if recipe == "bf16"])
     spread = 100 * (base / base.mean(0) - 1)
     steps = np.arange(base.shape[1]) + WINDOW
@@ -182,7 +184,7 @@ def draw(runs: Sequence[Run], errors: dict[str, dict[str, float]], path: Path) -
     bars.invert_yaxis()
     bars.set_xscale("log")
     bars.set_xlabel("relative error on tensors of a trained model, %, median over Linears")
-    bars.legend(fontsize=7)
+    bars.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.4, -0.22), ncols=4)
     figure.savefig(path)
 
 
