@@ -1,6 +1,6 @@
 """FP8 on one GPU: are the kernels right, and how fast are they beside BF16 and the chip's measured limits?
 
-    python benchmarks/fp8.py --device cuda [--section check|product|wgrad|casts] [--tune] [--json FILE]
+    python benchmarks/fp8.py --device cuda [--section check|product|wgrad|casts] [--tune]
 
 Correctness first (casts bit for bit against the CPU reference, products against float64), then DeepSeek-V3's shapes.
 Each section runs in a process of its own with a deadline, so that a kernel that hangs costs one table and not all.
@@ -17,21 +17,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import pairwise
-from typing import Any
 
 import torch
+from fp8_checks import attempt, check_casts, check_products, operands
 from torch import Tensor
 
-from dryvine.trainer.fp8 import reference
 from dryvine.trainer.fp8.gemm import Torch
-from dryvine.trainer.fp8.kernels import cast, fused, hopper, plain
-from dryvine.trainer.fp8.tensors import E5M6, Groups, Quantized
+from dryvine.trainer.fp8.kernels import cast, fused, hopper
+from dryvine.trainer.fp8.tensors import Groups
 
 DENSE = [(2112, 7168), (24576, 1536), (7168, 16384), (4096, 7168), (7168, 2048)]  # (N, K), with M = 4096 tokens
 EXPERTS = [(4096, 7168), (7168, 2048)]  # gate_up, down
 GROUPS = [(4, 8192), (8, 4096)]  # experts, tokens each
-ENGINES: dict[str, Any] = {"triton": hopper, "plain": plain, "torch": Torch()}
 SECTIONS = {"check": 120, "product": 150, "wgrad": 120, "casts": 60}  # seconds allowed
 
 
@@ -63,16 +60,6 @@ def median_ms(run: Callable[[int], object], sets: int, calls: int = 6, replays: 
     return statistics.median(times)
 
 
-def attempt(label: str, measure: Callable[[], float]) -> float | None:
-    """A figure, or None with the reason printed: one engine that fails must not hide the others."""
-    try:
-        return measure()
-    except Exception as error:
-        print(f"    {label}: {type(error).__name__}: {str(error).strip().splitlines()[0][:160]}", flush=True)
-        torch.cuda.empty_cache()
-        return None
-
-
 def limits() -> dict[str, float]:
     """Bytes read and written by the fastest of three copies of 2 GiB (a copy engine may be slower than a kernel)."""
     source = torch.empty(1 << 29, dtype=torch.float32, device="cuda").normal_()
@@ -86,162 +73,6 @@ def limits() -> dict[str, float]:
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     print("copies, TB/s:", {name: round(speed, 2) for name, speed in speeds.items()})
     return {"copy_TB_s": max(speeds.values()), "bf16_TFLOPS": 2 * 8192**3 / median_ms(lambda i: a @ b, 1) / 1e9}
-
-
-# ---- correctness
-
-
-def parts(value: object) -> Iterator[Tensor]:
-    if isinstance(value, Quantized):
-        yield from (value.values.view(torch.uint8), value.scales)
-    elif isinstance(value, E5M6):
-        yield from (value.high, value.low, value.scales)
-    elif isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple):
-        for item in value:
-            yield from parts(item)
-
-
-def different(ours: object, theirs: object) -> str:
-    """How many elements of each part differ; empty if none."""
-    counts = []
-    for a, b in zip(parts(ours), parts(theirs), strict=True):
-        a, b = a.cpu(), b.cpu()
-        same = (a == b) | (a.isnan() & b.isnan()) if a.is_floating_point() else a == b
-        counts.append(int((~same).sum()))
-    return "" if not any(counts) else f"{counts} elements"
-
-
-def token_major(scales: Tensor) -> Tensor:
-    return scales.t().contiguous().t()
-
-
-def inputs(rows: int, cols: int) -> Iterator[tuple[str, Tensor]]:
-    yield "normal", torch.randn(rows, cols)
-    yield "spread", torch.randn(rows, cols) * 10 ** (torch.rand(rows, cols) * 12 - 8)
-    yield "tiny", torch.randn(rows, cols) * 2.0**-130
-    yield "huge", torch.randn(rows, cols) * 1e37
-    fault = torch.randn(rows, cols)
-    fault[0, 0], fault[1, 3], fault[2, -1] = torch.nan, torch.inf, -torch.inf
-    yield "not finite", fault
-
-
-def check_casts() -> int:
-    bad = 0
-    counts = (300, 0, 129, 128, 3)
-    host, device = Groups(counts, torch.device("cpu")), Groups(counts, torch.device("cuda"))
-    rows, cols = sum(counts), 512
-    weights, norm = torch.rand(rows), torch.rand(cols)
-    for kind, x in inputs(rows, cols):
-        x, dy = x.bfloat16(), torch.randn(rows, cols // 2).bfloat16()
-        gx, gdy, gw, gn = x.cuda(), dy.cuda(), weights.cuda(), norm.cuda()
-        for scales in ("fp32", "ue8m0"):
-            saved = reference.quantize_rows(x, scales)
-            on_gpu = saved.to("cuda")
-            packed = reference.pack_e5m6(x)
-            pairs = {
-                "rows": (cast.quantize_rows(gx, scales), saved),
-                "both": (cast.quantize_both(gx, device, scales), reference.quantize_both(x, host, scales)),
-                "columns of fp8": (
-                    cast.quantize_columns(on_gpu, device, scales),
-                    reference.quantize_columns(saved, host, scales),
-                ),
-                "blocks": (
-                    cast.quantize_blocks(gx.float(), scales),
-                    reference.quantize_blocks(x.float(), scales),
-                ),
-                "swiglu": (fused.swiglu_rows(gx, gw, scales), reference.swiglu_rows(x, weights, scales)),
-                "swiglu backward": (
-                    fused.swiglu_backward(gdy, on_gpu, gw, device, scales)[:3],
-                    reference.swiglu_backward(dy, saved, weights, host, scales)[:3],
-                ),
-                "rmsnorm": (fused.rmsnorm_rows(gx, gn, 1e-6, scales), reference.rmsnorm_rows(x, norm, 1e-6, scales)),
-                "e5m6": (cast.pack_e5m6(gx), packed),
-                "e5m6 read": (
-                    cast.unpack_e5m6(E5M6(packed.high.cuda(), packed.low.cuda(), token_major(packed.scales.cuda()))),
-                    reference.unpack_e5m6(packed),
-                ),
-            }  # fmt: skip
-            for name, (ours, theirs) in pairs.items():
-                if said := different(ours, theirs):
-                    bad += 1
-                    print(f"  DIFFERS {name}, {kind}, {scales}: {said}")
-    print(f"casts: {'all bits equal' if not bad else f'{bad} cases differ'}", flush=True)
-    return bad
-
-
-def operands(m: int, n: int, k: int, experts: int = 0) -> tuple[Quantized, Quantized]:
-    x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-    w = torch.randn(*([experts] if experts else []), n, k, device="cuda", dtype=torch.bfloat16)
-    return cast.quantize_rows(x), cast.quantize_blocks(w)[0]
-
-
-def relative(ours: Tensor, truth: Tensor) -> float:
-    return float((ours.double() - truth).norm() / truth.norm())
-
-
-def truth_product(a: Quantized, b: Quantized, groups: Groups | None) -> Tensor:
-    x, w = a.dequantize(torch.float32).double(), b.dequantize(torch.float32).double()
-    if groups is None:
-        return x @ w.t()
-    return torch.cat([part @ one.t() for part, one in zip(x.split(groups.counts), w, strict=True)])
-
-
-PRODUCTS = [(256, 256, 512, ()), (100, 2112, 7168, ()), (4096, 576, 1536, ()), (333, 7168, 2112, ()),
-            (630, 384, 256, (129, 0, 1, 500)), (4024, 4096, 7168, (1000, 24, 0, 3000))]  # fmt: skip
-WGRADS = [(256, 384, (130, 0, 1, 512)), (4096, 7168, (1000, 24, 0, 3000)), (2112, 1536, (4096,))]
-
-
-def check_product(engine: Any, m: int, n: int, k: int, counts: tuple[int, ...]) -> float:
-    groups = Groups(counts, torch.device("cuda")) if counts else None
-    a, b = operands(m, n, k, len(counts))
-    y = engine.product(a, b, groups)
-    for _ in range(20):
-        if not torch.equal(y, engine.product(a, b, groups)):
-            raise AssertionError("other bits in a second run")
-    return relative(y, truth_product(a, b, groups))
-
-
-def check_wgrad(engine: Any, m: int, n: int, counts: tuple[int, ...]) -> float:
-    groups = Groups(counts, torch.device("cuda"))
-    a, b = (cast.quantize_columns(torch.randn(sum(counts), size, device="cuda").bfloat16(), groups) for size in (m, n))
-    total = torch.randn(len(counts), m, n, device="cuda")
-    before, truth = total.clone(), total.double()
-    for expert, part_a, part_b in _ranges(a, b, groups):
-        truth[expert] += part_a @ part_b.t()
-    engine.wgrad(a, b, groups, total)
-    for _ in range(20):  # a race shows as other bits, long before it shows as an error
-        again = before.clone()
-        engine.wgrad(a, b, groups, again)
-        if not torch.equal(again, total):
-            raise AssertionError("other bits in a second run")
-    return relative(total, truth)
-
-
-def check_products() -> int:
-    """BF16 rounds results by 2^-9, FP32 sums leave only what Hopper's 14 bits lose within 128 of K."""
-    bad = 0
-    for name, engine in ENGINES.items():
-        for kind, bound, measure, cases in (
-            ("product", 2e-3, check_product, PRODUCTS),
-            ("wgrad", 1.6e-4, check_wgrad, WGRADS),
-        ):
-            for case in cases:
-                label = f"{name} {kind} {case}"
-                error = attempt(label, lambda m=measure, e=engine, c=case: m(e, *c))
-                good = error is not None and error < bound
-                bad += not good
-                print(f"  {'ok   ' if good else 'WRONG'} {label}: {error if error is None else f'{error:.2e}'}")
-    print(f"products: {'all within bounds' if not bad else f'{bad} cases wrong'}", flush=True)
-    return bad
-
-
-def _ranges(a: Quantized, b: Quantized, groups: Groups) -> Iterator[tuple[int, Tensor, Tensor]]:
-    x, y = a.dequantize().double(), b.dequantize().double()
-    starts = [128 * start for start in groups.block_starts]
-    for expert, (first, last) in enumerate(pairwise(starts)):
-        yield expert, x[:, first:last], y[:, first:last]
 
 
 # ---- speed
@@ -269,9 +100,9 @@ def wgrad_configs(tune: bool) -> dict[str, hopper.Config]:
     if not tune:
         return {"triton": base}
     return {
-        "128x128 s6 g16": base,
-        "128x128 s5 g16": replace(base, stages=5),
-        "128x128 s6 g8": replace(base, group_m=8),
+        "128x256 s4 g16": base,
+        "128x256 s4 g8": replace(base, group_m=8),
+        "128x128 s6 g16": replace(base, count=1, stages=6),
     }
 
 
