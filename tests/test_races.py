@@ -1,0 +1,86 @@
+"""A training step on CUDA's lanes, played on the CPU: no stream reads early, writes over, or lets go too soon."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+
+from dryvine.comm.mesh import make_mesh
+from dryvine.parallel import lanes
+from dryvine.parallel.overlap import ORDERS
+from dryvine.trainer import step
+from dryvine.trainer.config import Config
+from dryvine.trainer.plan import points
+from dryvine.trainer.step import make_rig, make_schedule, open_data, train_step
+from tests.helpers_races import Races, WatchedLanes
+
+Tiny = Callable[..., Config]
+FP8 = ("run.dtype=bf16", "fp8.preset=deepseek_v3")
+RECOMPUTE = ('model.recompute=["norm", "mla_up", "swiglu"]',)
+
+
+def races(config: Config, monkeypatch: pytest.MonkeyPatch, kind: type[WatchedLanes] = WatchedLanes) -> Counter[str]:
+    """What goes wrong in one training step of one rank."""
+    watch = Races()
+    monkeypatch.setattr(torch.cuda, "stream", watch.on)
+    monkeypatch.setattr(lanes, "_record", lambda stream: None)
+    monkeypatch.setattr(step, "make_lanes", lambda device: lambda: kind(watch))
+    monkeypatch.setattr(step, "ORDERS", {"cpu": ORDERS["cuda"]})
+    routes = len(make_schedule(config, config.microbatches(config.batch.sequences)).routes)
+    mesh = make_mesh(1, 1, 1, routes, torch.device("cpu"), timedelta(seconds=100))
+    rig = make_rig(config, mesh, open_data(config))
+    with watch:
+        train_step(rig, next(points(config.batch, config.data.seq_len)))
+    return watch.found
+
+
+def alone(tiny: Tiny, schedule: str, *more: str) -> Config:
+    return tiny("parallel.pp=1", "parallel.ep=1", f"parallel.schedule={schedule}", "batch.sequences=4", *more)
+
+
+@pytest.mark.parametrize("ways", [("parallel.overlap=off",), ("run.dtype=bf16", *RECOMPUTE), (*FP8, *RECOMPUTE)])
+def test_no_lane_races_another(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, ways: Any) -> None:
+    assert not races(alone(tiny, "dualpipev", *ways), monkeypatch)
+
+
+@pytest.mark.parametrize("schedule", ["zb1p", "zbv"])
+def test_weight_gradients_by_themselves_race_nobody(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, schedule: str) -> None:
+    assert not races(alone(tiny, schedule), monkeypatch)
+
+
+class Forgetful(WatchedLanes):
+    """Lets go of a backward's inputs at once."""
+
+    def hold(self, spent: list[Any]) -> None:
+        spent.clear()
+
+
+class Hasty(WatchedLanes):
+    """Enters a lane without waiting for the one that has the baton."""
+
+    def _enter(self, *_: Any) -> None:
+        pass
+
+
+class Early(WatchedLanes):
+    """Starts weight gradients without waiting for what they multiply."""
+
+    def later(self, closures: list[Any], held: bool = False) -> None:
+        for closure in closures:
+            with torch.cuda.stream(self.streams.wgrad):
+                closure()
+        self.held.append(list(closures))
+        closures.clear()
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"), [(Forgetful, "freed before compute"), (Hasty, "does not wait"), (Early, "does not wait")]
+)
+def test_what_would_race_is_found(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, kind: Any, words: str) -> None:
+    found = races(alone(tiny, "dualpipev", *FP8), monkeypatch, kind)
+    assert any(words in fault for fault in found), found
