@@ -14,14 +14,14 @@ from dryvine.trainer.plan import points
 from dryvine.trainer.step import Rig, make_rig, make_schedule, open_data, train_step
 
 
-def mesh_of(config: Config) -> Mesh:
+def mesh_of(config: Config, device: str = "cpu") -> Mesh:
     p = config.parallel
     routes = len(make_schedule(config, config.microbatches(config.batch.sequences)).routes)
-    return make_mesh(p.pp, p.dp, p.ep, routes, torch.device("cpu"), timedelta(seconds=100))
+    return make_mesh(p.pp, p.dp, p.ep, routes, torch.device(device), timedelta(seconds=100))
 
 
-def rig_of(config: Config) -> Rig:
-    return make_rig(config, mesh_of(config), open_data(config))
+def rig_of(config: Config, device: str = "cpu") -> Rig:
+    return make_rig(config, mesh_of(config, device), open_data(config))
 
 
 def go(rig: Rig, steps: int) -> list[float]:

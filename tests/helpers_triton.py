@@ -50,6 +50,16 @@ def compile_by(version: str, script: str, folder: Path) -> list[dict[str, Any]]:
     return kernels
 
 
+def compiled(script: str) -> Any:
+    """A fixture: every kernel of a script, by the triton of this torch and by that of the oldest torch we support."""
+
+    @pytest.fixture(scope="module", params=[INSTALLED, OTHER])
+    def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+        return compile_by(request.param, script, tmp_path_factory.mktemp("triton"))
+
+    return kernels
+
+
 def assert_registers_fit(kernel: dict[str, Any]) -> None:
     """Rounded up to 8 a thread, as the hardware hands registers out."""
     assert 32 * kernel["warps"] * (-(-kernel["registers"] // 8) * 8) <= HOPPER_REGISTERS, kernel

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from tests import helpers_triton
-from tests.helpers_triton import INSTALLED, OTHER
 
 pytestmark = pytest.mark.skipif(not helpers_triton.PRESENT, reason="triton is for Linux only")
 
@@ -16,10 +15,7 @@ def test_every_bit_agrees_under_the_interpreter() -> None:
     helpers_triton.interpret("fp8_interpreted.py")
 
 
-@pytest.fixture(scope="module", params=[INSTALLED, OTHER])
-def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Every kernel, by the triton of this torch and by that of the oldest torch we support."""
-    return helpers_triton.compile_by(request.param, "fp8_compiled.py", tmp_path_factory.mktemp("triton"))
+compiled = helpers_triton.compiled("fp8_compiled.py")
 
 
 def test_products_use_hoppers_own_instructions(compiled: list[dict[str, Any]]) -> None:

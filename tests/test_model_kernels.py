@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from tests import helpers_triton
-from tests.helpers_triton import INSTALLED, OTHER
 
 pytestmark = pytest.mark.skipif(not helpers_triton.PRESENT, reason="triton is for Linux only")
 SUMS = ("norm.norm_weight_kernel", "loss.logsumexp_kernel")  # store a number where others store a tensor
@@ -17,11 +16,12 @@ def test_definitions_are_met_under_the_interpreter() -> None:
     helpers_triton.interpret("model_interpreted.py")
 
 
-@pytest.mark.parametrize("version", [INSTALLED, OTHER])
-def test_compiled_kernels_move_wide_words_and_do_not_spill(version: str, tmp_path: Any) -> None:
-    kernels = helpers_triton.compile_by(version, "model_compiled.py", tmp_path)
-    assert len(kernels) == 9
-    for kernel in kernels:
+compiled = helpers_triton.compiled("model_compiled.py")
+
+
+def test_compiled_kernels_move_wide_words_and_do_not_spill(compiled: list[dict[str, Any]]) -> None:
+    assert len(compiled) == 9
+    for kernel in compiled:
         assert kernel["stack"] == 0, kernel
         assert kernel["registers"] <= 128, kernel
         loads, stores = kernel["widest"]

@@ -7,17 +7,16 @@ them, and arithmetic that must come to what the CPU's does.
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import timedelta
 from itertools import islice
 
 import pytest
 import torch
 from torch import Tensor
 
-from dryvine.comm.mesh import make_mesh
 from dryvine.trainer.config import Config
 from dryvine.trainer.plan import points
-from dryvine.trainer.step import make_rig, make_schedule, open_data, train_step
+from dryvine.trainer.step import train_step
+from tests.helpers_rig import rig_of
 
 Tiny = Callable[..., Config]
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -31,9 +30,7 @@ WIDE = (
 
 def trained(config: Config, device: str, steps: int = 1) -> tuple[list[float], dict[str, Tensor]]:
     """Losses of each step, and on the host the last step's gradients and the weights after it."""
-    routes = len(make_schedule(config, config.microbatches(config.batch.sequences)).routes)
-    mesh = make_mesh(1, 1, 1, routes, torch.device(device), timedelta(seconds=100))
-    rig = make_rig(config, mesh, open_data(config))
+    rig = rig_of(config, device)
     losses = []
     for point in islice(points(config.batch, config.data.seq_len), steps):
         played, _, _ = train_step(rig, point)

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
 
-from dryvine.comm.mesh import make_mesh
 from dryvine.parallel import lanes
 from dryvine.parallel.overlap import ORDERS
 from dryvine.trainer import step
 from dryvine.trainer.config import Config
 from dryvine.trainer.plan import points
-from dryvine.trainer.step import make_rig, make_schedule, open_data, train_step
+from dryvine.trainer.step import train_step
 from tests.helpers_races import Races, WatchedLanes
+from tests.helpers_rig import rig_of
 
 Tiny = Callable[..., Config]
 FP8 = ("run.dtype=bf16", "fp8.preset=deepseek_v3")
@@ -31,9 +30,7 @@ def races(config: Config, monkeypatch: pytest.MonkeyPatch, kind: type[WatchedLan
     monkeypatch.setattr(lanes, "_record", lambda stream: None)
     monkeypatch.setattr(step, "make_lanes", lambda device: lambda: kind(watch))
     monkeypatch.setattr(step, "ORDERS", {"cpu": ORDERS["cuda"]})
-    routes = len(make_schedule(config, config.microbatches(config.batch.sequences)).routes)
-    mesh = make_mesh(1, 1, 1, routes, torch.device("cpu"), timedelta(seconds=100))
-    rig = make_rig(config, mesh, open_data(config))
+    rig = rig_of(config)
     with watch:
         train_step(rig, next(points(config.batch, config.data.seq_len)))
     return watch.found

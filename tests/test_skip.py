@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from datetime import timedelta
 from itertools import islice
 from typing import Any
 
@@ -14,25 +13,18 @@ import torch
 from numpy.typing import NDArray
 
 from dryvine.comm import local
-from dryvine.comm.mesh import Mesh, make_mesh
 from dryvine.trainer import journal, loop
 from dryvine.trainer.config import Config
 from dryvine.trainer.plan import Point, points
 from dryvine.trainer.skip import Blame, Diverged, Skipped, blame, enough
-from dryvine.trainer.step import Rig, accumulate, make_rig, make_schedule, open_data, train_step
+from dryvine.trainer.step import Rig, accumulate, train_step
+from tests.helpers_rig import rig_of, train_on
 
 Tiny = Callable[..., Config]
 State = dict[tuple[str, int], dict[str, NDArray[np.float32]]]
 EXPERT = "layers.3.experts.down"
 ON = {1: (), 2: ("parallel.ep=2",)}
 BAD = 1  # the step, counted from 0, in which the last rank's share of EXPERT goes bad
-
-
-def make(config: Config) -> tuple[Rig, Mesh]:
-    p = config.parallel
-    routes = len(make_schedule(config, config.microbatches(config.batch.sequences)).routes)
-    mesh = make_mesh(p.pp, p.dp, p.ep, routes, torch.device("cpu"), timedelta(seconds=100))
-    return make_rig(config, mesh, open_data(config)), mesh
 
 
 def poison(rig: Rig) -> None:
@@ -53,13 +45,13 @@ def cure(rig: Rig) -> None:
 
 def _steps(rank: int, config: Config, mode: str) -> tuple[State, dict[str, Any], Skipped | None]:
     """Three steps, of which BAD is poisoned, or has its update left out by hand."""
-    rig, mesh = make(config)
+    rig = rig_of(config)
     found = None
     for point in islice(points(config.batch, config.data.seq_len), 3):
         if point.step == BAD and mode == "left out":
             accumulate(rig, point)
             rig.model.reset_loads()
-        elif point.step == BAD and rank == mesh.size - 1:
+        elif point.step == BAD and rank == rig.mesh.size - 1:
             poison(rig)
             found = _one(rig, point)
             cure(rig)
@@ -87,7 +79,7 @@ def test_a_skipped_step_is_a_step_left_out(tiny: Tiny, ranks: int) -> None:
 
 
 def _bad_weight(rank: int, config: Config) -> tuple[str, set[str]]:
-    rig, _ = make(config)
+    rig = rig_of(config)
     point = next(points(config.batch, config.data.seq_len))
     if rank == 1:
         with torch.no_grad():
@@ -109,7 +101,7 @@ def test_a_bad_weight_is_named_before_the_gradients_that_it_spoils(tiny: Tiny) -
 
 
 def _overflow(rank: int, config: Config) -> Skipped | None:
-    rig, _ = make(config)
+    rig = rig_of(config)
     reduce = rig.optimizer.zero.reduce
 
     def huge() -> None:
@@ -139,10 +131,8 @@ def _run(rank: int, config: Config, bad: tuple[int, ...]) -> str:
         return out
 
     loop.train_step = step  # type: ignore[assignment]
-    p = config.parallel
-    mesh = make_mesh(p.pp, p.dp, p.ep, 1, torch.device("cpu"), timedelta(seconds=100))
     try:
-        loop.train(config, mesh, open_data(config))
+        train_on(rank, config)
     except Diverged as error:
         return str(error)
     return ""

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dryvine.comm.mesh import Mesh
 from dryvine.trainer.fp8 import reference
-from dryvine.trainer.fp8.gemm import Emulate, Engine, Torch, Triton
+from dryvine.trainer.fp8.gemm import Emulate, Engine, Products, Torch, Triton
 from dryvine.trainer.fp8.gemm_deep_gemm import DeepGemm
 from dryvine.trainer.fp8.gemm_te import TransformerEngine
 from dryvine.trainer.fp8.tensors import Groups, Quantized
@@ -55,10 +55,6 @@ class Mixed:
     grouped: Engine
     sums: Engine
 
-    @staticmethod
-    def missing(device: torch.device) -> str | None:
-        return None
-
     def product(
         self, a: Quantized, b: Quantized, groups: Groups | None = None, dtype: torch.dtype = torch.bfloat16
     ) -> Tensor:
@@ -80,8 +76,8 @@ def check(recipe: Recipe, device: torch.device, widths: Sequence[int] = ()) -> N
         raise CannotRun(f"[fp8] on a GPU: FFN width {odd[0]} is not a multiple of 128; change model.ffn or expert_ffn")
 
 
-def choose(recipe: Recipe, mesh: Mesh, folder: Path) -> tuple[Engine, str]:
-    """The engine, one for all ranks, and a line for the log. `folder` is the run's. Raises CannotRun. Collective."""
+def choose(recipe: Recipe, mesh: Mesh, folder: Path) -> tuple[Products, str]:
+    """What multiplies on all ranks, and a line for the log. `folder` is the run's. Raises CannotRun. Collective."""
     check(recipe, mesh.device)
     if recipe.gemm == "emulate":
         return _emulate(recipe), "fp8.gemm: emulate, as asked"

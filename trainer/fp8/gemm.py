@@ -24,11 +24,8 @@ from dryvine.trainer.fp8.tensors import TILE, Groups, Quantized, pad
 Accumulator = Literal["fp32", "hopper"]
 
 
-class Engine(Protocol):
-    @staticmethod
-    def missing(device: torch.device) -> str | None:
-        """Why this engine cannot work on `device`, and what would mend it; None if it can."""
-        ...
+class Products(Protocol):
+    """What multiplies."""
 
     def product(
         self, a: Quantized, b: Quantized, groups: Groups | None = None, dtype: torch.dtype = torch.bfloat16
@@ -38,6 +35,15 @@ class Engine(Protocol):
 
     def wgrad(self, a: Quantized, b: Quantized, groups: Groups, total: Tensor) -> None:
         """total[x] += A_x B_xᵀ over each expert's padded rows: [M, P] x [N, P] -> FP32 [X, M, N]."""
+        ...
+
+
+class Engine(Products, Protocol):
+    """Products by one means, which a machine may lack."""
+
+    @staticmethod
+    def missing(device: torch.device) -> str | None:
+        """Why this engine cannot work on `device`, and what would mend it; None if it can."""
         ...
 
 

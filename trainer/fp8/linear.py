@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from dryvine.parallel.wgrad import WGrad
 from dryvine.trainer.fp8 import reference
-from dryvine.trainer.fp8.gemm import Engine
+from dryvine.trainer.fp8.gemm import Products
 from dryvine.trainer.fp8.guard import Guard
 from dryvine.trainer.fp8.tensors import E5M6, Groups, Quantized
 
@@ -83,7 +83,7 @@ def _kernels() -> ModuleType:
 class FP8:
     """The FP8 arithmetic of one rank: recipe, engine, weight cache, guard. Built once and passed to the layers."""
 
-    def __init__(self, recipe: Recipe, engine: Engine, chosen: str, wgrad: WGrad) -> None:
+    def __init__(self, recipe: Recipe, engine: Products, chosen: str, wgrad: WGrad) -> None:
         """`chosen`: which engine and why, a line for the log."""
         self.recipe, self.engine, self.chosen, self.wgrad = recipe, engine, chosen, wgrad
         self.cache, self.guard = WeightCache(recipe), Guard()
