@@ -167,8 +167,10 @@ class CudaLanes:
         return value
 
     def meet(self) -> None:
-        for stream in (self.streams.comm, self.streams.wgrad):
+        others = self.streams.comm, self.streams.wgrad
+        for stream in others:
             self.compute.wait_stream(stream)
+        for stream in others:  # not before compute has met both, or comm would take back memory that wgrad reads
             stream.wait_stream(self.compute)
         self.held.clear()
 

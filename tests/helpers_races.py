@@ -5,7 +5,8 @@ a copy of a clock, and waiting takes the later of both. So three faults show tha
 
     unordered read   of what another lane has written, without having waited for it
     unordered write  over what another lane reads or has written, likewise
-    early free       of memory that another lane has used since the lanes last met: its own lane may use it anew
+    early free       of memory that another lane may still use: its own lane has run an op since without waiting, and
+                     an op is where the caching allocator hands memory out again
 
 `torch.cuda._sanitizer` finds the first two, on a GPU, and not the third, which is the caching allocator's.
 """
@@ -54,8 +55,8 @@ class Memory:
     lane: str
     made_by: str
     written: tuple[str, int]
-    read: dict[str, int] = field(default_factory=dict)
-    guests: set[str] = field(default_factory=set)  # other lanes that used it since the lanes last met
+    read: dict[str, int] = field(default_factory=dict)  # since
+    guests: dict[str, int] = field(default_factory=dict)  # other lanes, and when they last used it
 
 
 class Races(TorchDispatchMode):
@@ -66,6 +67,7 @@ class Races(TorchDispatchMode):
         self.streams = {name: Stream(name) for name in ("compute", "comm", "wgrad")}
         self.here = self.streams["compute"]
         self.memory: dict[int, Memory] = {}
+        self.shared: dict[str, dict[int, Memory]] = {name: {} for name in self.streams}  # by owner: used by others too
         self.found: Counter[str] = Counter()
 
     @contextmanager
@@ -79,6 +81,7 @@ class Races(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        self._reuse(str(func))
         out = func(*args, **kwargs)
         self.here.clock[self.here.name] += 1
         written = _written(func, args, kwargs)
@@ -111,24 +114,18 @@ class Races(TorchDispatchMode):
             memory.written, memory.read = (name, clock[name]), {}
         memory.read[name] = clock[name]
         if name != memory.lane:
-            memory.guests.add(name)
+            memory.guests[name] = clock[name]
+            self.shared[memory.lane][memory.alive.cdata] = memory
 
-    def met(self) -> None:
-        """The lanes are about to meet, and to let go of what they hold."""
-        for memory in self._dead():
-            if memory.guests:
-                guests = ", ".join(sorted(memory.guests))
-                self.found[f"freed before {guests} was done with it: made in {memory.lane} by {memory.made_by}"] += 1
-
-    def apart(self) -> None:
-        """They have met."""
-        self._dead()
-        for memory in self.memory.values():
-            memory.guests.clear()
-
-    def _dead(self) -> list[Memory]:
-        gone = [key for key, memory in self.memory.items() if memory.alive.expired()]
-        return [self.memory.pop(key) for key in gone]
+    def _reuse(self, op: str) -> None:
+        """An op here may be given any memory of this lane's that has been let go."""
+        name, clock = self.here.name, self.here.clock
+        shared = self.shared[name]
+        for key in [key for key, memory in shared.items() if memory.alive.expired()]:
+            memory = shared.pop(key)
+            for guest, when in memory.guests.items():
+                if clock[guest] < when:
+                    self.found[f"{op} in {name} may be given what {guest} may still use, made by {memory.made_by}"] += 1
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:
@@ -150,11 +147,6 @@ class WatchedLanes(CudaLanes):
         self.streams = Streams(races.streams["comm"], races.streams["wgrad"])  # type: ignore[arg-type]
         self.held: list[Any] = []
         self.stalls = []
-
-    def meet(self) -> None:
-        self.races.met()
-        super().meet()
-        self.races.apart()
 
     def mark(self) -> Any:
         return time.perf_counter()

@@ -75,9 +75,27 @@ class Early(WatchedLanes):
         closures.clear()
 
 
+class InTurn(WatchedLanes):
+    """Meets one lane after the other, so that comm has not met wgrad."""
+
+    def meet(self) -> None:
+        for stream in (self.streams.comm, self.streams.wgrad):
+            self.compute.wait_stream(stream)
+            stream.wait_stream(self.compute)
+        self.held.clear()
+
+
 @pytest.mark.parametrize(
-    ("kind", "words"), [(Forgetful, "freed before compute"), (Hasty, "does not wait"), (Early, "does not wait")]
+    ("kind", "words", "ways"),
+    [
+        (InTurn, "comm may be given what wgrad", ()),
+        (Forgetful, "may be given what compute", FP8),  # in BF16 weight gradients hold what a backward read
+        (Hasty, "does not wait", ()),
+        (Early, "does not wait", ()),
+    ],
 )
-def test_what_would_race_is_found(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, kind: Any, words: str) -> None:
-    found = races(alone(tiny, "dualpipev", *FP8), monkeypatch, kind)
+def test_what_would_race_is_found(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, kind: Any, words: str, ways: tuple[str, ...]
+) -> None:
+    found = races(alone(tiny, "dualpipev", *ways), monkeypatch, kind)
     assert any(words in fault for fault in found), found
