@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -25,6 +26,7 @@ from dryvine.parallel.wgrad import Closure
 
 LaneName = Literal["compute", "comm"]
 Mark = Any  # a moment, in the terms of the lanes that made it
+Span = tuple[torch.cuda.Event, torch.cuda.Event]
 
 
 @dataclass
@@ -69,7 +71,8 @@ class Lanes(Protocol):
         ...
 
     def exposed(self) -> float:
-        """Seconds that compute has stood still for communication so far. On a GPU this waits for the device."""
+        """Seconds so far in which nothing was computed because a message was waited for. On a GPU this waits for the
+        device."""
         ...
 
 
@@ -131,17 +134,24 @@ class CpuLanes:
 
 
 class CudaLanes:
-    """Three streams. What a step read is held until `meet`, whichever lane made it."""
+    """Three streams. What a step read is held until `meet`, whichever lane made it.
+
+    Waits are pairs of events on the compute stream. Its time between them is exposed but for what the weight gradients'
+    stream covers. A comm step stands between such a pair too: in a layout the host waits for counts, and what compute
+    has left to do meanwhile only the device knows.
+    """
 
     def __init__(self, device: torch.device, streams: Streams) -> None:
         self.streams = streams
         self.compute = torch.cuda.current_stream(device)
         self.held: list[Any] = []
-        self.stalls: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self.first = _record(self.compute)
+        self.waits: list[Span] = []
+        self.fills: list[Span] = []
 
     def step(self, lane: LaneName, baton: Baton, run: Callable[[Any], Pending[Any]]) -> None:
         stream = self.compute if lane == "compute" else self.streams.comm
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream), self._noted(self.waits, self.compute) if lane == "comm" else nullcontext():
             self._enter(stream, lane, baton)
             value = baton.value.wait()
             self.held.append(value)
@@ -150,7 +160,7 @@ class CudaLanes:
 
     def later(self, closures: list[Closure], held: bool = False) -> None:
         self.streams.wgrad.wait_stream(self.compute)
-        with torch.cuda.stream(self.streams.wgrad):
+        with torch.cuda.stream(self.streams.wgrad), self._noted(self.fills, self.streams.wgrad):
             for closure in closures:
                 closure()
         self.held.append(list(closures))
@@ -167,11 +177,12 @@ class CudaLanes:
         return value
 
     def meet(self) -> None:
-        others = self.streams.comm, self.streams.wgrad
-        for stream in others:
-            self.compute.wait_stream(stream)
-        for stream in others:  # not before compute has met both, or comm would take back memory that wgrad reads
-            stream.wait_stream(self.compute)
+        with self._noted(self.waits, self.compute):
+            self.compute.wait_stream(self.streams.comm)
+        self.compute.wait_stream(self.streams.wgrad)
+        # Only now: comm would take back memory that wgrad reads if it had not waited for both.
+        self.streams.comm.wait_stream(self.compute)
+        self.streams.wgrad.wait_stream(self.compute)
         self.held.clear()
 
     def mark(self) -> Mark:
@@ -185,19 +196,40 @@ class CudaLanes:
         return [now - mark.elapsed_time(last) / 1e3 for mark in marks]
 
     def exposed(self) -> float:
-        self.compute.synchronize()
-        return sum(before.elapsed_time(after) for before, after in self.stalls) / 1e3
+        _record(self.compute).synchronize()
+        waits, fills = (
+            [(self.first.elapsed_time(start), self.first.elapsed_time(end)) for start, end in spans]
+            for spans in (self.waits, self.fills)
+        )
+        return uncovered(waits, fills) / 1e3
+
+    @contextmanager
+    def _noted(self, spans: list[Span], stream: torch.cuda.Stream) -> Iterator[None]:
+        before = _record(stream)
+        yield
+        spans.append((before, _record(stream)))
 
     def _enter(self, stream: torch.cuda.Stream, lane: LaneName, baton: Baton) -> None:
-        """Wait for the baton's step if it was in the other lane; compute's wait is timed on the device."""
+        """Wait for the baton's step if it was in the other lane."""
         if baton.event is None or baton.lane == lane:
             return
         if lane == "comm":
             stream.wait_event(baton.event)
             return
-        before = _record(stream)
-        stream.wait_event(baton.event)
-        self.stalls.append((before, _record(stream)))
+        with self._noted(self.waits, stream):
+            stream.wait_event(baton.event)
+
+
+def uncovered(waits: Sequence[tuple[float, float]], covers: Sequence[tuple[float, float]]) -> float:
+    """How much of `waits` lies outside `covers`. Both are spans (start, end) that do not overlap, in order of time."""
+    total, n = 0.0, 0
+    for start, end in waits:
+        total += end - start
+        while n < len(covers) and covers[n][0] < end:
+            total -= max(0.0, min(end, covers[n][1]) - max(start, covers[n][0]))
+            n += 1
+        n = max(n - 1, 0)  # the last may reach into the next wait
+    return total
 
 
 def _record(stream: torch.cuda.Stream) -> torch.cuda.Event:

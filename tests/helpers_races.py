@@ -146,7 +146,7 @@ class WatchedLanes(CudaLanes):
         self.races, self.compute = races, races.streams["compute"]  # type: ignore[assignment]
         self.streams = Streams(races.streams["comm"], races.streams["wgrad"])  # type: ignore[arg-type]
         self.held: list[Any] = []
-        self.stalls = []
+        self.waits, self.fills = [], []
 
     def mark(self) -> Any:
         return time.perf_counter()

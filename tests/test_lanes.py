@@ -236,3 +236,18 @@ def test_i_leaves_its_weight_gradients_to_w(world: World) -> None:
     overlap.play([overlap.weights(behind)], cpu, overlap.ORDERS["cpu"])
     assert [entry for entry in world.log if entry.startswith("W")] == ["W of experts", "W of attention"]
     assert not behind.wgrads
+
+
+@pytest.mark.parametrize(
+    ("waits", "covers", "left"),
+    [
+        ([(0, 2), (5, 6)], [], 3),
+        ([(0, 2), (5, 6)], [(0, 2), (5, 6)], 0),
+        ([(0, 2), (5, 6)], [(1, 5.25)], 1.75),  # one cover over two waits
+        ([(0, 10)], [(1, 2), (3, 3), (4, 6), (9, 12)], 6),
+        ([(3, 4), (4, 8)], [(0, 1), (1, 3.5), (7, 7.5)], 4),
+    ],
+)
+def test_a_wait_is_exposed_where_no_weight_gradient_runs(waits: Any, covers: Any, left: float) -> None:
+    """Streams: times are the device's."""
+    assert lanes.uncovered(waits, covers) == left
