@@ -25,6 +25,7 @@ from torch import Tensor
 from dryvine.trainer.fp8.gemm import Torch
 from dryvine.trainer.fp8.kernels import cast, fused, hopper
 from dryvine.trainer.fp8.tensors import Groups
+from dryvine.trainer.model.kernels import grouped
 
 DENSE = [(2112, 7168), (24576, 1536), (7168, 16384), (4096, 7168), (7168, 2048)]  # (N, K), with M = 4096 tokens
 EXPERTS = [(4096, 7168), (7168, 2048)]  # gate_up, down
@@ -148,7 +149,10 @@ def wgrad_row(tune: bool, m: int, n: int, counts: tuple[int, ...]) -> dict[str, 
         for one, dy_part, x_part in zip(total, dy.split(counts), x.split(counts), strict=True):
             torch.addmm(one, dy_part.t(), x_part, out_dtype=torch.float32, out=one)
 
-    runs: dict[str, Callable[[int], object]] = {"bf16": bf16}
+    runs: dict[str, Callable[[int], object]] = {
+        "bf16": bf16,
+        "bf16 own": lambda i: grouped.wgrad(*wide[i], groups, total),
+    }
     for name, config in wgrad_configs(tune).items():
         runs[name] = lambda i, config=config: hopper.wgrad(*sets[i], groups, total, config)
     runs["torch"] = lambda i: Torch().wgrad(*sets[i], groups, total)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def compile_for_hopper(
         "registers": int(found["REG"]),
         "stack": int(found["STACK"]),
         "shared": built.metadata.shared,
-        "wgmma": len(re.findall(r"wgmma\.mma_async\S*\.e4m3\.e4m3", ptx)),
+        "wgmma": Counter(re.findall(r"wgmma\.mma_async\.sync\.aligned\.(m64\S+)", ptx)),
         "tma": ptx.count("cp.async.bulk.tensor"),
         "cast": ptx.count("cvt.rn.satfinite.e4m3x2.f32"),
         "widest": [_widest(ptx, way) for way in ("ld", "st")],

@@ -4,11 +4,13 @@ Run by test_model_kernels.py: the kernels must be defined with TRITON_INTERPRET 
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import Any
 
 from helpers_compile import compile_for_hopper
+from triton.experimental.gluon import language as gl
 
-from dryvine.trainer.model.kernels import gated, heads, loss, norm
+from dryvine.trainer.model.kernels import gated, grouped, heads, loss, norm
 
 V3 = {"A": 128, "NOPE": 128, "PAIRS": 32, "V": 128, "NOPE2": 128, "PAIRS2": 32}
 TABLES = {"cos": "*fp32", "sin": "*fp32", "T": "i32"}
@@ -37,6 +39,11 @@ def every() -> Any:
     )
     known = {"CHUNK": norm.CHUNK, "ROWS": norm.ROWS, "BLOCK": norm.BLOCK}
     yield compile_for_hopper(norm.norm_weight_kernel, types, known, frozenset(("N", "H", "dy_stride", "x_stride")), 4)
+    layout = repr(gl.NVMMASharedLayout(128, 16, rank=2))
+    types = {f"{name}_desc": f"tensordesc<bf16[64,{width}],{layout}>" for name, width in (("dy", 64), ("x", 256))}
+    types |= {"total": "*fp32", "ends": "*i32"} | typed("i32", "M", "N", "tiles")
+    known = {name.upper(): value for name, value in asdict(grouped.WGRAD).items()}
+    yield compile_for_hopper(grouped.wgrad_kernel, types, known, frozenset("MN"), 4, fusion=True)
     types = {"logits": "*bf16", "targets": "*i64", "norms": "*fp32", "dloss": "*fp32", "N": "i32", "V": "i32"}
     for kernel in (loss.logsumexp_kernel, loss.logits_gradient_kernel):
         yield compile_for_hopper(kernel, types, {"BLOCK": loss.BLOCK}, frozenset("V"), 8, fusion=True)

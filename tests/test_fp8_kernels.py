@@ -22,7 +22,8 @@ def test_products_use_hoppers_own_instructions(compiled: list[dict[str, Any]]) -
     products = [k for k in compiled if k["kernel"].split(".")[0] in ("hopper", "plain")]
     assert len(products) == 5
     for kernel in products:
-        assert kernel["wgmma"] >= 4, kernel  # 128 of K is four instructions of 32
+        assert all(kind.endswith(".f32.e4m3.e4m3") for kind in kernel["wgmma"]), kernel
+        assert sum(kernel["wgmma"].values()) >= 4, kernel  # 128 of K is four instructions of 32
         assert kernel["tma"] >= 2, kernel
         # The few words that spill lie outside the loop over K; more would be inside.
         assert kernel["stack"] <= 64, kernel

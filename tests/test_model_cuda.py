@@ -1,5 +1,5 @@
-"""What only a GPU runs: BF16 grouped products, FP32 sums of BF16 products, unpadded attention, kernels for heads and
-SwiGLU. Skipped without one."""
+"""What only a GPU runs: BF16 grouped products and weight gradients, FP32 sums of BF16 products, unpadded attention,
+kernels for heads and SwiGLU. Skipped without one."""
 
 from __future__ import annotations
 
@@ -7,9 +7,17 @@ import pytest
 import torch
 
 from dryvine.parallel.wgrad import WGrad
+from dryvine.trainer.fp8.tensors import Groups
 from dryvine.trainer.model import heads, swiglu
 from dryvine.trainer.model.decoder import Model
-from dryvine.trainer.model.layers import Weight, add_product, grouped_product, linear_to_fp32
+from dryvine.trainer.model.layers import (
+    Weight,
+    add_grouped_product,
+    add_product,
+    grouped_linear,
+    grouped_product,
+    linear_to_fp32,
+)
 from dryvine.trainer.model.rope import Rope
 from dryvine.trainer.model.shape import Shape
 from tests.helpers_model import filled, random_tokens, tiny, train, whole
@@ -110,10 +118,75 @@ def test_swiglu_is_rounded_once(rows: int, width: int, weighted: bool, dtype: to
 def test_grouped_products_take_any_counts(counts: list[int]) -> None:
     rows = torch.randn(sum(counts), 128, device="cuda", dtype=torch.bfloat16)
     weight = torch.randn(8, 64, 128, device="cuda", dtype=torch.bfloat16)
-    y = grouped_product(rows, weight, counts)
+    groups = Groups.of(counts, rows)
+    y = grouped_product(rows, weight, groups)
     torch.testing.assert_close(y, torch.cat([x @ w.t() for x, w in zip(rows.split(counts), weight, strict=True)]))
-    dx = grouped_product(y, weight.transpose(1, 2), counts)
+    dx = grouped_product(y, weight.transpose(1, 2), groups)
     torch.testing.assert_close(dx, torch.cat([d @ w for d, w in zip(y.split(counts), weight, strict=True)]))
+
+
+RAGGED = (1, 0, 63, 64, 65, 129, 0, 5000, 7)
+
+
+def grouped_operands(outputs: int, inputs: int) -> tuple[Groups, torch.Tensor, torch.Tensor]:
+    groups = Groups(RAGGED, torch.device("cuda"))
+    dy, x = (torch.randn(groups.rows, size, device="cuda", dtype=torch.bfloat16) for size in (outputs, inputs))
+    return groups, dy, x
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), [(128, 256), (8, 8), (200, 520), (1408, 1024), (100, 300)])
+def test_weight_gradients_of_experts_are_fp32_sums(outputs: int, inputs: int) -> None:
+    """Of any number of rows, in whole tiles or not. (100, 300) is not for TMA and takes a product an expert."""
+    groups, dy, x = grouped_operands(outputs, inputs)
+    held = torch.randn(len(RAGGED), outputs, inputs, device="cuda")
+    total = held.clone()
+    add_grouped_product(total, dy, x, groups)
+    for one, before, d, r in zip(total, held, dy.split(RAGGED), x.split(RAGGED), strict=True):
+        exact = before.double() + d.double().t() @ r.double()
+        terms = before.double().abs() + d.double().abs().t() @ r.double().abs()
+        # A tensor core cuts its FP32 sum after every 16 products.
+        assert ((one.double() - exact).abs() <= (len(d) / 16 + 4) * 2**-22 * terms).all(), len(d)
+        assert len(d) or torch.equal(one, before)
+
+
+def test_weight_gradients_of_experts_have_the_same_bits_every_time() -> None:
+    groups, dy, x = grouped_operands(520, 1032)
+    found = []
+    for _ in range(20):
+        total = torch.ones(len(RAGGED), 520, 1032, device="cuda")
+        add_grouped_product(total, dy, x, groups)
+        found.append(total)
+    assert all(torch.equal(found[0], total) for total in found[1:])
+
+
+def test_rows_of_other_experts_do_not_leak_into_weight_gradients() -> None:
+    groups, dy, x = grouped_operands(136, 264)
+    owner_R1 = torch.arange(len(RAGGED)).repeat_interleave(torch.tensor(RAGGED)).unsqueeze(1).cuda()
+    found = []
+    for ours in (owner_R1 >= 0, *(owner_R1 == expert for expert in range(len(RAGGED)))):
+        total = torch.zeros(len(RAGGED), 136, 264, device="cuda")
+        add_grouped_product(total, torch.where(ours, dy, 3e38), torch.where(ours, x, 3e38), groups)
+        found.append(total)
+    whole, *alone = found
+    assert whole.isfinite().all()
+    for expert, total in enumerate(alone):
+        assert torch.equal(total[expert], whole[expert]), RAGGED[expert]
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+def test_experts_send_their_ends_once_and_the_host_never_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent, wgrad, send = [], WGrad(), Groups._sent
+    monkeypatch.setattr(Groups, "_sent", lambda self, numbers: (sent.append(numbers), send(self, numbers))[1])
+    up, down = (Weight(torch.randn(3, *size, device="cuda").bfloat16()) for size in ((64, 128), (128, 64)))
+    x, dy = (torch.randn(200, 128, device="cuda").bfloat16().requires_grad_(leaf) for leaf in (True, False))
+    for mode in ("default", "error"):  # the first compiles
+        groups = Groups.of((120, 0, 80), x)
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            grouped_linear(grouped_linear(x, up, wgrad, groups), down, wgrad, groups).backward(dy)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert sent == [[120, 120, 200]] * 2
 
 
 def test_products_are_summed_in_fp32() -> None:

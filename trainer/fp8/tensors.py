@@ -92,10 +92,11 @@ class E5M6:
 
 @dataclass(frozen=True)
 class Groups:
-    """Rows of local experts, one after the other: `counts` on the host, tables for kernels on `device`.
+    """Rows of local experts, one after the other: `counts` on the host, `ends` and tables for kernels on `device`.
 
-    Wgrad contracts over an expert's rows, so its operands give every expert a whole number of 128-row blocks, the last
-    one filled with zeros: tiles never straddle experts and no kernel needs a remainder.
+    FP8's Wgrad contracts over an expert's rows, so its operands give every expert a whole number of 128-row blocks, the
+    last one filled with zeros: tiles never straddle experts and no kernel needs a remainder. What goes to the device
+    goes once, on first use, and the host does not wait for it.
     """
 
     counts: tuple[int, ...]
@@ -119,6 +120,11 @@ class Groups:
         return (0, *accumulate(blocks(count) for count in self.counts))
 
     @cached_property
+    def ends(self) -> Tensor:
+        """int32 [X]: where each expert's rows end, unpadded."""
+        return self._sent(list(accumulate(self.counts)))
+
+    @cached_property
     def tables(self) -> tuple[Tensor, Tensor]:
         """int32 [B, 3]: (expert, first row, end of the expert's rows) of each block; int32 [X + 1]: `block_starts`.
         One copy to the device for both."""
@@ -129,11 +135,13 @@ class Groups:
             for first in range(end - count, end, TILE)
             for entry in (expert, first, end)
         ]
-        host = torch.tensor([*flat, *self.block_starts], dtype=torch.int32)
-        if self.device.type == "cuda":
-            host = host.pin_memory()
-        both = host.to(self.device, non_blocking=True)
+        both = self._sent([*flat, *self.block_starts])
         return both[: len(flat)].view(-1, 3), both[len(flat) :]
+
+    def _sent(self, numbers: list[int]) -> Tensor:
+        """From pinned memory: a copy from any other makes the host wait for all that the stream has to do."""
+        host = torch.tensor(numbers, dtype=torch.int32)
+        return (host.pin_memory() if self.device.type == "cuda" else host).to(self.device, non_blocking=True)
 
 
 def empty_rows(rows: int, cols: int, device: torch.device) -> Quantized:

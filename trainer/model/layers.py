@@ -10,8 +10,7 @@ Legend: N tokens, R rows of experts, X local experts, I inputs, O outputs, V voc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from itertools import accumulate
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +21,7 @@ from torch.nn import functional
 
 from dryvine.parallel.wgrad import Closure, WGrad
 from dryvine.trainer.fp8.linear import FP8, casts
+from dryvine.trainer.fp8.tensors import Groups
 from dryvine.trainer.model.recompute import through
 
 R = TypeVar("R")
@@ -54,6 +54,17 @@ def add_product(total_OI: Tensor, dy_NO: Tensor, x_NI: Tensor) -> None:
         torch.addmm(total_OI, dy_NO.t(), x_NI, out_dtype=torch.float32, out=total_OI)
     else:
         total_OI.addmm_(dy_NO.t().float(), x_NI.float())
+
+
+def add_grouped_product(total_XOI: Tensor, dy_RO: Tensor, x_RI: Tensor, groups: Groups) -> None:
+    """total[x] += dyᵀ x over the rows of expert x, as `add_product`; on Hopper one kernel for all of them."""
+    if x_RI.is_cuda:
+        from dryvine.trainer.model.kernels import grouped
+
+        if grouped.fits(dy_RO, x_RI):
+            return grouped.wgrad(dy_RO, x_RI, groups, total_XOI)
+    for total, dy, x in zip(total_XOI, dy_RO.split(groups.counts), x_RI.split(groups.counts), strict=True):
+        add_product(total, dy, x)
 
 
 class _Linear(Function):
@@ -127,40 +138,34 @@ class Linear(nn.Module):
         return linear(x_NI, self.weight, self.wgrad)
 
 
-def grouped_product(x_RI: Tensor, weight_XOI: Tensor, counts: Sequence[int]) -> Tensor:
-    """Rows times the weight of their expert, transposed: the first counts[0] rows with weight 0, and so on."""
+def grouped_product(x_RI: Tensor, weight_XOI: Tensor, groups: Groups) -> Tensor:
+    """Rows times the weight of their expert, transposed."""
     if x_RI.is_cuda and x_RI.dtype == torch.bfloat16:
-        ends = torch.tensor(list(accumulate(counts)), dtype=torch.int32, device=x_RI.device)
-        return functional.grouped_mm(x_RI, weight_XOI.transpose(1, 2), offs=ends)
+        return functional.grouped_mm(x_RI, weight_XOI.transpose(1, 2), offs=groups.ends)
     y_RO = x_RI.new_empty(x_RI.shape[0], weight_XOI.shape[1])
-    for x, weight, y in zip(x_RI.split(counts), weight_XOI, y_RO.split(counts), strict=True):
+    for x, weight, y in zip(x_RI.split(groups.counts), weight_XOI, y_RO.split(groups.counts), strict=True):
         torch.mm(x, weight.t(), out=y)
     return y_RO
 
 
 class _GroupedLinear(Function):
     @staticmethod
-    def forward(ctx: Any, x_RI: Tensor, weight_XOI: Weight, wgrad: WGrad, counts: Sequence[int]) -> Tensor:
+    def forward(ctx: Any, x_RI: Tensor, weight_XOI: Weight, wgrad: WGrad, groups: Groups) -> Tensor:
         ctx.save_for_backward(x_RI)
-        ctx.weight, ctx.wgrad, ctx.counts = weight_XOI, wgrad, list(counts)
-        return grouped_product(x_RI, weight_XOI.detach(), ctx.counts)
+        ctx.weight, ctx.wgrad, ctx.groups = weight_XOI, wgrad, groups
+        return grouped_product(x_RI, weight_XOI.detach(), groups)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_RO: Tensor) -> tuple[Tensor, None, None, None]:
-        (x_RI,), weight, counts = ctx.saved_tensors, ctx.weight, ctx.counts
-
-        def run() -> None:
-            for total, dy, x in zip(weight.gradient(), dy_RO.split(counts), x_RI.split(counts), strict=True):
-                add_product(total, dy, x)
-
-        _defer(ctx.wgrad, run)
-        return grouped_product(dy_RO, weight.detach().transpose(1, 2), counts), None, None, None
+        (x_RI,), weight, groups = ctx.saved_tensors, ctx.weight, ctx.groups
+        _defer(ctx.wgrad, lambda: add_grouped_product(weight.gradient(), dy_RO, x_RI, groups))
+        return grouped_product(dy_RO, weight.detach().transpose(1, 2), groups), None, None, None
 
 
-def grouped_linear(x_RI: Tensor, weight_XOI: Weight, wgrad: WGrad, counts: Sequence[int]) -> Tensor:
-    """[R, I] -> [R, O], rows grouped by local expert; `counts` (host) are the rows of each, zeros welcome."""
-    return _GroupedLinear.apply(x_RI, weight_XOI, wgrad, counts)
+def grouped_linear(x_RI: Tensor, weight_XOI: Weight, wgrad: WGrad, groups: Groups) -> Tensor:
+    """[R, I] -> [R, O], rows grouped by local expert, some of which may have none."""
+    return _GroupedLinear.apply(x_RI, weight_XOI, wgrad, groups)
 
 
 class _Embedding(Function):

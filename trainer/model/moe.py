@@ -55,10 +55,11 @@ class Experts(nn.Module):
     def forward(self, rows_RH: Tensor, weights_R: Tensor, counts: Sequence[int]) -> Tensor:
         if self.fp8 is not None:
             return self.fp8.ffn(rows_RH, self.gate_up, self.down, counts, weights_R)
-        gate_up = grouped_linear(rows_RH, self.gate_up, self.wgrad, counts)
+        groups = Groups.of(counts, rows_RH)
+        gate_up = grouped_linear(rows_RH, self.gate_up, self.wgrad, groups)
         return through(
             lambda: (swiglu(gate_up, weights_R),),
-            lambda h: grouped_linear(h, self.down, self.wgrad, counts),
+            lambda h: grouped_linear(h, self.down, self.wgrad, groups),
             self.again,
         )
 

@@ -1,0 +1,152 @@
+"""Weight gradients of routed experts on Hopper (sm_90), all in one kernel: total[x] += dy_xᵀ x_x, BF16 into FP32 sums.
+
+An `addmm` an expert costs the host a launch each, and where an expert has few rows or weights, leaves SMs idle. Rows
+are not padded: an expert's last block of 64 runs into its neighbour's rows, which must count as zero. That block's dy
+goes to the tensor cores by way of registers and is masked there, so shared memory is written by loads alone, and whole
+blocks pay nothing.
+
+In Gluon, built as fp8/kernels/hopper.py: a CTA per SM walks over tiles of 128 x 256, one warp loads, and two warpgroups
+own half of the tile's rows each. Both operands are contracted over rows, so both are read transposed in shared memory.
+Legend: dy [R, M], x [R, N], rows grouped by expert; `ends` as in Groups.
+"""
+
+# The annotations of kernels are read at run time, so no `from __future__ import annotations` here.
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from dryvine.trainer.fp8.kernels.hopper import _barriers, _programs, _where
+from dryvine.trainer.fp8.tensors import Groups
+
+
+@dataclass(frozen=True)
+class Config:
+    stages: int = 4
+    group_m: int = 16  # tiles are walked in bands of this many rows of tiles, for L2
+    registers: int = 240
+
+
+WGRAD = Config()
+
+
+@gluon.jit
+def _tile(tile, ends, num_m, num_n, GROUP_M: gl.constexpr):
+    """(expert, row and column of the tile, the expert's first row, the end of its rows)."""
+    expert = tile // (num_m * num_n)
+    tile_m, tile_n = _where(tile % (num_m * num_n), num_m, num_n, GROUP_M)
+    return expert, tile_m, tile_n, gl.load(ends + expert - 1, mask=expert > 0, other=0), gl.load(ends + expert)
+
+
+@gluon.jit
+def _loads(dy_desc, x_desc, dy_bufs, x_bufs, full, empty, ends, num_m, num_n, tiles, GROUP_M: gl.constexpr,
+           STAGES: gl.constexpr):  # fmt: skip
+    turn = 0
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        _, tile_m, tile_n, first, end = _tile(tile, ends, num_m, num_n, GROUP_M)
+        for row in range(first, end, 64):
+            stage = turn % STAGES
+            mbarrier.wait(empty.index(stage), ((turn // STAGES) & 1) ^ 1)
+            bar = full.index(stage)
+            mbarrier.expect(bar, 64 * (128 + 256) * 2)
+            for i in gl.static_range(2):
+                at = [row, tile_m * 128 + 64 * i]
+                tma.async_copy_global_to_shared(dy_desc, at, bar, dy_bufs.index(stage * 2 + i))
+            tma.async_copy_global_to_shared(x_desc, [row, tile_n * 256], bar, x_bufs.index(stage))
+            turn += 1
+
+
+@gluon.jit
+def _sums(HALF: gl.constexpr, dy_bufs, x_bufs, full, empty, total, ends, M, N, num_m, num_n, tiles,
+          GROUP_M: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 256, 16])
+    half: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    rows = gl.arange(0, 64, layout=gl.SliceLayout(0, operand))
+    turn = 0
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        expert, tile_m, tile_n, first, end = _tile(tile, ends, num_m, num_n, GROUP_M)
+        whole = end - (end - first) % 64
+        sums = gl.zeros((64, 256), gl.float32, layout=mma)
+        for row in range(first, whole, 64):
+            stage = turn % STAGES
+            mbarrier.wait(full.index(stage), (turn // STAGES) & 1)
+            dy = dy_bufs.index(stage * 2 + HALF).permute((1, 0))
+            sums = warpgroup_mma(dy, x_bufs.index(stage), sums, use_acc=row > first, is_async=True)
+            # This product stays in flight; the one before it has left its stage.
+            sums = warpgroup_mma_wait(1, deps=[sums])
+            mbarrier.arrive(empty.index((turn + STAGES - 1) % STAGES), pred=row > first)
+            turn += 1
+        sums = warpgroup_mma_wait(0, deps=[sums])
+        mbarrier.arrive(empty.index((turn + STAGES - 1) % STAGES), pred=whole > first)
+        if whole < end:
+            stage = turn % STAGES
+            mbarrier.wait(full.index(stage), (turn // STAGES) & 1)
+            dy = dy_bufs.index(stage * 2 + HALF).permute((1, 0)).load(operand)
+            # Zero times the neighbour's x: a NaN or an infinity there comes through, and spoils no step that it had
+            # not spoilt in its own expert.
+            dy = gl.where(gl.expand_dims(whole + rows < end, 0), dy, 0.0)
+            sums = warpgroup_mma(dy, x_bufs.index(stage), sums, use_acc=whole > first, is_async=True)
+            sums = warpgroup_mma_wait(0, deps=[sums])
+            mbarrier.arrive(empty.index(stage))
+            turn += 1
+        # In the product's own layout four threads cover a 32-byte sector of FP32: no shuffle would store faster. In
+        # halves, since sums and what they are added to would not fit the registers together.
+        m = tile_m * 128 + 64 * HALF + gl.arange(0, 64, layout=gl.SliceLayout(1, half))
+        n = tile_n * 256 + gl.arange(0, 128, layout=gl.SliceLayout(0, half))
+        at = total + expert.to(gl.int64) * M * N + gl.expand_dims(m.to(gl.int64) * N, 1) + gl.expand_dims(n, 0)
+        keep = gl.expand_dims((m < M) & (first < end), 1)
+        parts = gl.split(gl.permute(gl.reshape(sums, [64, 2, 128]), [0, 2, 1]))
+        for i in gl.static_range(2):
+            ours = keep & gl.expand_dims(n + 128 * i < N, 0)
+            part = gl.convert_layout(parts[i], half, assert_trivial=True)
+            gl.store(at + 128 * i, gl.load(at + 128 * i, mask=ours, other=0.0) + part, mask=ours)
+
+
+@gluon.jit
+def wgrad_kernel(dy_desc, x_desc, total, ends, M, N, tiles, GROUP_M: gl.constexpr,
+                 STAGES: gl.constexpr, REGISTERS: gl.constexpr):  # fmt: skip
+    dy_bufs = gl.allocate_shared_memory(gl.bfloat16, [STAGES * 2, 64, 64], dy_desc.layout)
+    x_bufs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 64, 256], x_desc.layout)
+    full, empty = _barriers(STAGES)
+    num_m, num_n = gl.cdiv(M, 128), gl.cdiv(N, 256)
+    # What registers the others leave are the first one's.
+    gl.warp_specialize(
+        [
+            (_sums, (0, dy_bufs, x_bufs, full, empty, total, ends, M, N, num_m, num_n, tiles, GROUP_M, STAGES)),
+            (_sums, (1, dy_bufs, x_bufs, full, empty, total, ends, M, N, num_m, num_n, tiles, GROUP_M, STAGES)),
+            (_loads, (dy_desc, x_desc, dy_bufs, x_bufs, full, empty, ends, num_m, num_n, tiles, GROUP_M, STAGES)),
+        ],
+        [4, 1],
+        [REGISTERS, 24],
+    )
+
+
+def fits(dy_RM: Tensor, x_RN: Tensor) -> bool:
+    """Whether `wgrad` takes them: BF16 on Hopper, rows of whole 16 bytes (TMA's alignment)."""
+    operands = (dy_RM, x_RN)
+    return torch.cuda.get_device_capability(x_RN.device)[0] == 9 and all(
+        t.dtype == torch.bfloat16 and t.shape[1] % 8 == 0 for t in operands
+    )
+
+
+def wgrad(dy_RM: Tensor, x_RN: Tensor, groups: Groups, total_XMN: Tensor, config: Config = WGRAD) -> None:
+    """total[x] += dy_xᵀ x_x, FP32 [X, M, N], for operands that `fits` allows."""
+    if not groups.rows:
+        return
+    _, m, n = total_XMN.shape
+    tiles = len(groups.counts) * -(-m // 128) * -(-n // 256)
+    wgrad_kernel[(_programs(total_XMN.device, tiles),)](
+        _descriptor(dy_RM, 64), _descriptor(x_RN, 256), total_XMN, groups.ends, m, n, tiles,
+        GROUP_M=config.group_m, STAGES=config.stages, REGISTERS=config.registers, num_warps=4,
+    )  # fmt: skip
+
+
+def _descriptor(rows: Tensor, width: int) -> TensorDescriptor:
+    """Gradients may come broadcast or turned; those are copied."""
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    return TensorDescriptor.from_tensor(rows.contiguous(), [64, width], layout)
