@@ -29,7 +29,7 @@ KINDS = {
     r"|^(sum|tally|place|arrive)_kernel",
     "copies": r"copy|CatArray|memcpy|memset|fill|^aten::(cat|zeros?_?|empty\w*|clone|contiguous|to)$",
     "elementwise": r"elementwise|reduce|triton_|^aten::"
-    r"|^(gated|gated_backward|heads|heads_backward|logsumexp|logits_gradient)_kernel",
+    r"|^(gate|gate_backward|balance|gated|gated_backward|heads|heads_backward|logsumexp|logits_gradient)_kernel",
 }  # the first that matches, so what is special comes before what is common
 UNKNOWN = "unclassified"
 DEVICE = {"kernel", "gpu_memcpy", "gpu_memset"}

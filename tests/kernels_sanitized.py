@@ -35,9 +35,9 @@ from dryvine.trainer.model.shape import Shape, blocks
 
 MODULES = (
     "dryvine.comm.kernels", "dryvine.trainer.fp8.kernels.cast", "dryvine.trainer.fp8.kernels.fused",
-    "dryvine.trainer.fp8.kernels.hopper", "dryvine.trainer.fp8.kernels.plain", "dryvine.trainer.model.kernels.gated",
-    "dryvine.trainer.model.kernels.grouped", "dryvine.trainer.model.kernels.heads",
-    "dryvine.trainer.model.kernels.loss", "dryvine.trainer.model.kernels.norm",
+    "dryvine.trainer.fp8.kernels.hopper", "dryvine.trainer.fp8.kernels.plain", "dryvine.trainer.model.kernels.gate",
+    "dryvine.trainer.model.kernels.gated", "dryvine.trainer.model.kernels.grouped",
+    "dryvine.trainer.model.kernels.heads", "dryvine.trainer.model.kernels.loss", "dryvine.trainer.model.kernels.norm",
 )  # fmt: skip
 COUNTS = (1, 0, 129, 70)
 SHAPE = Shape(

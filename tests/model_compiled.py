@@ -10,12 +10,25 @@ from typing import Any
 from helpers_compile import compile_for_hopper
 from triton.experimental.gluon import language as gl
 
-from dryvine.trainer.model.kernels import gated, grouped, heads, loss, norm
+from dryvine.trainer.model.kernels import gate, gated, grouped, heads, loss, norm
+from dryvine.trainer.model.shape import Shape
 
 V3 = {"A": 128, "NOPE": 128, "PAIRS": 32, "V": 128, "NOPE2": 128, "PAIRS2": 32}
 TABLES = {"cos": "*fp32", "sin": "*fp32", "T": "i32"}
 FORWARD = ("q_stride", "kv_stride", "k_rope_stride")
 BACKWARD = tuple(f"{tensor}_{dim}" for tensor in "qkv" for dim in "sat")
+V3_GATE = {"routed": 256, "top_k": 8, "groups": 8, "group_limit": 4, "score": "sigmoid", "normalise": True}
+V2_GATE = {"routed": 160, "top_k": 6, "groups": 8, "group_limit": 3, "score": "softmax", "normalise": True}
+GATES: tuple[dict[str, Any], ...] = (
+    V3_GATE,
+    V3_GATE | {"balance_alpha": 0},
+    V2_GATE | {"balance_alpha": 0},
+    {"routed": 64, "top_k": 6, "score": "softmax", "normalise": False},
+    {"routed": 6, "top_k": 3, "groups": 2, "score": "sigmoid", "normalise": True},
+    {"routed": 1, "top_k": 1, "score": "sigmoid", "normalise": False},
+    {"routed": 1100, "top_k": 2, "score": "softmax", "normalise": True},
+)  # layouts, and mistakes in them, go by a tile's shape
+REALS = ("logits", "bias", "weights", "chosen", "terms", "dweights", "dloss", "dlogits")
 
 
 def typed(kind: str, *names: str) -> dict[str, str]:
@@ -47,6 +60,30 @@ def every() -> Any:
     types = {"logits": "*bf16", "targets": "*i64", "norms": "*fp32", "dloss": "*fp32", "N": "i32", "V": "i32"}
     for kernel in (loss.logsumexp_kernel, loss.logits_gradient_kernel):
         yield compile_for_hopper(kernel, types, {"BLOCK": loss.BLOCK}, frozenset("V"), 8, fusion=True)
+    for facts in GATES:
+        yield from gates(Shape.model_construct(**facts))
+
+
+def gates(shape: Shape) -> Any:
+    """As launched: what a kernel has no use for is None. Once also of sequences of one token, a constant to Triton."""
+    balanced, chosen = shape.balance_alpha > 0, gate.keeps_chosen(shape)
+    types = typed("*fp32", *REALS) | typed("fp32", "scale", "share")
+    types |= {"experts": "*i64", "load": "*i64", "tallies": "*i32", "T": "i32"}
+    known = gate.tile(shape) | gate.ways(shape) | {"BALANCED": balanced} | ({"T": 1} if shape.routed == 1 else {})
+    missing: dict[str, Any] = {} if chosen else {"chosen": None}
+    more = {"KEEP": chosen, "COUNT": True, "BEST": gate.ranking(shape), "LIMIT": shape.group_limit}
+    missing |= {} if balanced else {"tallies": None}
+    yield one(gate.gate_kernel, types, known | more | missing)
+    missing |= {} if balanced else {"dloss": None}
+    missing |= {"logits": None} if chosen else {}
+    yield one(gate.gate_backward_kernel, types, known | {"KEPT": chosen, "WEIGHED": True} | missing)
+    if balanced:
+        yield one(gate.balance_kernel, types, known)
+
+
+def one(kernel: Any, types: dict[str, str], known: dict[str, Any]) -> dict[str, Any]:
+    known = {name: value for name, value in known.items() if name in kernel.arg_names}
+    return compile_for_hopper(kernel, types, known, frozenset(), 1, fusion=True)
 
 
 if __name__ == "__main__":

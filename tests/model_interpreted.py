@@ -12,12 +12,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from dryvine.trainer.model import heads, loss, mla, swiglu
+from benchmarks.census import Census
+from dryvine.trainer.fp8.recipe import preset
+from dryvine.trainer.model import gate, heads, loss, memory, mla, moe, swiglu
+from dryvine.trainer.model.kernels import gate as fused_gate
 from dryvine.trainer.model.kernels import gated, norm
 from dryvine.trainer.model.kernels import heads as fused
 from dryvine.trainer.model.kernels import loss as fused_loss
 from dryvine.trainer.model.recompute import through
 from dryvine.trainer.model.rope import Rope
+from tests.helpers_gate import GATES, clear, exact, gate_of, near, tied
 from tests.helpers_interpreter import right_casts
 from tests.helpers_model import filled, random_tokens, tiny, train
 
@@ -155,6 +159,7 @@ def test_a_model_of_these_kernels(q_lora: int | None, monkeypatch: pytest.Monkey
         if kernels:
             monkeypatch.setattr(mla, "assemble", fused.assemble)
             monkeypatch.setattr(swiglu, "_ways", lambda x: gated)
+            monkeypatch.setattr(moe, "route", fused_gate.route)
         shape = tiny(layers=1, first_dense=0, q_lora=q_lora, v_dim=12, recompute=ways)
         model = filled(shape)
         losses = train(model, random_tokens(shape, 2, 3))
@@ -236,3 +241,72 @@ def test_cross_entropy_and_its_gradient(rows: int, width: int, dtype: torch.dtyp
     fused_loss.into_gradient(found, targets, theirs, dloss)
     loss.into_gradient(truth, targets, theirs, dloss)
     torch.testing.assert_close(found, truth, rtol=2**-7 if dtype == torch.bfloat16 else 1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_a_gate_chooses_counts_and_weighs_as_defined(name: str) -> None:
+    """Sequences end within a program's tile."""
+    shape, sequences, length = gate_of(name), 3, 7
+    logits, bias = clear(shape, sequences, length)
+    dweights, dloss = torch.randn(sequences * length, shape.top_k, generator=torch.Generator().manual_seed(7)), 3.0
+    (true_weights, true_dlogits, *true_loss), true_experts = exact(logits, bias, shape, sequences, dweights, dloss)
+    leaf, load = logits.requires_grad_(), torch.arange(shape.routed)
+    weights, experts, loss = fused_gate.route(leaf, bias, shape, sequences, load)
+    same(experts, true_experts)
+    assert torch.equal(load - torch.arange(shape.routed), true_experts.flatten().bincount(minlength=shape.routed))
+    torch.testing.assert_close(weights.double(), true_weights, rtol=1e-6, atol=0)
+    assert (loss is None) == (shape.balance_alpha == 0)
+    if loss is not None:
+        torch.testing.assert_close(loss.double(), true_loss[0], rtol=1e-6, atol=0)
+    outputs, given = ([weights], [dweights]) if loss is None else ([weights, loss], [dweights, torch.tensor(dloss)])
+    (dlogits,) = torch.autograd.grad(outputs, leaf, given, retain_graph=True)
+    near(dlogits, true_dlogits, dweights)
+    if loss is not None:  # the loss's gradient alone, and the weights' alone
+        parts = [torch.autograd.grad(outputs[i], leaf, given[i], retain_graph=True)[0] for i in range(2)]
+        near(parts[0] + parts[1], true_dlogits, dweights)
+
+
+@pytest.mark.parametrize("name", ["V3", "V2-Lite", "nothing a power of two"])
+def test_of_equal_experts_and_groups_the_first_is_taken(name: str) -> None:
+    shape = gate_of(name)
+    logits, truth = tied(shape, 30)
+    same(fused_gate.route(logits, torch.zeros(shape.routed), shape, 1, None)[1], truth)
+
+
+@pytest.mark.parametrize("name", ["V3", "V2", "nothing a power of two", "the same without balance loss"])
+@pytest.mark.filterwarnings("ignore:All-NaN")
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_logits_that_are_no_numbers_still_choose_different_experts(name: str, bad: float) -> None:
+    """Or a step that could be skipped would end in the dispatcher, or write where no row is."""
+    shape = gate_of(name)
+    logits, bias = clear(shape, 1, 6)
+    logits[0], logits[1, 1], logits[2, ::2] = bad, bad, bad
+    load = torch.zeros(shape.routed, dtype=torch.int64)
+    weights, experts, _ = fused_gate.route(logits, bias, shape, 1, load)
+    assert all(len({*row}) == shape.top_k and {*row} <= {*range(shape.routed)} for row in experts.tolist())
+    assert torch.equal(load, experts.flatten().bincount(minlength=shape.routed))
+    theirs, chosen, _ = gate.plain(logits, bias, shape, 1, None)
+    same(experts[3:], chosen[3:])
+    assert torch.equal(weights.isnan().any(1), theirs.isnan().any(1))
+
+
+def test_a_gate_of_no_tokens() -> None:
+    shape = gate_of("V3 without balance loss")
+    leaf, load = torch.empty(0, shape.routed, requires_grad=True), torch.ones(shape.routed, dtype=torch.int64)
+    weights, experts, _ = fused_gate.route(leaf, torch.zeros(shape.routed), shape, 2, load)
+    (dlogits,) = torch.autograd.grad(weights.sum(), leaf)
+    assert (weights.shape, experts.shape, dlogits.shape) == ((0, 8), (0, 8), (0, shape.routed))
+    assert bool((load == 1).all())
+
+
+@pytest.mark.parametrize(
+    "name", ["V2-Lite", "V2 without balance loss", "the same without balance loss", "nothing a power of two"]
+)
+def test_a_gate_keeps_what_is_predicted_on_cuda(name: str) -> None:
+    shape, sequences, length = gate_of(name), 2, 9
+    logits, bias = clear(shape, sequences, length)
+    rows = memory.kept(shape, preset("bf16"), ["layers.1"], memory.Load.even(shape, sequences * length, sequences))
+    with Census() as census:
+        held = fused_gate.route(logits.requires_grad_() * 1.0, bias, shape, sequences, None)[0].grad_fn
+    assert census.bytes == sum(row.bytes for row in rows if row.reader in ("gate", "balance loss"))
+    del held

@@ -8,7 +8,7 @@ import torch
 
 from dryvine.parallel.wgrad import WGrad
 from dryvine.trainer.fp8.tensors import Groups
-from dryvine.trainer.model import heads, swiglu
+from dryvine.trainer.model import gate, heads, swiglu
 from dryvine.trainer.model.decoder import Model
 from dryvine.trainer.model.layers import (
     Weight,
@@ -20,6 +20,8 @@ from dryvine.trainer.model.layers import (
 )
 from dryvine.trainer.model.rope import Rope
 from dryvine.trainer.model.shape import Shape
+from tests import helpers_gate
+from tests.helpers_gate import GATES, clear, exact, gate_of, tied
 from tests.helpers_model import filled, random_tokens, tiny, train, whole
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -211,3 +213,63 @@ def test_the_gates_product_keeps_what_fp32_operands_would_give() -> None:
     assert (y - true_y).norm() / true_y.norm() < cut
     assert (dx.float() - true_dx).norm() / true_dx.norm() < 2**-8  # rounded once
     assert (dw - true_dw).norm() / true_dw.norm() < 1e-5
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_a_gate_chooses_counts_and_weighs_as_in_fp64(name: str) -> None:
+    """Twice to the same bits, and without a wait of the host."""
+    shape, sequences, length = gate_of(name), 3, 301
+    logits, bias = clear(shape, sequences, length)
+    dweights, dloss = torch.randn(sequences * length, shape.top_k, generator=torch.Generator().manual_seed(7)), 3.0
+    (true_weights, true_dlogits, *true_loss), true_experts = exact(logits, bias, shape, sequences, dweights, dloss)
+    leaf, bias = logits.cuda().requires_grad_(), bias.cuda()
+    given = [dweights.cuda(), *([torch.tensor(dloss, device="cuda")] if true_loss else [])]
+    load = torch.zeros(shape.routed, dtype=torch.int64, device="cuda")
+
+    def both_ways() -> list[torch.Tensor]:
+        weights, experts, loss = gate.route(leaf, bias, shape, sequences, load)
+        outputs = [weights] if loss is None else [weights, loss]
+        return [experts, *outputs, *torch.autograd.grad(outputs, leaf, given)]
+
+    found = both_ways()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = both_ways()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True))
+    experts, weights, *loss, dlogits = (tensor.detach().cpu() for tensor in found)
+    assert torch.equal(experts, true_experts)
+    assert torch.equal(load.cpu(), 2 * true_experts.flatten().bincount(minlength=shape.routed))
+    torch.testing.assert_close(weights.double(), true_weights, rtol=2e-6, atol=0)
+    torch.testing.assert_close([one.double() for one in loss], true_loss, rtol=2e-6, atol=0)
+    helpers_gate.near(dlogits, true_dlogits, dweights, 4e-6)
+
+
+@pytest.mark.parametrize("name", ["V3", "V2-Lite", "nothing a power of two"])
+def test_of_equal_experts_and_groups_a_gate_takes_the_first(name: str) -> None:
+    shape = gate_of(name)
+    logits, truth = tied(shape, 1000)
+    _, experts, _ = gate.route(logits.cuda(), torch.zeros(shape.routed, device="cuda"), shape, 1)
+    assert torch.equal(experts.cpu(), truth)
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_logits_that_are_no_numbers_choose_different_experts(name: str) -> None:
+    """Or a step that could be skipped would end in the dispatcher, or write where no row is."""
+    shape = gate_of(name)
+    logits = torch.randn(64, shape.routed, device="cuda")
+    for row, bad in enumerate((torch.nan, torch.inf, -torch.inf)):
+        logits[row], logits[row + 3, 0], logits[row + 6, ::2] = bad, bad, bad
+    load = torch.zeros(shape.routed, dtype=torch.int64, device="cuda")
+    _, experts, _ = gate.route(logits, torch.zeros(shape.routed, device="cuda"), shape, 1, load)
+    assert all(len({*row}) == shape.top_k and {*row} <= {*range(shape.routed)} for row in experts.tolist())
+    assert torch.equal(load.cpu(), experts.cpu().flatten().bincount(minlength=shape.routed))
+
+
+def test_a_gate_of_no_tokens() -> None:
+    shape = gate_of("V3")
+    leaf = torch.empty(0, shape.routed, device="cuda", requires_grad=True)
+    weights, experts, _ = gate.route(leaf, torch.zeros(shape.routed, device="cuda"), shape, 1)
+    (dlogits,) = torch.autograd.grad(weights.sum(), leaf)
+    assert (weights.shape, experts.shape, dlogits.shape) == ((0, 8), (0, 8), (0, shape.routed))

@@ -20,7 +20,7 @@ compiled = helpers_triton.compiled("model_compiled.py")
 
 
 def test_compiled_kernels_move_wide_words_and_do_not_spill(compiled: list[dict[str, Any]]) -> None:
-    plain = [kernel for kernel in compiled if not kernel["wgmma"]]
+    plain = [kernel for kernel in compiled if not kernel["wgmma"] and not kernel["kernel"].startswith("gate.")]
     assert len(plain) == 9
     for kernel in plain:
         assert kernel["stack"] == 0, kernel
@@ -40,3 +40,15 @@ def test_weight_gradients_of_experts_use_the_widest_product_and_do_not_spill(com
     assert kernel["tma"] == 2 + 256 // 64, kernel  # a row of 128 bytes is the widest that shared memory swizzles
     assert kernel["stack"] == 0, kernel
     assert kernel["shared"] <= helpers_triton.HOPPER_SHARED, kernel
+
+
+def test_gates_of_any_size_compile_and_stay_in_registers(compiled: list[dict[str, Any]]) -> None:
+    """A gate's program is one warp; V3's logits are read, and their gradients written, in whole words."""
+    gates = [kernel for kernel in compiled if kernel["kernel"].startswith("gate.")]
+    assert len(gates) == 7 * 3 - 2
+    assert all(kernel["stack"] == 0 and kernel["warps"] == 1 for kernel in gates)
+    forward, backward = (kernel["widest"] for kernel in gates[:2])
+    elements = 4 * 256 // 32  # of a thread
+    assert forward[0].count(16) >= elements // 4
+    assert backward[0].count(16) >= elements // 4
+    assert backward[1].count(16) == len(backward[1]) == elements // 4

@@ -13,9 +13,10 @@ from dryvine.parallel.wgrad import WGrad
 from dryvine.trainer.fp8.tensors import Groups
 from dryvine.trainer.model import loss as loss_module
 from dryvine.trainer.model.decoder import build_model
+from dryvine.trainer.model.gate import choose
 from dryvine.trainer.model.layers import Weight, add_grouped_product, grouped_linear
 from dryvine.trainer.model.loss import cross_entropy
-from dryvine.trainer.model.moe import choose, move_bias
+from dryvine.trainer.model.moe import move_bias
 from dryvine.trainer.model.recompute import through
 from dryvine.trainer.model.swiglu import swiglu
 from tests.helpers_model import Alone, filled, random_tokens, run_backward, run_forward, tiny, train
@@ -76,9 +77,9 @@ def test_bias_orders_the_choice_but_does_not_weigh() -> None:
     model = filled(shape)
     gate = model.root["layers"]["0"].gate
     gate.bias.fill_(5.0)
-    scores = torch.rand(20, 8)
-    weights, experts = gate.choose(scores, count=False)
-    raw = scores.gather(1, experts)
+    logits = torch.randn(20, 8)
+    weights, experts, _ = gate.choose(logits, 1, count=False)
+    raw = logits.sigmoid().gather(1, experts)
     torch.testing.assert_close(weights, raw / raw.sum(-1, keepdim=True) * shape.route_scale)
 
 
@@ -113,7 +114,7 @@ def test_bias_update_balances_a_skewed_gate() -> None:
     worst = []
     for _ in range(80):
         model.reset_loads()
-        gate.choose(scores, count=True)
+        gate.choose(scores.logit(), 1, count=True)
         worst.append(float(gate.load.max() / gate.load.double().mean()))
         model.update_biases(model.loads, 0.01)
     assert worst[0] == 4.0

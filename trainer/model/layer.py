@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dryvine.parallel.stage import Flight, Outcome, State
 from dryvine.trainer.model.layers import through_norm
 from dryvine.trainer.model.mla import MLA
-from dryvine.trainer.model.moe import FFN, Experts, Gate, balance_loss
+from dryvine.trainer.model.moe import FFN, Experts, Gate
 from dryvine.trainer.model.spec import Spec
 
 
@@ -22,7 +22,7 @@ class Layer(nn.Module):
 
     def __init__(self, spec: Spec, name: str, is_moe: bool) -> None:
         super().__init__()
-        s = self.shape = spec.shape
+        s = spec.shape
         self.name, self.again = name, "norm" in s.recompute
         self.attention_norm, self.attention = spec.norm(s.hidden, feeds_linear=True), MLA(spec)
         self.ffn_norm = spec.norm(s.hidden, feeds_linear=not is_moe or s.shared > 0)
@@ -49,11 +49,9 @@ class Layer(nn.Module):
             shared_NH = x_NH if self.shared is None else x_NH + self.shared(rows_NH)
             return shared_NH, rows_NH, self.gate(rows_NH)
 
-        shared_NH, rows_NH, scores_NE = through_norm(self.ffn_norm, x_NH, use, self.again)
-        weights_NK, experts_NK = self.gate.choose(scores_NE, count=flight.training)
-        losses = {}
-        if self.shape.balance_alpha:
-            losses[f"balance.{self.name}"] = balance_loss(scores_NE, flight.tokens.shape[0], self.shape)
+        shared_NH, rows_NH, logits_NE = through_norm(self.ffn_norm, x_NH, use, self.again)
+        weights_NK, experts_NK, loss = self.gate.choose(logits_NE, len(flight.tokens), count=flight.training)
+        losses = {} if loss is None else {f"balance.{self.name}": loss}
         return Outcome((shared_NH, rows_NH, weights_NK, experts_NK), losses)
 
     def run_experts(self, state: State, flight: Flight) -> Outcome:

@@ -176,12 +176,24 @@ class _Keeper:
 
     def _gate(self) -> Iterator[Row]:
         s, n = self.shape, self.load.tokens
-        yield "attention", "scores", "gate", 4 * n * s.routed
         yield "attention", "choices", "gate", 8 * n * s.top_k
+        if self.load.cuda:
+            yield from self._fused_gate()
+            return
+        yield "attention", "scores", "gate", 4 * n * s.routed
         if s.normalise:
             yield "attention", "weights and their sums", "gate", 4 * n * (s.top_k + 1)
         if s.balance_alpha:
             yield "attention", "shares of experts, sums", "balance loss", 4 * self.load.sequences * s.routed + 8 * n
+
+    def _fused_gate(self) -> Iterator[Row]:
+        s, n = self.shape, self.load.tokens
+        if s.score == "sigmoid" and not s.balance_alpha:
+            yield "attention", "scores of the chosen", "gate", 4 * n * s.top_k
+        else:
+            yield "attention", "logits", "gate", 4 * n * s.routed
+        if s.balance_alpha:
+            yield "attention", "tallies of experts", "balance loss", 4 * self.load.sequences * s.routed
 
     def _experts(self) -> Iterator[Row]:
         s, rows = self.shape, self.load.rows

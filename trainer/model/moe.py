@@ -1,10 +1,9 @@
-"""DeepSeekMoE (arXiv 2412.19437, section 2.1.2): the gate, its balance, and the routed experts of this rank.
+"""DeepSeekMoE (arXiv 2412.19437, section 2.1.2): the gate with its bias, and the routed experts of this rank.
 
-Balance is kept by a bias that only choosing sees, moved after each step by the load of the global batch, so no large
-auxiliary loss bends the gradient; the small sequence-wise loss guards against a single skewed sequence. No token is
-dropped: expert batches have whatever size the choice gives them.
+The bias is moved after each step by the load of the global batch. No token is dropped: expert batches have whatever
+size the choice gives them.
 
-Legend: N = S * T tokens, S sequences, E routed experts, G groups, K choices per token, R rows on this rank.
+Legend: N = S * T tokens, S sequences, E routed experts, K choices per token, R rows on this rank.
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ from dryvine.parallel.stage import Grads, State
 from dryvine.trainer.fp8.linear import FFN as FFN8
 from dryvine.trainer.fp8.linear import Kept
 from dryvine.trainer.fp8.tensors import Groups, Quantized
+from dryvine.trainer.model.gate import Routed, route
 from dryvine.trainer.model.layers import grouped_linear, linear_to_fp32
 from dryvine.trainer.model.recompute import through
-from dryvine.trainer.model.shape import Shape
 from dryvine.trainer.model.spec import Spec
 from dryvine.trainer.model.swiglu import swiglu
 
@@ -82,7 +81,7 @@ class Experts(nn.Module):
 
 
 class Gate(nn.Module):
-    """Scores every expert in FP32 and chooses. `bias` is state, not weight; `load` counts choices since a reset."""
+    """FP32 logits, and the choice by them. `bias` is state, not weight; `load` counts choices since a reset."""
 
     bias: Tensor
     load: Tensor
@@ -95,47 +94,12 @@ class Gate(nn.Module):
         self.register_buffer("load", torch.zeros(spec.shape.routed, dtype=torch.int64, device=spec.device))
 
     def forward(self, x_NH: Tensor) -> Tensor:
-        """-> scores, FP32 [N, E]."""
-        logits = linear_to_fp32(x_NH, self.weight, self.wgrad)
-        return logits.sigmoid() if self.shape.score == "sigmoid" else logits.softmax(-1)
+        """-> logits, FP32 [N, E]."""
+        return linear_to_fp32(x_NH, self.weight, self.wgrad)
 
-    def choose(self, scores_NE: Tensor, count: bool) -> tuple[Tensor, Tensor]:
-        """-> weights FP32 [N, K], experts int64 [N, K], by score + bias within the best groups."""
-        experts_NK = choose(scores_NE.detach(), self.bias, self.shape)
-        if count:
-            self.load += torch.bincount(experts_NK.flatten(), minlength=self.shape.routed)
-        weights_NK = scores_NE.gather(1, experts_NK)
-        if self.shape.normalise:
-            weights_NK = weights_NK / (weights_NK.sum(-1, keepdim=True) + 1e-20)
-        return weights_NK * self.shape.route_scale, experts_NK
-
-
-def choose(scores_NE: Tensor, bias_E: Tensor, shape: Shape) -> Tensor:
-    """The K experts of each token: int64 [N, K]. A group's rank is the sum of its two best biased scores (sigmoid, V3)
-    or its best one (softmax, V2)."""
-    biased_NE = scores_NE + bias_E
-    if shape.groups > 1:
-        biased_NGe = biased_NE.unflatten(1, (shape.groups, -1))
-        best = 2 if shape.score == "sigmoid" else 1
-        kept = biased_NGe.topk(best, -1).values.sum(-1).topk(shape.group_limit, -1).indices
-        barred = torch.ones(biased_NGe.shape[:2], dtype=torch.bool, device=kept.device).scatter_(1, kept, False)
-        biased_NE = biased_NGe.masked_fill(barred.unsqueeze(-1), float("-inf")).flatten(1)
-    return biased_NE.topk(shape.top_k, -1).indices
-
-
-def balance_loss(scores_NE: Tensor, sequences: int, shape: Shape) -> Tensor:
-    """alpha * sum_i f_i P_i (equations 17-20), the mean over the sequences; f counts each token's K best plain scores.
-
-    sum_i f_i P_i is the mean over tokens of (f . s) / (1 . s), which keeps no normalised copy of the scores.
-    """
-    scores_STE = scores_NE.unflatten(0, (sequences, -1))
-    best_SC = scores_STE.detach().topk(shape.top_k, -1).indices.flatten(1)
-    share_SE = scores_STE.new_zeros(sequences, shape.routed).scatter_add_(
-        1, best_SC, torch.ones_like(best_SC, dtype=torch.float32)
-    )
-    share_SE *= shape.routed / best_SC.shape[1]
-    weighted_ST = torch.bmm(scores_STE, share_SE.unsqueeze(-1)).squeeze(-1)
-    return shape.balance_alpha * (weighted_ST / scores_STE.sum(-1)).mean()
+    def choose(self, logits_NE: Tensor, sequences: int, count: bool) -> Routed:
+        """-> weights FP32 [N, K], experts int64 [N, K], and the balance loss, as `route` has them."""
+        return route(logits_NE, self.bias, self.shape, sequences, self.load if count else None)
 
 
 @torch.no_grad()

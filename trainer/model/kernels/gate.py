@@ -1,0 +1,279 @@
+"""`model/gate.py` on CUDA. Forward, one kernel scores, chooses, weighs and counts; the balance loss takes a second one,
+since it needs the whole sequence's counts. Backward is one. Scores are never written but made again from the logits,
+and without balance loss a sigmoid's backward needs no more than the scores of the chosen.
+
+Tallies are integers, so atomics add them up to the same bits in any order, once a program and expert. A program is one
+warp, so that no reduction waits at a barrier, and has four tokens, whose reductions hide each other's latency.
+
+Legend as in model/gate.py; M experts of a group. Tiles have a column c = g * M2 + m for each expert: M2 and G2 are the
+next powers of two, and the columns between are kept at -inf.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from dryvine.trainer.model.gate import Routed, ranking
+from dryvine.trainer.model.shape import Shape
+
+ROWS = 4  # tokens of a program, if it has registers for so many
+TILE = 1024  # columns of them together: 32 for each thread
+
+
+@triton.jit
+def place(T, ROWS: tl.constexpr):
+    """This program's sequence, its tokens' numbers in the batch [ROWS, 1], and which of them exist."""
+    parts = tl.cdiv(T, ROWS)
+    s = (tl.program_id(0) // parts).to(tl.int64)
+    t = (tl.program_id(0) % parts * ROWS + tl.arange(0, ROWS))[:, None]
+    return s, s * T + t, t < T
+
+
+@triton.jit
+def columns(G: tl.constexpr, M: tl.constexpr, G2: tl.constexpr, M2: tl.constexpr):
+    """The columns of a tile, the expert of each, and whether there is one: each [1, G2 * M2]."""
+    c = tl.arange(0, G2 * M2)[None, :]
+    return c, c // M2 * M + c % M2, (c // M2 < G) & (c % M2 < M)
+
+
+@triton.jit
+def extent(x):
+    """What a softmax's scores are of: the greatest of each row, and the sum of e^(x - greatest)."""
+    most = tl.max(x, 1, keep_dims=True)
+    return most, tl.sum(tl.exp(x - most), 1, keep_dims=True)
+
+
+@triton.jit
+def score(x, most, total, SIGMOID: tl.constexpr):
+    """Logits, all of a row or some -> their scores. A sigmoid asks for no extent, which is then never computed."""
+    if SIGMOID:
+        return 1.0 / (1.0 + tl.exp(-x))
+    else:
+        return tl.exp(x - most) / total
+
+
+@triton.jit
+def ranked(x, real):
+    """What is there in an order without NaN, which is above all; what is not there is below all."""
+    return tl.where(real, tl.where(x == x, x, float("inf")), float("-inf"))
+
+
+@triton.jit
+def without_best(x, c):
+    """The column of each row's greatest, of equals the first; and x without it."""
+    at = tl.min(tl.where(x == tl.max(x, 1, keep_dims=True), c, x.shape[1]), 1, keep_dims=True)
+    return at, tl.where(c == at, float("-inf"), x)
+
+
+@triton.jit
+def in_best_groups(x, G2: tl.constexpr, M2: tl.constexpr, BEST: tl.constexpr, LIMIT: tl.constexpr):
+    """x with -inf outside the LIMIT groups whose BEST (1 or 2) greatest have the greatest sum."""
+    x_GM = tl.reshape(x, [x.shape[0] * G2, M2])
+    rank = tl.max(x_GM, 1)
+    if BEST == 2:
+        _, rest = without_best(x_GM, tl.arange(0, M2)[None, :])
+        rank += tl.max(rest, 1)
+    rank = tl.reshape(rank, [x.shape[0], G2])
+    for _ in tl.static_range(LIMIT):
+        _, rank = without_best(rank, tl.arange(0, G2)[None, :])
+    kept = tl.reshape(rank, [x.shape[0] * G2])[:, None] == float("-inf")
+    return tl.reshape(tl.where(kept, x_GM, float("-inf")), [x.shape[0], G2 * M2])
+
+
+@triton.jit
+def best(x, c, k, K: tl.constexpr):
+    """Columns of the K greatest of each row, in falling order [ROWS, K2]; and x without them."""
+    found = tl.zeros([x.shape[0], k.shape[1]], tl.int32)
+    for i in tl.static_range(K):
+        at, x = without_best(x, c)
+        found = tl.where(k == i, at, found)
+    return found, x
+
+
+@triton.jit
+def tally(counts, e, before, after, there):
+    """Adds to counts[e] how many tokens had expert e taken from them."""
+    n = tl.sum(((before > after) & there).to(tl.int32), 0, keep_dims=True)
+    tl.atomic_add(counts + e, n.to(counts.dtype.element_ty), mask=n > 0, sem="relaxed")
+
+
+@triton.jit
+def gate_kernel(logits, bias, weights, experts, chosen, load, tallies, T, scale, G: tl.constexpr, M: tl.constexpr,
+                G2: tl.constexpr, M2: tl.constexpr, K: tl.constexpr, K2: tl.constexpr, ROWS: tl.constexpr,
+                SIGMOID: tl.constexpr, NORMALISE: tl.constexpr, BALANCED: tl.constexpr, KEEP: tl.constexpr,
+                COUNT: tl.constexpr, BEST: tl.constexpr, LIMIT: tl.constexpr):  # fmt: skip
+    """`chosen` takes the scores of the chosen, with KEEP; `tallies` int32 [S, E] each sequence's best plain scores."""
+    s, n, there = place(T, ROWS)
+    c, e, real = columns(G, M, G2, M2)
+    k = tl.arange(0, K2)[None, :]
+    x = tl.load(logits + n * (G * M) + e, mask=there & real, other=float("-inf"))
+    most, total = extent(x)
+    scores = score(x, most, total, SIGMOID)
+    biased = ranked(scores + tl.load(bias + e, mask=real, other=0.0), real)
+    if LIMIT < G:
+        biased = in_best_groups(biased, G2, M2, BEST, LIMIT)
+    at, rest = best(biased, c, k, K)
+    at = at // M2 * M + at % M2
+    keep = there & (k < K)
+    tl.store(experts + n * K + k, at.to(tl.int64), mask=keep)
+    if COUNT:
+        tally(load, e, biased, rest, there)
+    s_k = tl.where(keep, score(tl.load(logits + n * (G * M) + at, mask=keep, other=0.0), most, total, SIGMOID), 0.0)
+    if KEEP:
+        tl.store(chosen + n * K + k, s_k, mask=keep)
+    if NORMALISE:
+        s_k = s_k / (tl.sum(s_k, 1, keep_dims=True) + 1e-20)
+    tl.store(weights + n * K + k, s_k * scale, mask=keep)
+    if BALANCED:
+        highest = ranked(scores, real)
+        _, rest = best(highest, c, k, K)
+        tally(tallies + s * (G * M), e, highest, rest, there)
+
+
+@triton.jit
+def balance_kernel(logits, tallies, terms, T, share, G: tl.constexpr, M: tl.constexpr, G2: tl.constexpr,
+                   M2: tl.constexpr, ROWS: tl.constexpr, SIGMOID: tl.constexpr):  # fmt: skip
+    """Each token's part of the loss: share * (tallies . s) / (1 . s)."""
+    s, n, there = place(T, ROWS)
+    _, e, real = columns(G, M, G2, M2)
+    x = tl.load(logits + n * (G * M) + e, mask=there & real, other=float("-inf"))
+    most, total = extent(x)
+    scores = score(x, most, total, SIGMOID)
+    f = tl.load(tallies + s * (G * M) + e, mask=real, other=0).to(tl.float32)
+    term = tl.sum(scores * f, 1, keep_dims=True) / tl.sum(scores, 1, keep_dims=True)
+    tl.store(terms + n, share * term, mask=there)
+
+
+@triton.jit
+def gate_backward_kernel(dweights, dloss, logits, chosen, experts, tallies, dlogits, T, scale, share, G: tl.constexpr,
+                         M: tl.constexpr, G2: tl.constexpr, M2: tl.constexpr, K: tl.constexpr, K2: tl.constexpr,
+                         ROWS: tl.constexpr, SIGMOID: tl.constexpr, NORMALISE: tl.constexpr, BALANCED: tl.constexpr,
+                         KEPT: tl.constexpr, WEIGHED: tl.constexpr):  # fmt: skip
+    """KEPT: the scores of the chosen are all there is, and other logits have no gradient. BALANCED, WEIGHED: the loss,
+    and the weights, have a gradient."""
+    s, n, there = place(T, ROWS)
+    _, e, real = columns(G, M, G2, M2)
+    k = tl.arange(0, K2)[None, :]
+    d = tl.zeros([ROWS, G2 * M2], tl.float32)  # of the scores, and at last of the logits
+    most, total = tl.zeros([ROWS, 1], tl.float32), tl.full([ROWS, 1], 1.0, tl.float32)
+    if not KEPT:
+        x = tl.load(logits + n * (G * M) + e, mask=there & real, other=float("-inf"))
+        most, total = extent(x)
+        scores = score(x, most, total, SIGMOID)
+    if WEIGHED:
+        keep = there & (k < K)
+        if KEPT:
+            s_k = tl.load(chosen + n * K + k, mask=keep, other=0.0)
+        else:
+            at = tl.load(experts + n * K + k, mask=keep, other=-1)
+            s_k = score(tl.load(logits + n * (G * M) + at, mask=at >= 0, other=0.0), most, total, SIGMOID)
+        sum_k = tl.full([ROWS, 1], 1.0, tl.float32)
+        mean = tl.zeros([ROWS, 1], tl.float32)
+        if NORMALISE:
+            s_k = tl.where(keep, s_k, 0.0)
+            sum_k = tl.sum(s_k, 1, keep_dims=True) + 1e-20
+            mean = tl.sum(tl.load(dweights + n * K + k, mask=keep, other=0.0) * s_k, 1, keep_dims=True) / sum_k
+        for i in tl.static_range(K):
+            at = tl.load(experts + n * K + i, mask=there, other=-1)
+            d_k = (tl.load(dweights + n * K + i, mask=there, other=0.0) - mean) / sum_k * scale
+            if KEPT:
+                s_i = tl.load(chosen + n * K + i, mask=there, other=0.0)
+                d_k = d_k * s_i * (1.0 - s_i)
+            d = tl.where(e == at, d_k, d)
+    if BALANCED:
+        f = tl.load(tallies + s * (G * M) + e, mask=real, other=0).to(tl.float32)
+        whole = tl.sum(scores, 1, keep_dims=True)
+        d += tl.load(dloss) * share * (f - tl.sum(scores * f, 1, keep_dims=True) / whole) / whole
+    if not KEPT:
+        d = d * scores * (1.0 - scores) if SIGMOID else scores * (d - tl.sum(d * scores, 1, keep_dims=True))
+    tl.store(dlogits + n * (G * M) + e, d, mask=there & real)
+
+
+def tile(shape: Shape) -> dict[str, int]:
+    """The constants that say how experts lie in a tile."""
+    in_group = shape.routed // shape.groups
+    g2, m2 = triton.next_power_of_2(shape.groups), triton.next_power_of_2(in_group)
+    return {"G": shape.groups, "M": in_group, "G2": g2, "M2": m2, "ROWS": max(1, min(ROWS, TILE // (g2 * m2)))}
+
+
+def ways(shape: Shape) -> dict[str, int | bool]:
+    """The constants of forward and backward that say how choices are weighed."""
+    return {
+        "K": shape.top_k,
+        "K2": triton.next_power_of_2(shape.top_k),
+        "SIGMOID": shape.score == "sigmoid",
+        "NORMALISE": shape.normalise,
+    }
+
+
+def keeps_chosen(shape: Shape) -> bool:
+    """Whether the backward does with the scores of the chosen, in place of all logits."""
+    return shape.score == "sigmoid" and not shape.balance_alpha
+
+
+class _Route(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits_NE: Tensor, bias_E: Tensor, shape: Shape, sequences: int, load_E: Tensor | None
+    ) -> Routed:
+        logits, size, sparse = logits_NE.contiguous(), (len(logits_NE), shape.top_k), keeps_chosen(shape)
+        weights, experts = logits.new_empty(size), logits.new_empty(size, dtype=torch.int64)
+        chosen = logits.new_empty(size) if sparse else None
+        tallies = loss = None
+        if shape.balance_alpha:
+            tallies = torch.zeros(sequences, shape.routed, dtype=torch.int32, device=logits.device)
+        launch = _Launch(shape, len(logits), sequences)
+        launch(
+            gate_kernel, logits, bias_E, weights, experts, chosen, load_E, tallies, launch.length, shape.route_scale,
+            **ways(shape), BALANCED=tallies is not None, KEEP=sparse, COUNT=load_E is not None, BEST=ranking(shape),
+            LIMIT=shape.group_limit,
+        )  # fmt: skip
+        if tallies is not None:
+            terms = logits.new_empty(len(logits))
+            launch(
+                balance_kernel, logits, tallies, terms, launch.length, launch.share, SIGMOID=shape.score == "sigmoid"
+            )
+            loss = terms.sum()
+        ctx.save_for_backward(None if sparse else logits, chosen, experts, tallies)
+        ctx.launch = launch
+        ctx.mark_non_differentiable(experts)
+        ctx.set_materialize_grads(False)
+        return weights, experts, loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, dweights_NK: Tensor | None, _: None, dloss: Tensor | None
+    ) -> tuple[Tensor, None, None, None, None]:
+        logits, chosen, experts, tallies = ctx.saved_tensors
+        launch, shape = ctx.launch, ctx.launch.shape
+        dlogits = torch.empty(len(experts), shape.routed, dtype=torch.float32, device=experts.device)
+        launch(
+            gate_backward_kernel, None if dweights_NK is None else dweights_NK.contiguous(), dloss, logits, chosen,
+            experts, tallies, dlogits, launch.length, shape.route_scale, launch.share, **ways(shape),
+            BALANCED=dloss is not None, KEPT=chosen is not None, WEIGHED=dweights_NK is not None,
+        )  # fmt: skip
+        return dlogits, None, None, None, None
+
+
+class _Launch:
+    """What the launches of one call have in common. Arguments that a kernel has no use for may be None."""
+
+    def __init__(self, shape: Shape, tokens: int, sequences: int) -> None:
+        self.shape, self.sequences, self.length = shape, sequences, tokens // sequences
+        # alpha * mean of (f . s) / (1 . s), f = E / (K T) * tallies, is a sum of share * (tallies . s) / (1 . s)
+        self.share = shape.balance_alpha * shape.routed / (shape.top_k * self.length * tokens) if tokens else 0.0
+
+    def __call__(self, kernel: Any, *args: Any, **constants: Any) -> None:
+        lay = tile(self.shape)
+        if self.length:
+            kernel[(self.sequences * triton.cdiv(self.length, lay["ROWS"]),)](*args, **lay, **constants, num_warps=1)
+
+
+def route(logits_NE: Tensor, bias_E: Tensor, shape: Shape, sequences: int, load_E: Tensor | None) -> Routed:
+    return _Route.apply(logits_NE, bias_E, shape, sequences, load_E)
