@@ -136,6 +136,10 @@ class CpuLanes:
 class CudaLanes:
     """Three streams. What a step read is held until `meet`, whichever lane made it.
 
+    Weight gradients that W brings are dealt out, one phase's for each message that compute waits for, from the moment
+    when it starts to wait. All at once they would share the device with compute that is not waiting, and be over when
+    it does.
+
     Waits are pairs of events on the compute stream. Its time between them is exposed but for what the weight gradients'
     stream covers. A comm step stands between such a pair too: in a layout the host waits for counts, and what compute
     has left to do meanwhile only the device knows.
@@ -145,6 +149,7 @@ class CudaLanes:
         self.streams = streams
         self.compute = torch.cuda.current_stream(device)
         self.held: list[Any] = []
+        self.dealt: deque[list[Closure]] = deque()  # W's, a phase each, still to come
         self.first = _record(self.compute)
         self.waits: list[Span] = []
         self.fills: list[Span] = []
@@ -159,6 +164,13 @@ class CudaLanes:
         baton.value, baton.lane, baton.event = Pending.done(result), lane, stream.record_event()
 
     def later(self, closures: list[Closure], held: bool = False) -> None:
+        if held:
+            self.dealt.append(closures)
+        else:
+            self._fill(closures)
+
+    def _fill(self, closures: list[Closure]) -> None:
+        """Run them as soon as compute has done what it has been given so far."""
         self.streams.wgrad.wait_stream(self.compute)
         with torch.cuda.stream(self.streams.wgrad), self._noted(self.fills, self.streams.wgrad):
             for closure in closures:
@@ -177,6 +189,8 @@ class CudaLanes:
         return value
 
     def meet(self) -> None:
+        while self.dealt:
+            self._fill(self.dealt.popleft())
         with self._noted(self.waits, self.compute):
             self.compute.wait_stream(self.streams.comm)
         self.compute.wait_stream(self.streams.wgrad)
@@ -216,6 +230,8 @@ class CudaLanes:
         if lane == "comm":
             stream.wait_event(baton.event)
             return
+        if self.dealt:
+            self._fill(self.dealt.popleft())
         with self._noted(self.waits, stream):
             stream.wait_event(baton.event)
 

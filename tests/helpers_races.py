@@ -14,7 +14,7 @@ a copy of a clock, and waiting takes the later of both. So three faults show tha
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -146,6 +146,7 @@ class WatchedLanes(CudaLanes):
         self.races, self.compute = races, races.streams["compute"]  # type: ignore[assignment]
         self.streams = Streams(races.streams["comm"], races.streams["wgrad"])  # type: ignore[arg-type]
         self.held: list[Any] = []
+        self.dealt = deque()
         self.waits, self.fills = [], []
 
     def mark(self) -> Any:

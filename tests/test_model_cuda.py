@@ -3,6 +3,10 @@ kernels for heads and SwiGLU. Skipped without one."""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -25,6 +29,18 @@ from tests.helpers_gate import GATES, clear, exact, gate_of, tied
 from tests.helpers_model import filled, random_tokens, tiny, train, whole
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@contextmanager
+def waits(mode: str) -> Iterator[None]:
+    """What happens when the host waits for the device: "default" or "error"."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the mode calls itself a prototype
+        torch.cuda.set_sync_debug_mode(mode)
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def shape(*recompute: str) -> Shape:
@@ -175,7 +191,6 @@ def test_rows_of_other_experts_do_not_leak_into_weight_gradients() -> None:
         assert torch.equal(total[expert], whole[expert]), RAGGED[expert]
 
 
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_experts_send_their_ends_once_and_the_host_never_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     sent, wgrad, send = [], WGrad(), Groups._sent
     monkeypatch.setattr(Groups, "_sent", lambda self, numbers: (sent.append(numbers), send(self, numbers))[1])
@@ -183,11 +198,8 @@ def test_experts_send_their_ends_once_and_the_host_never_waits(monkeypatch: pyte
     x, dy = (torch.randn(200, 128, device="cuda").bfloat16().requires_grad_(leaf) for leaf in (True, False))
     for mode in ("default", "error"):  # the first compiles
         groups = Groups.of((120, 0, 80), x)
-        torch.cuda.set_sync_debug_mode(mode)
-        try:
+        with waits(mode):
             grouped_linear(grouped_linear(x, up, wgrad, groups), down, wgrad, groups).backward(dy)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
     assert sent == [[120, 120, 200]] * 2
 
 
@@ -232,11 +244,8 @@ def test_a_gate_chooses_counts_and_weighs_as_in_fp64(name: str) -> None:
         return [experts, *outputs, *torch.autograd.grad(outputs, leaf, given)]
 
     found = both_ways()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waits("error"):
         again = both_ways()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True))
     experts, weights, *loss, dlogits = (tensor.detach().cpu() for tensor in found)
     assert torch.equal(experts, true_experts)
