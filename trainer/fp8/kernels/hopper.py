@@ -169,17 +169,17 @@ def _barriers(STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _ask(c, expert, m0, n0, M, N, WIDTH: gl.constexpr):
-    """Have a tile of FP32 sums brought into L2, by one warp, while its product is made: it is added to them last."""
-    lines: gl.constexpr = WIDTH // 32  # of 128 bytes, in a row
-    lane = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
-    c += expert.to(gl.int64) * M * N
-    for first in range(0, 128 * lines, 32):
-        m, n = m0 + (first + lane) // lines, n0 + (first + lane) % lines * 32
-        at = c + gl.where((m < M) & (n < N), m.to(gl.int64) * N + n, 0)
-        gl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(gl.int64)], gl.int32, is_pure=False, pack=1
-        )
+def _ask(c, part, expert, m0, n0, M, N, WIDTH: gl.constexpr):
+    """Have a part of a tile of FP32 sums, 32 lines of 128 bytes of its 128 rows, brought into L2 by one warp while the
+    tile's product is made, to which they are added last. Part by part: all at once they would be in the operands' way.
+    """
+    line = 32 * part + gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
+    m, n = m0 + line // (WIDTH // 32), n0 + line % (WIDTH // 32) * 32
+    inside = (line < 4 * WIDTH) & (m < M) & (n < N)
+    at = c + expert.to(gl.int64) * M * N + gl.where(inside, m.to(gl.int64) * N + n, 0)
+    gl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(gl.int64)], gl.int32, is_pure=False, pack=1
+    )
 
 
 @gluon.jit
@@ -191,11 +191,11 @@ def _wgrad_loads(a_desc, b_desc, a_bufs, b_bufs, full, empty, c, starts, M, N, n
         expert = tile // (num_m * num_n)
         tile_m, tile_n = _where(tile % (num_m * num_n), num_m, num_n, GROUP_M)
         first, last = gl.load(starts + expert), gl.load(starts + expert + 1)
-        if first < last:
-            _ask(c, expert, tile_m * 128, tile_n * (SUB * COUNT), M, N, SUB * COUNT)
         for k in range(first, last):
             _fill(turn, a_desc, b_desc, a_bufs, b_bufs, full, empty, tile_m * 128, tile_n * (SUB * COUNT), k * 128,
                   SUB, COUNT, STAGES)  # fmt: skip
+            if k - first < SUB * COUNT // 8:
+                _ask(c, k - first, expert, tile_m * 128, tile_n * (SUB * COUNT), M, N, SUB * COUNT)
             turn += 1
 
 

@@ -48,8 +48,6 @@ def _loads(dy_desc, x_desc, dy_bufs, x_bufs, full, empty, total, ends, M, N, num
     turn = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         expert, tile_m, tile_n, first, end = _tile(tile, ends, num_m, num_n, GROUP_M)
-        if first < end:
-            _ask(total, expert, tile_m * 128, tile_n * 256, M, N, 256)
         for row in range(first, end, 64):
             stage = turn % STAGES
             mbarrier.wait(empty.index(stage), ((turn // STAGES) & 1) ^ 1)
@@ -59,6 +57,8 @@ def _loads(dy_desc, x_desc, dy_bufs, x_bufs, full, empty, total, ends, M, N, num
                 at = [row, tile_m * 128 + 64 * i]
                 tma.async_copy_global_to_shared(dy_desc, at, bar, dy_bufs.index(stage * 2 + i))
             tma.async_copy_global_to_shared(x_desc, [row, tile_n * 256], bar, x_bufs.index(stage))
+            if row - first < 32 * 64:
+                _ask(total, (row - first) // 64, expert, tile_m * 128, tile_n * 256, M, N, 256)
             turn += 1
 
 
