@@ -31,6 +31,7 @@ from dryvine.trainer.fp8.linear import FP8
 from dryvine.trainer.fp8.recipe import preset
 from dryvine.trainer.fp8.tensors import Groups
 from dryvine.trainer.model.decoder import build_model
+from dryvine.trainer.model.kernels import grouped
 from dryvine.trainer.model.shape import Shape, blocks
 
 MODULES = (
@@ -99,6 +100,7 @@ def products() -> None:
         for split in (one, groups):
             turned = [cast.quantize_columns(random(rows, size), split) for size in (144, 272)]
             engine.wgrad(*turned, split, torch.zeros(len(split.counts), 144, 272, device="cuda"))
+    grouped.wgrad(random(rows, 144), random(rows, 272), groups, torch.zeros(len(COUNTS), 144, 272, device="cuda"))
 
 
 def model(recipe: Any) -> None:

@@ -25,6 +25,7 @@ from dryvine.trainer.fp8.tensors import Groups
 from dryvine.trainer.model.recompute import through
 
 R = TypeVar("R")
+FEW = 8  # experts whose weight gradients cuBLAS makes faster one by one, launches and all (docs/benchmarks.md)
 
 
 class Weight(nn.Parameter):
@@ -57,8 +58,8 @@ def add_product(total_OI: Tensor, dy_NO: Tensor, x_NI: Tensor) -> None:
 
 
 def add_grouped_product(total_XOI: Tensor, dy_RO: Tensor, x_RI: Tensor, groups: Groups) -> None:
-    """total[x] += dyᵀ x over the rows of expert x, as `add_product`; on Hopper one kernel for all of them."""
-    if x_RI.is_cuda:
+    """total[x] += dyᵀ x over the rows of expert x, as `add_product`; on Hopper many experts are one kernel."""
+    if x_RI.is_cuda and len(groups.counts) > FEW:
         from dryvine.trainer.model.kernels import grouped
 
         if grouped.fits(dy_RO, x_RI):

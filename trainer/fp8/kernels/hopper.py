@@ -169,33 +169,15 @@ def _barriers(STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _ask(c, part, expert, m0, n0, M, N, WIDTH: gl.constexpr):
-    """Have a part of a tile of FP32 sums, 32 lines of 128 bytes of its 128 rows, brought into L2 by one warp while the
-    tile's product is made, to which they are added last. Part by part: all at once they would be in the operands' way.
-    """
-    line = 32 * part + gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
-    m, n = m0 + line // (WIDTH // 32), n0 + line % (WIDTH // 32) * 32
-    inside = (line < 4 * WIDTH) & (m < M) & (n < N)
-    at = c + expert.to(gl.int64) * M * N + gl.where(inside, m.to(gl.int64) * N + n, 0)
-    gl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(gl.int64)], gl.int32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
-def _wgrad_loads(a_desc, b_desc, a_bufs, b_bufs, full, empty, c, starts, M, N, num_m, num_n, tiles,
-                 GROUP_M: gl.constexpr, SUB: gl.constexpr, COUNT: gl.constexpr,
-                 STAGES: gl.constexpr):  # fmt: skip
+def _wgrad_loads(a_desc, b_desc, a_bufs, b_bufs, full, empty, starts, num_m, num_n, tiles, GROUP_M: gl.constexpr,
+                 SUB: gl.constexpr, COUNT: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
     turn = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         expert = tile // (num_m * num_n)
         tile_m, tile_n = _where(tile % (num_m * num_n), num_m, num_n, GROUP_M)
-        first, last = gl.load(starts + expert), gl.load(starts + expert + 1)
-        for k in range(first, last):
+        for k in range(gl.load(starts + expert), gl.load(starts + expert + 1)):
             _fill(turn, a_desc, b_desc, a_bufs, b_bufs, full, empty, tile_m * 128, tile_n * (SUB * COUNT), k * 128,
                   SUB, COUNT, STAGES)  # fmt: skip
-            if k - first < SUB * COUNT // 8:
-                _ask(c, k - first, expert, tile_m * 128, tile_n * (SUB * COUNT), M, N, SUB * COUNT)
             turn += 1
 
 
@@ -272,11 +254,11 @@ def wgrad_kernel(a_desc, b_desc, c, sa, sb, starts, M, N, num_m, tiles, sa_strid
                            sa_stride, sb_stride, GROUP_M, SUB, COUNT, STAGES)),
             (_wgrad_sums, (1, a_bufs, b_bufs, scale_bufs, full, empty, c, sa, sb, starts, M, N, num_m, num_n, tiles,
                            sa_stride, sb_stride, GROUP_M, SUB, COUNT, STAGES)),
-            (_wgrad_loads, (a_desc, b_desc, a_bufs, b_bufs, full, empty, c, starts, M, N, num_m, num_n, tiles, GROUP_M,
-                            SUB, COUNT, STAGES)),
+            (_wgrad_loads, (a_desc, b_desc, a_bufs, b_bufs, full, empty, starts, num_m, num_n, tiles, GROUP_M, SUB,
+                            COUNT, STAGES)),
         ],
         [4, 1],
-        [REGISTERS, 32],
+        [REGISTERS, 24],
     )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from dryvine.trainer.fp8.kernels.hopper import _ask, _barriers, _programs, _where
+from dryvine.trainer.fp8.kernels.hopper import _barriers, _programs, _where
 from dryvine.trainer.fp8.tensors import Groups
 
 
@@ -43,11 +43,11 @@ def _tile(tile, ends, num_m, num_n, GROUP_M: gl.constexpr):
 
 
 @gluon.jit
-def _loads(dy_desc, x_desc, dy_bufs, x_bufs, full, empty, total, ends, M, N, num_m, num_n, tiles,
-           GROUP_M: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+def _loads(dy_desc, x_desc, dy_bufs, x_bufs, full, empty, ends, num_m, num_n, tiles, GROUP_M: gl.constexpr,
+           STAGES: gl.constexpr):  # fmt: skip
     turn = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        expert, tile_m, tile_n, first, end = _tile(tile, ends, num_m, num_n, GROUP_M)
+        _, tile_m, tile_n, first, end = _tile(tile, ends, num_m, num_n, GROUP_M)
         for row in range(first, end, 64):
             stage = turn % STAGES
             mbarrier.wait(empty.index(stage), ((turn // STAGES) & 1) ^ 1)
@@ -57,8 +57,6 @@ def _loads(dy_desc, x_desc, dy_bufs, x_bufs, full, empty, total, ends, M, N, num
                 at = [row, tile_m * 128 + 64 * i]
                 tma.async_copy_global_to_shared(dy_desc, at, bar, dy_bufs.index(stage * 2 + i))
             tma.async_copy_global_to_shared(x_desc, [row, tile_n * 256], bar, x_bufs.index(stage))
-            if row - first < 32 * 64:
-                _ask(total, (row - first) // 64, expert, tile_m * 128, tile_n * 256, M, N, 256)
             turn += 1
 
 
@@ -121,29 +119,10 @@ def wgrad_kernel(dy_desc, x_desc, total, ends, M, N, tiles, GROUP_M: gl.constexp
         [
             (_sums, (0, dy_bufs, x_bufs, full, empty, total, ends, M, N, num_m, num_n, tiles, GROUP_M, STAGES)),
             (_sums, (1, dy_bufs, x_bufs, full, empty, total, ends, M, N, num_m, num_n, tiles, GROUP_M, STAGES)),
-            (
-                _loads,
-                (
-                    dy_desc,
-                    x_desc,
-                    dy_bufs,
-                    x_bufs,
-                    full,
-                    empty,
-                    total,
-                    ends,
-                    M,
-                    N,
-                    num_m,
-                    num_n,
-                    tiles,
-                    GROUP_M,
-                    STAGES,
-                ),
-            ),
+            (_loads, (dy_desc, x_desc, dy_bufs, x_bufs, full, empty, ends, num_m, num_n, tiles, GROUP_M, STAGES)),
         ],
         [4, 1],
-        [REGISTERS, 32],
+        [REGISTERS, 24],
     )
 
 
