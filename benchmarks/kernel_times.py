@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 KINDS = {
-    "attention core": r"flash|fmha|sdpa|cudnn_generated|scaled_dot_product|dot_do_o",
+    "attention core": r"flash|fmha|sdpa|cudnn_generated|scaled_dot_product|dot_do_o|convert_dq",
     "norms": r"^norm_weight_kernel|rms_?norm|layer_?norm|GammaBeta",
     "casts": r"^(rows|columns|turn|blocks|pack|unpack|swiglu|swiglu_backward)_kernel",
     "GEMM in FP32": r"sgemm|simt|gemm\w*_f32f32_f32f32",

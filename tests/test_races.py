@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
+from dryvine.comm.api import Pending
 from dryvine.parallel import lanes
 from dryvine.parallel.overlap import ORDERS
 from dryvine.trainer import step
@@ -48,6 +50,31 @@ def test_no_lane_races_another(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, ways
 @pytest.mark.parametrize("schedule", ["zb1p", "zbv"])
 def test_weight_gradients_by_themselves_race_nobody(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, schedule: str) -> None:
     assert not races(alone(tiny, schedule), monkeypatch)
+
+
+def test_each_wait_gets_a_phase_of_what_w_brings(monkeypatch: pytest.MonkeyPatch) -> None:
+    watch, ran = Races(), []
+    monkeypatch.setattr(torch.cuda, "stream", watch.on)
+    monkeypatch.setattr(lanes, "_record", lambda stream: None)
+    ours, baton = WatchedLanes(watch), lanes.Baton(Pending.done(None))
+
+    def note(name: str) -> Pending[None]:
+        return Pending.done(ran.append(f"{name} in {watch.here.name}"))
+
+    for name in ("W1", "W2", "W3"):
+        ours.later([partial(note, name)], held=True)
+    steps: tuple[tuple[lanes.LaneName, str], ...] = (
+        ("compute", "gate"), ("comm", "dispatch"), ("compute", "experts"), ("compute", "more"), ("comm", "combine"),
+    )  # fmt: skip
+    for lane, name in steps:
+        ours.step(lane, baton, lambda _, name=name: note(name))
+    ours.take(baton)
+    ours.meet()
+    before, after = (
+        ["gate in compute", "dispatch in comm"],
+        ["experts in compute", "more in compute", "combine in comm"],
+    )
+    assert ran == [*before, "W1 in wgrad", *after, "W2 in wgrad", "W3 in wgrad"]
 
 
 class Forgetful(WatchedLanes):

@@ -148,7 +148,8 @@ class FP8:
     def whole(self, x: Tensor) -> Groups:
         """All rows as one group; kept by their number, since its tables are on the device."""
         if len(x) not in self._whole:
-            self._whole[len(x)] = Groups.of([len(x)], x)
+            groups = self._whole[len(x)] = Groups.of([len(x)], x)
+            _ = groups.tables  # sent here, where compute asks: a stream that all others wait for
         return self._whole[len(x)]
 
     def quantize(self, x: Tensor, tile: str) -> Quantized:

@@ -151,7 +151,9 @@ def empty_rows(rows: int, cols: int, device: torch.device) -> Quantized:
 
 def empty_scales(rows: int, cols: int, device: torch.device) -> Tensor:
     """Room for those of 1x128 tiles: [R, B] with strides (1, rows padded to 4), as scaled_mm and TMA want them."""
-    return torch.empty(blocks(cols), pad(rows, 4), device=device).t()[:rows]
+    wide = pad(rows, 4)
+    made = torch.empty_strided((wide, blocks(cols)), (1, wide), device=device)
+    return made if rows == wide else made[:rows]
 
 
 def empty_blocks(shape: Sequence[int], device: torch.device) -> Quantized:
