@@ -82,6 +82,16 @@ def test_a_slice_that_looks_aligned_by_chance_is_copied() -> None:
     assert torch.equal(copy, part)
 
 
+@pytest.mark.parametrize("rows", [1, 4, 16])
+@pytest.mark.parametrize("width", [128, 256])
+def test_scales_of_some_rows_have_the_strides_that_cublas_asks_for(rows: int, width: int) -> None:
+    """A single column too, whose stride torch thinks does not matter."""
+    part = reference.quantize_rows(normal(40, width)).scales[8 : 8 + rows]
+    turned = gemm._token_major(part)
+    assert turned.stride() == (1, rows)
+    assert torch.equal(turned, part)
+
+
 def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (gemm_deep_gemm, gemm_te):
         monkeypatch.setattr(module, "no_hopper", lambda device: None)

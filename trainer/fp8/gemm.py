@@ -202,8 +202,10 @@ def _scaled_mm(a: Quantized, b: Quantized, dtype: torch.dtype) -> Tensor:
 
 
 def _token_major(scales: Tensor) -> Tensor:
-    """[R, B] with strides (1, R) exactly."""
-    return scales if scales.stride() == (1, len(scales)) else scales.t().contiguous().t()
+    """[R, B] with strides (1, R) exactly, where B is 1 too: `contiguous` leaves the stride of a single column alone."""
+    if scales.stride() == (1, len(scales)):
+        return scales
+    return torch.empty_strided(scales.shape, (1, len(scales)), device=scales.device).copy_(scales)
 
 
 def filled(q: Quantized, multiple: int) -> Quantized:
