@@ -1,0 +1,157 @@
+"""Everything that one Hopper GPU is to show, in ten minutes: checks first, side by side, then times, one by one.
+
+    python benchmarks/one_gpu.py [--out FOLDER] [--deadline SECONDS]
+
+Each job is a process with a deadline of its own, whose whole output goes to FOLDER/<job>.txt; the lines that matter are
+printed as it ends, and a table of all jobs comes last. A job that fails or is late does not keep the others from
+running. Exits with 1 unless all were right. Needs the project's packages and pytest; without `compute-sanitizer` and
+transformers their jobs say so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).parents[1]
+PYTEST = ("-m", "pytest", "-p", "no:cacheprovider")
+RANK = "tests/test_one_rank_schedules.py"
+TESTED = r"^E  |^FAILED|\d passed|\d failed|no tests ran"
+
+
+@dataclass(frozen=True)
+class Job:
+    name: str
+    words: tuple[str, ...]  # for Python
+    seconds: float
+    tell: str  # pattern of the lines that matter; the last of them goes into the table
+    under: tuple[str, ...] = ()  # what runs Python
+
+
+def checks(out: Path) -> list[Job]:
+    every = "tests/kernels_sanitized.py"
+    memcheck = ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9")
+    debug = ("-m", "dryvine.trainer", "configs/debug_1gpu.toml", f"run.out={out}")
+    return [
+        Job("model", (*PYTEST, "tests/test_model_cuda.py"), 200, TESTED),
+        Job("comm", (*PYTEST, "tests/test_comm_cuda.py", "tests/test_fp8_dispatch.py"), 200, TESTED),
+        Job("same bits twice", (*PYTEST, RANK, "-k", "same_run"), 200, TESTED),
+        Job("same bits overlapped", (*PYTEST, RANK, "-k", "overlap_does"), 200, TESTED),
+        Job("every schedule", (*PYTEST, RANK, "-k", "not same_run and not overlap_does"), 200, TESTED),
+        Job(
+            "casts and products", ("benchmarks/fp8.py", "--section", "check"), 200, r"^casts:|^products:|DIFFERS|WRONG"
+        ),
+        Job("memcheck", (every,), 240, r"kernels ran|ERROR SUMMARY|not run", memcheck),
+        Job("debug_1gpu", debug, 200, r"tokens/s|loss  "),
+    ]
+
+
+TIMES = [
+    Job("FP8 products", ("benchmarks/fp8.py", "--section", "product"), 100, r"^limits|^  \d"),
+    Job("FP8 weight gradients", ("benchmarks/fp8.py", "--section", "wgrad"), 60, r"^  \d"),
+    Job("FP8 casts", ("benchmarks/fp8.py", "--section", "casts"), 60, r"%"),
+    Job("overlap", ("benchmarks/overlap.py", "--device=cuda", "--phase-ms=3"), 70, r"host time|(FB|FF|BB|FW|IW) "),
+    Job("layer", ("benchmarks/layer.py", "--device=cuda"), 70, r"a microbatch, ideal"),
+    Job("memory", ("benchmarks/memory.py", "--device=cuda"), 40, r"layers\.\d"),
+    Job(
+        "beside transformers", ("benchmarks/peer.py", "--device=cuda", "--deadline=190"), 200, r"│ (dry|trans)|: .*rror"
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Done:
+    job: Job
+    outcome: str  # right, or what went wrong
+    seconds: float
+    told: list[str]
+
+
+class Running:
+    """A job's process, in a process group of its own, so that what it has started ends with it."""
+
+    def __init__(self, job: Job, out: Path) -> None:
+        self.job, self.started = job, time.monotonic()
+        self.log = out / f"{job.name.replace(' ', '_')}.txt"
+        paths = (str(ROOT / ".typing"), str(ROOT), os.environ.get("PYTHONPATH", ""))
+        with self.log.open("w") as file:
+            self.process = subprocess.Popen(
+                [*job.under, sys.executable, *job.words],
+                cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+                env=os.environ | {"PYTHONPATH": ":".join(filter(None, paths)), "PYTHONUNBUFFERED": "1"},
+            )  # fmt: skip
+
+    def end(self, at: float) -> Done:
+        """Wait for it, until `at` (of `time.monotonic`) or its own deadline, whichever is first."""
+        try:
+            code = self.process.wait(max(0.0, min(at, self.started + self.job.seconds) - time.monotonic()))
+            outcome = "right" if code == 0 else f"exit {code}"
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            outcome = "out of time"
+        lines = self.log.read_text(errors="replace").splitlines()
+        told = [line.strip() for line in lines if re.search(self.job.tell, line)]
+        return Done(self.job, outcome, time.monotonic() - self.started, told or [line for line in lines if line][-1:])
+
+
+def play(jobs: Iterable[Job], together: bool, at: float, out: Path, console: Console) -> list[Done]:
+    """Run the jobs, all at once or one by one, until `at`; a job whose tool is not there is not started."""
+    found: list[Done] = []
+    running: list[Running] = []
+    for job in jobs:
+        if job.under and not shutil.which(job.under[0]):
+            found.append(Done(job, "not run", 0.0, [f"{job.under[0]} is not on PATH"]))
+            continue
+        running.append(Running(job, out))
+        if not together:
+            found.append(_shown(running.pop().end(at), console))
+    return found + [_shown(one.end(at), console) for one in running]
+
+
+def _shown(done: Done, console: Console) -> Done:
+    console.print(f"-- {done.job.name}: {done.outcome}, {done.seconds:.0f} s", markup=False)
+    for line in done.told:
+        console.print(f"   {line}", markup=False, highlight=False, no_wrap=True)
+    return done
+
+
+def table(found: Sequence[Done]) -> Table:
+    made = Table("", "", "s", "last told")
+    for done in found:
+        made.add_row(done.job.name, done.outcome, f"{done.seconds:.0f}", done.told[-1][:90] if done.told else "")
+    return made
+
+
+def main() -> int:
+    import torch
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/one_gpu"), help="a folder for every job's whole output")
+    parser.add_argument("--deadline", type=float, default=580, help="seconds for everything")
+    given = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("one_gpu.py: needs a CUDA device, and torch sees none; `make test` is what runs on a CPU")
+    out, at = given.out.resolve(), time.monotonic() + given.deadline
+    out.mkdir(parents=True, exist_ok=True)
+    console = Console(width=160)
+    console.print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; whole output in {out}")
+    found = play(checks(out), True, at, out, console) + play(TIMES, False, at, out, console)
+    console.print(table(found))
+    return 0 if all(done.outcome == "right" for done in found) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
