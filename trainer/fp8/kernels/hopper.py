@@ -38,7 +38,7 @@ WGRAD = Config(group_m=16, registers=240)
 
 
 @gluon.jit
-def _where(tile, num_m, num_n, GROUP_M: gl.constexpr):
+def place_of(tile, num_m, num_n, GROUP_M: gl.constexpr):
     """Row and column of a tile, in bands of GROUP_M rows."""
     width = GROUP_M * num_n
     first = (tile // width) * GROUP_M
@@ -76,7 +76,7 @@ def _product_loads(a_desc, b_desc, a_bufs, b_bufs, full, empty, table, M, N, k_b
                    COUNT: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
     turn = 0
     for tile in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
-        tile_m, tile_n = _where(tile, num_m, num_n, GROUP_M)
+        tile_m, tile_n = place_of(tile, num_m, num_n, GROUP_M)
         expert, m0, _ = _rows(tile_m, table, M, GROUPED)
         n0 = expert * N + tile_n * (SUB * COUNT)
         for k in range(k_blocks):
@@ -95,7 +95,7 @@ def _product_sums(HALF: gl.constexpr, a_bufs, b_bufs, full, empty, c, sa, sb, ta
     zero = gl.zeros((64, SUB), gl.float32, layout=mma)
     turn = 0
     for tile in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
-        tile_m, tile_n = _where(tile, num_m, num_n, GROUP_M)
+        tile_m, tile_n = place_of(tile, num_m, num_n, GROUP_M)
         expert, m0, end = _rows(tile_m, table, M, GROUPED)
         m0 += 64 * HALF
         n0 = tile_n * (SUB * COUNT)
@@ -140,7 +140,7 @@ def product_kernel(a_desc, b_desc, c, sa, sb, table, M, N, K, num_m, sa_stride, 
                    COUNT: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr):  # fmt: skip
     a_bufs = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * 2, 64, 128], a_desc.layout)
     b_bufs = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * COUNT, SUB, 128], b_desc.layout)
-    full, empty = _barriers(STAGES)
+    full, empty = barriers(STAGES)
     k_blocks = gl.cdiv(K, 128)
     num_n = gl.cdiv(N, SUB * COUNT)
     # What registers the others leave are the first one's.
@@ -159,7 +159,8 @@ def product_kernel(a_desc, b_desc, c, sa, sb, table, M, N, K, num_m, sa_stride, 
 
 
 @gluon.jit
-def _barriers(STAGES: gl.constexpr):
+def barriers(STAGES: gl.constexpr):
+    """Of each stage: full when its loads have come, empty when both consumers have left it."""
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -174,7 +175,7 @@ def _wgrad_loads(a_desc, b_desc, a_bufs, b_bufs, full, empty, starts, num_m, num
     turn = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         expert = tile // (num_m * num_n)
-        tile_m, tile_n = _where(tile % (num_m * num_n), num_m, num_n, GROUP_M)
+        tile_m, tile_n = place_of(tile % (num_m * num_n), num_m, num_n, GROUP_M)
         for k in range(gl.load(starts + expert), gl.load(starts + expert + 1)):
             _fill(turn, a_desc, b_desc, a_bufs, b_bufs, full, empty, tile_m * 128, tile_n * (SUB * COUNT), k * 128,
                   SUB, COUNT, STAGES)  # fmt: skip
@@ -199,7 +200,7 @@ def _wgrad_sums(HALF: gl.constexpr, a_bufs, b_bufs, scale_bufs, full, empty, c, 
     turn = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         expert = tile // (num_m * num_n)
-        tile_m, tile_n = _where(tile % (num_m * num_n), num_m, num_n, GROUP_M)
+        tile_m, tile_n = place_of(tile % (num_m * num_n), num_m, num_n, GROUP_M)
         m = tile_m * 128 + 64 * HALF + rows
         n = tile_n * (SUB * COUNT) + cols
         first, last = gl.load(starts + expert), gl.load(starts + expert + 1)
@@ -245,7 +246,7 @@ def wgrad_kernel(a_desc, b_desc, c, sa, sb, starts, M, N, num_m, tiles, sa_strid
     a_bufs = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * 2, 64, 128], a_desc.layout)
     b_bufs = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * COUNT, SUB, 128], b_desc.layout)
     scale_bufs = gl.allocate_shared_memory(gl.float32, [2, SUB * COUNT], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    full, empty = _barriers(STAGES)
+    full, empty = barriers(STAGES)
     num_n = gl.cdiv(N, SUB * COUNT)
     # What registers the others leave are the first one's.
     gl.warp_specialize(
@@ -267,7 +268,8 @@ def _descriptor(values: Tensor, rows: int) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(values.flatten(0, -2), [rows, TILE], layout)
 
 
-def _programs(device: torch.device, tiles: int) -> int:
+def programs(device: torch.device, tiles: int) -> int:
+    """One to an SM, each of which walks over tiles."""
     return min(tiles, torch.cuda.get_device_properties(device).multi_processor_count)
 
 
@@ -284,7 +286,7 @@ def product(a: Quantized, b: Quantized, groups: Groups | None = None, dtype: tor
         return c
     tiles = num_m * -(-n // (config.sub * config.count))
     table = c if groups is None else groups.tables[0]  # dense kernels never read it
-    product_kernel[(_programs(c.device, tiles),)](
+    product_kernel[(programs(c.device, tiles),)](
         _descriptor(a.values, 64), _descriptor(b.values, config.sub), c, a.scales, b.scales, table, m, n, k, num_m,
         a.scales.stride(1), b.scales.stride(0) if groups else 0, b.scales.stride(-2), c.stride(0),
         GROUPED=groups is not None, GROUP_M=config.group_m, SUB=config.sub, COUNT=config.count,
@@ -301,7 +303,7 @@ def wgrad(a: Quantized, b: Quantized, groups: Groups, total: Tensor, config: Con
     tiles = len(groups.counts) * num_m * -(-n // (config.sub * config.count))
     if not groups.blocks:
         return
-    wgrad_kernel[(_programs(total.device, tiles),)](
+    wgrad_kernel[(programs(total.device, tiles),)](
         _descriptor(a.values, 64), _descriptor(b.values, config.sub), total, a.scales, b.scales, groups.tables[1], m, n,
         num_m, tiles, a.scales.stride(1), b.scales.stride(1), GROUP_M=config.group_m, SUB=config.sub,
         COUNT=config.count, STAGES=config.stages, REGISTERS=config.registers, num_warps=4,

@@ -20,7 +20,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from dryvine.trainer.fp8.kernels.hopper import _barriers, _programs, _where
+from dryvine.trainer.fp8.kernels.hopper import barriers, place_of, programs
 from dryvine.trainer.fp8.tensors import Groups
 
 
@@ -38,7 +38,7 @@ WGRAD = Config()
 def _tile(tile, ends, num_m, num_n, GROUP_M: gl.constexpr):
     """(expert, row and column of the tile, the expert's first row, the end of its rows)."""
     expert = tile // (num_m * num_n)
-    tile_m, tile_n = _where(tile % (num_m * num_n), num_m, num_n, GROUP_M)
+    tile_m, tile_n = place_of(tile % (num_m * num_n), num_m, num_n, GROUP_M)
     return expert, tile_m, tile_n, gl.load(ends + expert - 1, mask=expert > 0, other=0), gl.load(ends + expert)
 
 
@@ -112,7 +112,7 @@ def wgrad_kernel(dy_desc, x_desc, total, ends, M, N, tiles, GROUP_M: gl.constexp
                  STAGES: gl.constexpr, REGISTERS: gl.constexpr):  # fmt: skip
     dy_bufs = gl.allocate_shared_memory(gl.bfloat16, [STAGES * 2, 64, 64], dy_desc.layout)
     x_bufs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 64, 256], x_desc.layout)
-    full, empty = _barriers(STAGES)
+    full, empty = barriers(STAGES)
     num_m, num_n = gl.cdiv(M, 128), gl.cdiv(N, 256)
     # What registers the others leave are the first one's.
     gl.warp_specialize(
@@ -140,7 +140,7 @@ def wgrad(dy_RM: Tensor, x_RN: Tensor, groups: Groups, total_XMN: Tensor, config
         return
     _, m, n = total_XMN.shape
     tiles = len(groups.counts) * -(-m // 128) * -(-n // 256)
-    wgrad_kernel[(_programs(total_XMN.device, tiles),)](
+    wgrad_kernel[(programs(total_XMN.device, tiles),)](
         _descriptor(dy_RM, 64), _descriptor(x_RN, 256), total_XMN, groups.ends, m, n, tiles,
         GROUP_M=config.group_m, STAGES=config.stages, REGISTERS=config.registers, num_warps=4,
     )  # fmt: skip
