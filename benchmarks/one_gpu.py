@@ -18,11 +18,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 ROOT = Path(__file__).parents[1]
@@ -93,45 +96,59 @@ class Running:
                 env=os.environ | {"PYTHONPATH": ":".join(filter(None, paths)), "PYTHONUNBUFFERED": "1"},
             )  # fmt: skip
 
-    def end(self, at: float) -> Done:
-        """Wait for it, until `at` (of `time.monotonic`) or its own deadline, whichever is first."""
-        try:
-            code = self.process.wait(max(0.0, min(at, self.started + self.job.seconds) - time.monotonic()))
-            outcome = "right" if code == 0 else f"exit {code}"
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-            outcome = "out of time"
+    def over(self, at: float) -> Done | None:
+        """What came of it, if it has ended or `at` (of `time.monotonic`) or its own deadline has passed."""
+        code, now = self.process.poll(), time.monotonic()
+        if code is None and now < min(at, self.started + self.job.seconds):
+            return None
+        self.kill()
+        outcome = "out of time" if code is None else f"exit {code}" if code else "right"
         lines = self.log.read_text(errors="replace").splitlines()
         told = [line.strip() for line in lines if re.search(self.job.tell, line)]
-        return Done(self.job, outcome, time.monotonic() - self.started, told or [line for line in lines if line][-1:])
+        return Done(self.job, outcome, now - self.started, told or [line for line in lines if line][-1:])
+
+    def kill(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
 
 
 def play(jobs: Iterable[Job], together: bool, at: float, out: Path, console: Console) -> list[Done]:
-    """Run the jobs, all at once or one by one, until `at`; a job whose tool is not there is not started."""
+    """Run the jobs, all at once or one by one, until `at`; a job whose tool is not there is not started. However this
+    ends, no process is left."""
     found: list[Done] = []
-    running: list[Running] = []
-    for job in jobs:
-        if job.under and not shutil.which(job.under[0]):
-            found.append(Done(job, "not run", 0.0, [f"{job.under[0]} is not on PATH"]))
-            continue
-        running.append(Running(job, out))
-        if not together:
-            found.append(_shown(running.pop().end(at), console))
-    return found + [_shown(one.end(at), console) for one in running]
+    waiting, running = deque(jobs), list[Running]()
+    try:
+        while waiting or running:
+            while waiting and (together or not running):
+                job = waiting.popleft()
+                if job.under and not shutil.which(job.under[0]):
+                    found.append(Done(job, "not run", 0.0, [f"{job.under[0]} is not on PATH"]))
+                else:
+                    running.append(Running(job, out))
+            for one in list(running):
+                if done := one.over(at):
+                    running.remove(one)
+                    found.append(done)
+                    _show(done, console)
+            time.sleep(0.1)
+    finally:
+        for one in running:
+            one.kill()
+    return found
 
 
-def _shown(done: Done, console: Console) -> Done:
+def _show(done: Done, console: Console) -> None:
     console.print(f"-- {done.job.name}: {done.outcome}, {done.seconds:.0f} s", markup=False)
     for line in done.told:
         console.print(f"   {line}", markup=False, highlight=False, no_wrap=True)
-    return done
 
 
 def table(found: Sequence[Done]) -> Table:
     made = Table("", "", "s", "last told")
     for done in found:
-        made.add_row(done.job.name, done.outcome, f"{done.seconds:.0f}", done.told[-1][:90] if done.told else "")
+        last = done.told[-1][:90] if done.told else ""
+        made.add_row(done.job.name, done.outcome, f"{done.seconds:.0f}", escape(last))
     return made
 
 
@@ -146,6 +163,10 @@ def main() -> int:
         sys.exit("one_gpu.py: needs a CUDA device, and torch sees none; `make test` is what runs on a CPU")
     out, at = given.out.resolve(), time.monotonic() + given.deadline
     out.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(
+        out / "debug_1gpu", ignore_errors=True
+    )  # a run that is done would go on from its end, and show nothing
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of `finally`
     console = Console(width=160)
     console.print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; whole output in {out}")
     found = play(checks(out), True, at, out, console) + play(TIMES, False, at, out, console)

@@ -2,7 +2,7 @@
 
 On a GPU each is a stream. A step waits for the event of the step that made its input, and for nothing else, so an
 all-to-all that is called after an expert GEMM does not queue behind it; the host never waits but for the receive counts
-of a forward dispatch. On a CPU compute runs in the caller, an all-to-all runs in gloo's threads, and weight gradients
+of a layout. On a CPU compute runs in the caller, an all-to-all runs in gloo's threads, and weight gradients
 fill the caller's waits for it, first come first served, so their sums keep their order and the bits do not depend on
 how long a message took.
 

@@ -25,7 +25,7 @@ from dryvine.trainer.fp8.tensors import Groups
 from dryvine.trainer.model.recompute import through
 
 R = TypeVar("R")
-FEW = 8  # experts whose weight gradients cuBLAS makes faster one by one, launches and all (docs/fp8.md)
+FEW = 8  # experts of V3's sizes, whose weight gradients cuBLAS makes faster one by one; 64 it does not (docs/fp8.md)
 
 
 class Weight(nn.Parameter):
