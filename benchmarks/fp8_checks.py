@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dryvine.trainer.fp8 import reference
-from dryvine.trainer.fp8.gemm import Torch
+from dryvine.trainer.fp8.gemm import Torch, token_major
 from dryvine.trainer.fp8.kernels import cast, fused, hopper, plain
 from dryvine.trainer.fp8.tensors import E5M6, Groups, Quantized
 
@@ -49,10 +49,6 @@ def different(ours: object, theirs: object) -> str:
         same = (a == b) | (a.isnan() & b.isnan()) if a.is_floating_point() else a == b
         counts.append(int((~same).sum()))
     return "" if not any(counts) else f"{counts} elements"
-
-
-def token_major(scales: Tensor) -> Tensor:
-    return scales.t().contiguous().t()
 
 
 def inputs(rows: int, cols: int) -> Iterator[tuple[str, Tensor]]:

@@ -163,9 +163,8 @@ def main() -> int:
         sys.exit("one_gpu.py: needs a CUDA device, and torch sees none; `make test` is what runs on a CPU")
     out, at = given.out.resolve(), time.monotonic() + given.deadline
     out.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(
-        out / "debug_1gpu", ignore_errors=True
-    )  # a run that is done would go on from its end, and show nothing
+    # A run that is done would go on from its end, and show nothing.
+    shutil.rmtree(out / "debug_1gpu", ignore_errors=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of `finally`
     console = Console(width=160)
     console.print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; whole output in {out}")

@@ -40,9 +40,9 @@ def read(*tensors: Tensor) -> list[Tensor]:
     return copies
 
 
-def upload(values: Any, device: torch.device) -> Tensor:
-    """Nested lists of integers as an int64 tensor; to a GPU from pinned memory, so that the host goes straight on."""
-    made = torch.tensor(values, dtype=torch.int64, pin_memory=device.type == "cuda")
+def upload(values: Any, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    """Nested lists of integers as a tensor; to a GPU from pinned memory, so that the host goes straight on."""
+    made = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
     return made.to(device, non_blocking=True)
 
 

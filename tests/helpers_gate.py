@@ -74,6 +74,13 @@ def exact(
     return [weights.detach(), dlogits, *([] if loss is None else [loss.detach()])], experts
 
 
+def case(shape: Shape, sequences: int, length: int) -> tuple[Tensor, Tensor, Tensor, float, list[Tensor], Tensor]:
+    """Logits and bias as `clear` makes them, gradients of the weights and the loss, and what is `exact` of them."""
+    logits, bias = clear(shape, sequences, length)
+    dweights, dloss = torch.randn(sequences * length, shape.top_k, generator=torch.Generator().manual_seed(7)), 3.0
+    return logits, bias, dweights, dloss, *exact(logits, bias, shape, sequences, dweights, dloss)
+
+
 def near(found_NE: Tensor, truth_NE: Tensor, dweights_NK: Tensor, relative: float = 1e-6) -> None:
     """To `relative` of the greatest of its row, and an eighth (one rounding at 1e-6) of the gradients that cancel."""
     assert found_NE.dtype == torch.float32

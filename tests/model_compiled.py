@@ -66,7 +66,7 @@ def every() -> Any:
 
 def gates(shape: Shape) -> Any:
     """As launched: what a kernel has no use for is None. Once also of sequences of one token, a constant to Triton."""
-    balanced, chosen = shape.balance_alpha > 0, gate.keeps_chosen(shape)
+    balanced, chosen = shape.balance_alpha > 0, shape.sparse_gate
     types = typed("*fp32", *REALS) | typed("fp32", "scale", "share")
     types |= {"experts": "*i64", "load": "*i64", "tallies": "*i32", "T": "i32"}
     known = gate.tile(shape) | gate.ways(shape) | {"BALANCED": balanced} | ({"T": 1} if shape.routed == 1 else {})

@@ -21,7 +21,7 @@ from dryvine.trainer.model.kernels import heads as fused
 from dryvine.trainer.model.kernels import loss as fused_loss
 from dryvine.trainer.model.recompute import through
 from dryvine.trainer.model.rope import Rope
-from tests.helpers_gate import GATES, clear, exact, gate_of, near, tied
+from tests.helpers_gate import GATES, case, clear, gate_of, near, tied
 from tests.helpers_interpreter import right_casts
 from tests.helpers_model import filled, random_tokens, tiny, train
 
@@ -247,9 +247,9 @@ def test_cross_entropy_and_its_gradient(rows: int, width: int, dtype: torch.dtyp
 def test_a_gate_chooses_counts_and_weighs_as_defined(name: str) -> None:
     """Sequences end within a program's tile."""
     shape, sequences, length = gate_of(name), 3, 7
-    logits, bias = clear(shape, sequences, length)
-    dweights, dloss = torch.randn(sequences * length, shape.top_k, generator=torch.Generator().manual_seed(7)), 3.0
-    (true_weights, true_dlogits, *true_loss), true_experts = exact(logits, bias, shape, sequences, dweights, dloss)
+    logits, bias, dweights, dloss, (true_weights, true_dlogits, *true_loss), true_experts = case(
+        shape, sequences, length
+    )
     leaf, load = logits.requires_grad_(), torch.arange(shape.routed)
     weights, experts, loss = fused_gate.route(leaf, bias, shape, sequences, load)
     same(experts, true_experts)

@@ -87,7 +87,7 @@ def test_a_slice_that_looks_aligned_by_chance_is_copied() -> None:
 def test_scales_of_some_rows_have_the_strides_that_cublas_asks_for(rows: int, width: int) -> None:
     """A single column too, whose stride torch thinks does not matter."""
     part = reference.quantize_rows(normal(40, width)).scales[8 : 8 + rows]
-    turned = gemm._token_major(part)
+    turned = gemm.token_major(part)
     assert turned.stride() == (1, rows)
     assert torch.equal(turned, part)
 

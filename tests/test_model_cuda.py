@@ -10,7 +10,9 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from dryvine.comm.routing import upload
 from dryvine.parallel.wgrad import WGrad
+from dryvine.trainer.fp8 import tensors
 from dryvine.trainer.fp8.tensors import Groups
 from dryvine.trainer.model import gate, heads, swiglu
 from dryvine.trainer.model.decoder import Model
@@ -25,7 +27,7 @@ from dryvine.trainer.model.layers import (
 from dryvine.trainer.model.rope import Rope
 from dryvine.trainer.model.shape import Shape
 from tests import helpers_gate
-from tests.helpers_gate import GATES, clear, exact, gate_of, tied
+from tests.helpers_gate import GATES, case, gate_of, tied
 from tests.helpers_model import filled, random_tokens, tiny, train, whole
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -192,8 +194,8 @@ def test_rows_of_other_experts_do_not_leak_into_weight_gradients() -> None:
 
 
 def test_experts_send_their_ends_once_and_the_host_never_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    sent, wgrad, send = [], WGrad(), Groups._sent
-    monkeypatch.setattr(Groups, "_sent", lambda self, numbers: (sent.append(numbers), send(self, numbers))[1])
+    sent, wgrad = [], WGrad()
+    monkeypatch.setattr(tensors, "upload", lambda numbers, *to: (sent.append(numbers), upload(numbers, *to))[1])
     up, down = (Weight(torch.randn(3, *size, device="cuda").bfloat16()) for size in ((64, 128), (128, 64)))
     x, dy = (torch.randn(200, 128, device="cuda").bfloat16().requires_grad_(leaf) for leaf in (True, False))
     for mode in ("default", "error"):  # the first compiles
@@ -231,9 +233,9 @@ def test_the_gates_product_keeps_what_fp32_operands_would_give() -> None:
 def test_a_gate_chooses_counts_and_weighs_as_in_fp64(name: str) -> None:
     """Twice to the same bits, and without a wait of the host."""
     shape, sequences, length = gate_of(name), 3, 301
-    logits, bias = clear(shape, sequences, length)
-    dweights, dloss = torch.randn(sequences * length, shape.top_k, generator=torch.Generator().manual_seed(7)), 3.0
-    (true_weights, true_dlogits, *true_loss), true_experts = exact(logits, bias, shape, sequences, dweights, dloss)
+    logits, bias, dweights, dloss, (true_weights, true_dlogits, *true_loss), true_experts = case(
+        shape, sequences, length
+    )
     leaf, bias = logits.cuda().requires_grad_(), bias.cuda()
     given = [dweights.cuda(), *([torch.tensor(dloss, device="cuda")] if true_loss else [])]
     load = torch.zeros(shape.routed, dtype=torch.int64, device="cuda")

@@ -192,16 +192,16 @@ def _scaled_mm(a: Quantized, b: Quantized, dtype: torch.dtype) -> Tensor:
     y = functional.scaled_mm(
         whole.values.contiguous(),
         b.values.contiguous().t(),
-        _token_major(whole.scales),
+        token_major(whole.scales),
         kinds[a.tile],
-        _token_major(b.scales) if b.tile[0] == 1 else _padded_turned(b.scales),
+        token_major(b.scales) if b.tile[0] == 1 else _padded_turned(b.scales),
         kinds[b.tile],
         output_dtype=dtype,
     )
     return y[: len(a.values)]
 
 
-def _token_major(scales: Tensor) -> Tensor:
+def token_major(scales: Tensor) -> Tensor:
     """[R, B] with strides (1, R) exactly, where B is 1 too: `contiguous` leaves the stride of a single column alone."""
     if scales.stride() == (1, len(scales)):
         return scales

@@ -18,6 +18,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dryvine.comm.routing import upload
+
 TILE = 128
 E4M3_MAX = 448.0
 E5M6_MAX = 65024.0  # (2 - 2^-6) * 2^15: FP16's range with six bits of mantissa
@@ -122,7 +124,7 @@ class Groups:
     @cached_property
     def ends(self) -> Tensor:
         """int32 [X]: where each expert's rows end, unpadded."""
-        return self._sent(list(accumulate(self.counts)))
+        return upload(list(accumulate(self.counts)), self.device, torch.int32)
 
     @cached_property
     def tables(self) -> tuple[Tensor, Tensor]:
@@ -135,13 +137,8 @@ class Groups:
             for first in range(end - count, end, TILE)
             for entry in (expert, first, end)
         ]
-        both = self._sent([*flat, *self.block_starts])
+        both = upload([*flat, *self.block_starts], self.device, torch.int32)
         return both[: len(flat)].view(-1, 3), both[len(flat) :]
-
-    def _sent(self, numbers: list[int]) -> Tensor:
-        """From pinned memory: a copy from any other makes the host wait for all that the stream has to do."""
-        host = torch.tensor(numbers, dtype=torch.int32)
-        return (host.pin_memory() if self.device.type == "cuda" else host).to(self.device, non_blocking=True)
 
 
 def empty_rows(rows: int, cols: int, device: torch.device) -> Quantized:

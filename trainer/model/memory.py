@@ -188,7 +188,7 @@ class _Keeper:
 
     def _fused_gate(self) -> Iterator[Row]:
         s, n = self.shape, self.load.tokens
-        if s.score == "sigmoid" and not s.balance_alpha:
+        if s.sparse_gate:
             yield "attention", "scores of the chosen", "gate", 4 * n * s.top_k
         else:
             yield "attention", "logits", "gate", 4 * n * s.routed

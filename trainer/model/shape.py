@@ -61,6 +61,11 @@ class Shape(BaseModel, frozen=True, extra="forbid"):
     recompute: tuple[Literal["norm", "mla_up", "swiglu"], ...] = ()  # outputs made again in the backward, not kept
 
     @property
+    def sparse_gate(self) -> bool:
+        """Whether the scores of the chosen experts alone have a gradient, and depend on their own logits alone."""
+        return self.score == "sigmoid" and not self.balance_alpha
+
+    @property
     def qk_dim(self) -> int:
         return self.nope_dim + self.rope_dim
 

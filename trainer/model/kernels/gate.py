@@ -211,17 +211,12 @@ def ways(shape: Shape) -> dict[str, int | bool]:
     }
 
 
-def keeps_chosen(shape: Shape) -> bool:
-    """Whether the backward does with the scores of the chosen, in place of all logits."""
-    return shape.score == "sigmoid" and not shape.balance_alpha
-
-
 class _Route(Function):
     @staticmethod
     def forward(
         ctx: Any, logits_NE: Tensor, bias_E: Tensor, shape: Shape, sequences: int, load_E: Tensor | None
     ) -> Routed:
-        logits, size, sparse = logits_NE.contiguous(), (len(logits_NE), shape.top_k), keeps_chosen(shape)
+        logits, size, sparse = logits_NE.contiguous(), (len(logits_NE), shape.top_k), shape.sparse_gate
         weights, experts = logits.new_empty(size), logits.new_empty(size, dtype=torch.int64)
         chosen = logits.new_empty(size) if sparse else None
         tallies = loss = None
