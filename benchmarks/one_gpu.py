@@ -1,6 +1,6 @@
 """Everything that one Hopper GPU is to show, in ten minutes: checks first, side by side, then times, one by one.
 
-    python benchmarks/one_gpu.py [--out FOLDER] [--deadline SECONDS]
+    python -m benchmarks.one_gpu [--out FOLDER] [--deadline SECONDS]
 
 Each job is a process with a deadline of its own, whose whole output goes to FOLDER/<job>.txt; the lines that matter are
 printed as it ends, and a table of all jobs comes last. A job that fails or is late does not keep the others from
@@ -30,8 +30,14 @@ from rich.table import Table
 
 ROOT = Path(__file__).parents[1]
 PYTEST = ("-m", "pytest", "-p", "no:cacheprovider")
-RANK = "tests/test_one_rank_schedules.py"
+RANK = "tests/trainer/test_one_rank_schedules.py"
+
+
 TESTED = r"^E  |^FAILED|\d passed|\d failed|no tests ran"
+
+
+def bench(name: str) -> tuple[str, str]:
+    return "-m", f"benchmarks.{name}"
 
 
 @dataclass(frozen=True)
@@ -44,32 +50,43 @@ class Job:
 
 
 def checks(out: Path) -> list[Job]:
-    every = "tests/kernels_sanitized.py"
+    every = ("-m", "tests.spawned.kernels_sanitized")
     memcheck = ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9")
     debug = ("-m", "dryvine.trainer", "configs/debug_1gpu.toml", f"run.out={out}")
     return [
-        Job("model", (*PYTEST, "tests/test_model_cuda.py"), 200, TESTED),
-        Job("comm", (*PYTEST, "tests/test_comm_cuda.py", "tests/test_fp8_dispatch.py"), 200, TESTED),
+        Job("model", (*PYTEST, "tests/trainer/test_model_cuda.py"), 200, TESTED),
+        Job("comm", (*PYTEST, "tests/comm/test_dispatch_cuda.py", "tests/trainer/test_fp8_dispatch.py"), 200, TESTED),
         Job("same bits twice", (*PYTEST, RANK, "-k", "same_run"), 200, TESTED),
         Job("same bits overlapped", (*PYTEST, RANK, "-k", "overlap_does"), 200, TESTED),
         Job("every schedule", (*PYTEST, RANK, "-k", "not same_run and not overlap_does"), 200, TESTED),
         Job(
-            "casts and products", ("benchmarks/fp8.py", "--section", "check"), 200, r"^casts:|^products:|DIFFERS|WRONG"
+            "casts and products",
+            (*bench("fp8.kernels"), "--section", "check"),
+            200,
+            r"^casts:|^products:|DIFFERS|WRONG",
         ),
-        Job("memcheck", (every,), 240, r"kernels ran|ERROR SUMMARY|not run", memcheck),
+        Job("memcheck", every, 240, r"kernels ran|ERROR SUMMARY|not run", memcheck),
         Job("debug_1gpu", debug, 200, r"tokens/s|loss  "),
     ]
 
 
 TIMES = [
-    Job("FP8 products", ("benchmarks/fp8.py", "--section", "product"), 100, r"^limits|^  \d"),
-    Job("FP8 weight gradients", ("benchmarks/fp8.py", "--section", "wgrad"), 60, r"^  \d"),
-    Job("FP8 casts", ("benchmarks/fp8.py", "--section", "casts"), 60, r"%"),
-    Job("overlap", ("benchmarks/overlap.py", "--device=cuda", "--phase-ms=3"), 70, r"host time|(FB|FF|BB|FW|IW) "),
-    Job("layer", ("benchmarks/layer.py", "--device=cuda"), 70, r"a microbatch, ideal"),
-    Job("memory", ("benchmarks/memory.py", "--device=cuda"), 40, r"layers\.\d"),
+    Job("FP8 products", (*bench("fp8.kernels"), "--section", "product"), 100, r"^limits|^  \d"),
+    Job("FP8 weight gradients", (*bench("fp8.kernels"), "--section", "wgrad"), 60, r"^  \d"),
+    Job("FP8 casts", (*bench("fp8.kernels"), "--section", "casts"), 60, r"%"),
     Job(
-        "beside transformers", ("benchmarks/peer.py", "--device=cuda", "--deadline=190"), 200, r"│ (dry|trans)|: .*rror"
+        "overlap",
+        (*bench("overlap.pairs"), "--device=cuda", "--phase-ms=3"),
+        70,
+        r"host time|(FB|FF|BB|FW|IW) ",
+    ),
+    Job("layer", (*bench("model.layer"), "--device=cuda"), 70, r"a microbatch, ideal"),
+    Job("memory", (*bench("model.memory"), "--device=cuda"), 40, r"layers\.\d"),
+    Job(
+        "beside transformers",
+        (*bench("model.peer"), "--device=cuda", "--deadline=190"),
+        200,
+        r"│ (dry|trans)|: .*rror",
     ),
 ]
 

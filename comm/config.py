@@ -10,7 +10,7 @@ from dryvine.comm.topology import TopologyConfig
 
 
 class CommConfig(BaseModel, frozen=True, extra="forbid"):
-    """How tokens reach their experts. `dispatcher` is a name in `comm.table.DISPATCHERS` (written
+    """How tokens reach their experts. `dispatcher` is a name in `comm.dispatch.backends.DISPATCHERS` (written
     out here, so that a config is checked without torch), or auto."""
 
     dispatcher: Literal["auto", "flat", "hierarchical", "deepep", "mpi", "fake"] = "auto"

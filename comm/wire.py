@@ -10,16 +10,29 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from math import prod
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dryvine.comm.api import Pending
 from dryvine.comm.mesh import Channel, Mesh
+from dryvine.comm.pending import Pending
 from dryvine.comm.watch import Due, Watch
 
 NAMES = {"down": "activations", "up": "gradients"}
+
+
+class Wire(Protocol):
+    """Stage-to-stage messages of one pipeline. A channel is (route, direction) and FIFO between each two ranks."""
+
+    def send(self, tensors: tuple[Tensor, ...], target: int, channel: tuple[int, str]) -> Pending[None]:
+        """Start sending to pipeline rank `target`; what is pending holds the tensors until they have left."""
+        ...
+
+    def receive(self, like: tuple[Tensor, ...], source: int, channel: tuple[int, str]) -> Pending[tuple[Tensor, ...]]:
+        """Post a receive of tensors shaped as `like` (meta tensors will do)."""
+        ...
 
 
 class Pool:

@@ -122,8 +122,8 @@ def measure(rank: int, topology: Topology, shape: Shape, cases: list[Case]) -> l
     """Run by every rank."""
     import torch
 
+    from dryvine.comm.dispatch.backends import make_dispatcher
     from dryvine.comm.mesh import make_mesh
-    from dryvine.comm.table import make_dispatcher
 
     place = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     mesh = make_mesh(1, 1, topology.ranks, 1, place, timedelta(seconds=600))

@@ -13,12 +13,12 @@ from rich.text import Text
 
 from dryvine.parallel.schedule.check import check
 from dryvine.parallel.schedule.costs import Costs
-from dryvine.parallel.schedule.draw import FORMATS
-from dryvine.parallel.schedule.draw_html import as_html
-from dryvine.parallel.schedule.draw_text import lines
+from dryvine.parallel.schedule.draw.formats import FORMATS
+from dryvine.parallel.schedule.draw.html import as_html
+from dryvine.parallel.schedule.draw.text import lines
 from dryvine.parallel.schedule.ir import Schedule
 from dryvine.parallel.schedule.rules import ScheduleError
-from dryvine.parallel.schedule.search import in_one_measure, search
+from dryvine.parallel.schedule.search.search import in_one_measure, search
 from dryvine.parallel.schedule.simulate import Timeline, simulate
 from dryvine.parallel.schedule.table import ALIASES, FILE, SCHEDULES, build, load
 

@@ -17,14 +17,15 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from dryvine.comm.api import Pending, Wire
+from dryvine.comm.pending import Pending
+from dryvine.comm.wire import Wire
 from dryvine.parallel import overlap as weave
-from dryvine.parallel.flow import Line, channel, most_under_way, posts
-from dryvine.parallel.lanes import Lanes, Mark
+from dryvine.parallel.flow_control import Line, channel, most_under_way, posts
 from dryvine.parallel.overlap import Order
 from dryvine.parallel.schedule.ir import Edge, Op, Schedule, Slot
 from dryvine.parallel.schedule.lower import lower
 from dryvine.parallel.stage import Flight, Stage, State
+from dryvine.parallel.streams import Lanes, Mark
 
 
 @dataclass(frozen=True)

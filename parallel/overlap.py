@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from dryvine.comm.api import Pending
-from dryvine.parallel.lanes import Baton, LaneName, Lanes
+from dryvine.comm.pending import Pending
 from dryvine.parallel.stage import Flight, Grads, Phase, Stage, State
+from dryvine.parallel.streams import Baton, LaneName, Lanes
 from dryvine.parallel.wgrad import Closure
 
 FORWARD = ("attention", "layout", "dispatch", "experts", "combine")

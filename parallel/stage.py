@@ -32,7 +32,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from dryvine.comm.api import Dispatcher, Handle, Pending
+from dryvine.comm.dispatch.api import Dispatcher, Handle
+from dryvine.comm.pending import Pending
 from dryvine.parallel.wgrad import Closure, WGrad
 
 State = tuple[Tensor, ...]

@@ -26,7 +26,7 @@ TORCH_FREE = (
     "dryvine.parallel.schedule.lower",
     "dryvine.parallel.schedule.simulate",
     "dryvine.trainer.config",
-    "dryvine.trainer.plan",
+    "dryvine.trainer.ramps",
     "dryvine.trainer.model.shape",
     "dryvine.launch.cli",
 )

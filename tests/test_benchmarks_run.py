@@ -15,21 +15,29 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import kernel_times, one_gpu
-from benchmarks.census import Census
+from benchmarks import one_gpu
+from benchmarks.support import kernel_times
+from benchmarks.support.census import Census
 
-HERE = Path(__file__).parents[1] / "benchmarks"
+ROOT = Path(__file__).parents[1]
 
 
 def run(script: str, out: Path, *words: str) -> Any:
-    command = [sys.executable, str(HERE / script), "--device=cpu", f"--json={out / 'found.json'}", *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        f"benchmarks.model.{script}",
+        "--device=cpu",
+        f"--json={out / 'found.json'}",
+        *words,
+    ]
+    done = subprocess.run([*command, *words], capture_output=True, text=True, cwd=ROOT, timeout=100, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads((out / "found.json").read_text())
 
 
 def test_a_layer_is_measured_by_phase_and_kind(tmp_path: Path) -> None:
-    found = run("layer.py", tmp_path, "--iterations=2", "--tokens=32", f"--trace={tmp_path / 'layer.json.gz'}")
+    found = run("layer", tmp_path, "--iterations=2", "--tokens=32", f"--trace={tmp_path / 'layer.json.gz'}")
     bf16, fp8 = found["layers"]
     assert list(bf16["phases_ms"]) == [
         "F attention", "F layout", "F dispatch", "F experts", "F combine",
@@ -46,7 +54,7 @@ def test_a_layer_is_measured_by_phase_and_kind(tmp_path: Path) -> None:
 
 def test_peers_train_the_same_model(tmp_path: Path) -> None:
     words = ("--small", "--steps=1", "--contender=dryvine bf16", "--contender=transformers grouped_mm")
-    ours, theirs = run("peer.py", tmp_path, *words)["found"].values()
+    ours, theirs = run("peer", tmp_path, *words)["found"].values()
     assert ours["parameters"] == theirs["parameters"]
     assert ours["losses"][0] == pytest.approx(theirs["losses"][0], abs=0.05)
 
@@ -101,7 +109,7 @@ def test_kinds_follow_from_names(name: str, kind: str) -> None:
 
 
 def test_no_kernel_of_ours_is_unclassified() -> None:
-    sources = [path for folder in ("comm", "trainer") for path in (HERE.parent / folder).rglob("*.py")]
+    sources = [path for folder in ("comm", "trainer") for path in (ROOT / folder).rglob("*.py")]
     names = [name for path in sources for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE)]
     assert len(names) > 10
     assert [name for name in names if kernel_times.kind_of(name) == kernel_times.UNKNOWN] == []

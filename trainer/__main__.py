@@ -21,7 +21,7 @@ from dryvine.trainer.data.config import DataError
 from dryvine.trainer.fp8.choose import CannotRun, check
 from dryvine.trainer.journal import same_run
 from dryvine.trainer.loop import train
-from dryvine.trainer.skip import Diverged
+from dryvine.trainer.nonfinite import Diverged
 from dryvine.trainer.step import Data, make_schedule, open_data
 
 

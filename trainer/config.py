@@ -23,7 +23,7 @@ from dryvine.parallel.schedule.table import build, legal
 from dryvine.trainer.data.config import DataConfig
 from dryvine.trainer.fp8.recipe import Recipe
 from dryvine.trainer.model.shape import Shape, units
-from dryvine.trainer.plan import BatchConfig, OptimConfig
+from dryvine.trainer.ramps import BatchConfig, OptimConfig
 
 Positive = Annotated[int, Field(ge=1)]
 

@@ -23,7 +23,7 @@ import matplotlib
 from torch.utils.tensorboard import SummaryWriter
 
 from dryvine.parallel.schedule.costs import Costs
-from dryvine.parallel.schedule.draw_svg import svg
+from dryvine.parallel.schedule.draw.svg import svg
 from dryvine.parallel.schedule.ir import Schedule
 from dryvine.parallel.schedule.simulate import simulate
 from dryvine.trainer.config import Config, ConfigError, dump, load

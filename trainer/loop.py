@@ -27,9 +27,9 @@ from dryvine.trainer import checkpoint
 from dryvine.trainer.activations import activations
 from dryvine.trainer.config import Config
 from dryvine.trainer.journal import Journal, Row, read
-from dryvine.trainer.plan import Point, learning_rate, points
+from dryvine.trainer.nonfinite import Diverged, Skipped, blame, enough
+from dryvine.trainer.ramps import Point, learning_rate, points
 from dryvine.trainer.report import final_table
-from dryvine.trainer.skip import Diverged, Skipped, blame, enough
 from dryvine.trainer.step import (
     Data,
     Rig,

@@ -19,7 +19,7 @@ from torch.optim.adamw import adamw
 
 from dryvine.parallel.zero import Piece, Zero
 from dryvine.trainer.ema import Ema
-from dryvine.trainer.plan import OptimConfig
+from dryvine.trainer.ramps import OptimConfig
 
 CHUNK = 1 << 24  # elements of BF16 moments that are FP32 at one time: 128 MiB for both
 MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16}

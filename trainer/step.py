@@ -13,20 +13,20 @@ from typing import NamedTuple
 
 import torch
 
-from dryvine.comm.api import Dispatcher
-from dryvine.comm.load import Metered
+from dryvine.comm.dispatch.api import Dispatcher
+from dryvine.comm.dispatch.backends import make_dispatcher, pick
+from dryvine.comm.dispatch.load import Metered
+from dryvine.comm.dispatch.payload import Format
 from dryvine.comm.mesh import Mesh
-from dryvine.comm.payload import Format
-from dryvine.comm.table import make_dispatcher, pick
 from dryvine.comm.topology import GroupLimit, Topology, mismatch
 from dryvine.comm.watch import Watch
 from dryvine.comm.wire import P2PWire
 from dryvine.parallel.executor import Batch, Executor, Played
-from dryvine.parallel.lanes import Lanes, make_lanes
 from dryvine.parallel.overlap import ORDERS
 from dryvine.parallel.schedule.ir import Schedule
 from dryvine.parallel.schedule.lower import forward_only
 from dryvine.parallel.schedule.table import build
+from dryvine.parallel.streams import Lanes, make_lanes
 from dryvine.parallel.wgrad import WGrad
 from dryvine.parallel.zero import Zero
 from dryvine.trainer.config import Config, split
@@ -38,7 +38,7 @@ from dryvine.trainer.fp8.linear import FP8
 from dryvine.trainer.model.decoder import Model, build_model
 from dryvine.trainer.model.shape import blocks
 from dryvine.trainer.optim import Optimizer
-from dryvine.trainer.plan import Point, gradient_scale, learning_rate
+from dryvine.trainer.ramps import Point, gradient_scale, learning_rate
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

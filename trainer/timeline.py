@@ -16,7 +16,7 @@ from dryvine.comm.mesh import Mesh
 from dryvine.parallel.executor import Played
 from dryvine.parallel.schedule import simulate as simulated
 from dryvine.parallel.schedule.costs import PAIRS, Costs
-from dryvine.parallel.schedule.draw_html import as_html
+from dryvine.parallel.schedule.draw.html import as_html
 from dryvine.parallel.schedule.ir import Schedule
 from dryvine.parallel.schedule.simulate import Timeline
 

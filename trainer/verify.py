@@ -23,7 +23,7 @@ from dryvine.comm import local
 from dryvine.comm.mesh import make_mesh
 from dryvine.parallel.config import ParallelConfig
 from dryvine.trainer.config import Config
-from dryvine.trainer.plan import points
+from dryvine.trainer.ramps import points
 from dryvine.trainer.step import accumulate, balance, make_rig, make_schedule, open_data
 
 STEPS = 3

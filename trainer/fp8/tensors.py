@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dryvine.comm.routing import upload
+from dryvine.comm.dispatch.routing import upload
 
 TILE = 128
 E4M3_MAX = 448.0

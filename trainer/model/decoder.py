@@ -13,7 +13,7 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from dryvine.comm.api import Dispatcher
+from dryvine.comm.dispatch.api import Dispatcher
 from dryvine.parallel.stage import (
     AS_IS,
     Combine,

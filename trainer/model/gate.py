@@ -17,7 +17,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from dryvine.comm.routing import count
+from dryvine.comm.dispatch.routing import count
 from dryvine.trainer.model.shape import Shape
 
 Routed = tuple[Tensor, Tensor, Tensor | None]

@@ -12,8 +12,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dryvine.trainer.model.heads import assemble
 from dryvine.trainer.model.layers import RMSNorm, through_norm
+from dryvine.trainer.model.qkv import assemble
 from dryvine.trainer.model.recompute import through
 from dryvine.trainer.model.rope import softmax_scale
 from dryvine.trainer.model.spec import Spec

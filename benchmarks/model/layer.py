@@ -1,0 +1,369 @@
+"""One MoE layer of DeepSeek-V3 on one GPU: where a microbatch's time goes, phase by phase and kind by kind.
+
+    python -m benchmarks.model.layer --device cuda [--recipe bf16|deepseek_v3] [--trace FILE.json.gz] [--json FILE]
+
+The phases are those that the trainer runs (`build_model`), one after the other on one stream, with W put off to the end
+as a schedule would. The rank is number 0 of a group of 64 that holds V3's 256 experts, and supposes that all others
+route as it does: of 4096 tokens with 8 choices each, 32768 rows come to its 4 experts, as many to each as gates say.
+The dispatcher is `flat`, with every gather and sum of its own; the journey alone is one copy on this device instead.
+
+Time of a phase is between CUDA events, host waits and launches in it included, without a profiler. What the kernels in
+it are is read from one more microbatch under torch.profiler. `gaps` are the events' total less the time in which any
+kernel ran. `ideal` is what all products and the attention core would take at the rates that this chip reached here on
+8192^3, in FP8 where the recipe says so. FP8 weights are quantised once a step, so not here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from benchmarks.support import kernel_times
+from benchmarks.support.census import Census
+from dryvine.comm.dispatch.exchange import Meter
+from dryvine.comm.dispatch.flat import Flat
+from dryvine.comm.mesh import make_mesh
+from dryvine.comm.pending import Pending
+from dryvine.parallel.stage import Flight, Stage, State
+from dryvine.parallel.wgrad import Closure, WGrad
+from dryvine.trainer.config import load
+from dryvine.trainer.fp8.choose import choose
+from dryvine.trainer.fp8.gemm import Torch
+from dryvine.trainer.fp8.linear import FP8
+from dryvine.trainer.fp8.recipe import preset
+from dryvine.trainer.model.decoder import Model, build_model
+from dryvine.trainer.model.shape import Shape
+
+Recipe = Literal["bf16", "deepseek_v3"]
+RECIPES: tuple[Recipe, ...] = get_args(Recipe)
+EP = 64
+CONFIG = Path(__file__).parents[2] / "configs" / "deepseek_v3_671b.toml"
+TOY = {"hidden": 128, "expert_ffn": 128, "heads": 2, "q_lora": 64, "kv_lora": 64, "nope_dim": 32, "rope_dim": 16,
+       "v_dim": 32}  # fmt: skip
+
+
+def v3(device: torch.device, recompute: bool) -> Shape:
+    """V3's own MoE layer; on a CPU a narrow one, with as many experts."""
+    shape = load(CONFIG).model
+    changes = {"layers": 1, "first_dense": 0, "mtp_depth": 0} | (TOY if device.type == "cpu" else {})
+    return Shape(**(shape.model_dump() | changes | ({} if recompute else {"recompute": ()})))
+
+
+# ---- the layer, and a microbatch through it
+
+
+class Mirror:
+    """The `Exchange` of a group whose ranks all route as this one does: what they send it is what it sends them."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.rank, self.meter = size, 0, Meter()
+
+    def start(
+        self,
+        rows: torch.Tensor,
+        sends: Sequence[int],
+        receives: Sequence[int],
+        into: torch.Tensor | None = None,
+        what: str = "",
+    ) -> Pending[torch.Tensor]:
+        return Pending.done(rows.clone() if into is None else into.copy_(rows))
+
+
+class Clock:
+    """Marks on the device's own time: events on a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+
+    def mark(self) -> Any:
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def between(self, before: Any, after: Any) -> float:
+        """Milliseconds. On a GPU it waits for `after`."""
+        if not self.cuda:
+            return 1e3 * (after - before)
+        after.synchronize()
+        return before.elapsed_time(after)
+
+
+@dataclass
+class Spans:
+    """Named stretches of one microbatch: "F attention", "B combine", "W experts", ..."""
+
+    clock: Clock
+    marks: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        before = self.clock.mark()
+        with record_function(name):
+            yield
+        self.marks[name] = before, self.clock.mark()
+
+    def milliseconds(self) -> dict[str, float]:
+        return {name: self.clock.between(*pair) for name, pair in self.marks.items()}
+
+    def total(self) -> float:
+        first, *_, last = self.marks.values()
+        return self.clock.between(first[0], last[1])
+
+
+@dataclass
+class Bench:
+    shape: Shape
+    stage: Stage
+    tokens: torch.Tensor  # [1, T + 1]: only their number counts, there is no embedding
+    x: torch.Tensor
+    dy: torch.Tensor
+    said: str
+
+    def forward(self, spans: Spans) -> Flight:
+        flight = Flight(self.tokens, 1.0)
+        state: State = (self.x,)
+        for index, phase in enumerate(self.stage.phases):
+            with spans(f"F {phase.name}"):
+                state = phase.forward(index, state, flight).wait()
+        return flight
+
+    def kept(self) -> int:
+        """Bytes that F leaves behind for B and W: the layer's input, and what its phases save."""
+        with Census() as census:
+            flight = self.forward(Spans(Clock(self.x.device)))
+        held = census.bytes + self.x.nbytes
+        del flight
+        return held
+
+    def microbatch(self, spans: Spans) -> None:
+        flight = self.forward(spans)
+        grads: tuple[Any, ...] = (self.dy,)
+        later: dict[str, list[Closure]] = {}
+        for index, phase in reversed(list(enumerate(self.stage.phases))):
+            with spans(f"B {phase.name}"):
+                grads = phase.backward(index, grads, flight, later.setdefault(phase.name, [])).wait()
+                flight.spent.clear()  # lanes would: there is one stream here
+        for name, closures in later.items():
+            if closures:
+                with spans(f"W {name}"):
+                    for closure in closures:
+                        closure()
+                    closures.clear()
+
+
+@torch.no_grad()
+def fill(model: Model, seed: int = 0) -> None:
+    """`Model.initialise` on the device: billions of numbers drawn on a CPU take half a minute that tells nothing."""
+    torch.manual_seed(seed)
+    for _, weight in model.named_parameters():
+        weight.normal_(0, model.spec.shape.init_std) if weight.dim() > 1 else weight.fill_(1)
+    for buffer in model.root.buffers():
+        buffer.zero_()
+
+
+def make_bench(recipe: Recipe, device: torch.device, tokens: int, recompute: bool, folder: Path) -> Bench:
+    torch.manual_seed(0)
+    shape, wgrad = v3(device, recompute), WGrad()
+    fp8, said = None, "products in BF16"
+    if recipe != "bf16":
+        alone = make_mesh(1, 1, 1, 1, device, timedelta(seconds=60))
+        engine, said = choose(preset(recipe), alone, folder)
+        fp8 = FP8(preset(recipe), engine, said, wgrad)
+    dispatcher = Flat(None, shape.routed, exchange=Mirror(EP))
+    model = build_model(
+        shape, {0: ("layers.0",)}, ep_rank=0, ep_size=EP, dispatcher=dispatcher, wgrad=wgrad,
+        dtype=torch.bfloat16, device=device, fp8=fp8,
+    )  # fmt: skip
+    fill(model)
+    for _, weight in model.named_parameters():
+        weight.gradient()
+    x, dy = (torch.randn(tokens, shape.hidden, device=device).bfloat16() for _ in range(2))
+    return Bench(shape, model.stages[0], torch.zeros(1, tokens + 1, dtype=torch.int64, device=device), x, dy, said)
+
+
+# ---- what it would take at best
+
+
+def ceilings(device: torch.device) -> dict[str, float]:
+    """FLOP/s that the device reaches on one large square product, by arithmetic."""
+    n = 8192 if device.type == "cuda" else 256
+    wide = torch.randn(2, n, n, device=device)
+    a, b = wide.bfloat16()
+    found = {"fp32": _rate(n, device, lambda: wide[0] @ wide[1]), "bf16": _rate(n, device, lambda: a @ b)}
+    if device.type == "cuda":
+        from dryvine.trainer.fp8.kernels import cast, hopper
+
+        rows, blocks = cast.quantize_rows(a), cast.quantize_blocks(b)[0]
+        engines = [hopper.product, *([] if Torch.missing(device) else [Torch().product])]
+        found["fp8"] = max(_rate(n, device, partial(engine, rows, blocks)) for engine in engines)
+    return found
+
+
+def _rate(n: int, device: torch.device, run: Callable[[], object]) -> float:
+    clock, took = Clock(device), []
+    for _ in range(8):
+        before = clock.mark()
+        run()
+        took.append(clock.between(before, clock.mark()))
+    return 2e3 * n**3 / statistics.median(took[3:])
+
+
+def flops(shape: Shape, tokens: int, rows: int, recipe: str) -> dict[str, tuple[str, float]]:
+    """Kind -> (arithmetic, FLOPs) of forward, dgrad and wgrad. A causal core does half the square; its backward makes
+    the scores again."""
+    s, heads = shape, shape.heads
+    assert s.q_lora is not None
+    dense = s.hidden * (s.q_lora + s.kv_lora + s.rope_dim) + s.q_lora * heads * s.qk_dim
+    dense += s.kv_lora * heads * (s.nope_dim + s.v_dim) + heads * s.v_dim * s.hidden
+    expert = 3 * s.hidden * s.expert_ffn
+    core = tokens * tokens * heads * ((s.qk_dim + s.v_dim) + (3 * s.qk_dim + 2 * s.v_dim))
+    return {
+        "GEMM": ("bf16" if recipe == "bf16" else "fp8", 6.0 * (tokens * (dense + s.shared * expert) + rows * expert)),
+        "GEMM in FP32": ("fp32", 6.0 * tokens * s.hidden * s.routed),
+        "attention core": ("bf16", float(core)),
+    }
+
+
+# ---- measuring
+
+
+def measure(recipe: Recipe, given: argparse.Namespace, rates: dict[str, float], folder: Path) -> dict[str, Any]:
+    """`folder` is for what is of this run only."""
+    device = torch.device(given.device)
+    bench = make_bench(recipe, device, given.tokens, not given.no_recompute, folder)
+    for _ in range(3):  # kernels are compiled here
+        bench.microbatch(Spans(Clock(device)))
+    kept = bench.kept()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    runs = []
+    for _ in range(given.iterations):
+        runs.append(Spans(Clock(device)))
+        bench.microbatch(runs[-1])
+    phases = [run.milliseconds() for run in runs]
+    found: dict[str, Any] = {
+        "recipe": recipe,
+        "engine": bench.said,
+        "total_ms": statistics.median(run.total() for run in runs),
+        "phases_ms": {name: statistics.median(p[name] for p in phases) for name in phases[0]},
+        "kept_bytes": kept,
+        "peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else 0,
+    }
+    trace = _beside(given.trace or folder / "layer.json.gz", recipe)
+    kernels = traced(bench, device, trace, phases[0])
+    work = flops(bench.shape, given.tokens, given.tokens * bench.shape.top_k, recipe)
+    best = {kind: 1e3 * count / rates.get(how, rates["bf16"]) for kind, (how, count) in work.items()}
+    return found | explained(kernels, found["total_ms"], best)
+
+
+def traced(bench: Bench, device: torch.device, path: Path, names: dict[str, float]) -> list[kernel_times.Kernel]:
+    """The kernels of one microbatch, and its trace at `path`."""
+    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    with profile(activities=kinds):  # the profiler's own first use is slow
+        bench.microbatch(Spans(Clock(device)))
+    with profile(activities=kinds) as profiler:
+        bench.microbatch(Spans(Clock(device)))
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    profiler.export_chrome_trace(str(path))
+    return [kernel for kernel in kernel_times.read(path, names) if kernel.span]
+
+
+def explained(kernels: list[kernel_times.Kernel], total_ms: float, best: dict[str, float]) -> dict[str, Any]:
+    """Where the time went, and the losses: what each kind took beyond what it must."""
+    kinds = {kind: us / 1e3 for kind, us in kernel_times.by_kind(kernels).items()}
+    kinds["gaps"] = max(0.0, total_ms - kernel_times.busy(kernels) / 1e3)
+    losses = {kind: ms - best.get(kind, 0.0) for kind, ms in kinds.items()}
+    spans = dict.fromkeys(kernel.span for kernel in kernels)
+    parts = {span: kernel_times.by_kind(k for k in kernels if k.span == span) for span in spans}
+    return {
+        "kinds_ms": kinds,
+        "ideal_ms": best,
+        "losses_ms": dict(sorted(losses.items(), key=lambda item: -item[1])),
+        "kinds_by_phase_ms": {span: {kind: us / 1e3 for kind, us in part.items()} for span, part in parts.items()},
+        "largest": kernel_times.largest(kernels),
+        "unclassified": kernel_times.largest([k for k in kernels if k.kind == kernel_times.UNKNOWN], 100),
+    }
+
+
+# ---- telling
+
+
+def show(console: Console, found: list[dict[str, Any]]) -> None:
+    for one in found:
+        console.print(f"\n{one['recipe']}: {one['engine']}")
+        for name, kind, count, us in one["largest"]:
+            console.print(f"  {us / 1e3:8.3f} ms {count:4d} x  {kind:16} {name}", markup=False, highlight=False)
+        for name, _, count, us in one["unclassified"]:
+            console.print(f"  unclassified {us / 1e3:8.3f} ms {count:4d} x {name}", markup=False, highlight=False)
+    columns = [one["recipe"] for one in found]
+    _table(console, "phases, ms", columns, [(one["phases_ms"], one["total_ms"]) for one in found])
+    _table(
+        console, "kinds, ms (share of the microbatch)", columns, [(one["kinds_ms"], one["total_ms"]) for one in found]
+    )
+    _table(console, "losses, ms: beyond the ideal of products and attention", columns,
+           [(one["losses_ms"], one["total_ms"]) for one in found])  # fmt: skip
+    for one in found:
+        ideal = sum(one["ideal_ms"].values())
+        console.print(
+            f"{one['recipe']}: {one['total_ms']:.2f} ms a microbatch, ideal {ideal:.2f} ms "
+            f"({ideal / one['total_ms']:.1%}); kept from F to B {one['kept_bytes'] / 1e9:.3f} GB, "
+            f"peak {one['peak_bytes'] / 1e9:.2f} GB"
+        )
+
+
+def _table(console: Console, title: str, columns: list[str], given: list[tuple[dict[str, float], float]]) -> None:
+    table = Table("", *columns, title=title)
+    for name in dict.fromkeys(name for figures, _ in given for name in figures):
+        cells = (f"{f[name]:.3f} ({f[name] / total:.1%})" if name in f else "-" for f, total in given)
+        table.add_row(name, *cells)
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="on a CPU a toy, to see that it runs")
+    parser.add_argument("--recipe", choices=RECIPES, action="append", help="both unless said")
+    parser.add_argument("--tokens", type=int, help="of the one sequence; 4096, or 64 on a CPU")
+    parser.add_argument("--iterations", type=int, default=10)
+    parser.add_argument("--no-recompute", action="store_true", help="keep what the config makes again")
+    parser.add_argument("--trace", type=Path, help="NAME.json.gz for Perfetto; the recipe joins its name")
+    parser.add_argument("--json", type=Path, help="write every figure there")
+    given = parser.parse_args()
+    device = torch.device(given.device)
+    given.tokens = given.tokens or (4096 if device.type == "cuda" else 64)
+    console = Console(width=140)
+    named = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    console.print(f"{named}, torch {torch.__version__}; {given.tokens} tokens, EP{EP} played by one rank")
+    rates = ceilings(device)
+    console.print("ceilings, TFLOPS: " + ", ".join(f"{name} {rate / 1e12:.0f}" for name, rate in rates.items()))
+    with tempfile.TemporaryDirectory() as folder:
+        found = [measure(recipe, given, rates, Path(folder)) for recipe in given.recipe or RECIPES]
+    show(console, found)
+    if given.json:
+        given.json.write_text(json.dumps({"device": named, "ceilings": rates, "layers": found}, indent=1))
+
+
+def _beside(base: Path, recipe: str) -> Path:
+    return base.with_name(f"{base.name.removesuffix('.json.gz')}-{recipe}.json.gz")
+
+
+if __name__ == "__main__":
+    main()

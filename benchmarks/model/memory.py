@@ -1,0 +1,190 @@
+"""What a microbatch of DeepSeek-V3 keeps from F to B, BF16 beside FP8: predicted, and on a GPU measured.
+
+    python -m benchmarks.model.memory                  # the prediction: a table of every tensor, each rank of the run
+    python -m benchmarks.model.memory --device cuda    # and a dense and a MoE layer of V3, measured
+
+The layers are those of configs/deepseek_v3_671b.toml with its recompute, one sequence of 4096 tokens, experts as rank 0
+of EP64 holds them (see layer.py). Measured is what one more forward adds to the allocator while another microbatch is
+in flight, so that what all microbatches share is there already; a census of the storages that it left stands beside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+import tempfile
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.model.layer import CONFIG, EP, RECIPES, Mirror, Recipe, fill
+from benchmarks.support.census import Census
+from dryvine.comm.dispatch.flat import Flat
+from dryvine.comm.mesh import make_mesh
+from dryvine.parallel.schedule.table import build
+from dryvine.parallel.stage import Flight, Stage, State
+from dryvine.parallel.wgrad import WGrad
+from dryvine.trainer.activations import most_held, stage_bytes
+from dryvine.trainer.config import Config, load
+from dryvine.trainer.fp8.choose import choose
+from dryvine.trainer.fp8.linear import FP8
+from dryvine.trainer.fp8.recipe import preset
+from dryvine.trainer.model.decoder import build_model
+from dryvine.trainer.model.memory import Kept, Load, kept, kept_bytes
+from dryvine.trainer.model.shape import Shape
+
+BLOCKS = ("layers.0", "layers.3", "head", "mtp.0")  # V3's first three layers are dense
+MEASURED = ("layers.0", "layers.3")
+
+
+# ---- predicted
+
+
+def show_rows(console: Console, shape: Shape, name: str, batch: Load) -> None:
+    """Every tensor that one block keeps, by recipe."""
+    found: dict[tuple[str, str, str], dict[str, int]] = {}
+    for recipe in RECIPES:
+        for row in kept(shape, preset(recipe), (name,), batch):
+            found.setdefault((row.phase, row.what, row.reader), {})[recipe] = row.bytes
+    table = Table("phase", "kept", "for", *(f"{recipe}, MB" for recipe in RECIPES), title=f"{name} of V3")
+    for key, sizes in found.items():
+        table.add_row(*key, *(f"{sizes[recipe] / 1e6:.2f}" if recipe in sizes else "-" for recipe in RECIPES))
+    table.add_section()
+    sums = [sum(sizes.get(recipe, 0) for sizes in found.values()) for recipe in RECIPES]
+    table.add_row("", "all", "", *(f"{size / 1e6:.2f}" for size in sums))
+    console.print(table)
+
+
+def by_rank(config: Config) -> list[dict[str, float]]:
+    """GB that the flights of each pipeline rank hold at the most, by recipe."""
+    p = config.parallel
+    schedule = build(p.schedule, p.pp, config.microbatches(config.batch.sequences), p.chunks)
+    ways = {recipe: config.model_copy(update={"fp8": preset(recipe)}) for recipe in RECIPES}
+    sizes = {recipe: stage_bytes(way, cuda=True) for recipe, way in ways.items()}
+    return [{r: most_held(schedule, rank, sizes[r]) / 1e9 for r in RECIPES} for rank in range(p.pp)]
+
+
+def show_ranks(console: Console, config: Config, ranks: list[dict[str, float]]) -> None:
+    p = config.parallel
+    title = f"{p.schedule}, {p.pp} ranks, {config.microbatches(config.batch.sequences)} microbatches: GB held at most"
+    table = Table("", *(str(rank) for rank in range(p.pp)), title=title)
+    for recipe in RECIPES:
+        table.add_row(recipe, *(f"{rank[recipe]:.1f}" for rank in ranks))
+    console.print(table)
+
+
+# ---- measured
+
+
+@dataclass
+class Bench:
+    stage: Stage
+    tokens: torch.Tensor
+    x: torch.Tensor
+
+    def forward(self) -> Flight:
+        """The input of the stage is made anew: a wire would have brought it."""
+        flight = Flight(self.tokens, 1.0)
+        state: State = (self.x.clone(),)
+        for index, phase in enumerate(self.stage.phases):
+            state = phase.forward(index, state, flight).wait()
+        return flight
+
+    def measure(self) -> tuple[int, int]:
+        """Bytes that one flight adds to the allocator (0 on a CPU), and those of the storages it leaves."""
+        other = self.forward()
+        before = _allocated(self.x.device)
+        flight = self.forward()
+        added = _allocated(self.x.device) - before
+        with Census() as census:
+            third = self.forward()
+        found = added, census.bytes
+        del other, flight, third
+        return found
+
+
+def _allocated(device: torch.device) -> int:
+    gc.collect()
+    return torch.cuda.memory_allocated() if device.type == "cuda" else 0
+
+
+def make_bench(shape: Shape, recipe: Recipe, name: str, batch: Load, device: torch.device) -> Bench:
+    wgrad, fp8 = WGrad(), None
+    if recipe != "bf16":
+        mesh = make_mesh(1, 1, 1, 1, device, timedelta(seconds=60))
+        with tempfile.TemporaryDirectory() as folder:
+            fp8 = FP8(preset(recipe), *choose(preset(recipe), mesh, Path(folder)), wgrad)
+    model = build_model(
+        shape, {0: (name,)}, ep_rank=0, ep_size=EP, dispatcher=Flat(None, shape.routed, exchange=Mirror(EP)),
+        wgrad=wgrad, dtype=torch.bfloat16, device=device, fp8=fp8,
+    )  # fmt: skip
+    fill(model)
+    tokens = torch.zeros(1, batch.tokens + 1 + shape.mtp_depth, dtype=torch.int64, device=device)
+    return Bench(model.stages[0], tokens, torch.randn(batch.tokens, shape.hidden, device=device).bfloat16())
+
+
+def compare(shape: Shape, batch: Load, device: torch.device) -> list[dict[str, Any]]:
+    found = []
+    for name in MEASURED:
+        for recipe in RECIPES:
+            bench = make_bench(shape, recipe, name, batch, device)
+            bench.forward()  # what all microbatches share
+            added, left = bench.measure()
+            predicted = kept_bytes(shape, preset(recipe), (name,), batch)
+            found.append({"block": name, "recipe": recipe, "predicted": predicted, "allocated": added, "census": left})
+            del bench
+    return found
+
+
+def show_measured(console: Console, found: list[dict[str, Any]]) -> None:
+    table = Table("block", "recipe", "predicted, MB", "allocator, MB", "census, MB", "predicted / census")
+    for one in found:
+        sizes = (f"{one[key] / 1e6:.2f}" for key in ("predicted", "allocated", "census"))
+        table.add_row(one["block"], one["recipe"], *sizes, f"{one['predicted'] / one['census']:.4f}")
+    console.print(table)
+
+
+def narrow(shape: Shape) -> Shape:
+    """For a CPU: V3's layers and experts at widths that take seconds."""
+    changes = {"hidden": 128, "ffn": 256, "expert_ffn": 128, "heads": 2, "q_lora": 64, "kv_lora": 64, "nope_dim": 32,
+               "rope_dim": 16, "v_dim": 32, "vocab": 512}  # fmt: skip
+    return shape.model_copy(update=changes)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("none", "cpu", "cuda"), default="none", help="measure there; cpu: narrow")
+    parser.add_argument("--no-recompute", action="store_true", help="as if the config made nothing again")
+    parser.add_argument("--json", type=Path, help="write every figure there")
+    given = parser.parse_args()
+    config, console = load(CONFIG), Console(width=140)
+    if given.no_recompute:
+        config = config.model_copy(update={"model": config.model.model_copy(update={"recompute": ()})})
+    shape, length = config.model, config.data.seq_len
+    batch = Load.even(shape, length, 1)
+    for name in BLOCKS:
+        show_rows(console, shape, name, batch)
+    ranks = by_rank(config)
+    show_ranks(console, config, ranks)
+    rows: dict[str, list[Kept]] = {r: list(kept(shape, preset(r), BLOCKS, batch)) for r in RECIPES}
+    measured = []
+    if given.device != "none":
+        device = torch.device(given.device)
+        if device.type == "cpu":
+            shape, batch = narrow(shape), Load.even(shape, 64, 1, cuda=False)
+        measured = compare(shape, batch, device)
+        show_measured(console, measured)
+    if given.json:
+        given.json.write_text(json.dumps({"rows": rows, "ranks": ranks, "measured": measured}, indent=1))
+    return 0 if all(abs(one["predicted"] / one["census"] - 1) < 0.02 for one in measured) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

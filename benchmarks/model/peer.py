@@ -1,0 +1,308 @@
+"""Full training steps beside what a user would pick instead: transformers' DeepseekV3, same card, same run.
+
+    python -m benchmarks.model.peer --device cuda [--deadline SECONDS] [--json FILE] [--contender NAME ...]
+
+One V3-shaped model of 3 billion parameters (hidden 2048, 10 layers, 64 experts, 8 a token), BF16 weights, sequences of
+4096 random tokens that all contenders share, the same microbatches and tokens a step: forward, backward, clip by the
+global norm, AdamW. Everybody trains as it does by default, which is not the same work:
+
+    transformers   BF16 weights, BF16 gradients, BF16 moments (torch's fused AdamW on a BF16 model); sdpa
+    dryvine        BF16 weights, FP32 gradient sums, FP32 masters and moments; the trainer's own `train_step`
+
+A contender runs in a process of its own with a deadline; one that fails is listed with its reason. That both are the
+same model is proven in tests/trainer/test_model_parity.py; here their parameters are counted. MFU is 3 x the forward's
+FLOPs (products, and half the square for causal attention; nothing for what is recomputed) over 989 TFLOPS, the BF16
+peak of an H100 or H200, for FP8 too. `batched_mm` experts are left out: they copy a weight for every row, terabytes
+here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.model.layer import fill
+from dryvine.comm.mesh import make_mesh
+from dryvine.trainer.config import Config
+from dryvine.trainer.model.decoder import Model
+from dryvine.trainer.model.hf import config_json
+from dryvine.trainer.model.shape import Shape, blocks, count_parameters
+from dryvine.trainer.ramps import points
+from dryvine.trainer.step import Data, make_rig, train_step
+
+PEAK = 989e12
+COMMON: dict[str, Any] = {
+    "score": "sigmoid", "normalise": True, "route_scale": 2.5, "shared": 1, "init_std": 0.02, "balance_alpha": 0.0,
+}  # fmt: skip
+LARGE = Shape(
+    layers=10, first_dense=1, hidden=2048, ffn=5120, expert_ffn=768, heads=16, q_lora=768, kv_lora=512, nope_dim=128,
+    rope_dim=64, v_dim=128, routed=64, top_k=8, groups=8, group_limit=4, vocab=32768, max_position=4096, **COMMON,
+)  # fmt: skip
+SMALL = Shape(
+    layers=2, first_dense=1, hidden=64, ffn=128, expert_ffn=128, heads=2, q_lora=32, kv_lora=32, nope_dim=16,
+    rope_dim=8, v_dim=16, routed=8, top_k=2, groups=2, group_limit=1, vocab=320, max_position=64, **COMMON,
+)  # fmt: skip
+
+
+class Work(NamedTuple):
+    """What everybody trains, and for how long."""
+
+    shape: Shape
+    sequences: int  # of a microbatch
+    microbatches: int  # of a step
+    device: torch.device
+    warm: int  # steps before those measured
+    steps: int
+
+    @property
+    def tokens(self) -> int:
+        return self.sequences * self.microbatches * self.shape.max_position
+
+    @property
+    def flops(self) -> float:
+        """Of one step: 3 x the forward's."""
+        return 3.0 * self.tokens * sum(block.cost for block in blocks(self.shape, self.shape.max_position))
+
+
+class RandomTokens:
+    """A TokenSource without a corpus: sequence n is drawn from seed n, so it is the same for everybody."""
+
+    def __init__(self, shape: Shape) -> None:
+        self.shape = shape
+
+    def sequences(self, first: int, count: int) -> NDArray[np.int64]:
+        size = self.shape.max_position + 1
+        return np.stack(
+            [np.random.default_rng(n).integers(self.shape.vocab, size=size) for n in range(first, first + count)]
+        )
+
+
+# ---- contenders: each gives a step (its number -> loss), the parameters it trains, and what the optimizer keeps
+
+
+class Ready(NamedTuple):
+    step: Callable[[int], float]
+    parameters: int
+    states: str
+    note: str = ""
+
+
+def dryvine(work: Work, recipe: str) -> Ready:
+    shape, folder = work.shape, tempfile.mkdtemp()  # the engines that `auto` takes are kept in a run's folder
+    config = Config.model_validate({
+        "run": {"name": "peer", "steps": 1, "dtype": "bf16", "device": work.device.type, "out": folder},
+        "model": shape,
+        "data": {"source": "random", "seq_len": shape.max_position, "vocab_size": shape.vocab},
+        "batch": {"sequences": work.sequences * work.microbatches},
+        "parallel": {"pp": 1, "ep": 1, "schedule": "one_f_one_b", "microbatch_sequences": work.sequences},
+        "optim": {"lr": 1e-4, "plan": [{"shape": "constant", "length": 1, "to": 1.0}]},
+        "fp8": {"preset": recipe, "guard_every": 0},
+    })  # fmt: skip
+    source: Any = RandomTokens(shape)
+    mesh = make_mesh(1, 1, 1, 1, work.device, timedelta(seconds=60))
+    with patch.object(Model, "initialise", fill):
+        rig = make_rig(config, mesh, Data(source, source))
+    each = points(config.batch, shape.max_position)
+
+    def step(number: int) -> float:
+        played, _, _ = train_step(rig, next(each))
+        return float(torch.stack(played.losses["loss"]).mean())
+
+    parameters = sum(weight.numel() for _, weight in rig.model.named_parameters())
+    states = "FP32 gradients, masters and moments"
+    return Ready(step, parameters, states, rig.fp8.chosen if rig.fp8 else "")
+
+
+def transformers(work: Work, experts: str, compiled: bool = False) -> Ready:
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    config = DeepseekV3Config(**config_json(work.shape), use_cache=False)
+    with torch.device(work.device):
+        ways = {"attn_implementation": "sdpa", "experts_implementation": experts}
+        model: Any = DeepseekV3ForCausalLM._from_config(config, **ways)
+    taken = {way: getattr(model.config, f"_{way}") for way in ways}
+    assert taken == ways, f"transformers took {taken}"
+    torch.set_default_dtype(torch.float32)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    adam = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    run = torch.compile(model.train()) if compiled else model.train()
+    source = RandomTokens(work.shape)
+
+    def step(number: int) -> float:
+        losses = []
+        for m in range(work.microbatches):
+            first = (number * work.microbatches + m) * work.sequences
+            tokens = torch.from_numpy(source.sequences(first, work.sequences)[:, :-1]).to(work.device)
+            loss = run(input_ids=tokens, labels=tokens).loss / work.microbatches
+            loss.backward()
+            losses.append(loss.detach())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        adam.step()
+        adam.zero_grad(set_to_none=True)
+        return float(torch.stack(losses).sum())
+
+    return Ready(step, parameters, "BF16 gradients and moments", f"transformers {_version('transformers')}")
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import version
+
+    return version(package)
+
+
+CONTENDERS: dict[str, tuple[float, Callable[[Work], Ready]]] = {  # name -> seconds allowed, maker
+    "dryvine bf16": (70, lambda work: dryvine(work, "bf16")),
+    "dryvine fp8": (80, lambda work: dryvine(work, "deepseek_v3")),
+    "transformers grouped_mm": (60, lambda work: transformers(work, "grouped_mm")),
+    "transformers eager": (60, lambda work: transformers(work, "eager")),
+    "transformers grouped_mm compiled": (150, lambda work: transformers(work, "grouped_mm", compiled=True)),
+}
+
+
+# ---- measuring
+
+
+def measure(name: str, work: Work) -> dict[str, Any]:
+    """Seconds of each of `steps` steps after `warm` of them. Every step ends in reading its loss, so the host waits."""
+    warnings.filterwarnings("ignore")
+    started = time.perf_counter()
+    ready = CONTENDERS[name][1](work)
+    losses, took = [], []
+    for number in range(work.warm + work.steps):
+        before = time.perf_counter()
+        losses.append(ready.step(number))
+        took.append(time.perf_counter() - before)
+        print(f"  {name}: step {number}, loss {losses[-1]:.3f}, {took[-1]:.2f} s", file=sys.stderr, flush=True)
+        if number == work.warm - 1 and work.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+    seconds = statistics.median(took[work.warm :])
+    return {
+        "tokens_per_second": work.tokens / seconds,
+        "mfu": work.flops / seconds / PEAK,
+        "peak_bytes": torch.cuda.max_memory_allocated() if work.device.type == "cuda" else 0,
+        "steps_s": took,
+        "losses": losses,
+        "parameters": ready.parameters,
+        "states": ready.states,
+        "note": ready.note,
+        "whole_s": time.perf_counter() - started,
+    }
+
+
+def attempt(name: str, seconds: float, words: list[str]) -> dict[str, Any]:
+    """`measure` in a process of its own; a failure is its last line of complaint."""
+    command = [sys.executable, "-m", __spec__.name, *words, "--contender", name, "--one"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
+    except subprocess.TimeoutExpired as late:
+        said = late.stderr.decode() if isinstance(late.stderr, bytes) else late.stderr or ""
+        return {"failed": f"not done in {seconds:.0f} s; last: {_last(said)}"}
+    if done.returncode:
+        return {"failed": _complaint(done.stderr)}
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def _last(text: str) -> str:
+    lines = [line for line in text.splitlines() if line.strip()]
+    return lines[-1].strip()[:300] if lines else "nothing said"
+
+
+def _complaint(text: str) -> str:
+    """The line of an exception, not what a library printed after it."""
+    named = [line for line in text.splitlines() if "Error" in line.split(":")[0] or "out of memory" in line]
+    return (named[-1].strip() if named else _last(text))[:300]
+
+
+def show(console: Console, found: dict[str, dict[str, Any]], work: Work) -> bool:
+    """The table; and whether all have as many parameters as the shape says."""
+    good = {name: one for name, one in found.items() if "failed" not in one}
+    theirs = max((one["tokens_per_second"] for name, one in good.items() if name.startswith("trans")), default=None)
+    table = Table("", "tokens/s", "against their best", "MFU", "peak GB", "first, last loss", "optimizer keeps")
+    for name, one in good.items():
+        ratio = f"{one['tokens_per_second'] / theirs:.2f}x" if theirs else "-"
+        mfu = f"{one['mfu']:.1%}" if work.device.type == "cuda" else "-"
+        losses = f"{one['losses'][0]:.3f}, {one['losses'][-1]:.3f}"
+        speed, peak = f"{one['tokens_per_second']:,.0f}", f"{one['peak_bytes'] / 1e9:.1f}"
+        table.add_row(name, speed, ratio, mfu, peak, losses, one["states"])
+    console.print(table)
+    for name, one in found.items():
+        if said := one.get("failed") or one.get("note"):
+            console.print(f"{name}: {said}", markup=False, highlight=False)
+    counts = {name: one["parameters"] for name, one in good.items()}
+    expected = count_parameters(work.shape)[0]
+    same = set(counts.values()) <= {expected}
+    console.print(f"parameters: {expected:,} each" if same else f"PARAMETERS DIFFER from {expected:,}: {counts}")
+    return same and bool(good)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--small", action="store_true", help="a toy of seconds on a CPU")
+    parser.add_argument(
+        "--contender", action="append", choices=list(CONTENDERS), help="all but compiled if small, else all"
+    )
+    parser.add_argument("--sequences", type=int, help="of a microbatch; 4, small 2")
+    parser.add_argument("--microbatches", type=int, default=2, help="of a step")
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--steps", type=int, default=6, help="measured, after 3 that are not")
+    parser.add_argument("--deadline", type=float, default=235, help="seconds for everybody together")
+    parser.add_argument("--json", type=Path, help="write every figure there")
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    shape = SMALL if given.small else LARGE
+    shape = shape.model_copy(update={"layers": given.layers}) if given.layers else shape
+    work = Work(
+        shape,
+        given.sequences or (2 if given.small else 4),
+        given.microbatches,
+        torch.device(given.device),
+        3,
+        given.steps,
+    )
+    names = given.contender or [name for name in CONTENDERS if not (given.small and "compiled" in name)]
+    if given.one:
+        print(json.dumps(measure(names[0], work)))
+        return 0
+    console = Console(width=160)
+    named = torch.cuda.get_device_name() if given.device == "cuda" else "CPU"
+    total, active = count_parameters(shape)
+    console.print(
+        f"{named}, torch {torch.__version__}; {total / 1e9:.2f}B parameters, {active / 1e9:.2f}B active; "
+        f"{work.tokens} tokens a step in {work.microbatches} microbatches; {work.flops / 1e12:.1f} TFLOP a step"
+    )
+    words = [f"--device={given.device}", f"--sequences={work.sequences}", f"--microbatches={work.microbatches}",
+             f"--layers={shape.layers}", f"--steps={work.steps}", *(["--small"] if given.small else [])]  # fmt: skip
+    found, end = {}, time.monotonic() + given.deadline
+    for name in names:
+        left = end - time.monotonic()
+        found[name] = attempt(name, min(CONTENDERS[name][0], left), words) if left > 5 else {"failed": "no time left"}
+        console.print(f"{name}: {found[name].get('failed') or 'done'}", markup=False, highlight=False)
+    good = show(console, found, work)
+    if given.json:
+        given.json.write_text(json.dumps({"device": named, "found": found}, indent=1))
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""The plain dispatcher: one all_to_all_single, a row per token-expert pair. The oracle of every other.
+
+It sends a token once per expert that it chose, so over InfiniBand up to K times what `hierarchical` sends; in exchange
+it is one collective, one permutation and fifty lines to trust. On one node of few ranks it is also the fastest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from torch import Tensor
+
+from dryvine.comm.dispatch import routing
+from dryvine.comm.dispatch.buffers import Pool
+from dryvine.comm.dispatch.exchange import Exchange, GroupExchange
+from dryvine.comm.dispatch.payload import Format
+from dryvine.comm.dispatch.routing import Arrival, Order, Sum
+from dryvine.comm.pending import Pending
+
+
+@dataclass(frozen=True)
+class FlatHandle:
+    """Everything that both directions need, worked out once."""
+
+    label: str  # whose routing this is, for errors
+    sends: tuple[int, ...]  # rows to each rank
+    receives: tuple[int, ...]  # rows from each rank
+    order: Order
+    arrival: Arrival
+    sum: Sum  # of what came back, by token, in the order of its choices
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        return self.arrival.counts
+
+    @property
+    def used(self) -> tuple[int, ...]:
+        return self.arrival.used
+
+
+class Flat:
+    """`Dispatcher` over the ranks of `group` (None: this rank alone), who hold experts in equal, contiguous shares."""
+
+    def __init__(
+        self, group: dist.ProcessGroup | None, experts: int, alignment: int = 1, exchange: Exchange | None = None
+    ) -> None:
+        """`exchange`, if given, carries the rows in place of one over `group`."""
+        self.exchange = exchange or GroupExchange(group)
+        self.meter, self.pool = self.exchange.meter, Pool()
+        self.experts, self.alignment = experts, alignment
+        if experts % self.exchange.size:
+            raise ValueError(f"experts = {experts} do not divide over {self.exchange.size} expert-parallel ranks")
+
+    def layout(self, experts_TK: Tensor, label: str = "") -> Pending[FlatHandle]:
+        order, ones = routing.by_expert(experts_TK, self.exchange.size, self.experts), [1] * self.exchange.size
+        coming = self.exchange.start(order.message, ones, ones, what=f"layout of {label}")
+        summed = Sum.even(order.place)
+        return Pending(lambda: self._handle(order, summed, coming.wait(), label), coming.ready)
+
+    def _handle(self, order: Order, summed: Sum, theirs: Tensor, label: str) -> FlatHandle:
+        to, come = routing.read(order.message, theirs)  # the one read on the host
+        routing.refuse(come[:, -1].nonzero().flatten().tolist())
+        return FlatHandle(
+            label=label,
+            sends=tuple(to[:, :-1].sum(1).tolist()),
+            receives=tuple(come[:, :-1].sum(1).tolist()),
+            order=order,
+            arrival=Arrival.of(theirs, come, self.alignment),
+            sum=summed,
+        )
+
+    def dispatch(
+        self, rows: tuple[Tensor, ...], pairs: Tensor | None, handle: FlatHandle
+    ) -> Pending[tuple[Tensor, ...]]:
+        payload = rows if pairs is None else (*rows, pairs.flatten())
+        indexes = [handle.order.token] * len(rows) + [handle.order.pair] * (pairs is not None)
+        wire = Format.of(payload)
+        finish = self._exchange(wire, payload, indexes, handle.sends, handle.receives, f"dispatch of {handle.label}")
+        return Pending(lambda: finish(lambda came: tuple(wire.unpack(came, handle.arrival.came))))
+
+    def _exchange(
+        self,
+        wire: Format,
+        payload: Sequence[Tensor],
+        indexes: Sequence[Tensor],
+        sends: Sequence[int],
+        receives: Sequence[int],
+        what: str,
+    ) -> Callable[[Callable[[Tensor], tuple[Tensor, ...]]], tuple[Tensor, ...]]:
+        """Start; gives a function that waits, lets its argument read what came, and takes the buffers back."""
+        device, alone = indexes[0].device, self.exchange.size == 1
+        packed = wire.pack(payload, indexes, self.pool.take(sum(sends), wire.lanes, device))
+        into = None if alone else self.pool.take(sum(receives), wire.lanes, device)
+        coming = self.exchange.start(packed, sends, receives, into, what)
+
+        def finish(read: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+            came = coming.wait()
+            result = read(came)
+            self.pool.give(packed, *([] if alone else [came]))
+            return result
+
+        return finish
+
+    def combine(self, rows: Tensor, pairs: Tensor | None, handle: FlatHandle) -> Pending[tuple[Tensor, ...]]:
+        payload = (rows,) if pairs is None else (rows, pairs)
+        wire = Format.of(payload)
+        indexes = [handle.arrival.back] * len(payload)
+        finish = self._exchange(wire, payload, indexes, handle.receives, handle.sends, f"combine of {handle.label}")
+
+        def read(came: Tensor) -> tuple[Tensor, ...]:
+            back, *weights = wire.unpack(came)
+            return (handle.sum(back), *(w[handle.order.place] for w in weights))
+
+        return Pending(lambda: finish(read))

@@ -1,0 +1,131 @@
+"""Two hops: a token crosses to each node once, to the rank on its own rail, and is handed on there to who needs it.
+
+InfiniBand is 3 to 20 times slower than NVLink, and with top-8 routing several of a token's experts often share a node.
+So (DeepSeek-V3, arXiv 2412.19437, section 3.2.2) hop 1 sends a row once per node, hop 2 once per rank of that node,
+and copies for several experts of one rank are made after arrival. `flat` sends a row once per expert. Combine mirrors
+it: rows are summed per rank, then per node in FP32, before they cross. It is plain torch.distributed: DeepEP does the
+same in kernels, for the price of a native build and fixed node shapes.
+
+Tokens go in `chunks`, so that hop 2 of one chunk runs while hop 1 of the next is on the wire; rows for this node
+have no hop 1 and use the time before the first chunk lands. Sums are in FP32 but travel in the rows' dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dryvine.comm.dispatch.buffers import Pool
+from dryvine.comm.dispatch.exchange import Exchange
+from dryvine.comm.dispatch.groups import Groups
+from dryvine.comm.dispatch.payload import Format
+from dryvine.comm.dispatch.two_hop_plan import Counts, Handle, Leg, Planner
+from dryvine.comm.dispatch.worker import Lane
+from dryvine.comm.pending import Pending
+
+
+class Hierarchical:
+    """`Dispatcher` over the ranks of an expert-parallel group.
+
+    Waiting for a layout starts collectives too, so ranks must also wait for layouts in the same order.
+    """
+
+    def __init__(
+        self,
+        groups: Groups,
+        experts: int,
+        device: torch.device | None = None,
+        chunks: int = 4,
+        alignment: int = 1,
+    ) -> None:
+        self.all, self.intra, self.inter, self.meter = groups.all, groups.node, groups.rail, groups.meter
+        crossing = chunks if len(groups.topology.nodes) > 1 else 0
+        place = device or torch.device("cpu")
+        self.planner = Planner(groups.topology, groups.rank, groups.rail_ranks, experts, crossing, alignment, place)
+        self.lane, self.pool = Lane(place), Pool()
+
+    def layout(self, experts_TK: Tensor, label: str = "") -> Pending[Handle]:
+        counted = self.lane.run(lambda: self._count(experts_TK, label))
+
+        def plan() -> Handle:
+            counts, coming = counted.wait()
+            return self.planner.plan(experts_TK, counts, coming.wait(), self.inter, self.intra, label)
+
+        return Pending(lambda: self.lane.run(plan).wait(), lambda: counted.ready() and counted.wait()[1].ready())
+
+    def dispatch(self, rows: tuple[Tensor, ...], pairs: Tensor | None, handle: Handle) -> Pending[tuple[Tensor, ...]]:
+        return self.lane.run(lambda: self._dispatch(rows, pairs, handle))
+
+    def combine(self, rows: Tensor, pairs: Tensor | None, handle: Handle) -> Pending[tuple[Tensor, ...]]:
+        return self.lane.run(lambda: self._combine(rows, pairs, handle))
+
+    def _count(self, experts_TK: Tensor, label: str) -> tuple[Counts, Pending[Tensor]]:
+        counts = self.planner.count(experts_TK)
+        ones = [1] * self.all.size
+        return counts, self.all.start(counts.message, ones, ones, what=f"layout counts of {label}")
+
+    def _dispatch(self, rows: tuple[Tensor, ...], pairs: Tensor | None, handle: Handle) -> tuple[Tensor, ...]:
+        payload = rows if pairs is None else (*rows, pairs)
+        wire = Format.of(payload)
+        with self.pool.scratch(wire.lanes, rows[0].device) as take:
+
+            def packed(leg: Leg) -> Tensor:
+                return wire.pack(payload, [leg.index] * len(payload), take(len(leg.index)))
+
+            what = f"dispatch hop 1 of {handle.label}"
+            crossing = [
+                self.inter.start(packed(leg), leg.sends, leg.receives, take(sum(leg.receives)), what)
+                for leg in handle.hop1
+            ]
+            sizes = [sum(leg.receives) for leg in handle.hop2]
+            arrived = take(sum(sizes))
+            (own, space), *others = zip(handle.hop2, arrived.split(sizes), strict=True)
+            arriving = [self._near(packed(own), own, space, handle)]
+            for coming, (leg, into) in zip(crossing, others, strict=True):
+                onward = torch.index_select(coming.wait(), 0, leg.index, out=take(len(leg.index)))
+                arriving.append(self._near(onward, leg, into, handle))
+            for stage in arriving:
+                stage.wait()
+            return self._result(wire, arrived, pairs is not None, handle)
+
+    def _near(self, rows: Tensor, leg: Leg, into: Tensor, handle: Handle) -> Pending[Tensor]:
+        return self.intra.start(rows, leg.sends, leg.receives, into, f"dispatch hop 2 of {handle.label}")
+
+    @staticmethod
+    def _result(wire: Format, arrived: Tensor, paired: bool, handle: Handle) -> tuple[Tensor, ...]:
+        """A copy of each arrived row for every local expert that it is for, in the result's order."""
+        rows = wire.unpack(arrived, handle.row)
+        if paired:
+            rows[-1] = rows[-1].gather(1, handle.choice)[:, 0]
+        return tuple(rows)
+
+    def _combine(self, rows: Tensor, pairs: Tensor | None, handle: Handle) -> tuple[Tensor, ...]:
+        values = [] if pairs is None else [handle.scattered(pairs)]
+        wire = Format.of((rows, *values))
+        sizes = [sum(leg.receives) for leg in handle.hop2]
+        hop1, hop2 = f"combine hop 1 of {handle.label}", f"combine hop 2 of {handle.label}"
+        with self.pool.scratch(wire.lanes, rows.device) as take:
+            departing = take(sum(sizes))
+            going, *scattered = wire.unpack(departing)
+            handle.rank_sum(rows, going)
+            for space, value in zip(scattered, values, strict=True):
+                space.copy_(value)
+            own, *others = zip(handle.hop2, departing.split(sizes), strict=True)
+            leaving = [self._back(self.intra, leg, going, take(sum(leg.sends)), hop2) for leg, going in others]
+            homes = [sum(leg.sends) for leg in (handle.hop2[0], *handle.hop1)]
+            home = take(sum(homes))
+            near, *far = home.split(homes)
+            coming = []
+            for leg, into, left, add in zip(handle.hop1, far, leaving, handle.node_sums, strict=True):
+                summed = take(sum(leg.receives))
+                for tensor, space in zip(wire.unpack(left.wait()), wire.unpack(summed), strict=True):
+                    add(tensor, space)
+                coming.append(self._back(self.inter, leg, summed, into, hop1))
+            coming.append(self._back(self.intra, *own, near, hop2))
+            for part in coming:
+                part.wait()
+            return tuple(handle.token_sum(tensor) for tensor in wire.unpack(home))
+
+    @staticmethod
+    def _back(exchange: Exchange, leg: Leg, rows: Tensor, into: Tensor, what: str) -> Pending[Tensor]:
+        return exchange.start(rows, leg.receives, leg.sends, into, what)

@@ -1,0 +1,77 @@
+"""A group of one rank, where nothing travels: rows are gathered once into the experts' order and summed from it.
+
+`flat` would give the same bits, and does all this twice: into a send buffer, out of what "came"; back, and then summed.
+With one rank the order in which pairs are sent is the order in which experts want them, so one index serves both ways.
+`fake`, whose other ranks are imagined, places its rows likewise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dryvine.comm.dispatch import routing
+from dryvine.comm.dispatch.exchange import Meter
+from dryvine.comm.dispatch.payload import Format, gather
+from dryvine.comm.dispatch.routing import Arrival, Order, Sum
+from dryvine.comm.pending import Pending
+
+
+@dataclass(frozen=True)
+class Local:
+    """Where the rows of a rank go that sends none: the handle of `Alone`."""
+
+    counts: tuple[int, ...]  # rows of each expert, with padding
+    used: tuple[int, ...]  # of which real
+    pair: Tensor  # [R] the pair t * K + k of each result row, -1 for padding
+    token: Tensor  # [R] and its token
+    place: Tensor  # [T, K] result row of each pair
+    sum: Sum  # of result rows, by token, in the order of its choices
+
+    @staticmethod
+    def of(order: Order, host: Tensor, alignment: int) -> Local:
+        """`order` is for one rank, `host` its message on the host."""
+        used = tuple(host[0, :-1].tolist())
+        if all(n % alignment == 0 for n in used):
+            return Local(used, used, order.pair, order.token, order.place, Sum.even(order.place))
+        arrival = Arrival.of(order.message, host, alignment)
+        pair, token = (torch.where(arrival.came < 0, -1, index[arrival.came]) for index in (order.pair, order.token))
+        place = arrival.back[order.place]
+        return Local(arrival.counts, used, pair, token, place, Sum.even(place))
+
+    def dispatch(self, rows: tuple[Tensor, ...], pairs: Tensor | None) -> tuple[Tensor, ...]:
+        values = () if pairs is None else (gather(pairs.flatten(), self.pair),)
+        return (*(gather(tensor, self.token) for tensor in rows), *values)
+
+    def combine(self, rows: Tensor, pairs: Tensor | None) -> tuple[Tensor, ...]:
+        return (self.sum(rows), *(() if pairs is None else (pairs[self.place],)))
+
+
+class Alone:
+    """`Dispatcher` of a single rank, which holds all experts. Its copies are counted as flat's to itself are."""
+
+    def __init__(self, experts: int, alignment: int = 1) -> None:
+        self.experts, self.alignment, self.meter = experts, alignment, Meter()
+
+    def layout(self, experts_TK: Tensor, label: str = "") -> Pending[Local]:
+        order = routing.by_expert(experts_TK, 1, self.experts)
+        self._count(1, order.message)
+        return Pending(lambda: self._handle(order))
+
+    def _handle(self, order: Order) -> Local:
+        (host,) = routing.read(order.message)  # the one read on the host
+        routing.refuse(host[:, -1].nonzero().flatten().tolist())
+        return Local.of(order, host, self.alignment)
+
+    def dispatch(self, rows: tuple[Tensor, ...], pairs: Tensor | None, handle: Local) -> Pending[tuple[Tensor, ...]]:
+        self._count(sum(handle.used), *rows, *(() if pairs is None else (pairs.flatten(),)))
+        return Pending.done(handle.dispatch(rows, pairs))
+
+    def combine(self, rows: Tensor, pairs: Tensor | None, handle: Local) -> Pending[tuple[Tensor, ...]]:
+        self._count(sum(handle.used), rows, *(() if pairs is None else (pairs,)))
+        return Pending.done(handle.combine(rows, pairs))
+
+    def _count(self, rows: int, *payload: Tensor) -> None:
+        self.meter.add(("self",), (rows,), Format.of(payload).bytes)

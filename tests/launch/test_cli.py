@@ -1,0 +1,62 @@
+"""The commands as a user runs them: exit codes, and what is printed."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+TINY = str(Path(__file__).parents[1] / "tiny.toml")
+DUALPIPE = ("parallel.pp=2", "parallel.schedule=dualpipe")
+
+
+def command(*words: str) -> list[str]:
+    return [sys.executable, "-c", "from dryvine.launch.cli import main; main()", *words]
+
+
+def given(corpus: Path, out: Path) -> tuple[str, ...]:
+    return f'data.source="{corpus}"', f'run.out="{out}"'
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*words), capture_output=True, text=True, timeout=200, check=False)
+
+
+def test_train_launches_ranks_and_ends_with_the_table(corpus: Path, tmp_path: Path) -> None:
+    done = run("train", TINY, *DUALPIPE, *given(corpus, tmp_path), "run.steps=2")
+    assert done.returncode == 0, done.stderr
+    for line in ("dualpipe", "validation loss", "tokens/s", "overlapped forwards", "run folder"):
+        assert line in done.stdout
+    assert (tmp_path / "tiny" / "checkpoints" / "step-00000002").is_dir()
+
+
+def test_a_signal_to_the_launcher_saves_and_exits_cleanly(corpus: Path, tmp_path: Path) -> None:
+    words = command("train", TINY, *DUALPIPE, *given(corpus, tmp_path), "run.steps=100000", "run.eval_every=100000")
+    rows = tmp_path / "tiny" / "metrics.jsonl"
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        until = time.monotonic() + 100
+        while time.monotonic() < until and not (rows.exists() and rows.read_text().count("\n") >= 2):
+            time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)
+        out, errors = process.communicate(timeout=100)
+    assert process.returncode == 0, errors
+    assert "the same command goes on from there" in out
+    assert "Traceback" not in errors
+    assert len(list((tmp_path / "tiny" / "checkpoints").iterdir())) == 1
+
+
+def test_verify_says_what_deviates_and_by_how_much(corpus: Path, tmp_path: Path) -> None:
+    done = run("verify", TINY, "parallel.ep=2", *given(corpus, tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "gradient norm" in done.stdout
+    assert "layers.N.experts" in done.stdout
+
+
+def test_what_cannot_be_is_one_line_and_exit_code_2(corpus: Path, tmp_path: Path) -> None:
+    for words in (("train", TINY, "parallel.pp=3", "parallel.schedule=dualpipe"), ("verify", TINY, "optim.lrr=1")):
+        done = run(*words, *given(corpus, tmp_path))
+        assert done.returncode == 2
+        assert done.stderr.startswith("dryvine: ")
+        assert done.stderr.count("\n") == 1

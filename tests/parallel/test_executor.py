@@ -1,0 +1,343 @@
+"""The executor against plain autograd, on every schedule; what it may reorder, and what it holds."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dryvine.comm import local
+from dryvine.comm.pending import Pending
+from dryvine.comm.wire import Pool
+from dryvine.parallel import overlap
+from dryvine.parallel.executor import Batch, Executor
+from dryvine.parallel.flow_control import Line, channel, most_under_way, posts
+from dryvine.parallel.overlap import ORDERS
+from dryvine.parallel.schedule.check import check
+from dryvine.parallel.schedule.ir import Op, Schedule, Slot
+from dryvine.parallel.schedule.lower import forward_only, lower
+from dryvine.parallel.schedule.rules import ScheduleError
+from dryvine.parallel.schedule.table import SCHEDULES, build
+from dryvine.parallel.stage import Compute, Flight, Outcome, Stage
+from dryvine.parallel.streams import CpuLanes
+from dryvine.parallel.wgrad import WGrad
+from tests.support.pipeline import Report, play, reference, tokens, total
+
+CHUNKS = {"interleaved": 2}
+
+
+def named(name: str, pp: int, microbatches: int) -> Schedule:
+    return build(name, pp, microbatches, CHUNKS.get(name, 1))
+
+
+def run(schedule: Schedule, *rows: int, training: bool = True, woven: bool = True) -> list[list[Report]]:
+    """The reports of each rank, for one step after another with microbatches of so many rows."""
+    batches = [tokens(schedule.microbatches, n, seed) for seed, n in enumerate(rows)]
+    return local.run(play, len(schedule.ranks), schedule, batches, training, woven, deadline=60)
+
+
+def assert_trains(schedule: Schedule, *rows: int) -> list[list[Report]]:
+    reports = run(schedule, *rows)
+    for step, n in enumerate(rows):
+        losses, grads = reference(schedule.stages, tokens(schedule.microbatches, n, step))
+        found = total([rank[step] for rank in reports])
+        assert found.keys() == grads.keys()
+        for name, grad in grads.items():
+            np.testing.assert_allclose(found[name], grad, rtol=1e-4, atol=1e-6 * abs(grad).max(), err_msg=name)
+        heard = sorted(loss for rank in reports for loss in rank[step].losses)
+        np.testing.assert_allclose(heard, sorted(losses), rtol=1e-5)
+    return reports
+
+
+# ---- every schedule trains like one process
+
+
+@pytest.mark.parametrize("pp", [2, 4])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedule_trains_like_one_process(name: str, pp: int) -> None:
+    """Two steps of one executor, with other shapes in each, and every edge with a shape of its own."""
+    schedule = named(name, pp, 2 * pp)
+    reports = assert_trains(schedule, 2, 5)
+    for rank, slots in enumerate(schedule.ranks):
+        for report in reports[rank]:
+            assert_in_order(report, slots)
+
+
+def assert_in_order(report: Report, slots: tuple[Slot, ...]) -> None:
+    assert tuple(slot for slot, _, _ in report.timeline) == slots
+    times = [t for _, start, end in report.timeline for t in (start, end)]
+    assert times == sorted(times)
+
+
+def test_schedule_from_a_file_trains(tmp_path: Path) -> None:
+    rows = [
+        "0F0,,0F1,(0F2;0I0)OVERLAP_F_I,(0F3;0W0)OVERLAP_F_W,0B1,(0B2;0B3)OVERLAP_B_B",
+        ",1F0,1I0,(1F1;1W0)OVERLAP_F_W,1B1,(1F2;1F3)OVERLAP_F_F,1I2,(1I3;1W2)OVERLAP_I_W,1W3",
+    ]
+    (tmp_path / "mine.csv").write_text("\n".join(rows))
+    schedule = build(f"file:{tmp_path}/mine.csv", 2, 4)
+    check(schedule)
+    assert_trains(schedule, 3)
+
+
+def paired(schedule: Schedule, seed: int) -> Schedule:
+    """The schedule with neighbouring slots joined wherever a coin says so and the checker agrees."""
+    coin = random.Random(seed)
+    rows = [list(row) for row in schedule.ranks]
+    for row in rows:
+        for i in reversed(range(len(row) - 1)):
+            if coin.random() < 0.6 and len(row[i]) == len(row[i + 1]) == 1:
+                apart = row[i : i + 2]
+                row[i : i + 2] = [row[i] + row[i + 1]]
+                try:
+                    check(replace(schedule, ranks=tuple(map(tuple, rows))))
+                except ScheduleError:
+                    row[i : i + 1] = apart
+    return replace(schedule, ranks=tuple(map(tuple, rows)))
+
+
+PAIRED = [paired(named(name, 2, 8), seed) for seed, name in enumerate(("gpipe", "zb1p", "zbv", "dualpipe"))]
+
+
+@pytest.mark.parametrize("schedule", PAIRED, ids=lambda s: s.name)
+def test_any_pairs_train_like_one_process(schedule: Schedule) -> None:
+    assert_trains(schedule, 3)
+
+
+def test_those_pairs_are_of_all_kinds() -> None:
+    kinds = {"".join(sorted(op.kind for op in slot)) for s in PAIRED for row in s.ranks for slot in row}
+    assert kinds >= {"FF", "BF", "BB", "IW", "FW", "FI"}
+
+
+def test_weaving_a_pair_does_not_change_a_bit() -> None:
+    woven, plain = (total([r[0] for r in run(PAIRED[3], 4, woven=w)]) for w in (True, False))
+    for name, grad in woven.items():
+        np.testing.assert_array_equal(grad, plain[name], err_msg=name)
+
+
+@pytest.mark.parametrize("name", ["interleaved", "dualpipe", "dualpipev"])
+def test_forwards_alone(name: str) -> None:
+    schedule = forward_only(named(name, 2, 4))
+    losses, _ = reference(schedule.stages, tokens(4, 3))
+    reports = [rank[0] for rank in run(schedule, 3, training=False)]
+    np.testing.assert_allclose(sorted(x for r in reports for x in r.losses), sorted(losses), rtol=1e-5)
+    assert not any(r.grads for r in reports)
+
+
+# ---- the order inside a pair
+
+
+@dataclass
+class Traced:
+    """A phase that logs (track, step, what happened), and hands on its step's number."""
+
+    name: str
+    layer: str
+    lane: Any
+    log: list[tuple[int, int, str]]
+    track: int = 0
+
+    def forward(self, index: int, state: Any, flight: Any) -> Pending[Any]:
+        return self._step(index, state)
+
+    def backward(self, index: int, grads: Any, flight: Any, wgrads: Any) -> Pending[Any]:
+        return self._step(index, grads)
+
+    def _step(self, index: int, came: Any) -> Pending[Any]:
+        self.log.append((self.track, index, "start"))
+        assert came == () or came[0] == self.track, "another track's state"
+
+        def finish() -> Any:
+            self.log.append((self.track, index, "used"))
+            return self.track, index
+
+        return Pending(finish)
+
+
+LANE = {"layout": "comm", "dispatch": "comm", "combine": "comm"}
+MOE = ("attention", "layout", "dispatch", "experts", "combine")
+LAYERS = [MOE, ("dense",), ("embed",), ("head",), ("attention", "dense")]
+
+
+@st.composite
+def stages_of_phases(draw: st.DrawFn) -> list[tuple[str, str]]:
+    layers = draw(st.lists(st.sampled_from(LAYERS), min_size=1, max_size=5))
+    return [(name, f"layers.{i}") for i, layer in enumerate(layers) for name in layer]
+
+
+def trace(kinds: str, stages: list[list[tuple[str, str]]], order: str) -> tuple[list[tuple[int, int, str]], list[Any]]:
+    log: list[tuple[int, int, str]] = []
+    tracks = []
+    for n, (kind, phases) in enumerate(zip(kinds, stages, strict=True)):
+        stage = Stage(n, [Traced(name, layer, LANE.get(name, "compute"), log, n) for name, layer in phases])
+        flight = Flight(torch.empty(0), 1.0)
+        made = overlap.forward(stage, flight, ()) if kind == "F" else overlap.backward(stage, flight, (), kind == "I")
+        tracks.append(made)
+    return log, overlap.play(tracks, CpuLanes(), ORDERS[order])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from(["FB", "BF", "FF", "BB", "FI", "II", "IB"]), st.sampled_from(["cpu", "cuda"]), st.data())
+def test_each_track_of_a_pair_keeps_its_own_order(kinds: str, order: str, data: st.DataObject) -> None:
+    stages = [data.draw(stages_of_phases()) for _ in kinds]
+    log, ends = trace(kinds, stages, order)
+    for track, (kind, phases) in enumerate(zip(kinds, stages, strict=True)):
+        forward = list(range(len(phases)))
+        steps = forward if kind == "F" else [n for n in reversed(forward) if phases[n][0] != "layout"]
+        expected = [(step, what) for step in steps for what in ("start", "used")]
+        assert [(step, what) for t, step, what in log if t == track] == expected
+        assert ends[track] == (track, steps[-1])
+
+
+def stands_still(log: list[tuple[int, int, str]], names: list[str], order: str) -> float:
+    """How long compute waits when every step takes 1, and a layout no time. On a CPU the caller computes, and waits for
+    what it hands on; on a GPU it only queues, but for a layout, and each lane runs what it was given in order."""
+    free = {"host": 0.0, "compute": 0.0, "comm": 0.0}
+    ended: dict[int, float] = {}  # of each track's last step
+    for track, step, what in log:
+        lane, ready = LANE.get(names[step], "compute"), ended.get(track, 0.0)
+        if what == "start":
+            start = max(free[lane], ready, free["host"])
+            ended[track] = free[lane] = start + (names[step] != "layout")
+            if lane == "compute" if order == "cpu" else names[step] == "layout":
+                free["host"] = ended[track]
+        elif order == "cpu":
+            free["host"] = max(free["host"], ended[track])
+    computed = sum(LANE.get(names[step], "compute") == "compute" for _, step, what in log if what == "start")
+    return max(free.values()) - computed
+
+
+@pytest.mark.parametrize("order", ["cpu", "cuda"])
+@pytest.mark.parametrize(("kinds", "exposed"), [("FB", 0), ("FF", 1), ("BB", 1)])
+def test_every_message_of_a_pair_runs_under_the_other_track(kinds: str, exposed: int, order: str) -> None:
+    """But one that comes before or after all compute, where both tracks go the same way."""
+    layers = 5
+    stage = [(name, f"layers.{i}") for i in range(layers) for name in MOE]
+    log, _ = trace(kinds, [stage, stage], order)
+    assert stands_still(log, [name for name, _ in stage], order) == exposed
+
+
+# ---- what is under way
+
+
+def meet(schedule: Schedule, most: list[dict[Line, int]], ahead: int) -> bool:
+    """Whether all ranks get to the end when a send blocks while more than `most` on its line lack a posted receive."""
+    sent: Counter[tuple[int, Line]] = Counter()
+    posted: Counter[tuple[int, Line]] = Counter()
+    ended: set[Op] = set()
+
+    def blocked(rank: int) -> Iterator[bool]:
+        """This rank's run; gives whether it may go on, as often as it is asked."""
+        steps = lower(schedule)[rank]
+        for step, edges in zip(steps, posts(steps, ahead), strict=True):
+            for edge in edges:
+                posted[edge.source, (channel(edge), rank)] += 1
+            while any(ended.isdisjoint(group) for op in step.slot for group in schedule.needs(op)):
+                yield True
+            ended.update(step.slot)
+            for edge in step.sends:
+                line = channel(edge), edge.target
+                sent[rank, line] += 1
+                while sent[rank, line] - posted[rank, line] > most[rank][line]:
+                    yield True
+
+    runs = {rank: blocked(rank) for rank in range(len(schedule.ranks))}
+    while runs:
+        before = (len(ended), sent.total(), posted.total(), len(runs))
+        runs = {rank: rest for rank, rest in runs.items() if next(rest, None)}
+        if before == (len(ended), sent.total(), posted.total(), len(runs)):
+            return False
+    return True
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(list(SCHEDULES)), st.sampled_from([2, 4, 6]), st.integers(2, 4), st.integers(0, 3))
+def test_bounded_sends_cannot_stop_a_schedule(name: str, pp: int, times: int, ahead: int) -> None:
+    schedule = named(name, pp, times * pp)
+    assert meet(schedule, [most_under_way(schedule, rank, ahead) for rank in range(pp)], ahead)
+
+
+def test_one_less_can_stop_a_schedule() -> None:
+    """So the property above can fail. DualPipe's ends send several forwards before their neighbour takes any."""
+    schedule = named("dualpipe", 4, 8)
+    tight = [{line: n - 1 for line, n in most_under_way(schedule, rank, 1).items()} for rank in range(4)]
+    assert not meet(schedule, tight, 1)
+
+
+class Deaf:
+    """A wire whose far end is late: nothing that is sent leaves before somebody waits for it."""
+
+    def __init__(self) -> None:
+        self.under_way = self.peak = 0
+
+    def send(self, tensors: Any, target: int, channel: Any) -> Pending[None]:
+        self.under_way += 1
+        self.peak = max(self.peak, self.under_way)
+
+        def gone() -> None:
+            self.under_way -= 1
+
+        return Pending(gone, lambda: False)
+
+    def receive(self, like: Any, source: int, channel: Any) -> Pending[Any]:
+        return Pending.done(tuple(torch.zeros(t.shape) for t in like))
+
+
+def test_sends_to_a_late_rank_are_held_within_the_bound() -> None:
+    def double(state: Any, flight: Flight) -> Outcome:
+        return Outcome((), {"loss": state[0].sum()})
+
+    wgrad, wire, schedule = WGrad(), Deaf(), named("gpipe", 2, 16)
+    stage = Stage(1, [Compute("head", "head", double, wgrad)])
+    shape = (torch.empty(2, 2, device="meta"),)
+    executor = Executor(schedule, 1, {1: stage}, wire, lambda edge: shape, CpuLanes, ORDERS["cpu"])
+    executor.run(Batch([torch.empty(0)] * 16, 1.0))
+    assert wire.under_way == 0
+    assert wire.peak <= max(executor.most.values()) + 1 < 6
+
+
+# ---- receive buffers
+
+
+@pytest.mark.parametrize("name", ["gpipe", "one_f_one_b", "zb1p", "zbv", "dualpipe"])
+def test_the_pool_holds_what_the_schedule_says(name: str) -> None:
+    """An input is held until its microbatch leaves the stage, a gradient for its slot; both from one slot ahead."""
+    schedule = named(name, 2, 8)
+    reports = run(schedule, 3, 3, 3)
+    for rank, steps in enumerate(lower(schedule)):
+        live: set[tuple[str, int, int]] = set()
+        peak = 0
+        for step, edges in zip(steps, posts(steps, Executor.AHEAD), strict=True):
+            live |= {(edge.direction, edge.stage, edge.microbatch) for edge in edges}
+            peak = max(peak, len(live))
+            for op in step.slot:
+                live -= {("up", op.stage, op.microbatch)} if op.kind != "F" else set()
+                live -= {("down", op.stage, op.microbatch)} if op.kind in "BW" else set()
+        assert [report.blocks for report in reports[rank]] == [peak] * 3
+
+
+def test_a_block_is_used_again_only_when_nothing_refers_to_it() -> None:
+    pool, like = Pool(torch.device("cpu")), torch.empty(4, 8, device="meta")
+    first, second = pool.take(like), pool.take(like)
+    view = first.detach()[1:]
+    place = first.data_ptr()
+    del first
+    third = pool.take(like)
+    assert len(pool.blocks) == 3
+    assert third.data_ptr() != place
+    del view
+    assert pool.take(like).data_ptr() == place
+    del second, third
+    pool.take(torch.empty(64, 64, dtype=torch.float64, device="meta"))  # fits nowhere: it takes a free block's place
+    assert len(pool.blocks) == 3
+    assert pool.take(torch.empty(5, dtype=torch.bfloat16, device="meta")).dtype == torch.bfloat16
+    assert len(pool.blocks) == 3

@@ -1,0 +1,125 @@
+"""Pictures: goldens to be read in diffs, and formats that their readers can open."""
+
+import csv
+import io
+import json
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from dryvine.launch.schedule_cli import schedule as command
+from dryvine.parallel.schedule.costs import Costs
+from dryvine.parallel.schedule.draw.formats import FORMATS
+from dryvine.parallel.schedule.draw.svg import svg
+from dryvine.parallel.schedule.draw.text import lines, text
+from dryvine.parallel.schedule.simulate import simulate
+from dryvine.parallel.schedule.table import build
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+app = typer.Typer()
+app.command()(command)
+
+
+def run(*arguments: str):
+    return CliRunner().invoke(app, list(arguments))
+
+
+@pytest.mark.parametrize(("name", "pp", "microbatches"), [("dualpipe", 8, 20), ("zbv", 4, 10)])
+def test_golden(name, pp, microbatches):
+    drawn = text(simulate(build(name, pp, microbatches)), width=160)
+    assert drawn == (GOLDEN / f"{name}-{pp}x{microbatches}.txt").read_text()
+
+
+def test_text_keeps_to_its_width_and_loses_nothing():
+    timeline = simulate(build("dualpipev", 4, 9), Costs(F=1, I=1.3, W=0.8, P2P=0.1, comm=1 / 3))
+    whole = text(timeline, width=10_000)
+    wrapped = lines(timeline, width=80)
+    assert all(len("".join(p.text for p in line)) <= 80 for line in wrapped[1:-1])
+    rank = "".join("".join(p.text for p in line[1:]) for line in wrapped if line and line[0].text.startswith("rank 2"))
+    assert f"rank 2 {rank}" in whole
+    assert all(rank.count(f"F{m}{half}") == 1 for m in range(9) for half in "ab")
+
+
+def test_svg_draws_every_op_once_inside_its_panel():
+    schedule = build("dualpipe", 4, 8)
+    root = ET.fromstring(svg(simulate(schedule), prefix="t0-"))
+    width = float(root.attrib["width"])
+    rects = [e for e in root.iter("{http://www.w3.org/2000/svg}rect") if "id" in e.attrib]
+    assert len(rects) == sum(1 for rank in range(4) for _ in schedule.ops(rank)) == len({r.attrib["id"] for r in rects})
+    assert all(float(r.attrib["x"]) > 0 and float(r.attrib["x"]) + float(r.attrib["width"]) < width for r in rects)
+    assert {r.attrib["class"] for r in rects} == {f"{kind}{hue}" for kind in "FBIW" for hue in (0, 1)}
+
+
+def test_json_has_the_figures():
+    found = json.loads(run("dualpipe", "--pp", "8", "--microbatches", "20", "--format", "json").stdout)
+    expected = {"span": 66, "bubble": 6, "bubble_fraction": 6 / 66, "peak_activations": 9, "params_per_rank": 2}
+    assert {key: found[key] for key in expected} == expected
+    assert found["overlapped_share"] == pytest.approx(82 / 160)
+    assert [row["rank"] for row in found["ranks"]] == list(range(8))
+    assert found["ranks"][0]["slots"][0] == {"slot": "0F0", "start": 0.0, "end": 1.0}
+
+
+def test_trace_is_chromes():
+    events = json.loads(run("zb1p", "dualpipe", "--pp", "4", "--microbatches", "8", "--format", "trace").stdout)
+    slices = [e for e in events["traceEvents"] if e["ph"] == "X"]
+    assert {e["pid"] for e in slices} == {0, 1}
+    assert all(e["dur"] > 0 and {"ts", "tid", "name"} <= e.keys() for e in slices)
+
+
+def test_html_stands_alone_and_compares():
+    page = run("dualpipe", "dualpipev", "1f1b", "--pp", "4", "--microbatches", "8", "--format", "html").stdout
+    assert not re.findall(r"(?:src|href)=|@import|https?://(?!www\.w3\.org/2000/svg)", page)
+    assert page.count("<svg ") == 3
+    ops = json.loads(re.search(r"const ops=(\{.*?\}),tip=", page)[1])
+    assert set(re.findall(r' id="(t\d-[^"]+)"', page)) == ops.keys()
+    assert ops["t0-2B5"]["needs"] == ["t0-2F5", "t0-3B5"]
+    assert "needs" in ops["t1-0F0"]
+    spans = re.findall(r"<tr><td>\w+</td><td[^>]*>([\d.]+)</td>", page)
+    assert spans == ["26", "27", "33"]  # one model for all: a V's stages are half as long
+
+
+def test_csv_out_and_in_again(tmp_path):
+    path = tmp_path / "made" / "mine.csv"
+    assert run("dualpipe", "--pp", "4", "--microbatches", "8", "--format", "csv", "--out", str(path)).exit_code == 0
+    assert len(list(csv.reader(io.StringIO(path.read_text())))) == 4
+    again = run("--file", str(path), "--format", "json")
+    assert json.loads(again.stdout)["span"] == simulate(build("dualpipe", 4, 8)).span
+    path.write_text(path.read_text().replace("3W4", "3W5", 1))
+    bad = run("--file", str(path))
+    assert bad.exit_code == 2
+    assert "mine.csv: rank 0, slot 3: 3F4 has 3I4; it needs 3B4, or 3I4 and 3W4" in bad.stderr
+    assert "Traceback" not in bad.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["dualpipe", "--pp", "3", "--microbatches", "8"], "nearest legal: pp=2 or pp=4"),
+        (["dualpipe", "--pp", "4"], "needs --pp and --microbatches"),
+        ([], "name a schedule"),
+        (["dualpipe", "--pp", "4", "--microbatches", "8", "--format", "png"], "no format is called 'png'"),
+        (["dualpipe", "zbv", "--pp", "4", "--microbatches", "8", "--format", "svg"], "shows one schedule"),
+        (["--file", "/nowhere.csv"], "No such file"),
+    ],
+)
+def test_wrong_requests_get_one_line_and_exit_2(arguments, says):
+    result = run(*arguments)
+    assert (result.exit_code, says in result.stderr, result.stderr.count("\n")) == (2, True, 1)
+
+
+@pytest.mark.parametrize("form", sorted(FORMATS))
+def test_every_format_draws_every_schedule(form):
+    for name in ("gpipe", "interleaved", "dualpipe"):
+        assert FORMATS[form]([simulate(build(name, 2, 4))])
+
+
+def test_no_torch_on_the_way():
+    code = "import sys, dryvine.launch.schedule_cli, dryvine.parallel.schedule.draw.formats\n"
+    code += "sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

@@ -1,0 +1,164 @@
+"""The search must price as the simulator does, lose no op, keep the limit, and never be worse than what has a name."""
+
+import random
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dryvine.parallel.schedule.check import check
+from dryvine.parallel.schedule.costs import Costs
+from dryvine.parallel.schedule.notation import from_csv, to_csv
+from dryvine.parallel.schedule.rules import ScheduleError
+from dryvine.parallel.schedule.search.anneal import State, anneal
+from dryvine.parallel.schedule.search.exact import solve
+from dryvine.parallel.schedule.search.fold import Pipe, fold, read, unfold
+from dryvine.parallel.schedule.search.grow import grow
+from dryvine.parallel.schedule.search.moves import propose
+from dryvine.parallel.schedule.search.search import in_one_measure, lower_bound, search
+from dryvine.parallel.schedule.simulate import simulate
+from dryvine.parallel.schedule.table import build
+
+COSTS = Costs(F=1, I=1.3, W=0.8, comm=1 / 3)  # compute:communication 2:1
+LATE = Costs(F=1, I=1.3, W=0.8, comm=1 / 3, P2P=0.15)
+
+
+def pipe_of(name: str, pp: int, microbatches: int, costs: Costs, memory: int = 99) -> Pipe:
+    if name == "dualpipe":
+        return Pipe(pp // 2, microbatches // 2, memory, costs, mirrored=True)
+    return Pipe(pp, microbatches, memory, costs, mirrored=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "pp", "m"), [("dualpipe", 4, 10), ("dualpipe", 2, 4), ("dualpipev", 3, 7), ("zbv", 4, 5)]
+)
+@pytest.mark.parametrize("costs", [COSTS, LATE])
+def test_folding_is_exact_and_prices_as_the_simulator(name, pp, m, costs):
+    schedule = build(name, pp, m)
+    pipe, rows = pipe_of(name, pp, m, costs), fold(schedule)
+    assert unfold(pipe, rows, name) == schedule
+    assert State(pipe, rows).span == pytest.approx(simulate(schedule, costs).span)
+
+
+@given(st.integers(0, 10_000), st.sampled_from(["dualpipe", "zbv"]))
+@settings(max_examples=20, deadline=None)
+def test_a_walk_keeps_every_op_and_its_times(seed, name):
+    """After hundreds of changes priced in part, the state is what a simulation of the whole schedule gives."""
+    rng = random.Random(seed)
+    pipe = pipe_of(name, 4, 8, LATE, memory=5 if name == "dualpipe" else 9)
+    state = State(pipe, fold(build(name, 4, 8)))
+    for _ in range(400):
+        changes = propose(state.rows, rng)
+        trial = state.attempt(changes, state.score + 1.0) if changes else None
+        if trial:
+            state.accept(trial)
+    schedule = unfold(pipe, state.rows, "walk")
+    check(schedule)
+    timeline = simulate(schedule, LATE)
+    assert timeline.span == pytest.approx(state.span)
+    assert timeline.peak_activations <= pipe.memory
+    starts = [[cell.start for cell in row] for row in timeline.cells[: pipe.ranks]]
+    assert all(a == pytest.approx(b) for a, b in zip(starts, state.starts, strict=True))
+    assert from_csv(to_csv(schedule), "walk") == schedule  # pairs of any kinds
+
+
+@given(st.integers(0, 10_000))
+@settings(max_examples=200, deadline=None)
+def test_proposals_conserve_ops(seed):
+    rows = fold(build("dualpipe", 6, 12))
+    changes = propose(rows, random.Random(seed)) or {}
+
+    def ops(row):
+        count = Counter(letter for slot in row for letter in slot)
+        for turn in (0, 1):  # B is I and W
+            whole = count.pop(("B", turn), 0)
+            count["I", turn] += whole
+            count["W", turn] += whole
+        return count
+
+    assert all(ops(row) == ops(rows[rank]) for rank, row in changes.items())
+
+
+def test_a_trial_refuses_too_much_memory_and_too_late():
+    pipe = pipe_of("dualpipe", 4, 8, COSTS, memory=5)
+    rows = fold(build("dualpipe", 4, 8))
+    state = State(pipe, rows)
+    assert read(pipe, 0, [(("F", 0),), (("F", 1),)] * 3) is None  # a sixth chunk
+    assert read(pipe, 0, [(("F", 0),), (("F", 1),)] * 2) is not None
+    assert read(pipe, 0, [(("I", 0),)]) is None  # before its forward
+    assert read(pipe, 0, [(("F", 0),), (("W", 0),)]) is None  # before its I
+    swapped = [rows[0][1], rows[0][0], *rows[0][2:]]
+    assert state.attempt({0: swapped}, state.score) is None  # alike: nothing changed
+    merged = [rows[0][0] + rows[0][1], *rows[0][2:]]
+    assert state.attempt({0: merged}, state.span - 1) is None
+    assert state.attempt({0: merged}, state.span + 1) is not None
+
+
+def test_beats_dualpipe_at_its_own_memory():
+    found = search(4, 8, COSTS, steps=20_000)
+    check(found.timeline.schedule)
+    assert found.named.schedule.name == "dualpipe"
+    assert found.timeline.peak_activations <= 5
+    assert found.bound <= found.timeline.span
+    assert found.gain > 0.08
+    kinds = {"".join(op.kind for op in slot) for row in found.timeline.schedule.ranks for slot in row if len(slot) > 1}
+    assert not kinds <= {"FB", "BF"}
+    assert "WW" not in kinds  # saves nothing
+    assert found == search(4, 8, COSTS, steps=20_000)
+
+
+@pytest.mark.parametrize(
+    ("pp", "m", "memory", "copies", "costs"),
+    [(4, 8, 5, 2, Costs()), (4, 8, 3, 2, COSTS), (3, 7, None, 2, LATE), (4, 6, 4, 1, COSTS), (1, 1, 2, 1, Costs())],
+)
+def test_never_worse_than_the_best_named_one(pp, m, memory, copies, costs):
+    found = search(pp, m, costs, memory, copies, steps=2_000, rounds=1)
+    check(found.timeline.schedule)
+    stages = found.timeline.schedule.stages
+    assert found.timeline.peak_activations * pp / stages <= (pp + 1 if memory is None else memory)
+    assert len(found.timeline.schedule.routes) <= copies
+    assert in_one_measure(found.timeline.schedule, costs).span == pytest.approx(found.timeline.span)
+    if found.named:
+        assert found.timeline.span <= found.named.span
+
+
+def test_a_long_pipe_grows_from_a_short_one_without_new_bubbles():
+    short, long = pipe_of("dualpipe", 4, 8, COSTS, 5), pipe_of("dualpipe", 4, 20, COSTS, 5)
+    rows = anneal(short, fold(build("dualpipe", 4, 8)), 5_000, seed=1)
+    longer = grow(short, rows, long)
+    steady = 12 * (2 * COSTS.F / 3 + 2 * COSTS.I / 3 + COSTS.W)
+    check(unfold(long, longer, "long"))
+    assert State(long, longer).span <= State(short, rows).span + steady + 0.5
+    assert search(4, 20, COSTS, steps=4_000, rounds=1).gain > 0.02
+
+
+def test_an_impossible_limit_is_refused():
+    with pytest.raises(ScheduleError, match="as few as 1 chunks"):
+        search(4, 8, COSTS, memory=1)
+
+
+@given(st.integers(1, 4), st.integers(1, 8), st.floats(0, 0.6), st.floats(0.3, 2), st.floats(0, 0.5))
+@settings(max_examples=15, deadline=None)
+def test_no_schedule_undercuts_the_bound(ranks, more, comm, i, p2p):
+    costs = Costs(F=1, I=i, W=0.7, comm=comm, P2P=p2p, layers=2)
+    for name, pp, m in (("dualpipe", 2 * ranks, 4 * ranks + 2 * more), ("zbv", ranks, 2 * ranks + more)):
+        schedule = build(name, pp, m)
+        held = simulate(schedule, costs).peak_activations
+        pipe, rows = pipe_of(name, pp, m, costs, held), fold(schedule)
+        better = anneal(pipe, rows, 300, seed=more)
+        assert lower_bound(pipe) <= State(pipe, better).span + 1e-9
+
+
+def test_exact_search_proves_what_annealing_finds():
+    pytest.importorskip("ortools")
+    pipe = Pipe(1, 2, 3, COSTS, mirrored=True)
+    annealed = State(pipe, anneal(pipe, fold(build("dualpipe", 2, 4)), 20_000, seed=0))
+    best = solve(pipe, horizon=20.0, seconds=30.0)
+    assert best.proven
+    assert lower_bound(pipe) <= best.bound + 1e-9
+    assert best.span == pytest.approx(annealed.span, abs=0.02)
+    optimum = unfold(pipe, best.rows, "exact")
+    check(optimum)
+    assert simulate(optimum, COSTS).span == pytest.approx(best.span, abs=0.02)
+    assert simulate(optimum, COSTS).span < simulate(build("dualpipe", 2, 4), COSTS).span

@@ -1,0 +1,227 @@
+"""Comm's kernels under Triton's CPU interpreter, bit for bit against routing.py and payload.py. Run by
+test_comm_kernels.py: TRITON_INTERPRET must be set before triton is first imported."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dryvine.comm.dispatch import kernels, payload, routing
+from dryvine.comm.dispatch.fake import Fake
+from dryvine.comm.dispatch.payload import Format
+from dryvine.comm.dispatch.routing import Arrival, Sum
+from dryvine.comm.dispatch.single_rank import Alone
+from dryvine.comm.topology import by_sizes
+from tests.comm.test_dispatch_hypothesis import Boards, on_ranks, there_and_back
+from tests.support.interpreter import right_casts
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _right_casts() -> Iterator[None]:
+    with right_casts():
+        yield
+
+
+def draw(seed: int, tokens: int, experts: int, top_k: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(tokens, experts, generator=generator).argsort(dim=1)[:, :top_k].contiguous()
+
+
+@pytest.fixture
+def native(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    """Whether comm takes its kernels, as on a GPU. One at a time: a program's place is a global of the interpreter."""
+    lock = threading.Lock()
+
+    def locked(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            with lock:
+                return function(*args)
+
+        return call
+
+    names = ("gather", "sum_rows", "by_expert", "arrive")
+    ours = SimpleNamespace(**{name: locked(getattr(kernels, name)) for name in names})
+
+    def choose(on: bool) -> None:
+        monkeypatch.setattr(routing, "kernels_for", lambda tensor: ours if on else None)
+
+    return choose
+
+
+def both(native: Callable[[bool], None], compute: Callable[[], Any]) -> tuple[Any, Any]:
+    native(True)
+    ours = compute()
+    native(False)
+    return ours, compute()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "ranks", "experts", "top_k"),
+    [(37, 4, 8, 3), (0, 2, 4, 2), (70, 1, 300, 8), (200, 2, 2, 1), (40, 3, 6, 6)],
+)
+def test_order(native: Any, tokens: int, ranks: int, experts: int, top_k: int) -> None:
+    chosen = draw(0, tokens, experts, top_k)
+    ours, defined = both(native, lambda: routing.by_expert(chosen, ranks, experts))
+    for name, tensor in vars(defined).items():
+        assert torch.equal(getattr(ours, name), tensor), name
+    assert not ours.message[:, -1].any()
+
+
+@pytest.mark.parametrize(("token", "choices"), [(0, (0, 1)), (60, (1, 2)), (129, (0, 2))])
+def test_an_expert_chosen_twice_is_found_wherever_it_is(native: Any, token: int, choices: tuple[int, int]) -> None:
+    chosen = draw(1, 130, 8, 3)
+    chosen[token, choices[1]] = chosen[token, choices[0]]
+    native(True)
+    assert routing.by_expert(chosen, 4, 8).message[:, -1].tolist() == [1] * 4
+
+
+def test_order_of_keys_is_stable(native: Any) -> None:
+    keys = torch.randint(0, 5, (90, 4), generator=torch.Generator().manual_seed(2))
+    ours, defined = both(native, lambda: routing.stable_order(keys, 5))
+    assert torch.equal(ours, defined)
+
+
+@pytest.mark.parametrize("alignment", [1, 4, 300])
+@pytest.mark.parametrize(("ranks", "share"), [(1, 5), (3, 3), (4, 1)])
+def test_arrival(native: Any, ranks: int, share: int, alignment: int) -> None:
+    message = torch.randint(0, 12, (ranks, share + 1), generator=torch.Generator().manual_seed(3))
+    message[-1, 0] = 300  # more than a program writes at a time
+    message[0, -2] = 0
+    ours, defined = both(native, lambda: Arrival.of(message, message, alignment))
+    for name, value in vars(defined).items():
+        got = getattr(ours, name)
+        assert torch.equal(got, value) if isinstance(value, Tensor) else got == value, name
+
+
+def special(*size: int) -> Tensor:
+    """FP32 over forty binades, so that the order of additions shows; with ties, -0, subnormals, NaN and infinities."""
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(*size, generator=generator) * 2.0 ** torch.randint(-20, 20, size, generator=generator)
+    x[0], x[1], x[2] = -0.0, 2.0**-130, 1 + 2.0**-8
+    x[3, 0], x[4, 1] = torch.nan, torch.inf
+    return x
+
+
+def bits(x: Tensor) -> Tensor:
+    """Integers to compare; a NaN is a NaN, whatever its payload."""
+    return torch.where(x.isnan(), torch.nan, x.float()).view(torch.int32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [1, 5, 72, 1100])
+@pytest.mark.parametrize("apart", [False, True])
+def test_sums(native: Any, dtype: torch.dtype, width: int, apart: bool) -> None:
+    wide = special(50, width + 11).to(dtype)
+    rows = wide[:, 8 : 8 + width] if apart else wide[:, :width].contiguous()
+    lengths = torch.tensor([3, 0, 1, 8, 8, 0, 2])
+    source = torch.randint(0, 50, (22,), generator=torch.Generator().manual_seed(5))
+    source[0:3] = torch.tensor([0, 0, 0])
+    begin = torch.cat((lengths.new_zeros(1), lengths.cumsum(0)))
+    ours, defined = both(native, lambda: Sum(source, begin, 8)(rows))
+    assert ours.dtype == dtype
+    assert torch.equal(bits(ours), bits(defined))
+    space = torch.zeros(7, width + 9, dtype=dtype)
+    native(True)
+    Sum(source, begin, 8)(rows, space[:, 4 : 4 + width])
+    assert torch.equal(bits(space[:, 4 : 4 + width]), bits(defined))
+    assert not space[:, :4].any()
+    assert not space[:, 4 + width :].any()
+
+
+def test_the_order_of_additions_shows(native: Any) -> None:
+    """Else the test above could not fail."""
+    rows, source, begin = special(50, 64), torch.arange(48), torch.arange(0, 49, 8)
+    native(False)
+    forward, backward = Sum(source, begin, 8)(rows), Sum(source.view(6, 8).flip(1).flatten(), begin, 8)(rows)
+    assert not torch.equal(bits(forward), bits(backward))
+
+
+def octets(*size: int) -> Tensor:
+    return torch.randint(0, 255, size, dtype=torch.uint8)
+
+
+PAYLOADS: dict[str, Callable[[], tuple[Tensor, ...]]] = {
+    "fp8": lambda: (octets(30, 256), octets(30, 2), torch.rand(30)),
+    "bf16": lambda: (torch.randn(30, 24).bfloat16(), torch.rand(30)),
+    "odd": lambda: (torch.randn(30, 5), octets(30, 3), torch.rand(30, 2, 3)),
+}
+
+
+@pytest.mark.parametrize("kind", PAYLOADS)
+def test_payload(native: Any, kind: str) -> None:
+    tensors, order = PAYLOADS[kind](), torch.randperm(30)
+    wire = Format.of(tensors)
+    index = torch.tensor([3, -1, 0, 29, 29, -1])
+
+    def there() -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        buffer = wire.pack(tensors, [order] * len(tensors))
+        return wire.unpack(buffer), wire.unpack(buffer, index), [payload.gather(t, index) for t in tensors]
+
+    for ours, defined in zip(*both(native, there), strict=True):
+        for tensor, got, want in zip(tensors, ours, defined, strict=True):
+            assert got.shape[1:] == tensor.shape[1:]
+            assert torch.equal(got, want)
+    native(True)
+    (plain, _, picked) = there()
+    assert all(torch.equal(p, t[order]) for p, t in zip(plain, tensors, strict=True))
+    assert all(torch.equal(p[0], t[3]) and not p[1].any() for p, t in zip(picked, tensors, strict=True))
+
+
+@pytest.mark.parametrize(("sizes", "alignment", "chunks"), [([1], 1, 1), ([1], 8, 4), ([2, 2], 4, 2), ([2, 1], 1, 1)])
+@pytest.mark.parametrize("name", ["flat", "hierarchical"])
+def test_a_layers_journey(native: Any, name: str, sizes: list[int], alignment: int, chunks: int) -> None:
+    """Every tensor that layout, dispatch, combine and their backwards give, over all ranks."""
+    experts, noise = 3 * sum(sizes), torch.Generator().manual_seed(0)
+    tokens = [7 * rank + 4 for rank in range(sum(sizes))]
+    chosen = [draw(rank, t, experts, 3) for rank, t in enumerate(tokens)]
+    rows, grads = ([torch.randn(t, 24, generator=noise).bfloat16() for t in tokens] for _ in range(2))
+    weights = [torch.rand(t, 3, generator=noise) for t in tokens]
+
+    def journey() -> list[list[Tensor]]:
+        boards = Boards(by_sizes(sizes))
+
+        def one(rank: int) -> list[Tensor]:
+            extra = () if name == "flat" else (chunks,)
+            dispatcher = getattr(boards, name)(rank, experts, alignment, *extra)
+            weigh = weights[rank].bfloat16()
+            _, parts, sums, values = there_and_back(dispatcher, chosen[rank], rows[rank], weigh, grads[rank])
+            return [*parts, sums, values]
+
+        return on_ranks(sum(sizes), one)
+
+    for ours, defined in zip(*both(native, journey), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, defined, strict=True))
+
+
+@pytest.mark.parametrize("hops", [1, 2])
+def test_fake(native: Any, hops: int) -> None:
+    chosen, rows, weights = draw(0, 20, 16, 4), torch.randn(20, 24).bfloat16(), torch.rand(20, 4)
+
+    def journey() -> list[Any]:
+        fake = Fake(by_sizes([4, 4]), 1, 16, alignment=8, hops=hops)
+        handle = fake.layout(chosen).wait()
+        got, values = fake.dispatch((rows,), weights, handle).wait()
+        return [handle.counts, handle.sends, got, values, *fake.combine(got, values, handle).wait()]
+
+    for ours, defined in zip(*both(native, journey), strict=True):
+        assert torch.equal(ours, defined) if isinstance(ours, Tensor) else ours == defined
+
+
+@pytest.mark.parametrize("alignment", [1, 8])
+def test_alone(native: Any, alignment: int) -> None:
+    chosen, rows, weights = draw(0, 20, 16, 4), torch.randn(20, 24).bfloat16(), torch.rand(20, 4)
+
+    def journey() -> list[Any]:
+        dispatcher = Alone(16, alignment)
+        handle = dispatcher.layout(chosen).wait()
+        got, values = dispatcher.dispatch((rows,), weights, handle).wait()
+        return [handle.counts, got, values, *dispatcher.combine(got, values, handle).wait()]
+
+    for ours, defined in zip(*both(native, journey), strict=True):
+        assert torch.equal(ours, defined) if isinstance(ours, Tensor) else ours == defined

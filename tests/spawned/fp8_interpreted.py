@@ -1,0 +1,162 @@
+"""The cast kernels under Triton's CPU interpreter, bit for bit against reference.py. Run by test_fp8_kernels.py.
+
+Its own process: TRITON_INTERPRET must be set before triton is first imported, and the interpreter's casts are replaced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dryvine.trainer.fp8 import reference
+from dryvine.trainer.fp8.gemm import Emulate
+from dryvine.trainer.fp8.kernels import cast, fused, plain
+from dryvine.trainer.fp8.tensors import E5M6, Groups, Quantized
+from tests.support.interpreter import right_casts
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _right_casts() -> Iterator[None]:
+    with right_casts():
+        yield
+
+
+def _inputs() -> dict[str, Callable[..., Tensor]]:
+    generator = torch.Generator().manual_seed(7)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator)
+
+    def spread(*size: int) -> Tensor:
+        return normal(*size) * 10.0 ** (torch.rand(*size, generator=generator) * 12 - 8)
+
+    def fault(*size: int) -> Tensor:
+        x = normal(*size)
+        x[0, 0], x[1, 3], x[2, -1], x[-1, 5] = torch.nan, torch.inf, -torch.inf, -0.0
+        return x
+
+    return {
+        "normal": normal,
+        "spread": spread,
+        "zero": lambda *size: torch.zeros(size),
+        "subnormal": lambda *size: normal(*size) * 2.0**-130,
+        "huge": lambda *size: normal(*size) * 1e37,
+        "not finite": fault,
+    }
+
+
+INPUTS = _inputs()
+
+
+def _parts(value: Any) -> list[Tensor]:
+    if isinstance(value, Quantized):
+        return [value.values.view(torch.uint8), value.scales]
+    if isinstance(value, E5M6):
+        return [value.high, value.low, value.scales]
+    return [value] if isinstance(value, Tensor) else [part for item in value for part in _parts(item)]
+
+
+def _bits(x: Tensor) -> Tensor:
+    """Integers to compare; a NaN is a NaN, whatever its payload."""
+    if not x.is_floating_point():
+        return x
+    return torch.where(x.isnan(), torch.full_like(x, torch.nan), x).view({2: torch.int16, 4: torch.int32}[x.itemsize])
+
+
+def _same(kernel: Any, defined: Any) -> None:
+    for ours, theirs in zip(_parts(kernel), _parts(defined), strict=True):
+        assert ours.shape == theirs.shape
+        assert ours.dtype == theirs.dtype
+        different = _bits(ours.contiguous()) != _bits(theirs.contiguous())
+        assert not different.any(), f"{int(different.sum())} of {different.numel()} differ"
+
+
+@pytest.mark.parametrize("scales", ["fp32", "ue8m0"])
+@pytest.mark.parametrize("kind", INPUTS)
+def test_rows(kind: str, scales: Any) -> None:
+    for shape in [(5, 128), (33, 200), (0, 128)]:
+        x = INPUTS[kind](*shape).bfloat16() if shape[0] else torch.empty(shape, dtype=torch.bfloat16)
+        _same(cast.quantize_rows(x, scales), reference.quantize_rows(x, scales))
+
+
+@pytest.mark.parametrize(
+    ("kind", "counts"), [*((kind, (0, 129, 0, 3)) for kind in INPUTS), ("normal", (40,)), ("not finite", (128, 1))]
+)
+def test_columns(kind: str, counts: tuple[int, ...]) -> None:
+    groups = Groups(counts, torch.device("cpu"))
+    x = INPUTS[kind](sum(counts), 200).bfloat16()
+    _same(cast.quantize_both(x, groups), reference.quantize_both(x, groups))
+    saved = reference.quantize_rows(x)
+    _same(cast.quantize_columns(saved, groups, "ue8m0"), reference.quantize_columns(saved, groups, "ue8m0"))
+
+
+def test_no_rows_at_all() -> None:
+    groups = Groups((0, 0), torch.device("cpu"))
+    x = torch.empty(0, 256, dtype=torch.bfloat16)
+    _same(cast.quantize_both(x, groups), reference.quantize_both(x, groups))
+
+
+@pytest.mark.parametrize(("kind", "shape"), [*((kind, (2, 144, 208)) for kind in INPUTS), ("normal", (256, 128))])
+def test_blocks(kind: str, shape: tuple[int, ...]) -> None:
+    w = INPUTS[kind](*shape) if len(shape) == 2 else torch.stack([INPUTS[kind](*shape[1:]) for _ in range(shape[0])])
+    for scales in ("fp32", "ue8m0"):
+        _same(cast.quantize_blocks(w, scales), reference.quantize_blocks(w, scales))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("kind", "weighted"), [("spread", True), ("not finite", True), ("subnormal", False)])
+def test_swiglu(kind: str, weighted: bool) -> None:
+    counts = (0, 129, 2)
+    groups = Groups(counts, torch.device("cpu"))
+    h, dy = INPUTS[kind](131, 512).bfloat16(), INPUTS["normal"](131, 256).bfloat16()
+    weights = INPUTS["normal"](131, 1).flatten() if weighted else None
+    _same(fused.swiglu_rows(h, weights), reference.swiglu_rows(h, weights))
+    kept = reference.quantize_rows(h)
+    ours = fused.swiglu_backward(dy, kept, weights, groups)
+    theirs = reference.swiglu_backward(dy, kept, weights, groups)
+    _same(ours[:3], theirs[:3])
+    if weighted:
+        gate, up = kept.dequantize().chunk(2, -1)
+        terms = dy.float() * torch.nn.functional.silu(gate) * up
+        bound = 8 * 2.0**-24 * terms.abs().sum(-1)  # 256 terms by a tree: eight roundings of at most all magnitudes
+        finite = theirs[3].isfinite()
+        assert (finite == ours[3].isfinite()).all()
+        assert ((ours[3] - theirs[3]).abs() <= bound)[finite].all()
+
+
+@pytest.mark.parametrize("kind", INPUTS)
+def test_rmsnorm(kind: str) -> None:
+    x, weight = INPUTS[kind](4, 384).bfloat16(), INPUTS["normal"](384, 1).flatten()
+    _same(fused.rmsnorm_rows(x, weight, 1e-6), reference.rmsnorm_rows(x, weight, 1e-6))
+    part = torch.cat((x, x), 1)[:, :384]  # as the latent of MLA comes, in wider rows
+    _same(fused.rmsnorm(part, weight, 1e-6), reference.rmsnorm(part, weight, 1e-6))
+
+
+@pytest.mark.parametrize("kind", INPUTS)
+def test_e5m6(kind: str) -> None:
+    x = INPUTS[kind](37, 256).bfloat16()
+    packed = reference.pack_e5m6(x)
+    _same(cast.pack_e5m6(x), packed)
+    _same(cast.unpack_e5m6(packed), reference.unpack_e5m6(packed))
+
+
+@pytest.mark.parametrize("counts", [(), (130, 0, 3)])
+def test_product(counts: tuple[int, ...]) -> None:
+    rows, k, n = 133, 320, 144
+    groups = Groups(counts, torch.device("cpu")) if counts else None
+    shape = (len(counts), n, k) if counts else (n, k)
+    a, b = reference.quantize_rows(INPUTS["normal"](rows, k)), reference.quantize_blocks(INPUTS["normal"](*shape))[0]
+    ours, theirs = plain.product(a, b, groups, torch.float32), Emulate().product(a, b, groups, torch.float32)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
+
+
+def test_wgrad() -> None:
+    groups = Groups((130, 0, 3), torch.device("cpu"))
+    a, b = (reference.quantize_columns(INPUTS["normal"](133, size), groups) for size in (144, 272))
+    ours, theirs = torch.ones(3, 144, 272), torch.ones(3, 144, 272)
+    plain.wgrad(a, b, groups, ours)
+    Emulate().wgrad(a, b, groups, theirs)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)

@@ -1,0 +1,145 @@
+"""Every Triton kernel once, at small ragged sizes, for compute-sanitizer. Not collected by pytest.
+
+    python3 -m tests.spawned.kernels_sanitized                                      # fills Triton's cache, some seconds
+    compute-sanitizer --tool memcheck --error-exitcode 9 python3 -m tests.spawned.kernels_sanitized
+    compute-sanitizer --tool racecheck --error-exitcode 9 python3 -m tests.spawned.kernels_sanitized
+
+The allocator's caching is off, or an access past the end of a tensor would land in its neighbour and be fine. Kernels
+are found in the modules and counted as they are launched: one that did not run makes the exit code 1.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+
+import torch
+from torch import Tensor
+from triton.runtime.jit import JITFunction
+
+from dryvine.comm.dispatch.flat import Flat
+from dryvine.parallel.stage import Flight
+from dryvine.parallel.wgrad import Closure, WGrad
+from dryvine.trainer.fp8.gemm import Triton
+from dryvine.trainer.fp8.kernels import cast, fused, hopper, plain
+from dryvine.trainer.fp8.linear import FP8
+from dryvine.trainer.fp8.recipe import preset
+from dryvine.trainer.fp8.tensors import Groups
+from dryvine.trainer.model.decoder import build_model
+from dryvine.trainer.model.kernels import grouped
+from dryvine.trainer.model.shape import Shape, blocks
+
+MODULES = (
+    "dryvine.comm.dispatch.kernels", "dryvine.trainer.fp8.kernels.cast", "dryvine.trainer.fp8.kernels.fused",
+    "dryvine.trainer.fp8.kernels.hopper", "dryvine.trainer.fp8.kernels.plain", "dryvine.trainer.model.kernels.gate",
+    "dryvine.trainer.model.kernels.gated", "dryvine.trainer.model.kernels.grouped",
+    "dryvine.trainer.model.kernels.qkv", "dryvine.trainer.model.kernels.loss", "dryvine.trainer.model.kernels.norm",
+)  # fmt: skip
+COUNTS = (1, 0, 129, 70)
+SHAPE = Shape(
+    layers=2, first_dense=1, hidden=144, ffn=256, expert_ffn=128, heads=2, q_lora=80, kv_lora=48, nope_dim=64,
+    rope_dim=16, v_dim=64, routed=6, shared=1, top_k=3, groups=2, group_limit=2, score="sigmoid", normalise=True,
+    vocab=160, max_position=64, mtp_depth=1, init_std=0.02, recompute=("norm", "mla_up", "swiglu"),
+)  # fmt: skip
+
+
+def kernels() -> Iterator[tuple[str, Any]]:
+    """By name, those that are launched: their names end in _kernel."""
+    for module in MODULES:
+        for name, value in vars(importlib.import_module(module)).items():
+            if isinstance(value, JITFunction) and name.endswith("_kernel"):
+                yield f"{module.removeprefix('dryvine.')}.{name}", value
+
+
+def watch() -> set[int]:
+    """The ids of the kernels launched from now on."""
+    launched: set[int] = set()
+    run = JITFunction.run
+
+    def noting(self: Any, *args: Any, **kwargs: Any) -> Any:
+        launched.add(id(self))
+        return run(self, *args, **kwargs)
+
+    JITFunction.run = noting
+    return launched
+
+
+def random(*size: int) -> Tensor:
+    return torch.randn(*size, device="cuda").bfloat16()
+
+
+def casts() -> None:
+    groups, rows, width = Groups(COUNTS, torch.device("cuda")), sum(COUNTS), 256
+    x, weights = random(rows, width), torch.rand(rows, device="cuda")
+    for scales in ("fp32", "ue8m0"):
+        saved = cast.quantize_rows(x, scales)
+        cast.quantize_columns(x, groups, scales)
+        cast.quantize_columns(saved, groups, scales)
+        cast.quantize_both(x, groups, scales)
+        cast.quantize_blocks(random(3, 144, 272), scales)
+        fused.rmsnorm_rows(x, torch.rand(width, device="cuda").bfloat16(), 1e-6, scales)
+        for weighting in (weights, None):
+            _, kept = fused.swiglu_rows(x, weighting, scales)
+            fused.swiglu_backward(random(rows, width // 2), kept, weighting, groups, scales)
+    cast.unpack_e5m6(cast.pack_e5m6(x))
+
+
+def products() -> None:
+    groups, rows = Groups(COUNTS, torch.device("cuda")), sum(COUNTS)
+    a = cast.quantize_rows(random(rows, 272))
+    whole, each = (cast.quantize_blocks(random(*size))[0] for size in ((144, 272), (len(COUNTS), 144, 272)))
+    one = Groups((rows,), torch.device("cuda"))
+    for engine in (hopper, plain):
+        engine.product(a, whole)
+        engine.product(a, each, groups)
+        for split in (one, groups):
+            turned = [cast.quantize_columns(random(rows, size), split) for size in (144, 272)]
+            engine.wgrad(*turned, split, torch.zeros(len(split.counts), 144, 272, device="cuda"))
+    grouped.wgrad(random(rows, 144), random(rows, 272), groups, torch.zeros(len(COUNTS), 144, 272, device="cuda"))
+
+
+def model(recipe: Any) -> None:
+    """All phases forward and backward, with a number of tokens that fits no tile."""
+    wgrad = WGrad()
+    fp8 = FP8(recipe, Triton(), "", wgrad) if recipe.fp8 else None
+    made = build_model(
+        SHAPE, {0: tuple(block.name for block in blocks(SHAPE))}, ep_rank=0, ep_size=1,
+        dispatcher=Flat(None, SHAPE.routed), wgrad=wgrad, dtype=torch.bfloat16, device="cuda", fp8=fp8,
+    )  # fmt: skip
+    made.initialise(0)
+    flight = Flight(torch.randint(SHAPE.vocab, (3, 37 + 2), device="cuda"), 1.0)
+    state: Any = ()
+    phases = list(enumerate(made.stages[0].phases))
+    for index, phase in phases:
+        state = phase.forward(index, state, flight).wait()
+    grads: Any = ()
+    later: list[Closure] = []
+    for index, phase in reversed(phases):
+        grads = phase.backward(index, grads, flight, later).wait()
+    for closure in later:
+        closure()
+    for name, weight in made.named_parameters():
+        assert weight.gradient().isfinite().all(), name
+
+
+def main() -> int:
+    torch.manual_seed(0)
+    launched = watch()
+    casts()
+    products()
+    for recipe in (preset("bf16"), preset("deepseek_v3"), preset("deepseek_v3", dispatch="bf16")):
+        model(recipe)
+    torch.cuda.synchronize()
+    every = dict(kernels())
+    idle = [name for name, kernel in every.items() if id(kernel) not in launched]
+    print(f"{len(every) - len(idle)} of {len(every)} kernels ran" + "".join(f"\n  not run: {name}" for name in idle))
+    return 1 if idle else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

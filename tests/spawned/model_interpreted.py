@@ -1,0 +1,313 @@
+"""The model's kernels under Triton's CPU interpreter, against their definitions in torch. Run by test_model_kernels.py.
+
+Its own process: TRITON_INTERPRET must be set before triton is first imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.support.census import Census
+from dryvine.trainer.fp8.recipe import preset
+from dryvine.trainer.model import gate, loss, memory, mla, moe, swiglu
+from dryvine.trainer.model import qkv as heads
+from dryvine.trainer.model.kernels import gate as fused_gate
+from dryvine.trainer.model.kernels import gated, norm
+from dryvine.trainer.model.kernels import loss as fused_loss
+from dryvine.trainer.model.kernels import qkv as fused
+from dryvine.trainer.model.recompute import through
+from dryvine.trainer.model.rope import Rope
+from tests.support.gate import GATES, case, clear, gate_of, near, tied
+from tests.support.interpreter import right_casts
+from tests.support.model import filled, random_tokens, tiny, train
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _right_casts() -> Iterator[None]:
+    with right_casts():
+        yield
+
+
+class Size(NamedTuple):
+    sequences: int
+    length: int
+    heads: int
+    nope: int
+    rope: int
+    v: int
+
+
+SIZES = [
+    Size(1, 5, 3, 8, 6, 12),  # nothing a power of two
+    Size(3, 4, 3, 12, 4, 8),
+    Size(2, 2, 40, 16, 8, 16),  # more heads than a program takes at a time
+    Size(2, 3, 1, 128, 64, 128),
+]
+
+
+def latents(size: Size, dtype: torch.dtype) -> tuple[list[Tensor], tuple[Tensor, Tensor]]:
+    """q, kv, the rope key as a slice of wider rows, all asking for gradients; and the table."""
+    generator = torch.Generator().manual_seed(3)
+    n, widths = size.sequences * size.length, (size.heads * (size.nope + size.rope), size.heads * (size.nope + size.v))
+    q, kv, latent = (torch.randn(n, w, generator=generator).to(dtype) for w in (*widths, 10 + size.rope))
+    table = Rope(tiny(rope_dim=size.rope)).table(size.length, torch.device("cpu"))
+    return [t.requires_grad_() for t in (q, kv, latent[:, 10:])], table
+
+
+def same(one: Tensor, other: Tensor) -> None:
+    assert one.shape == other.shape
+    assert one.dtype == other.dtype
+    assert torch.equal(one, other), f"{int((one != other).sum())} of {one.numel()} differ"
+
+
+def defined(inputs: list[Tensor], table: Any, size: Size) -> list[Tensor]:
+    """The definition, without the padding of values."""
+    q, k, v = heads.plain(*inputs, table, size.sequences, size.heads)
+    return [q, k, v[..., : size.v]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("size", SIZES)
+def test_heads_have_the_definitions_bits(size: Size, dtype: torch.dtype) -> None:
+    inputs, table = latents(size, dtype)
+    theirs = defined(inputs, table, size)
+    q, kv, _ = inputs
+    place = q.data_ptr()
+    ours = fused.assemble(*inputs, table, size.sequences, size.heads)
+    for one, other in zip(ours, theirs, strict=True):
+        same(one, other)
+    assert ours[0].data_ptr() == place, "rotated in place"
+    assert ours[2].untyped_storage().data_ptr() == kv.untyped_storage().data_ptr(), "values are a view"
+
+
+def gradients(inputs: list[Tensor], outputs: Any, given: list[Tensor]) -> list[Tensor]:
+    return list(torch.autograd.grad(outputs, inputs, given))
+
+
+@pytest.mark.parametrize("dense", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("size", SIZES)
+def test_gradients_of_heads(size: Size, dtype: torch.dtype, dense: bool) -> None:
+    """Of q and kv to the bit, since each is rounded once in either; of the rope key as good as one rounding allows."""
+    inputs, table = latents(size, dtype)
+    outputs = defined(inputs, table, size)
+    generator = torch.Generator().manual_seed(4)
+    given = [torch.randn(t.shape, generator=generator).to(dtype) for t in outputs]
+    if not dense:  # as a core may give them: in the order of its inputs, or with another innermost dimension
+        turned = given[1].transpose(2, 3).contiguous().transpose(2, 3)
+        given = [given[0].transpose(1, 2).contiguous().transpose(1, 2), turned, given[2]]
+    kept = [t.clone() for t in given]
+    dq, dkv, dk_rope = gradients(inputs, fused.assemble(*inputs, table, size.sequences, size.heads), given)
+    for one, other in zip(given, kept, strict=True):
+        same(one, other)
+    inputs, _ = latents(size, dtype)
+    true_dq, true_dkv, _ = gradients(inputs, defined(inputs, table, size), given)
+    same(dq, true_dq)
+    same(dkv, true_dkv)
+    wide = [t.detach().double().requires_grad_() for t in inputs]
+    k_grad, half = given[1].double(), size.rope // 2
+    a, b = k_grad[..., size.nope :].sum(1).split(half, -1)
+    cos, sin = (t.squeeze(1).double() for t in table)
+    exact = torch.stack((a * cos + b * sin, b * cos - a * sin), -1).view(wide[2].shape)
+    one_rounding = 2**-8 if dtype == torch.bfloat16 else 2**-24
+    torch.testing.assert_close(dk_rope.double(), exact, rtol=1.001 * one_rounding, atol=1e-5)
+
+
+class _Slice(torch.autograd.Function):
+    """A Linear whose output is a part of what it made, as padded FP8 products give it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return torch.cat((x, x))[: len(x)]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        return dy
+
+
+def test_heads_between_slices_and_a_core_that_drops_them() -> None:
+    """The way through a layer: products give slices, and what the core saves is made again in the backward."""
+    size, found = SIZES[1], []
+    for again in (False, True, None):
+        inputs, table = latents(size, torch.float32)
+        way = (lambda *a: tuple(defined(list(a[:3]), a[3], size))) if again is None else fused.assemble
+
+        def make(way: Any = way, inputs: list[Tensor] = inputs, table: Any = table) -> Any:
+            q, kv, k_rope = inputs
+            return way(_Slice.apply(q), _Slice.apply(kv), k_rope, table, size.sequences, size.heads)
+
+        def core(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return torch.softmax(q @ k.transpose(2, 3), -1) @ v
+
+        out = through(make, core, bool(again))
+        found.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
+    for kept, remade, plain in zip(*found, strict=True):
+        same(kept, remade)
+        torch.testing.assert_close(kept, plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("q_lora", [20, None])
+def test_a_model_of_these_kernels(q_lora: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recompute keeps the bits, also where the queries rotated in place are what it starts from; and the whole is what
+    torch makes of it."""
+    found = []
+    for ways, kernels in (((), False), ((), True), (("norm", "mla_up", "swiglu"), True)):
+        if kernels:
+            monkeypatch.setattr(mla, "assemble", fused.assemble)
+            monkeypatch.setattr(swiglu, "_ways", lambda x: gated)
+            monkeypatch.setattr(moe, "route", fused_gate.route)
+        shape = tiny(layers=1, first_dense=0, q_lora=q_lora, v_dim=12, recompute=ways)
+        model = filled(shape)
+        losses = train(model, random_tokens(shape, 2, 3))
+        found.append(losses | {name: weight.gradient() for name, weight in model.named_parameters()})
+    plain, kept, remade = found
+    assert not [name for name, tensor in kept.items() if not torch.equal(tensor, remade[name])]
+    for name, tensor in plain.items():
+        torch.testing.assert_close(kept[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_whoever_saved_q_is_told_that_it_was_written_over() -> None:
+    inputs, table = latents(SIZES[0], torch.float32)
+    q = inputs[0] * 1.0
+    square = q.square().sum()
+    fused.assemble(q, *inputs[1:], table, SIZES[0].sequences, SIZES[0].heads)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        square.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("rows", "width"), [(5, 24), (2, 5000), (3, 2048), (0, 8)])
+def test_swiglu(rows: int, width: int, weighted: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within one rounding of exact results, and as near to them as the definition is."""
+    generator = torch.Generator().manual_seed(5)
+    h, dy = (torch.randn(rows, w, generator=generator).mul(3).to(dtype) for w in (2 * width, width))
+    weights = torch.randn(rows, generator=generator) if weighted else None
+    y, (dh, dweights) = gated.forward(h, weights), gated.backward(dy, h, weights)
+
+    wide = [t.double().requires_grad_() for t in (h, *([] if weights is None else [weights]))]
+    gate, up = wide[0].chunk(2, -1)
+    exact = torch.nn.functional.silu(gate) * up * (wide[1].unsqueeze(-1) if weighted else 1.0)
+    rounding = 1.001 * 2**-8 if dtype == torch.bfloat16 else 2e-6
+    torch.testing.assert_close(y.double(), exact, rtol=rounding, atol=1e-9)
+    true_dh, *true_dweights = torch.autograd.grad(exact, wide, dy.double())
+    torch.testing.assert_close(dh.double(), true_dh, rtol=rounding, atol=1e-5)
+    assert (dweights is None) == (not weighted)
+    if dweights is not None:
+        torch.testing.assert_close(dweights.double(), true_dweights[0], rtol=1e-5, atol=1e-4)
+    plain = swiglu.forward(h, weights), *swiglu.backward(dy, h, weights)
+    for ours, theirs in zip((y, dh, dweights), plain, strict=True):
+        assert (None if ours is None else (ours.shape, ours.dtype)) == (
+            None if theirs is None else (theirs.shape, theirs.dtype)
+        )
+
+
+def test_swiglu_of_extremes() -> None:
+    edge = torch.tensor([0.0, -0.0, 1e30, -1e30, 90.0, -90.0, torch.inf, -torch.inf, torch.nan])
+    h, dy = torch.cat((edge, torch.ones(9))).unsqueeze(0), torch.ones(1, 9)
+    torch.testing.assert_close(gated.forward(h, None), swiglu.forward(h, None), equal_nan=True)
+    torch.testing.assert_close(gated.backward(dy, h, None)[0], swiglu.backward(dy, h, None)[0], equal_nan=True)
+
+
+@pytest.mark.parametrize(("rows", "width"), [(0, 16), (5, 24), (300, 144)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_of_a_norms_weight_is_an_fp32_sum(rows: int, width: int, dtype: torch.dtype) -> None:
+    """Of rows that may be a slice of wider ones, as MLA's key-value latent is."""
+    generator = torch.Generator().manual_seed(5)
+    dy, wide = (torch.randn(rows, w, generator=generator).to(dtype) for w in (width, width + 8))
+    x, inverse = wide[:, 3 : width + 3], torch.rand(rows, 1, generator=generator)
+    terms = dy.double() * x.double() * inverse.double()
+    found = norm.weight_gradient(dy, x, inverse)
+    assert found.dtype == torch.float32
+    bound = 2.0**-24 * (norm.CHUNK // norm.ROWS + 10) * terms.abs().sum(0)  # one rounding an addition, and two a term
+    assert ((found.double() - terms.sum(0)).abs() <= bound).all()
+
+
+@pytest.mark.parametrize(("rows", "width"), [(3, 7), (5, fused_loss.BLOCK + 5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cross_entropy_and_its_gradient(rows: int, width: int, dtype: torch.dtype) -> None:
+    """Logits from near nothing to where e^x overflows FP32, and a row of -inf but one."""
+    generator = torch.Generator().manual_seed(6)
+    logits = (torch.randn(rows, width, generator=generator) * torch.logspace(-2, 2.5, rows).unsqueeze(1)).to(dtype)
+    logits[0, 1:] = float("-inf")
+    targets = torch.arange(rows) * 2 % width
+    ours, theirs = fused_loss.norms(logits), loss.norms(logits)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    found, truth, dloss = logits.clone(), logits.clone(), torch.tensor(3.0)
+    fused_loss.into_gradient(found, targets, theirs, dloss)
+    loss.into_gradient(truth, targets, theirs, dloss)
+    torch.testing.assert_close(found, truth, rtol=2**-7 if dtype == torch.bfloat16 else 1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_a_gate_chooses_counts_and_weighs_as_defined(name: str) -> None:
+    """Sequences end within a program's tile."""
+    shape, sequences, length = gate_of(name), 3, 7
+    logits, bias, dweights, dloss, (true_weights, true_dlogits, *true_loss), true_experts = case(
+        shape, sequences, length
+    )
+    leaf, load = logits.requires_grad_(), torch.arange(shape.routed)
+    weights, experts, loss = fused_gate.route(leaf, bias, shape, sequences, load)
+    same(experts, true_experts)
+    assert torch.equal(load - torch.arange(shape.routed), true_experts.flatten().bincount(minlength=shape.routed))
+    torch.testing.assert_close(weights.double(), true_weights, rtol=1e-6, atol=0)
+    assert (loss is None) == (shape.balance_alpha == 0)
+    if loss is not None:
+        torch.testing.assert_close(loss.double(), true_loss[0], rtol=1e-6, atol=0)
+    outputs, given = ([weights], [dweights]) if loss is None else ([weights, loss], [dweights, torch.tensor(dloss)])
+    (dlogits,) = torch.autograd.grad(outputs, leaf, given, retain_graph=True)
+    near(dlogits, true_dlogits, dweights)
+    if loss is not None:  # the loss's gradient alone, and the weights' alone
+        parts = [torch.autograd.grad(outputs[i], leaf, given[i], retain_graph=True)[0] for i in range(2)]
+        near(parts[0] + parts[1], true_dlogits, dweights)
+
+
+@pytest.mark.parametrize("name", ["V3", "V2-Lite", "nothing a power of two"])
+def test_of_equal_experts_and_groups_the_first_is_taken(name: str) -> None:
+    shape = gate_of(name)
+    logits, truth = tied(shape, 30)
+    same(fused_gate.route(logits, torch.zeros(shape.routed), shape, 1, None)[1], truth)
+
+
+@pytest.mark.parametrize("name", ["V3", "V2", "nothing a power of two", "the same without balance loss"])
+@pytest.mark.filterwarnings("ignore:All-NaN")
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_logits_that_are_no_numbers_still_choose_different_experts(name: str, bad: float) -> None:
+    """Or a step that could be skipped would end in the dispatcher, or write where no row is."""
+    shape = gate_of(name)
+    logits, bias = clear(shape, 1, 6)
+    logits[0], logits[1, 1], logits[2, ::2] = bad, bad, bad
+    load = torch.zeros(shape.routed, dtype=torch.int64)
+    weights, experts, _ = fused_gate.route(logits, bias, shape, 1, load)
+    assert all(len({*row}) == shape.top_k and {*row} <= {*range(shape.routed)} for row in experts.tolist())
+    assert torch.equal(load, experts.flatten().bincount(minlength=shape.routed))
+    theirs, chosen, _ = gate.plain(logits, bias, shape, 1, None)
+    same(experts[3:], chosen[3:])
+    assert torch.equal(weights.isnan().any(1), theirs.isnan().any(1))
+
+
+def test_a_gate_of_no_tokens() -> None:
+    shape = gate_of("V3 without balance loss")
+    leaf, load = torch.empty(0, shape.routed, requires_grad=True), torch.ones(shape.routed, dtype=torch.int64)
+    weights, experts, _ = fused_gate.route(leaf, torch.zeros(shape.routed), shape, 2, load)
+    (dlogits,) = torch.autograd.grad(weights.sum(), leaf)
+    assert (weights.shape, experts.shape, dlogits.shape) == ((0, 8), (0, 8), (0, shape.routed))
+    assert bool((load == 1).all())
+
+
+@pytest.mark.parametrize(
+    "name", ["V2-Lite", "V2 without balance loss", "the same without balance loss", "nothing a power of two"]
+)
+def test_a_gate_keeps_what_is_predicted_on_cuda(name: str) -> None:
+    shape, sequences, length = gate_of(name), 2, 9
+    logits, bias = clear(shape, sequences, length)
+    rows = memory.kept(shape, preset("bf16"), ["layers.1"], memory.Load.even(shape, sequences * length, sequences))
+    with Census() as census:
+        held = fused_gate.route(logits.requires_grad_() * 1.0, bias, shape, sequences, None)[0].grad_fn
+    assert census.bytes == sum(row.bytes for row in rows if row.reader in ("gate", "balance loss"))
+    del held

@@ -1,0 +1,87 @@
+"""What a user gets wrong in a config is said in one line, with the mend, before anything starts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dryvine.trainer.config import Config, ConfigError, check_world, dump, load, split
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
+
+# override -> what the one line must hold: the place, and the mend
+WRONG = {
+    "optim.lrr=1": ("optim.lrr: unknown key", "did you mean lr?"),
+    "model.yarn.foo=1": ("model.yarn.foo: unknown key", "factor"),
+    "optim.lr=fast": ("optim.lr", "'fast'"),
+    "run.steps=0": ("run.steps", "0"),
+    'run.dtype="fp16"': ("run.dtype", "'fp32' or 'bf16'"),
+    "run.name=a b": ("run.name", "a b"),
+    "parallel.schedule=dualpype": ("dualpype", "dualpipe"),
+    "parallel.pp=3": ("dualpipe cannot run pp=3", "even", "pp=2"),
+    "batch.sequences=4": ("microbatches=2", "microbatches=4"),
+    "batch.sequences=17": ("17 is not a multiple", "16 or 18"),
+    "parallel.ep=3": ("4 experts do not divide", "ep may be one of [1, 2, 4]"),
+    "model.top_k=3": ("top_k=3", "lower top_k to 2"),
+    "model.groups=3": ("routed=4 does not divide into groups=3", "multiple"),
+    "data.vocab_size=4096": ("model.vocab = 320", "raise model.vocab"),
+    "parallel.pp=10": ("at least 10 blocks", "fewer pipeline ranks"),
+    "nonsense": ("'nonsense'", "table.key=value"),
+    "comm.dispatcher=flatt": ("comm.dispatcher", "flat"),
+}
+
+
+@pytest.mark.parametrize("override", WRONG)
+def test_a_wrong_config_is_refused_in_one_line_with_the_mend(tiny: Callable[..., Config], override: str) -> None:
+    layout = ["parallel.pp=2", "parallel.ep=2", "parallel.schedule=dualpipe"]
+    if override == "parallel.pp=10":
+        layout[2] = "parallel.schedule=one_f_one_b"
+    with pytest.raises(ConfigError) as caught:
+        tiny(*layout, override)
+    said = str(caught.value)
+    assert "\n" not in said
+    for part in WRONG[override]:
+        assert part in said
+
+
+def test_a_world_of_another_size_is_refused(tiny: Callable[..., Config]) -> None:
+    with pytest.raises(ConfigError, match=r"2 x 1 x 1 = 2 ranks, but 3 were launched"):
+        check_world(tiny("parallel.pp=2"), 3)
+
+
+def test_the_command_says_it_in_one_line_and_exits_with_2(tmp_path: Path) -> None:
+    config = tmp_path / "mine.toml"
+    config.write_text(f'extends = "{ROOT / "configs" / "tiny_cpu.toml"}"\n')
+    for words in ([str(config), "optim.lrr=1"], [str(tmp_path / "mime.toml")]):
+        done = subprocess.run(
+            [sys.executable, "-m", "dryvine.trainer", *words], capture_output=True, text=True, timeout=100, check=False
+        )
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == 1
+        assert "did you mean" in done.stderr
+
+
+def test_extends_and_overrides_come_in_order(tmp_path: Path) -> None:
+    text = (ROOT / "tests" / "tiny.toml").read_text()
+    (tmp_path / "base.toml").write_text(text)
+    (tmp_path / "mine.toml").write_text('extends = "base.toml"\n[optim]\nlr = 0.5\nclip = 2.0\n')
+    config = load(tmp_path / "mine.toml", ["optim.clip=3"])
+    assert (config.optim.lr, config.optim.clip, config.model.layers) == (0.5, 3.0, 6)
+    (tmp_path / "base.toml").write_text('extends = "mine.toml"\n')
+    with pytest.raises(ConfigError, match="extends itself"):
+        load(tmp_path / "mine.toml")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_of_ours_loads_and_survives_a_round_trip(path: Path, tmp_path: Path) -> None:
+    config = load(path)
+    (tmp_path / "config.toml").write_text(dump(config))
+    assert load(tmp_path / "config.toml") == config
+    names = [name for stage in split(config) for name in stage]
+    assert names[0] == "embed"
+    assert len(set(names)) == len(names)

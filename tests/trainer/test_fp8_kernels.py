@@ -1,0 +1,46 @@
+"""The Triton kernels without a GPU: under the interpreter, and compiled for Hopper, each in a process of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.support import triton_scripts as helpers_triton
+
+pytestmark = pytest.mark.skipif(not helpers_triton.PRESENT, reason="triton is for Linux only")
+
+
+def test_every_bit_agrees_under_the_interpreter() -> None:
+    helpers_triton.interpret("fp8_interpreted.py")
+
+
+compiled = helpers_triton.compiled("fp8_compiled")
+
+
+def test_products_use_hoppers_own_instructions(compiled: list[dict[str, Any]]) -> None:
+    products = [k for k in compiled if k["kernel"].split(".")[0] in ("hopper", "plain")]
+    assert len(products) == 5
+    for kernel in products:
+        assert all(kind.endswith(".f32.e4m3.e4m3") for kind in kernel["wgmma"]), kernel
+        assert sum(kernel["wgmma"].values()) >= 4, kernel  # 128 of K is four instructions of 32
+        assert kernel["tma"] >= 2, kernel
+        # The few words that spill lie outside the loop over K; more would be inside.
+        assert kernel["stack"] <= 64, kernel
+
+
+def test_quantisers_cast_in_hardware_and_do_not_spill(compiled: list[dict[str, Any]]) -> None:
+    quantisers = [k for k in compiled if k["kernel"].split(".")[0] in ("cast", "fused")]
+    assert len(quantisers) >= 9
+    for kernel in quantisers:
+        name = kernel["kernel"].partition(".")[2]
+        assert kernel["stack"] <= 24, kernel  # addresses; holding them all costs more in threads
+        if "pack" not in name and kernel["constants"].get("CAST", True):
+            assert kernel["cast"], kernel
+
+
+def test_every_kernel_fits_an_sm(compiled: list[dict[str, Any]]) -> None:
+    for kernel in compiled:
+        assert kernel["shared"] <= helpers_triton.HOPPER_SHARED, kernel
+        if not kernel["kernel"].startswith("hopper."):  # Gluon's warps have shares of their own
+            helpers_triton.assert_registers_fit(kernel)

@@ -1,0 +1,88 @@
+"""RMSNorm that leaves the cast of its output to the Linears behind it: the same bits, fewer passes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dryvine.trainer.fp8 import reference
+from dryvine.trainer.fp8.linear import FP8
+from dryvine.trainer.fp8.tensors import Quantized
+from tests.support.model import in_fp8, random_tokens, tiny, train
+
+Result = tuple[dict[str, Tensor], dict[str, Tensor], list[Any]]
+
+
+def step(**changes: Any) -> Result:
+    """Losses, gradients and the guard's counts of a training step of a whole model."""
+    recipe = {"activation_tile": changes.pop("tile")} if "tile" in changes else {}
+    shape = tiny(hidden=256, mtp_depth=1, **changes)
+    model, fp8 = in_fp8(shape, **recipe)
+    fp8.guard.on = True
+    losses = train(model, random_tokens(shape))
+    grads = {name: weight.gradient() for name, weight in model.named_parameters()}
+    return losses, grads, sorted(fp8.guard.take(model.named_parameters()))
+
+
+def same(one: Result, other: Result) -> None:
+    assert one[0] == other[0]
+    assert one[1].keys() == other[1].keys()
+    assert [name for name, grad in one[1].items() if not torch.equal(grad, other[1][name])] == []
+    assert one[2] == other[2]
+
+
+class Counter:
+    """How often a function of an object was called."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, where: Any, name: str) -> None:
+        self.calls, original = 0, getattr(where, name)
+
+        def counted(*args: Any) -> Any:
+            self.calls += 1
+            return original(*args)
+
+        patch.setattr(where, name, counted)
+
+
+def test_the_norms_cast_is_the_one_that_linears_would_make(monkeypatch: pytest.MonkeyPatch) -> None:
+    casts = Counter(monkeypatch, FP8, "quantize")
+    fused = step()
+    with_it = casts.calls
+    monkeypatch.setattr(FP8, "remember", lambda self, x, rows: None)
+    same(fused, step())
+    # Of a dense layer: attention's (two Linears), q, kv and FFN; of three routed ones, MTP's included, the shared FFN.
+    norms = 4 * (1 + 1 + 1 + 1)
+    assert casts.calls - 2 * with_it >= norms
+    assert with_it == 4 + 1, "left are attention's output in each layer, and MTP's projection of two norms"
+
+
+@pytest.mark.parametrize("shared", [1, 0])
+def test_recompute_changes_no_bit_and_casts_nothing_twice(monkeypatch: pytest.MonkeyPatch, shared: int) -> None:
+    fused, plain = (Counter(monkeypatch, reference, name) for name in ("rmsnorm_rows", "rmsnorm"))
+    kept = step(shared=shared)
+    casts, norms = fused.calls, plain.calls
+    same(kept, step(shared=shared, recompute=("norm",)))
+    assert fused.calls == 2 * casts
+    routed = 3 if shared else 0  # whose gates ask for the norm again; without shared experts nothing was cast there
+    assert plain.calls == 2 * norms + routed
+
+
+def test_other_tiles_are_cast_by_the_linear() -> None:
+    model, _ = in_fp8(tiny(hidden=256), activation_tile="tensor")
+    assert all(norm.fp8 is None for norm in model.root.modules() if hasattr(norm, "eps"))
+    step(tile="tensor")
+
+
+def test_norm_is_the_models_norm() -> None:
+    """The FP8 model's norm sums in FP64: no nearer to the other than BF16's last bit, and no further."""
+    x, weight = torch.randn(50, 384).bfloat16(), torch.rand(384).bfloat16()
+    ours, inverse = reference.rmsnorm(x, weight, 1e-6)
+    theirs = torch.nn.functional.rms_norm(x.double(), (384,), weight.double(), 1e-6)
+    torch.testing.assert_close(ours.double(), theirs, rtol=2**-8, atol=0)
+    rows, normed, again = reference.rmsnorm_rows(x, weight, 1e-6)
+    assert isinstance(rows, Quantized)
+    assert torch.equal(normed, ours)
+    assert torch.equal(again, inverse)

@@ -1,0 +1,110 @@
+"""A step whose gradients are not finite: who is to blame, and when a run has had enough.
+
+The norm is summed over all ranks, so all of them skip together and nothing needs to be agreed on. Blame is looked for
+only then, in what a rank still has of its own: its losses, its weights, and its gradients before they were summed with
+other copies, after which every copy would look guilty. Dividing a loss scale instead, as FP16 trainers do, mends
+overflow alone; with BF16's range a gradient that is not finite is bad data, a bad kernel or a bad chip.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from dryvine.comm.mesh import Mesh
+from dryvine.parallel.executor import Played
+from dryvine.parallel.zero import Zero
+from dryvine.trainer.fp8.guard import culprits
+from dryvine.trainer.ramps import Point
+
+NAMED = 3  # culprits of a rank in the printed line; skipped.jsonl has them all
+
+
+class Diverged(RuntimeError):
+    """Several steps in a row had gradients that are not finite."""
+
+
+@dataclass(frozen=True)
+class Blame:
+    """What is not finite on a rank. A bad weight or a bad loss spoils every gradient that it reaches, so weights and
+    losses, where there are any, are nearer to the cause."""
+
+    weights: list[str]
+    losses: list[str]  # "balance.layers.4 of microbatches 0 3", in the order of the forward: the fault is before it
+    gradients: list[str]  # this rank's own, before the sum
+    sums: list[str]  # of gradients that are finite on every rank: FP32 overflowed
+
+    def __bool__(self) -> bool:
+        return any(asdict(self).values())
+
+    def __str__(self) -> str:
+        kinds = {"weight": self.weights, "": self.losses, "gradient": self.gradients, "sum of gradients": self.sums}
+        named = [f"{kind} {name}".strip() for kind, names in kinds.items() for name in names]
+        more = len(named) - NAMED
+        return ", ".join(named[:NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A step that updated nothing: which data it read, and what was not finite on which ranks."""
+
+    step: int
+    first: int  # number of its first sequence
+    sequences: int
+    ranks: dict[int, Blame]
+
+    def __str__(self) -> str:
+        who = "; ".join(f"rank {rank}: {blame}" for rank, blame in self.ranks.items()) or "nothing found afterwards"
+        data = f"sequences {self.first} to {self.first + self.sequences - 1}"
+        return f"step {self.step} ({data}) skipped, gradients not finite: {who}"
+
+    def append(self, folder: Path) -> None:
+        """Add a line to skipped.jsonl."""
+        with (folder / "skipped.jsonl").open("a") as lines:
+            lines.write(json.dumps(asdict(self)) + "\n")
+
+
+def blame(point: Point, played: Played, zero: Zero, mesh: Mesh) -> Skipped:
+    """Ask every rank what of it is not finite, after a reduction whose norm was not. Collective."""
+    found = _ask(mesh, _own(played, zero))
+    if not found:
+        sums = culprits((piece.name, piece.grad) for piece in zero.pieces())
+        found = _ask(mesh, Blame([], [], [], sums))
+    return Skipped(point.step + 1, point.first, point.sequences, found)
+
+
+def enough(skips: Sequence[Skipped]) -> str:
+    """The line that a run ends with after `skips` in a row."""
+    return (
+        f"{len(skips)} steps in a row were skipped, nothing after step {skips[0].step - 1} is in the weights; "
+        f"the last: {skips[-1]}; lower optim.lr, mend or leave out what is named (skipped.jsonl has every name), or "
+        f"raise optim.skips; the same command goes on from the last checkpoint"
+    )
+
+
+def _own(played: Played, zero: Zero) -> Blame:
+    parameters = [
+        (name, parameter)
+        for bucket in zero.buckets
+        for name, parameter in zip(bucket.names, bucket.parameters, strict=True)
+    ]
+    losses = {
+        name: [m for m, loss in zip(played.microbatches[name], of, strict=True) if not bool(loss.isfinite())]
+        for name, of in played.losses.items()
+    }
+    said = [f"{name} of microbatches {' '.join(map(str, bad))}" for name, bad in losses.items() if bad]
+    grads = culprits((name, _main_grad(parameter)) for name, parameter in parameters)
+    return Blame(culprits((name, p.detach()) for name, p in parameters), said, grads, [])
+
+
+def _main_grad(parameter: Tensor) -> Tensor:
+    return parameter.main_grad  # type: ignore[attr-defined]
+
+
+def _ask(mesh: Mesh, own: Blame) -> dict[int, Blame]:
+    every: Iterable[object] = mesh.gather(own)
+    return {rank: theirs for rank, theirs in enumerate(every) if isinstance(theirs, Blame) and theirs}
