@@ -21,11 +21,11 @@ from dryvine.comm.pending import Pending
 from dryvine.comm.wire import Wire
 from dryvine.parallel import overlap as weave
 from dryvine.parallel.flow_control import Line, channel, most_under_way, posts
-from dryvine.parallel.overlap import Order
+from dryvine.parallel.overlap import PairOrder
 from dryvine.parallel.schedule.ir import Edge, Op, Schedule, Slot
 from dryvine.parallel.schedule.lower import lower
 from dryvine.parallel.stage import Flight, Stage, State
-from dryvine.parallel.streams import Lanes, Mark
+from dryvine.parallel.streams import Mark, Streams
 
 
 @dataclass(frozen=True)
@@ -73,18 +73,18 @@ class Executor:
         stages: dict[int, Stage],
         wire: Wire,
         boundary: Callable[[Edge], State],
-        lanes: Callable[[], Lanes],
-        order: dict[str, Order] | None,
+        streams: Callable[[], Streams],
+        order: dict[str, PairOrder] | None,
     ) -> None:
         self.schedule, self.rank, self.stages = schedule, rank, stages
-        self.wire, self.boundary, self.lanes, self.order = wire, boundary, lanes, order
+        self.wire, self.boundary, self.streams, self.order = wire, boundary, streams, order
         self.program = lower(schedule)[rank]
         self.posts = posts(self.program, self.AHEAD)
         self.most = {line: most + self.SLACK for line, most in most_under_way(schedule, rank, self.AHEAD).items()}
 
     def run(self, batch: Batch) -> Played:
         """Play every slot once. The gradients are in the parameters' `main_grad` when it returns."""
-        play = _Play(batch, self.lanes())
+        play = _Play(batch, self.streams())
         for step, receives in zip(self.program, self.posts, strict=True):
             for edge in receives:
                 play.arrivals[_key(edge)] = self.wire.receive(self.boundary(edge), edge.source, channel(edge))
@@ -103,14 +103,14 @@ class Executor:
 
     def _slot(self, slot: Slot, play: _Play) -> None:
         inputs = [play.arrivals.pop(key).wait() if (key := self._input(op)) else () for op in slot]
-        start = play.lanes.mark()
+        start = play.streams.mark()
         tracks = [self._track(op, state, play) for op, state in zip(slot, inputs, strict=True)]
-        ends = weave.play(tracks, play.lanes, self.order)
+        ends = weave.play(tracks, play.streams, self.order)
         for op, result in zip(slot, ends, strict=True):
             if key := self._output(op):
                 play.arrivals[key] = Pending.done(result)
             play.land(op)
-        play.marks.append((slot, start, play.lanes.mark()))
+        play.marks.append((slot, start, play.streams.mark()))
 
     def _track(self, op: Op, state: State, play: _Play) -> weave.Track:
         stage, flight = self.stages[op.stage], play.flight(op)
@@ -143,8 +143,8 @@ class _Play:
     A flight is made by F and dropped by B or W (by F itself when not training).
     """
 
-    def __init__(self, batch: Batch, lanes: Lanes) -> None:
-        self.batch, self.lanes = batch, lanes
+    def __init__(self, batch: Batch, streams: Streams) -> None:
+        self.batch, self.streams = batch, streams
         self.arrivals: dict[tuple[str, int, int], Pending[State]] = {}  # (direction, stage, microbatch) -> its input
         self.leaving: defaultdict[Line, deque[Pending[None]]] = defaultdict(deque)
         self.marks: list[tuple[Slot, Mark, Mark]] = []
@@ -168,10 +168,10 @@ class _Play:
             del self._flights[key]
 
     def end(self) -> Played:
-        seconds = self.lanes.read([mark for _, *marks in self.marks for mark in marks])
+        seconds = self.streams.read([mark for _, *marks in self.marks for mark in marks])
         times = zip(seconds[::2], seconds[1::2], strict=True)
         self.played.timeline = [(slot, *pair) for (slot, _, _), pair in zip(self.marks, times, strict=True)]
-        self.played.exposed = self.lanes.exposed()
+        self.played.exposed = self.streams.exposed()
         self.played.ended = time.perf_counter()
         return self.played
 

@@ -4,7 +4,7 @@ An op is a track: units (one per layer) of named steps. A comm step starts its a
 of its track waits for it. So the order in which steps are called is the overlap, and the tables below are all there is
 to decide. For F&B it is DeepSeek-V3's (arXiv 2412.19437, figure 4): combine(B) runs under attention(F), dispatch(F)
 under experts(B), dispatch(B) under experts(W) and experts(F), combine(F) under attention(B) and attention(W). Weight
-gradients have no row: `Lanes` runs them where compute would wait. Whatever the order, each track runs the same steps
+gradients have no row: `Streams` runs them where compute would wait. Whatever the order, each track runs the same steps
 on the same data, and each weight sums its gradients in the same order: the bits do not change.
 
 Phases without a row of their own (embed, dense, head) take attention's place.
@@ -18,22 +18,22 @@ from typing import Any, NamedTuple
 
 from dryvine.comm.pending import Pending
 from dryvine.parallel.stage import Flight, Grads, Phase, Stage, State
-from dryvine.parallel.streams import Baton, LaneName, Lanes
+from dryvine.parallel.streams import Baton, StreamName, Streams
 from dryvine.parallel.wgrad import Closure
 
 FORWARD = ("attention", "layout", "dispatch", "experts", "combine")
 ROUND = 2 * len(FORWARD)  # places in the round of a unit
 
 Row = tuple[int, str]  # (track, phase)
-Order = dict[Row, int]  # by the kinds of a pair: a row's place in the round of its unit
+PairOrder = dict[Row, int]  # by the kinds of a pair: a row's place in the round of its unit
 
 
-def _round(*rows: Row, early: str = "") -> Order:
+def _round(*rows: Row, early: str = "") -> PairOrder:
     """Rows in order. A phase that is `early` is the next unit's, and so starts a round before its own."""
     return {row: place - (ROUND if row[1] == early else 0) for place, row in enumerate(rows)}
 
 
-def _both(*pieces: Sequence[str], early: str = "") -> Order:
+def _both(*pieces: Sequence[str], early: str = "") -> PairOrder:
     """Two tracks that go the same way, in turn, piece by piece."""
     return _round(*((track, phase) for piece in pieces for track in (0, 1) for phase in piece), early=early)
 
@@ -66,7 +66,7 @@ FB_DEVICE = _round(
 FF_HOST = _both(("attention", "layout", "dispatch"), ("experts", "combine"))
 FF_DEVICE = _both(("attention",), ("layout", "dispatch"), ("experts", "combine"))
 BB = _both(("experts", "dispatch"), ("attention", "combine"), early="combine")
-ORDERS: dict[str, dict[str, Order]] = {
+ORDERS: dict[str, dict[str, PairOrder]] = {
     "cpu": {"FB": FB_HOST, "FF": FF_HOST, "BB": BB},
     "cuda": {"FB": FB_DEVICE, "FF": FF_DEVICE, "BB": BB},
 }
@@ -74,7 +74,7 @@ ORDERS: dict[str, dict[str, Order]] = {
 
 class Step(NamedTuple):
     phase: str  # a row: attention | layout | dispatch | experts | combine
-    lane: LaneName
+    stream: StreamName
     run: Callable[[Any], Pending[Any]]
     closures: list[Closure]  # that the step leaves, to run later in the slot; those of I stay in the flight
 
@@ -94,7 +94,7 @@ def forward(stage: Stage, flight: Flight, state: State) -> Track:
     """F of one microbatch. The baton ends with the state for the next stage."""
 
     def step(index: int, phase: Phase) -> Step:
-        return Step(_row(phase), phase.lane, lambda state: phase.forward(index, state, flight), [])
+        return Step(_row(phase), phase.stream, lambda state: phase.forward(index, state, flight), [])
 
     return Track("F", Baton(Pending.done(state)), [[step(i, p) for i, p in unit] for unit in _units(stage)])
 
@@ -104,11 +104,11 @@ def backward(stage: Stage, flight: Flight, grads: Grads, split: bool) -> Track:
 
     def step(index: int, phase: Phase) -> Step:
         left: list[Closure] = []
-        if split and phase.lane == "compute":
+        if split and phase.stream == "compute":
             flight.wgrads.append(left)
         return Step(
             _row(phase),
-            phase.lane,
+            phase.stream,
             lambda grads: phase.backward(index, grads, flight, left),
             [] if split else left,
         )
@@ -124,25 +124,25 @@ def weights(flight: Flight) -> Track:
     return Track("W", Baton(Pending.done(())), closures=left)
 
 
-def play(tracks: Sequence[Track], lanes: Lanes, order: dict[str, Order] | None) -> list[State]:
+def play(tracks: Sequence[Track], streams: Streams, order: dict[str, PairOrder] | None) -> list[State]:
     """Run one op, or a pair woven by `order`, and give what each track ends with. None runs a pair one by one."""
     if order is None and len(tracks) > 1:
-        return [end for track in tracks for end in play([track], lanes, order)]
+        return [end for track in tracks for end in play([track], streams, order)]
     for closures in (c for track in tracks for c in track.closures):
-        lanes.later(closures, held=True)
+        streams.later(closures, held=True)
     for track, step in _woven(tracks, order or {}):
-        lanes.step(step.lane, track.baton, step.run)
-        lanes.hold(track.spent)
+        streams.step(step.stream, track.baton, step.run)
+        streams.hold(track.spent)
         if step.closures:
-            lanes.later(step.closures)
+            streams.later(step.closures)
         if order is None:
-            lanes.meet()  # nothing hides anything
-    ends = [lanes.take(track.baton) for track in tracks]
-    lanes.meet()
+            streams.meet()  # nothing hides anything
+    ends = [streams.take(track.baton) for track in tracks]
+    streams.meet()
     return ends
 
 
-def _woven(tracks: Sequence[Track], order: dict[str, Order]) -> Iterable[tuple[Track, Step]]:
+def _woven(tracks: Sequence[Track], order: dict[str, PairOrder]) -> Iterable[tuple[Track, Step]]:
     """Unit by unit in the order of the pair's table; the longer track ends alone, and so does an op without partner."""
     movers = sorted((t for t in tracks if t.kind != "W"), key=lambda t: t.kind == "B")  # F first; W has no steps
     place = order[movers[0].kind + movers[1].kind] if len(movers) == 2 else {}

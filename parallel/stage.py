@@ -58,7 +58,7 @@ class Flight:
     wgrads: list[list[Closure]] = field(default_factory=list)  # left by I, per phase, in the order in which they ran
     spent: list[Any] = field(
         default_factory=list
-    )  # inputs of phases whose backward is done, until lanes let go of them
+    )  # inputs of phases whose backward is done, until streams let go of them
 
 
 class Outcome(NamedTuple):
@@ -69,13 +69,14 @@ class Outcome(NamedTuple):
 
 
 class Phase(Protocol):
-    """A step of a stage. `lane` says which resource it uses; a comm phase gives back before its result has arrived."""
+    """A step of a stage. `stream` says which resource it uses; a comm phase returns before its result has
+    arrived."""
 
     name: str  # attention | layout | dispatch | experts | combine | embed | dense | head | ...
     layer: str  # the block it belongs to, e.g. layers.3
 
     @property
-    def lane(self) -> Literal["compute", "comm"]: ...
+    def stream(self) -> Literal["compute", "comm"]: ...
 
     def forward(self, index: int, state: State, flight: Flight) -> Pending[State]: ...
 
@@ -88,7 +89,7 @@ Function = Callable[[State, Flight], Outcome]
 class Compute:
     """Arithmetic under autograd between detached boundaries. The state's first `through` tensors pass untouched."""
 
-    lane: Literal["compute"] = "compute"
+    stream: Literal["compute"] = "compute"
 
     def __init__(self, name: str, layer: str, function: Function, wgrad: WGrad, through: int = 0) -> None:
         self.name, self.layer, self.function, self.wgrad, self.through = name, layer, function, wgrad, through
@@ -121,7 +122,7 @@ class Explicit:
     came as FP8 values and scales is one tensor of another dtype. `forward` gives the next state and what `backward`
     needs; `backward` makes of that and the outputs' gradients the inputs'. The first `through` pass untouched."""
 
-    lane: Literal["compute"] = "compute"
+    stream: Literal["compute"] = "compute"
 
     def __init__(
         self,
@@ -152,7 +153,7 @@ class Explicit:
 
 
 class Codec(Protocol):
-    """What rows are while a dispatch carries them. One object for all layers; both calls run in the comm lane."""
+    """What rows are while a dispatch carries them. One object for all layers; both calls run in the comm stream."""
 
     def encode(self, rows: Tensor) -> tuple[Tensor, ...]:
         """Rows [N, H] to tensors [N, ..] of any dtype, row by row: done once a token, before copies are made."""
@@ -181,7 +182,7 @@ class Layout:
     here: they take the link's latency and the slowest rank's lag, whatever their size. Nothing to do backward."""
 
     name = "layout"
-    lane: Literal["comm"] = "comm"
+    stream: Literal["comm"] = "comm"
 
     def __init__(self, layer: str, dispatcher: Dispatcher) -> None:
         self.layer, self.dispatcher = layer, dispatcher
@@ -206,7 +207,7 @@ class Dispatch:
     waits for."""
 
     name = "dispatch"
-    lane: Literal["comm"] = "comm"
+    stream: Literal["comm"] = "comm"
 
     def __init__(self, layer: str, dispatcher: Dispatcher, codec: Codec = AS_IS) -> None:
         self.layer, self.dispatcher, self.codec = layer, dispatcher, codec
@@ -227,7 +228,7 @@ class Combine:
     """Expert outputs back to their tokens, summed, and added to the residual. Its backward is `dispatch`."""
 
     name = "combine"
-    lane: Literal["comm"] = "comm"
+    stream: Literal["comm"] = "comm"
 
     def __init__(self, layer: str, dispatcher: Dispatcher, codec: Codec = AS_IS) -> None:
         self.layer, self.dispatcher, self.codec = layer, dispatcher, codec

@@ -6,8 +6,8 @@ of a layout. On a CPU compute runs in the caller, an all-to-all runs in gloo's t
 fill the caller's waits for it, first come first served, so their sums keep their order and the bits do not depend on
 how long a message took.
 
-Tensors made in one lane and read in another are held until the lanes meet at the end of a slot. `record_stream` would
-do that for each, and leaves the allocator to find out when, at the price of memory that nobody can predict.
+Tensors made in one stream and read in another are held until the streams meet at the end of a slot. `record_stream`
+would do that for each, and leaves the allocator to find out when, at the price of memory that nobody can predict.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ import torch
 from dryvine.comm.pending import Pending
 from dryvine.parallel.wgrad import Closure
 
-LaneName = Literal["compute", "comm"]
-Mark = Any  # a moment, in the terms of the lanes that made it
+StreamName = Literal["compute", "comm"]
+Mark = Any  # a moment, in the terms of the streams that made it
 Span = tuple[torch.cuda.Event, torch.cuda.Event]
 
 
@@ -34,15 +34,15 @@ class Baton:
     """The value that goes from step to step of one op, and what the next step must wait for."""
 
     value: Pending[Any]
-    lane: LaneName = "compute"  # that made it
+    stream: StreamName = "compute"  # that made it
     event: torch.cuda.Event | None = None
 
 
-class Lanes(Protocol):
+class Streams(Protocol):
     """One object per run of a schedule, so that what it measures is that run's."""
 
-    def step(self, lane: LaneName, baton: Baton, run: Callable[[Any], Pending[Any]]) -> None:
-        """Call `run` on the baton's value in `lane`, and put what it gives into the baton."""
+    def step(self, name: StreamName, baton: Baton, run: Callable[[Any], Pending[Any]]) -> None:
+        """Call `run` on the baton's value in stream `name`, and put what it gives into the baton."""
         ...
 
     def later(self, closures: list[Closure], held: bool = False) -> None:
@@ -51,15 +51,15 @@ class Lanes(Protocol):
         ...
 
     def hold(self, spent: list[Any]) -> None:
-        """What the last step read and nobody keeps: it may be another lane's memory. The list is emptied."""
+        """What the last step read and nobody keeps: it may be another stream's memory. The list is emptied."""
         ...
 
     def take(self, baton: Baton) -> Any:
-        """The baton's value, usable in the compute lane."""
+        """The baton's value, usable in the compute stream."""
         ...
 
     def meet(self) -> None:
-        """End of a slot: all three lanes are done with what the others made."""
+        """End of a slot: all three streams are done with what the others made."""
         ...
 
     def mark(self) -> Mark:
@@ -77,7 +77,7 @@ class Lanes(Protocol):
 
 
 @dataclass
-class CpuLanes:
+class CpuStreams:
     """Weight gradients run while compute would wait, first come first served. Of those that a slot makes itself, at
     most `LAG` steps' worth are held back, to bound memory; those that W brings were held anyway."""
 
@@ -87,11 +87,11 @@ class CpuLanes:
 
     LAG = 2  # compute steps whose weight gradients may still be waiting: about one layer
 
-    def step(self, lane: LaneName, baton: Baton, run: Callable[[Any], Pending[Any]]) -> None:
-        while lane == "compute" and self.made > self.LAG:  # not before a comm step: it would start late
+    def step(self, name: StreamName, baton: Baton, run: Callable[[Any], Pending[Any]]) -> None:
+        while name == "compute" and self.made > self.LAG:  # not before a comm step: it would start late
             self._fill()
         value = self.take(baton)
-        baton.value, baton.lane = run(value), lane
+        baton.value, baton.stream = run(value), name
 
     def later(self, closures: list[Closure], held: bool = False) -> None:
         self.fillers.append(closures)
@@ -101,7 +101,7 @@ class CpuLanes:
         spent.clear()
 
     def take(self, baton: Baton) -> Any:
-        if baton.lane == "compute":
+        if baton.stream == "compute":
             return baton.value.wait()
         while self.fillers and not baton.value.ready():
             self._fill()
@@ -133,8 +133,8 @@ class CpuLanes:
             self.made = min(self.made, len(self.fillers))
 
 
-class CudaLanes:
-    """Three streams. What a step read is held until `meet`, whichever lane made it.
+class CudaStreams:
+    """Three streams. What a step read is held until `meet`, whichever stream made it.
 
     Weight gradients that W brings are dealt out, one phase's for each message that compute waits for, from the moment
     when it starts to wait. All at once they would share the device with compute that is not waiting, and be over when
@@ -145,8 +145,8 @@ class CudaLanes:
     has left to do meanwhile only the device knows.
     """
 
-    def __init__(self, device: torch.device, streams: Streams) -> None:
-        self.streams = streams
+    def __init__(self, device: torch.device, side: SideStreams) -> None:
+        self.side = side
         self.compute = torch.cuda.current_stream(device)
         self.held: list[Any] = []
         self.dealt: deque[list[Closure]] = deque()  # W's, a phase each, still to come
@@ -154,14 +154,14 @@ class CudaLanes:
         self.waits: list[Span] = []
         self.fills: list[Span] = []
 
-    def step(self, lane: LaneName, baton: Baton, run: Callable[[Any], Pending[Any]]) -> None:
-        stream = self.compute if lane == "compute" else self.streams.comm
-        with torch.cuda.stream(stream), self._noted(self.waits, self.compute) if lane == "comm" else nullcontext():
-            self._enter(stream, lane, baton)
+    def step(self, name: StreamName, baton: Baton, run: Callable[[Any], Pending[Any]]) -> None:
+        stream = self.compute if name == "compute" else self.side.comm
+        with torch.cuda.stream(stream), self._noted(self.waits, self.compute) if name == "comm" else nullcontext():
+            self._enter(stream, name, baton)
             value = baton.value.wait()
             self.held.append(value)
             result = run(value).wait()  # queues; the host goes on
-        baton.value, baton.lane, baton.event = Pending.done(result), lane, stream.record_event()
+        baton.value, baton.stream, baton.event = Pending.done(result), name, stream.record_event()
 
     def later(self, closures: list[Closure], held: bool = False) -> None:
         if held:
@@ -171,8 +171,8 @@ class CudaLanes:
 
     def _fill(self, closures: list[Closure]) -> None:
         """Run them as soon as compute has done what it has been given so far."""
-        self.streams.wgrad.wait_stream(self.compute)
-        with torch.cuda.stream(self.streams.wgrad), self._noted(self.fills, self.streams.wgrad):
+        self.side.wgrad.wait_stream(self.compute)
+        with torch.cuda.stream(self.side.wgrad), self._noted(self.fills, self.side.wgrad):
             for closure in closures:
                 closure()
         self.held.append(list(closures))
@@ -192,11 +192,11 @@ class CudaLanes:
         while self.dealt:
             self._fill(self.dealt.popleft())
         with self._noted(self.waits, self.compute):
-            self.compute.wait_stream(self.streams.comm)
-        self.compute.wait_stream(self.streams.wgrad)
+            self.compute.wait_stream(self.side.comm)
+        self.compute.wait_stream(self.side.wgrad)
         # Only now: comm would take back memory that wgrad reads if it had not waited for both.
-        self.streams.comm.wait_stream(self.compute)
-        self.streams.wgrad.wait_stream(self.compute)
+        self.side.comm.wait_stream(self.compute)
+        self.side.wgrad.wait_stream(self.compute)
         self.held.clear()
 
     def mark(self) -> Mark:
@@ -223,11 +223,11 @@ class CudaLanes:
         yield
         spans.append((before, _record(stream)))
 
-    def _enter(self, stream: torch.cuda.Stream, lane: LaneName, baton: Baton) -> None:
-        """Wait for the baton's step if it was in the other lane."""
-        if baton.event is None or baton.lane == lane:
+    def _enter(self, stream: torch.cuda.Stream, name: StreamName, baton: Baton) -> None:
+        """Wait for the baton's step if it was in the other stream."""
+        if baton.event is None or baton.stream == name:
             return
-        if lane == "comm":
+        if name == "comm":
             stream.wait_event(baton.event)
             return
         if self.dealt:
@@ -255,16 +255,16 @@ def _record(stream: torch.cuda.Stream) -> torch.cuda.Event:
 
 
 @dataclass(frozen=True)
-class Streams:
+class SideStreams:
     """The two streams beside compute. Communication goes first where both have work: others wait for it."""
 
     comm: torch.cuda.Stream
     wgrad: torch.cuda.Stream
 
 
-def make_lanes(device: torch.device) -> Callable[[], Lanes]:
-    """A maker of lanes for each run on `device`; the streams are made once."""
+def make_streams(device: torch.device) -> Callable[[], Streams]:
+    """A maker of streams for each run on `device`; the streams are made once."""
     if device.type == "cpu":
-        return CpuLanes
-    streams = Streams(torch.cuda.Stream(device, priority=-1), torch.cuda.Stream(device))
-    return lambda: CudaLanes(device, streams)
+        return CpuStreams
+    side = SideStreams(torch.cuda.Stream(device, priority=-1), torch.cuda.Stream(device))
+    return lambda: CudaStreams(device, side)

@@ -26,7 +26,7 @@ from dryvine.parallel.overlap import ORDERS
 from dryvine.parallel.schedule.ir import Schedule
 from dryvine.parallel.schedule.lower import forward_only
 from dryvine.parallel.schedule.table import build
-from dryvine.parallel.streams import Lanes, make_lanes
+from dryvine.parallel.streams import Streams, make_streams
 from dryvine.parallel.wgrad import WGrad
 from dryvine.parallel.zero import Zero
 from dryvine.trainer.config import Config, split
@@ -70,7 +70,7 @@ class Rig:
     data: Data
     dispatcher: Metered
     wire: P2PWire
-    lanes: Callable[[], Lanes]
+    streams: Callable[[], Streams]
     fp8: FP8 | None = None
     executors: dict[tuple[int, bool], Executor] = field(default_factory=dict)  # (microbatches, training)
 
@@ -83,7 +83,7 @@ class Rig:
             state = (torch.empty(tokens, self.config.model.hidden, dtype=DTYPES[self.config.run.dtype], device="meta"),)
             self.executors[key] = Executor(
                 schedule if training else forward_only(schedule),
-                self.mesh.pp_rank, self.model.stages, self.wire, lambda _: state, self.lanes,
+                self.mesh.pp_rank, self.model.stages, self.wire, lambda _: state, self.streams,
                 ORDERS[self.mesh.device.type] if p.overlap == "on" else None,
             )  # fmt: skip
         return self.executors[key]
@@ -148,7 +148,7 @@ def make_rig(
         data,
         dispatcher,
         P2PWire(mesh, watch),
-        make_lanes(mesh.device),
+        make_streams(mesh.device),
         fp8,
     )
 

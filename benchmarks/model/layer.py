@@ -159,7 +159,7 @@ class Bench:
         for index, phase in reversed(list(enumerate(self.stage.phases))):
             with spans(f"B {phase.name}"):
                 grads = phase.backward(index, grads, flight, later.setdefault(phase.name, [])).wait()
-                flight.spent.clear()  # lanes would: there is one stream here
+                flight.spent.clear()  # streams would: there is one stream here
         for name, closures in later.items():
             if closures:
                 with spans(f"W {name}"):

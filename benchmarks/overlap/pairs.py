@@ -1,6 +1,6 @@
 """How much of the all-to-all stays exposed: pairs and whole steps, with overlap off and on, beside the bound.
 
-Phases of comm, lanes, order tables, executor and the messages between stages are the real ones; only how long compute
+Phases of comm, streams, order tables, executor and the messages between stages are the real ones; only how long compute
 and the link take is set (see overlap_toys.py). The bound of a pair is its compute alone or its communication alone,
 whichever is longer, or the longest chain of an op that must run in order. On a GPU compute alone and communication
 alone are measured in the same run, because GEMMs and copies do not take exactly the time that was asked of them.
@@ -31,7 +31,7 @@ from dryvine.comm.wire import P2PWire
 from dryvine.parallel import overlap as weave
 from dryvine.parallel.executor import Batch, Executor
 from dryvine.parallel.schedule.table import build
-from dryvine.parallel.streams import make_lanes
+from dryvine.parallel.streams import make_streams
 
 RATIOS = (4.0, 3.0, 2.0, 1.5, 1.2, 1.0, 0.75, 0.5)  # compute to communication, over an F&B pair
 KINDS = ("FB", "FF", "BB", "FW", "IW")
@@ -61,14 +61,14 @@ def times_at(ratio: float, phase: float) -> Times:
 
 def pair(kinds: str, times: Times, clockwork: Any, device: torch.device, overlap: bool) -> tuple[float, float]:
     """Seconds that a pair takes, and those in which compute stood still for the link."""
-    stage, lanes = toy_stage(0, LAYERS, times, clockwork), make_lanes(device)()
+    stage, streams = toy_stage(0, LAYERS, times, clockwork), make_streams(device)()
     x = torch.zeros(1, device=device)
     tracks = [_track(kind, stage, x) for kind in kinds]
     _synchronise(device)
     start = time.perf_counter()
-    weave.play(tracks, lanes, weave.ORDERS[device.type] if overlap else None)
+    weave.play(tracks, streams, weave.ORDERS[device.type] if overlap else None)
     _synchronise(device)
-    return time.perf_counter() - start, lanes.exposed()
+    return time.perf_counter() - start, streams.exposed()
 
 
 def _track(kind: str, stage: Any, x: torch.Tensor) -> weave.Track:
@@ -76,7 +76,7 @@ def _track(kind: str, stage: Any, x: torch.Tensor) -> weave.Track:
     if kind == "F":
         return weave.forward(stage, flight, (x,))
     if kind == "W":
-        flight.wgrads = [phase.closures() for phase in reversed(stage.phases) if phase.lane == "compute"]
+        flight.wgrads = [phase.closures() for phase in reversed(stage.phases) if phase.stream == "compute"]
         return weave.weights(flight)
     return weave.backward(stage, flight, (x,), split=kind == "I")
 
@@ -114,15 +114,15 @@ def alone(kinds: str, times: Times, clockwork: Any, device: torch.device) -> tup
 
 
 def host(device: torch.device, layers: int = 200) -> float:
-    """Host seconds per step of an F&B pair whose phases and messages take no time: what stage, overlap and lanes cost.
-    The best of a few, since it is the code that is asked about and not who else uses the machine."""
+    """Host seconds per step of an F&B pair whose phases and messages take no time: what stage, overlap and streams
+    cost. The best of a few, since it is the code that is asked about and not who else uses the machine."""
     stage = toy_stage(0, layers, Times(0.0, 0.0), Nothing())
     x, took = torch.zeros(1, device=device), []
     for _ in range(REPEATS):
-        lanes = make_lanes(device)()
+        streams = make_streams(device)()
         start = time.perf_counter()
         tracks = [_track(kind, stage, x) for kind in "FB"]
-        weave.play(tracks, lanes, weave.ORDERS[device.type])
+        weave.play(tracks, streams, weave.ORDERS[device.type])
         took.append(time.perf_counter() - start)
         _synchronise(device)
     return min(took) / sum(len(unit) for track in tracks for unit in track.units)
@@ -136,7 +136,7 @@ def step(rank: int, name: str, overlap: str, microbatches: int, layers: int, tim
     stages = {s: toy_stage(s, deep, times, link, schedule.stages) for s in schedule.stages_of(rank)}
     order = weave.ORDERS["cpu"] if overlap == "on" else None
     state = (torch.empty(1, device="meta"),)
-    executor = Executor(schedule, rank, stages, P2PWire(mesh), lambda edge: state, make_lanes(mesh.device), order)
+    executor = Executor(schedule, rank, stages, P2PWire(mesh), lambda edge: state, make_streams(mesh.device), order)
     took = []
     for _ in range(3):
         torch.distributed.barrier()
@@ -160,7 +160,7 @@ def steps(ratio: float, microbatches: int, layers: int, phase: float) -> list[di
 
 
 def draw_pair(path: Path, phase: float) -> None:
-    """The lanes of one woven F&B pair, as they ran."""
+    """The streams of one woven F&B pair, as they ran."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -172,7 +172,7 @@ def draw_pair(path: Path, phase: float) -> None:
     figure, axes = pyplot.subplots(figsize=(13, 2.4), layout="constrained")
     colours = {"F": "#f5b642", "B": "#3f8f5f", "I": "#3f8f5f", "W": "#7aa6d8"}
     for span in sleeper.spans:
-        row = 1 if span.lane == "compute" else 0
+        row = 1 if span.stream == "compute" else 0
         box = [(1e3 * (span.start - zero), 1e3 * (span.end - span.start))]
         axes.broken_barh(box, (row - 0.4, 0.8), color=colours[span.name[-2]], ec="white", lw=0.6)
         if span.end - span.start > 0.7 * phase:

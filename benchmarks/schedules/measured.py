@@ -34,7 +34,7 @@ from dryvine.parallel.schedule.costs import Costs
 from dryvine.parallel.schedule.simulate import simulate
 from dryvine.parallel.schedule.table import build
 from dryvine.parallel.stage import Stage
-from dryvine.parallel.streams import CpuLanes
+from dryvine.parallel.streams import CpuStreams
 
 HOST = ("dryvine dualpipev", "dryvine zb1p", "torch DualPipeV", "torch ZBVZeroBubble")
 
@@ -141,7 +141,7 @@ def executor_time(ranks: int, microbatches: int, name: str, steps: int) -> float
     """Microseconds per op of our executor alone: rank 1's program, with phases and a wire that do nothing."""
     schedule = build(name, ranks, microbatches)
     stages = {number: Stage(number, [Idle(number)]) for number in schedule.stages_of(1)}
-    executor = Executor(schedule, 1, stages, Nowhere(), lambda edge: (), CpuLanes, ORDERS["cpu"])
+    executor = Executor(schedule, 1, stages, Nowhere(), lambda edge: (), CpuStreams, ORDERS["cpu"])
     batch = Batch([torch.empty(0)] * microbatches, 1.0)
     return least(lambda: executor.run(batch), steps) / sum(1 for _ in schedule.ops(1))
 

@@ -2,7 +2,7 @@
 
 On a CPU a compute phase sleeps, so that two cores serve any number of ranks, and the link is a clock: one message at a
 time, each for a set time, without using a core. On a GPU compute is GEMMs and a message is a copy to the host by the
-copy engine, on whatever stream the executor's lanes chose.
+copy engine, on whatever stream the executor chose.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Handle:
 class Span:
     """A measured piece of work, for the picture. Seconds."""
 
-    lane: str
+    stream: str
     name: str
     start: float
     end: float
@@ -126,7 +126,7 @@ class Times:
 class Toy:
     """A compute phase that takes its time and passes tensors on in the shapes that its neighbours expect."""
 
-    lane = "compute"
+    stream = "compute"
 
     def __init__(self, name: str, layer: str, times: Times, clockwork: Clockwork) -> None:
         self.name, self.layer, self.times, self.clockwork = name, layer, times, clockwork
@@ -153,7 +153,7 @@ class Toy:
 class End:
     """Where tensors come from and where they end: the embedding and the loss, which take no time here."""
 
-    lane = "compute"
+    stream = "compute"
 
     def __init__(self, name: str, x: Tensor) -> None:
         self.name, self.layer, self.x = name, name, x

@@ -31,7 +31,7 @@ from dryvine.parallel.schedule.ir import Op, Schedule
 from dryvine.parallel.schedule.notation import from_csv
 from dryvine.parallel.schedule.table import build
 from dryvine.parallel.stage import Compute, Flight, Grads, Outcome, Stage, State
-from dryvine.parallel.streams import CpuLanes
+from dryvine.parallel.streams import CpuStreams
 from dryvine.parallel.wgrad import Closure, WGrad
 from dryvine.trainer.model.layers import Weight
 
@@ -167,7 +167,7 @@ class Dryvine:
         state = (torch.empty(ROWS, WIDTH, device="meta"),)
         stages = {s: self._stage(layer) for s, layer in self.layers.items()}
         self.executor = Executor(
-            self.schedule, rank, stages, P2PWire(mesh), lambda edge: state, CpuLanes, ORDERS["cpu"]
+            self.schedule, rank, stages, P2PWire(mesh), lambda edge: state, CpuStreams, ORDERS["cpu"]
         )
         self.batch = Batch(inputs(sizes.microbatches).split(ROWS), 1 / sizes.microbatches)
 
@@ -190,7 +190,7 @@ class Idle:
 
     stage: int
     name: str = "dense"
-    lane: Literal["compute"] = "compute"
+    stream: Literal["compute"] = "compute"
 
     @property
     def layer(self) -> str:

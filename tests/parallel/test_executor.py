@@ -28,7 +28,7 @@ from dryvine.parallel.schedule.lower import forward_only, lower
 from dryvine.parallel.schedule.rules import ScheduleError
 from dryvine.parallel.schedule.table import SCHEDULES, build
 from dryvine.parallel.stage import Compute, Flight, Outcome, Stage
-from dryvine.parallel.streams import CpuLanes
+from dryvine.parallel.streams import CpuStreams
 from dryvine.parallel.wgrad import WGrad
 from tests.support.pipeline import Report, play, reference, tokens, total
 
@@ -142,7 +142,7 @@ class Traced:
 
     name: str
     layer: str
-    lane: Any
+    stream: Any
     log: list[tuple[int, int, str]]
     track: int = 0
 
@@ -163,7 +163,7 @@ class Traced:
         return Pending(finish)
 
 
-LANE = {"layout": "comm", "dispatch": "comm", "combine": "comm"}
+STREAM = {"layout": "comm", "dispatch": "comm", "combine": "comm"}
 MOE = ("attention", "layout", "dispatch", "experts", "combine")
 LAYERS = [MOE, ("dense",), ("embed",), ("head",), ("attention", "dense")]
 
@@ -178,11 +178,11 @@ def trace(kinds: str, stages: list[list[tuple[str, str]]], order: str) -> tuple[
     log: list[tuple[int, int, str]] = []
     tracks = []
     for n, (kind, phases) in enumerate(zip(kinds, stages, strict=True)):
-        stage = Stage(n, [Traced(name, layer, LANE.get(name, "compute"), log, n) for name, layer in phases])
+        stage = Stage(n, [Traced(name, layer, STREAM.get(name, "compute"), log, n) for name, layer in phases])
         flight = Flight(torch.empty(0), 1.0)
         made = overlap.forward(stage, flight, ()) if kind == "F" else overlap.backward(stage, flight, (), kind == "I")
         tracks.append(made)
-    return log, overlap.play(tracks, CpuLanes(), ORDERS[order])
+    return log, overlap.play(tracks, CpuStreams(), ORDERS[order])
 
 
 @settings(max_examples=200, deadline=None)
@@ -200,19 +200,19 @@ def test_each_track_of_a_pair_keeps_its_own_order(kinds: str, order: str, data: 
 
 def stands_still(log: list[tuple[int, int, str]], names: list[str], order: str) -> float:
     """How long compute waits when every step takes 1, and a layout no time. On a CPU the caller computes, and waits for
-    what it hands on; on a GPU it only queues, but for a layout, and each lane runs what it was given in order."""
+    what it hands on; on a GPU it only queues, but for a layout, and each stream runs what it was given in order."""
     free = {"host": 0.0, "compute": 0.0, "comm": 0.0}
     ended: dict[int, float] = {}  # of each track's last step
     for track, step, what in log:
-        lane, ready = LANE.get(names[step], "compute"), ended.get(track, 0.0)
+        stream, ready = STREAM.get(names[step], "compute"), ended.get(track, 0.0)
         if what == "start":
-            start = max(free[lane], ready, free["host"])
-            ended[track] = free[lane] = start + (names[step] != "layout")
-            if lane == "compute" if order == "cpu" else names[step] == "layout":
+            start = max(free[stream], ready, free["host"])
+            ended[track] = free[stream] = start + (names[step] != "layout")
+            if stream == "compute" if order == "cpu" else names[step] == "layout":
                 free["host"] = ended[track]
         elif order == "cpu":
             free["host"] = max(free["host"], ended[track])
-    computed = sum(LANE.get(names[step], "compute") == "compute" for _, step, what in log if what == "start")
+    computed = sum(STREAM.get(names[step], "compute") == "compute" for _, step, what in log if what == "start")
     return max(free.values()) - computed
 
 
@@ -299,7 +299,7 @@ def test_sends_to_a_late_rank_are_held_within_the_bound() -> None:
     wgrad, wire, schedule = WGrad(), Deaf(), named("gpipe", 2, 16)
     stage = Stage(1, [Compute("head", "head", double, wgrad)])
     shape = (torch.empty(2, 2, device="meta"),)
-    executor = Executor(schedule, 1, {1: stage}, wire, lambda edge: shape, CpuLanes, ORDERS["cpu"])
+    executor = Executor(schedule, 1, {1: stage}, wire, lambda edge: shape, CpuStreams, ORDERS["cpu"])
     executor.run(Batch([torch.empty(0)] * 16, 1.0))
     assert wire.under_way == 0
     assert wire.peak <= max(executor.most.values()) + 1 < 6

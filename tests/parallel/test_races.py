@@ -1,4 +1,4 @@
-"""A training step on CUDA's lanes, played on the CPU: no stream reads early, writes over, or lets go too soon."""
+"""A training step on CUDA's streams, played on the CPU: no stream reads early, writes over, or lets go too soon."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from dryvine.comm.pending import Pending
-from dryvine.parallel import streams as lanes
+from dryvine.parallel import streams
 from dryvine.parallel.overlap import ORDERS
 from dryvine.trainer import step
 from dryvine.trainer.config import Config
 from dryvine.trainer.ramps import points
 from dryvine.trainer.step import train_step
-from tests.support.races import Races, WatchedLanes
+from tests.support.races import Races, WatchedStreams
 from tests.support.rig import rig_of
 
 Tiny = Callable[..., Config]
@@ -25,12 +25,12 @@ FP8 = ("run.dtype=bf16", "fp8.preset=deepseek_v3")
 RECOMPUTE = ('model.recompute=["norm", "mla_up", "swiglu"]',)
 
 
-def races(config: Config, monkeypatch: pytest.MonkeyPatch, kind: type[WatchedLanes] = WatchedLanes) -> Counter[str]:
+def races(config: Config, monkeypatch: pytest.MonkeyPatch, kind: type[WatchedStreams] = WatchedStreams) -> Counter[str]:
     """What goes wrong in one training step of one rank."""
     watch = Races()
     monkeypatch.setattr(torch.cuda, "stream", watch.on)
-    monkeypatch.setattr(lanes, "_record", lambda stream: None)
-    monkeypatch.setattr(step, "make_lanes", lambda device: lambda: kind(watch))
+    monkeypatch.setattr(streams, "_record", lambda stream: None)
+    monkeypatch.setattr(step, "make_streams", lambda device: lambda: kind(watch))
     monkeypatch.setattr(step, "ORDERS", {"cpu": ORDERS["cuda"]})
     rig = rig_of(config)
     with watch:
@@ -43,7 +43,7 @@ def alone(tiny: Tiny, schedule: str, *more: str) -> Config:
 
 
 @pytest.mark.parametrize("ways", [("parallel.overlap=off",), ("run.dtype=bf16", *RECOMPUTE), (*FP8, *RECOMPUTE)])
-def test_no_lane_races_another(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, ways: Any) -> None:
+def test_no_stream_races_another(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, ways: Any) -> None:
     assert not races(alone(tiny, "dualpipev", *ways), monkeypatch)
 
 
@@ -55,19 +55,19 @@ def test_weight_gradients_by_themselves_race_nobody(tiny: Tiny, monkeypatch: pyt
 def test_each_wait_gets_a_phase_of_what_w_brings(monkeypatch: pytest.MonkeyPatch) -> None:
     watch, ran = Races(), []
     monkeypatch.setattr(torch.cuda, "stream", watch.on)
-    monkeypatch.setattr(lanes, "_record", lambda stream: None)
-    ours, baton = WatchedLanes(watch), lanes.Baton(Pending.done(None))
+    monkeypatch.setattr(streams, "_record", lambda stream: None)
+    ours, baton = WatchedStreams(watch), streams.Baton(Pending.done(None))
 
     def note(name: str) -> Pending[None]:
         return Pending.done(ran.append(f"{name} in {watch.here.name}"))
 
     for name in ("W1", "W2", "W3"):
         ours.later([partial(note, name)], held=True)
-    steps: tuple[tuple[lanes.LaneName, str], ...] = (
+    steps: tuple[tuple[streams.StreamName, str], ...] = (
         ("compute", "gate"), ("comm", "dispatch"), ("compute", "experts"), ("compute", "more"), ("comm", "combine"),
     )  # fmt: skip
-    for lane, name in steps:
-        ours.step(lane, baton, lambda _, name=name: note(name))
+    for stream, name in steps:
+        ours.step(stream, baton, lambda _, name=name: note(name))
     ours.take(baton)
     ours.meet()
     before, after = (
@@ -77,36 +77,36 @@ def test_each_wait_gets_a_phase_of_what_w_brings(monkeypatch: pytest.MonkeyPatch
     assert ran == [*before, "W1 in wgrad", *after, "W2 in wgrad", "W3 in wgrad"]
 
 
-class Forgetful(WatchedLanes):
+class Forgetful(WatchedStreams):
     """Lets go of a backward's inputs at once."""
 
     def hold(self, spent: list[Any]) -> None:
         spent.clear()
 
 
-class Hasty(WatchedLanes):
-    """Enters a lane without waiting for the one that has the baton."""
+class Hasty(WatchedStreams):
+    """Enters a stream without waiting for the one that has the baton."""
 
     def _enter(self, *_: Any) -> None:
         pass
 
 
-class Early(WatchedLanes):
+class Early(WatchedStreams):
     """Starts weight gradients without waiting for what they multiply."""
 
     def later(self, closures: list[Any], held: bool = False) -> None:
         for closure in closures:
-            with torch.cuda.stream(self.streams.wgrad):
+            with torch.cuda.stream(self.side.wgrad):
                 closure()
         self.held.append(list(closures))
         closures.clear()
 
 
-class InTurn(WatchedLanes):
-    """Meets one lane after the other, so that comm has not met wgrad."""
+class InTurn(WatchedStreams):
+    """Meets one stream after the other, so that comm has not met wgrad."""
 
     def meet(self) -> None:
-        for stream in (self.streams.comm, self.streams.wgrad):
+        for stream in (self.side.comm, self.side.wgrad):
             self.compute.wait_stream(stream)
             stream.wait_stream(self.compute)
         self.held.clear()

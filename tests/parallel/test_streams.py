@@ -1,4 +1,4 @@
-"""Lanes on a CPU, by a clock that only work and waiting move: when weight gradients run, and what counts as exposed."""
+"""Streams on a CPU, by a clock that only work and waiting move: when weight gradients run, what counts as exposed."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ import pytest
 import torch
 
 from dryvine.comm.pending import Pending
-from dryvine.parallel import overlap
-from dryvine.parallel import streams as lanes
+from dryvine.parallel import overlap, streams
 from dryvine.parallel.stage import Combine, Compute, Dispatch, Flight, Layout, Outcome, Stage, State
-from dryvine.parallel.streams import Baton, CpuLanes
+from dryvine.parallel.streams import Baton, CpuStreams
 from dryvine.parallel.wgrad import Closure, WGrad
 
 
@@ -53,7 +52,7 @@ class World:
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch) -> World:
     world = World()
-    monkeypatch.setattr(lanes, "time", SimpleNamespace(perf_counter=lambda: world.now))
+    monkeypatch.setattr(streams, "time", SimpleNamespace(perf_counter=lambda: world.now))
     return world
 
 
@@ -61,7 +60,7 @@ def baton() -> Baton:
     return Baton(Pending.done(None))
 
 
-def waiting(world: World, cpu: CpuLanes, seconds: float) -> Baton:
+def waiting(world: World, cpu: CpuStreams, seconds: float) -> Baton:
     """A baton whose message takes so long."""
     held = baton()
     cpu.step("comm", held, lambda _: world.message("m", seconds))
@@ -69,7 +68,7 @@ def waiting(world: World, cpu: CpuLanes, seconds: float) -> Baton:
 
 
 def test_weight_gradients_fill_a_wait_in_order_until_it_is_over(world: World) -> None:
-    cpu = CpuLanes()
+    cpu = CpuStreams()
     held = waiting(world, cpu, 2.5)
     cpu.later(world.weights("a", "b"))
     cpu.later(world.weights("c", "d"))
@@ -82,7 +81,7 @@ def test_weight_gradients_fill_a_wait_in_order_until_it_is_over(world: World) ->
 
 
 def test_only_what_is_left_of_a_wait_is_exposed(world: World) -> None:
-    cpu = CpuLanes()
+    cpu = CpuStreams()
     held = waiting(world, cpu, 5)
     cpu.later(world.weights("a", "b"))
     cpu.step("compute", held, world.compute("next"))
@@ -96,7 +95,7 @@ def test_only_what_is_left_of_a_wait_is_exposed(world: World) -> None:
 
 
 def test_an_arrived_message_lets_no_weight_gradient_run(world: World) -> None:
-    cpu = CpuLanes()
+    cpu = CpuStreams()
     held = waiting(world, cpu, 1)
     cpu.later(world.weights("a"))
     world.work("other", 2)()
@@ -105,8 +104,8 @@ def test_an_arrived_message_lets_no_weight_gradient_run(world: World) -> None:
 
 
 def test_no_more_than_a_layer_of_this_slots_own_is_held_back(world: World) -> None:
-    cpu, held = CpuLanes(), baton()
-    names = [f"w{n}" for n in range(CpuLanes.LAG + 2)]
+    cpu, held = CpuStreams(), baton()
+    names = [f"w{n}" for n in range(CpuStreams.LAG + 2)]
     for name in names:
         cpu.later(world.weights(name, f"{name}'"))
     cpu.step("comm", held, lambda _: world.message("m", 0))
@@ -116,8 +115,8 @@ def test_no_more_than_a_layer_of_this_slots_own_is_held_back(world: World) -> No
 
 
 def test_weight_gradients_of_w_are_not_hurried(world: World) -> None:
-    cpu, held = CpuLanes(), baton()
-    brought = [f"w{n}" for n in range(CpuLanes.LAG + 3)]
+    cpu, held = CpuStreams(), baton()
+    brought = [f"w{n}" for n in range(CpuStreams.LAG + 3)]
     for name in brought:
         cpu.later(world.weights(name), held=True)
     cpu.step("compute", held, world.compute("next"))
@@ -131,9 +130,9 @@ def test_what_a_weight_gradient_raises_is_raised_where_it_runs(world: World, whe
     def broken() -> None:
         raise ArithmeticError("no such gradient")
 
-    cpu = CpuLanes()
+    cpu = CpuStreams()
     held = waiting(world, cpu, 1) if when == "waiting" else baton()
-    for _ in range(CpuLanes.LAG + 1):
+    for _ in range(CpuStreams.LAG + 1):
         cpu.later([broken])
     with pytest.raises(ArithmeticError, match="no such gradient"):
         cpu.meet() if when == "meet" else cpu.step("compute", held, world.compute("next"))
@@ -190,12 +189,12 @@ X = torch.ones(1, 1)
 
 def in_flight(stage: Stage) -> Flight:
     flight = Flight(torch.empty(0), 1.0)
-    overlap.play([overlap.forward(stage, flight, (X,))], CpuLanes(), None)
+    overlap.play([overlap.forward(stage, flight, (X,))], CpuStreams(), None)
     return flight
 
 
 def test_the_wait_for_a_layout_is_filled_and_what_is_left_of_it_is_exposed(world: World) -> None:
-    stage, cpu = layer(world, WGrad()), CpuLanes()
+    stage, cpu = layer(world, WGrad()), CpuStreams()
     cpu.later(world.weights("w0", "w1"), held=True)
     overlap.play([overlap.forward(stage, Flight(torch.empty(0), 1.0), (X,))], cpu, overlap.ORDERS["cpu"])
     expected = ["attention", "layout leaves", "w0", "w1", "layout is here", "dispatch leaves", "dispatch is here"]
@@ -205,7 +204,7 @@ def test_the_wait_for_a_layout_is_filled_and_what_is_left_of_it_is_exposed(world
 
 def test_without_an_order_ops_run_one_by_one_and_hide_nothing(world: World) -> None:
     stage = layer(world, WGrad())
-    behind, cpu = in_flight(stage), CpuLanes()
+    behind, cpu = in_flight(stage), CpuStreams()
     world.log.clear()
     new = overlap.forward(stage, Flight(torch.empty(0), 1.0), (X,))
     overlap.play([new, overlap.backward(stage, behind, (X,), split=False)], cpu, None)
@@ -220,7 +219,7 @@ def test_without_an_order_ops_run_one_by_one_and_hide_nothing(world: World) -> N
 
 def test_a_pair_hides_what_it_can_with_the_same_weight_gradients(world: World) -> None:
     stage = layer(world, WGrad())
-    behind, cpu = in_flight(stage), CpuLanes()
+    behind, cpu = in_flight(stage), CpuStreams()
     world.log.clear()
     new = overlap.forward(stage, Flight(torch.empty(0), 1.0), (X,))
     overlap.play([new, overlap.backward(stage, behind, (X,), split=False)], cpu, overlap.ORDERS["cpu"])
@@ -231,7 +230,7 @@ def test_a_pair_hides_what_it_can_with_the_same_weight_gradients(world: World) -
 
 def test_i_leaves_its_weight_gradients_to_w(world: World) -> None:
     stage = layer(world, WGrad())
-    behind, cpu = in_flight(stage), CpuLanes()
+    behind, cpu = in_flight(stage), CpuStreams()
     overlap.play([overlap.backward(stage, behind, (X,), split=True)], cpu, overlap.ORDERS["cpu"])
     assert not [entry for entry in world.log if entry.startswith("W")]
     overlap.play([overlap.weights(behind)], cpu, overlap.ORDERS["cpu"])
@@ -251,4 +250,4 @@ def test_i_leaves_its_weight_gradients_to_w(world: World) -> None:
 )
 def test_a_wait_is_exposed_where_no_weight_gradient_runs(waits: Any, covers: Any, left: float) -> None:
     """Streams: times are the device's."""
-    assert lanes.uncovered(waits, covers) == left
+    assert streams.uncovered(waits, covers) == left

@@ -22,7 +22,7 @@ from dryvine.parallel.executor import Batch, Executor
 from dryvine.parallel.overlap import ORDERS
 from dryvine.parallel.schedule.ir import Edge, Schedule, Slot
 from dryvine.parallel.stage import Compute, Flight, Grads, Outcome, Stage, State
-from dryvine.parallel.streams import CpuLanes
+from dryvine.parallel.streams import CpuStreams
 from dryvine.parallel.wgrad import Closure, WGrad
 from dryvine.trainer.model.layers import Weight, linear
 
@@ -36,7 +36,7 @@ class Late:
 
     name: str
     layer: str
-    lane: Any = "comm"
+    stream: Any = "comm"
 
     def forward(self, index: int, state: State, flight: Flight) -> Pending[State]:
         return _late(tuple(2 * t for t in state))
@@ -119,7 +119,7 @@ class Toy:
         self.wire = P2PWire(mesh)
         stages = {s: self._stage(s, wgrad) for s in own}
         order = ORDERS["cpu"] if self.woven else None
-        self.executor = Executor(self.schedule, self.rank, stages, self.wire, self._boundary, CpuLanes, order)
+        self.executor = Executor(self.schedule, self.rank, stages, self.wire, self._boundary, CpuStreams, order)
 
     def run(self, batch: list[Tensor], training: bool = True) -> Report:
         self.rows = batch[0].shape[0]

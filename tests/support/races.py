@@ -1,12 +1,12 @@
-"""CUDA's lanes without CUDA: ops run at once on the CPU, and what their streams would have allowed is worked out.
+"""CUDA's streams without CUDA: ops run at once on the CPU, and what their streams would have allowed is worked out.
 
-A stream is a name here, with a vector clock of what it has waited for. Every op counts one on its own lane; an event is
-a copy of a clock, and waiting takes the later of both. So three faults show that a GPU shows only sometimes:
+A stream is a name here, with a vector clock of what it has waited for. Every op counts one on its own stream; an event
+is a copy of a clock, and waiting takes the later of both. So three faults show that a GPU shows only sometimes:
 
-    unordered read   of what another lane has written, without having waited for it
-    unordered write  over what another lane reads or has written, likewise
-    early free       of memory that another lane may still use: its own lane has run an op since without waiting, and
-                     an op is where the caching allocator hands memory out again
+    unordered read   of what another stream has written, without having waited for it
+    unordered write  over what another stream reads or has written, likewise
+    early free       of memory that another stream may still use: its own stream has run an op since without waiting,
+                     and an op is where the caching allocator hands memory out again
 
 `torch.cuda._sanitizer` finds the first two, on a GPU, and not the third, which is the caching allocator's.
 """
@@ -25,14 +25,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dryvine.parallel.streams import CudaLanes, Streams
+from dryvine.parallel.streams import CudaStreams, SideStreams
 
-Clock = Counter[str]  # lane -> how many of its ops are over
+Clock = Counter[str]  # stream -> how many of its ops are over
 
 
 @dataclass
 class Stream:
-    """What `CudaLanes` asks of a `torch.cuda.Stream`."""
+    """What `CudaStreams` asks of a `torch.cuda.Stream`."""
 
     name: str
     clock: Clock = field(default_factory=Counter)
@@ -52,11 +52,11 @@ class Memory:
     """One storage: who made it, wrote it last, and read it since."""
 
     alive: StorageWeakRef
-    lane: str
+    stream: str
     made_by: str
     written: tuple[str, int]
     read: dict[str, int] = field(default_factory=dict)  # since
-    guests: dict[str, int] = field(default_factory=dict)  # other lanes, and when they last used it
+    guests: dict[str, int] = field(default_factory=dict)  # other streams, and when they last used it
 
 
 class Races(TorchDispatchMode):
@@ -113,12 +113,12 @@ class Races(TorchDispatchMode):
                     ] += 1
             memory.written, memory.read = (name, clock[name]), {}
         memory.read[name] = clock[name]
-        if name != memory.lane:
+        if name != memory.stream:
             memory.guests[name] = clock[name]
-            self.shared[memory.lane][memory.alive.cdata] = memory
+            self.shared[memory.stream][memory.alive.cdata] = memory
 
     def _reuse(self, op: str) -> None:
-        """An op here may be given any memory of this lane's that has been let go."""
+        """An op here may be given any memory of this stream's that has been let go."""
         name, clock = self.here.name, self.here.clock
         shared = self.shared[name]
         for key in [key for key, memory in shared.items() if memory.alive.expired()]:
@@ -139,12 +139,12 @@ def _written(func: Any, args: Any, kwargs: Any) -> set[int]:
     return {id(t) for name, value in named.items() if name in marks for t in tree_leaves(value)}
 
 
-class WatchedLanes(CudaLanes):
-    """`CudaLanes` over named streams."""
+class WatchedStreams(CudaStreams):
+    """`CudaStreams` over named streams."""
 
     def __init__(self, races: Races) -> None:
         self.races, self.compute = races, races.streams["compute"]  # type: ignore[assignment]
-        self.streams = Streams(races.streams["comm"], races.streams["wgrad"])  # type: ignore[arg-type]
+        self.side = SideStreams(races.streams["comm"], races.streams["wgrad"])  # type: ignore[arg-type]
         self.held: list[Any] = []
         self.dealt = deque()
         self.waits, self.fills = [], []

@@ -20,7 +20,7 @@ from dryvine.comm.mesh import make_mesh
 from dryvine.comm.topology import by_sizes
 from dryvine.parallel import overlap
 from dryvine.parallel.stage import AS_IS, Explicit, Flight, Stage, State
-from dryvine.parallel.streams import CpuLanes
+from dryvine.parallel.streams import CpuStreams
 from dryvine.parallel.wgrad import Closure
 from dryvine.trainer.config import Config
 from dryvine.trainer.fp8 import reference
@@ -230,8 +230,8 @@ def test_no_tokens_at_all() -> None:
     stage, experts = layer_of("fp8", 4, 256, 128)
     flight, none = Flight(torch.empty(0), 1.0), torch.empty(0, 256, dtype=torch.bfloat16)
     state: State = (none, none, torch.empty(0, 3), torch.empty(0, 3, dtype=torch.int64))
-    (y,) = overlap.play([overlap.forward(stage, flight, state)], CpuLanes(), None)[0]
-    grads = overlap.play([overlap.backward(stage, flight, (none,), split=False)], CpuLanes(), None)[0]
+    (y,) = overlap.play([overlap.forward(stage, flight, state)], CpuStreams(), None)[0]
+    grads = overlap.play([overlap.backward(stage, flight, (none,), split=False)], CpuStreams(), None)[0]
     assert y.shape == grads[1].shape == (0, 256)
     assert not experts.gate_up.gradient().any()
 
@@ -266,12 +266,12 @@ def test_a_fault_in_a_row_reaches_its_token_and_the_guard() -> None:
     assert counts["up: input"].tiles == 12 * 2
 
 
-# -- what lanes hold, and what metrics see
+# -- what streams hold, and what metrics see
 
 
 @dataclass
-class Holding(CpuLanes):
-    """Keeps what it is told to hold, as the lanes of a GPU do until they meet."""
+class Holding(CpuStreams):
+    """Keeps what it is told to hold, as the streams of a GPU do until they meet."""
 
     kept: list[Any] = field(default_factory=list)
 
@@ -282,17 +282,17 @@ class Holding(CpuLanes):
 
 @pytest.mark.parametrize("dispatch", ["fp8", "bf16"])
 def test_what_came_with_the_rows_is_held_until_lanes_meet(dispatch: str) -> None:
-    """Weights are made in the comm lane and read by SwiGLU's backward in the other: freed when that is queued, their
+    """Weights are made in the comm stream and read by SwiGLU's backward in the other: freed when that is queued, their
     memory would go to the next message while it runs."""
     model, _, _ = model_of(dispatch)
-    stage, flight, lanes = model.stages[0], Flight(random_tokens(tiny(), 2, 12), 1.0), Holding()
+    stage, flight, streams = model.stages[0], Flight(random_tokens(tiny(), 2, 12), 1.0), Holding()
     index = next(i for i, phase in enumerate(stage.phases) if phase.name == "experts")
     run_forward([stage], [flight])
     saved = flight.saved[index]
     weights = (saved[1].weights if dispatch == "fp8" else saved[0][1]).data_ptr()
     del saved
-    overlap.play([overlap.backward(stage, flight, (), split=True)], lanes, None)
-    assert weights in {t.data_ptr() for t in tensors(lanes.kept)}
+    overlap.play([overlap.backward(stage, flight, (), split=True)], streams, None)
+    assert weights in {t.data_ptr() for t in tensors(streams.kept)}
     assert not flight.spent
 
 
