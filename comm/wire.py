@@ -35,7 +35,7 @@ class Wire(Protocol):
         ...
 
 
-class Pool:
+class ReceiveBuffers:
     """Receive buffers that are used again as soon as no tensor refers to their memory.
 
     Asking the storage, and not the schedule, makes reuse right whatever a stage does with its input: keeps it for W,
@@ -75,7 +75,7 @@ class P2PWire:
 
     def __init__(self, mesh: Mesh, watch: Watch | None = None) -> None:
         self.mesh, self.watch = mesh, watch
-        self.pool = Pool(mesh.device)
+        self.pool = ReceiveBuffers(mesh.device)
 
     def send(self, tensors: tuple[Tensor, ...], target: int, channel: Channel) -> Pending[None]:
         group, peer = self.mesh.channels[channel, target > self.mesh.pp_rank], self.mesh.global_rank(target)

@@ -51,7 +51,7 @@ class Figure:
     tokens: int
     dtype: str
     ranks: int
-    layout: float
+    routing: float
     dispatch: float
     combine: float
     plain: float  # a bare all_to_all_single of dispatch's bytes
@@ -142,14 +142,14 @@ def _measured(case: Case, shape: Shape, dispatcher: Any, rank: int, ranks: int, 
     chosen = torch.rand(case.tokens, shape.experts, generator=generator).topk(shape.top_k).indices.to(place)
     payload = _payload(case, shape.hidden, place)
     weights = torch.rand(case.tokens, shape.top_k, device=place)
-    handle = dispatcher.layout(chosen).wait()
+    handle = dispatcher.plan_routing(chosen).wait()
     back = torch.zeros(sum(handle.counts), shape.hidden, dtype=torch.bfloat16, device=place)
     dispatcher.meter.take()
     dispatcher.dispatch(payload, weights, handle).wait()
     moved = dispatcher.meter.take()
     took = _turns(
         {
-            "layout": lambda: dispatcher.layout(chosen).wait(),
+            "routing": lambda: dispatcher.plan_routing(chosen).wait(),
             "dispatch": lambda: dispatcher.dispatch(payload, weights, handle).wait(),
             "combine": lambda: dispatcher.combine(back, None, handle).wait(),
             "plain": _plain((moved.get("intra", 0) + moved.get("inter", 0)) // ranks, ranks, place),
@@ -163,7 +163,7 @@ def _measured(case: Case, shape: Shape, dispatcher: Any, rank: int, ranks: int, 
         tokens=case.tokens,
         dtype=case.dtype,
         ranks=ranks,
-        layout=took["layout"],
+        routing=took["routing"],
         dispatch=took["dispatch"],
         combine=took["combine"],
         plain=took["plain"],
@@ -226,11 +226,11 @@ def table(figures: list[Figure], topology: Topology) -> Table:
     """One line per case; the last line is what the links could do."""
     from rich.table import Table
 
-    times = ("layout ms", "dispatch ms", "combine ms", "plain ms")
+    times = ("routing ms", "dispatch ms", "combine ms", "plain ms")
     rates = ("logical GB/s", f"{topology.intra.kind} GB/s", f"{topology.inter.kind} GB/s", "of plain")
     made = Table("backend", "dtype", "tokens", "EP", *times, *rates)
     for f in figures:
-        seconds = [f"{1000 * s:.1f}" for s in (f.layout, f.dispatch, f.combine, f.plain)]
+        seconds = [f"{1000 * s:.1f}" for s in (f.routing, f.dispatch, f.combine, f.plain)]
         rate = [f"{size / f.dispatch / 1e9:.2f}" for size in (f.logical, f.intra, f.inter)]
         made.add_row(f.backend, f.dtype, str(f.tokens), str(f.ranks), *seconds, *rate, f"{f.plain / f.dispatch:.2f}")
     limits = [f"{topology.intra.gigabytes:g}", f"{topology.inter.gigabytes:g}"]

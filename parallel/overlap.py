@@ -21,7 +21,7 @@ from dryvine.parallel.stage import Flight, Grads, Phase, Stage, State
 from dryvine.parallel.streams import Baton, StreamName, Streams
 from dryvine.parallel.wgrad import Closure
 
-FORWARD = ("attention", "layout", "dispatch", "experts", "combine")
+FORWARD = ("attention", "routing", "dispatch", "experts", "combine")
 ROUND = 2 * len(FORWARD)  # places in the round of a unit
 
 Row = tuple[int, str]  # (track, phase)
@@ -39,12 +39,12 @@ def _both(*pieces: Sequence[str], early: str = "") -> PairOrder:
 
 
 # On a GPU a step returns before it has run, so the host queues the other track's compute before it waits for counts in
-# layout(F); on a CPU compute is what the host does, so dispatch(F) must be under way before, and weight gradients run
+# routing(F); on a CPU compute is what the host does, so dispatch(F) must be under way before, and weight gradients run
 # while counts travel.
 FB_HOST = _round(
     (1, "combine"),
     (0, "attention"),
-    (0, "layout"),
+    (0, "routing"),
     (0, "dispatch"),
     (1, "experts"),
     (1, "dispatch"),
@@ -56,15 +56,15 @@ FB_DEVICE = _round(
     (1, "combine"),
     (0, "attention"),
     (1, "experts"),
-    (0, "layout"),
+    (0, "routing"),
     (0, "dispatch"),
     (1, "dispatch"),
     (0, "experts"),
     (0, "combine"),
     (1, "attention"),
 )
-FF_HOST = _both(("attention", "layout", "dispatch"), ("experts", "combine"))
-FF_DEVICE = _both(("attention",), ("layout", "dispatch"), ("experts", "combine"))
+FF_HOST = _both(("attention", "routing", "dispatch"), ("experts", "combine"))
+FF_DEVICE = _both(("attention",), ("routing", "dispatch"), ("experts", "combine"))
 BB = _both(("experts", "dispatch"), ("attention", "combine"), early="combine")
 ORDERS: dict[str, dict[str, PairOrder]] = {
     "cpu": {"FB": FB_HOST, "FF": FF_HOST, "BB": BB},
@@ -73,7 +73,7 @@ ORDERS: dict[str, dict[str, PairOrder]] = {
 
 
 class Step(NamedTuple):
-    phase: str  # a row: attention | layout | dispatch | experts | combine
+    phase: str  # a row: attention | routing | dispatch | experts | combine
     stream: StreamName
     run: Callable[[Any], Pending[Any]]
     closures: list[Closure]  # that the step leaves, to run later in the slot; those of I stay in the flight
@@ -113,8 +113,8 @@ def backward(stage: Stage, flight: Flight, grads: Grads, split: bool) -> Track:
             [] if split else left,
         )
 
-    # A layout has nothing to do backward, and on a stream even nothing waits for what was queued before it.
-    units = [[step(i, p) for i, p in reversed(unit) if p.name != "layout"] for unit in reversed(_units(stage))]
+    # Routing has nothing to do backward, and on a stream even nothing waits for what was queued before it.
+    units = [[step(i, p) for i, p in reversed(unit) if p.name != "routing"] for unit in reversed(_units(stage))]
     return Track("B", Baton(Pending.done(grads)), units, spent=flight.spent)
 
 

@@ -1,6 +1,6 @@
 """A stage is a list of phases; a flight is one microbatch in one stage.
 
-A transformer layer is attention / layout / dispatch / experts / combine. Each has detached boundaries and a backward
+A transformer layer is attention / routing / dispatch / experts / combine. Each has detached boundaries and a backward
 of its own, and dW apart from dX (`flight.wgrads`), so that a pair of microbatches can be interleaved phase by phase
 (DeepSeek-V3, arXiv 2412.19437, section 3.2.1) and a schedule can put W anywhere. Hooks or threads inside one big
 autograd graph could do the same, but neither composes with recompute nor can be proven to run in a drawn order.
@@ -9,7 +9,7 @@ Between phases travels a tuple of tensors, the state. What it holds is agreed be
 
     embed      ()                                    -> (x,)                  x [N, H]: N tokens of a microbatch
     attention  (x,)                                  -> (x, rows, weights, experts)   or -> (x,) in a dense layer
-    layout     (x, rows [N,H], weights [N,K], experts [N,K]) -> the same, once it is known which rank gets what
+    routing    (x, rows [N,H], weights [N,K], experts [N,K]) -> the same, once it is known which rank gets what
     dispatch   (x, rows [N,H], weights [N,K], experts [N,K]) -> (x, *sent rows [R,..], weights [R])
     experts    (x, *sent rows [R,..], weights [R])   -> (x, rows [R,H])
     combine    (x, rows [R,H])                       -> (x + sum of each token's rows,)
@@ -72,7 +72,7 @@ class Phase(Protocol):
     """A step of a stage. `stream` says which resource it uses; a comm phase returns before its result has
     arrived."""
 
-    name: str  # attention | layout | dispatch | experts | combine | embed | dense | head | ...
+    name: str  # attention | routing | dispatch | experts | combine | embed | dense | head | ...
     layer: str  # the block it belongs to, e.g. layers.3
 
     @property
@@ -177,11 +177,11 @@ class AsIs:
 AS_IS = AsIs()
 
 
-class Layout:
+class Routing:
     """Tells every rank how many rows will come. Apart from dispatch, so that somebody may compute until counts are
     here: they take the link's latency and the slowest rank's lag, whatever their size. Nothing to do backward."""
 
-    name = "layout"
+    name = "routing"
     stream: Literal["comm"] = "comm"
 
     def __init__(self, layer: str, dispatcher: Dispatcher) -> None:
@@ -194,14 +194,14 @@ class Layout:
             flight.handles[self.layer] = handle
             return state
 
-        return self.dispatcher.layout(experts, f"{self.layer}, microbatch {flight.microbatch}").then(keep)
+        return self.dispatcher.plan_routing(experts, f"{self.layer}, microbatch {flight.microbatch}").then(keep)
 
     def backward(self, index: int, grads: Grads, flight: Flight, wgrads: list[Closure]) -> Pending[Grads]:
         return Pending.done(grads)
 
 
 class Dispatch:
-    """Tokens to the experts they chose, by the handle of `Layout`. Its backward is `combine` with the same handle.
+    """Tokens to the experts they chose, by the handle of `Routing`. Its backward is `combine` with the same handle.
 
     Encoding is its first step, on the stream that sends: compute has no reader for the encoded rows, and is what a pair
     waits for."""

@@ -141,7 +141,7 @@ class CudaStreams:
     it does.
 
     Waits are pairs of events on the compute stream. Its time between them is exposed but for what the weight gradients'
-    stream covers. A comm step stands between such a pair too: in a layout the host waits for counts, and what compute
+    stream covers. A comm step stands between such a pair too: in routing the host waits for counts, and what compute
     has left to do meanwhile only the device knows.
     """
 

@@ -15,7 +15,7 @@ import torch
 
 from dryvine.comm.dispatch.exchange import GroupExchange, Meter
 from dryvine.comm.dispatch.flat import Flat
-from dryvine.comm.dispatch.groups import Groups
+from dryvine.comm.dispatch.groups import HopGroups
 from dryvine.comm.dispatch.hierarchical import Hierarchical
 from dryvine.comm.dispatch.routing import Sum
 from dryvine.comm.topology import by_sizes
@@ -47,7 +47,7 @@ def same_as_flat(sizes: list[int]) -> None:
             torch.rand(200 + rank, 4, generator=generator).to(GPU),
         )
         flat, two_hop = boards.flat(rank, 24, 8), boards.hierarchical(rank, 24, 8, 3, GPU)
-        a, b = flat.layout(chosen).wait(), two_hop.layout(chosen).wait()
+        a, b = flat.plan_routing(chosen).wait(), two_hop.plan_routing(chosen).wait()
         fa, fb = flat.dispatch((x,), w, a).wait(), two_hop.dispatch((x,), w, b).wait()
         assert all(torch.equal(p, q) for p, q in zip(fa, fb, strict=True))
         ca, cb = flat.combine(fa[0], fa[1], a).wait(), two_hop.combine(fb[0], fb[1], b).wait()
@@ -62,7 +62,7 @@ def same_as_flat(sizes: list[int]) -> None:
 
 def alone(experts: int) -> dict[str, Any]:
     one = GroupExchange(None)
-    groups = Groups(by_sizes([1]), 0, one, one, one, Meter())
+    groups = HopGroups(by_sizes([1]), 0, one, one, one, Meter())
     return {"flat": Flat(None, experts), "hierarchical": Hierarchical(groups, experts, GPU)}
 
 
@@ -109,10 +109,10 @@ def main() -> None:
     chosen = torch.rand(tokens, experts, device=GPU).topk(top_k).indices
     x, w = torch.randn(tokens, hidden, device=GPU, dtype=torch.bfloat16), torch.rand(tokens, top_k, device=GPU)
     for name, dispatcher in alone(experts).items():
-        handle = dispatcher.layout(chosen).wait()
+        handle = dispatcher.plan_routing(chosen).wait()
         rows, pairs = dispatcher.dispatch((x,), w, handle).wait()
         runs: dict[str, Callable[[], Any]] = {
-            "layout": lambda d=dispatcher: d.layout(chosen).wait(),
+            "routing": lambda d=dispatcher: d.plan_routing(chosen).wait(),
             "dispatch": lambda d=dispatcher, h=handle: d.dispatch((x,), w, h).wait(),
             "combine": lambda d=dispatcher, h=handle, r=rows, p=pairs: d.combine(r, p, h).wait(),
         }

@@ -80,7 +80,7 @@ def measure(rank: int, sizes: list[int], tokens: int, hidden: int, rounds: int) 
     parts: dict[str, Any] = {}
     for name in ("flat", "hierarchical"):
         dispatcher: Any = make_dispatcher(name, mesh, EXPERTS, topology)
-        handle = dispatcher.layout(chosen).wait()
+        handle = dispatcher.plan_routing(chosen).wait()
         rows, _ = dispatcher.dispatch((x,), weights, handle).wait()
 
         def there_and_back(d: Any = dispatcher, h: Any = handle, r: Any = rows) -> None:
@@ -88,7 +88,7 @@ def measure(rank: int, sizes: list[int], tokens: int, hidden: int, rounds: int) 
             d.combine(r, None, h).wait()
 
         runs[name] = there_and_back
-        parts[f"{name} layout"] = timed(lambda d=dispatcher: d.layout(chosen).wait())
+        parts[f"{name} routing"] = timed(lambda d=dispatcher: d.plan_routing(chosen).wait())
         parts[f"{name} dispatch"] = timed(lambda d=dispatcher, h=handle: d.dispatch((x,), weights, h).wait())
         parts[f"{name} combine"] = timed(lambda d=dispatcher, h=handle, r=rows: d.combine(r, None, h).wait())
         fp8 = (torch.zeros(tokens, hidden, dtype=torch.uint8), torch.ones(tokens, hidden // 128))
@@ -121,7 +121,7 @@ def report(sizes: list[int], ranks: list[dict[str, Any]], rate: str) -> None:
     print(f"\n{len(sizes)} nodes x {sizes[0]} ranks, {rate} between nodes; bytes between nodes, all nodes together")
     print(f"  proven minimum, one direction            {minimum:>12,}")
     for name in ("hierarchical", "flat"):
-        for part in ("dispatch", "combine", "fp8", "layout"):
+        for part in ("dispatch", "combine", "fp8", "routing"):
             size = total[f"{name} {part}"]
             print(f"  {name + ' ' + part:<40} {size:>12,}  {size / minimum:6.3f} x minimum")
     print(f"  flat / hierarchical, dispatch            {total['flat dispatch'] / total['hierarchical dispatch']:12.2f}")

@@ -58,7 +58,7 @@ def measure(rank: int, tokens: int, hidden: int, top_k: int, experts: int, round
     flat = Flat(None, experts, exchange=clocked)
     chosen = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(rank)).topk(top_k).indices
     x = torch.zeros(tokens, hidden, dtype=torch.bfloat16)
-    handle = flat.layout(chosen).wait()
+    handle = flat.plan_routing(chosen).wait()
     out, back = (torch.zeros(sum(rows), hidden // 4, dtype=torch.int64) for rows in (handle.sends, handle.receives))
     seen: dict[str, list[float]] = {"plain": [], "dispatch": [], "wire": []}
     for _ in range(rounds + 1):

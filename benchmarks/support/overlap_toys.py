@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dryvine.comm.pending import Pending
-from dryvine.parallel.stage import Combine, Dispatch, Flight, Grads, Layout, Stage, State
+from dryvine.parallel.stage import Combine, Dispatch, Flight, Grads, Routing, Stage, State
 from dryvine.parallel.wgrad import Closure
 
 PIECES = {"attention": 5, "experts": 2}  # Linears of a phase, so closures of its weight gradient
@@ -171,7 +171,7 @@ class Link:
     def __init__(self, times: Times, clockwork: Clockwork) -> None:
         self.times, self.clockwork = times, clockwork
 
-    def layout(self, experts_TK: Tensor, label: str = "") -> Pending[Handle]:
+    def plan_routing(self, experts_TK: Tensor, label: str = "") -> Pending[Handle]:
         return Pending.done(Handle())
 
     def dispatch(self, rows: tuple[Tensor, ...], pairs: Tensor | None, handle: Handle) -> Pending[tuple[Tensor, ...]]:
@@ -190,7 +190,7 @@ def toy_stage(number: int, layers: int, times: Times, clockwork: Clockwork, stag
     link = Link(times, clockwork)
     phases: list[Any] = [End("embed", torch.zeros(1))] if stages and number == 0 else []
     for name in (f"layers.{number * layers + i}" for i in range(layers)):
-        phases += [Toy("attention", name, times, clockwork), Layout(name, link), Dispatch(name, link)]
+        phases += [Toy("attention", name, times, clockwork), Routing(name, link), Dispatch(name, link)]
         phases += [Toy("experts", name, times, clockwork), Combine(name, link)]
     return Stage(number, phases + ([End("head", torch.zeros(1))] if number == stages - 1 else []))
 

@@ -33,7 +33,7 @@ class Dispatcher(Protocol):
     No token is dropped; a rank may have zero tokens and an expert zero rows.
     """
 
-    def layout(self, experts_TK: Tensor, label: str = "") -> Pending[Any]:
+    def plan_routing(self, experts_TK: Tensor, label: str = "") -> Pending[Any]:
         """Work out where rows go from the global expert number of each token's choices (int64 [T, K], all different
         within a row). Gives a Handle. The only call that reads counts on the host. `label` (layer, then microbatch)
         names the traffic in errors and metrics."""

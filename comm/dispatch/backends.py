@@ -14,11 +14,11 @@ from dryvine.comm.dispatch.deepep import DeepEP, probe
 from dryvine.comm.dispatch.exchange import Exchange, GroupExchange
 from dryvine.comm.dispatch.fake import Fake
 from dryvine.comm.dispatch.flat import Flat
-from dryvine.comm.dispatch.groups import make_groups
+from dryvine.comm.dispatch.groups import make_hop_groups
 from dryvine.comm.dispatch.hierarchical import Hierarchical
-from dryvine.comm.dispatch.load import Guarded
+from dryvine.comm.dispatch.load import InRounds
 from dryvine.comm.dispatch.mpi import MpiExchange
-from dryvine.comm.dispatch.single_rank import Alone
+from dryvine.comm.dispatch.single_rank import SingleRank
 from dryvine.comm.mesh import Mesh
 from dryvine.comm.topology import Topology, by_sizes
 from dryvine.comm.watch import Watch
@@ -57,14 +57,14 @@ class Setup:
 
 def _flat(setup: Setup) -> Dispatcher:
     if setup.place[0].ranks == 1:
-        return Alone(setup.experts, setup.alignment)
+        return SingleRank(setup.experts, setup.alignment)
     return Flat(None, setup.experts, setup.alignment, setup.exchange())
 
 
 def _hierarchical(setup: Setup) -> Dispatcher:
     if setup.mesh is None:
         raise ValueError("comm.dispatcher = hierarchical: makes groups of its own, so give the mesh, not one group")
-    groups = make_groups(setup.mesh, setup.topology or by_sizes([setup.mesh.size]), setup.watch)
+    groups = make_hop_groups(setup.mesh, setup.topology or by_sizes([setup.mesh.size]), setup.watch)
     return Hierarchical(groups, setup.experts, setup.mesh.device, setup.chunks, setup.alignment)
 
 
@@ -122,7 +122,7 @@ def make_dispatcher(
             f"comm.dispatcher = {name!r}: no such dispatcher; choose auto or one of {', '.join(DISPATCHERS)}"
         )
     dispatcher = DISPATCHERS[name](setup)
-    return Guarded(dispatcher, setup.exchange(), experts, imbalance) if imbalance else dispatcher
+    return InRounds(dispatcher, setup.exchange(), experts, imbalance) if imbalance else dispatcher
 
 
 def pick(topology: Topology, top_k: int, experts: int) -> tuple[str, str]:

@@ -12,33 +12,33 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from dryvine.comm.dispatch.payload import LANE
+from dryvine.comm.dispatch.payload import WORD
 
 
-class Pool:
+class StagingBuffers:
     """Buffers by size. What is taken and never given back is simply lost to the pool."""
 
     def __init__(self, most: int = 16) -> None:
         self._free: list[Tensor] = []
         self._most = most
 
-    def take(self, rows: int, lanes: int, device: torch.device) -> Tensor:
-        """An uninitialised buffer [rows, lanes]: the smallest free one that holds it without wasting half."""
-        need = rows * lanes
+    def take(self, rows: int, words: int, device: torch.device) -> Tensor:
+        """An uninitialised buffer [rows, words]: the smallest free one that holds it without wasting half."""
+        need = rows * words
         fitting = [flat for flat in self._free if need <= flat.numel() <= 2 * need]
         if device.type != "cpu" or not fitting:
-            return torch.empty((rows, lanes), dtype=LANE, device=device)
+            return torch.empty((rows, words), dtype=WORD, device=device)
         best = min(fitting, key=Tensor.numel)
         self._free = [flat for flat in self._free if flat is not best]
-        return best[:need].view(rows, lanes)
+        return best[:need].view(rows, words)
 
     @contextmanager
-    def scratch(self, lanes: int, device: torch.device) -> Iterator[Callable[[int], Tensor]]:
-        """A function from rows to a buffer [rows, lanes]; all are given back at the end."""
+    def scratch(self, words: int, device: torch.device) -> Iterator[Callable[[int], Tensor]]:
+        """A function from rows to a buffer [rows, words]; all are given back at the end."""
         taken: list[Tensor] = []
 
         def take(rows: int) -> Tensor:
-            taken.append(self.take(rows, lanes, device))
+            taken.append(self.take(rows, words, device))
             return taken[-1]
 
         yield take
@@ -46,5 +46,5 @@ class Pool:
 
     def give(self, *buffers: Tensor) -> None:
         """Back for later; nobody may read them any more. The smallest are dropped when there are too many."""
-        whole = [torch.empty(0, dtype=LANE).set_(b.untyped_storage()) for b in buffers if b.device.type == "cpu"]
+        whole = [torch.empty(0, dtype=WORD).set_(b.untyped_storage()) for b in buffers if b.device.type == "cpu"]
         self._free = sorted([*self._free, *whole], key=Tensor.numel)[-self._most :]

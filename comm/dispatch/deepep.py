@@ -3,7 +3,7 @@
 V1 (`deep_ep.Buffer`, NVSHMEM), V2 (`ElasticBuffer`) and V2.5 (`EPBuffer`, both on NCCL) differ in constructors and in
 what dispatch returns; the two `_Port`s below are all that knows it. A layout is a dispatch of narrow rows: it gives
 DeepEP's handle and each arrived row's experts, and payloads then follow with the cached handle. DeepEP takes BF16 rows
-only, so a payload (FP8 with scales, routing weights) goes as lanes that it takes for BF16; that moves no byte more.
+only, so a payload (FP8 with scales, routing weights) goes as words that it takes for BF16; that moves no byte more.
 Rows arrive once per rank, and the copies per expert and their sum are made here, as in `hierarchical`.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dryvine.comm.dispatch import routing
 from dryvine.comm.dispatch.exchange import Meter
-from dryvine.comm.dispatch.payload import LANE, Format
+from dryvine.comm.dispatch.payload import WORD, Format
 from dryvine.comm.dispatch.routing import Sum
 from dryvine.comm.pending import Pending
 
@@ -30,7 +30,7 @@ NARROW = 256  # BF16 values in a row of a layout; the kernels want whole 16-byte
 class _Port(Protocol):
     """One version of DeepEP, reduced to what is used here."""
 
-    def layout(self, rows: Tensor, experts_TK: Tensor, experts: int) -> tuple[Tensor, list[int], Any]:
+    def plan_routing(self, rows: Tensor, experts_TK: Tensor, experts: int) -> tuple[Tensor, list[int], Any]:
         """Local expert numbers of the arrived rows ([M, K], -1 where elsewhere), rows per expert, DeepEP's handle."""
         ...
 
@@ -48,7 +48,7 @@ class _V1:
         rdma = max(c.get_rdma_buffer_size_hint(hidden_bytes, group.size()) for c in configs)
         self.buffer = module.Buffer(group, nvl, rdma)
 
-    def layout(self, rows: Tensor, experts_TK: Tensor, experts: int) -> tuple[Tensor, list[int], Any]:
+    def plan_routing(self, rows: Tensor, experts_TK: Tensor, experts: int) -> tuple[Tensor, list[int], Any]:
         per_rank, per_node, per_expert, in_rank, _ = self.buffer.get_dispatch_layout(experts_TK, experts)
         _, chosen, _, counts, handle, _ = self.buffer.dispatch(
             rows,
@@ -76,7 +76,7 @@ class _V2:
         sizes = {"num_max_tokens_per_rank": tokens, "hidden": hidden_bytes // 2, "num_topk": top_k}
         self.buffer = kind(group, **sizes, deterministic=True)
 
-    def layout(self, rows: Tensor, experts_TK: Tensor, experts: int) -> tuple[Tensor, list[int], Any]:
+    def plan_routing(self, rows: Tensor, experts_TK: Tensor, experts: int) -> tuple[Tensor, list[int], Any]:
         _, chosen, _, handle, _ = self.buffer.dispatch(rows, topk_idx=experts_TK, num_experts=experts)
         return chosen, list(handle.num_recv_tokens_per_expert_list), handle
 
@@ -128,9 +128,9 @@ class DeepEP:
         self.port: _Port = kind(source, group, hidden_bytes=hidden_bytes, tokens=tokens, top_k=top_k)
         self.experts, self.alignment, self.meter = experts, alignment, Meter()
 
-    def layout(self, experts_TK: Tensor, label: str = "") -> Pending[DeepEPHandle]:
+    def plan_routing(self, experts_TK: Tensor, label: str = "") -> Pending[DeepEPHandle]:
         narrow = torch.zeros(len(experts_TK), NARROW, dtype=torch.bfloat16, device=experts_TK.device)
-        chosen_MK, used, theirs = self.port.layout(narrow, experts_TK, self.experts)
+        chosen_MK, used, theirs = self.port.plan_routing(narrow, experts_TK, self.experts)
         rows, choices = chosen_MK.shape
         here_MK = chosen_MK >= 0
         key = torch.where(here_MK, chosen_MK.to(torch.int64), len(used)).flatten()
@@ -150,9 +150,9 @@ class DeepEP:
         payload = rows if pairs is None else (*rows, pairs)
         wire = Format.of(payload)
         arrived = self.port.dispatch(_as_bf16(wire.pack(payload)), handle.theirs)
-        lanes = arrived.view(LANE)[:, : wire.lanes]
+        words = arrived.view(WORD)[:, : wire.words]
         choices = handle.arrived[1]
-        out = wire.unpack(lanes, handle.pick // choices)  # padding stays -1
+        out = wire.unpack(words, handle.pick // choices)  # padding stays -1
         if pairs is not None:
             out[-1] = out[-1].gather(1, (handle.pick % choices)[:, None])[:, 0]
         return Pending.done(tuple(out))
@@ -167,11 +167,11 @@ class DeepEP:
         return Pending.done((result,) if pairs is None or back is None else (result, back.to(pairs.dtype)))
 
 
-def _as_bf16(lanes: Tensor) -> Tensor:
-    """Lanes as BF16 rows of whole warps' vectors (512 bytes); the kernels copy and never interpret them."""
-    width = -(-lanes.shape[1] // 64) * 64
-    if width == lanes.shape[1]:
-        return lanes.view(torch.bfloat16)
-    padded = lanes.new_zeros((len(lanes), width))
-    padded[:, : lanes.shape[1]] = lanes
+def _as_bf16(words: Tensor) -> Tensor:
+    """Words as BF16 rows of whole warps' vectors (512 bytes); the kernels copy and never interpret them."""
+    width = -(-words.shape[1] // 64) * 64
+    if width == words.shape[1]:
+        return words.view(torch.bfloat16)
+    padded = words.new_zeros((len(words), width))
+    padded[:, : words.shape[1]] = words
     return padded.view(torch.bfloat16)

@@ -47,7 +47,7 @@ class Fake:
         self.links = [topology.link(rank, other) for other in range(topology.ranks)]
         self.meter = Meter()
 
-    def layout(self, experts_TK: Tensor, label: str = "") -> Pending[FakeHandle]:
+    def plan_routing(self, experts_TK: Tensor, label: str = "") -> Pending[FakeHandle]:
         order = routing.by_expert(experts_TK % self.share, 1, self.share)
         counts, reached = routing.read(order.message, self._reached(experts_TK // self.share))
         local = Local.of(order, counts, self.alignment)

@@ -13,10 +13,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dryvine.comm.dispatch import routing
-from dryvine.comm.dispatch.buffers import Pool
+from dryvine.comm.dispatch.buffers import StagingBuffers
 from dryvine.comm.dispatch.exchange import Exchange, GroupExchange
 from dryvine.comm.dispatch.payload import Format
-from dryvine.comm.dispatch.routing import Arrival, Order, Sum
+from dryvine.comm.dispatch.routing import Arrival, RowOrder, Sum
 from dryvine.comm.pending import Pending
 
 
@@ -27,7 +27,7 @@ class FlatHandle:
     label: str  # whose routing this is, for errors
     sends: tuple[int, ...]  # rows to each rank
     receives: tuple[int, ...]  # rows from each rank
-    order: Order
+    order: RowOrder
     arrival: Arrival
     sum: Sum  # of what came back, by token, in the order of its choices
 
@@ -48,18 +48,18 @@ class Flat:
     ) -> None:
         """`exchange`, if given, carries the rows in place of one over `group`."""
         self.exchange = exchange or GroupExchange(group)
-        self.meter, self.pool = self.exchange.meter, Pool()
+        self.meter, self.pool = self.exchange.meter, StagingBuffers()
         self.experts, self.alignment = experts, alignment
         if experts % self.exchange.size:
             raise ValueError(f"experts = {experts} do not divide over {self.exchange.size} expert-parallel ranks")
 
-    def layout(self, experts_TK: Tensor, label: str = "") -> Pending[FlatHandle]:
+    def plan_routing(self, experts_TK: Tensor, label: str = "") -> Pending[FlatHandle]:
         order, ones = routing.by_expert(experts_TK, self.exchange.size, self.experts), [1] * self.exchange.size
-        coming = self.exchange.start(order.message, ones, ones, what=f"layout of {label}")
+        coming = self.exchange.start(order.message, ones, ones, what=f"routing of {label}")
         summed = Sum.even(order.place)
         return Pending(lambda: self._handle(order, summed, coming.wait(), label), coming.ready)
 
-    def _handle(self, order: Order, summed: Sum, theirs: Tensor, label: str) -> FlatHandle:
+    def _handle(self, order: RowOrder, summed: Sum, theirs: Tensor, label: str) -> FlatHandle:
         to, come = routing.read(order.message, theirs)  # the one read on the host
         routing.refuse(come[:, -1].nonzero().flatten().tolist())
         return FlatHandle(
@@ -91,8 +91,8 @@ class Flat:
     ) -> Callable[[Callable[[Tensor], tuple[Tensor, ...]]], tuple[Tensor, ...]]:
         """Start; gives a function that waits, lets its argument read what came, and takes the buffers back."""
         device, alone = indexes[0].device, self.exchange.size == 1
-        packed = wire.pack(payload, indexes, self.pool.take(sum(sends), wire.lanes, device))
-        into = None if alone else self.pool.take(sum(receives), wire.lanes, device)
+        packed = wire.pack(payload, indexes, self.pool.take(sum(sends), wire.words, device))
+        into = None if alone else self.pool.take(sum(receives), wire.words, device)
         coming = self.exchange.start(packed, sends, receives, into, what)
 
         def finish(read: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:

@@ -19,7 +19,7 @@ from dryvine.comm.watch import Watch
 
 
 @dataclass(frozen=True)
-class Groups:
+class HopGroups:
     """`topology` is the expert-parallel group's own, by its rank numbers; `node` and `rail` are this rank's."""
 
     topology: Topology
@@ -42,7 +42,7 @@ def rail_of(topology: Topology, rank: int) -> tuple[int, ...]:
     return next(rail for rail in topology.rails() if rank in rail)
 
 
-def make_groups(mesh: Mesh, topology: Topology, watch: Watch | None = None) -> Groups:
+def make_hop_groups(mesh: Mesh, topology: Topology, watch: Watch | None = None) -> HopGroups:
     """Collective over the world. `topology` is the world's."""
     nodes, rails = (mesh.group_of(family, mesh.sms) if mesh.ep > 1 else {} for family in _families(mesh, topology))
     first = mesh.rank - mesh.ep_rank
@@ -52,7 +52,7 @@ def make_groups(mesh: Mesh, topology: Topology, watch: Watch | None = None) -> G
         return GroupExchange(group, [part.link(me, r) for r in ranks], meter, watch)
 
     node, rail = part.nodes[part.node_of(me)], rail_of(part, me)
-    return Groups(
+    return HopGroups(
         part,
         me,
         exchange(range(mesh.ep), mesh.experts),

@@ -15,12 +15,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dryvine.comm.dispatch.buffers import Pool
+from dryvine.comm.dispatch.buffers import StagingBuffers
 from dryvine.comm.dispatch.exchange import Exchange
-from dryvine.comm.dispatch.groups import Groups
+from dryvine.comm.dispatch.groups import HopGroups
 from dryvine.comm.dispatch.payload import Format
-from dryvine.comm.dispatch.two_hop_plan import Counts, Handle, Leg, Planner
-from dryvine.comm.dispatch.worker import Lane
+from dryvine.comm.dispatch.two_hop_plan import Counts, Leg, Planner, TwoHopHandle
+from dryvine.comm.dispatch.worker import Worker
 from dryvine.comm.pending import Pending
 
 
@@ -32,7 +32,7 @@ class Hierarchical:
 
     def __init__(
         self,
-        groups: Groups,
+        groups: HopGroups,
         experts: int,
         device: torch.device | None = None,
         chunks: int = 4,
@@ -42,32 +42,34 @@ class Hierarchical:
         crossing = chunks if len(groups.topology.nodes) > 1 else 0
         place = device or torch.device("cpu")
         self.planner = Planner(groups.topology, groups.rank, groups.rail_ranks, experts, crossing, alignment, place)
-        self.lane, self.pool = Lane(place), Pool()
+        self.worker, self.pool = Worker(place), StagingBuffers()
 
-    def layout(self, experts_TK: Tensor, label: str = "") -> Pending[Handle]:
-        counted = self.lane.run(lambda: self._count(experts_TK, label))
+    def plan_routing(self, experts_TK: Tensor, label: str = "") -> Pending[TwoHopHandle]:
+        counted = self.worker.run(lambda: self._count(experts_TK, label))
 
-        def plan() -> Handle:
+        def plan() -> TwoHopHandle:
             counts, coming = counted.wait()
             return self.planner.plan(experts_TK, counts, coming.wait(), self.inter, self.intra, label)
 
-        return Pending(lambda: self.lane.run(plan).wait(), lambda: counted.ready() and counted.wait()[1].ready())
+        return Pending(lambda: self.worker.run(plan).wait(), lambda: counted.ready() and counted.wait()[1].ready())
 
-    def dispatch(self, rows: tuple[Tensor, ...], pairs: Tensor | None, handle: Handle) -> Pending[tuple[Tensor, ...]]:
-        return self.lane.run(lambda: self._dispatch(rows, pairs, handle))
+    def dispatch(
+        self, rows: tuple[Tensor, ...], pairs: Tensor | None, handle: TwoHopHandle
+    ) -> Pending[tuple[Tensor, ...]]:
+        return self.worker.run(lambda: self._dispatch(rows, pairs, handle))
 
-    def combine(self, rows: Tensor, pairs: Tensor | None, handle: Handle) -> Pending[tuple[Tensor, ...]]:
-        return self.lane.run(lambda: self._combine(rows, pairs, handle))
+    def combine(self, rows: Tensor, pairs: Tensor | None, handle: TwoHopHandle) -> Pending[tuple[Tensor, ...]]:
+        return self.worker.run(lambda: self._combine(rows, pairs, handle))
 
     def _count(self, experts_TK: Tensor, label: str) -> tuple[Counts, Pending[Tensor]]:
         counts = self.planner.count(experts_TK)
         ones = [1] * self.all.size
-        return counts, self.all.start(counts.message, ones, ones, what=f"layout counts of {label}")
+        return counts, self.all.start(counts.message, ones, ones, what=f"routing counts of {label}")
 
-    def _dispatch(self, rows: tuple[Tensor, ...], pairs: Tensor | None, handle: Handle) -> tuple[Tensor, ...]:
+    def _dispatch(self, rows: tuple[Tensor, ...], pairs: Tensor | None, handle: TwoHopHandle) -> tuple[Tensor, ...]:
         payload = rows if pairs is None else (*rows, pairs)
         wire = Format.of(payload)
-        with self.pool.scratch(wire.lanes, rows[0].device) as take:
+        with self.pool.scratch(wire.words, rows[0].device) as take:
 
             def packed(leg: Leg) -> Tensor:
                 return wire.pack(payload, [leg.index] * len(payload), take(len(leg.index)))
@@ -88,23 +90,23 @@ class Hierarchical:
                 stage.wait()
             return self._result(wire, arrived, pairs is not None, handle)
 
-    def _near(self, rows: Tensor, leg: Leg, into: Tensor, handle: Handle) -> Pending[Tensor]:
+    def _near(self, rows: Tensor, leg: Leg, into: Tensor, handle: TwoHopHandle) -> Pending[Tensor]:
         return self.intra.start(rows, leg.sends, leg.receives, into, f"dispatch hop 2 of {handle.label}")
 
     @staticmethod
-    def _result(wire: Format, arrived: Tensor, paired: bool, handle: Handle) -> tuple[Tensor, ...]:
+    def _result(wire: Format, arrived: Tensor, paired: bool, handle: TwoHopHandle) -> tuple[Tensor, ...]:
         """A copy of each arrived row for every local expert that it is for, in the result's order."""
         rows = wire.unpack(arrived, handle.row)
         if paired:
             rows[-1] = rows[-1].gather(1, handle.choice)[:, 0]
         return tuple(rows)
 
-    def _combine(self, rows: Tensor, pairs: Tensor | None, handle: Handle) -> tuple[Tensor, ...]:
+    def _combine(self, rows: Tensor, pairs: Tensor | None, handle: TwoHopHandle) -> tuple[Tensor, ...]:
         values = [] if pairs is None else [handle.scattered(pairs)]
         wire = Format.of((rows, *values))
         sizes = [sum(leg.receives) for leg in handle.hop2]
         hop1, hop2 = f"combine hop 1 of {handle.label}", f"combine hop 2 of {handle.label}"
-        with self.pool.scratch(wire.lanes, rows.device) as take:
+        with self.pool.scratch(wire.words, rows.device) as take:
             departing = take(sum(sizes))
             going, *scattered = wire.unpack(departing)
             handle.rank_sum(rows, going)

@@ -174,7 +174,7 @@ def place_kernel(expert, tallies, message, pair, token, place, P, B, E, X, K,
 
 
 def by_expert(experts_TK: Tensor, ranks: int, experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The fields of `routing.Order`, in three launches."""
+    """The fields of `routing.RowOrder`, in three launches."""
     chosen, (tokens, choices), share = experts_TK.contiguous(), experts_TK.shape, experts // ranks
     pairs = tokens * choices
     blocks = triton.cdiv(pairs, BLOCK)

@@ -1,7 +1,7 @@
 """How evenly tokens fall on experts, what that moves, and what to do when they fall very unevenly.
 
 `Metered` counts what passes through a dispatcher; a step's report is made from every rank's counts, where the trainer
-logs. `Guarded` is for the first thousands of steps, when a router may send everything to one rank: staging buffers
+logs. `InRounds` is for the first thousands of steps, when a router may send everything to one rank: staging buffers
 would then hold many times their usual rows. Beyond a factor of the mean load a dispatch goes in several rounds of
 fewer tokens instead of running out of memory. Dropping tokens, the usual way out, trains another model.
 """
@@ -69,8 +69,8 @@ class Metered:
         self.meter: Meter = inner.meter
         self._rows: dict[str, list[int]] = {}
 
-    def layout(self, experts_TK: Tensor, label: str = "") -> Pending[Any]:
-        coming = self.inner.layout(experts_TK, label)
+    def plan_routing(self, experts_TK: Tensor, label: str = "") -> Pending[Any]:
+        coming = self.inner.plan_routing(experts_TK, label)
 
         def finish() -> Any:
             handle = coming.wait()
@@ -105,7 +105,7 @@ class Rounds:
     bounds: tuple[int, ...]  # tokens of each round
 
 
-class Guarded:
+class InRounds:
     """A dispatcher that goes in rounds when the busiest rank would get more than `factor` times the mean.
 
     It costs one all-to-all of W numbers per rank and one host read per layout more than its inner dispatcher, and rows
@@ -116,7 +116,7 @@ class Guarded:
         self.inner, self.exchange, self.share, self.factor = inner, exchange, experts // exchange.size, factor
         self.meter = exchange.meter
 
-    def layout(self, experts_TK: Tensor, label: str = "") -> Pending[Rounds]:
+    def plan_routing(self, experts_TK: Tensor, label: str = "") -> Pending[Rounds]:
         ranks, ones = self.exchange.size, [1] * self.exchange.size
         to_W = routing.count(experts_TK // self.share, ranks)
         coming = self.exchange.start(to_W.expand(ranks, ranks).contiguous(), ones, ones, what=f"load of {label}")
@@ -126,7 +126,7 @@ class Guarded:
         rounds = max(1, -int(-imbalance(loads) // self.factor))
         tokens = len(experts_TK)
         bounds = tuple(tokens * (r + 1) // rounds - tokens * r // rounds for r in range(rounds))
-        handles = tuple(self.inner.layout(part, label).wait() for part in experts_TK.split(bounds))
+        handles = tuple(self.inner.plan_routing(part, label).wait() for part in experts_TK.split(bounds))
         counts_RX = routing.upload([handle.counts for handle in handles], experts_TK.device)
         total = int(sum(sum(handle.counts) for handle in handles))
         from_rounds = routing.invert(routing.transposed(counts_RX, total))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dryvine.comm.dispatch.exchange import Meter
-from dryvine.comm.dispatch.payload import LANE
+from dryvine.comm.dispatch.payload import WORD
 from dryvine.comm.pending import Pending
 
 
@@ -32,14 +32,14 @@ class MpiExchange:
     def start(
         self, rows: Tensor, sends: Sequence[int], receives: Sequence[int], into: Tensor | None = None, what: str = ""
     ) -> Pending[Tensor]:
-        assert rows.dtype == LANE, rows.dtype
+        assert rows.dtype == WORD, rows.dtype
         rows = rows.contiguous()
         came = rows.new_empty((sum(receives), *rows.shape[1:])) if into is None else into
-        lanes = rows.shape[1:].numel()
-        self.meter.add(self.links, sends, lanes * LANE.itemsize)
+        words = rows.shape[1:].numel()
+        self.meter.add(self.links, sends, words * WORD.itemsize)
         if rows.is_cuda:
             torch.cuda.current_stream().synchronize()
-        request = self.communicator.Ialltoallv(_buffer(rows, sends, lanes), _buffer(came, receives, lanes))
+        request = self.communicator.Ialltoallv(_buffer(rows, sends, words), _buffer(came, receives, words))
 
         def finish() -> Tensor:
             request.Wait()
@@ -49,11 +49,11 @@ class MpiExchange:
         return Pending(finish)
 
 
-def _buffer(rows: Tensor, counts: Sequence[int], lanes: int) -> list[Any]:
-    """mpi4py's [data, (counts, displacements), type]; counts are in lanes, so 2^31 of them are 16 GiB."""
+def _buffer(rows: Tensor, counts: Sequence[int], words: int) -> list[Any]:
+    """mpi4py's [data, (counts, displacements), type]; counts are in words, so 2^31 of them are 16 GiB."""
     from mpi4py import MPI
 
     data = rows if rows.is_cuda else rows.numpy()
-    scaled = [count * lanes for count in counts]
+    scaled = [count * words for count in counts]
     begin = [sum(scaled[:i]) for i in range(len(scaled))]
     return [data, (scaled, begin), MPI.INT64_T]

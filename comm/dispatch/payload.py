@@ -1,10 +1,10 @@
 """Rows of several tensors as one wire row, so that a hop is one collective whatever the payload.
 
-BF16 rows, or FP8 values with their scales, travel with the routing weight of each copy in one buffer of 64-bit lanes:
-a lane is what gathers copy fastest, and no backend has to know FP8 (gloo and NCCL refuse it). One collective per
+BF16 rows, or FP8 values with their scales, travel with the routing weight of each copy in one buffer of 64-bit words:
+a word is what gathers copy fastest, and no backend has to know FP8 (gloo and NCCL refuse it). One collective per
 tensor would pay the latency of every hop two or three times and let a payload arrive in parts.
 
-Each tensor starts on a lane, so that on arrival it is a view of the buffer. The gather that brings rows into sending
+Each tensor starts on a word, so that on arrival it is a view of the buffer. The gather that brings rows into sending
 order writes straight into the buffer; what orders or sums what came reads straight out of it.
 """
 
@@ -19,13 +19,13 @@ from torch import Tensor
 
 from dryvine.comm.dispatch import routing
 
-LANE = torch.int64
-LANE_BYTES = 8
+WORD = torch.int64
+WORD_BYTES = 8
 
 
 @dataclass(frozen=True)
 class Column:
-    """One tensor's part of a wire row: `width` lanes from lane `start`."""
+    """One tensor's part of a wire row: `width` words from word `start`."""
 
     dtype: torch.dtype
     tail: tuple[int, ...]
@@ -36,17 +36,17 @@ class Column:
     def bytes(self) -> int:
         return prod(self.tail) * self.dtype.itemsize
 
-    def lanes(self, buffer: Tensor) -> Tensor:
+    def words(self, buffer: Tensor) -> Tensor:
         return buffer[:, self.start : self.start + self.width]
 
-    def rows(self, lanes: Tensor) -> Tensor:
-        """A view of lanes [R, width] as rows of the tensor."""
-        whole = self.bytes % LANE_BYTES == 0
-        exact = lanes.view(self.dtype) if whole else lanes.view(torch.uint8)[:, : self.bytes].view(self.dtype)
-        return exact if len(self.tail) == 1 else exact.view(len(lanes), *self.tail)
+    def rows(self, words: Tensor) -> Tensor:
+        """A view of words [R, width] as rows of the tensor."""
+        whole = self.bytes % WORD_BYTES == 0
+        exact = words.view(self.dtype) if whole else words.view(torch.uint8)[:, : self.bytes].view(self.dtype)
+        return exact if len(self.tail) == 1 else exact.view(len(words), *self.tail)
 
     def of(self, buffer: Tensor) -> Tensor:
-        return self.rows(self.lanes(buffer))
+        return self.rows(self.words(buffer))
 
 
 @dataclass(frozen=True)
@@ -60,35 +60,35 @@ class Format:
         columns: list[Column] = []
         start = 0
         for tensor in tensors:
-            width = -(-prod(tensor.shape[1:]) * tensor.element_size() // LANE_BYTES)
+            width = -(-prod(tensor.shape[1:]) * tensor.element_size() // WORD_BYTES)
             columns.append(Column(tensor.dtype, tuple(tensor.shape[1:]), start, width))
             start += width
         return Format(tuple(columns))
 
     @property
-    def lanes(self) -> int:
+    def words(self) -> int:
         return sum(column.width for column in self.columns)
 
     @property
     def bytes(self) -> int:
         """Bytes of one wire row."""
-        return self.lanes * LANE_BYTES
+        return self.words * WORD_BYTES
 
     def pack(
         self, tensors: Sequence[Tensor], indexes: Sequence[Tensor] | None = None, into: Tensor | None = None
     ) -> Tensor:
-        """Rows `indexes[i]` of each tensor (all of one length R; None: as they lie) as a buffer [R, lanes]."""
+        """Rows `indexes[i]` of each tensor (all of one length R; None: as they lie) as a buffer [R, words]."""
         if indexes is None and len(tensors) == 1:
-            return as_lanes(tensors[0])
+            return as_words(tensors[0])
         if indexes is None:
-            return torch.cat([as_lanes(tensor) for tensor in tensors], dim=1)
-        buffer = tensors[0].new_empty((len(indexes[0]), self.lanes), dtype=LANE) if into is None else into
+            return torch.cat([as_words(tensor) for tensor in tensors], dim=1)
+        buffer = tensors[0].new_empty((len(indexes[0]), self.words), dtype=WORD) if into is None else into
         kernels = routing.kernels_for(buffer)
         for column, tensor, index in zip(self.columns, tensors, indexes, strict=True):
             if kernels:
                 kernels.gather(tensor, index, column.of(buffer))
             else:
-                torch.index_select(as_lanes(tensor), 0, index, out=column.lanes(buffer))
+                torch.index_select(as_words(tensor), 0, index, out=column.words(buffer))
         return buffer
 
     def unpack(self, buffer: Tensor, index: Tensor | None = None) -> list[Tensor]:
@@ -97,7 +97,7 @@ class Format:
             return [column.of(buffer) for column in self.columns]
         if routing.kernels_for(buffer):
             return [gather(column.of(buffer), index) for column in self.columns]
-        return [column.rows(gather(column.lanes(buffer), index)).contiguous() for column in self.columns]
+        return [column.rows(gather(column.words(buffer), index)).contiguous() for column in self.columns]
 
 
 def gather(rows: Tensor, index: Tensor) -> Tensor:
@@ -111,12 +111,12 @@ def gather(rows: Tensor, index: Tensor) -> Tensor:
     return found
 
 
-def as_lanes(tensor: Tensor) -> Tensor:
-    """The tensor's rows as lanes, [R, width]; a copy only where a row is no whole number of lanes or not aligned."""
+def as_words(tensor: Tensor) -> Tensor:
+    """The tensor's rows as words, [R, width]; a copy only where a row is no whole number of words or not aligned."""
     rows, row_bytes = len(tensor), prod(tensor.shape[1:]) * tensor.element_size()
     flat = tensor.reshape(rows, prod(tensor.shape[1:])).contiguous()
-    if row_bytes % LANE_BYTES == 0 and flat.storage_offset() * flat.element_size() % LANE_BYTES == 0:
-        return flat.view(LANE)
-    padded = flat.new_zeros((rows, -(-row_bytes // LANE_BYTES) * LANE_BYTES), dtype=torch.uint8)
+    if row_bytes % WORD_BYTES == 0 and flat.storage_offset() * flat.element_size() % WORD_BYTES == 0:
+        return flat.view(WORD)
+    padded = flat.new_zeros((rows, -(-row_bytes // WORD_BYTES) * WORD_BYTES), dtype=torch.uint8)
     padded[:, :row_bytes] = flat.view(torch.uint8)
-    return padded.view(LANE)
+    return padded.view(WORD)

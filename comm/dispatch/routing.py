@@ -94,7 +94,7 @@ def where(mask: Tensor, total: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Order:
+class RowOrder:
     """The pairs of this rank by expert, then token: the order in which a rank sends."""
 
     pair: Tensor  # [P] the pair at each send position
@@ -103,15 +103,15 @@ class Order:
     message: Tensor  # int64 [W, X + 1], what each rank is told: rows for each of its experts, then 1 to refuse
 
 
-def by_expert(experts_TK: Tensor, ranks: int, experts: int) -> Order:
+def by_expert(experts_TK: Tensor, ranks: int, experts: int) -> RowOrder:
     """`ranks` hold equal, contiguous shares of `experts`."""
     kernels = kernels_for(experts_TK)
     if kernels:
-        return Order(*kernels.by_expert(experts_TK, ranks, experts))
+        return RowOrder(*kernels.by_expert(experts_TK, ranks, experts))
     pair = experts_TK.flatten().argsort(stable=True)
     refused_W1 = repeated(experts_TK).expand(ranks, 1)
     message = torch.cat((count(experts_TK, experts).view(ranks, -1), refused_W1), dim=1)
-    return Order(pair, pair // experts_TK.shape[1], invert(pair).view_as(experts_TK), message)
+    return RowOrder(pair, pair // experts_TK.shape[1], invert(pair).view_as(experts_TK), message)
 
 
 def stable_order(keys: Tensor, below: int) -> Tensor:
@@ -133,7 +133,7 @@ class Arrival:
 
     @staticmethod
     def of(message: Tensor, host: Tensor, alignment: int) -> Arrival:
-        """From what every rank said, int64 [W, X + 1] as in `Order`, and the host's copy of it."""
+        """From what every rank said, int64 [W, X + 1] as in `RowOrder`, and the host's copy of it."""
         used = tuple(host[:, :-1].sum(0).tolist())
         kernels = kernels_for(message)
         if kernels:

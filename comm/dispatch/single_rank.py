@@ -15,13 +15,13 @@ from torch import Tensor
 from dryvine.comm.dispatch import routing
 from dryvine.comm.dispatch.exchange import Meter
 from dryvine.comm.dispatch.payload import Format, gather
-from dryvine.comm.dispatch.routing import Arrival, Order, Sum
+from dryvine.comm.dispatch.routing import Arrival, RowOrder, Sum
 from dryvine.comm.pending import Pending
 
 
 @dataclass(frozen=True)
 class Local:
-    """Where the rows of a rank go that sends none: the handle of `Alone`."""
+    """Where the rows of a rank go that sends none: the handle of `SingleRank`."""
 
     counts: tuple[int, ...]  # rows of each expert, with padding
     used: tuple[int, ...]  # of which real
@@ -31,7 +31,7 @@ class Local:
     sum: Sum  # of result rows, by token, in the order of its choices
 
     @staticmethod
-    def of(order: Order, host: Tensor, alignment: int) -> Local:
+    def of(order: RowOrder, host: Tensor, alignment: int) -> Local:
         """`order` is for one rank, `host` its message on the host."""
         used = tuple(host[0, :-1].tolist())
         if all(n % alignment == 0 for n in used):
@@ -49,18 +49,18 @@ class Local:
         return (self.sum(rows), *(() if pairs is None else (pairs[self.place],)))
 
 
-class Alone:
+class SingleRank:
     """`Dispatcher` of a single rank, which holds all experts. Its copies are counted as flat's to itself are."""
 
     def __init__(self, experts: int, alignment: int = 1) -> None:
         self.experts, self.alignment, self.meter = experts, alignment, Meter()
 
-    def layout(self, experts_TK: Tensor, label: str = "") -> Pending[Local]:
+    def plan_routing(self, experts_TK: Tensor, label: str = "") -> Pending[Local]:
         order = routing.by_expert(experts_TK, 1, self.experts)
         self._count(1, order.message)
         return Pending(lambda: self._handle(order))
 
-    def _handle(self, order: Order) -> Local:
+    def _handle(self, order: RowOrder) -> Local:
         (host,) = routing.read(order.message)  # the one read on the host
         routing.refuse(host[:, -1].nonzero().flatten().tolist())
         return Local.of(order, host, self.alignment)

@@ -34,7 +34,7 @@ class Leg:
 
 
 @dataclass(frozen=True)
-class Handle:
+class TwoHopHandle:
     """Where each row goes. Hop 1 has a leg per chunk, hop 2 a leg per stage; combine walks them backwards."""
 
     counts: tuple[int, ...]  # rows given for each local expert, with padding
@@ -141,7 +141,7 @@ class Planner:
 
     def plan(
         self, experts_TK: Tensor, counts: Counts, theirs: Tensor, inter: Exchange, intra: Exchange, label: str
-    ) -> Handle:
+    ) -> TwoHopHandle:
         read = routing.read(counts.message, theirs)  # the one host read of a forward dispatch
         ours, told = ([Told(row, self._widths, self.widest) for row in side.tolist()] for side in read)
         routing.refuse([rank for rank, t in enumerate(told) if t.refused])
@@ -171,7 +171,7 @@ class Planner:
         """Hop 1 of the expert numbers, all chunks at once: what came, [rows, K], by chunk, then source."""
         if not hop1:
             return experts_TK[:0]
-        return relay(experts_TK[torch.cat([leg.index for leg in hop1])], hop1, inter, f"layout hop 1 of {label}")
+        return relay(experts_TK[torch.cat([leg.index for leg in hop1])], hop1, inter, f"routing hop 1 of {label}")
 
     def _hop2(
         self, counts: Counts, came: Tensor, hop1: Sequence[Leg], ours: list[Told], told: list[Told]
@@ -193,7 +193,7 @@ class Planner:
         """Hop 2 of the expert numbers, all stages at once: what arrived, [M, K], by stage, then rank of the node."""
         held = [experts_TK, *came.split([sum(leg.receives) for leg in hop1])]
         going = torch.cat([rows[leg.index] for rows, leg in zip(held, hop2, strict=True)])
-        return relay(going, hop2, intra, f"layout hop 2 of {label}")
+        return relay(going, hop2, intra, f"routing hop 2 of {label}")
 
     def _sources(self, told: list[Told], device: torch.device) -> Tensor:
         """The rank that each arrived row started from, [M], in order of arrival."""
@@ -213,7 +213,7 @@ class Planner:
         hop2: tuple[Leg, ...],
         node_sums: tuple[Sum, ...],
         token_sum: Sum,
-    ) -> Handle:
+    ) -> TwoHopHandle:
         """The result's order: by expert, then source rank, then token; per source, rows arrive in token order."""
         rows, choices = arrived_MK.shape
         used = tuple(sum(column) for column in zip(*(t.experts for t in told), strict=True))
@@ -227,7 +227,7 @@ class Planner:
         row_of = torch.empty(rows * choices, dtype=torch.int64, device=pick.device)
         row_of[pick] = padding.place
         filled = padding.fill(pick)
-        return Handle(
+        return TwoHopHandle(
             counts=padding.counts,
             used=used,
             label=label,

@@ -20,7 +20,7 @@ from dryvine.comm.pending import Pending
 V = TypeVar("V")
 
 
-class Lane:
+class Worker:
     """`run` starts a step; the step's tensors may be used after `wait`, by the stream that waited."""
 
     def __init__(self, device: torch.device) -> None:
@@ -47,8 +47,8 @@ class Lane:
             current.wait_event(event)
             for tensor in value if isinstance(value, tuple) else ():
                 if isinstance(tensor, Tensor):
-                    tensor.record_stream(current)  # allocated on the lane's stream
+                    tensor.record_stream(current)  # allocated on the worker's stream
             return value
 
-        # `step` is held until then: the tensors it reads must not be given to others while the lane uses them.
+        # `step` is held until then: the tensors it reads must not be given to others while the worker uses them.
         return Pending(lambda held=step: finish())  # type: ignore[misc]

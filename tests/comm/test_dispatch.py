@@ -35,7 +35,7 @@ def flat_rank(rank: int, world: int, experts: int, top_k: int, tokens: list[int]
     share = experts // world
     want, counts = reference(rows, weights, chosen, range(rank * share, (rank + 1) * share))
 
-    handle = dispatcher.layout(chosen[rank]).wait()
+    handle = dispatcher.plan_routing(chosen[rank]).wait()
     got = dispatcher.dispatch((rows[rank],), weights[rank], handle).wait()
     assert list(handle.counts) == counts
     for g, w in zip(got, want, strict=True):
@@ -68,7 +68,7 @@ def fp8_rank(rank: int) -> None:
     dispatcher = Flat(torch.distributed.group.WORLD, 4)
     values = (torch.arange(40).reshape(5, 8) + rank).float().to(torch.float8_e4m3fn).view(torch.uint8)
     scales = torch.full((5, 3), 2.0**rank)
-    handle = dispatcher.layout(draw(rank, 5, 4, 4)).wait()
+    handle = dispatcher.plan_routing(draw(rank, 5, 4, 4)).wait()
     got_values, got_scales = dispatcher.dispatch((values, scales), None, handle).wait()
     assert got_values.view(torch.float8_e4m3fn).shape == (20, 8)
     for source in range(2):
@@ -85,7 +85,7 @@ def twice_rank(rank: int) -> None:
     chosen = draw(rank, 3, 4, 2)
     if rank == 1:
         chosen[2] = 3
-    Flat(torch.distributed.group.WORLD, 4).layout(chosen).wait()
+    Flat(torch.distributed.group.WORLD, 4).plan_routing(chosen).wait()
 
 
 def test_an_expert_chosen_twice_is_refused_and_the_rank_named() -> None:

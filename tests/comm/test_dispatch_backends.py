@@ -16,7 +16,7 @@ from dryvine.comm.config import CommConfig
 from dryvine.comm.dispatch.backends import DISPATCHERS, expected_rows, make_dispatcher, pick
 from dryvine.comm.dispatch.deepep import DeepEP, probe
 from dryvine.comm.dispatch.flat import Flat
-from dryvine.comm.dispatch.load import Guarded, Load, Metered, imbalance
+from dryvine.comm.dispatch.load import InRounds, Load, Metered, imbalance
 from dryvine.comm.local import run
 from dryvine.comm.mesh import make_mesh
 from dryvine.comm.topology import by_sizes
@@ -38,7 +38,7 @@ def every_backend(rank: int, sizes: list[int], dtype: torch.dtype) -> dict[str, 
     seen, want = {}, None
     for name in ("flat", "hierarchical"):
         dispatcher: Any = make_dispatcher(name, mesh, 12, by_sizes(sizes))
-        handle = dispatcher.layout(chosen).wait()
+        handle = dispatcher.plan_routing(chosen).wait()
         dispatcher.meter.take()
         got = dispatcher.dispatch((rows,), weights, handle).wait()
         seen[name] = dispatcher.meter.take()
@@ -62,7 +62,7 @@ def test_backends_agree_over_gloo(sizes: list[int], dtype: torch.dtype) -> None:
 def routed_alike(rank: int, name: str) -> dict[str, int]:
     mesh = make_mesh(1, 1, 4, 1, CPU, MINUTE)
     dispatcher: Any = make_dispatcher(name, mesh, 8, by_sizes([2, 2]))
-    handle = dispatcher.layout(draw(7, 40, 8, 3)).wait()
+    handle = dispatcher.plan_routing(draw(7, 40, 8, 3)).wait()
     dispatcher.meter.take()
     dispatcher.dispatch((torch.zeros(40, 64),), torch.zeros(40, 3), handle).wait()
     taken: dict[str, int] = dispatcher.meter.take()
@@ -78,7 +78,7 @@ def test_fake_counts_the_bytes_that_the_real_one_sends() -> None:
 def test_fake_runs_a_whole_layer_alone() -> None:
     fake: Any = make_dispatcher("fake", None, 16, by_sizes([4, 4]), alignment=8)
     chosen, rows, weights = draw(0, 20, 16, 4), torch.randn(20, 6), torch.rand(20, 4)
-    handle = fake.layout(chosen).wait()
+    handle = fake.plan_routing(chosen).wait()
     got, values = fake.dispatch((rows,), weights, handle).wait()
     assert len(handle.counts) == 2
     assert len(got) == sum(handle.counts)
@@ -92,10 +92,10 @@ def skewed(rank: int, factor: float) -> tuple[int, list[int]]:
     """Every token to rank 0's experts: flat as the oracle of the guarded one."""
     group = dist.group.WORLD
     plain = Flat(group, 8)
-    guarded = Guarded(Flat(group, 8), plain.exchange, 8, factor)
+    guarded = InRounds(Flat(group, 8), plain.exchange, 8, factor)
     chosen = draw(rank, 24, 4, 2)
     rows, weights = torch.randn(24, 5), torch.rand(24, 2)
-    want, handle = plain.layout(chosen).wait(), guarded.layout(chosen).wait()
+    want, handle = plain.plan_routing(chosen).wait(), guarded.plan_routing(chosen).wait()
     assert handle.counts == want.counts
     (got, values), (wanted, _) = (d.dispatch((rows,), weights, h).wait() for d, h in ((guarded, handle), (plain, want)))
     assert torch.equal(got.sort(dim=0).values, wanted.sort(dim=0).values)
@@ -115,7 +115,7 @@ def test_guard_goes_in_rounds_when_all_tokens_go_to_one_rank(factor: float, roun
 def test_load_report() -> None:
     dispatcher = Metered(Flat(None, 4))
     for microbatch in range(2):
-        handle = dispatcher.layout(torch.tensor([[0, 1], [0, 2]]), f"layers.3, microbatch {microbatch}").wait()
+        handle = dispatcher.plan_routing(torch.tensor([[0, 1], [0, 2]]), f"layers.3, microbatch {microbatch}").wait()
         dispatcher.dispatch((torch.zeros(2, 4),), None, handle).wait()
     share = dispatcher.take()
     assert share.rows == {"layers.3": (4, 2, 2, 0)}
@@ -187,7 +187,7 @@ def test_deepep_adapter_matches_flat(monkeypatch: pytest.MonkeyPatch, name: str,
     adapter = DeepEP(group, 8, tokens=16, top_k=3, hidden_bytes=1024, alignment=4)
     flat = Flat(None, 8, alignment=4)
     chosen, rows, weights = draw(0, 16, 8, 3), torch.randn(16, 12).bfloat16(), torch.rand(16, 3)
-    mine, want = adapter.layout(chosen).wait(), flat.layout(chosen).wait()
+    mine, want = adapter.plan_routing(chosen).wait(), flat.plan_routing(chosen).wait()
     assert mine.counts == want.counts
     got, wanted = adapter.dispatch((rows,), weights, mine).wait(), flat.dispatch((rows,), weights, want).wait()
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))

@@ -13,10 +13,10 @@ from dryvine.comm.dispatch import routing
 from dryvine.comm.dispatch.exchange import GroupExchange, Meter
 from dryvine.comm.dispatch.fake import Fake
 from dryvine.comm.dispatch.flat import Flat
-from dryvine.comm.dispatch.groups import Groups
+from dryvine.comm.dispatch.groups import HopGroups
 from dryvine.comm.dispatch.hierarchical import Hierarchical
 from dryvine.comm.dispatch.routing import Arrival, Sum
-from dryvine.comm.dispatch.single_rank import Alone
+from dryvine.comm.dispatch.single_rank import SingleRank
 from dryvine.comm.topology import by_sizes
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -33,7 +33,7 @@ def flat(device: str) -> Any:
 
 
 def alone(device: str) -> Any:
-    return Alone(EXPERTS, alignment=16)
+    return SingleRank(EXPERTS, alignment=16)
 
 
 def fake(device: str) -> Any:
@@ -42,7 +42,9 @@ def fake(device: str) -> Any:
 
 def hierarchical(device: str) -> Any:
     one = GroupExchange(None)
-    return Hierarchical(Groups(by_sizes([1]), 0, one, one, one, Meter()), EXPERTS, torch.device(device), alignment=16)
+    return Hierarchical(
+        HopGroups(by_sizes([1]), 0, one, one, one, Meter()), EXPERTS, torch.device(device), alignment=16
+    )
 
 
 def journey(make: Callable[[str], Any], device: str, tokens: int, hidden: int) -> list[Any]:
@@ -52,7 +54,7 @@ def journey(make: Callable[[str], Any], device: str, tokens: int, hidden: int) -
     rows = torch.randn(tokens, hidden, generator=noise).bfloat16().to(device)
     values, scales = (torch.randint(0, 255, (tokens, n), dtype=torch.uint8, generator=noise).to(device)
                       for n in (hidden, hidden // 128))  # fmt: skip
-    handle = dispatcher.layout(chosen, "layers.0").wait()
+    handle = dispatcher.plan_routing(chosen, "layers.0").wait()
     sent = dispatcher.dispatch((values, scales), weights, handle).wait()
     plain, with_it = dispatcher.dispatch((rows,), weights, handle).wait()
     (back,) = dispatcher.combine(plain, None, handle).wait()
@@ -97,15 +99,15 @@ def test_an_expert_chosen_twice_is_refused() -> None:
     chosen = draw(500)
     chosen[321, 7] = chosen[321, 0]
     with pytest.raises(ValueError, match="the same expert twice"):
-        Flat(None, EXPERTS).layout(chosen.cuda()).wait()
+        Flat(None, EXPERTS).plan_routing(chosen.cuda()).wait()
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # is a prototype, says torch 2.11
 @pytest.mark.parametrize("make", [flat, alone, fake, hierarchical])
-def test_nothing_but_the_layout_stops_the_host(make: Callable[[str], Any]) -> None:
+def test_nothing_but_plan_routing_stops_the_host(make: Callable[[str], Any]) -> None:
     dispatcher, chosen = make("cuda"), draw(512).cuda()
     rows, weights = torch.randn(512, 256, device="cuda").bfloat16(), torch.rand(512, TOP_K, device="cuda")
-    handle = dispatcher.layout(chosen).wait()
+    handle = dispatcher.plan_routing(chosen).wait()
 
     def there_and_back() -> None:
         got, pairs = dispatcher.dispatch((rows,), weights, handle).wait()

@@ -20,7 +20,7 @@ from torch import Tensor
 from dryvine.comm.dispatch.api import Dispatcher
 from dryvine.comm.dispatch.exchange import Meter
 from dryvine.comm.dispatch.flat import Flat
-from dryvine.comm.dispatch.groups import Groups, rail_of
+from dryvine.comm.dispatch.groups import HopGroups, rail_of
 from dryvine.comm.dispatch.hierarchical import Hierarchical
 from dryvine.comm.pending import Pending
 from dryvine.comm.topology import Topology, by_sizes
@@ -72,7 +72,7 @@ class Boards:
     ) -> Hierarchical:
         node = ThreadExchange(self.nodes[self.topology.nodes[self.topology.node_of(rank)]], rank)
         rail = ThreadExchange(self.rails[rail_of(self.topology, rank)], rank)
-        groups = Groups(self.topology, rank, ThreadExchange(self.all, rank), node, rail, Meter())
+        groups = HopGroups(self.topology, rank, ThreadExchange(self.all, rank), node, rail, Meter())
         return Hierarchical(groups, experts, device, chunks, alignment)
 
 
@@ -108,7 +108,7 @@ def there_and_back(
     dispatcher: Dispatcher, chosen: Tensor, rows: Tensor, weights: Tensor, grads: Tensor
 ) -> tuple[Any, list[Tensor], Tensor]:
     """Dispatch, weigh, combine, then both backwards: all that a layer does with one handle."""
-    handle = dispatcher.layout(chosen).wait()
+    handle = dispatcher.plan_routing(chosen).wait()
     got, pairs = dispatcher.dispatch((rows,), weights, handle).wait()
     (back,) = dispatcher.combine(got * pairs[:, None], None, handle).wait()
     (grad_out,) = dispatcher.dispatch((grads,), None, handle).wait()
@@ -165,7 +165,7 @@ def test_each_token_crosses_once_per_node() -> None:
 
     def rows_sent(rank: int) -> tuple[int, int]:
         dispatcher = boards.hierarchical(rank, 24, 1, 4)
-        handle = dispatcher.layout(chosen).wait()
+        handle = dispatcher.plan_routing(chosen).wait()
         before = dispatcher.inter.sent, dispatcher.intra.sent
         dispatcher.dispatch((torch.zeros(40, 5),), None, handle).wait()
         return dispatcher.inter.sent - before[0], dispatcher.intra.sent - before[1]
@@ -188,7 +188,7 @@ def test_an_expert_chosen_twice_is_refused_on_every_rank(name: str) -> None:
         dispatcher = getattr(boards, name)(rank, 8, 1, *extra)
         chosen = torch.tensor([[1, 2], [5, 5 if rank == 2 else 6]])
         with pytest.raises(ValueError, match="the same expert twice") as error:
-            dispatcher.layout(chosen).wait()
+            dispatcher.plan_routing(chosen).wait()
         return str(error.value)
 
     assert all("expert-parallel rank 2" in message for message in on_ranks(4, lay))

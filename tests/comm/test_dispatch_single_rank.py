@@ -10,8 +10,8 @@ from torch import Tensor
 
 from dryvine.comm.dispatch.backends import make_dispatcher
 from dryvine.comm.dispatch.flat import Flat
-from dryvine.comm.dispatch.load import Guarded
-from dryvine.comm.dispatch.single_rank import Alone
+from dryvine.comm.dispatch.load import InRounds
+from dryvine.comm.dispatch.single_rank import SingleRank
 from tests.comm.test_dispatch import draw
 
 EXPERTS, TOP_K, HIDDEN = 12, 3, 24
@@ -27,7 +27,7 @@ def journey(dispatcher: Any, tokens: int, dtype: torch.dtype) -> list[Any]:
     rows = torch.randn(tokens, HIDDEN, generator=noise).to(dtype)
     weights = torch.rand(tokens, TOP_K, generator=noise)
     octets, scales = (torch.randint(0, 255, (tokens, n), dtype=torch.uint8, generator=noise) for n in (HIDDEN, 3))
-    handle = dispatcher.layout(draw(0, tokens, EXPERTS, TOP_K), "layers.0").wait()
+    handle = dispatcher.plan_routing(draw(0, tokens, EXPERTS, TOP_K), "layers.0").wait()
     note(handle.counts, handle.used)
     note(*dispatcher.dispatch((octets.view(torch.float8_e4m3fn), scales), weights, handle).wait())
     plain, got = dispatcher.dispatch((rows,), weights, handle).wait()
@@ -51,19 +51,19 @@ def same(a: Any, b: Any) -> bool:
 @pytest.mark.parametrize("alignment", [1, 4])
 @pytest.mark.parametrize("tokens", [0, 1, 40])
 def test_alone_is_flat(tokens: int, alignment: int, dtype: torch.dtype) -> None:
-    ours = journey(Alone(EXPERTS, alignment), tokens, dtype)
+    ours = journey(SingleRank(EXPERTS, alignment), tokens, dtype)
     defined = journey(Flat(None, EXPERTS, alignment), tokens, dtype)
     assert [i for i, (a, b) in enumerate(zip(ours, defined, strict=True)) if not same(a, b)] == []
 
 
 @pytest.mark.parametrize("name", ["auto", "flat"])
 def test_the_table_takes_it_for_one_rank(name: str) -> None:
-    assert isinstance(make_dispatcher(name, None, EXPERTS), Alone)
+    assert isinstance(make_dispatcher(name, None, EXPERTS), SingleRank)
     guarded = make_dispatcher(name, None, EXPERTS, imbalance=1.5)
-    assert isinstance(guarded, Guarded)
-    assert all(map(same, journey(guarded, 9, torch.float32)[:2], journey(Alone(EXPERTS), 9, torch.float32)[:2]))
+    assert isinstance(guarded, InRounds)
+    assert all(map(same, journey(guarded, 9, torch.float32)[:2], journey(SingleRank(EXPERTS), 9, torch.float32)[:2]))
 
 
 def test_an_expert_chosen_twice_is_refused() -> None:
     with pytest.raises(ValueError, match="rank 0: a token chose the same expert twice"):
-        Alone(4).layout(torch.tensor([[0, 1], [2, 2]])).wait()
+        SingleRank(4).plan_routing(torch.tensor([[0, 1], [2, 2]])).wait()

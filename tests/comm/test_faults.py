@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dryvine.comm.dispatch.groups import make_groups
+from dryvine.comm.dispatch.groups import make_hop_groups
 from dryvine.comm.dispatch.hierarchical import Hierarchical
 from dryvine.comm.mesh import make_mesh
 from dryvine.comm.topology import by_sizes
@@ -32,7 +32,7 @@ def rank_main(rank: int, folder: Path, how: str, when: str) -> None:
     store = dist.FileStore(str(folder / "store"), 4)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=4, timeout=HOUR)
     mesh = make_mesh(1, 1, 4, 1, torch.device("cpu"), HOUR)
-    dispatcher = Hierarchical(make_groups(mesh, by_sizes([2, 2]), watch_world(DEADLINE)), 8)
+    dispatcher = Hierarchical(make_hop_groups(mesh, by_sizes([2, 2]), watch_world(DEADLINE)), 8)
     try:
         for microbatch in range(100):
             lose = how if rank == 2 and microbatch == 3 else ""
@@ -44,9 +44,9 @@ def rank_main(rank: int, folder: Path, how: str, when: str) -> None:
 
 def step(dispatcher: Hierarchical, label: str, lose: str, when: str, folder: Path) -> None:
     experts = torch.arange(8).expand(50, 8)
-    if when == "layout":
+    if when == "routing":
         go_down(lose, folder)
-    handle = dispatcher.layout(experts, label=label).wait()
+    handle = dispatcher.plan_routing(experts, label=label).wait()
     if when == "dispatch":
         go_down(lose, folder)
     (rows,) = dispatcher.dispatch((torch.ones(50, 64),), None, handle).wait()
@@ -64,7 +64,7 @@ def go_down(how: str, folder: Path) -> None:
         os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[how])
 
 
-LOSSES = [("kill", "layout"), ("kill", "dispatch"), ("stop", "combine"), ("slow", "dispatch")]
+LOSSES = [("kill", "routing"), ("kill", "dispatch"), ("stop", "combine"), ("slow", "dispatch")]
 
 
 class Job:
@@ -108,7 +108,7 @@ def test_a_lost_rank_is_named_by_all_others_in_time(jobs: dict[tuple[str, str], 
     for rank in (0, 1, 3):
         error = (job.folder / f"error{rank}").read_text()
         assert re.match(rf"rank {rank}: {when} \S+.* of layer 3, microbatch 3: .*", error)
-        if rank != 1 or when == "layout":  # rank 1 gets its rows through rank 3 or 0, and waits for those
+        if rank != 1 or when == "routing":  # rank 1 gets its rows through rank 3 or 0, and waits for those
             assert re.search(r"\d+ bytes from rank 2.* did not come in \d+\.\d s", error), error
         culprit = {"slow": "every rank is alive; .*rank 2 is computing"}.get(how, "rank 2 did not answer the roll call")
         assert re.search(culprit, error), error

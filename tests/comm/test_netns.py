@@ -48,7 +48,7 @@ def crossing(rank: int, sizes: list[int]) -> dict[str, int]:
     seen = {"minimum": int(hit.sum()) * HIDDEN * 2}
     for name in ("flat", "hierarchical"):
         dispatcher: Any = make_dispatcher(name, mesh, EXPERTS, topology)
-        handle = dispatcher.layout(chosen).wait()
+        handle = dispatcher.plan_routing(chosen).wait()
         rows: list[torch.Tensor] = []
         seen[f"{name} dispatch"] = moved(
             lambda d=dispatcher, h=handle, r=rows: r.extend(d.dispatch(bf16, None, h).wait())

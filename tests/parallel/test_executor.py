@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from dryvine.comm import local
 from dryvine.comm.pending import Pending
-from dryvine.comm.wire import Pool
+from dryvine.comm.wire import ReceiveBuffers
 from dryvine.parallel import overlap
 from dryvine.parallel.executor import Batch, Executor
 from dryvine.parallel.flow_control import Line, channel, most_under_way, posts
@@ -163,8 +163,8 @@ class Traced:
         return Pending(finish)
 
 
-STREAM = {"layout": "comm", "dispatch": "comm", "combine": "comm"}
-MOE = ("attention", "layout", "dispatch", "experts", "combine")
+STREAM = {"routing": "comm", "dispatch": "comm", "combine": "comm"}
+MOE = ("attention", "routing", "dispatch", "experts", "combine")
 LAYERS = [MOE, ("dense",), ("embed",), ("head",), ("attention", "dense")]
 
 
@@ -192,23 +192,23 @@ def test_each_track_of_a_pair_keeps_its_own_order(kinds: str, order: str, data: 
     log, ends = trace(kinds, stages, order)
     for track, (kind, phases) in enumerate(zip(kinds, stages, strict=True)):
         forward = list(range(len(phases)))
-        steps = forward if kind == "F" else [n for n in reversed(forward) if phases[n][0] != "layout"]
+        steps = forward if kind == "F" else [n for n in reversed(forward) if phases[n][0] != "routing"]
         expected = [(step, what) for step in steps for what in ("start", "used")]
         assert [(step, what) for t, step, what in log if t == track] == expected
         assert ends[track] == (track, steps[-1])
 
 
 def stands_still(log: list[tuple[int, int, str]], names: list[str], order: str) -> float:
-    """How long compute waits when every step takes 1, and a layout no time. On a CPU the caller computes, and waits for
-    what it hands on; on a GPU it only queues, but for a layout, and each stream runs what it was given in order."""
+    """How long compute waits when every step takes 1, and routing no time. On a CPU the caller computes, and waits for
+    what it hands on; on a GPU it only queues, but for routing, and each stream runs what it was given in order."""
     free = {"host": 0.0, "compute": 0.0, "comm": 0.0}
     ended: dict[int, float] = {}  # of each track's last step
     for track, step, what in log:
         stream, ready = STREAM.get(names[step], "compute"), ended.get(track, 0.0)
         if what == "start":
             start = max(free[stream], ready, free["host"])
-            ended[track] = free[stream] = start + (names[step] != "layout")
-            if stream == "compute" if order == "cpu" else names[step] == "layout":
+            ended[track] = free[stream] = start + (names[step] != "routing")
+            if stream == "compute" if order == "cpu" else names[step] == "routing":
                 free["host"] = ended[track]
         elif order == "cpu":
             free["host"] = max(free["host"], ended[track])
@@ -326,7 +326,7 @@ def test_the_pool_holds_what_the_schedule_says(name: str) -> None:
 
 
 def test_a_block_is_used_again_only_when_nothing_refers_to_it() -> None:
-    pool, like = Pool(torch.device("cpu")), torch.empty(4, 8, device="meta")
+    pool, like = ReceiveBuffers(torch.device("cpu")), torch.empty(4, 8, device="meta")
     first, second = pool.take(like), pool.take(like)
     view = first.detach()[1:]
     place = first.data_ptr()

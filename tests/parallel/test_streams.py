@@ -12,7 +12,7 @@ import torch
 
 from dryvine.comm.pending import Pending
 from dryvine.parallel import overlap, streams
-from dryvine.parallel.stage import Combine, Compute, Dispatch, Flight, Layout, Outcome, Stage, State
+from dryvine.parallel.stage import Combine, Compute, Dispatch, Flight, Outcome, Routing, Stage, State
 from dryvine.parallel.streams import Baton, CpuStreams
 from dryvine.parallel.wgrad import Closure, WGrad
 
@@ -149,8 +149,8 @@ class Link:
     counts: float = 3.0
     rows: float = 2.0
 
-    def layout(self, experts: torch.Tensor, label: str = "") -> Pending[Any]:
-        return self.world.message("layout", self.counts, "a handle")
+    def plan_routing(self, experts: torch.Tensor, label: str = "") -> Pending[Any]:
+        return self.world.message("routing", self.counts, "a handle")
 
     def dispatch(self, rows: tuple[torch.Tensor, ...], pairs: Any, handle: Any) -> Pending[Any]:
         assert handle == "a handle"
@@ -181,7 +181,7 @@ def layer(world: World, wgrad: WGrad) -> Stage:
 
     link: Any = Link(world)
     first, last = Compute("attention", "0", attention, wgrad), Compute("experts", "0", experts, wgrad, through=1)
-    return Stage(0, [first, Layout("0", link), Dispatch("0", link), last, Combine("0", link)])
+    return Stage(0, [first, Routing("0", link), Dispatch("0", link), last, Combine("0", link)])
 
 
 X = torch.ones(1, 1)
@@ -193,11 +193,11 @@ def in_flight(stage: Stage) -> Flight:
     return flight
 
 
-def test_the_wait_for_a_layout_is_filled_and_what_is_left_of_it_is_exposed(world: World) -> None:
+def test_the_wait_for_a_routing_is_filled_and_what_is_left_of_it_is_exposed(world: World) -> None:
     stage, cpu = layer(world, WGrad()), CpuStreams()
     cpu.later(world.weights("w0", "w1"), held=True)
     overlap.play([overlap.forward(stage, Flight(torch.empty(0), 1.0), (X,))], cpu, overlap.ORDERS["cpu"])
-    expected = ["attention", "layout leaves", "w0", "w1", "layout is here", "dispatch leaves", "dispatch is here"]
+    expected = ["attention", "routing leaves", "w0", "w1", "routing is here", "dispatch leaves", "dispatch is here"]
     assert world.log == [*expected, "experts", "combine leaves", "combine is here"]
     assert cpu.exposed() == 1 + 2 + 2
 
@@ -209,7 +209,7 @@ def test_without_an_order_ops_run_one_by_one_and_hide_nothing(world: World) -> N
     new = overlap.forward(stage, Flight(torch.empty(0), 1.0), (X,))
     overlap.play([new, overlap.backward(stage, behind, (X,), split=False)], cpu, None)
     messages = [entry for entry in world.log if "leaves" in entry or "is here" in entry]
-    sent = ["layout", "dispatch", "combine", "dispatch", "combine"]  # by F, and by B as backward of combine, dispatch
+    sent = ["routing", "dispatch", "combine", "dispatch", "combine"]  # by F, and by B as backward of combine, dispatch
     assert messages == [f"{name} {what}" for name in sent for what in ("leaves", "is here")]
     assert [entry for entry in world.log if entry.startswith("W")] == ["W of experts", "W of attention"]
     assert world.log.index("W of experts") < len(world.log) - 3  # at once, not under the next message
@@ -223,7 +223,7 @@ def test_a_pair_hides_what_it_can_with_the_same_weight_gradients(world: World) -
     world.log.clear()
     new = overlap.forward(stage, Flight(torch.empty(0), 1.0), (X,))
     overlap.play([new, overlap.backward(stage, behind, (X,), split=False)], cpu, overlap.ORDERS["cpu"])
-    assert world.log[:3] == ["dispatch leaves", "attention", "layout leaves"]  # combine(B) is a dispatch
+    assert world.log[:3] == ["dispatch leaves", "attention", "routing leaves"]  # combine(B) is a dispatch
     assert [entry for entry in world.log if entry.startswith("W")] == ["W of experts", "W of attention"]
     assert cpu.exposed() < 3 + 4 * 2
 

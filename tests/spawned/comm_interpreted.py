@@ -16,7 +16,7 @@ from dryvine.comm.dispatch import kernels, payload, routing
 from dryvine.comm.dispatch.fake import Fake
 from dryvine.comm.dispatch.payload import Format
 from dryvine.comm.dispatch.routing import Arrival, Sum
-from dryvine.comm.dispatch.single_rank import Alone
+from dryvine.comm.dispatch.single_rank import SingleRank
 from dryvine.comm.topology import by_sizes
 from tests.comm.test_dispatch_hypothesis import Boards, on_ranks, there_and_back
 from tests.support.interpreter import right_casts
@@ -205,7 +205,7 @@ def test_fake(native: Any, hops: int) -> None:
 
     def journey() -> list[Any]:
         fake = Fake(by_sizes([4, 4]), 1, 16, alignment=8, hops=hops)
-        handle = fake.layout(chosen).wait()
+        handle = fake.plan_routing(chosen).wait()
         got, values = fake.dispatch((rows,), weights, handle).wait()
         return [handle.counts, handle.sends, got, values, *fake.combine(got, values, handle).wait()]
 
@@ -218,8 +218,8 @@ def test_alone(native: Any, alignment: int) -> None:
     chosen, rows, weights = draw(0, 20, 16, 4), torch.randn(20, 24).bfloat16(), torch.rand(20, 4)
 
     def journey() -> list[Any]:
-        dispatcher = Alone(16, alignment)
-        handle = dispatcher.layout(chosen).wait()
+        dispatcher = SingleRank(16, alignment)
+        handle = dispatcher.plan_routing(chosen).wait()
         got, values = dispatcher.dispatch((rows,), weights, handle).wait()
         return [handle.counts, got, values, *dispatcher.combine(got, values, handle).wait()]
 

@@ -33,7 +33,7 @@ class Alone:
     def __init__(self, experts: int) -> None:
         self.experts = experts
 
-    def layout(self, experts_TK: Tensor, label: str = "") -> Pending[Any]:
+    def plan_routing(self, experts_TK: Tensor, label: str = "") -> Pending[Any]:
         order = experts_TK.flatten().argsort(stable=True)
         counts = torch.bincount(experts_TK.flatten(), minlength=self.experts).tolist()
         top_k = experts_TK.shape[1]

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.support.census import Census
 from dryvine.comm.dispatch.flat import Flat
-from dryvine.comm.dispatch.single_rank import Alone
+from dryvine.comm.dispatch.single_rank import SingleRank
 from dryvine.parallel.schedule.table import build
 from dryvine.parallel.stage import Flight, Stage, State
 from dryvine.parallel.wgrad import WGrad
@@ -55,8 +55,8 @@ def measured(
     wgrad = WGrad()
     fp8 = FP8(recipe, Emulate(), "", wgrad) if recipe.fp8 else None
     model = build_model(
-        shape, {0: names}, ep_rank=0, ep_size=1, dispatcher=(Alone if alone else partial(Flat, None))(shape.routed),
-        wgrad=wgrad, dtype=dtype, device="cpu", fp8=fp8,
+        shape, {0: names}, ep_rank=0, ep_size=1, wgrad=wgrad, dtype=dtype, device="cpu", fp8=fp8,
+        dispatcher=(SingleRank if alone else partial(Flat, None))(shape.routed),
     )  # fmt: skip
     model.initialise(0)
     tokens = random_tokens(shape, SEQUENCES, LENGTH)

@@ -59,7 +59,7 @@ def arrives(rank: int, tokens: tuple[int, ...], width: int) -> None:
     chosen = torch.rand(len(rows), 8, generator=noise).argsort(dim=1)[:, :3]
     for name, more in (("flat", {}), ("hierarchical", {}), ("fake", {}), ("flat", {"imbalance": 1.01})):
         dispatcher: Any = make_dispatcher(name, mesh, 8, by_sizes([2, 2]), **more)
-        handle = dispatcher.layout(chosen).wait()
+        handle = dispatcher.plan_routing(chosen).wait()
         *sent, came_weights = dispatcher.dispatch(tiles.encode(rows), weights, handle).wait()
         values, scales = tiles.decode(tuple(sent))
         wide, wide_weights = dispatcher.dispatch((rows,), weights, handle).wait()
@@ -243,7 +243,7 @@ def test_bf16_dispatch_gives_experts_autograd_and_bf16_rows() -> None:
     stage, experts = layer_of("bf16", 4, 256, 128)
     rows, weights = torch.randn(9, 256).bfloat16(), torch.rand(9)
     flight = Flight(torch.empty(0), 1.0)
-    flight.handles["layers.1"] = Alone(4).layout(torch.tensor([[0]] * 4 + [[2]] * 5)).wait()
+    flight.handles["layers.1"] = Alone(4).plan_routing(torch.tensor([[0]] * 4 + [[2]] * 5)).wait()
     index = next(i for i, phase in enumerate(stage.phases) if phase.name == "experts")
     _, y = stage.phases[index].forward(index, (rows, rows, weights), flight).wait()
     with torch.no_grad():

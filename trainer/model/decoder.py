@@ -21,9 +21,9 @@ from dryvine.parallel.stage import (
     Dispatch,
     Explicit,
     Flight,
-    Layout,
     Outcome,
     Phase,
+    Routing,
     Stage,
     State,
 )
@@ -161,7 +161,7 @@ class Model:
     def _routed(self, layer: Layer, attention: Callable[[State, Flight], Outcome]) -> list[Phase]:
         return [
             self._compute("attention", layer.name, attention),
-            Layout(layer.name, self.dispatcher),
+            Routing(layer.name, self.dispatcher),
             Dispatch(layer.name, self.dispatcher, self.codec),
             self._experts(layer),
             Combine(layer.name, self.dispatcher, self.codec),

@@ -102,7 +102,7 @@ class _Keeper:
             yield from self._ffn("attention", "shared experts", load.tokens, s.shared * s.expert_ffn)
         yield from self._gate()
         indexes = 3 * load.tokens * s.top_k + load.tokens + (0 if load.alone else 2 * load.rows)
-        yield "layout", "routing of rows, there and back", "dispatch, combine", 8 * indexes
+        yield "routing", "routing of rows, there and back", "dispatch, combine", 8 * indexes
         yield from self._experts()
 
     def head(self, name: str) -> Iterator[Row]:
