@@ -71,3 +71,33 @@ def test_planning_needs_no_torch() -> None:
     code = f"import sys\nsys.modules['torch'] = None\nimport {', '.join(TORCH_FREE)}\n"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def kernels_in(path: Path) -> Iterator[tuple[ast.FunctionDef, str]]:
+    """Functions decorated with `kernel_in`, each with the module that has its kernel."""
+    tree = ast.parse(path.read_text())
+    constants = {
+        target.id: node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    for node in tree.body:
+        for call in node.decorator_list if isinstance(node, ast.FunctionDef) else ():
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "kernel_in":
+                named = constants[call.args[0].id] if isinstance(call.args[0], ast.Name) else call.args[0]
+                yield node, ast.literal_eval(named)
+
+
+def test_a_kernel_has_the_signature_of_its_definition() -> None:
+    pairs = [(path, *pair) for path in FILES for pair in kernels_in(path)]
+    assert len(pairs) >= 6
+    for path, function, module in pairs:
+        file = ROOT / (module.removeprefix("dryvine.").replace(".", "/") + ".py")
+        (kernel,) = (
+            node
+            for node in ast.parse(file.read_text()).body
+            if isinstance(node, ast.FunctionDef) and node.name == function.name
+        )
+        assert ast.unparse(kernel.args) == ast.unparse(function.args), f"{path}: {function.name} and its kernel differ"

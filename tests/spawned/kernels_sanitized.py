@@ -37,8 +37,8 @@ from dryvine.trainer.model.shape import Shape, blocks
 MODULES = (
     "dryvine.comm.dispatch.kernels", "dryvine.trainer.fp8.kernels.cast", "dryvine.trainer.fp8.kernels.fused",
     "dryvine.trainer.fp8.kernels.hopper", "dryvine.trainer.fp8.kernels.plain", "dryvine.trainer.model.kernels.gate",
-    "dryvine.trainer.model.kernels.gated", "dryvine.trainer.model.kernels.grouped",
-    "dryvine.trainer.model.kernels.qkv", "dryvine.trainer.model.kernels.loss", "dryvine.trainer.model.kernels.norm",
+    "dryvine.trainer.model.kernels.grouped", "dryvine.trainer.model.kernels.loss",
+    "dryvine.trainer.model.kernels.norm", "dryvine.trainer.model.kernels.qkv", "dryvine.trainer.model.kernels.swiglu",
 )  # fmt: skip
 COUNTS = (1, 0, 129, 70)
 SHAPE = Shape(

@@ -9,8 +9,7 @@ from typing import Any
 
 from triton.experimental.gluon import language as gl
 
-from dryvine.trainer.model.kernels import gate, gated, grouped, loss, norm
-from dryvine.trainer.model.kernels import qkv as heads
+from dryvine.trainer.model.kernels import gate, grouped, loss, norm, qkv, swiglu
 from dryvine.trainer.model.shape import Shape
 from tests.support.compile import compile_for_hopper
 
@@ -39,14 +38,14 @@ def typed(kind: str, *names: str) -> dict[str, str]:
 def every() -> Any:
     """Strides of a real launch are multiples of 16."""
     types = TABLES | typed("*bf16", "q", "kv", "k_rope", "k") | typed("i32", *FORWARD)
-    yield compile_for_hopper(heads.heads_kernel, types, V3 | {"HEADS": heads.FORWARD}, frozenset((*FORWARD, "T")), 4)
+    yield compile_for_hopper(qkv.heads_kernel, types, V3 | {"HEADS": qkv.FORWARD}, frozenset((*FORWARD, "T")), 4)
     types = TABLES | typed("*bf16", "dq", "dk", "dv", "dx", "dkv", "dk_rope") | typed("i32", *BACKWARD)
-    known = V3 | {"V2": 128, "HEADS": heads.BACKWARD}
-    yield compile_for_hopper(heads.heads_backward_kernel, types, known, frozenset((*BACKWARD, "T")), 4)
-    known = {"WEIGHTED": True, "BLOCK": gated.BLOCK}
+    known = V3 | {"V2": 128, "HEADS": qkv.BACKWARD}
+    yield compile_for_hopper(qkv.heads_backward_kernel, types, known, frozenset((*BACKWARD, "T")), 4)
+    known = {"WEIGHTED": True, "BLOCK": swiglu.BLOCK}
     for dtype in ("*bf16", "*fp32"):
         types = typed(dtype, "h", "y", "dy", "dh") | typed("*fp32", "weights", "dweights") | {"F": "i32"}
-        for kernel in (gated.gated_kernel, gated.gated_backward_kernel):
+        for kernel in (swiglu.gated_kernel, swiglu.gated_backward_kernel):
             yield compile_for_hopper(kernel, types, known, frozenset("F"), 8, fusion=True)
     types = (
         typed("*bf16", "dy", "x") | typed("*fp32", "inverse", "sums") | typed("i32", "N", "H", "dy_stride", "x_stride")
@@ -72,7 +71,7 @@ def gates(shape: Shape) -> Any:
     types |= {"experts": "*i64", "load": "*i64", "tallies": "*i32", "T": "i32"}
     known = gate.tile(shape) | gate.ways(shape) | {"BALANCED": balanced} | ({"T": 1} if shape.routed == 1 else {})
     missing: dict[str, Any] = {} if chosen else {"chosen": None}
-    more = {"KEEP": chosen, "COUNT": True, "BEST": gate.ranking(shape), "LIMIT": shape.group_limit}
+    more = {"KEEP": chosen, "COUNT": True, "BEST": shape.ranked_by, "LIMIT": shape.group_limit}
     missing |= {} if balanced else {"tallies": None}
     yield one(gate.gate_kernel, types, known | more | missing)
     missing |= {} if balanced else {"dloss": None}

@@ -14,14 +14,15 @@ from torch import Tensor
 
 from benchmarks.support.census import Census
 from dryvine.trainer.fp8.recipe import preset
-from dryvine.trainer.model import gate, loss, memory, mla, moe, swiglu
-from dryvine.trainer.model import qkv as heads
-from dryvine.trainer.model.kernels import gate as fused_gate
-from dryvine.trainer.model.kernels import gated, norm
-from dryvine.trainer.model.kernels import loss as fused_loss
-from dryvine.trainer.model.kernels import qkv as fused
+from dryvine.trainer.model import memory
+from dryvine.trainer.model.gate import route
+from dryvine.trainer.model.kernels import loss as loss_kernels
+from dryvine.trainer.model.kernels import norm
+from dryvine.trainer.model.loss import log_sum_exp, logits_to_gradient
+from dryvine.trainer.model.qkv import assemble
 from dryvine.trainer.model.recompute import through
 from dryvine.trainer.model.rope import Rope
+from dryvine.trainer.model.swiglu import swiglu_backward, swiglu_forward
 from tests.support.gate import GATES, case, clear, gate_of, near, tied
 from tests.support.interpreter import right_casts
 from tests.support.model import filled, random_tokens, tiny, train
@@ -67,7 +68,7 @@ def same(one: Tensor, other: Tensor) -> None:
 
 def defined(inputs: list[Tensor], table: Any, size: Size) -> list[Tensor]:
     """The definition, without the padding of values."""
-    q, k, v = heads.plain(*inputs, table, size.sequences, size.heads)
+    q, k, v = assemble.reference(*inputs, table, size.sequences, size.heads)
     return [q, k, v[..., : size.v]]
 
 
@@ -78,7 +79,7 @@ def test_heads_have_the_definitions_bits(size: Size, dtype: torch.dtype) -> None
     theirs = defined(inputs, table, size)
     q, kv, _ = inputs
     place = q.data_ptr()
-    ours = fused.assemble(*inputs, table, size.sequences, size.heads)
+    ours = assemble.kernel(*inputs, table, size.sequences, size.heads)
     for one, other in zip(ours, theirs, strict=True):
         same(one, other)
     assert ours[0].data_ptr() == place, "rotated in place"
@@ -102,7 +103,7 @@ def test_gradients_of_heads(size: Size, dtype: torch.dtype, dense: bool) -> None
         turned = given[1].transpose(2, 3).contiguous().transpose(2, 3)
         given = [given[0].transpose(1, 2).contiguous().transpose(1, 2), turned, given[2]]
     kept = [t.clone() for t in given]
-    dq, dkv, dk_rope = gradients(inputs, fused.assemble(*inputs, table, size.sequences, size.heads), given)
+    dq, dkv, dk_rope = gradients(inputs, assemble.kernel(*inputs, table, size.sequences, size.heads), given)
     for one, other in zip(given, kept, strict=True):
         same(one, other)
     inputs, _ = latents(size, dtype)
@@ -135,7 +136,7 @@ def test_heads_between_slices_and_a_core_that_drops_them() -> None:
     size, found = SIZES[1], []
     for again in (False, True, None):
         inputs, table = latents(size, torch.float32)
-        way = (lambda *a: tuple(defined(list(a[:3]), a[3], size))) if again is None else fused.assemble
+        way = (lambda *a: tuple(defined(list(a[:3]), a[3], size))) if again is None else assemble.kernel
 
         def make(way: Any = way, inputs: list[Tensor] = inputs, table: Any = table) -> Any:
             q, kv, k_rope = inputs
@@ -158,9 +159,8 @@ def test_a_model_of_these_kernels(q_lora: int | None, monkeypatch: pytest.Monkey
     found = []
     for ways, kernels in (((), False), ((), True), (("norm", "mla_up", "swiglu"), True)):
         if kernels:
-            monkeypatch.setattr(mla, "assemble", fused.assemble)
-            monkeypatch.setattr(swiglu, "_ways", lambda x: gated)
-            monkeypatch.setattr(moe, "route", fused_gate.route)
+            for function in (assemble, swiglu_forward, swiglu_backward, route):
+                monkeypatch.setattr(function, "reference", function.kernel)
         shape = tiny(layers=1, first_dense=0, q_lora=q_lora, v_dim=12, recompute=ways)
         model = filled(shape)
         losses = train(model, random_tokens(shape, 2, 3))
@@ -175,7 +175,7 @@ def test_whoever_saved_q_is_told_that_it_was_written_over() -> None:
     inputs, table = latents(SIZES[0], torch.float32)
     q = inputs[0] * 1.0
     square = q.square().sum()
-    fused.assemble(q, *inputs[1:], table, SIZES[0].sequences, SIZES[0].heads)
+    assemble.kernel(q, *inputs[1:], table, SIZES[0].sequences, SIZES[0].heads)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         square.backward()
 
@@ -188,7 +188,7 @@ def test_swiglu(rows: int, width: int, weighted: bool, dtype: torch.dtype, monke
     generator = torch.Generator().manual_seed(5)
     h, dy = (torch.randn(rows, w, generator=generator).mul(3).to(dtype) for w in (2 * width, width))
     weights = torch.randn(rows, generator=generator) if weighted else None
-    y, (dh, dweights) = gated.forward(h, weights), gated.backward(dy, h, weights)
+    y, (dh, dweights) = swiglu_forward.kernel(h, weights), swiglu_backward.kernel(dy, h, weights)
 
     wide = [t.double().requires_grad_() for t in (h, *([] if weights is None else [weights]))]
     gate, up = wide[0].chunk(2, -1)
@@ -200,7 +200,7 @@ def test_swiglu(rows: int, width: int, weighted: bool, dtype: torch.dtype, monke
     assert (dweights is None) == (not weighted)
     if dweights is not None:
         torch.testing.assert_close(dweights.double(), true_dweights[0], rtol=1e-5, atol=1e-4)
-    plain = swiglu.forward(h, weights), *swiglu.backward(dy, h, weights)
+    plain = swiglu_forward.reference(h, weights), *swiglu_backward.reference(dy, h, weights)
     for ours, theirs in zip((y, dh, dweights), plain, strict=True):
         assert (None if ours is None else (ours.shape, ours.dtype)) == (
             None if theirs is None else (theirs.shape, theirs.dtype)
@@ -210,8 +210,10 @@ def test_swiglu(rows: int, width: int, weighted: bool, dtype: torch.dtype, monke
 def test_swiglu_of_extremes() -> None:
     edge = torch.tensor([0.0, -0.0, 1e30, -1e30, 90.0, -90.0, torch.inf, -torch.inf, torch.nan])
     h, dy = torch.cat((edge, torch.ones(9))).unsqueeze(0), torch.ones(1, 9)
-    torch.testing.assert_close(gated.forward(h, None), swiglu.forward(h, None), equal_nan=True)
-    torch.testing.assert_close(gated.backward(dy, h, None)[0], swiglu.backward(dy, h, None)[0], equal_nan=True)
+    torch.testing.assert_close(swiglu_forward.kernel(h, None), swiglu_forward.reference(h, None), equal_nan=True)
+    torch.testing.assert_close(
+        swiglu_backward.kernel(dy, h, None)[0], swiglu_backward.reference(dy, h, None)[0], equal_nan=True
+    )
 
 
 @pytest.mark.parametrize(("rows", "width"), [(0, 16), (5, 24), (300, 144)])
@@ -228,7 +230,7 @@ def test_the_gradient_of_a_norms_weight_is_an_fp32_sum(rows: int, width: int, dt
     assert ((found.double() - terms.sum(0)).abs() <= bound).all()
 
 
-@pytest.mark.parametrize(("rows", "width"), [(3, 7), (5, fused_loss.BLOCK + 5)])
+@pytest.mark.parametrize(("rows", "width"), [(3, 7), (5, loss_kernels.BLOCK + 5)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cross_entropy_and_its_gradient(rows: int, width: int, dtype: torch.dtype) -> None:
     """Logits from near nothing to where e^x overflows FP32, and a row of -inf but one."""
@@ -236,11 +238,11 @@ def test_cross_entropy_and_its_gradient(rows: int, width: int, dtype: torch.dtyp
     logits = (torch.randn(rows, width, generator=generator) * torch.logspace(-2, 2.5, rows).unsqueeze(1)).to(dtype)
     logits[0, 1:] = float("-inf")
     targets = torch.arange(rows) * 2 % width
-    ours, theirs = fused_loss.norms(logits), loss.norms(logits)
+    ours, theirs = log_sum_exp.kernel(logits), log_sum_exp.reference(logits)
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
     found, truth, dloss = logits.clone(), logits.clone(), torch.tensor(3.0)
-    fused_loss.into_gradient(found, targets, theirs, dloss)
-    loss.into_gradient(truth, targets, theirs, dloss)
+    logits_to_gradient.kernel(found, targets, theirs, dloss)
+    logits_to_gradient.reference(truth, targets, theirs, dloss)
     torch.testing.assert_close(found, truth, rtol=2**-7 if dtype == torch.bfloat16 else 1e-5, atol=1e-9)
 
 
@@ -252,7 +254,7 @@ def test_a_gate_chooses_counts_and_weighs_as_defined(name: str) -> None:
         shape, sequences, length
     )
     leaf, load = logits.requires_grad_(), torch.arange(shape.routed)
-    weights, experts, loss = fused_gate.route(leaf, bias, shape, sequences, load)
+    weights, experts, loss = route.kernel(leaf, bias, shape, sequences, load)
     same(experts, true_experts)
     assert torch.equal(load - torch.arange(shape.routed), true_experts.flatten().bincount(minlength=shape.routed))
     torch.testing.assert_close(weights.double(), true_weights, rtol=1e-6, atol=0)
@@ -271,7 +273,7 @@ def test_a_gate_chooses_counts_and_weighs_as_defined(name: str) -> None:
 def test_of_equal_experts_and_groups_the_first_is_taken(name: str) -> None:
     shape = gate_of(name)
     logits, truth = tied(shape, 30)
-    same(fused_gate.route(logits, torch.zeros(shape.routed), shape, 1, None)[1], truth)
+    same(route.kernel(logits, torch.zeros(shape.routed), shape, 1, None)[1], truth)
 
 
 @pytest.mark.parametrize("name", ["V3", "V2", "nothing a power of two", "the same without balance loss"])
@@ -283,10 +285,10 @@ def test_logits_that_are_no_numbers_still_choose_different_experts(name: str, ba
     logits, bias = clear(shape, 1, 6)
     logits[0], logits[1, 1], logits[2, ::2] = bad, bad, bad
     load = torch.zeros(shape.routed, dtype=torch.int64)
-    weights, experts, _ = fused_gate.route(logits, bias, shape, 1, load)
+    weights, experts, _ = route.kernel(logits, bias, shape, 1, load)
     assert all(len({*row}) == shape.top_k and {*row} <= {*range(shape.routed)} for row in experts.tolist())
     assert torch.equal(load, experts.flatten().bincount(minlength=shape.routed))
-    theirs, chosen, _ = gate.plain(logits, bias, shape, 1, None)
+    theirs, chosen, _ = route.reference(logits, bias, shape, 1, None)
     same(experts[3:], chosen[3:])
     assert torch.equal(weights.isnan().any(1), theirs.isnan().any(1))
 
@@ -294,7 +296,7 @@ def test_logits_that_are_no_numbers_still_choose_different_experts(name: str, ba
 def test_a_gate_of_no_tokens() -> None:
     shape = gate_of("V3 without balance loss")
     leaf, load = torch.empty(0, shape.routed, requires_grad=True), torch.ones(shape.routed, dtype=torch.int64)
-    weights, experts, _ = fused_gate.route(leaf, torch.zeros(shape.routed), shape, 2, load)
+    weights, experts, _ = route.kernel(leaf, torch.zeros(shape.routed), shape, 2, load)
     (dlogits,) = torch.autograd.grad(weights.sum(), leaf)
     assert (weights.shape, experts.shape, dlogits.shape) == ((0, 8), (0, 8), (0, shape.routed))
     assert bool((load == 1).all())
@@ -308,6 +310,6 @@ def test_a_gate_keeps_what_is_predicted_on_cuda(name: str) -> None:
     logits, bias = clear(shape, sequences, length)
     rows = memory.kept(shape, preset("bf16"), ["layers.1"], memory.Load.even(shape, sequences * length, sequences))
     with Census() as census:
-        held = fused_gate.route(logits.requires_grad_() * 1.0, bias, shape, sequences, None)[0].grad_fn
+        held = route.kernel(logits.requires_grad_() * 1.0, bias, shape, sequences, None)[0].grad_fn
     assert census.bytes == sum(row.bytes for row in rows if row.reader in ("gate", "balance loss"))
     del held

@@ -51,7 +51,7 @@ def margins(logits_NE: Tensor, bias_E: Tensor, shape: Shape) -> Tensor:
     wide = logits_NE.double()
     scores = wide.sigmoid() if shape.score == "sigmoid" else wide.softmax(-1)
     biased = scores + bias_E.double()
-    best = min(gate.ranking(shape), shape.routed // shape.groups)
+    best = min(shape.ranked_by, shape.routed // shape.groups)
     ranks = biased.unflatten(1, (shape.groups, -1)).topk(best, -1).values.sum(-1)
     in_best = biased.unflatten(1, (shape.groups, -1)).masked_fill(
         (ranks.unsqueeze(-1) < ranks.topk(shape.group_limit, -1).values[:, -1:, None]), -torch.inf
@@ -68,7 +68,7 @@ def exact(
 ) -> tuple[list[Tensor], Tensor]:
     """The definition in FP64: [weights, d logits, loss (if any)], and the experts. `dweights` comes from above."""
     leaf = logits_NE.double().requires_grad_()
-    weights, experts, loss = gate.plain(leaf, bias_E.double(), shape, sequences, None)
+    weights, experts, loss = gate.route.reference(leaf, bias_E.double(), shape, sequences)
     total = (weights * dweights).sum() + (0.0 if loss is None else dloss * loss)
     (dlogits,) = torch.autograd.grad(total, leaf)
     return [weights.detach(), dlogits, *([] if loss is None else [loss.detach()])], experts
@@ -94,7 +94,7 @@ def tied(shape: Shape, tokens: int) -> tuple[Tensor, Tensor]:
     logits = torch.randint(4, (tokens, shape.routed), generator=torch.Generator().manual_seed(8)).float()
     scores = logits.sigmoid() if shape.score == "sigmoid" else logits.softmax(-1)
     grouped = scores.unflatten(1, (shape.groups, -1))
-    ranks = grouped.sort(-1, descending=True).values[..., : gate.ranking(shape)].sum(-1)
+    ranks = grouped.sort(-1, descending=True).values[..., : shape.ranked_by].sum(-1)
     barred = ranks.sort(dim=-1, descending=True, stable=True).indices[:, shape.group_limit :]
     grouped = grouped.scatter(1, barred.unsqueeze(-1).expand(-1, -1, grouped.shape[2]), -1.0)
     return logits, grouped.flatten(1).sort(dim=-1, descending=True, stable=True).indices[:, : shape.top_k]

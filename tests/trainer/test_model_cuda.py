@@ -14,8 +14,7 @@ from dryvine.comm.dispatch.routing import upload
 from dryvine.parallel.wgrad import WGrad
 from dryvine.trainer.fp8 import tensors
 from dryvine.trainer.fp8.tensors import Groups
-from dryvine.trainer.model import gate, swiglu
-from dryvine.trainer.model import qkv as heads
+from dryvine.trainer.model import gate, qkv, swiglu
 from dryvine.trainer.model.decoder import Model
 from dryvine.trainer.model.layers import (
     Weight,
@@ -103,7 +102,7 @@ def test_heads_have_the_bits_of_torch(sizes: tuple[int, ...], dtype: torch.dtype
     inputs = [t.requires_grad_() for t in (q, kv, latent[:, 10:])]
     given = [torch.randn(sequences, many, length, w, device="cuda").to(dtype) for w in (nope + rope, nope + rope, v)]
     found = []
-    for way in (heads.plain, heads.assemble):
+    for way in (qkv.assemble.reference, qkv.assemble):
         made = way(inputs[0].clone(), *inputs[1:], table, sequences, many)
         outputs = [*made[:2], made[2][..., :v]]  # values may be padded
         found.append([*outputs, *torch.autograd.grad(outputs, inputs, given)])

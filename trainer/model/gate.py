@@ -3,48 +3,35 @@
 Balance is kept by a bias that only choosing sees (arXiv 2412.19437, section 2.1.2), so no large auxiliary loss bends
 the gradient; the small sequence-wise loss guards against a single skewed sequence.
 
-`plain` is the definition and the way of the CPU. Forward and backward are 30 operators, with the loss 50, which take a
-GPU longer to start than to run; there it is one kernel each way, and for the loss three small launches more
-(kernels/gate.py).
+In torch, forward and backward are 30 operators, with the loss 50, which take a GPU longer to start than to run; there
+`route` is one kernel each way, and three small launches more for the loss (kernels/gate.py).
 
 Legend: N = S * T tokens, S sequences, E routed experts, G groups of e experts, K choices per token, C = T * K.
 """
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
-from dryvine.comm.dispatch.routing import count
+from dryvine.comm.by_device import kernel_in
 from dryvine.trainer.model.shape import Shape
 
 Routed = tuple[Tensor, Tensor, Tensor | None]
 
 
+@kernel_in("dryvine.trainer.model.kernels.gate")
 def route(logits_NE: Tensor, bias_E: Tensor, shape: Shape, sequences: int, load_E: Tensor | None = None) -> Routed:
     """FP32 logits -> weights FP32 [N, K], experts int64 [N, K] by falling score + bias within the best groups, and the
     balance loss (None where shape.balance_alpha is 0). Adds to `load`, int64, how often each expert was chosen.
 
     Of equal experts CUDA takes the first; a CPU's topk promises nothing. A score that is NaN passes for the highest.
     """
-    way = _kernels().route if logits_NE.is_cuda else plain
-    return way(logits_NE, bias_E, shape, sequences, load_E)
-
-
-def _kernels() -> ModuleType:
-    from dryvine.trainer.model.kernels import gate
-
-    return gate
-
-
-def plain(logits_NE: Tensor, bias_E: Tensor, shape: Shape, sequences: int, load_E: Tensor | None) -> Routed:
-    """`route` in torch."""
     scores_NE = logits_NE.sigmoid() if shape.score == "sigmoid" else logits_NE.softmax(-1)
     experts_NK = choose(scores_NE.detach(), bias_E, shape)
     if load_E is not None:
-        load_E += count(experts_NK, shape.routed)
+        chosen = experts_NK.flatten()
+        load_E.scatter_add_(0, chosen, torch.ones_like(chosen))
     weights_NK = scores_NE.gather(1, experts_NK)
     if shape.normalise:
         weights_NK = weights_NK / (weights_NK.sum(-1, keepdim=True) + 1e-20)
@@ -58,15 +45,10 @@ def choose(scores_NE: Tensor, bias_E: Tensor, shape: Shape) -> Tensor:
     biased_NE = scores_NE + bias_E
     if shape.groups > 1:
         biased_NGe = biased_NE.unflatten(1, (shape.groups, -1))
-        kept = biased_NGe.topk(ranking(shape), -1).values.sum(-1).topk(shape.group_limit, -1).indices
+        kept = biased_NGe.topk(shape.ranked_by, -1).values.sum(-1).topk(shape.group_limit, -1).indices
         barred = torch.ones(biased_NGe.shape[:2], dtype=torch.bool, device=kept.device).scatter_(1, kept, False)
         biased_NE = biased_NGe.masked_fill(barred.unsqueeze(-1), float("-inf")).flatten(1)
     return biased_NE.topk(shape.top_k, -1).indices
-
-
-def ranking(shape: Shape) -> int:
-    """How many of its best biased scores a group is ranked by."""
-    return 2 if shape.score == "sigmoid" else 1
 
 
 def balance_loss(scores_NE: Tensor, sequences: int, shape: Shape) -> Tensor:

@@ -9,9 +9,7 @@ Legend: N tokens, V vocabulary.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,6 +17,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from dryvine.comm.by_device import kernel_in
+
+KERNELS = "dryvine.trainer.model.kernels.loss"
 SLICE_ELEMENTS = 1 << 26  # 256 MiB of FP32
 
 
@@ -27,12 +28,14 @@ def _slices(logits_NV: Tensor) -> Iterator[slice]:
     return (slice(start, start + rows) for start in range(0, logits_NV.shape[0], rows))
 
 
-def norms(logits_NV: Tensor) -> Tensor:
+@kernel_in(KERNELS)
+def log_sum_exp(logits_NV: Tensor) -> Tensor:
     """log sum exp of each row, FP32 [N]."""
     return torch.cat([logits_NV[part].float().logsumexp(-1) for part in _slices(logits_NV)])
 
 
-def into_gradient(logits_NV: Tensor, targets_N: Tensor, norms_N: Tensor, dloss: Tensor) -> None:
+@kernel_in(KERNELS)
+def logits_to_gradient(logits_NV: Tensor, targets_N: Tensor, norms_N: Tensor, dloss: Tensor) -> None:
     """Logits to dloss * d mean loss / d logits, in place."""
     scale = dloss / targets_N.shape[0]
     for part in _slices(logits_NV):
@@ -42,19 +45,10 @@ def into_gradient(logits_NV: Tensor, targets_N: Tensor, norms_N: Tensor, dloss: 
         logits_NV[part] = grad.mul_(scale)
 
 
-def _ways(logits_NV: Tensor) -> ModuleType:
-    """What has the two functions above for where the logits are."""
-    if not logits_NV.is_cuda:
-        return sys.modules[__name__]
-    from dryvine.trainer.model.kernels import loss
-
-    return loss
-
-
 class _CrossEntropy(Function):
     @staticmethod
     def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor) -> Tensor:
-        norm_N = _ways(logits_NV).norms(logits_NV)
+        norm_N = log_sum_exp(logits_NV)
         ctx.save_for_backward(logits_NV, targets_N, norm_N)
         hit_N = logits_NV.gather(1, targets_N.unsqueeze(1)).squeeze(1).float()
         return (norm_N - hit_N).mean()
@@ -63,7 +57,7 @@ class _CrossEntropy(Function):
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, None]:
         logits_NV, targets_N, norm_N = ctx.saved_tensors
-        _ways(logits_NV).into_gradient(logits_NV, targets_N, norm_N, dloss)
+        logits_to_gradient(logits_NV, targets_N, norm_N, dloss)
         return logits_NV, None
 
 

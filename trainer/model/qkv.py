@@ -1,7 +1,7 @@
 """What the MLA up-projections gave, made into queries, keys and values as the attention core takes them.
 
-`plain` is the definition and the way of the CPU. Its casts, products and concatenations move the heads a dozen times;
-on CUDA one kernel each way moves them once (kernels/heads.py), to the same queries and keys.
+In torch, casts, products and concatenations move the heads a dozen times; on a GPU one kernel each way moves them once
+(kernels/qkv.py), to the same queries and keys.
 
 Legend: N = S * T tokens, S sequences, T positions, A heads, D = nope + rope a query's or key's width, V a value's, R
 rope's. Before `assemble` heads lie side by side: q_ND is [N, A * D], and kv_NV [N, A * (nope + V)].
@@ -9,17 +9,17 @@ rope's. Before `assemble` heads lie side by side: q_ND is [N, A * D], and kv_NV 
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dryvine.comm.by_device import kernel_in
 from dryvine.trainer.model.rope import rotate
 
 Heads = tuple[Tensor, Tensor, Tensor]
 
 
+@kernel_in("dryvine.trainer.model.kernels.qkv")
 def assemble(
     q_ND: Tensor, kv_NV: Tensor, k_rope_NR: Tensor, table: tuple[Tensor, Tensor], sequences: int, heads: int
 ) -> Heads:
@@ -28,21 +28,6 @@ def assemble(
 
     q must be the caller's own: on CUDA it is rotated in place, and v is a view of kv.
     """
-    way = _kernels().assemble if q_ND.is_cuda else plain
-    return way(q_ND, kv_NV, k_rope_NR, table, sequences, heads)
-
-
-def _kernels() -> ModuleType:
-    from dryvine.trainer.model.kernels import qkv as heads
-
-    return heads
-
-
-def plain(
-    q_ND: Tensor, kv_NV: Tensor, k_rope_NR: Tensor, table: tuple[Tensor, Tensor], sequences: int, heads: int
-) -> Heads:
-    """`assemble` in torch. Values are as wide as queries: the CPU's fused core wants that, is 1.5 times as fast as the
-    unfused one, and keeps no T x T scores. (cuDNN takes both widths as they are; padding would cost it 1.6 times.)"""
     q, kv = (t.view(sequences, -1, heads, t.shape[-1] // heads) for t in (q_ND, kv_NV))
     rope = k_rope_NR.shape[-1]
     nope = q.shape[-1] - rope
@@ -50,5 +35,7 @@ def plain(
     k_nope, v = kv.split((nope, kv.shape[-1] - nope), -1)
     k_rope = rotate(k_rope_NR.view(sequences, -1, 1, rope), *table).expand(-1, -1, heads, -1)
     q, k = torch.cat((q_nope, rotate(q_rope, *table)), -1), torch.cat((k_nope, k_rope), -1)
+    # The CPU's fused core wants values as wide as queries; it is 1.5 times as fast as the unfused one and keeps no
+    # T x T scores. (cuDNN takes both widths as they are; padding would cost it 1.6 times.)
     v = functional.pad(v, (0, max(q.shape[-1] - v.shape[-1], 0)))
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

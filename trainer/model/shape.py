@@ -66,6 +66,11 @@ class Shape(BaseModel, frozen=True, extra="forbid"):
         return self.score == "sigmoid" and not self.balance_alpha
 
     @property
+    def ranked_by(self) -> int:
+        """How many of its experts' best biased scores a group is ranked by: two in V3 (sigmoid), one in V2."""
+        return 2 if self.score == "sigmoid" else 1
+
+    @property
     def qk_dim(self) -> int:
         return self.nope_dim + self.rope_dim
 

@@ -1,17 +1,14 @@
 """SwiGLU that keeps its input only, and takes an expert's routing weight on the way.
 
 Plain autograd would keep the two halves, the sigmoid and the product. Weighting here, before the down projection, is
-the same in real arithmetic as weighting the expert's output, and leaves the combine a plain sum of rows. `forward` and
-`backward` are the definition and the way of the CPU; on CUDA each is one kernel (kernels/gated.py), since in torch they
-move ten and twenty times the bytes.
+the same in real arithmetic as weighting the expert's output, and leaves the combine a plain sum of rows. On a GPU
+forward and backward are one kernel each (kernels/swiglu.py): in torch they move ten and twenty times the bytes.
 
 Legend: N tokens or rows, F width of the FFN.
 """
 
 from __future__ import annotations
 
-import sys
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,8 +16,13 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from dryvine.comm.by_device import kernel_in
 
-def forward(gate_up_N2F: Tensor, weights_N: Tensor | None) -> Tensor:
+KERNELS = "dryvine.trainer.model.kernels.swiglu"
+
+
+@kernel_in(KERNELS)
+def swiglu_forward(gate_up_N2F: Tensor, weights_N: Tensor | None) -> Tensor:
     """[N, 2F] -> [N, F]. FP32 inside, rounded once."""
     gate, up = gate_up_N2F.float().chunk(2, -1)
     out = torch.nn.functional.silu(gate) * up
@@ -29,7 +31,8 @@ def forward(gate_up_N2F: Tensor, weights_N: Tensor | None) -> Tensor:
     return out.to(gate_up_N2F.dtype)
 
 
-def backward(dy_NF: Tensor, gate_up_N2F: Tensor, weights_N: Tensor | None) -> tuple[Tensor, Tensor | None]:
+@kernel_in(KERNELS)
+def swiglu_backward(dy_NF: Tensor, gate_up_N2F: Tensor, weights_N: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """-> d gate_up and d weights, each in the dtype of what it is the gradient of."""
     gate, up = gate_up_N2F.float().chunk(2, -1)
     dy = dy_NF.float()
@@ -43,24 +46,16 @@ def backward(dy_NF: Tensor, gate_up_N2F: Tensor, weights_N: Tensor | None) -> tu
     return torch.cat((dy * up * slope, dy * silu), -1).to(gate_up_N2F.dtype), dweights
 
 
-def _ways(x: Tensor) -> ModuleType:
-    if not x.is_cuda:
-        return sys.modules[__name__]
-    from dryvine.trainer.model.kernels import gated
-
-    return gated
-
-
 class _SwiGLU(Function):
     @staticmethod
     def forward(ctx: Any, gate_up_N2F: Tensor, weights_N: Tensor | None) -> Tensor:
         ctx.save_for_backward(gate_up_N2F, weights_N)
-        return _ways(gate_up_N2F).forward(gate_up_N2F, weights_N)
+        return swiglu_forward(gate_up_N2F, weights_N)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_NF: Tensor) -> tuple[Tensor, Tensor | None]:
-        return _ways(dy_NF).backward(dy_NF, *ctx.saved_tensors)
+        return swiglu_backward(dy_NF, *ctx.saved_tensors)
 
 
 def swiglu(gate_up_N2F: Tensor, weights_N: Tensor | None = None) -> Tensor:

@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from dryvine.trainer.model.gate import Routed, ranking
 from dryvine.trainer.model.shape import Shape
 
 ROWS = 4  # tokens of a program, if it has registers for so many
@@ -215,7 +214,7 @@ class _Route(Function):
     @staticmethod
     def forward(
         ctx: Any, logits_NE: Tensor, bias_E: Tensor, shape: Shape, sequences: int, load_E: Tensor | None
-    ) -> Routed:
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         logits, size, sparse = logits_NE.contiguous(), (len(logits_NE), shape.top_k), shape.sparse_gate
         weights, experts = logits.new_empty(size), logits.new_empty(size, dtype=torch.int64)
         chosen = logits.new_empty(size) if sparse else None
@@ -225,7 +224,7 @@ class _Route(Function):
         launch = _Launch(shape, len(logits), sequences)
         launch(
             gate_kernel, logits, bias_E, weights, experts, chosen, load_E, tallies, launch.length, shape.route_scale,
-            **ways(shape), BALANCED=tallies is not None, KEEP=sparse, COUNT=load_E is not None, BEST=ranking(shape),
+            **ways(shape), BALANCED=tallies is not None, KEEP=sparse, COUNT=load_E is not None, BEST=shape.ranked_by,
             LIMIT=shape.group_limit,
         )  # fmt: skip
         if tallies is not None:
@@ -270,5 +269,7 @@ class _Launch:
             kernel[(self.sequences * triton.cdiv(self.length, lay["ROWS"]),)](*args, **lay, **constants, num_warps=1)
 
 
-def route(logits_NE: Tensor, bias_E: Tensor, shape: Shape, sequences: int, load_E: Tensor | None) -> Routed:
+def route(
+    logits_NE: Tensor, bias_E: Tensor, shape: Shape, sequences: int, load_E: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     return _Route.apply(logits_NE, bias_E, shape, sequences, load_E)

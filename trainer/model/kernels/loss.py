@@ -38,7 +38,7 @@ def logits_gradient_kernel(logits, targets, norms, dloss, N, V, BLOCK: tl.conste
         tl.store(logits + row * V + c, grad.to(logits.dtype.element_ty), mask=c < V)
 
 
-def norms(logits_NV: Tensor) -> Tensor:
+def log_sum_exp(logits_NV: Tensor) -> Tensor:
     """log sum exp of each row, FP32 [N]."""
     n, v = logits_NV.shape
     out = torch.empty(n, dtype=torch.float32, device=logits_NV.device)
@@ -46,7 +46,7 @@ def norms(logits_NV: Tensor) -> Tensor:
     return out
 
 
-def into_gradient(logits_NV: Tensor, targets_N: Tensor, norms_N: Tensor, dloss: Tensor) -> None:
+def logits_to_gradient(logits_NV: Tensor, targets_N: Tensor, norms_N: Tensor, dloss: Tensor) -> None:
     """Logits to dloss * d mean loss / d logits, in place."""
     n, v = logits_NV.shape
     logits_gradient_kernel[(n,)](

@@ -46,7 +46,7 @@ def gated_backward_kernel(dy, h, weights, dh, dweights, F, WEIGHTED: tl.constexp
         tl.store(dweights + row, tl.sum(total, 0).to(dweights.dtype.element_ty))
 
 
-def forward(gate_up_N2F: Tensor, weights_N: Tensor | None) -> Tensor:
+def swiglu_forward(gate_up_N2F: Tensor, weights_N: Tensor | None) -> Tensor:
     rows, width = gate_up_N2F.shape[0], gate_up_N2F.shape[1] // 2
     h, y = gate_up_N2F.contiguous(), gate_up_N2F.new_empty(rows, width)
     if rows:
@@ -57,7 +57,7 @@ def forward(gate_up_N2F: Tensor, weights_N: Tensor | None) -> Tensor:
     return y
 
 
-def backward(dy_NF: Tensor, gate_up_N2F: Tensor, weights_N: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def swiglu_backward(dy_NF: Tensor, gate_up_N2F: Tensor, weights_N: Tensor | None) -> tuple[Tensor, Tensor | None]:
     rows, width = dy_NF.shape
     dy, h = dy_NF.contiguous(), gate_up_N2F.contiguous()
     weights = None if weights_N is None else weights_N.contiguous()
