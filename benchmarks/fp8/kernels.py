@@ -24,8 +24,8 @@ from torch import Tensor
 from benchmarks.support.fp8_checks import attempt, check_casts, check_products, operands
 from dryvine.trainer.fp8.gemm import Torch
 from dryvine.trainer.fp8.kernels import cast, fused, hopper
-from dryvine.trainer.fp8.tensors import Groups
 from dryvine.trainer.model.kernels import grouped
+from dryvine.trainer.tensors.groups import ExpertGroups
 
 DENSE = [(2112, 7168), (24576, 1536), (7168, 16384), (4096, 7168), (7168, 2048)]  # (N, K), with M = 4096 tokens
 EXPERTS = [(4096, 7168), (7168, 2048)]  # gate_up, down
@@ -122,7 +122,7 @@ def shapes() -> Iterator[tuple[str, int, int, int, tuple[int, ...]]]:
 
 
 def product_row(tune: bool, m: int, n: int, k: int, counts: tuple[int, ...]) -> dict[str, float | None]:
-    groups = Groups(counts, torch.device("cuda")) if counts else None
+    groups = ExpertGroups(counts, torch.device("cuda")) if counts else None
     ends = torch.tensor(counts, device="cuda").cumsum(0).int() if counts else None
     sets = [operands(m, n, k, len(counts)) for _ in range(3)]
     wide = [(a.dequantize(torch.bfloat16), b.dequantize(torch.bfloat16)) for a, b in sets]
@@ -139,7 +139,7 @@ def product_row(tune: bool, m: int, n: int, k: int, counts: tuple[int, ...]) -> 
 
 
 def wgrad_row(tune: bool, m: int, n: int, counts: tuple[int, ...]) -> dict[str, float | None]:
-    groups = Groups(counts, torch.device("cuda"))
+    groups = ExpertGroups(counts, torch.device("cuda"))
     wide = [[torch.randn(sum(counts), size, device="cuda").bfloat16() for size in (m, n)] for _ in range(2)]
     sets = [[cast.quantize_columns(x, groups) for x in pair] for pair in wide]
     total = torch.zeros(len(counts), m, n, device="cuda")
@@ -171,7 +171,7 @@ def speed_wgrad(tune: bool) -> None:
 
 def speed_casts(copy: float) -> None:
     tokens, hidden, width, experts = 32768, 7168, 2048, 4
-    groups = Groups((tokens // experts,) * experts, torch.device("cuda"))
+    groups = ExpertGroups((tokens // experts,) * experts, torch.device("cuda"))
     x = torch.randn(tokens, hidden, device="cuda").bfloat16()
     h = torch.randn(tokens, 2 * width, device="cuda").bfloat16()
     dy = torch.randn(tokens, width, device="cuda").bfloat16()
@@ -201,7 +201,7 @@ def speed_casts(copy: float) -> None:
 def cast_share() -> None:
     """One microbatch through this rank's experts of one V3 layer, forward and backward: how much of it is casts?"""
     tokens, hidden, width, experts = 32768, 7168, 2048, 4
-    groups = Groups((tokens // experts,) * experts, torch.device("cuda"))
+    groups = ExpertGroups((tokens // experts,) * experts, torch.device("cuda"))
     x = torch.randn(tokens, hidden, device="cuda").bfloat16()
     h, dy = (
         torch.randn(tokens, 2 * width, device="cuda").bfloat16(),

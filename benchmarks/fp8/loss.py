@@ -44,9 +44,10 @@ from dryvine.trainer.fp8.gemm import Emulate
 from dryvine.trainer.fp8.linear import FP8
 from dryvine.trainer.fp8.recipe import Recipe, preset
 from dryvine.trainer.loop import resume
-from dryvine.trainer.model.layers import Linear, Weight
+from dryvine.trainer.model.layers import Linear
 from dryvine.trainer.ramps import points
 from dryvine.trainer.step import accumulate, make_rig, open_data
+from dryvine.trainer.tensors.weight import Weight
 
 mpl.use("svg")
 from matplotlib import pyplot as plt

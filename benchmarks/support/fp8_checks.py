@@ -13,10 +13,11 @@ from torch import Tensor
 
 from dryvine.trainer.fp8 import reference
 from dryvine.trainer.fp8.gemm import Torch, token_major
-from dryvine.trainer.fp8.kernels import cast, fused, hopper, plain
-from dryvine.trainer.fp8.tensors import E5M6, Groups, Quantized
+from dryvine.trainer.fp8.kernels import cast, fused, hopper
+from dryvine.trainer.tensors.groups import ExpertGroups
+from dryvine.trainer.tensors.quantized import E5M6, Quantized
 
-ENGINES: dict[str, Any] = {"triton": hopper, "plain": plain, "torch": Torch()}
+ENGINES: dict[str, Any] = {"triton": hopper, "torch": Torch()}
 
 
 def attempt(label: str, measure: Callable[[], float]) -> float | None:
@@ -64,7 +65,7 @@ def inputs(rows: int, cols: int) -> Iterator[tuple[str, Tensor]]:
 def check_casts() -> int:
     bad = 0
     counts = (300, 0, 129, 128, 3)
-    host, device = Groups(counts, torch.device("cpu")), Groups(counts, torch.device("cuda"))
+    host, device = ExpertGroups(counts, torch.device("cpu")), ExpertGroups(counts, torch.device("cuda"))
     rows, cols = sum(counts), 512
     weights, norm = torch.rand(rows), torch.rand(cols)
     for kind, x in inputs(rows, cols):
@@ -115,7 +116,7 @@ def relative(ours: Tensor, truth: Tensor) -> float:
     return float((ours.double() - truth).norm() / truth.norm())
 
 
-def truth_product(a: Quantized, b: Quantized, groups: Groups | None) -> Tensor:
+def truth_product(a: Quantized, b: Quantized, groups: ExpertGroups | None) -> Tensor:
     x, w = a.dequantize(torch.float32).double(), b.dequantize(torch.float32).double()
     if groups is None:
         return x @ w.t()
@@ -128,7 +129,7 @@ WGRADS = [(256, 384, (130, 0, 1, 512)), (4096, 7168, (1000, 24, 0, 3000)), (2112
 
 
 def check_product(engine: Any, m: int, n: int, k: int, counts: tuple[int, ...]) -> float:
-    groups = Groups(counts, torch.device("cuda")) if counts else None
+    groups = ExpertGroups(counts, torch.device("cuda")) if counts else None
     a, b = operands(m, n, k, len(counts))
     y = engine.product(a, b, groups)
     for _ in range(20):
@@ -138,7 +139,7 @@ def check_product(engine: Any, m: int, n: int, k: int, counts: tuple[int, ...]) 
 
 
 def check_wgrad(engine: Any, m: int, n: int, counts: tuple[int, ...]) -> float:
-    groups = Groups(counts, torch.device("cuda"))
+    groups = ExpertGroups(counts, torch.device("cuda"))
     a, b = (cast.quantize_columns(torch.randn(sum(counts), size, device="cuda").bfloat16(), groups) for size in (m, n))
     total = torch.randn(len(counts), m, n, device="cuda")
     before, truth = total.clone(), total.double()
@@ -171,7 +172,7 @@ def check_products() -> int:
     return bad
 
 
-def _ranges(a: Quantized, b: Quantized, groups: Groups) -> Iterator[tuple[int, Tensor, Tensor]]:
+def _ranges(a: Quantized, b: Quantized, groups: ExpertGroups) -> Iterator[tuple[int, Tensor, Tensor]]:
     x, y = a.dequantize().double(), b.dequantize().double()
     starts = [128 * start for start in groups.block_starts]
     for expert, (first, last) in enumerate(pairwise(starts)):

@@ -33,7 +33,7 @@ from dryvine.parallel.schedule.table import build
 from dryvine.parallel.stage import Compute, Flight, Grads, Outcome, Stage, State
 from dryvine.parallel.streams import CpuStreams
 from dryvine.parallel.wgrad import Closure, WGrad
-from dryvine.trainer.model.layers import Weight
+from dryvine.trainer.tensors.weight import Weight
 
 ROWS, WIDTH = 4, 16
 CHUNKS = {"interleaved": 2}

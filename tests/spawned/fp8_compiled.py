@@ -9,7 +9,7 @@ from typing import Any
 
 from triton.experimental.gluon import language as gl
 
-from dryvine.trainer.fp8.kernels import cast, fused, hopper, plain
+from dryvine.trainer.fp8.kernels import cast, fused, hopper
 from tests.support.compile import compile_for_hopper
 
 FP8 = "fp8e4nv"
@@ -37,12 +37,9 @@ def compile_one(
     )  # fmt: skip
 
 
-def descriptors(width: int, gluon: bool) -> dict[str, str]:
-    layout = f",{gl.NVMMASharedLayout(128, 8, rank=2)!r}" if gluon else ""
-    return {
-        "a_desc": f"tensordesc<{FP8}[{64 if gluon else 128},128]{layout}>",
-        "b_desc": f"tensordesc<{FP8}[{width},128]{layout}>",
-    }
+def descriptors(width: int) -> dict[str, str]:
+    layout = repr(gl.NVMMASharedLayout(128, 8, rank=2))
+    return {"a_desc": f"tensordesc<{FP8}[64,128],{layout}>", "b_desc": f"tensordesc<{FP8}[{width},128],{layout}>"}
 
 
 def constants(config: hopper.Config, **more: Any) -> dict[str, Any]:
@@ -52,13 +49,10 @@ def constants(config: hopper.Config, **more: Any) -> dict[str, Any]:
 def products() -> Any:
     config = hopper.PRODUCT
     for grouped in (False, True):
-        yield compile_one(hopper.product_kernel, constants(config, GROUPED=grouped), 4, **descriptors(config.sub, True))
+        yield compile_one(hopper.product_kernel, constants(config, GROUPED=grouped), 4, **descriptors(config.sub))
     config = hopper.WGRAD
-    types = descriptors(config.sub, True)
+    types = descriptors(config.sub)
     yield compile_one(hopper.wgrad_kernel, constants(config), 4, **types, c="*fp32")
-    shape = {"GROUP_M": 8, "STAGES": 4}
-    yield compile_one(plain.product_kernel, {"GROUPED": True, **shape}, 8, **descriptors(128, False))
-    yield compile_one(plain.wgrad_kernel, shape, 8, **descriptors(128, False), c="*fp32")
 
 
 def quantisers() -> Any:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from dryvine.trainer.fp8 import reference
-from dryvine.trainer.fp8.gemm import Emulate
-from dryvine.trainer.fp8.kernels import cast, fused, plain
-from dryvine.trainer.fp8.tensors import E5M6, Groups, Quantized
+from dryvine.trainer.fp8.kernels import cast, fused
+from dryvine.trainer.tensors.groups import ExpertGroups
+from dryvine.trainer.tensors.quantized import E5M6, Quantized
 from tests.support.interpreter import right_casts
 
 
@@ -87,7 +87,7 @@ def test_rows(kind: str, scales: Any) -> None:
     ("kind", "counts"), [*((kind, (0, 129, 0, 3)) for kind in INPUTS), ("normal", (40,)), ("not finite", (128, 1))]
 )
 def test_columns(kind: str, counts: tuple[int, ...]) -> None:
-    groups = Groups(counts, torch.device("cpu"))
+    groups = ExpertGroups(counts, torch.device("cpu"))
     x = INPUTS[kind](sum(counts), 200).bfloat16()
     _same(cast.quantize_both(x, groups), reference.quantize_both(x, groups))
     saved = reference.quantize_rows(x)
@@ -95,7 +95,7 @@ def test_columns(kind: str, counts: tuple[int, ...]) -> None:
 
 
 def test_no_rows_at_all() -> None:
-    groups = Groups((0, 0), torch.device("cpu"))
+    groups = ExpertGroups((0, 0), torch.device("cpu"))
     x = torch.empty(0, 256, dtype=torch.bfloat16)
     _same(cast.quantize_both(x, groups), reference.quantize_both(x, groups))
 
@@ -110,7 +110,7 @@ def test_blocks(kind: str, shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(("kind", "weighted"), [("spread", True), ("not finite", True), ("subnormal", False)])
 def test_swiglu(kind: str, weighted: bool) -> None:
     counts = (0, 129, 2)
-    groups = Groups(counts, torch.device("cpu"))
+    groups = ExpertGroups(counts, torch.device("cpu"))
     h, dy = INPUTS[kind](131, 512).bfloat16(), INPUTS["normal"](131, 256).bfloat16()
     weights = INPUTS["normal"](131, 1).flatten() if weighted else None
     _same(fused.swiglu_rows(h, weights), reference.swiglu_rows(h, weights))
@@ -141,22 +141,3 @@ def test_e5m6(kind: str) -> None:
     packed = reference.pack_e5m6(x)
     _same(cast.pack_e5m6(x), packed)
     _same(cast.unpack_e5m6(packed), reference.unpack_e5m6(packed))
-
-
-@pytest.mark.parametrize("counts", [(), (130, 0, 3)])
-def test_product(counts: tuple[int, ...]) -> None:
-    rows, k, n = 133, 320, 144
-    groups = Groups(counts, torch.device("cpu")) if counts else None
-    shape = (len(counts), n, k) if counts else (n, k)
-    a, b = reference.quantize_rows(INPUTS["normal"](rows, k)), reference.quantize_blocks(INPUTS["normal"](*shape))[0]
-    ours, theirs = plain.product(a, b, groups, torch.float32), Emulate().product(a, b, groups, torch.float32)
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
-
-
-def test_wgrad() -> None:
-    groups = Groups((130, 0, 3), torch.device("cpu"))
-    a, b = (reference.quantize_columns(INPUTS["normal"](133, size), groups) for size in (144, 272))
-    ours, theirs = torch.ones(3, 144, 272), torch.ones(3, 144, 272)
-    plain.wgrad(a, b, groups, ours)
-    Emulate().wgrad(a, b, groups, theirs)
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)

@@ -26,17 +26,17 @@ from dryvine.comm.dispatch.flat import Flat
 from dryvine.parallel.stage import Flight
 from dryvine.parallel.wgrad import Closure, WGrad
 from dryvine.trainer.fp8.gemm import Triton
-from dryvine.trainer.fp8.kernels import cast, fused, hopper, plain
+from dryvine.trainer.fp8.kernels import cast, fused, hopper
 from dryvine.trainer.fp8.linear import FP8
 from dryvine.trainer.fp8.recipe import preset
-from dryvine.trainer.fp8.tensors import Groups
 from dryvine.trainer.model.decoder import build_model
 from dryvine.trainer.model.kernels import grouped
 from dryvine.trainer.model.shape import Shape, blocks
+from dryvine.trainer.tensors.groups import ExpertGroups
 
 MODULES = (
     "dryvine.comm.dispatch.kernels", "dryvine.trainer.fp8.kernels.cast", "dryvine.trainer.fp8.kernels.fused",
-    "dryvine.trainer.fp8.kernels.hopper", "dryvine.trainer.fp8.kernels.plain", "dryvine.trainer.model.kernels.gate",
+    "dryvine.trainer.fp8.kernels.hopper", "dryvine.trainer.model.kernels.gate",
     "dryvine.trainer.model.kernels.grouped", "dryvine.trainer.model.kernels.loss",
     "dryvine.trainer.model.kernels.norm", "dryvine.trainer.model.kernels.qkv", "dryvine.trainer.model.kernels.swiglu",
 )  # fmt: skip
@@ -74,7 +74,7 @@ def random(*size: int) -> Tensor:
 
 
 def casts() -> None:
-    groups, rows, width = Groups(COUNTS, torch.device("cuda")), sum(COUNTS), 256
+    groups, rows, width = ExpertGroups(COUNTS, torch.device("cuda")), sum(COUNTS), 256
     x, weights = random(rows, width), torch.rand(rows, device="cuda")
     for scales in ("fp32", "ue8m0"):
         saved = cast.quantize_rows(x, scales)
@@ -90,16 +90,15 @@ def casts() -> None:
 
 
 def products() -> None:
-    groups, rows = Groups(COUNTS, torch.device("cuda")), sum(COUNTS)
+    groups, rows = ExpertGroups(COUNTS, torch.device("cuda")), sum(COUNTS)
     a = cast.quantize_rows(random(rows, 272))
     whole, each = (cast.quantize_blocks(random(*size))[0] for size in ((144, 272), (len(COUNTS), 144, 272)))
-    one = Groups((rows,), torch.device("cuda"))
-    for engine in (hopper, plain):
-        engine.product(a, whole)
-        engine.product(a, each, groups)
-        for split in (one, groups):
-            turned = [cast.quantize_columns(random(rows, size), split) for size in (144, 272)]
-            engine.wgrad(*turned, split, torch.zeros(len(split.counts), 144, 272, device="cuda"))
+    one = ExpertGroups((rows,), torch.device("cuda"))
+    hopper.product(a, whole)
+    hopper.product(a, each, groups)
+    for split in (one, groups):
+        turned = [cast.quantize_columns(random(rows, size), split) for size in (144, 272)]
+        hopper.wgrad(*turned, split, torch.zeros(len(split.counts), 144, 272, device="cuda"))
     grouped.wgrad(random(rows, 144), random(rows, 272), groups, torch.zeros(len(COUNTS), 144, 272, device="cuda"))
 
 

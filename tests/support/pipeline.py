@@ -24,7 +24,8 @@ from dryvine.parallel.schedule.ir import Edge, Schedule, Slot
 from dryvine.parallel.stage import Compute, Flight, Grads, Outcome, Stage, State
 from dryvine.parallel.streams import CpuStreams
 from dryvine.parallel.wgrad import Closure, WGrad
-from dryvine.trainer.model.layers import Weight, linear
+from dryvine.trainer.model.layers import linear
+from dryvine.trainer.tensors.weight import Weight
 
 CPU = torch.device("cpu")
 Grid = dict[str, np.ndarray]

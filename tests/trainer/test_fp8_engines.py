@@ -19,7 +19,8 @@ from dryvine.trainer.fp8.gemm import Emulate, Engine
 from dryvine.trainer.fp8.gemm_deep_gemm import DeepGemm
 from dryvine.trainer.fp8.gemm_te import TransformerEngine
 from dryvine.trainer.fp8.recipe import preset
-from dryvine.trainer.fp8.tensors import Groups, Quantized
+from dryvine.trainer.tensors.groups import ExpertGroups
+from dryvine.trainer.tensors.quantized import Quantized
 from tests.support.fp8_engines import install
 
 CPU = torch.device("cpu")
@@ -55,7 +56,7 @@ def test_dense_products_are_what_emulation_gives(adapter: Engine, m: int, n: int
 def test_grouped_products_are_what_emulation_gives(
     adapter: Engine, counts: tuple[int, ...], dtype: torch.dtype
 ) -> None:
-    groups = Groups(counts, CPU)
+    groups = ExpertGroups(counts, CPU)
     a = reference.quantize_rows(normal(groups.rows, 272))
     b = reference.quantize_blocks(normal(len(counts), 112, 272))[0]
     close(adapter.product(a, b, groups, dtype), Emulate().product(a, b, groups, dtype), dtype)
@@ -63,7 +64,7 @@ def test_grouped_products_are_what_emulation_gives(
 
 @pytest.mark.parametrize("counts", [counts for counts in GROUPS if any(counts)], ids=str)
 def test_weight_gradients_add_to_what_there_is(adapter: Engine, counts: tuple[int, ...]) -> None:
-    groups = Groups(counts, CPU)
+    groups = ExpertGroups(counts, CPU)
     a, b = (reference.quantize_columns(normal(groups.rows, width), groups) for width in (112, 144))
     ours, truth = (normal(len(counts), 112, 144) for _ in range(2))
     adapter.wgrad(a, b, groups, ours)
@@ -127,18 +128,18 @@ def test_an_old_or_broken_package_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 class Off(Emulate):
     """Multiplies by 1.02 too much."""
 
-    def product(self, a: Quantized, b: Quantized, groups: Groups | None = None, dtype: torch.dtype = torch.bfloat16) -> Tensor:  # fmt: skip # noqa: E501
+    def product(self, a: Quantized, b: Quantized, groups: ExpertGroups | None = None, dtype: torch.dtype = torch.bfloat16) -> Tensor:  # fmt: skip # noqa: E501
         return super().product(a, b, groups, dtype) * 1.02
 
 
 class Forgets(Emulate):
-    def wgrad(self, a: Quantized, b: Quantized, groups: Groups, total: Tensor) -> None:
+    def wgrad(self, a: Quantized, b: Quantized, groups: ExpertGroups, total: Tensor) -> None:
         total.zero_()
         super().wgrad(a, b, groups, total)
 
 
 class Raises(Emulate):
-    def wgrad(self, a: Quantized, b: Quantized, groups: Groups, total: Tensor) -> None:
+    def wgrad(self, a: Quantized, b: Quantized, groups: ExpertGroups, total: Tensor) -> None:
         raise RuntimeError("no kernel\nfor this")
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from dryvine.trainer.fp8 import reference
 from dryvine.trainer.fp8.choose import ENGINES
 from dryvine.trainer.fp8.gemm import Emulate
-from dryvine.trainer.fp8.tensors import Groups, Quantized
+from dryvine.trainer.tensors.groups import ExpertGroups
+from dryvine.trainer.tensors.quantized import Quantized
 
 CPU = torch.device("cpu")
 
@@ -40,7 +41,7 @@ def test_fprop_and_dgrad_err_no_more_than_their_operands() -> None:
 
 def test_grouped_products_and_wgrad_err_no_more_than_their_operands() -> None:
     counts = (100, 0, 28, 129)
-    groups = Groups(counts, CPU)
+    groups = ExpertGroups(counts, CPU)
     x, w, dy = normal(257, 384), normal(4, 256, 384), normal(257, 256)
     a, b = reference.quantize_rows(x), reference.quantize_blocks(w)[0]
     parts = x.double().split(counts), a.dequantize().double().split(counts)
@@ -59,7 +60,7 @@ def test_grouped_products_and_wgrad_err_no_more_than_their_operands() -> None:
 
 
 def test_wgrad_adds() -> None:
-    groups = Groups((5,), CPU)
+    groups = ExpertGroups((5,), CPU)
     a, b = (reference.quantize_columns(normal(5, size), groups) for size in (16, 32))
     total = torch.ones(1, 16, 32)
     Emulate().wgrad(a, b, groups, total)

@@ -16,8 +16,8 @@ from dryvine.trainer.fp8.gemm import Emulate
 from dryvine.trainer.fp8.guard import culprits
 from dryvine.trainer.fp8.linear import FP8, Linear
 from dryvine.trainer.fp8.recipe import Recipe, preset
-from dryvine.trainer.fp8.tensors import Quantized
-from dryvine.trainer.model.layers import Weight
+from dryvine.trainer.tensors.quantized import Quantized
+from dryvine.trainer.tensors.weight import Weight
 
 
 def normal(*size: int, seed: int = 0) -> Tensor:

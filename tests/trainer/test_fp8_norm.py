@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dryvine.trainer.fp8 import reference
 from dryvine.trainer.fp8.linear import FP8
-from dryvine.trainer.fp8.tensors import Quantized
+from dryvine.trainer.tensors.quantized import Quantized
 from tests.support.model import in_fp8, random_tokens, tiny, train
 
 Result = tuple[dict[str, Tensor], dict[str, Tensor], list[Any]]

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dryvine.trainer.fp8 import reference
-from dryvine.trainer.fp8.tensors import AMAX_FLOOR, E4M3_MAX, Groups, Quantized
+from dryvine.trainer.tensors.groups import ExpertGroups
+from dryvine.trainer.tensors.quantized import Quantized
+from dryvine.trainer.tensors.tiles import AMAX_FLOOR, E4M3_MAX
 
 CPU = torch.device("cpu")
 shapes = st.tuples(st.integers(1, 70), st.integers(1, 300))
@@ -55,7 +57,7 @@ def test_the_scale_is_the_smallest_that_holds_the_tile(
 @given(st.lists(st.integers(0, 200), min_size=1, max_size=4), st.integers(1, 200), st.integers(0, 1 << 30))
 def test_columns_are_each_experts_rows_turned(counts: list[int], cols: int, seed: int) -> None:
     x = draw((sum(counts), cols), 0, seed) if sum(counts) else torch.empty(0, cols)
-    groups = Groups(tuple(counts), CPU)
+    groups = ExpertGroups(tuple(counts), CPU)
     q = reference.quantize_columns(x, groups)
     assert q.values.shape == (cols, 128 * groups.blocks)
     back = q.dequantize()
@@ -109,7 +111,7 @@ def test_one_bad_number_poisons_its_tile_and_no_other(fault: float) -> None:
     back = reference.quantize_rows(x).dequantize()
     assert back[1, 128:].isnan().all()
     assert int(back.isnan().sum()) == 128
-    columns = reference.quantize_columns(x, Groups((4,), CPU)).dequantize()
+    columns = reference.quantize_columns(x, ExpertGroups((4,), CPU)).dequantize()
     assert columns[130].isnan().all()
     assert int(columns.isnan().sum()) == 128
 
@@ -128,7 +130,7 @@ def test_swiglu_backward_is_the_gradient_of_swiglu() -> None:
     kept = Quantized(*_exact(h.detach()))
     leaf = kept.dequantize().requires_grad_()
     (torch.nn.functional.silu(leaf[:, :256]) * leaf[:, 256:] * weights[:, None]).backward(dy)
-    dh, dh_turned, act, dweights = reference.swiglu_backward(dy, kept, weights.detach(), Groups((37,), CPU))
+    dh, dh_turned, act, dweights = reference.swiglu_backward(dy, kept, weights.detach(), ExpertGroups((37,), CPU))
     assert leaf.grad is not None
     assert weights.grad is not None
     for ours in (dh.dequantize(), dh_turned.dequantize().t()[:37]):

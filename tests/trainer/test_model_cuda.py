@@ -12,12 +12,9 @@ import torch
 
 from dryvine.comm.dispatch.routing import upload
 from dryvine.parallel.wgrad import WGrad
-from dryvine.trainer.fp8 import tensors
-from dryvine.trainer.fp8.tensors import Groups
 from dryvine.trainer.model import gate, qkv, swiglu
 from dryvine.trainer.model.decoder import Model
 from dryvine.trainer.model.layers import (
-    Weight,
     add_grouped_product,
     add_product,
     grouped_linear,
@@ -26,6 +23,9 @@ from dryvine.trainer.model.layers import (
 )
 from dryvine.trainer.model.rope import Rope
 from dryvine.trainer.model.shape import Shape
+from dryvine.trainer.tensors import groups as expert_groups
+from dryvine.trainer.tensors.groups import ExpertGroups
+from dryvine.trainer.tensors.weight import Weight
 from tests.support import gate as helpers_gate
 from tests.support.gate import GATES, case, gate_of, tied
 from tests.support.model import filled, random_tokens, tiny, train, whole
@@ -138,7 +138,7 @@ def test_swiglu_is_rounded_once(rows: int, width: int, weighted: bool, dtype: to
 def test_grouped_products_take_any_counts(counts: list[int]) -> None:
     rows = torch.randn(sum(counts), 128, device="cuda", dtype=torch.bfloat16)
     weight = torch.randn(8, 64, 128, device="cuda", dtype=torch.bfloat16)
-    groups = Groups.of(counts, rows)
+    groups = ExpertGroups.of(counts, rows)
     y = grouped_product(rows, weight, groups)
     torch.testing.assert_close(y, torch.cat([x @ w.t() for x, w in zip(rows.split(counts), weight, strict=True)]))
     dx = grouped_product(y, weight.transpose(1, 2), groups)
@@ -148,8 +148,8 @@ def test_grouped_products_take_any_counts(counts: list[int]) -> None:
 RAGGED = (1, 0, 63, 64, 65, 129, 0, 5000, 7)
 
 
-def grouped_operands(outputs: int, inputs: int) -> tuple[Groups, torch.Tensor, torch.Tensor]:
-    groups = Groups(RAGGED, torch.device("cuda"))
+def grouped_operands(outputs: int, inputs: int) -> tuple[ExpertGroups, torch.Tensor, torch.Tensor]:
+    groups = ExpertGroups(RAGGED, torch.device("cuda"))
     dy, x = (torch.randn(groups.rows, size, device="cuda", dtype=torch.bfloat16) for size in (outputs, inputs))
     return groups, dy, x
 
@@ -195,11 +195,11 @@ def test_rows_of_other_experts_do_not_leak_into_weight_gradients() -> None:
 
 def test_experts_send_their_ends_once_and_the_host_never_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     sent, wgrad = [], WGrad()
-    monkeypatch.setattr(tensors, "upload", lambda numbers, *to: (sent.append(numbers), upload(numbers, *to))[1])
+    monkeypatch.setattr(expert_groups, "upload", lambda numbers, *to: (sent.append(numbers), upload(numbers, *to))[1])
     up, down = (Weight(torch.randn(3, *size, device="cuda").bfloat16()) for size in ((64, 128), (128, 64)))
     x, dy = (torch.randn(200, 128, device="cuda").bfloat16().requires_grad_(leaf) for leaf in (True, False))
     for mode in ("default", "error"):  # the first compiles
-        groups = Groups.of((120, 0, 80), x)
+        groups = ExpertGroups.of((120, 0, 80), x)
         with waits(mode):
             grouped_linear(grouped_linear(x, up, wgrad, groups), down, wgrad, groups).backward(dy)
     assert sent == [[120, 120, 200]] * 2

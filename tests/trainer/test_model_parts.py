@@ -10,15 +10,16 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from dryvine.parallel.stage import Flight
 from dryvine.parallel.wgrad import WGrad
-from dryvine.trainer.fp8.tensors import Groups
 from dryvine.trainer.model import loss as loss_module
 from dryvine.trainer.model.decoder import build_model
 from dryvine.trainer.model.gate import choose
-from dryvine.trainer.model.layers import Weight, add_grouped_product, grouped_linear
+from dryvine.trainer.model.layers import add_grouped_product, grouped_linear
 from dryvine.trainer.model.loss import cross_entropy
 from dryvine.trainer.model.moe import move_bias
 from dryvine.trainer.model.recompute import through
 from dryvine.trainer.model.swiglu import swiglu
+from dryvine.trainer.tensors.groups import ExpertGroups
+from dryvine.trainer.tensors.weight import Weight
 from tests.support.model import Alone, filled, random_tokens, run_backward, run_forward, tiny, train
 
 
@@ -126,7 +127,7 @@ def test_grouped_product_with_idle_experts(counts: list[int]) -> None:
     generator = torch.Generator().manual_seed(0)
     weight = Weight(torch.randn(4, 6, 5, generator=generator))
     x = torch.randn(sum(counts), 5, generator=generator, requires_grad=True)
-    y = grouped_linear(x, weight, WGrad(), Groups.of(counts, x))
+    y = grouped_linear(x, weight, WGrad(), ExpertGroups.of(counts, x))
     dy = torch.randn(y.shape, generator=generator)
     y.backward(dy)
     other, plain = x.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_()
@@ -144,14 +145,14 @@ def test_weight_gradients_of_experts_are_added_expert_by_expert(dtype: torch.dty
     dy, x = (torch.randn(73, size, generator=generator).to(dtype) for size in (6, 5))
     held = torch.randn(3, 6, 5, generator=generator)
     total = held.clone()
-    add_grouped_product(total, dy, x, Groups.of(counts, x))
+    add_grouped_product(total, dy, x, ExpertGroups.of(counts, x))
     parts = zip(held, dy.split(counts), x.split(counts), strict=True)
     assert torch.equal(total, torch.stack([one.addmm(d.float().t(), r.float()) for one, d, r in parts]))
 
 
 @pytest.mark.parametrize("counts", [(3, 0, 2, 0), (0, 0), (5,)])
 def test_ends_of_groups(counts: tuple[int, ...]) -> None:
-    groups = Groups(counts, torch.device("cpu"))
+    groups = ExpertGroups(counts, torch.device("cpu"))
     rows = torch.arange(groups.rows)
     bounds = [0, *groups.ends.tolist()]
     assert [rows[a:b].tolist() for a, b in pairwise(bounds)] == [part.tolist() for part in rows.split(counts)]

@@ -24,7 +24,8 @@ from dryvine.trainer.fp8 import reference
 from dryvine.trainer.fp8.gemm import Emulate, Engine, Products, Torch, Triton
 from dryvine.trainer.fp8.gemm_deep_gemm import DeepGemm
 from dryvine.trainer.fp8.gemm_te import TransformerEngine
-from dryvine.trainer.fp8.tensors import Groups, Quantized
+from dryvine.trainer.tensors.groups import ExpertGroups
+from dryvine.trainer.tensors.quantized import Quantized
 
 if TYPE_CHECKING:
     from dryvine.trainer.fp8.recipe import Recipe
@@ -56,11 +57,11 @@ class Mixed:
     sums: Engine
 
     def product(
-        self, a: Quantized, b: Quantized, groups: Groups | None = None, dtype: torch.dtype = torch.bfloat16
+        self, a: Quantized, b: Quantized, groups: ExpertGroups | None = None, dtype: torch.dtype = torch.bfloat16
     ) -> Tensor:
         return (self.dense if groups is None else self.grouped).product(a, b, groups, dtype)
 
-    def wgrad(self, a: Quantized, b: Quantized, groups: Groups, total: Tensor) -> None:
+    def wgrad(self, a: Quantized, b: Quantized, groups: ExpertGroups, total: Tensor) -> None:
         self.sums.wgrad(a, b, groups, total)
 
 
@@ -131,7 +132,7 @@ def _emulate(recipe: Recipe) -> Emulate:
 def fault(engine: Engine, device: torch.device) -> str | None:
     """Why its results are not to be used: it raises, or is not within 1% of emulation on a small product of each kind.
     Packages change, and a run that trusted one would learn of it from its loss."""
-    groups = Groups((100, 0, 28, 136), device)
+    groups = ExpertGroups((100, 0, 28, 136), device)
     x, dy = (torch.randn(groups.rows, width, device=device) for width in (256, 384))
     (a, a_turned), dy_turned = reference.quantize_both(x, groups), reference.quantize_columns(dy, groups)
     w = reference.quantize_blocks(torch.randn(4, 384, 256, device=device))[0]
@@ -157,7 +158,7 @@ def milliseconds(engines: Mapping[str, Engine], device: torch.device) -> Times:
     from dryvine.trainer.fp8.kernels.every import quantize_blocks, quantize_both
 
     experts, rows, size = 4, 2048, 4096
-    groups = Groups((rows,) * experts, device)
+    groups = ExpertGroups((rows,) * experts, device)
     x = torch.randn(experts * rows, size, device=device, dtype=torch.bfloat16)
     w = quantize_blocks(torch.randn(experts, size, size, device=device))[0]
     a, turned = quantize_both(x, groups)

@@ -16,7 +16,7 @@ from torch import Tensor
 from dryvine.parallel.stage import AS_IS, Codec
 from dryvine.trainer.fp8.linear import casts
 from dryvine.trainer.fp8.recipe import Recipe
-from dryvine.trainer.fp8.tensors import FP8, empty_scales
+from dryvine.trainer.tensors.quantized import E4M3, empty_scales
 
 MANTISSA = 23  # bits below the exponent of FP32
 
@@ -34,7 +34,7 @@ class Tiles:
         values, exponents = sent
         scales = empty_scales(len(values), values.shape[1], values.device)
         scales.view(torch.int32).copy_(exponents).bitwise_left_shift_(MANTISSA)  # 255 is infinity
-        return values.view(FP8), scales
+        return values.view(E4M3), scales
 
 
 def codec(recipe: Recipe) -> Codec:

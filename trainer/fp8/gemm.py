@@ -4,7 +4,7 @@
 The others are the same two functions on a GPU; those of other packages are in gemm_deep_gemm.py and gemm_te.py. An
 engine is a class with `missing` (why it cannot run here, in words) and a line in ENGINES of choose.py, which picks one.
 
-Legend: A [M, K] in 1x128 tiles; B [N, K], or [X, N, K] by expert, in 128x128 blocks; P padded rows (see Groups).
+Legend: A [M, K] in 1x128 tiles; B [N, K], or [X, N, K] by expert, in 128x128 blocks; P padded rows (see ExpertGroups).
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dryvine.trainer.fp8.tensors import TILE, Groups, Quantized, pad
+from dryvine.comm.integers import round_up
+from dryvine.trainer.tensors.groups import ExpertGroups
+from dryvine.trainer.tensors.quantized import Quantized
+from dryvine.trainer.tensors.tiles import TILE
 
 Accumulator = Literal["fp32", "hopper"]
 
@@ -28,12 +31,12 @@ class Products(Protocol):
     """What multiplies."""
 
     def product(
-        self, a: Quantized, b: Quantized, groups: Groups | None = None, dtype: torch.dtype = torch.bfloat16
+        self, a: Quantized, b: Quantized, groups: ExpertGroups | None = None, dtype: torch.dtype = torch.bfloat16
     ) -> Tensor:
         """[M, K] x [N, K] -> [M, N]; with groups, each expert's rows of A by its own B [X, N, K]. Fprop and Dgrad."""
         ...
 
-    def wgrad(self, a: Quantized, b: Quantized, groups: Groups, total: Tensor) -> None:
+    def wgrad(self, a: Quantized, b: Quantized, groups: ExpertGroups, total: Tensor) -> None:
         """total[x] += A_x B_xᵀ over each expert's padded rows: [M, P] x [N, P] -> FP32 [X, M, N]."""
         ...
 
@@ -47,7 +50,7 @@ class Engine(Products, Protocol):
         ...
 
 
-def by_expert(a: Quantized, b: Quantized, groups: Groups) -> Iterator[tuple[slice, Quantized, Quantized]]:
+def by_expert(a: Quantized, b: Quantized, groups: ExpertGroups) -> Iterator[tuple[slice, Quantized, Quantized]]:
     """The rows of each expert that has any, with its operands."""
     first = 0
     for expert, count in enumerate(groups.counts):
@@ -61,7 +64,7 @@ def by_expert(a: Quantized, b: Quantized, groups: Groups) -> Iterator[tuple[slic
             )
 
 
-def by_range(a: Quantized, b: Quantized, groups: Groups) -> Iterator[tuple[int, Quantized, Quantized]]:
+def by_range(a: Quantized, b: Quantized, groups: ExpertGroups) -> Iterator[tuple[int, Quantized, Quantized]]:
     """Operands of wgrad over the padded rows of each expert that has any."""
 
     def cut(q: Quantized, first: int, last: int) -> Quantized:
@@ -91,7 +94,7 @@ class Emulate:
         return None
 
     def product(
-        self, a: Quantized, b: Quantized, groups: Groups | None = None, dtype: torch.dtype = torch.bfloat16
+        self, a: Quantized, b: Quantized, groups: ExpertGroups | None = None, dtype: torch.dtype = torch.bfloat16
     ) -> Tensor:
         if groups is None:
             return self._sum(a, b).to(dtype)
@@ -100,7 +103,7 @@ class Emulate:
             y[rows] = self._sum(part_a, part_b).to(dtype)
         return y
 
-    def wgrad(self, a: Quantized, b: Quantized, groups: Groups, total: Tensor) -> None:
+    def wgrad(self, a: Quantized, b: Quantized, groups: ExpertGroups, total: Tensor) -> None:
         for expert, part_a, part_b in by_range(a, b, groups):
             total[expert] += self._sum(part_a, part_b)
 
@@ -108,7 +111,7 @@ class Emulate:
         if self.accumulator == "fp32":
             return a.dequantize() @ b.dequantize().t()
         k = a.values.shape[1]
-        step = self.promotion or pad(k, TILE)
+        step = self.promotion or round_up(k, TILE)
         if not self.promotion:  # scales must leave the sum before it: they are folded into the operands
             return _hopper(a.dequantize(), b.dequantize())
         total = torch.zeros(len(a.values), len(b.values), device=a.values.device)
@@ -146,13 +149,13 @@ class Triton:
         return no_hopper(device) or (None if find_spec("triton") else "needs triton >= 3.6: pip install triton")
 
     def product(
-        self, a: Quantized, b: Quantized, groups: Groups | None = None, dtype: torch.dtype = torch.bfloat16
+        self, a: Quantized, b: Quantized, groups: ExpertGroups | None = None, dtype: torch.dtype = torch.bfloat16
     ) -> Tensor:
         from dryvine.trainer.fp8.kernels import hopper
 
         return hopper.product(a, b, groups, dtype)
 
-    def wgrad(self, a: Quantized, b: Quantized, groups: Groups, total: Tensor) -> None:
+    def wgrad(self, a: Quantized, b: Quantized, groups: ExpertGroups, total: Tensor) -> None:
         from dryvine.trainer.fp8.kernels import hopper
 
         hopper.wgrad(a, b, groups, total)
@@ -171,7 +174,7 @@ class Torch:
         return f"needs CUDA 12.9 or later for block scales; this torch has {version}" if old else None
 
     def product(
-        self, a: Quantized, b: Quantized, groups: Groups | None = None, dtype: torch.dtype = torch.bfloat16
+        self, a: Quantized, b: Quantized, groups: ExpertGroups | None = None, dtype: torch.dtype = torch.bfloat16
     ) -> Tensor:
         if groups is None:
             return _scaled_mm(a, b, dtype)
@@ -180,7 +183,7 @@ class Torch:
             y[rows] = _scaled_mm(part_a, part_b, dtype)
         return y
 
-    def wgrad(self, a: Quantized, b: Quantized, groups: Groups, total: Tensor) -> None:
+    def wgrad(self, a: Quantized, b: Quantized, groups: ExpertGroups, total: Tensor) -> None:
         for expert, part_a, part_b in by_range(a, b, groups):
             total[expert] += _scaled_mm(part_a, part_b, torch.float32)
 
@@ -221,7 +224,7 @@ def filled(q: Quantized, multiple: int) -> Quantized:
 
 def aligned(scales: Tensor) -> Tensor:
     """[R, B] with strides (1, R rounded up to 4), where TMA can read. (A slice may have the one without the other.)"""
-    rows, wide = len(scales), pad(len(scales), 4)
+    rows, wide = len(scales), round_up(len(scales), 4)
     if scales.stride() == (1, wide) and scales.data_ptr() % 16 == 0:
         return scales
     return scales.new_empty(scales.shape[1], wide).t()[:rows].copy_(scales)

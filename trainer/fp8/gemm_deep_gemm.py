@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from dryvine.trainer.fp8.gemm import aligned, by_expert, by_range, no_hopper
-from dryvine.trainer.fp8.tensors import TILE, Groups, Quantized
+from dryvine.trainer.tensors.groups import ExpertGroups
+from dryvine.trainer.tensors.quantized import Quantized
+from dryvine.trainer.tensors.tiles import TILE
 
 INSTALL = "git clone --recursive https://github.com/deepseek-ai/DeepGEMM && cd DeepGEMM && ./install.sh"
 
@@ -43,7 +45,7 @@ class DeepGemm:
         return None
 
     def product(
-        self, a: Quantized, b: Quantized, groups: Groups | None = None, dtype: torch.dtype = torch.bfloat16
+        self, a: Quantized, b: Quantized, groups: ExpertGroups | None = None, dtype: torch.dtype = torch.bfloat16
     ) -> Tensor:
         if dtype != torch.bfloat16:
             return _fp32(a, b, groups).to(dtype)
@@ -55,12 +57,12 @@ class DeepGemm:
         deep_gemm.fp8_gemm_nt((a.values, aligned(a.scales)), (b.values, _packed(b.scales)), y)
         return y
 
-    def wgrad(self, a: Quantized, b: Quantized, groups: Groups, total: Tensor) -> None:
+    def wgrad(self, a: Quantized, b: Quantized, groups: ExpertGroups, total: Tensor) -> None:
         for expert, part_a, part_b in by_range(a, b, groups):
             _add(part_a, part_b, total[expert])
 
 
-def _grouped(a: Quantized, b: Quantized, groups: Groups) -> Tensor:
+def _grouped(a: Quantized, b: Quantized, groups: ExpertGroups) -> Tensor:
     """A block of 128 rows must be of one expert, so rows are moved apart first and together after. What fills a block
     up is its expert's last row again; its results are dropped."""
     import deep_gemm
@@ -80,7 +82,7 @@ def _grouped(a: Quantized, b: Quantized, groups: Groups) -> Tensor:
     return torch.cat([y[start : start + count] for start, count in zip(starts, groups.counts, strict=False)])
 
 
-def _fp32(a: Quantized, b: Quantized, groups: Groups | None) -> Tensor:
+def _fp32(a: Quantized, b: Quantized, groups: ExpertGroups | None) -> Tensor:
     """The kernel that adds to FP32 wants B in 1x128 tiles too: a block's scale is repeated for its rows."""
     n = b.values.shape[-2]
     fine = Quantized(b.values, b.scales.repeat_interleave(TILE, -2)[..., :n, :])

@@ -19,8 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dryvine.comm.integers import round_up
 from dryvine.trainer.fp8.gemm import aligned, by_expert, by_range, filled, no_hopper
-from dryvine.trainer.fp8.tensors import Groups, Quantized, pad
+from dryvine.trainer.tensors.groups import ExpertGroups
+from dryvine.trainer.tensors.quantized import Quantized
 
 LEAST = (2, 20)  # before, its tensors were built with other arguments
 
@@ -49,7 +51,7 @@ class TransformerEngine:
         return None
 
     def product(
-        self, a: Quantized, b: Quantized, groups: Groups | None = None, dtype: torch.dtype = torch.bfloat16
+        self, a: Quantized, b: Quantized, groups: ExpertGroups | None = None, dtype: torch.dtype = torch.bfloat16
     ) -> Tensor:
         from transformer_engine.pytorch.cpp_extensions import general_gemm
 
@@ -60,7 +62,7 @@ class TransformerEngine:
         general_gemm(_tensor(b), _tensor(whole), dtype, layout="TN", out=y)
         return y[: len(a.values)]
 
-    def wgrad(self, a: Quantized, b: Quantized, groups: Groups, total: Tensor) -> None:
+    def wgrad(self, a: Quantized, b: Quantized, groups: ExpertGroups, total: Tensor) -> None:
         parts = list(by_range(a, b, groups))
         _multiply(
             [_tensor(part) for _, _, part in parts],
@@ -70,7 +72,7 @@ class TransformerEngine:
         )
 
 
-def _grouped(a: Quantized, b: Quantized, groups: Groups, dtype: torch.dtype) -> Tensor:
+def _grouped(a: Quantized, b: Quantized, groups: ExpertGroups, dtype: torch.dtype) -> Tensor:
     """Each expert's rows are filled up to a multiple of 8."""
     n = b.values.shape[-2]
     parts = [(rows, filled(part_a, 8), part_b) for rows, part_a, part_b in by_expert(a, b, groups)]
@@ -108,4 +110,4 @@ def _tensor(q: Quantized) -> Any:
 def _whole_rows(scales: Tensor) -> Tensor:
     """Scales of blocks with the room that `empty_blocks` left at the ends of rows."""
     rows, cols = scales.shape
-    return scales.as_strided((rows, pad(cols, 4)), (pad(cols, 4), 1))
+    return scales.as_strided((rows, round_up(cols, 4)), (round_up(cols, 4), 1))

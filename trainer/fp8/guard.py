@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dryvine.trainer.fp8.tensors import AMAX_FLOOR, E4M3_MAX, Quantized
+from dryvine.trainer.tensors.quantized import Quantized
+from dryvine.trainer.tensors.tiles import AMAX_FLOOR, E4M3_MAX
 
 
 class Count(NamedTuple):

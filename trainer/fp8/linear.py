@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -28,16 +28,11 @@ from dryvine.parallel.wgrad import WGrad
 from dryvine.trainer.fp8 import reference
 from dryvine.trainer.fp8.gemm import Products
 from dryvine.trainer.fp8.guard import Guard
-from dryvine.trainer.fp8.tensors import E5M6, Groups, Quantized
+from dryvine.trainer.tensors.groups import ExpertGroups
+from dryvine.trainer.tensors.quantized import E5M6, Quantized
 
 if TYPE_CHECKING:
     from dryvine.trainer.fp8.recipe import Recipe
-
-
-class Weight(Protocol):
-    """A parameter with an FP32 gradient sum, as in model/layers.py."""
-
-    def gradient(self) -> Tensor: ...
 
 
 class WeightCache:
@@ -88,7 +83,7 @@ class FP8:
         self.recipe, self.engine, self.chosen, self.wgrad = recipe, engine, chosen, wgrad
         self.cache, self.guard = WeightCache(recipe), Guard()
         self._last: tuple[weakref.ref[Tensor], int, Quantized] | None = None
-        self._whole: dict[int, Groups] = {}
+        self._whole: dict[int, ExpertGroups] = {}
 
     def linear(self, x_NI: Tensor, weight_OI: Any, after_attention: bool = False) -> Tensor:
         """x Wᵀ: [N, I] -> [N, O] in x's dtype. `after_attention`: x is kept as the recipe says for that place."""
@@ -99,7 +94,7 @@ class FP8:
     ) -> Tensor:
         """down(silu(gate) * up * row weight): [R, I] -> [R, I]. Weights [2F, I] and [I, F], or by expert [X, ...] with
         `counts` rows each."""
-        groups = self.whole(x_RI) if counts is None else Groups.of(counts, x_RI)
+        groups = self.whole(x_RI) if counts is None else ExpertGroups.of(counts, x_RI)
         return _FFN.apply(x_RI, weights_R, up, down, self, self.rows(x_RI), groups)
 
     def ffn_forward(self, ffn: FFN, x: Quantized, weights_R: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Kept]:
@@ -145,10 +140,10 @@ class FP8:
         if self._last is not None and self._last[0] is of:
             self._last = None
 
-    def whole(self, x: Tensor) -> Groups:
+    def whole(self, x: Tensor) -> ExpertGroups:
         """All rows as one group; kept by their number, since its tables are on the device."""
         if len(x) not in self._whole:
-            groups = self._whole[len(x)] = Groups.of([len(x)], x)
+            groups = self._whole[len(x)] = ExpertGroups.of([len(x)], x)
             _ = groups.tables  # sent here, where compute asks: a stream that all others wait for
         return self._whole[len(x)]
 
@@ -157,7 +152,7 @@ class FP8:
             return casts(x).quantize_rows(x, self.recipe.scales)
         return reference.quantize_coarse(x, tile, self.recipe.scales)
 
-    def columns(self, kept: Quantized | E5M6, groups: Groups, width: int | None = None) -> Quantized:
+    def columns(self, kept: Quantized | E5M6, groups: ExpertGroups, width: int | None = None) -> Quantized:
         """Rows, as they were kept, as an operand of Wgrad. Of E5M6 the first `width` columns are of the tensor."""
         if isinstance(kept, E5M6):
             kernels = casts(kept.high)
@@ -166,7 +161,7 @@ class FP8:
             )
         return casts(kept.values).quantize_columns(kept, groups, self.recipe.scales)
 
-    def gradient(self, dy: Tensor, groups: Groups) -> tuple[Quantized, Quantized]:
+    def gradient(self, dy: Tensor, groups: ExpertGroups) -> tuple[Quantized, Quantized]:
         """dy as an operand of Dgrad and of Wgrad."""
         dy, scales, tile = dy.contiguous(), self.recipe.scales, self.recipe.gradient_tile
         if tile == "1x128":
@@ -174,7 +169,7 @@ class FP8:
         turned = reference.padded(dy.float(), groups).t().contiguous()
         return reference.quantize_coarse(dy, tile, scales), reference.quantize_coarse(turned, tile, scales)
 
-    def defer_wgrad(self, weight: Any, dy: Operand, x: Operand, groups: Groups) -> None:
+    def defer_wgrad(self, weight: Any, dy: Operand, x: Operand, groups: ExpertGroups) -> None:
         """Queue dW += dyᵀ x, both by columns; what is not yet turned is turned there, off the way of dX."""
 
         @torch.no_grad()
@@ -194,10 +189,10 @@ class FFN:
 
     up: Any
     down: Any
-    groups: Groups
+    groups: ExpertGroups
 
     @property
-    def experts(self) -> Groups | None:
+    def experts(self) -> ExpertGroups | None:
         return self.groups if self.up.dim() == 3 else None
 
 
@@ -242,7 +237,7 @@ class _Linear(Function):
 class _FFN(Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weights: Tensor | None, up: Any, down: Any, fp8: FP8, rows: Quantized, groups: Groups
+        ctx: Any, x: Tensor, weights: Tensor | None, up: Any, down: Any, fp8: FP8, rows: Quantized, groups: ExpertGroups
     ) -> Tensor:
         ctx.fp8, ctx.ffn = fp8, FFN(up, down, groups)
         y, kept = fp8.ffn_forward(ctx.ffn, rows, weights, x.dtype)

@@ -13,21 +13,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dryvine.trainer.fp8.tensors import (
-    AMAX_FLOOR,
-    E4M3_MAX,
-    E5M6,
-    E5M6_MAX,
-    FP8,
-    TILE,
-    Groups,
-    Quantized,
-    ScaleFormat,
-    blocks,
-    empty_blocks,
-    empty_rows,
-    pad,
-)
+from dryvine.comm.integers import round_up
+from dryvine.trainer.tensors.groups import ExpertGroups
+from dryvine.trainer.tensors.quantized import E4M3, E5M6, Quantized, empty_blocks, empty_rows
+from dryvine.trainer.tensors.tiles import AMAX_FLOOR, E4M3_MAX, E5M6_MAX, TILE, ScaleFormat, blocks
 
 LOG2E = 1.4426950408889634
 WHOLE = 12582912.0  # 1.5 * 2^23: added, it rounds to a whole number and leaves that in the last bits
@@ -65,7 +54,7 @@ def quantize_rows(x: Tensor, scales: ScaleFormat = "fp32") -> Quantized:
     out = empty_rows(x.shape[0], x.shape[1], x.device)
     tiles = _tiles(x)
     out.scales.copy_(scale_of(tiles.abs().amax(-1), scales))
-    out.values.copy_(_scaled(tiles, out.scales.unsqueeze(-1)).flatten(1)[:, : x.shape[1]].to(FP8))
+    out.values.copy_(_scaled(tiles, out.scales.unsqueeze(-1)).flatten(1)[:, : x.shape[1]].to(E4M3))
     return out
 
 
@@ -81,16 +70,16 @@ def quantize_coarse(x: Tensor, tile: str, scales: ScaleFormat = "fp32") -> Quant
         whole = torch.nn.functional.pad(amax, (0, 0, 0, -len(amax) % TILE)).unflatten(0, (-1, TILE))
         amax = whole.amax(1, keepdim=True).expand_as(whole).flatten(0, 1)[: len(amax)]
     out.scales.copy_(scale_of(amax, scales))
-    out.values.copy_(_scaled(tiles, out.scales.unsqueeze(-1)).flatten(1)[:, : x.shape[1]].to(FP8))
+    out.values.copy_(_scaled(tiles, out.scales.unsqueeze(-1)).flatten(1)[:, : x.shape[1]].to(E4M3))
     return out
 
 
-def padded(x: Tensor, groups: Groups) -> Tensor:
+def padded(x: Tensor, groups: ExpertGroups) -> Tensor:
     """Rows with every expert's filled up to whole blocks: [R, C] -> [P, C]."""
     return torch.cat([_filled(part, rows=-len(part) % TILE) for part in x.split(groups.counts)])
 
 
-def quantize_columns(x: Tensor | Quantized, groups: Groups, scales: ScaleFormat = "fp32") -> Quantized:
+def quantize_columns(x: Tensor | Quantized, groups: ExpertGroups, scales: ScaleFormat = "fp32") -> Quantized:
     """[R, C] -> transposed, values [C, P] in 1x128 tiles over rows (128x1 tiles of x): an operand of Wgrad.
 
     An FP8 source is read back, transposed and quantised anew, since its tiles run the other way.
@@ -102,11 +91,11 @@ def quantize_columns(x: Tensor | Quantized, groups: Groups, scales: ScaleFormat 
     scale = scale_of(tiles.abs().amax(1), scales)
     out.scales.copy_(scale.t())
     # Turned as bytes, a quarter of the traffic.
-    out.values.view(torch.uint8).copy_(_scaled(tiles, scale.unsqueeze(1)).to(FP8).view(torch.uint8).flatten(0, 1).t())
+    out.values.view(torch.uint8).copy_(_scaled(tiles, scale.unsqueeze(1)).to(E4M3).view(torch.uint8).flatten(0, 1).t())
     return out
 
 
-def quantize_both(x: Tensor, groups: Groups, scales: ScaleFormat = "fp32") -> tuple[Quantized, Quantized]:
+def quantize_both(x: Tensor, groups: ExpertGroups, scales: ScaleFormat = "fp32") -> tuple[Quantized, Quantized]:
     """`quantize_rows` and `quantize_columns` of one tensor, which a kernel reads once: a gradient's two uses."""
     return quantize_rows(x, scales), quantize_columns(x, groups, scales)
 
@@ -121,7 +110,7 @@ def quantize_blocks(w: Tensor, scales: ScaleFormat = "fp32", whole: bool = False
     amax = tiles.abs().amax((-3, -1))
     out.scales.copy_(scale_of(amax.amax((-2, -1), keepdim=True) if whole else amax, scales))
     scaled = _scaled(tiles, out.scales[..., :, None, :, None]).flatten(-4, -3).flatten(-2, -1)
-    out.values.copy_(scaled[..., :rows, :cols].to(FP8))
+    out.values.copy_(scaled[..., :rows, :cols].to(E4M3))
     turned.values.copy_(out.values.transpose(-2, -1))
     turned.scales.copy_(out.scales.transpose(-2, -1))
     return out, turned
@@ -157,7 +146,7 @@ def swiglu_rows(
 
 
 def swiglu_backward(
-    dy: Tensor, kept: Quantized, weights: Tensor | None, groups: Groups, scales: ScaleFormat = "fp32"
+    dy: Tensor, kept: Quantized, weights: Tensor | None, groups: ExpertGroups, scales: ScaleFormat = "fp32"
 ) -> tuple[Quantized, Quantized, Quantized, Tensor]:
     """dy [R, F] and the kept gate_up -> d gate_up as rows [R, 2F] and as columns [2F, P], the product again as columns
     [F, P], and d weights: FP32 [R], summed over F (the kernel adds in FP32, pieces of 128)."""
@@ -191,7 +180,7 @@ def rmsnorm_rows(
 def pack_e5m6(x: Tensor) -> E5M6:
     """[R, C], C a multiple of 128, to 12 bits a value with power-of-two scales per 1x128 tile."""
     tiles = _tiles(x)
-    scales = torch.empty(blocks(x.shape[1]), pad(x.shape[0], 4), device=x.device).t()[: x.shape[0]]
+    scales = torch.empty(blocks(x.shape[1]), round_up(x.shape[0], 4), device=x.device).t()[: x.shape[0]]
     scales.copy_(scale_of(tiles.abs().amax(-1), "ue8m0", E5M6_MAX))
     code = _e5m6(_scaled(tiles, scales.unsqueeze(-1)))
     low = (code[..., :64] & 15) | ((code[..., 64:] & 15) << 4)

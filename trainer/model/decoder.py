@@ -32,12 +32,13 @@ from dryvine.trainer.fp8.dispatch import Tiles, codec
 from dryvine.trainer.fp8.linear import FP8
 from dryvine.trainer.model.initialise import initialise
 from dryvine.trainer.model.layer import Layer
-from dryvine.trainer.model.layers import Embedding, Linear, RMSNorm, Weight
+from dryvine.trainer.model.layers import Embedding, Linear, RMSNorm
 from dryvine.trainer.model.moe import Gate, move_bias
 from dryvine.trainer.model.mtp import MTP, Head, tokens_at
 from dryvine.trainer.model.rope import Rope
 from dryvine.trainer.model.shape import BlockKind, Shape, blocks
 from dryvine.trainer.model.spec import Spec
+from dryvine.trainer.tensors.weight import Weight
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -11,7 +11,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-from dryvine.trainer.model.layers import Weight
+from dryvine.trainer.tensors.weight import Weight
 
 
 def stream(seed: int, name: str, expert: int | None = None) -> torch.Generator:

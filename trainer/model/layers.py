@@ -21,27 +21,12 @@ from torch.nn import functional
 
 from dryvine.parallel.wgrad import Closure, WGrad
 from dryvine.trainer.fp8.linear import FP8, casts
-from dryvine.trainer.fp8.tensors import Groups
 from dryvine.trainer.model.recompute import through
+from dryvine.trainer.tensors.groups import ExpertGroups
+from dryvine.trainer.tensors.weight import Weight
 
 R = TypeVar("R")
 FEW = 8  # experts of V3's sizes, whose weight gradients cuBLAS makes faster one by one; 64 it does not (docs/fp8.md)
-
-
-class Weight(nn.Parameter):
-    """A parameter with its FP32 gradient sum, which the optimizer's side may set to a view of its own bucket.
-
-    `expert`: dim 0 runs over this rank's routed experts, a contiguous slice of the global order.
-    """
-
-    main_grad: Tensor | None = None
-    expert: bool = False
-
-    def gradient(self) -> Tensor:
-        """`main_grad`, made of zeros if nobody has set one."""
-        if self.main_grad is None:
-            self.main_grad = torch.zeros_like(self, dtype=torch.float32, requires_grad=False)
-        return self.main_grad
 
 
 def _defer(wgrad: WGrad, closure: Closure) -> None:
@@ -57,7 +42,7 @@ def add_product(total_OI: Tensor, dy_NO: Tensor, x_NI: Tensor) -> None:
         total_OI.addmm_(dy_NO.t().float(), x_NI.float())
 
 
-def add_grouped_product(total_XOI: Tensor, dy_RO: Tensor, x_RI: Tensor, groups: Groups) -> None:
+def add_grouped_product(total_XOI: Tensor, dy_RO: Tensor, x_RI: Tensor, groups: ExpertGroups) -> None:
     """total[x] += dyᵀ x over the rows of expert x, as `add_product`; on Hopper many experts are one kernel."""
     if x_RI.is_cuda and len(groups.counts) > FEW:
         from dryvine.trainer.model.kernels import grouped
@@ -139,7 +124,7 @@ class Linear(nn.Module):
         return linear(x_NI, self.weight, self.wgrad)
 
 
-def grouped_product(x_RI: Tensor, weight_XOI: Tensor, groups: Groups) -> Tensor:
+def grouped_product(x_RI: Tensor, weight_XOI: Tensor, groups: ExpertGroups) -> Tensor:
     """Rows times the weight of their expert, transposed."""
     if x_RI.is_cuda and x_RI.dtype == torch.bfloat16:
         return functional.grouped_mm(x_RI, weight_XOI.transpose(1, 2), offs=groups.ends)
@@ -151,7 +136,7 @@ def grouped_product(x_RI: Tensor, weight_XOI: Tensor, groups: Groups) -> Tensor:
 
 class _GroupedLinear(Function):
     @staticmethod
-    def forward(ctx: Any, x_RI: Tensor, weight_XOI: Weight, wgrad: WGrad, groups: Groups) -> Tensor:
+    def forward(ctx: Any, x_RI: Tensor, weight_XOI: Weight, wgrad: WGrad, groups: ExpertGroups) -> Tensor:
         ctx.save_for_backward(x_RI)
         ctx.weight, ctx.wgrad, ctx.groups = weight_XOI, wgrad, groups
         return grouped_product(x_RI, weight_XOI.detach(), groups)
@@ -164,7 +149,7 @@ class _GroupedLinear(Function):
         return grouped_product(dy_RO, weight.detach().transpose(1, 2), groups), None, None, None
 
 
-def grouped_linear(x_RI: Tensor, weight_XOI: Weight, wgrad: WGrad, groups: Groups) -> Tensor:
+def grouped_linear(x_RI: Tensor, weight_XOI: Weight, wgrad: WGrad, groups: ExpertGroups) -> Tensor:
     """[R, I] -> [R, O], rows grouped by local expert, some of which may have none."""
     return _GroupedLinear.apply(x_RI, weight_XOI, wgrad, groups)
 

@@ -16,8 +16,7 @@ from typing import NamedTuple
 
 from dryvine.trainer.fp8.recipe import Recipe
 from dryvine.trainer.model.shape import Shape, blocks
-
-TILE = 128
+from dryvine.trainer.tensors.tiles import TILE
 
 
 class Kept(NamedTuple):

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from dryvine.parallel.stage import Grads, State
 from dryvine.trainer.fp8.linear import FFN as FFN8
 from dryvine.trainer.fp8.linear import Kept
-from dryvine.trainer.fp8.tensors import Groups, Quantized
 from dryvine.trainer.model.gate import Routed, route
 from dryvine.trainer.model.layers import grouped_linear, linear_to_fp32
 from dryvine.trainer.model.recompute import through
 from dryvine.trainer.model.spec import Spec
 from dryvine.trainer.model.swiglu import swiglu
+from dryvine.trainer.tensors.groups import ExpertGroups
+from dryvine.trainer.tensors.quantized import Quantized
 
 
 class FFN(nn.Module):
@@ -54,7 +55,7 @@ class Experts(nn.Module):
     def forward(self, rows_RH: Tensor, weights_R: Tensor, counts: Sequence[int]) -> Tensor:
         if self.fp8 is not None:
             return self.fp8.ffn(rows_RH, self.gate_up, self.down, counts, weights_R)
-        groups = Groups.of(counts, rows_RH)
+        groups = ExpertGroups.of(counts, rows_RH)
         gate_up = grouped_linear(rows_RH, self.gate_up, self.wgrad, groups)
         return through(
             lambda: (swiglu(gate_up, weights_R),),
@@ -67,7 +68,7 @@ class Experts(nn.Module):
         what its backward needs."""
         assert self.fp8 is not None
         values, scales, weights_R = state
-        ffn = FFN8(self.gate_up, self.down, Groups.of(counts, values))
+        ffn = FFN8(self.gate_up, self.down, ExpertGroups.of(counts, values))
         rows_RH, kept = self.fp8.ffn_forward(ffn, Quantized(values, scales), weights_R, self.down.dtype)
         return (rows_RH,), (ffn, kept)
 

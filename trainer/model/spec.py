@@ -12,9 +12,10 @@ from torch import nn
 
 from dryvine.parallel.wgrad import WGrad
 from dryvine.trainer.fp8 import linear as fp8_linear
-from dryvine.trainer.model.layers import Embedding, Linear, RMSNorm, Weight
+from dryvine.trainer.model.layers import Embedding, Linear, RMSNorm
 from dryvine.trainer.model.rope import Rope
 from dryvine.trainer.model.shape import Shape
+from dryvine.trainer.tensors.weight import Weight
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 Each kernel reads its tensor once and each program makes whole tiles, so that amax and cast share the load: the floor is
 (bytes in + bytes out) / copy bandwidth. Transposed outputs go through a 128x128 tile in registers; scales of columns
-are stored token-major like all others. Legend as in reference.py; `table` as in Groups.
+are stored token-major like all others. Legend as in reference.py; `table` as in ExpertGroups.
 """
 
 import torch
@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dryvine.comm.integers import round_up
 from dryvine.trainer.fp8.kernels.numbers import (
     block_rows,
     byte,
@@ -22,17 +23,9 @@ from dryvine.trainer.fp8.kernels.numbers import (
     scale_of,
     scaled,
 )
-from dryvine.trainer.fp8.tensors import (
-    E5M6,
-    TILE,
-    Groups,
-    Quantized,
-    ScaleFormat,
-    blocks,
-    empty_blocks,
-    empty_rows,
-    pad,
-)
+from dryvine.trainer.tensors.groups import ExpertGroups
+from dryvine.trainer.tensors.quantized import E5M6, Quantized, empty_blocks, empty_rows
+from dryvine.trainer.tensors.tiles import TILE, ScaleFormat, blocks
 
 ROWS = 32  # rows a program of the row cast takes: 16 loads of 16 bytes in flight a thread
 TURNED_WORDS = 16  # of four rows each, that a program of the turn takes at a time
@@ -205,7 +198,7 @@ def quantize_rows(x: Tensor, scales: ScaleFormat = "fp32") -> Quantized:
     return out
 
 
-def _columns(x: Tensor, groups: Groups, scales: ScaleFormat, rows_too: bool) -> tuple[Quantized, Quantized]:
+def _columns(x: Tensor, groups: ExpertGroups, scales: ScaleFormat, rows_too: bool) -> tuple[Quantized, Quantized]:
     rows, cols = x.shape
     padded = groups.blocks * TILE
     turned = empty_rows(cols, padded, x.device)
@@ -219,7 +212,7 @@ def _columns(x: Tensor, groups: Groups, scales: ScaleFormat, rows_too: bool) -> 
     return out, turned
 
 
-def _turned(x: Quantized, groups: Groups, scales: ScaleFormat) -> Quantized:
+def _turned(x: Quantized, groups: ExpertGroups, scales: ScaleFormat) -> Quantized:
     rows, cols = x.values.shape
     padded = groups.blocks * TILE
     turned = empty_rows(cols, padded, x.values.device)
@@ -232,13 +225,13 @@ def _turned(x: Quantized, groups: Groups, scales: ScaleFormat) -> Quantized:
     return turned
 
 
-def quantize_columns(x: Tensor | Quantized, groups: Groups, scales: ScaleFormat = "fp32") -> Quantized:
+def quantize_columns(x: Tensor | Quantized, groups: ExpertGroups, scales: ScaleFormat = "fp32") -> Quantized:
     if isinstance(x, Quantized):
         return _turned(x, groups, scales)
     return _columns(x, groups, scales, rows_too=False)[1]
 
 
-def quantize_both(x: Tensor, groups: Groups, scales: ScaleFormat = "fp32") -> tuple[Quantized, Quantized]:
+def quantize_both(x: Tensor, groups: ExpertGroups, scales: ScaleFormat = "fp32") -> tuple[Quantized, Quantized]:
     return _columns(x, groups, scales, rows_too=True)
 
 
@@ -262,7 +255,7 @@ def pack_e5m6(x: Tensor) -> E5M6:
         raise ValueError(f"E5M6 on a GPU packs whole tiles of 128, not {cols}: set fp8.cache_after_attention = 'fp8'")
     high = torch.empty(rows, cols, dtype=torch.uint8, device=x.device)
     low = torch.empty(rows, cols // 2, dtype=torch.uint8, device=x.device)
-    scales = torch.empty(blocks(cols), pad(rows, 4), device=x.device).t()[:rows]
+    scales = torch.empty(blocks(cols), round_up(rows, 4), device=x.device).t()[:rows]
     if rows:
         pack_kernel[(blocks(cols), -(-rows // ROWS))](
             x, high, low, scales, rows, cols, scales.stride(1), ROWS, num_warps=4, enable_fp_fusion=False

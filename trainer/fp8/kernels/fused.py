@@ -20,7 +20,9 @@ from dryvine.trainer.fp8.kernels.numbers import (
     scale_of,
     sigmoid,
 )
-from dryvine.trainer.fp8.tensors import TILE, Groups, Quantized, ScaleFormat, blocks, empty_rows
+from dryvine.trainer.tensors.groups import ExpertGroups
+from dryvine.trainer.tensors.quantized import Quantized, empty_rows
+from dryvine.trainer.tensors.tiles import TILE, ScaleFormat, blocks
 
 ROWS = 16
 
@@ -150,7 +152,7 @@ def swiglu_rows(
 
 
 def swiglu_backward(
-    dy: Tensor, kept: Quantized, weights: Tensor | None, groups: Groups, scales: ScaleFormat = "fp32"
+    dy: Tensor, kept: Quantized, weights: Tensor | None, groups: ExpertGroups, scales: ScaleFormat = "fp32"
 ) -> tuple[Quantized, Quantized, Quantized, Tensor]:
     rows, width = dy.shape
     padded = groups.blocks * TILE

@@ -6,7 +6,7 @@ the tensor cores idle meanwhile, and synchronises all warps once an iteration. H
 and two warpgroups each own half of the tile's rows: while one adds, the other's products run. Persistent: a CTA per SM
 walks over tiles, and loads of the next tile start before this one is stored.
 
-Legend: A [M, K] in 1x128 tiles, B [N, K] in 128x128 (`product`) or 1x128 (`wgrad`) tiles, `table` as in Groups.
+Legend: A [M, K] in 1x128 tiles, B [N, K] in 128x128 (`product`) or 1x128 (`wgrad`) tiles, `table` as in ExpertGroups.
 """
 
 # The annotations of kernels are read at run time, so no `from __future__ import annotations` here.
@@ -19,7 +19,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from dryvine.trainer.fp8.tensors import TILE, Groups, Quantized, blocks
+from dryvine.trainer.tensors.groups import ExpertGroups
+from dryvine.trainer.tensors.persistent import barriers, place_of, programs
+from dryvine.trainer.tensors.quantized import Quantized
+from dryvine.trainer.tensors.tiles import TILE, blocks
 
 
 @dataclass(frozen=True)
@@ -35,15 +38,6 @@ class Config:
 
 PRODUCT = Config()
 WGRAD = Config(group_m=16, registers=240)
-
-
-@gluon.jit
-def place_of(tile, num_m, num_n, GROUP_M: gl.constexpr):
-    """Row and column of a tile, in bands of GROUP_M rows."""
-    width = GROUP_M * num_n
-    first = (tile // width) * GROUP_M
-    height = min(num_m - first, GROUP_M)
-    return first + (tile % width) % height, (tile % width) // height
 
 
 @gluon.jit
@@ -159,17 +153,6 @@ def product_kernel(a_desc, b_desc, c, sa, sb, table, M, N, K, num_m, sa_stride, 
 
 
 @gluon.jit
-def barriers(STAGES: gl.constexpr):
-    """Of each stage: full when its loads have come, empty when both consumers have left it."""
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=2)
-    return full, empty
-
-
-@gluon.jit
 def _wgrad_loads(a_desc, b_desc, a_bufs, b_bufs, full, empty, starts, num_m, num_n, tiles, GROUP_M: gl.constexpr,
                  SUB: gl.constexpr, COUNT: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
     turn = 0
@@ -268,12 +251,7 @@ def _descriptor(values: Tensor, rows: int) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(values.flatten(0, -2), [rows, TILE], layout)
 
 
-def programs(device: torch.device, tiles: int) -> int:
-    """One to an SM, each of which walks over tiles."""
-    return min(tiles, torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-def product(a: Quantized, b: Quantized, groups: Groups | None = None, dtype: torch.dtype = torch.bfloat16,
+def product(a: Quantized, b: Quantized, groups: ExpertGroups | None = None, dtype: torch.dtype = torch.bfloat16,
             config: Config = PRODUCT) -> Tensor:  # fmt: skip
     """A Bᵀ: [M, K] in 1x128 tiles times [N, K], or with `groups` [X, N, K], in 128x128 blocks, to [M, N].
 
@@ -295,7 +273,7 @@ def product(a: Quantized, b: Quantized, groups: Groups | None = None, dtype: tor
     return c
 
 
-def wgrad(a: Quantized, b: Quantized, groups: Groups, total: Tensor, config: Config = WGRAD) -> None:
+def wgrad(a: Quantized, b: Quantized, groups: ExpertGroups, total: Tensor, config: Config = WGRAD) -> None:
     """total[x] += A_x B_xᵀ: A [M, P], B [N, P] in 1x128 tiles over the padded rows P of all experts, total FP32
     [X, M, N]."""
     m, n = a.values.shape[0], b.values.shape[0]

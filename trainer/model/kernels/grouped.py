@@ -7,7 +7,7 @@ blocks pay nothing.
 
 In Gluon, built as fp8/kernels/hopper.py: a CTA per SM walks over tiles of 128 x 256, one warp loads, and two warpgroups
 own half of the tile's rows each. Both operands are contracted over rows, so both are read transposed in shared memory.
-Legend: dy [R, M], x [R, N], rows grouped by expert; `ends` as in Groups.
+Legend: dy [R, M], x [R, N], rows grouped by expert; `ends` as in ExpertGroups.
 """
 
 # The annotations of kernels are read at run time, so no `from __future__ import annotations` here.
@@ -20,8 +20,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from dryvine.trainer.fp8.kernels.hopper import barriers, place_of, programs
-from dryvine.trainer.fp8.tensors import Groups
+from dryvine.trainer.tensors.groups import ExpertGroups
+from dryvine.trainer.tensors.persistent import barriers, place_of, programs
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def fits(dy_RM: Tensor, x_RN: Tensor) -> bool:
     )
 
 
-def wgrad(dy_RM: Tensor, x_RN: Tensor, groups: Groups, total_XMN: Tensor, config: Config = WGRAD) -> None:
+def wgrad(dy_RM: Tensor, x_RN: Tensor, groups: ExpertGroups, total_XMN: Tensor, config: Config = WGRAD) -> None:
     """total[x] += dy_xᵀ x_x, FP32 [X, M, N], for operands that `fits` allows."""
     if not groups.rows:
         return
