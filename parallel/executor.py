@@ -20,10 +20,9 @@ from torch import Tensor
 from dryvine.comm.pending import Pending
 from dryvine.comm.wire import Wire
 from dryvine.parallel import overlap as weave
-from dryvine.parallel.flow_control import Line, channel, most_under_way, posts
+from dryvine.parallel.flow_control import RankProgram, SendQueue, channel, queue
 from dryvine.parallel.overlap import PairOrder
-from dryvine.parallel.schedule.ir import Edge, Op, Schedule, Slot
-from dryvine.parallel.schedule.lower import lower
+from dryvine.parallel.schedule.ir import Edge, Op, ProgramStep, Slot
 from dryvine.parallel.stage import Flight, Stage, State
 from dryvine.parallel.streams import Mark, Streams
 
@@ -55,62 +54,69 @@ class Played:
         return self.ended - self.started - sum(end - start for _, start, end in self.timeline)
 
 
+@dataclass(frozen=True)
+class EdgeWire:
+    """A wire that is addressed by edges. `shape` returns meta tensors like those that cross an edge; it is asked each
+    time that one is received, so shapes may differ from step to step."""
+
+    wire: Wire
+    shape: Callable[[Edge], State]
+
+    def receive(self, edge: Edge) -> Pending[State]:
+        return self.wire.receive(self.shape(edge), edge.source, channel(edge))
+
+    def send(self, edge: Edge, state: State) -> Pending[None]:
+        return self.wire.send(state, edge.target, channel(edge))
+
+
 class Executor:
     """One rank's part of a schedule, ready to run any number of times.
 
-    `stages` maps the numbers of this rank's stages to them; `boundary` tells what crosses an edge, as meta tensors,
-    each time that one is received; `order` weaves pairs (`overlap.ORDERS`), and None plays a pair's ops one by one, for
-    the same bits.
+    `stages` maps the numbers of this rank's stages to them; `order` weaves pairs (`overlap.ORDERS`), and None plays a
+    pair's ops one by one, for the same bits.
     """
-
-    AHEAD = 1  # slots; further ahead costs buffers and gains nothing (docs/benchmarks.md)
-    SLACK = 2  # messages that a rank may be further ahead than simulated, at equal costs, before it waits
 
     def __init__(
         self,
-        schedule: Schedule,
-        rank: int,
+        program: RankProgram,
         stages: dict[int, Stage],
-        wire: Wire,
-        boundary: Callable[[Edge], State],
+        wire: EdgeWire,
         streams: Callable[[], Streams],
         order: dict[str, PairOrder] | None,
     ) -> None:
-        self.schedule, self.rank, self.stages = schedule, rank, stages
-        self.wire, self.boundary, self.streams, self.order = wire, boundary, streams, order
-        self.program = lower(schedule)[rank]
-        self.posts = posts(self.program, self.AHEAD)
-        self.most = {line: most + self.SLACK for line, most in most_under_way(schedule, rank, self.AHEAD).items()}
+        self.program, self.stages, self.wire, self.streams, self.order = program, stages, wire, streams, order
 
     def run(self, batch: Batch) -> Played:
         """Play every slot once. The gradients are in the parameters' `main_grad` when it returns."""
         play = _Play(batch, self.streams())
-        for step, receives in zip(self.program, self.posts, strict=True):
-            for edge in receives:
-                play.arrivals[_key(edge)] = self.wire.receive(self.boundary(edge), edge.source, channel(edge))
-            self._slot(step.slot, play)
-            for edge in step.sends:
-                self._send(edge, play)
+        for step, posts in zip(self.program.steps, self.program.posts, strict=True):
+            for edge in posts:
+                play.arrivals[edge] = self.wire.receive(edge)
+            self._step(step, play)
         for leaving in play.leaving.values():
             _let_go(leaving, 0)
         return play.end()
 
-    def _send(self, edge: Edge, play: _Play) -> None:
-        line = channel(edge), edge.target
-        state = play.arrivals.pop(_key(edge)).wait()
-        play.leaving[line].append(self.wire.send(state, edge.target, channel(edge)))
-        _let_go(play.leaving[line], self.most[line])
+    def _step(self, step: ProgramStep, play: _Play) -> None:
+        results = self._slot(step, play)
+        for edge, state in zip(step.outputs, results, strict=True):
+            if edge is None:
+                continue
+            if edge.is_message:
+                self._send(edge, state, play)
+            else:
+                play.arrivals[edge] = Pending.done(state)
 
-    def _slot(self, slot: Slot, play: _Play) -> None:
-        inputs = [play.arrivals.pop(key).wait() if (key := self._input(op)) else () for op in slot]
+    def _slot(self, step: ProgramStep, play: _Play) -> list[State]:
+        """Run the slot's ops. Returns what each of them hands on."""
+        inputs = [play.arrivals.pop(edge).wait() if edge else () for edge in step.inputs]
         start = play.streams.mark()
-        tracks = [self._track(op, state, play) for op, state in zip(slot, inputs, strict=True)]
-        ends = weave.play(tracks, play.streams, self.order)
-        for op, result in zip(slot, ends, strict=True):
-            if key := self._output(op):
-                play.arrivals[key] = Pending.done(result)
+        tracks = [self._track(op, state, play) for op, state in zip(step.slot, inputs, strict=True)]
+        results = weave.play(tracks, play.streams, self.order)
+        for op in step.slot:
             play.land(op)
-        play.marks.append((slot, start, play.streams.mark()))
+        play.marks.append((step.slot, start, play.streams.mark()))
+        return results
 
     def _track(self, op: Op, state: State, play: _Play) -> weave.Track:
         stage, flight = self.stages[op.stage], play.flight(op)
@@ -122,19 +128,10 @@ class Executor:
             case "W":
                 return weave.weights(flight)
 
-    def _input(self, op: Op) -> tuple[str, int, int] | None:
-        if op.kind == "F" and op.stage > 0:
-            return "down", op.stage, op.microbatch
-        if op.kind in "BI" and op.stage + 1 < self.schedule.stages:
-            return "up", op.stage, op.microbatch
-        return None
-
-    def _output(self, op: Op) -> tuple[str, int, int] | None:
-        if op.kind == "F" and op.stage + 1 < self.schedule.stages:
-            return "down", op.stage + 1, op.microbatch
-        if op.kind in "BI" and op.stage > 0:
-            return "up", op.stage - 1, op.microbatch
-        return None
+    def _send(self, edge: Edge, state: State, play: _Play) -> None:
+        leaving = play.leaving[queue(edge)]
+        leaving.append(self.wire.send(edge, state))
+        _let_go(leaving, self.program.limits[queue(edge)])
 
 
 class _Play:
@@ -145,8 +142,8 @@ class _Play:
 
     def __init__(self, batch: Batch, streams: Streams) -> None:
         self.batch, self.streams = batch, streams
-        self.arrivals: dict[tuple[str, int, int], Pending[State]] = {}  # (direction, stage, microbatch) -> its input
-        self.leaving: defaultdict[Line, deque[Pending[None]]] = defaultdict(deque)
+        self.arrivals: dict[Edge, Pending[State]] = {}
+        self.leaving: defaultdict[SendQueue, deque[Pending[None]]] = defaultdict(deque)
         self.marks: list[tuple[Slot, Mark, Mark]] = []
         self.played = Played(started=time.perf_counter())
         self._flights: dict[tuple[int, int], Flight] = {}
@@ -174,10 +171,6 @@ class _Play:
         self.played.exposed = self.streams.exposed()
         self.played.ended = time.perf_counter()
         return self.played
-
-
-def _key(edge: Edge) -> tuple[str, int, int]:
-    return edge.direction, edge.stage, edge.microbatch
 
 
 def _let_go(leaving: deque[Pending[None]], most: int) -> None:

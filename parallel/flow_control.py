@@ -1,53 +1,75 @@
 """How many messages are under way: which receives are posted when, and how many sends may wait for theirs.
 
 Both follow from the schedule, so memory does too. Without a bound, a rank that runs ahead of a slow neighbour (GPipe's
-last one, in its backwards) holds a gradient for every microbatch of the step.
+last rank, in its backwards) holds a gradient for every microbatch of the step.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, chain
 
 from dryvine.comm.mesh import Channel
-from dryvine.parallel.schedule.ir import Edge, Program, Schedule, Step
-from dryvine.parallel.schedule.lower import lower
+from dryvine.parallel.schedule.ir import Edge, Program, ProgramStep
 from dryvine.parallel.schedule.simulate import Timeline, simulate
 
-Line = tuple[
-    Channel, int
-]  # a channel and the rank at its far end: what leaves on it in one order arrives in that order
+# A channel and the rank at its far end: messages that leave for it in one order arrive in that order.
+SendQueue = tuple[Channel, int]
+
+AHEAD = 1  # slots that a receive is posted before it is needed; more costs buffers and gains nothing
+SLACK = 2  # messages that a rank may be further ahead than simulated, at equal costs, before it waits
+
+
+@dataclass(frozen=True)
+class RankProgram:
+    """What one rank runs: its steps, the receives to post before each of them, and how many messages may be under way
+    in each send queue."""
+
+    steps: tuple[ProgramStep, ...]
+    posts: tuple[tuple[Edge, ...], ...]
+    limits: dict[SendQueue, int]
+
+
+def rank_program(program: Program, rank: int) -> RankProgram:
+    """The part of `program` that `rank` runs. Simulates the whole schedule once, for the limits."""
+    limits = {queue: most + SLACK for queue, most in most_under_way(program, rank, AHEAD).items()}
+    return RankProgram(program.ranks[rank], posts(program.ranks[rank], AHEAD), limits)
 
 
 def channel(edge: Edge) -> Channel:
     return edge.route, edge.direction
 
 
-def posts(steps: Sequence[Step], ahead: int) -> list[tuple[Edge, ...]]:
+def queue(edge: Edge) -> SendQueue:
+    return channel(edge), edge.target
+
+
+def posts(steps: Sequence[ProgramStep], ahead: int) -> tuple[tuple[Edge, ...], ...]:
     """What to post before each slot: the receives of the slot `ahead` further on, and at first all up to there."""
     receives = [step.receives for step in steps]
     later = receives[ahead + 1 :]
-    return [tuple(chain(*receives[: ahead + 1])), *later, *[()] * (len(steps) - 1 - len(later))]
+    return (tuple(chain(*receives[: ahead + 1])), *later, *[()] * (len(steps) - 1 - len(later)))
 
 
-def most_under_way(schedule: Schedule, rank: int, ahead: int) -> dict[Line, int]:
-    """For each line on which `rank` sends, the most messages at once that have left and whose receive is not posted, in
-    a run in which all ops cost the same.
+def most_under_way(program: Program, rank: int, ahead: int) -> dict[SendQueue, int]:
+    """For each queue of `rank`, the most messages at once that have left and whose receive is not posted, in a run in
+    which all ops cost the same.
 
-    That run is an order of all sends and posts in which no line ever holds more. So a rank may wait for its oldest
+    That run is an order of all sends and posts in which no queue ever holds more. So a rank may wait for its oldest
     message wherever there are more, and no circle of waits can close, whatever the ops really cost.
     """
-    changes: defaultdict[Line, list[tuple[float, bool]]] = defaultdict(list)
-    for time, is_post, edge in _events(simulate(schedule), lower(schedule), rank, ahead):
-        changes[channel(edge), edge.target].append((time, is_post))
-    return {line: max(accumulate(-1 if post else 1 for _, post in sorted(found))) for line, found in changes.items()}
+    changes: defaultdict[SendQueue, list[tuple[float, bool]]] = defaultdict(list)
+    for time, is_post, edge in _events(simulate(program.schedule), program, rank, ahead):
+        changes[queue(edge)].append((time, is_post))
+    return {key: max(accumulate(-1 if post else 1 for _, post in sorted(events))) for key, events in changes.items()}
 
 
 def _events(run: Timeline, program: Program, rank: int, ahead: int) -> Iterator[tuple[float, bool, Edge]]:
     """(time, whether it is the post of a receive, edge) for all that `rank` sends. At one time, sends come first."""
-    for cell, step in zip(run.cells[rank], program[rank], strict=True):
+    for cell, step in zip(run.cells[rank], program.ranks[rank], strict=True):
         yield from ((cell.end, False, edge) for edge in step.sends)
-    for cells, steps in zip(run.cells, program, strict=True):
+    for cells, steps in zip(run.cells, program.ranks, strict=True):
         for cell, edges in zip(cells, posts(steps, ahead), strict=True):
             yield from ((cell.start, True, edge) for edge in edges if edge.source == rank)

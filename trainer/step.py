@@ -21,10 +21,11 @@ from dryvine.comm.mesh import Mesh
 from dryvine.comm.topology import GroupLimit, Topology, mismatch
 from dryvine.comm.watch import Watch
 from dryvine.comm.wire import P2PWire
-from dryvine.parallel.executor import Batch, Executor, Played
+from dryvine.parallel.executor import Batch, EdgeWire, Executor, Played
+from dryvine.parallel.flow_control import rank_program
 from dryvine.parallel.overlap import ORDERS
 from dryvine.parallel.schedule.ir import Schedule
-from dryvine.parallel.schedule.lower import forward_only
+from dryvine.parallel.schedule.lower import forward_only, lower
 from dryvine.parallel.schedule.table import build
 from dryvine.parallel.streams import Streams, make_streams
 from dryvine.parallel.wgrad import WGrad
@@ -81,11 +82,14 @@ class Rig:
             schedule = make_schedule(self.config, microbatches)
             tokens = p.microbatch_sequences * self.config.data.seq_len
             state = (torch.empty(tokens, self.config.model.hidden, dtype=DTYPES[self.config.run.dtype], device="meta"),)
+            program = lower(schedule if training else forward_only(schedule))
             self.executors[key] = Executor(
-                schedule if training else forward_only(schedule),
-                self.mesh.pp_rank, self.model.stages, self.wire, lambda _: state, self.streams,
+                rank_program(program, self.mesh.pp_rank),
+                self.model.stages,
+                EdgeWire(self.wire, lambda _: state),
+                self.streams,
                 ORDERS[self.mesh.device.type] if p.overlap == "on" else None,
-            )  # fmt: skip
+            )
         return self.executors[key]
 
     def update(self, point: Point, norm: float) -> None:

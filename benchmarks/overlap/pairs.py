@@ -29,7 +29,9 @@ from dryvine.comm import local
 from dryvine.comm.mesh import make_mesh
 from dryvine.comm.wire import P2PWire
 from dryvine.parallel import overlap as weave
-from dryvine.parallel.executor import Batch, Executor
+from dryvine.parallel.executor import Batch, EdgeWire, Executor
+from dryvine.parallel.flow_control import rank_program
+from dryvine.parallel.schedule.lower import lower
 from dryvine.parallel.schedule.table import build
 from dryvine.parallel.streams import make_streams
 
@@ -136,7 +138,8 @@ def step(rank: int, name: str, overlap: str, microbatches: int, layers: int, tim
     stages = {s: toy_stage(s, deep, times, link, schedule.stages) for s in schedule.stages_of(rank)}
     order = weave.ORDERS["cpu"] if overlap == "on" else None
     state = (torch.empty(1, device="meta"),)
-    executor = Executor(schedule, rank, stages, P2PWire(mesh), lambda edge: state, make_streams(mesh.device), order)
+    wire = EdgeWire(P2PWire(mesh), lambda edge: state)
+    executor = Executor(rank_program(lower(schedule), rank), stages, wire, make_streams(mesh.device), order)
     took = []
     for _ in range(3):
         torch.distributed.barrier()

@@ -28,9 +28,11 @@ from rich.table import Table
 
 from benchmarks.support.schedule_runners import MAKERS, Idle, Nowhere, Pace, Runner, Sizes, lengths, punctual, reference
 from dryvine.comm import local
-from dryvine.parallel.executor import Batch, Executor
+from dryvine.parallel.executor import Batch, EdgeWire, Executor
+from dryvine.parallel.flow_control import rank_program
 from dryvine.parallel.overlap import ORDERS
 from dryvine.parallel.schedule.costs import Costs
+from dryvine.parallel.schedule.lower import lower
 from dryvine.parallel.schedule.simulate import simulate
 from dryvine.parallel.schedule.table import build
 from dryvine.parallel.stage import Stage
@@ -141,7 +143,8 @@ def executor_time(ranks: int, microbatches: int, name: str, steps: int) -> float
     """Microseconds per op of our executor alone: rank 1's program, with phases and a wire that do nothing."""
     schedule = build(name, ranks, microbatches)
     stages = {number: Stage(number, [Idle(number)]) for number in schedule.stages_of(1)}
-    executor = Executor(schedule, 1, stages, Nowhere(), lambda edge: (), CpuStreams, ORDERS["cpu"])
+    wire = EdgeWire(Nowhere(), lambda edge: ())
+    executor = Executor(rank_program(lower(schedule), 1), stages, wire, CpuStreams, ORDERS["cpu"])
     batch = Batch([torch.empty(0)] * microbatches, 1.0)
     return least(lambda: executor.run(batch), steps) / sum(1 for _ in schedule.ops(1))
 

@@ -25,9 +25,11 @@ from torch.autograd.function import once_differentiable
 from dryvine.comm.mesh import Channel, make_mesh
 from dryvine.comm.pending import Pending
 from dryvine.comm.wire import P2PWire
-from dryvine.parallel.executor import Batch, Executor
+from dryvine.parallel.executor import Batch, EdgeWire, Executor
+from dryvine.parallel.flow_control import rank_program
 from dryvine.parallel.overlap import ORDERS
 from dryvine.parallel.schedule.ir import Op, Schedule
+from dryvine.parallel.schedule.lower import lower
 from dryvine.parallel.schedule.notation import from_csv
 from dryvine.parallel.schedule.table import build
 from dryvine.parallel.stage import Compute, Flight, Grads, Outcome, Stage, State
@@ -166,9 +168,8 @@ class Dryvine:
         mesh = make_mesh(sizes.ranks, 1, 1, len(self.schedule.routes), torch.device("cpu"), timedelta(seconds=600))
         state = (torch.empty(ROWS, WIDTH, device="meta"),)
         stages = {s: self._stage(layer) for s, layer in self.layers.items()}
-        self.executor = Executor(
-            self.schedule, rank, stages, P2PWire(mesh), lambda edge: state, CpuStreams, ORDERS["cpu"]
-        )
+        wire = EdgeWire(P2PWire(mesh), lambda edge: state)
+        self.executor = Executor(rank_program(lower(self.schedule), rank), stages, wire, CpuStreams, ORDERS["cpu"])
         self.batch = Batch(inputs(sizes.microbatches).split(ROWS), 1 / sizes.microbatches)
 
     def _stage(self, layer: Slow) -> Stage:

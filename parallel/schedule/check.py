@@ -116,7 +116,7 @@ def _progress(schedule: Schedule, places: dict[Op, Place]) -> None:
 
 def _waits(schedule: Schedule, slot: Slot, ended: set[Op]) -> list[tuple[Op, Op]]:
     """(op, what it waits for) for each need of the slot that has not ended."""
-    return [(op, group[0]) for op in slot for group in schedule.needs(op) if ended.isdisjoint(group)]
+    return [(op, need) for op in slot for need in schedule.needs(op) if need not in ended]
 
 
 def _explain_stuck(schedule: Schedule, places: dict[Op, Place], at: list[int], rank: int, ended: set[Op]) -> NoReturn:
@@ -124,7 +124,6 @@ def _explain_stuck(schedule: Schedule, places: dict[Op, Place], at: list[int], r
     told: dict[int, str] = {}
     while rank not in told:
         op, need = _waits(schedule, schedule.ranks[rank][at[rank]], ended)[0]
-        need = need if need in places else need._replace(kind="I")
         other, slot = places[need]
         told[rank] = (
             f"{op_text(op)} (rank {rank}, slot {at[rank]}) waits for {op_text(need)} (rank {other}, slot {slot})"
@@ -138,7 +137,7 @@ def _order(schedule: Schedule) -> None:
     """On each communicator (route, direction), what one rank sends to another is received in the order it was sent."""
     sent: dict[tuple[object, ...], list[tuple[Edge, Place]]] = defaultdict(list)
     received: dict[tuple[object, ...], list[tuple[Edge, Place]]] = defaultdict(list)
-    for rank, steps in enumerate(lower(schedule)):
+    for rank, steps in enumerate(lower(schedule).ranks):
         for i, step in enumerate(steps):
             for edges, log in ((step.sends, sent), (step.receives, received)):
                 for edge in edges:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 Kind = Literal["F", "B", "I", "W"]
@@ -61,24 +62,34 @@ class Schedule:
     def ops(self, rank: int) -> Iterator[Op]:
         return (op for slot in self.ranks[rank] for op in slot)
 
-    def needs(self, op: Op) -> tuple[tuple[Op, ...], ...]:
-        """What must have ended before `op` may start: every group, by any one op of it.
+    @cached_property
+    def all_ops(self) -> frozenset[Op]:
+        return frozenset(op for rank in range(len(self.ranks)) for op in self.ops(rank))
 
-        This is the one dependency rule; the checker, the lowering, the simulator and the search all read it.
+    def needs(self, op: Op) -> tuple[Op, ...]:
+        """The ops that must have ended before `op` may start.
+
+        This is the one dependency rule. The checker, the simulator, `lower` and the pictures call it; the executor and
+        the searches read the edges that `lower` makes of it.
         """
         s, m, r = op.stage, op.microbatch, op.route
         if op.kind == "F":
-            return ((Op("F", s - 1, m, r),),) if s else ()
+            return (Op("F", s - 1, m, r),) if s else ()
         if op.kind == "W":
-            return ((Op("I", s, m, r),),)
-        own: tuple[tuple[Op, ...], ...] = ((Op("F", s, m, r),),)
-        if s + 1 < self.stages:
-            own += ((Op("B", s + 1, m, r), Op("I", s + 1, m, r)),)
-        return own
+            return (Op("I", s, m, r),)
+        own = (Op("F", s, m, r),)
+        if s + 1 == self.stages:
+            return own
+        whole, inputs = Op("B", s + 1, m, r), Op("I", s + 1, m, r)
+        return (*own, inputs if inputs in self.all_ops else whole)
 
 
 class Edge(NamedTuple):
-    """One tensor bundle from stage to stage. Its communicator is (route, direction): FIFO between each two ranks."""
+    """The tensors that go from an op to an op of a neighbouring stage.
+
+    Between two ranks it is a message on the communicator (route, direction), which is FIFO from rank to rank. Between
+    two stages of one rank (the turn of a V) the tensors stay in memory.
+    """
 
     direction: Literal["down", "up"]  # down: activations, stage s to s+1; up: their gradients, s to s-1
     route: int
@@ -87,14 +98,33 @@ class Edge(NamedTuple):
     source: int  # pipeline ranks
     target: int
 
+    @property
+    def is_message(self) -> bool:
+        return self.source != self.target
+
 
 @dataclass(frozen=True)
-class Step:
-    """A slot with the messages that it waits for and those that it sends as soon as its ops have made them."""
+class ProgramStep:
+    """A slot and the edges of its ops: `inputs[i]` enters and `outputs[i]` leaves op i, None where there is none."""
 
     slot: Slot
-    receives: tuple[Edge, ...]
-    sends: tuple[Edge, ...]
+    inputs: tuple[Edge | None, ...]
+    outputs: tuple[Edge | None, ...]
+
+    @property
+    def receives(self) -> tuple[Edge, ...]:
+        """The messages that the slot waits for, in op order."""
+        return tuple(edge for edge in self.inputs if edge and edge.is_message)
+
+    @property
+    def sends(self) -> tuple[Edge, ...]:
+        """The messages that leave as soon as the slot has ended, in op order."""
+        return tuple(edge for edge in self.outputs if edge and edge.is_message)
 
 
-Program = tuple[tuple[Step, ...], ...]  # per pipeline rank
+@dataclass(frozen=True)
+class Program:
+    """A lowered schedule: `ranks[p]` are the steps of pipeline rank p."""
+
+    schedule: Schedule
+    ranks: tuple[tuple[ProgramStep, ...], ...]

@@ -1,50 +1,40 @@
-"""A schedule with its messages. Sends leave right after the slot that made them, in op order; receives are listed on
-the step whose slot needs them, in op order, so that the executor may post them as early as it has buffers.
+"""Lowering: a schedule with the edge that enters and the edge that leaves each op, for the executor to look up.
 
-The alternative, a fixed early position for each receive, would bake one buffer policy into every schedule. Two stages
-on one rank (the turn of a V) hand over in memory: no message.
+Edges are read off `Schedule.needs`; nothing here knows which op needs which. A receive is listed on the step whose slot
+needs it, so that the executor may post it as early as it has buffers; a fixed early position for each receive would
+write one buffer policy into every schedule.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import Literal
 
-from dryvine.parallel.schedule.ir import Edge, Op, Program, Schedule, Slot, Step
-
-
-def _edge(schedule: Schedule, op: Op, step: int, receiving: bool) -> Iterator[Edge]:
-    """The message between `op` and its neighbour `step` stages on, if there is one and it stands on another rank."""
-    neighbour, route = op.stage + step, schedule.routes[op.route]
-    if not 0 <= neighbour < schedule.stages or route[neighbour] == route[op.stage]:
-        return
-    here, there = (op.stage, neighbour) if not receiving else (neighbour, op.stage)
-    yield Edge("down" if there > here else "up", op.route, there, op.microbatch, route[here], route[there])
-
-
-def _receives(schedule: Schedule, slot: Slot) -> Iterator[Edge]:
-    for op in slot:
-        if op.kind != "W":
-            yield from _edge(schedule, op, -1 if op.kind == "F" else 1, receiving=True)
-
-
-def _sends(schedule: Schedule, slot: Slot) -> Iterator[Edge]:
-    for op in slot:
-        if op.kind != "W":
-            yield from _edge(schedule, op, 1 if op.kind == "F" else -1, receiving=False)
+from dryvine.parallel.schedule.ir import Edge, Op, Program, ProgramStep, Schedule
 
 
 def lower(schedule: Schedule) -> Program:
-    """Each rank's slots with the messages that they wait for and send."""
-    return tuple(
-        tuple(Step(slot, tuple(_receives(schedule, slot)), tuple(_sends(schedule, slot))) for slot in slots)
+    """The program of a complete schedule (see `check`): every need that crosses stages becomes an edge."""
+    inputs: dict[Op, Edge] = {}
+    outputs: dict[Op, Edge] = {}
+    for op in schedule.all_ops:
+        for source in schedule.needs(op):
+            if source.stage != op.stage:
+                inputs[op] = outputs[source] = _edge(schedule, source, op)
+    ranks = (
+        tuple(ProgramStep(slot, tuple(map(inputs.get, slot)), tuple(map(outputs.get, slot))) for slot in slots)
         for slots in schedule.ranks
     )
+    return Program(schedule, tuple(ranks))
+
+
+def _edge(schedule: Schedule, source: Op, target: Op) -> Edge:
+    direction: Literal["down", "up"] = "down" if source.stage < target.stage else "up"
+    ranks = schedule.rank_of(source), schedule.rank_of(target)
+    return Edge(direction, target.route, target.stage, target.microbatch, *ranks)
 
 
 def forward_only(schedule: Schedule) -> Schedule:
     """The schedule's forwards alone, in its order: what validation runs."""
-    ranks = tuple(
-        tuple(kept for slot in slots if (kept := tuple(op for op in slot if op.kind == "F")))
-        for slots in schedule.ranks
-    )
+    forwards = (tuple(tuple(op for op in slot if op.kind == "F") for slot in slots) for slots in schedule.ranks)
+    ranks = tuple(tuple(slot for slot in slots if slot) for slots in forwards)
     return Schedule(f"{schedule.name} (forward)", schedule.microbatches, schedule.routes, ranks)

@@ -122,11 +122,7 @@ def _run(schedule: Schedule, rank: int, done: list[Cell], ended: dict[Op, float]
 
 def _ready(schedule: Schedule, rank: int, slot: Slot, ended: dict[Op, float], p2p: float) -> float | None:
     """When the last of what the slot needs is at hand; None if some of it has not run yet."""
-    ready = 0.0
-    for op in slot:
-        for group in schedule.needs(op):
-            source = next((need for need in group if need in ended), None)
-            if source is None:
-                return None
-            ready = max(ready, ended[source] + (p2p if schedule.rank_of(source) != rank else 0.0))
-    return ready
+    needs = [need for op in slot for need in schedule.needs(op)]
+    if any(need not in ended for need in needs):
+        return None
+    return max((ended[need] + (p2p if schedule.rank_of(need) != rank else 0.0) for need in needs), default=0.0)

@@ -19,11 +19,11 @@ from dryvine.comm import local
 from dryvine.comm.pending import Pending
 from dryvine.comm.wire import ReceiveBuffers
 from dryvine.parallel import overlap
-from dryvine.parallel.executor import Batch, Executor
-from dryvine.parallel.flow_control import Line, channel, most_under_way, posts
+from dryvine.parallel.executor import Batch, EdgeWire, Executor
+from dryvine.parallel.flow_control import AHEAD, SendQueue, most_under_way, posts, queue, rank_program
 from dryvine.parallel.overlap import ORDERS
 from dryvine.parallel.schedule.check import check
-from dryvine.parallel.schedule.ir import Op, Schedule, Slot
+from dryvine.parallel.schedule.ir import Op, Program, Schedule, Slot
 from dryvine.parallel.schedule.lower import forward_only, lower
 from dryvine.parallel.schedule.rules import ScheduleError
 from dryvine.parallel.schedule.table import SCHEDULES, build
@@ -229,25 +229,26 @@ def test_every_message_of_a_pair_runs_under_the_other_track(kinds: str, exposed:
 # ---- what is under way
 
 
-def meet(schedule: Schedule, most: list[dict[Line, int]], ahead: int) -> bool:
-    """Whether all ranks get to the end when a send blocks while more than `most` on its line lack a posted receive."""
-    sent: Counter[tuple[int, Line]] = Counter()
-    posted: Counter[tuple[int, Line]] = Counter()
+def meet(program: Program, most: list[dict[SendQueue, int]], ahead: int) -> bool:
+    """Whether all ranks get to the end when a send blocks while more than `most` in its queue lack a posted receive."""
+    schedule = program.schedule
+    sent: Counter[tuple[int, SendQueue]] = Counter()
+    posted: Counter[tuple[int, SendQueue]] = Counter()
     ended: set[Op] = set()
 
     def blocked(rank: int) -> Iterator[bool]:
         """This rank's run; gives whether it may go on, as often as it is asked."""
-        steps = lower(schedule)[rank]
+        steps = program.ranks[rank]
         for step, edges in zip(steps, posts(steps, ahead), strict=True):
             for edge in edges:
-                posted[edge.source, (channel(edge), rank)] += 1
-            while any(ended.isdisjoint(group) for op in step.slot for group in schedule.needs(op)):
+                posted[edge.source, queue(edge)] += 1
+            while not ended.issuperset(need for op in step.slot for need in schedule.needs(op)):
                 yield True
             ended.update(step.slot)
             for edge in step.sends:
-                line = channel(edge), edge.target
-                sent[rank, line] += 1
-                while sent[rank, line] - posted[rank, line] > most[rank][line]:
+                key = queue(edge)
+                sent[rank, key] += 1
+                while sent[rank, key] - posted[rank, key] > most[rank][key]:
                     yield True
 
     runs = {rank: blocked(rank) for rank in range(len(schedule.ranks))}
@@ -262,15 +263,15 @@ def meet(schedule: Schedule, most: list[dict[Line, int]], ahead: int) -> bool:
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(list(SCHEDULES)), st.sampled_from([2, 4, 6]), st.integers(2, 4), st.integers(0, 3))
 def test_bounded_sends_cannot_stop_a_schedule(name: str, pp: int, times: int, ahead: int) -> None:
-    schedule = named(name, pp, times * pp)
-    assert meet(schedule, [most_under_way(schedule, rank, ahead) for rank in range(pp)], ahead)
+    program = lower(named(name, pp, times * pp))
+    assert meet(program, [most_under_way(program, rank, ahead) for rank in range(pp)], ahead)
 
 
 def test_one_less_can_stop_a_schedule() -> None:
     """So the property above can fail. DualPipe's ends send several forwards before their neighbour takes any."""
-    schedule = named("dualpipe", 4, 8)
-    tight = [{line: n - 1 for line, n in most_under_way(schedule, rank, 1).items()} for rank in range(4)]
-    assert not meet(schedule, tight, 1)
+    program = lower(named("dualpipe", 4, 8))
+    tight = [{key: n - 1 for key, n in most_under_way(program, rank, 1).items()} for rank in range(4)]
+    assert not meet(program, tight, 1)
 
 
 class Deaf:
@@ -299,10 +300,11 @@ def test_sends_to_a_late_rank_are_held_within_the_bound() -> None:
     wgrad, wire, schedule = WGrad(), Deaf(), named("gpipe", 2, 16)
     stage = Stage(1, [Compute("head", "head", double, wgrad)])
     shape = (torch.empty(2, 2, device="meta"),)
-    executor = Executor(schedule, 1, {1: stage}, wire, lambda edge: shape, CpuStreams, ORDERS["cpu"])
+    program = rank_program(lower(schedule), 1)
+    executor = Executor(program, {1: stage}, EdgeWire(wire, lambda edge: shape), CpuStreams, ORDERS["cpu"])
     executor.run(Batch([torch.empty(0)] * 16, 1.0))
     assert wire.under_way == 0
-    assert wire.peak <= max(executor.most.values()) + 1 < 6
+    assert wire.peak <= max(program.limits.values()) + 1 < 6
 
 
 # ---- receive buffers
@@ -313,10 +315,10 @@ def test_the_pool_holds_what_the_schedule_says(name: str) -> None:
     """An input is held until its microbatch leaves the stage, a gradient for its slot; both from one slot ahead."""
     schedule = named(name, 2, 8)
     reports = run(schedule, 3, 3, 3)
-    for rank, steps in enumerate(lower(schedule)):
+    for rank, steps in enumerate(lower(schedule).ranks):
         live: set[tuple[str, int, int]] = set()
         peak = 0
-        for step, edges in zip(steps, posts(steps, Executor.AHEAD), strict=True):
+        for step, edges in zip(steps, posts(steps, AHEAD), strict=True):
             live |= {(edge.direction, edge.stage, edge.microbatch) for edge in edges}
             peak = max(peak, len(live))
             for op in step.slot:

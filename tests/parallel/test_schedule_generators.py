@@ -91,7 +91,7 @@ def test_bubbles_hold_as_upper_bounds_at_other_costs():
 def test_lowering_sends_what_is_received(pp, microbatches, name):
     assume(legal(name, pp, microbatches) is None)
     schedule = build(name, pp, microbatches)
-    steps = [(rank, step) for rank, row in enumerate(lower(schedule)) for step in row]
+    steps = [(rank, step) for rank, row in enumerate(lower(schedule).ranks) for step in row]
     sends = [edge for rank, step in steps for edge in step.sends if edge.source == rank]
     receives = [edge for rank, step in steps for edge in step.receives if edge.target == rank]
     assert sorted(sends) == sorted(receives)
@@ -102,7 +102,7 @@ def test_lowering_sends_what_is_received(pp, microbatches, name):
 
 def test_a_step_waits_for_its_own_messages_and_sends_its_own():
     schedule = build("dualpipe", 4, 8)
-    for rank, row in enumerate(lower(schedule)):
+    for rank, row in enumerate(lower(schedule).ranks):
         for step in row:
             made = {(op.route, op.microbatch) for op in step.slot if op.kind != "W"}
             assert {(e.route, e.microbatch) for e in step.sends + step.receives} <= made

@@ -18,9 +18,11 @@ from torch import Tensor
 from dryvine.comm.mesh import make_mesh
 from dryvine.comm.pending import Pending
 from dryvine.comm.wire import P2PWire
-from dryvine.parallel.executor import Batch, Executor
+from dryvine.parallel.executor import Batch, EdgeWire, Executor
+from dryvine.parallel.flow_control import rank_program
 from dryvine.parallel.overlap import ORDERS
 from dryvine.parallel.schedule.ir import Edge, Schedule, Slot
+from dryvine.parallel.schedule.lower import lower
 from dryvine.parallel.stage import Compute, Flight, Grads, Outcome, Stage, State
 from dryvine.parallel.streams import CpuStreams
 from dryvine.parallel.wgrad import Closure, WGrad
@@ -120,7 +122,8 @@ class Toy:
         self.wire = P2PWire(mesh)
         stages = {s: self._stage(s, wgrad) for s in own}
         order = ORDERS["cpu"] if self.woven else None
-        self.executor = Executor(self.schedule, self.rank, stages, self.wire, self._boundary, CpuStreams, order)
+        program = rank_program(lower(self.schedule), self.rank)
+        self.executor = Executor(program, stages, EdgeWire(self.wire, self._shape), CpuStreams, order)
 
     def run(self, batch: list[Tensor], training: bool = True) -> Report:
         self.rows = batch[0].shape[0]
@@ -131,7 +134,7 @@ class Toy:
         losses = [float(loss) for loss in played.losses.get("loss", [])]
         return Report(losses, grads, played.timeline, len(self.wire.pool.blocks))
 
-    def _boundary(self, edge: Edge) -> State:
+    def _shape(self, edge: Edge) -> State:
         width = widths(self.schedule.stages)[edge.stage + (edge.direction == "up")]
         return (torch.empty(self.rows, width, device="meta"),)
 

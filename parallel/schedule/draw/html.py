@@ -87,15 +87,13 @@ def _table(timelines: Sequence[Timeline]) -> str:
 def _ops(timeline: Timeline, prefix: str) -> dict[str, Any]:
     """What a hover shows of each op, by the id of its rectangle."""
     schedule = timeline.schedule
-    present = {op for rank in range(len(schedule.ranks)) for op in schedule.ops(rank)}
     out: dict[str, Any] = {}
     for rank, row in enumerate(timeline.cells):
         for cell in row:
             for op in cell.slot:
-                needs = [next(n for n in group if n in present) for group in schedule.needs(op)]
                 others = [f" with {op_text(other)}" for other in cell.slot if other != op]
                 what = f"{op_text(op)}{''.join(others)}: {NAMES[op.kind]}, stage {op.stage}, microbatch {op.microbatch}"
                 text = f"{what}\nrank {rank}, {cell.start:.5g} to {cell.end:.5g}"
-                ids = [prefix + op_text(need) for need in needs]
+                ids = [prefix + op_text(need) for need in schedule.needs(op)]
                 out[prefix + op_text(op)] = {"text": text, "rank": rank, "end": f"{cell.end:.5g}", "needs": ids}
     return out
