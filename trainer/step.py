@@ -129,15 +129,14 @@ def make_rig(
     schedule = make_schedule(config, config.microbatches(config.batch.sequences))
     blocks = split(config)
     dispatcher = Metered(_dispatcher(config, mesh, topology, watch))
-    wgrad = WGrad()
-    fp8 = FP8(config.fp8, *choose(config.fp8, mesh, config.run.folder), wgrad) if config.fp8.fp8 else None
+    fp8 = FP8(config.fp8, *choose(config.fp8, mesh, config.run.folder)) if config.fp8.fp8 else None
     model = build_model(
         config.model,
         {stage: blocks[stage] for stage in schedule.stages_of(mesh.pp_rank)},
         ep_rank=mesh.ep_rank,
         ep_size=mesh.ep,
         dispatcher=dispatcher,
-        wgrad=wgrad,
+        wgrad=WGrad(),
         dtype=DTYPES[config.run.dtype],
         device=mesh.device,
         fp8=fp8,

@@ -38,7 +38,6 @@ from rich.table import Table
 from torch import Tensor
 
 from dryvine.comm.mesh import make_mesh
-from dryvine.parallel.wgrad import WGrad
 from dryvine.trainer.config import load
 from dryvine.trainer.fp8.gemm import Emulate
 from dryvine.trainer.fp8.linear import FP8
@@ -227,7 +226,7 @@ def take(folder: Path, seed: int, device: str) -> tuple[int, list[Taken]]:
 
 def products(taken: Taken, recipe: Recipe) -> dict[str, Tensor]:
     """dX and dW as the recipe has them, emulated; FP32 results, so that only quantisation and sums show."""
-    fp8 = FP8(recipe, Emulate(recipe.accumulator, recipe.promotion), "", WGrad())
+    fp8 = FP8(recipe, Emulate(recipe.accumulator, recipe.promotion), "")
     x, weight = taken.x.float().requires_grad_(), Weight(taken.weight.float())
     fp8.linear(x, weight).backward(taken.dy.float())
     assert x.grad is not None

@@ -180,15 +180,15 @@ def fill(model: Model, seed: int = 0) -> None:
 
 def make_bench(recipe: Recipe, device: torch.device, tokens: int, recompute: bool, folder: Path) -> Bench:
     torch.manual_seed(0)
-    shape, wgrad = v3(device, recompute), WGrad()
+    shape = v3(device, recompute)
     fp8, said = None, "products in BF16"
     if recipe != "bf16":
         alone = make_mesh(1, 1, 1, 1, device, timedelta(seconds=60))
         engine, said = choose(preset(recipe), alone, folder)
-        fp8 = FP8(preset(recipe), engine, said, wgrad)
+        fp8 = FP8(preset(recipe), engine, said)
     dispatcher = Flat(None, shape.routed, exchange=Mirror(EP))
     model = build_model(
-        shape, {0: ("layers.0",)}, ep_rank=0, ep_size=EP, dispatcher=dispatcher, wgrad=wgrad,
+        shape, {0: ("layers.0",)}, ep_rank=0, ep_size=EP, dispatcher=dispatcher, wgrad=WGrad(),
         dtype=torch.bfloat16, device=device, fp8=fp8,
     )  # fmt: skip
     fill(model)

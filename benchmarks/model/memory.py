@@ -116,14 +116,14 @@ def _allocated(device: torch.device) -> int:
 
 
 def make_bench(shape: Shape, recipe: Recipe, name: str, batch: Load, device: torch.device) -> Bench:
-    wgrad, fp8 = WGrad(), None
+    fp8 = None
     if recipe != "bf16":
         mesh = make_mesh(1, 1, 1, 1, device, timedelta(seconds=60))
         with tempfile.TemporaryDirectory() as folder:
-            fp8 = FP8(preset(recipe), *choose(preset(recipe), mesh, Path(folder)), wgrad)
+            fp8 = FP8(preset(recipe), *choose(preset(recipe), mesh, Path(folder)))
     model = build_model(
         shape, {0: (name,)}, ep_rank=0, ep_size=EP, dispatcher=Flat(None, shape.routed, exchange=Mirror(EP)),
-        wgrad=wgrad, dtype=torch.bfloat16, device=device, fp8=fp8,
+        wgrad=WGrad(), dtype=torch.bfloat16, device=device, fp8=fp8,
     )  # fmt: skip
     fill(model)
     tokens = torch.zeros(1, batch.tokens + 1 + shape.mtp_depth, dtype=torch.int64, device=device)

@@ -104,11 +104,10 @@ def products() -> None:
 
 def model(recipe: Any) -> None:
     """All phases forward and backward, with a number of tokens that fits no tile."""
-    wgrad = WGrad()
-    fp8 = FP8(recipe, Triton(), "", wgrad) if recipe.fp8 else None
+    fp8 = FP8(recipe, Triton(), "") if recipe.fp8 else None
     made = build_model(
         SHAPE, {0: tuple(block.name for block in blocks(SHAPE))}, ep_rank=0, ep_size=1,
-        dispatcher=Flat(None, SHAPE.routed), wgrad=wgrad, dtype=torch.bfloat16, device="cuda", fp8=fp8,
+        dispatcher=Flat(None, SHAPE.routed), wgrad=WGrad(), dtype=torch.bfloat16, device="cuda", fp8=fp8,
     )  # fmt: skip
     made.initialise(0)
     flight = Flight(torch.randint(SHAPE.vocab, (3, 37 + 2), device="cuda"), 1.0)

@@ -65,11 +65,10 @@ def tiny(**changes: Any) -> Shape:
 
 def in_fp8(shape: Shape, dispatcher: Any = None, **recipe: Any) -> tuple[Model, FP8]:
     """All blocks on one rank as one stage, filled: BF16 with FP8 products, emulated."""
-    wgrad = WGrad()
-    fp8 = FP8(preset("deepseek_v3", **recipe), Emulate(), "", wgrad)
+    fp8 = FP8(preset("deepseek_v3", **recipe), Emulate(), "")
     names = tuple(block.name for block in blocks(shape))
     model = build_model(
-        shape, {0: names}, ep_rank=0, ep_size=1, dispatcher=dispatcher or Alone(shape.routed), wgrad=wgrad,
+        shape, {0: names}, ep_rank=0, ep_size=1, dispatcher=dispatcher or Alone(shape.routed), wgrad=WGrad(),
         dtype=torch.bfloat16, device="cpu", fp8=fp8,
     )  # fmt: skip
     model.initialise(0)

@@ -117,6 +117,8 @@ class Toy:
         wgrad = WGrad()
         own = self.schedule.stages_of(self.rank)
         self.held = {n: Weight(w) for n, w in weights(self.schedule.stages).items() if int(n.split(".")[0]) in own}
+        for weight in self.held.values():
+            weight.queue = wgrad.put
         routes = len(self.schedule.routes)
         mesh = make_mesh(len(self.schedule.ranks), 1, 1, routes, CPU, timedelta(seconds=60))
         self.wire = P2PWire(mesh)
@@ -144,10 +146,10 @@ class Toy:
 
         def attention(state: State, flight: Flight) -> Outcome:
             (x,) = (flight.tokens,) if first else state
-            return Outcome((torch.tanh(linear(x, inner, wgrad)),), {})
+            return Outcome((torch.tanh(linear(x, inner)),), {})
 
         def experts(state: State, flight: Flight) -> Outcome:
-            return Outcome((torch.tanh(linear(state[0], outer, wgrad)),), {})
+            return Outcome((torch.tanh(linear(state[0], outer)),), {})
 
         def head(state: State, flight: Flight) -> Outcome:
             return Outcome((), {"loss": state[0].square().mean()})

@@ -52,10 +52,9 @@ def forward(stage: Stage, flight: Flight, x: torch.Tensor | None) -> None:
 def measured(
     shape: Shape, recipe: Recipe, names: tuple[str, ...], dtype: torch.dtype = torch.bfloat16, alone: bool = False
 ) -> int:
-    wgrad = WGrad()
-    fp8 = FP8(recipe, Emulate(), "", wgrad) if recipe.fp8 else None
+    fp8 = FP8(recipe, Emulate(), "") if recipe.fp8 else None
     model = build_model(
-        shape, {0: names}, ep_rank=0, ep_size=1, wgrad=wgrad, dtype=dtype, device="cpu", fp8=fp8,
+        shape, {0: names}, ep_rank=0, ep_size=1, wgrad=WGrad(), dtype=dtype, device="cpu", fp8=fp8,
         dispatcher=(SingleRank if alone else partial(Flat, None))(shape.routed),
     )  # fmt: skip
     model.initialise(0)

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dryvine.parallel.wgrad import Closure, WGrad
 from dryvine.trainer.fp8 import reference
 from dryvine.trainer.fp8.gemm import Emulate
 from dryvine.trainer.fp8.guard import culprits
 from dryvine.trainer.fp8.linear import FP8, Linear
 from dryvine.trainer.fp8.recipe import Recipe, preset
 from dryvine.trainer.tensors.quantized import Quantized
-from dryvine.trainer.tensors.weight import Weight
+from dryvine.trainer.tensors.weight import Closure, Weight
 
 
 def normal(*size: int, seed: int = 0) -> Tensor:
@@ -25,7 +24,7 @@ def normal(*size: int, seed: int = 0) -> Tensor:
 
 
 def make(**changes: object) -> FP8:
-    return FP8(preset("deepseek_v3", **changes), Emulate(), "", WGrad())
+    return FP8(preset("deepseek_v3", **changes), Emulate(), "")
 
 
 def relative(ours: Tensor, truth: Tensor) -> float:
@@ -101,12 +100,13 @@ def test_a_dense_ffn_is_one_expert() -> None:
 def test_dw_waits_for_its_turn_and_adds() -> None:
     fp8, w, x = make(), Weight(normal(32, 64)), normal(10, 64).requires_grad_()
     closures: list[Closure] = []
-    with fp8.wgrad.collect(closures):
-        fp8.linear(x, w).backward(normal(10, 32))
+    w.queue = closures.append
+    fp8.linear(x, w).backward(normal(10, 32))
     assert x.grad is not None
     assert w.main_grad is None
     closures[0]()
     once = w.gradient().clone()
+    w.queue = None
     fp8.linear(x, w).backward(normal(10, 32))
     torch.testing.assert_close(w.gradient(), 2 * once)
 
@@ -238,7 +238,7 @@ def test_values_are_those_of_the_paper() -> None:
 
 
 def test_a_cast_is_forgotten_with_its_tensor() -> None:
-    fp8 = FP8(preset("deepseek_v3"), Emulate(), "", WGrad())
+    fp8 = FP8(preset("deepseek_v3"), Emulate(), "")
     x = torch.randn(4, 128)
     values = weakref.ref(fp8.rows(x).values)
     assert fp8.rows(x).values is values()

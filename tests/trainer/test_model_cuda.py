@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from dryvine.comm.dispatch.routing import upload
-from dryvine.parallel.wgrad import WGrad
 from dryvine.trainer.model import gate, qkv, swiglu
 from dryvine.trainer.model.decoder import Model
 from dryvine.trainer.model.layers import (
@@ -194,14 +193,14 @@ def test_rows_of_other_experts_do_not_leak_into_weight_gradients() -> None:
 
 
 def test_experts_send_their_ends_once_and_the_host_never_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    sent, wgrad = [], WGrad()
+    sent = []
     monkeypatch.setattr(expert_groups, "upload", lambda numbers, *to: (sent.append(numbers), upload(numbers, *to))[1])
     up, down = (Weight(torch.randn(3, *size, device="cuda").bfloat16()) for size in ((64, 128), (128, 64)))
     x, dy = (torch.randn(200, 128, device="cuda").bfloat16().requires_grad_(leaf) for leaf in (True, False))
     for mode in ("default", "error"):  # the first compiles
         groups = ExpertGroups.of((120, 0, 80), x)
         with waits(mode):
-            grouped_linear(grouped_linear(x, up, wgrad, groups), down, wgrad, groups).backward(dy)
+            grouped_linear(grouped_linear(x, up, groups), down, groups).backward(dy)
     assert sent == [[120, 120, 200]] * 2
 
 
@@ -219,7 +218,7 @@ def test_the_gates_product_keeps_what_fp32_operands_would_give() -> None:
     found = []
     for dtype in (torch.bfloat16, torch.float32):
         weight, leaf = Weight(plain.to(dtype)), x.to(dtype, copy=True).requires_grad_()
-        y = linear_to_fp32(leaf, weight, WGrad())
+        y = linear_to_fp32(leaf, weight)
         y.backward(dy)
         found.append((y.detach(), leaf.grad, weight.gradient()))
     (y, dx, dw), (true_y, true_dx, true_dw) = found

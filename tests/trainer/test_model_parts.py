@@ -127,7 +127,7 @@ def test_grouped_product_with_idle_experts(counts: list[int]) -> None:
     generator = torch.Generator().manual_seed(0)
     weight = Weight(torch.randn(4, 6, 5, generator=generator))
     x = torch.randn(sum(counts), 5, generator=generator, requires_grad=True)
-    y = grouped_linear(x, weight, WGrad(), ExpertGroups.of(counts, x))
+    y = grouped_linear(x, weight, ExpertGroups.of(counts, x))
     dy = torch.randn(y.shape, generator=generator)
     y.backward(dy)
     other, plain = x.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_()

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from dryvine.parallel.wgrad import WGrad
 from dryvine.trainer.fp8 import reference
 from dryvine.trainer.fp8.gemm import Products
 from dryvine.trainer.fp8.guard import Guard
@@ -78,9 +77,9 @@ def _kernels() -> ModuleType:
 class FP8:
     """The FP8 arithmetic of one rank: recipe, engine, weight cache, guard. Built once and passed to the layers."""
 
-    def __init__(self, recipe: Recipe, engine: Products, chosen: str, wgrad: WGrad) -> None:
+    def __init__(self, recipe: Recipe, engine: Products, chosen: str) -> None:
         """`chosen`: which engine and why, a line for the log."""
-        self.recipe, self.engine, self.chosen, self.wgrad = recipe, engine, chosen, wgrad
+        self.recipe, self.engine, self.chosen = recipe, engine, chosen
         self.cache, self.guard = WeightCache(recipe), Guard()
         self._last: tuple[weakref.ref[Tensor], int, Quantized] | None = None
         self._whole: dict[int, ExpertGroups] = {}
@@ -172,12 +171,11 @@ class FP8:
     def defer_wgrad(self, weight: Any, dy: Operand, x: Operand, groups: ExpertGroups) -> None:
         """Queue dW += dyᵀ x, both by columns; what is not yet turned is turned there, off the way of dX."""
 
-        @torch.no_grad()
         def run() -> None:
             total = weight.gradient()
             self.engine.wgrad(dy(), x(), groups, total if total.dim() == 3 else total.unsqueeze(0))
 
-        self.wgrad.put(run)
+        weight.defer(run)
 
 
 Operand = Callable[[], Quantized]

@@ -46,8 +46,8 @@ M = TypeVar("M", bound=nn.Module)
 class Model:
     """Made by `build_model`. Names of parameters, buffers and loads are global: the same on every layout."""
 
-    def __init__(self, spec: Spec, names: Mapping[int, tuple[str, ...]], dispatcher: Dispatcher) -> None:
-        self.spec, self.dispatcher = spec, dispatcher
+    def __init__(self, spec: Spec, names: Mapping[int, tuple[str, ...]], dispatcher: Dispatcher, wgrad: WGrad) -> None:
+        self.spec, self.dispatcher, self.wgrad = spec, dispatcher, wgrad
         self.codec = AS_IS if spec.fp8 is None else codec(spec.fp8.recipe)
         self.root = nn.ModuleDict()
         kinds = {block.name: block.kind for block in blocks(spec.shape)}
@@ -55,6 +55,8 @@ class Model:
             number: Stage(number, [phase for name in held for phase in self._phases(name, kinds[name])])
             for number, held in names.items()
         }
+        for _, weight in self.named_parameters():
+            weight.queue = wgrad.put
 
     # -- parameters and state
 
@@ -111,7 +113,7 @@ class Model:
         for module in self.root.modules():
             for name, old in module.named_parameters(recurse=False):
                 new = Weight(torch.empty_like(old, device=device))
-                new.expert = cast(Weight, old).expert
+                new.expert, new.queue = cast(Weight, old).expert, cast(Weight, old).queue
                 module.register_parameter(name, new)
             for name, buffer in module.named_buffers(recurse=False):
                 module.register_buffer(name, torch.empty_like(buffer, device=device))
@@ -135,7 +137,7 @@ class Model:
         return make[kind](name)
 
     def _compute(self, phase: str, layer: str, function: Callable[[State, Flight], Outcome], through: int = 0) -> Phase:
-        return Compute(phase, layer, function, self.spec.wgrad, through)
+        return Compute(phase, layer, function, self.wgrad, through)
 
     def _embedding(self) -> Embedding:
         return self._part("embed", lambda: self.spec.embedding(self.spec.shape.vocab, self.spec.shape.hidden))
@@ -172,7 +174,7 @@ class Model:
         if not isinstance(self.codec, Tiles):
             return self._compute("experts", layer.name, layer.run_experts, through=1)
         back = layer.experts.arrived_backward
-        return Explicit("experts", layer.name, layer.run_arrived, back, self.spec.wgrad, through=1)
+        return Explicit("experts", layer.name, layer.run_arrived, back, self.wgrad, through=1)
 
     def _head(self, name: str) -> list[Phase]:
         norm: RMSNorm = self._part("norm", lambda: self.spec.norm(self.spec.shape.hidden))
@@ -208,5 +210,5 @@ def build_model(
     Weights are not filled: call `initialise`, or `load`; on the meta device, `to_empty` first. `shape.routed` must be a
     multiple of `ep_size`.
     """
-    spec = Spec(shape, wgrad, Rope(shape), ep_rank, ep_size, dtype, torch.device(device), fp8)
-    return Model(spec, stages, dispatcher)
+    spec = Spec(shape, Rope(shape), ep_rank, ep_size, dtype, torch.device(device), fp8)
+    return Model(spec, stages, dispatcher, wgrad)

@@ -1,7 +1,7 @@
 """The layers with weights: Linear, grouped Linear, Embedding, RMSNorm. Their backward computes dX and queues dW.
 
 No weight gets a gradient from autograd. A weight is an input of its Function only so that the output needs a gradient;
-the gradient given back for it is None, and the real one is a closure put on the WGrad queue, which adds into the FP32
+the gradient returned for it is None, and the real one is a closure, queued by `Weight.defer`, that adds into the FP32
 `main_grad`. So I and W split everywhere, accumulation is FP32 in a BF16 model, and the bits do not depend on when W
 runs. (With `.grad` and hooks, dW could not be deferred and would be rounded to BF16 once per microbatch.)
 
@@ -19,7 +19,6 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from dryvine.parallel.wgrad import Closure, WGrad
 from dryvine.trainer.fp8.linear import FP8, casts
 from dryvine.trainer.model.recompute import through
 from dryvine.trainer.tensors.groups import ExpertGroups
@@ -27,11 +26,6 @@ from dryvine.trainer.tensors.weight import Weight
 
 R = TypeVar("R")
 FEW = 8  # experts of V3's sizes, whose weight gradients cuBLAS makes faster one by one; 64 it does not (docs/fp8.md)
-
-
-def _defer(wgrad: WGrad, closure: Closure) -> None:
-    """Closures run whenever W does, outside any backward, and what they hold may still ask for gradients."""
-    wgrad.put(torch.no_grad()(closure))
 
 
 def add_product(total_OI: Tensor, dy_NO: Tensor, x_NI: Tensor) -> None:
@@ -55,17 +49,17 @@ def add_grouped_product(total_XOI: Tensor, dy_RO: Tensor, x_RI: Tensor, groups: 
 
 class _Linear(Function):
     @staticmethod
-    def forward(ctx: Any, x_NI: Tensor, weight_OI: Weight, wgrad: WGrad) -> Tensor:
+    def forward(ctx: Any, x_NI: Tensor, weight_OI: Weight) -> Tensor:
         ctx.save_for_backward(x_NI)
-        ctx.weight, ctx.wgrad = weight_OI, wgrad
+        ctx.weight = weight_OI
         return functional.linear(x_NI, weight_OI)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy_NO: Tensor) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, dy_NO: Tensor) -> tuple[Tensor | None, None]:
         (x_NI,), weight = ctx.saved_tensors, ctx.weight
-        _defer(ctx.wgrad, lambda: add_product(weight.gradient(), dy_NO, x_NI))
-        return dy_NO @ weight if ctx.needs_input_grad[0] else None, None, None
+        weight.defer(lambda: add_product(weight.gradient(), dy_NO, x_NI))
+        return dy_NO @ weight if ctx.needs_input_grad[0] else None, None
 
 
 class _ToFP32(Function):
@@ -76,20 +70,20 @@ class _ToFP32(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x_NI: Tensor, weight_OI: Weight, wgrad: WGrad) -> Tensor:
+    def forward(ctx: Any, x_NI: Tensor, weight_OI: Weight) -> Tensor:
         ctx.save_for_backward(x_NI)
-        ctx.weight, ctx.wgrad = weight_OI, wgrad
+        ctx.weight = weight_OI
         if _on_tensor_cores(x_NI):
             return torch.mm(x_NI, weight_OI.t(), out_dtype=torch.float32)
         return functional.linear(x_NI.float(), weight_OI.float())
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy_NO: Tensor) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, dy_NO: Tensor) -> tuple[Tensor | None, None]:
         (x_NI,), weight = ctx.saved_tensors, ctx.weight
         if not _on_tensor_cores(x_NI):
-            _defer(ctx.wgrad, lambda: add_product(weight.gradient(), dy_NO, x_NI))
-            return (dy_NO @ weight.float()).to(x_NI.dtype) if ctx.needs_input_grad[0] else None, None, None
+            weight.defer(lambda: add_product(weight.gradient(), dy_NO, x_NI))
+            return (dy_NO @ weight.float()).to(x_NI.dtype) if ctx.needs_input_grad[0] else None, None
         high_NO = dy_NO.bfloat16()
         both_N2O = torch.cat((high_NO, (dy_NO - high_NO).bfloat16()), 1)
 
@@ -97,31 +91,31 @@ class _ToFP32(Function):
             for part_NO in both_N2O.chunk(2, 1):
                 add_product(weight.gradient(), part_NO, x_NI)
 
-        _defer(ctx.wgrad, run)
-        return both_N2O @ weight.repeat(2, 1) if ctx.needs_input_grad[0] else None, None, None
+        weight.defer(run)
+        return both_N2O @ weight.repeat(2, 1) if ctx.needs_input_grad[0] else None, None
 
 
 def _on_tensor_cores(x: Tensor) -> bool:
     return x.is_cuda and x.dtype == torch.bfloat16
 
 
-def linear(x_NI: Tensor, weight_OI: Weight, wgrad: WGrad) -> Tensor:
+def linear(x_NI: Tensor, weight_OI: Weight) -> Tensor:
     """x Wᵀ: [N, I] -> [N, O]."""
-    return _Linear.apply(x_NI, weight_OI, wgrad)
+    return _Linear.apply(x_NI, weight_OI)
 
 
-def linear_to_fp32(x_NI: Tensor, weight_OI: Weight, wgrad: WGrad) -> Tensor:
+def linear_to_fp32(x_NI: Tensor, weight_OI: Weight) -> Tensor:
     """x Wᵀ with nothing rounded below FP32, whatever dtype x and W have: [N, I] -> FP32 [N, O]. The gate's."""
-    return _ToFP32.apply(x_NI, weight_OI, wgrad)
+    return _ToFP32.apply(x_NI, weight_OI)
 
 
 class Linear(nn.Module):
-    def __init__(self, weight_OI: Weight, wgrad: WGrad) -> None:
+    def __init__(self, weight_OI: Weight) -> None:
         super().__init__()
-        self.weight, self.wgrad = weight_OI, wgrad
+        self.weight = weight_OI
 
     def forward(self, x_NI: Tensor) -> Tensor:
-        return linear(x_NI, self.weight, self.wgrad)
+        return linear(x_NI, self.weight)
 
 
 def grouped_product(x_RI: Tensor, weight_XOI: Tensor, groups: ExpertGroups) -> Tensor:
@@ -136,49 +130,49 @@ def grouped_product(x_RI: Tensor, weight_XOI: Tensor, groups: ExpertGroups) -> T
 
 class _GroupedLinear(Function):
     @staticmethod
-    def forward(ctx: Any, x_RI: Tensor, weight_XOI: Weight, wgrad: WGrad, groups: ExpertGroups) -> Tensor:
+    def forward(ctx: Any, x_RI: Tensor, weight_XOI: Weight, groups: ExpertGroups) -> Tensor:
         ctx.save_for_backward(x_RI)
-        ctx.weight, ctx.wgrad, ctx.groups = weight_XOI, wgrad, groups
+        ctx.weight, ctx.groups = weight_XOI, groups
         return grouped_product(x_RI, weight_XOI.detach(), groups)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy_RO: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, dy_RO: Tensor) -> tuple[Tensor, None, None]:
         (x_RI,), weight, groups = ctx.saved_tensors, ctx.weight, ctx.groups
-        _defer(ctx.wgrad, lambda: add_grouped_product(weight.gradient(), dy_RO, x_RI, groups))
-        return grouped_product(dy_RO, weight.detach().transpose(1, 2), groups), None, None, None
+        weight.defer(lambda: add_grouped_product(weight.gradient(), dy_RO, x_RI, groups))
+        return grouped_product(dy_RO, weight.detach().transpose(1, 2), groups), None, None
 
 
-def grouped_linear(x_RI: Tensor, weight_XOI: Weight, wgrad: WGrad, groups: ExpertGroups) -> Tensor:
+def grouped_linear(x_RI: Tensor, weight_XOI: Weight, groups: ExpertGroups) -> Tensor:
     """[R, I] -> [R, O], rows grouped by local expert, some of which may have none."""
-    return _GroupedLinear.apply(x_RI, weight_XOI, wgrad, groups)
+    return _GroupedLinear.apply(x_RI, weight_XOI, groups)
 
 
 class _Embedding(Function):
     @staticmethod
-    def forward(ctx: Any, weight_VH: Weight, tokens_N: Tensor, wgrad: WGrad) -> Tensor:
+    def forward(ctx: Any, weight_VH: Weight, tokens_N: Tensor) -> Tensor:
         ctx.save_for_backward(tokens_N)
-        ctx.weight, ctx.wgrad = weight_VH, wgrad
+        ctx.weight = weight_VH
         return functional.embedding(tokens_N, weight_VH)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy_NH: Tensor) -> tuple[None, None, None]:
+    def backward(ctx: Any, dy_NH: Tensor) -> tuple[None, None]:
         (tokens_N,), weight = ctx.saved_tensors, ctx.weight
         # index_put_ sorts on CUDA and so adds in a fixed order, where index_add_ races.
-        _defer(ctx.wgrad, lambda: weight.gradient().index_put_((tokens_N,), dy_NH.float(), accumulate=True))
-        return None, None, None
+        weight.defer(lambda: weight.gradient().index_put_((tokens_N,), dy_NH.float(), accumulate=True))
+        return None, None
 
 
 class Embedding(nn.Module):
     """tokens int64 [N] -> [N, H]."""
 
-    def __init__(self, weight_VH: Weight, wgrad: WGrad) -> None:
+    def __init__(self, weight_VH: Weight) -> None:
         super().__init__()
-        self.weight, self.wgrad = weight_VH, wgrad
+        self.weight = weight_VH
 
     def forward(self, tokens_N: Tensor) -> Tensor:
-        return _Embedding.apply(self.weight, tokens_N, self.wgrad)
+        return _Embedding.apply(self.weight, tokens_N)
 
 
 def _norm(x_NH: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -211,17 +205,17 @@ class _RMSNorm(Function):
     """Given what it gives: `normed_NH` was made outside, by whichever kernel."""
 
     @staticmethod
-    def forward(ctx: Any, x_NH: Tensor, weight_H: Weight, wgrad: WGrad, normed_NH: Tensor, scale_N1: Tensor) -> Tensor:
+    def forward(ctx: Any, x_NH: Tensor, weight_H: Weight, normed_NH: Tensor, scale_N1: Tensor) -> Tensor:
         ctx.save_for_backward(x_NH, scale_N1)
-        ctx.weight, ctx.wgrad = weight_H, wgrad
+        ctx.weight = weight_H
         return normed_NH
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy_NH: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, dy_NH: Tensor) -> tuple[Tensor, None, None, None]:
         (x_NH, scale_N1), weight = ctx.saved_tensors, ctx.weight
-        _defer(ctx.wgrad, lambda: weight.gradient().add_(_norm_dw(dy_NH, x_NH, scale_N1)))
-        return _norm_dx(dy_NH, x_NH, scale_N1, weight.detach()), None, None, None, None
+        weight.defer(lambda: weight.gradient().add_(_norm_dw(dy_NH, x_NH, scale_N1)))
+        return _norm_dx(dy_NH, x_NH, scale_N1, weight.detach()), None, None, None
 
 
 class RMSNorm(nn.Module):
@@ -230,16 +224,16 @@ class RMSNorm(nn.Module):
     With `fp8` the cast for the Linears that read the result is made in the same pass and left with `fp8`.
     """
 
-    def __init__(self, weight_H: Weight, wgrad: WGrad, eps: float, fp8: FP8 | None = None) -> None:
+    def __init__(self, weight_H: Weight, eps: float, fp8: FP8 | None = None) -> None:
         super().__init__()
-        self.weight, self.wgrad, self.eps, self.fp8 = weight_H, wgrad, eps, fp8
+        self.weight, self.eps, self.fp8 = weight_H, eps, fp8
 
     def forward(self, x_NH: Tensor) -> Tensor:
         x, weight_H = x_NH.detach(), self.weight.detach()
         if self.fp8 is None:
-            return _RMSNorm.apply(x_NH, self.weight, self.wgrad, *_norm(x, weight_H, self.eps))
+            return _RMSNorm.apply(x_NH, self.weight, *_norm(x, weight_H, self.eps))
         rows, *given = casts(x).rmsnorm_rows(x, weight_H, self.eps, self.fp8.recipe.scales)
-        normed_NH = _RMSNorm.apply(x_NH, self.weight, self.wgrad, *given)
+        normed_NH = _RMSNorm.apply(x_NH, self.weight, *given)
         self.fp8.remember(normed_NH, rows)
         return normed_NH
 

@@ -50,16 +50,16 @@ class Experts(nn.Module):
         s, local = spec.shape, spec.local_experts
         self.gate_up = spec.weight(local, 2 * s.expert_ffn, s.hidden, expert=True)
         self.down = spec.weight(local, s.hidden, s.expert_ffn, expert=True)
-        self.wgrad, self.fp8, self.again = spec.wgrad, spec.fp8, "swiglu" in s.recompute
+        self.fp8, self.again = spec.fp8, "swiglu" in s.recompute
 
     def forward(self, rows_RH: Tensor, weights_R: Tensor, counts: Sequence[int]) -> Tensor:
         if self.fp8 is not None:
             return self.fp8.ffn(rows_RH, self.gate_up, self.down, counts, weights_R)
         groups = ExpertGroups.of(counts, rows_RH)
-        gate_up = grouped_linear(rows_RH, self.gate_up, self.wgrad, groups)
+        gate_up = grouped_linear(rows_RH, self.gate_up, groups)
         return through(
             lambda: (swiglu(gate_up, weights_R),),
-            lambda h: grouped_linear(h, self.down, self.wgrad, groups),
+            lambda h: grouped_linear(h, self.down, groups),
             self.again,
         )
 
@@ -89,14 +89,14 @@ class Gate(nn.Module):
 
     def __init__(self, spec: Spec) -> None:
         super().__init__()
-        self.shape, self.wgrad = spec.shape, spec.wgrad
+        self.shape = spec.shape
         self.weight = spec.weight(spec.shape.routed, spec.shape.hidden)
         self.register_buffer("bias", torch.zeros(spec.shape.routed, device=spec.device))
         self.register_buffer("load", torch.zeros(spec.shape.routed, dtype=torch.int64, device=spec.device))
 
     def forward(self, x_NH: Tensor) -> Tensor:
         """-> logits, FP32 [N, E]."""
-        return linear_to_fp32(x_NH, self.weight, self.wgrad)
+        return linear_to_fp32(x_NH, self.weight)
 
     def choose(self, logits_NE: Tensor, sequences: int, count: bool) -> Routed:
         """-> weights FP32 [N, K], experts int64 [N, K], and the balance loss, as `route` has them."""

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from dryvine.parallel.wgrad import WGrad
 from dryvine.trainer.fp8 import linear as fp8_linear
 from dryvine.trainer.model.layers import Embedding, Linear, RMSNorm
 from dryvine.trainer.model.rope import Rope
@@ -23,7 +22,6 @@ class Spec:
     """`ep_rank` of `ep_size` holds the routed experts [ep_rank * local_experts, (ep_rank + 1) * local_experts)."""
 
     shape: Shape
-    wgrad: WGrad
     rope: Rope
     ep_rank: int
     ep_size: int
@@ -48,12 +46,12 @@ class Spec:
 
     def plain_linear(self, inputs: int, outputs: int) -> Linear:
         """In the run's dtype whatever the recipe: the head."""
-        return Linear(self.weight(outputs, inputs), self.wgrad)
+        return Linear(self.weight(outputs, inputs))
 
     def norm(self, size: int, feeds_linear: bool = False) -> RMSNorm:
         """`feeds_linear`: Linears or an FFN of the recipe read its output as it is, and take its cast from the norm."""
         casts = feeds_linear and self.fp8 is not None and self.fp8.recipe.activation_tile == "1x128"
-        return RMSNorm(self.weight(size), self.wgrad, self.shape.norm_eps, self.fp8 if casts else None)
+        return RMSNorm(self.weight(size), self.shape.norm_eps, self.fp8 if casts else None)
 
     def embedding(self, rows: int, size: int) -> Embedding:
-        return Embedding(self.weight(rows, size), self.wgrad)
+        return Embedding(self.weight(rows, size))

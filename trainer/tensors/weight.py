@@ -1,13 +1,18 @@
 """A weight and its gradient sum, as every module of the model and the optimizer's side know it.
 
 Gradients of weights do not go through autograd's `.grad`, which has the weight's dtype and would round a BF16 model's
-gradient once per microbatch. They are added into an FP32 tensor beside the weight, by closures on the WGrad queue.
+gradient once per microbatch. A layer's backward hands the weight a closure that adds to an FP32 sum beside it. The
+weight knows the queue that holds such closures until the schedule's W, so that no layer is built with one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
+
+Closure = Callable[[], None]
 
 
 class Weight(nn.Parameter):
@@ -18,9 +23,21 @@ class Weight(nn.Parameter):
 
     main_grad: Tensor | None = None
     expert: bool = False
+    queue: Callable[[Closure], None] | None = None  # set by the model that holds the weight
 
     def gradient(self) -> Tensor:
         """`main_grad`, FP32 in the weight's shape; zeros at first use."""
         if self.main_grad is None:
             self.main_grad = torch.zeros_like(self, dtype=torch.float32, requires_grad=False)
         return self.main_grad
+
+    def defer(self, add: Closure) -> None:
+        """Queue `add`, which adds to `gradient()`; without a queue it runs at once, as plain autograd would.
+
+        It may run outside any backward, and what it holds may still ask for gradients: it runs without autograd.
+        """
+        closure = torch.no_grad()(add)
+        if self.queue is None:
+            closure()
+        else:
+            self.queue(closure)
