@@ -12,23 +12,23 @@ from collections import Counter, deque
 from collections.abc import Callable
 
 from dryvine.parallel.schedule.ir import Kind, Op, Schedule, Slot
-from dryvine.parallel.schedule.rules import Generator, Sizes, one_chunk, vee
+from dryvine.parallel.schedule.rules import Generator, Sizes, one_chunk, opposite, vee
 
-Place = Callable[[Kind, int, int], Op]  # kind, phase (0: the direction that is nearer to this rank), index -> op
+MakeOp = Callable[[Kind, int, int], Op]  # kind, phase (0: the direction that is nearer to this rank), index -> op
 
 
 class _Writer:
     """The slots of one rank. Each direction's microbatches pass in order; deferred W leave first in, first out."""
 
-    def __init__(self, place: Place) -> None:
-        self.place, self.slots = place, list[Slot]()
+    def __init__(self, make_op: MakeOp) -> None:
+        self.make_op, self.slots = make_op, list[Slot]()
         self.count: Counter[tuple[Kind, int]] = Counter()
         self.deferred: deque[Op] = deque()
 
     def _next(self, kind: Kind, phase: int) -> Op:
         index = self.count[kind, phase]
         self.count[kind, phase] += 1
-        return self.place(kind, phase, index)
+        return self.make_op(kind, phase, index)
 
     def forward(self, phase: int) -> None:
         self.slots.append((self._next("F", phase),))
@@ -82,20 +82,19 @@ def _eight_steps(write: _Writer, inner: int, half: int, share: int) -> None:
 def _dualpipe_rank(rank: int, sizes: Sizes) -> tuple[Slot, ...]:
     share, near = sizes.microbatches // 2, int(rank >= sizes.pp // 2)
 
-    def place(kind: Kind, phase: int, index: int) -> Op:
+    def make_op(kind: Kind, phase: int, index: int) -> Op:
         route = near ^ phase
         stage = sizes.pp - 1 - rank if route else rank
         return Op(kind, stage, index + route * share, route)
 
-    write = _Writer(place)
+    write = _Writer(make_op)
     _eight_steps(write, min(rank, sizes.pp - 1 - rank), sizes.pp // 2, share)
     return tuple(write.slots)
 
 
 def _make_dualpipe(sizes: Sizes) -> Schedule:
-    there = tuple(range(sizes.pp))
-    ranks = tuple(_dualpipe_rank(rank, sizes) for rank in there)
-    return Schedule("dualpipe", sizes.microbatches, (there, there[::-1]), ranks)
+    ranks = tuple(_dualpipe_rank(rank, sizes) for rank in range(sizes.pp))
+    return Schedule("dualpipe", sizes.microbatches, opposite(sizes.pp), ranks)
 
 
 def _dualpipev_rank(rank: int, sizes: Sizes) -> tuple[Slot, ...]:

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from typing import cast
 
 from dryvine.parallel.schedule.ir import Kind, Op, Schedule, Slot
-from dryvine.parallel.schedule.rules import ScheduleError, straight, vee
+from dryvine.parallel.schedule.rules import ScheduleError, opposite, straight, vee
 
 _OP = re.compile(r"(\d+)([FBIW])(\d+)")
 _PAIR = re.compile(r"\(([^;]*);([^;]*)\)OVERLAP_([FBIW])_([FBIW])")
@@ -87,8 +87,7 @@ def _routes(ops: Iterable[tuple[int, Op]], pp: int) -> tuple[Routes, dict[int, i
 
 def _known(stages: int, pp: int) -> list[Routes]:
     if stages == pp:
-        there = tuple(range(pp))
-        return [straight(pp), (there, there[::-1])]
+        return [straight(pp), opposite(pp)]
     if stages % pp:
         return []
     loop = (tuple(s % pp for s in range(stages)),)

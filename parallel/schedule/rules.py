@@ -72,3 +72,9 @@ def straight(pp: int) -> tuple[tuple[int, ...], ...]:
 def vee(pp: int) -> tuple[tuple[int, ...], ...]:
     """One route that turns back: stage s and stage 2 pp - 1 - s on rank s."""
     return ((*range(pp), *reversed(range(pp))),)
+
+
+def opposite(pp: int) -> tuple[tuple[int, ...], ...]:
+    """Two routes, one from rank 0 to the last and one back."""
+    there = tuple(range(pp))
+    return there, there[::-1]

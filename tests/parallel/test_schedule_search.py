@@ -13,9 +13,10 @@ from dryvine.parallel.schedule.notation import from_csv, to_csv
 from dryvine.parallel.schedule.rules import ScheduleError
 from dryvine.parallel.schedule.search.anneal import State, anneal
 from dryvine.parallel.schedule.search.exact import solve
-from dryvine.parallel.schedule.search.fold import Pipe, fold, read, unfold
+from dryvine.parallel.schedule.search.fold import Pipe, fold, unfold
 from dryvine.parallel.schedule.search.grow import grow
 from dryvine.parallel.schedule.search.moves import propose
+from dryvine.parallel.schedule.search.read import read
 from dryvine.parallel.schedule.search.search import in_one_measure, lower_bound, search
 from dryvine.parallel.schedule.simulate import simulate
 from dryvine.parallel.schedule.table import build

@@ -13,8 +13,9 @@ import random
 from bisect import bisect_left
 from typing import NamedTuple
 
-from dryvine.parallel.schedule.search.fold import NOTHING, Pipe, Row, Task, pairs_itself, read
+from dryvine.parallel.schedule.search.fold import NOTHING, Pipe, Row, pairs_itself
 from dryvine.parallel.schedule.search.moves import propose
+from dryvine.parallel.schedule.search.read import Task, read
 
 MEAN = 0.4  # weight of the mean finish beside the last one, so that progress on ranks that are not last counts
 
@@ -119,7 +120,7 @@ class State:
 
     def accept(self, trial: Trial) -> bool:
         """Make it the state; False if a V would pair a microbatch with itself, which only the numbers show."""
-        if not self.pipe.mirrored and any(map(pairs_itself, trial.rows.values())):
+        if not self.pipe.mirrored and any(pairs_itself(self.pipe, row) for row in trial.rows.values()):
             return False
         for rank, row in trial.rows.items():
             reading = read(self.pipe, rank, row)

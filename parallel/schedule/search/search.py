@@ -20,7 +20,7 @@ from dryvine.parallel.schedule.ir import Schedule
 from dryvine.parallel.schedule.rules import ScheduleError, Sizes
 from dryvine.parallel.schedule.search.anneal import State, anneal
 from dryvine.parallel.schedule.search.exact import solve
-from dryvine.parallel.schedule.search.fold import Pipe, Row, fold, split, tidy, unfold
+from dryvine.parallel.schedule.search.fold import Pipe, Row, fold, one_by_one, split, tidy, unfold
 from dryvine.parallel.schedule.search.grow import grow
 from dryvine.parallel.schedule.simulate import Timeline, simulate
 from dryvine.parallel.schedule.table import SCHEDULES
@@ -113,10 +113,9 @@ def _named(pp: int, microbatches: int, costs: Costs, memory: int, copies: int) -
 def _starts(pipe: Pipe) -> Iterator[list[Row]]:
     """Rows that fit into the memory: the Vs that have names, as they are and with every B split, so that no rank waits
     for weight gradients; and one microbatch after another."""
-    plain: list[Row] = [[(("F", 0),), (("F", 1),), (("B", 1),), (("B", 0),)] * pipe.share for _ in range(pipe.ranks)]
     sizes = Sizes(pipe.ranks, pipe.share, 2)
     named = [fold(g.make(sizes)) for g in (SCHEDULES["dualpipev"], SCHEDULES["zbv"]) if g.allows(sizes)]
-    for rows in (*named, *([split(row) for row in rows] for rows in named), plain):
+    for rows in (*named, *([split(row) for row in rows] for rows in named), one_by_one(pipe)):
         try:
             State(pipe, rows)
         except ValueError:
