@@ -28,16 +28,16 @@ from dryvine.parallel.schedule.ir import Schedule
 from dryvine.parallel.schedule.lower import forward_only, lower
 from dryvine.parallel.schedule.table import build
 from dryvine.parallel.streams import Streams, make_streams
-from dryvine.parallel.wgrad import WGrad
 from dryvine.parallel.zero import Zero
 from dryvine.trainer.config import Config, split
 from dryvine.trainer.data.prepare import prepare
 from dryvine.trainer.data.source import TokenSource
 from dryvine.trainer.fp8.choose import choose
-from dryvine.trainer.fp8.dispatch import codec
 from dryvine.trainer.fp8.linear import FP8
-from dryvine.trainer.model.decoder import Model, build_model
+from dryvine.trainer.model.decoder import Model
+from dryvine.trainer.model.phases import codec_of
 from dryvine.trainer.model.shape import blocks
+from dryvine.trainer.model.spec import Spec
 from dryvine.trainer.optim import Optimizer
 from dryvine.trainer.ramps import Point, gradient_scale, learning_rate
 
@@ -130,17 +130,8 @@ def make_rig(
     blocks = split(config)
     dispatcher = Metered(_dispatcher(config, mesh, topology, watch))
     fp8 = FP8(config.fp8, *choose(config.fp8, mesh, config.run.folder)) if config.fp8.fp8 else None
-    model = build_model(
-        config.model,
-        {stage: blocks[stage] for stage in schedule.stages_of(mesh.pp_rank)},
-        ep_rank=mesh.ep_rank,
-        ep_size=mesh.ep,
-        dispatcher=dispatcher,
-        wgrad=WGrad(),
-        dtype=DTYPES[config.run.dtype],
-        device=mesh.device,
-        fp8=fp8,
-    )
+    spec = Spec(config.model, DTYPES[config.run.dtype], mesh.device, mesh.ep_rank, mesh.ep, fp8)
+    model = Model(spec, {stage: blocks[stage] for stage in schedule.stages_of(mesh.pp_rank)}, dispatcher)
     model.initialise(config.run.seed)
     zero = Zero(dict(model.named_parameters()), mesh)
     return Rig(
@@ -176,7 +167,7 @@ def _row_bytes(config: Config) -> tuple[int, int]:
     """Of a dispatched row with its weights, and of a combined one."""
     rows = torch.empty(0, config.model.hidden, dtype=DTYPES[config.run.dtype])
     weights = torch.empty(0, config.model.top_k)
-    return Format.of((*codec(config.fp8).encode(rows), weights)).bytes, Format.of((rows, weights)).bytes
+    return Format.of((*codec_of(config.fp8).encode(rows), weights)).bytes, Format.of((rows, weights)).bytes
 
 
 def routes_of_tokens(config: Config, mesh: Mesh, topology: Topology) -> list[str]:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.model.layer --device cuda [--recipe bf16|deepseek_v3] [--trace FILE.json.gz] [--json FILE]
 
-The phases are those that the trainer runs (`build_model`), one after the other on one stream, with W put off to the end
+The phases are those that the trainer runs (`Model`), one after the other on one stream, with W put off to the end
 as a schedule would. The rank is number 0 of a group of 64 that holds V3's 256 experts, and supposes that all others
 route as it does: of 4096 tokens with 8 choices each, 32768 rows come to its 4 experts, as many to each as gates say.
 The dispatcher is `flat`, with every gather and sum of its own; the journey alone is one copy on this device instead.
@@ -40,14 +40,15 @@ from dryvine.comm.dispatch.flat import Flat
 from dryvine.comm.mesh import make_mesh
 from dryvine.comm.pending import Pending
 from dryvine.parallel.stage import Flight, Stage, State
-from dryvine.parallel.wgrad import Closure, WGrad
+from dryvine.parallel.wgrad import Closure
 from dryvine.trainer.config import load
 from dryvine.trainer.fp8.choose import choose
 from dryvine.trainer.fp8.gemm import Torch
 from dryvine.trainer.fp8.linear import FP8
 from dryvine.trainer.fp8.recipe import preset
-from dryvine.trainer.model.decoder import Model, build_model
+from dryvine.trainer.model.decoder import Model
 from dryvine.trainer.model.shape import Shape
+from dryvine.trainer.model.spec import Spec
 
 Recipe = Literal["bf16", "deepseek_v3"]
 RECIPES: tuple[Recipe, ...] = get_args(Recipe)
@@ -187,10 +188,7 @@ def make_bench(recipe: Recipe, device: torch.device, tokens: int, recompute: boo
         engine, said = choose(preset(recipe), alone, folder)
         fp8 = FP8(preset(recipe), engine, said)
     dispatcher = Flat(None, shape.routed, exchange=Mirror(EP))
-    model = build_model(
-        shape, {0: ("layers.0",)}, ep_rank=0, ep_size=EP, dispatcher=dispatcher, wgrad=WGrad(),
-        dtype=torch.bfloat16, device=device, fp8=fp8,
-    )  # fmt: skip
+    model = Model(Spec(shape, torch.bfloat16, device, 0, EP, fp8), {0: ("layers.0",)}, dispatcher)
     fill(model)
     for _, weight in model.named_parameters():
         weight.gradient()

@@ -30,15 +30,15 @@ from dryvine.comm.dispatch.flat import Flat
 from dryvine.comm.mesh import make_mesh
 from dryvine.parallel.schedule.table import build
 from dryvine.parallel.stage import Flight, Stage, State
-from dryvine.parallel.wgrad import WGrad
 from dryvine.trainer.activations import most_held, stage_bytes
 from dryvine.trainer.config import Config, load
 from dryvine.trainer.fp8.choose import choose
 from dryvine.trainer.fp8.linear import FP8
 from dryvine.trainer.fp8.recipe import preset
-from dryvine.trainer.model.decoder import build_model
+from dryvine.trainer.model.decoder import Model
 from dryvine.trainer.model.memory import Kept, Load, kept, kept_bytes
 from dryvine.trainer.model.shape import Shape
+from dryvine.trainer.model.spec import Spec
 
 BLOCKS = ("layers.0", "layers.3", "head", "mtp.0")  # V3's first three layers are dense
 MEASURED = ("layers.0", "layers.3")
@@ -121,10 +121,8 @@ def make_bench(shape: Shape, recipe: Recipe, name: str, batch: Load, device: tor
         mesh = make_mesh(1, 1, 1, 1, device, timedelta(seconds=60))
         with tempfile.TemporaryDirectory() as folder:
             fp8 = FP8(preset(recipe), *choose(preset(recipe), mesh, Path(folder)))
-    model = build_model(
-        shape, {0: (name,)}, ep_rank=0, ep_size=EP, dispatcher=Flat(None, shape.routed, exchange=Mirror(EP)),
-        wgrad=WGrad(), dtype=torch.bfloat16, device=device, fp8=fp8,
-    )  # fmt: skip
+    spec = Spec(shape, torch.bfloat16, device, 0, EP, fp8)
+    model = Model(spec, {0: (name,)}, Flat(None, shape.routed, exchange=Mirror(EP)))
     fill(model)
     tokens = torch.zeros(1, batch.tokens + 1 + shape.mtp_depth, dtype=torch.int64, device=device)
     return Bench(model.stages[0], tokens, torch.randn(batch.tokens, shape.hidden, device=device).bfloat16())

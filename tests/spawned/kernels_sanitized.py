@@ -24,14 +24,15 @@ from triton.runtime.jit import JITFunction
 
 from dryvine.comm.dispatch.flat import Flat
 from dryvine.parallel.stage import Flight
-from dryvine.parallel.wgrad import Closure, WGrad
+from dryvine.parallel.wgrad import Closure
 from dryvine.trainer.fp8.gemm import Triton
 from dryvine.trainer.fp8.kernels import cast, fused, hopper
 from dryvine.trainer.fp8.linear import FP8
 from dryvine.trainer.fp8.recipe import preset
-from dryvine.trainer.model.decoder import build_model
+from dryvine.trainer.model.decoder import Model
 from dryvine.trainer.model.kernels import grouped
 from dryvine.trainer.model.shape import Shape, blocks
+from dryvine.trainer.model.spec import Spec
 from dryvine.trainer.tensors.groups import ExpertGroups
 
 MODULES = (
@@ -105,10 +106,8 @@ def products() -> None:
 def model(recipe: Any) -> None:
     """All phases forward and backward, with a number of tokens that fits no tile."""
     fp8 = FP8(recipe, Triton(), "") if recipe.fp8 else None
-    made = build_model(
-        SHAPE, {0: tuple(block.name for block in blocks(SHAPE))}, ep_rank=0, ep_size=1,
-        dispatcher=Flat(None, SHAPE.routed), wgrad=WGrad(), dtype=torch.bfloat16, device="cuda", fp8=fp8,
-    )  # fmt: skip
+    names = tuple(block.name for block in blocks(SHAPE))
+    made = Model(Spec(SHAPE, torch.bfloat16, "cuda", fp8=fp8), {0: names}, Flat(None, SHAPE.routed))
     made.initialise(0)
     flight = Flight(torch.randint(SHAPE.vocab, (3, 37 + 2), device="cuda"), 1.0)
     state: Any = ()

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from dryvine.comm.pending import Pending
 from dryvine.parallel.stage import Flight, Stage, State
-from dryvine.parallel.wgrad import Closure, WGrad
+from dryvine.parallel.wgrad import Closure
 from dryvine.trainer.fp8.gemm import Emulate
 from dryvine.trainer.fp8.linear import FP8
 from dryvine.trainer.fp8.recipe import preset
-from dryvine.trainer.model.decoder import Model, build_model
+from dryvine.trainer.model.decoder import Model
 from dryvine.trainer.model.shape import Shape, blocks
+from dryvine.trainer.model.spec import Spec
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,7 @@ def in_fp8(shape: Shape, dispatcher: Any = None, **recipe: Any) -> tuple[Model, 
     """All blocks on one rank as one stage, filled: BF16 with FP8 products, emulated."""
     fp8 = FP8(preset("deepseek_v3", **recipe), Emulate(), "")
     names = tuple(block.name for block in blocks(shape))
-    model = build_model(
-        shape, {0: names}, ep_rank=0, ep_size=1, dispatcher=dispatcher or Alone(shape.routed), wgrad=WGrad(),
-        dtype=torch.bfloat16, device="cpu", fp8=fp8,
-    )  # fmt: skip
+    model = Model(Spec(shape, torch.bfloat16, "cpu", fp8=fp8), {0: names}, dispatcher or Alone(shape.routed))
     model.initialise(0)
     return model, fp8
 
@@ -80,9 +78,7 @@ def whole(shape: Shape, *, dtype: torch.dtype = torch.float32, device: str = "cp
     names = [block.name for block in blocks(shape)]
     cuts = [len(names) * i // stages for i in range(stages + 1)]
     held = {i: tuple(names[cuts[i] : cuts[i + 1]]) for i in range(stages)}
-    return build_model(
-        shape, held, ep_rank=0, ep_size=1, dispatcher=Alone(shape.routed), wgrad=WGrad(), dtype=dtype, device=device
-    )
+    return Model(Spec(shape, dtype, device), held, Alone(shape.routed))
 
 
 def filled(shape: Shape, seed: int = 0, **ways: Any) -> Model:

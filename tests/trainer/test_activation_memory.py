@@ -15,15 +15,15 @@ from dryvine.comm.dispatch.flat import Flat
 from dryvine.comm.dispatch.single_rank import SingleRank
 from dryvine.parallel.schedule.table import build
 from dryvine.parallel.stage import Flight, Stage, State
-from dryvine.parallel.wgrad import WGrad
 from dryvine.trainer.activations import activations, most_held, stage_bytes
 from dryvine.trainer.config import Config
 from dryvine.trainer.fp8.gemm import Emulate
 from dryvine.trainer.fp8.linear import FP8
 from dryvine.trainer.fp8.recipe import Recipe, preset
-from dryvine.trainer.model.decoder import build_model
+from dryvine.trainer.model.decoder import Model
 from dryvine.trainer.model.memory import Load, kept, kept_bytes
 from dryvine.trainer.model.shape import Shape, blocks
+from dryvine.trainer.model.spec import Spec
 from tests.support import model as helpers_model
 from tests.support.model import random_tokens, run_backward
 
@@ -53,10 +53,8 @@ def measured(
     shape: Shape, recipe: Recipe, names: tuple[str, ...], dtype: torch.dtype = torch.bfloat16, alone: bool = False
 ) -> int:
     fp8 = FP8(recipe, Emulate(), "") if recipe.fp8 else None
-    model = build_model(
-        shape, {0: names}, ep_rank=0, ep_size=1, wgrad=WGrad(), dtype=dtype, device="cpu", fp8=fp8,
-        dispatcher=(SingleRank if alone else partial(Flat, None))(shape.routed),
-    )  # fmt: skip
+    dispatcher = (SingleRank if alone else partial(Flat, None))(shape.routed)
+    model = Model(Spec(shape, dtype, "cpu", fp8=fp8), {0: names}, dispatcher)
     model.initialise(0)
     tokens = random_tokens(shape, SEQUENCES, LENGTH)
     x = None if names[0] == "embed" else torch.randn(SEQUENCES * LENGTH, shape.hidden).to(dtype)

@@ -24,10 +24,11 @@ from dryvine.parallel.streams import CpuStreams
 from dryvine.parallel.wgrad import Closure
 from dryvine.trainer.config import Config
 from dryvine.trainer.fp8 import reference
-from dryvine.trainer.fp8.dispatch import Tiles, codec
+from dryvine.trainer.fp8.dispatch import Tiles
 from dryvine.trainer.fp8.linear import FP8
 from dryvine.trainer.fp8.recipe import Recipe, preset
 from dryvine.trainer.model.decoder import Model
+from dryvine.trainer.model.phases import codec_of
 from dryvine.trainer.ramps import points
 from dryvine.trainer.step import accumulate, make_rig, open_data
 from tests.support.model import Alone, in_fp8, random_tokens, run_forward, tiny, train, whole
@@ -81,9 +82,9 @@ def test_what_arrives_is_what_a_cast_there_would_give(tokens: tuple[int, ...], w
 
 def test_a_row_of_v3_on_the_wire() -> None:
     rows = torch.empty(0, 7168, dtype=torch.bfloat16)
-    assert Format.of(codec(preset("deepseek_v3")).encode(rows)).bytes == 7168 + 7168 // 128
+    assert Format.of(codec_of(preset("deepseek_v3")).encode(rows)).bytes == 7168 + 7168 // 128
     for recipe in (preset("deepseek_v3", dispatch="bf16"), preset("bf16"), preset("fp32")):
-        assert codec(recipe) is AS_IS
+        assert codec_of(recipe) is AS_IS
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -9,14 +9,13 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from dryvine.parallel.stage import Flight
-from dryvine.parallel.wgrad import WGrad
 from dryvine.trainer.model import loss as loss_module
-from dryvine.trainer.model.decoder import build_model
-from dryvine.trainer.model.gate import choose
+from dryvine.trainer.model.decoder import Model
+from dryvine.trainer.model.gate import choose, move_bias
 from dryvine.trainer.model.layers import add_grouped_product, grouped_linear
 from dryvine.trainer.model.loss import cross_entropy
-from dryvine.trainer.model.moe import move_bias
 from dryvine.trainer.model.recompute import through
+from dryvine.trainer.model.spec import Spec
 from dryvine.trainer.model.swiglu import swiglu
 from dryvine.trainer.tensors.groups import ExpertGroups
 from dryvine.trainer.tensors.weight import Weight
@@ -53,10 +52,7 @@ def test_ranks_that_share_a_name_hold_parts_of_its_gradient() -> None:
 
 def test_a_rank_holds_only_what_its_stages_need() -> None:
     shape = tiny(mtp_depth=1)
-    tail = build_model(
-        shape, {3: ("layers.2", "head", "mtp.0")}, ep_rank=0, ep_size=1, dispatcher=Alone(8), wgrad=WGrad(),
-        dtype=torch.float32, device="meta",
-    )  # fmt: skip
+    tail = Model(Spec(shape, torch.float32, "meta"), {3: ("layers.2", "head", "mtp.0")}, Alone(8))
     tops = {name.split(".")[0] for name, _ in tail.named_parameters()}
     assert tops == {"layers", "norm", "head", "mtp", "embed"}
     assert not any(name.startswith(("layers.0", "layers.1")) for name, _ in tail.named_parameters())

@@ -11,9 +11,9 @@ import torch
 from pydantic import ValidationError
 
 from dryvine.comm.dispatch.api import Dispatcher
-from dryvine.parallel.wgrad import WGrad
-from dryvine.trainer.model.decoder import build_model
+from dryvine.trainer.model.decoder import Model
 from dryvine.trainer.model.shape import Shape, blocks, count_parameters, units
+from dryvine.trainer.model.spec import Spec
 from tests.support.model import Alone, tiny, whole
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -27,10 +27,7 @@ def held(shape: Shape, ep_rank: int = 0, ep_size: int = 1) -> dict[str, int]:
     """Elements by parameter name of a model on the meta device."""
     dispatcher: Dispatcher = Alone(shape.routed)
     names = {0: tuple(block.name for block in blocks(shape))}
-    model = build_model(
-        shape, names, ep_rank=ep_rank, ep_size=ep_size, dispatcher=dispatcher, wgrad=WGrad(), dtype=torch.bfloat16,
-        device="meta",
-    )  # fmt: skip
+    model = Model(Spec(shape, torch.bfloat16, "meta", ep_rank, ep_size), names, dispatcher)
     return {name: weight.numel() for name, weight in model.named_parameters()}
 
 
@@ -111,10 +108,7 @@ def test_initial_weights_do_not_depend_on_the_layout() -> None:
     parts = []
     for rank in range(2):
         names = {1: ("mtp.0", "head"), 0: ("layers.2", "layers.1", "layers.0", "embed")}
-        part = build_model(
-            shape, names, ep_rank=rank, ep_size=2, dispatcher=Alone(8), wgrad=WGrad(), dtype=torch.float32,
-            device="meta",
-        )  # fmt: skip
+        part = Model(Spec(shape, torch.float32, "meta", ep_rank=rank, ep_size=2), names, Alone(8))
         part.to_empty("cpu")
         part.initialise(7)
         parts.append(dict(part.named_parameters()))

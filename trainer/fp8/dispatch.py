@@ -13,9 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dryvine.parallel.stage import AS_IS, Codec
 from dryvine.trainer.fp8.linear import casts
-from dryvine.trainer.fp8.recipe import Recipe
 from dryvine.trainer.tensors.quantized import E4M3, empty_scales
 
 MANTISSA = 23  # bits below the exponent of FP32
@@ -35,8 +33,3 @@ class Tiles:
         scales = empty_scales(len(values), values.shape[1], values.device)
         scales.view(torch.int32).copy_(exponents).bitwise_left_shift_(MANTISSA)  # 255 is infinity
         return values.view(E4M3), scales
-
-
-def codec(recipe: Recipe) -> Codec:
-    """What rows are between ranks under this recipe."""
-    return Tiles() if recipe.fp8_dispatch else AS_IS

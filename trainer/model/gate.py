@@ -1,4 +1,4 @@
-"""From a gate's logits to each token's experts, their weights, and the loss of an unbalanced sequence.
+"""The gate: from a token to its experts, their weights, and the loss of an unbalanced sequence.
 
 Balance is kept by a bias that only choosing sees (arXiv 2412.19437, section 2.1.2), so no large auxiliary loss bends
 the gradient; the small sequence-wise loss guards against a single skewed sequence.
@@ -12,16 +12,47 @@ Legend: N = S * T tokens, S sequences, E routed experts, G groups of e experts, 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dryvine.comm.by_device import kernel_in
+from dryvine.trainer.model.layers import linear_to_fp32
 from dryvine.trainer.model.shape import Shape
+from dryvine.trainer.model.spec import Spec
 
-Routed = tuple[Tensor, Tensor, Tensor | None]
+Choice = tuple[Tensor, Tensor, Tensor | None]
+
+
+class Gate(nn.Module):
+    """FP32 logits, and the choice by them. `bias` is state, not weight; `load` counts choices since a reset."""
+
+    bias: Tensor
+    load: Tensor
+
+    def __init__(self, spec: Spec) -> None:
+        super().__init__()
+        self.shape = spec.shape
+        self.weight = spec.weight(spec.shape.routed, spec.shape.hidden)
+        self.register_buffer("bias", torch.zeros(spec.shape.routed, device=spec.device))
+        self.register_buffer("load", torch.zeros(spec.shape.routed, dtype=torch.int64, device=spec.device))
+
+    def forward(self, x_NH: Tensor) -> Tensor:
+        """-> logits, FP32 [N, E]."""
+        return linear_to_fp32(x_NH, self.weight)
+
+    def choose(self, logits_NE: Tensor, sequences: int, count: bool) -> Choice:
+        """-> weights FP32 [N, K], experts int64 [N, K], and the balance loss, as `route` has them."""
+        return route(logits_NE, self.bias, self.shape, sequences, self.load if count else None)
+
+
+@torch.no_grad()
+def move_bias(bias_E: Tensor, load_E: Tensor, gamma: float) -> None:
+    """Down by gamma where an expert's load of the global batch is above the mean, else up by gamma."""
+    above = load_E.double() > load_E.double().mean()
+    bias_E += torch.where(above, -gamma, gamma).to(bias_E)
 
 
 @kernel_in("dryvine.trainer.model.kernels.gate")
-def route(logits_NE: Tensor, bias_E: Tensor, shape: Shape, sequences: int, load_E: Tensor | None = None) -> Routed:
+def route(logits_NE: Tensor, bias_E: Tensor, shape: Shape, sequences: int, load_E: Tensor | None = None) -> Choice:
     """FP32 logits -> weights FP32 [N, K], experts int64 [N, K] by falling score + bias within the best groups, and the
     balance loss (None where shape.balance_alpha is 0). Adds to `load`, int64, how often each expert was chosen.
 

@@ -11,8 +11,6 @@ from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, Field, PositiveInt, model_validator
 
-BlockKind = Literal["embed", "dense", "moe", "head", "mtp"]
-
 
 class Yarn(BaseModel, frozen=True, extra="forbid"):
     """YaRN (arXiv 2309.00071) on the rope dimensions: pairs that turn fewer than `alpha` times over `original`
@@ -105,7 +103,7 @@ def _mends(s: Shape) -> list[tuple[bool, str]]:
 
 class Block(NamedTuple):
     name: str  # also the prefix of its parameters' names, but for the head
-    kind: BlockKind
+    kind: str  # a key of decoder.BLOCKS
     cost: float  # forward FLOPs per token
 
 

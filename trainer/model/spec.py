@@ -1,4 +1,4 @@
-"""What every module of a rank's model is built from, in one value: its makers and the ways of this rank.
+"""What every module of a rank's model is built from, in one value: the shape, and how this rank stores and multiplies.
 
 A module takes a Spec instead of six arguments, and whoever changes how a Linear multiplies changes `Spec.linear` once.
 """
@@ -6,6 +6,7 @@ A module takes a Spec instead of six arguments, and whoever changes how a Linear
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -19,19 +20,28 @@ from dryvine.trainer.tensors.weight import Weight
 
 @dataclass(frozen=True)
 class Spec:
-    """`ep_rank` of `ep_size` holds the routed experts [ep_rank * local_experts, (ep_rank + 1) * local_experts)."""
+    """The rank holds `local_experts` routed experts from `first_expert` on; `shape.routed` must be a multiple of
+    `ep_size`."""
 
     shape: Shape
-    rope: Rope
-    ep_rank: int
-    ep_size: int
     dtype: torch.dtype
-    device: torch.device
+    device: torch.device | str
+    ep_rank: int = 0
+    ep_size: int = 1
     fp8: fp8_linear.FP8 | None = None  # how Linears and FFNs multiply; None: in `dtype`
 
     @property
     def local_experts(self) -> int:
         return self.shape.routed // self.ep_size
+
+    @property
+    def first_expert(self) -> int:
+        return self.ep_rank * self.local_experts
+
+    @cached_property
+    def rope(self) -> Rope:
+        """One for all layers, which share its tables."""
+        return Rope(self.shape)
 
     def weight(self, *size: int, expert: bool = False) -> Weight:
         weight = Weight(torch.empty(*size, dtype=self.dtype, device=self.device))

@@ -25,6 +25,12 @@ class Weight(nn.Parameter):
     expert: bool = False
     queue: Callable[[Closure], None] | None = None  # set by the model that holds the weight
 
+    def empty_on(self, device: torch.device | str) -> Weight:
+        """The same kind of weight with memory of its own on another device, not filled."""
+        new = Weight(torch.empty_like(self, device=device))
+        new.expert, new.queue = self.expert, self.queue
+        return new
+
     def gradient(self) -> Tensor:
         """`main_grad`, FP32 in the weight's shape; zeros at first use."""
         if self.main_grad is None:

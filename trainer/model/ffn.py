@@ -1,0 +1,26 @@
+"""The SwiGLU FFN that every token passes: of a dense layer, and the shared experts of a mixture. Legend: N tokens, H
+hidden."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from dryvine.trainer.model.recompute import through
+from dryvine.trainer.model.spec import Spec
+from dryvine.trainer.model.swiglu import swiglu
+
+
+class FFN(nn.Module):
+    """[N, H] -> [N, H]. `gate_up` stacks both projections, the gate's first."""
+
+    def __init__(self, spec: Spec, width: int) -> None:
+        super().__init__()
+        self.gate_up = spec.linear(spec.shape.hidden, 2 * width)
+        self.down = spec.linear(width, spec.shape.hidden)
+        self.fp8, self.again = spec.fp8, "swiglu" in spec.shape.recompute
+
+    def forward(self, x_NH: Tensor) -> Tensor:
+        if self.fp8 is not None:
+            return self.fp8.ffn(x_NH, self.gate_up.weight, self.down.weight)
+        gate_up = self.gate_up(x_NH)
+        return through(lambda: (swiglu(gate_up),), self.down, self.again)

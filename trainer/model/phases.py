@@ -1,0 +1,179 @@
+"""From blocks to the phases of a pipeline stage: the one file in which the model meets `parallel.stage`.
+
+Modules know nothing of microbatches in flight; they take and return tensors. A builder makes a block's modules and
+wraps their functions into phases. The alternative, modules that are phases, would tie every layer to the pipeline and
+make each harder to test alone.
+
+A new kind of block is a file with its module and a builder, and a line in decoder.BLOCKS. Legend: N tokens, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar, cast
+
+from torch import Tensor, nn
+
+from dryvine.comm.dispatch.api import Dispatcher
+from dryvine.parallel.stage import (
+    AS_IS,
+    Codec,
+    Combine,
+    Compute,
+    Dispatch,
+    Explicit,
+    Flight,
+    Grads,
+    Outcome,
+    Phase,
+    Routing,
+    State,
+)
+from dryvine.parallel.wgrad import WGrad
+from dryvine.trainer.fp8.dispatch import Tiles
+from dryvine.trainer.fp8.recipe import Recipe
+from dryvine.trainer.model.experts import Saved
+from dryvine.trainer.model.gate import Gate
+from dryvine.trainer.model.head import Head
+from dryvine.trainer.model.layer import DenseLayer, MoELayer
+from dryvine.trainer.model.layers import Embedding, Linear, RMSNorm
+from dryvine.trainer.model.mtp import MTP
+from dryvine.trainer.model.spec import Spec
+from dryvine.trainer.tensors.quantized import Quantized
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """What builders share on one rank. `root` holds the modules under their global names."""
+
+    spec: Spec
+    dispatcher: Dispatcher
+    root: nn.ModuleDict = field(default_factory=nn.ModuleDict)
+    gates: dict[str, Gate] = field(default_factory=dict)  # by block
+    wgrad: WGrad = field(default_factory=WGrad)
+
+    def module(self, name: str, make: Callable[[], M]) -> M:
+        """The module of that dotted name, made at first use: what two blocks of a rank share is one Parameter."""
+        holder = self.root
+        *path, last = name.split(".")
+        for key in path:
+            if key not in holder:
+                holder[key] = nn.ModuleDict()
+            holder = cast(nn.ModuleDict, holder[key])
+        if last not in holder:
+            holder[last] = make()
+        return cast(M, holder[last])
+
+    def compute(self, phase: str, block: str, function: Callable[[State, Flight], Outcome], through: int = 0) -> Phase:
+        """A phase under autograd; the first `through` tensors of the state pass by it."""
+        return Compute(phase, block, function, self.wgrad, through)
+
+    def local(self, phase: str, block: str, function: Callable[[Tensor, int], Tensor]) -> Phase:
+        """A phase from hidden states [N, H] of so many sequences to hidden states, all on this rank."""
+        return self.compute(phase, block, lambda state, flight: Outcome((function(state[0], len(flight.tokens)),), {}))
+
+    def embedding(self) -> Embedding:
+        return self.module("embed", lambda: self.spec.embedding(self.spec.shape.vocab, self.spec.shape.hidden))
+
+    def projection(self) -> Linear:
+        return self.module("head", lambda: self.spec.plain_linear(self.spec.shape.hidden, self.spec.shape.vocab))
+
+    def tokens(self, flight: Flight, shift: int) -> Tensor:
+        """The flight's tokens `shift` places on, T of each sequence, flat: int64 [N]."""
+        length = flight.tokens.shape[1] - 1 - self.spec.shape.mtp_depth
+        return flight.tokens[:, shift : shift + length].flatten()
+
+
+BlockBuilder = Callable[[Wiring, str], list[Phase]]  # the block's name
+
+
+def embed(rank: Wiring, name: str) -> list[Phase]:
+    embedding = rank.embedding()
+    return [rank.compute("embed", name, lambda _, flight: Outcome((embedding(rank.tokens(flight, 0)),), {}))]
+
+
+def dense(rank: Wiring, name: str) -> list[Phase]:
+    return [rank.local("dense", name, rank.module(name, lambda: DenseLayer(rank.spec)))]
+
+
+def moe(rank: Wiring, name: str) -> list[Phase]:
+    return _routed(rank, name, rank.module(name, lambda: MoELayer(rank.spec)), lambda x_NH, flight: x_NH)
+
+
+def head(rank: Wiring, name: str) -> list[Phase]:
+    norm = rank.module("norm", lambda: rank.spec.norm(rank.spec.shape.hidden))
+    return [_predict(rank, name, norm, depth=0)]
+
+
+def mtp(rank: Wiring, name: str) -> list[Phase]:
+    depth = int(name.removeprefix("mtp.")) + 1
+    module, embedding = rank.module(name, lambda: MTP(rank.spec)), rank.embedding()
+
+    def join(x_NH: Tensor, flight: Flight) -> Tensor:
+        return module.join(x_NH, embedding(rank.tokens(flight, depth)))
+
+    return [*_routed(rank, name, module.layer, join), _predict(rank, name, module.norm, depth)]
+
+
+def _routed(rank: Wiring, name: str, layer: MoELayer, enter: Callable[[Tensor, Flight], Tensor]) -> list[Phase]:
+    """The five phases of a MoE layer; `enter` makes its input of the state."""
+    rank.gates[name] = layer.gate
+    codec = codec_of(rank.spec.fp8.recipe) if rank.spec.fp8 else AS_IS
+
+    def attention(state: State, flight: Flight) -> Outcome:
+        *routed, loss = layer.route(enter(state[0], flight), len(flight.tokens), count=flight.training)
+        return Outcome(cast(State, tuple(routed)), {} if loss is None else {f"balance.{name}": loss})
+
+    return [
+        rank.compute("attention", name, attention),
+        Routing(name, rank.dispatcher),
+        Dispatch(name, rank.dispatcher, codec),
+        _arrived(rank, name, layer) if isinstance(codec, Tiles) else _experts(rank, name, layer),
+        Combine(name, rank.dispatcher, codec),
+    ]
+
+
+def _experts(rank: Wiring, name: str, layer: MoELayer) -> Phase:
+    def experts(state: State, flight: Flight) -> Outcome:
+        rows_RH, weights_R = state
+        return Outcome((layer.experts(rows_RH, weights_R, flight.handles[name].counts),), {})
+
+    return rank.compute("experts", name, experts, through=1)
+
+
+def _arrived(rank: Wiring, name: str, layer: MoELayer) -> Phase:
+    """Experts whose rows, and whose output's gradients, come in FP8: (values [R, H], scales [R, H / 128])."""
+
+    def forward(state: State, flight: Flight) -> tuple[State, Saved]:
+        values, scales, weights_R = state
+        rows_RH, saved = layer.experts.arrived(Quantized(values, scales), weights_R, flight.handles[name].counts)
+        return (rows_RH,), saved
+
+    def backward(saved: Saved, grads: Grads) -> Grads:
+        values, scales = cast(State, grads)
+        return layer.experts.arrived_backward(saved, Quantized(values, scales))
+
+    return Explicit("experts", name, forward, backward, rank.wgrad, through=1)
+
+
+def _predict(rank: Wiring, name: str, norm: RMSNorm, depth: int) -> Phase:
+    """The head that predicts `depth` + 1 tokens on, and hands its normed x to the next depth if there is one."""
+    shape = rank.spec.shape
+    last = depth == shape.mtp_depth
+    run = Head(norm, rank.projection(), again=last and "norm" in shape.recompute)
+    loss_name = "loss" if depth == 0 else f"mtp.{depth - 1}"
+    weight = 1.0 if depth == 0 else shape.mtp_weight / shape.mtp_depth
+
+    def predict(state: State, flight: Flight) -> Outcome:
+        normed_NH, loss = run(state[0], rank.tokens(flight, depth + 1))
+        return Outcome(() if last else (normed_NH,), {loss_name: loss * weight})
+
+    return rank.compute("head", name, predict)
+
+
+def codec_of(recipe: Recipe) -> Codec:
+    """What rows are between ranks under this recipe."""
+    return Tiles() if recipe.fp8_dispatch else AS_IS
