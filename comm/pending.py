@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Generic, TypeVar
 
 U = TypeVar("U")
-V = TypeVar("V")
+V = TypeVar("V", covariant=True)
 
 
 class Pending(Generic[V]):
@@ -26,5 +26,5 @@ class Pending(Generic[V]):
         return Pending(lambda: make(self.wait()), self.ready)
 
     @staticmethod
-    def done(value: V) -> Pending[V]:
+    def done(value: U) -> Pending[U]:
         return Pending(lambda: value)

@@ -24,7 +24,7 @@ from dryvine.parallel.flow_control import RankProgram, SendQueue, channel, queue
 from dryvine.parallel.overlap import PairOrder
 from dryvine.parallel.schedule.ir import Edge, Op, ProgramStep, Slot
 from dryvine.parallel.stage import Flight, Stage, State
-from dryvine.parallel.streams import Mark, Streams
+from dryvine.parallel.streams import Streams
 
 
 @dataclass(frozen=True)
@@ -110,12 +110,13 @@ class Executor:
     def _slot(self, step: ProgramStep, play: _Play) -> list[State]:
         """Run the slot's ops. Returns what each of them hands on."""
         inputs = [play.arrivals.pop(edge).wait() if edge else () for edge in step.inputs]
-        start = play.streams.mark()
+        play.streams.mark()
         tracks = [self._track(op, state, play) for op, state in zip(step.slot, inputs, strict=True)]
         results = weave.play(tracks, play.streams, self.order)
         for op in step.slot:
             play.land(op)
-        play.marks.append((step.slot, start, play.streams.mark()))
+        play.streams.mark()
+        play.slots.append(step.slot)
         return results
 
     def _track(self, op: Op, state: State, play: _Play) -> weave.Track:
@@ -144,7 +145,7 @@ class _Play:
         self.batch, self.streams = batch, streams
         self.arrivals: dict[Edge, Pending[State]] = {}
         self.leaving: defaultdict[SendQueue, deque[Pending[None]]] = defaultdict(deque)
-        self.marks: list[tuple[Slot, Mark, Mark]] = []
+        self.slots: list[Slot] = []
         self.played = Played(started=time.perf_counter())
         self._flights: dict[tuple[int, int], Flight] = {}
 
@@ -165,9 +166,8 @@ class _Play:
             del self._flights[key]
 
     def end(self) -> Played:
-        seconds = self.streams.read([mark for _, *marks in self.marks for mark in marks])
-        times = zip(seconds[::2], seconds[1::2], strict=True)
-        self.played.timeline = [(slot, *pair) for (slot, _, _), pair in zip(self.marks, times, strict=True)]
+        seconds = self.streams.marks()  # of each slot's start and end
+        self.played.timeline = list(zip(self.slots, seconds[::2], seconds[1::2], strict=True))
         self.played.exposed = self.streams.exposed()
         self.played.ended = time.perf_counter()
         return self.played

@@ -12,13 +12,14 @@ Phases without a row of their own (embed, dense, head) take attention's place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 from dryvine.comm.pending import Pending
-from dryvine.parallel.stage import Flight, Grads, Phase, Stage, State
-from dryvine.parallel.streams import Baton, StreamName, Streams
+from dryvine.parallel.stage import Flight, Grads, Phase, Stage, State, StepResult, StreamName
+from dryvine.parallel.streams import Baton, Run, Streams
 from dryvine.parallel.wgrad import Closure
 
 FORWARD = ("attention", "routing", "dispatch", "experts", "combine")
@@ -75,69 +76,68 @@ ORDERS: dict[str, dict[str, PairOrder]] = {
 class Step(NamedTuple):
     phase: str  # a row: attention | routing | dispatch | experts | combine
     stream: StreamName
-    run: Callable[[Any], Pending[Any]]
-    closures: list[Closure]  # that the step leaves, to run later in the slot; those of I stay in the flight
+    run: Run
 
 
 @dataclass
 class Track:
-    """An op of one microbatch: units of steps, and the baton that they pass on."""
+    """An op of one microbatch: units of steps, and the baton that they pass on. `play` uses it up."""
 
     kind: str  # F, B (I too), or W, which has no steps
     baton: Baton
     units: list[list[Step]] = field(default_factory=list)
-    closures: list[list[Closure]] = field(default_factory=list)  # W's
-    spent: list[Any] = field(default_factory=list)  # its flight's
+    closures: deque[list[Closure]] = field(default_factory=deque)  # W's
 
 
 def forward(stage: Stage, flight: Flight, state: State) -> Track:
     """F of one microbatch. The baton ends with the state for the next stage."""
 
-    def step(index: int, phase: Phase) -> Step:
-        return Step(_row(phase), phase.stream, lambda state: phase.forward(index, state, flight), [])
+    def step(phase: Phase) -> Step:
+        def run(state: Grads) -> StepResult:
+            return StepResult(phase.forward(cast(State, state), flight), [])
 
-    return Track("F", Baton(Pending.done(state)), [[step(i, p) for i, p in unit] for unit in _units(stage)])
+        return Step(_row(phase), phase.stream, run)
+
+    return Track("F", Baton(Pending.done(state)), [[step(phase) for phase in unit] for unit in _units(stage)])
 
 
 def backward(stage: Stage, flight: Flight, grads: Grads, split: bool) -> Track:
     """B of one microbatch, or I when `split`: then the weight gradients stay in `flight.wgrads`."""
 
-    def step(index: int, phase: Phase) -> Step:
-        left: list[Closure] = []
-        if split and phase.stream == "compute":
-            flight.wgrads.append(left)
-        return Step(
-            _row(phase),
-            phase.stream,
-            lambda grads: phase.backward(index, grads, flight, left),
-            [] if split else left,
-        )
+    def step(phase: Phase) -> Step:
+        def run(grads: Grads) -> StepResult:
+            result = phase.backward(grads, flight)
+            if not (split and result.closures):
+                return result
+            flight.wgrads.append(result.closures)
+            return result._replace(closures=[])
+
+        return Step(_row(phase), phase.stream, run)
 
     # Routing has nothing to do backward, and on a stream even nothing waits for what was queued before it.
-    units = [[step(i, p) for i, p in reversed(unit) if p.name != "routing"] for unit in reversed(_units(stage))]
-    return Track("B", Baton(Pending.done(grads)), units, spent=flight.spent)
+    units = [[step(phase) for phase in reversed(unit) if phase.name != "routing"] for unit in reversed(_units(stage))]
+    return Track("B", Baton(Pending.done(grads)), units)
 
 
 def weights(flight: Flight) -> Track:
     """W of one microbatch: what its I left, in the order in which I made it."""
-    left, flight.wgrads = flight.wgrads, []
+    left, flight.wgrads = flight.wgrads, deque()
     return Track("W", Baton(Pending.done(())), closures=left)
 
 
 def play(tracks: Sequence[Track], streams: Streams, order: dict[str, PairOrder] | None) -> list[State]:
-    """Run one op, or a pair woven by `order`, and give what each track ends with. None runs a pair one by one."""
+    """Run one op, or a pair woven by `order`, and return what each track ends with. None runs a pair one by one."""
     if order is None and len(tracks) > 1:
         return [end for track in tracks for end in play([track], streams, order)]
-    for closures in (c for track in tracks for c in track.closures):
-        streams.later(closures, held=True)
+    for track in tracks:
+        while track.closures:
+            streams.later(track.closures.popleft())
     for track, step in _woven(tracks, order or {}):
         streams.step(step.stream, track.baton, step.run)
-        streams.hold(track.spent)
-        if step.closures:
-            streams.later(step.closures)
         if order is None:
             streams.meet()  # nothing hides anything
-    ends = [streams.take(track.baton) for track in tracks]
+    # What crosses a stage's border has a gradient, so no place of it is None.
+    ends = [cast(State, streams.take(track.baton)) for track in tracks]
     streams.meet()
     return ends
 
@@ -155,14 +155,14 @@ def _woven(tracks: Sequence[Track], order: dict[str, PairOrder]) -> Iterable[tup
     return ((track, step) for _, track, step in sorted(steps, key=lambda item: item[0]))
 
 
-def _units(stage: Stage) -> list[list[tuple[int, Phase]]]:
+def _units(stage: Stage) -> list[list[Phase]]:
     """Cut a stage where the layer changes, or where a phase's row comes before the last one's (MTP's own head)."""
-    units: list[list[tuple[int, Phase]]] = []
-    for index, phase in enumerate(stage.phases):
-        last = units[-1][-1][1] if units else None
+    units: list[list[Phase]] = []
+    for phase in stage.phases:
+        last = units[-1][-1] if units else None
         if last is None or last.layer != phase.layer or FORWARD.index(_row(phase)) < FORWARD.index(_row(last)):
             units.append([])
-        units[-1].append((index, phase))
+        units[-1].append(phase)
     return units
 
 

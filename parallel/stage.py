@@ -1,8 +1,8 @@
 """A stage is a list of phases; a flight is one microbatch in one stage.
 
 A transformer layer is attention / routing / dispatch / experts / combine. Each has detached boundaries and a backward
-of its own, and dW apart from dX (`flight.wgrads`), so that a pair of microbatches can be interleaved phase by phase
-(DeepSeek-V3, arXiv 2412.19437, section 3.2.1) and a schedule can put W anywhere. Hooks or threads inside one big
+of its own, and dW apart from dX (`StepResult.closures`), so that a pair of microbatches can be interleaved phase by
+phase (DeepSeek-V3, arXiv 2412.19437, section 3.2.1) and a schedule can put W anywhere. Hooks or threads inside one big
 autograd graph could do the same, but neither composes with recompute nor can be proven to run in a drawn order.
 
 Between phases travels a tuple of tensors, the state. What it holds is agreed between neighbours:
@@ -24,19 +24,22 @@ and so is rows [R,H] in the run's dtype whatever was sent; experts' gradients ar
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Generic, Literal, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from dryvine.comm.dispatch.api import Dispatcher, Handle
 from dryvine.comm.pending import Pending
 from dryvine.parallel.wgrad import Closure, WGrad
 
+StreamName = Literal["compute", "comm"]
 State = tuple[Tensor, ...]
+# Of a state's tensors, in their places; None for integers. A State is one, too, as far as types go.
 Grads = tuple[Tensor | None, ...]
 
 
@@ -53,12 +56,9 @@ class Flight:
     training: bool = True
     microbatch: int = 0  # its number in the step
     losses: dict[str, Tensor] = field(default_factory=dict)  # name -> detached, already weighted scalar
-    saved: dict[int, Any] = field(default_factory=dict)  # phase number -> what its backward needs
+    saved: dict[Phase, object] = field(default_factory=dict)  # what the backward of a phase needs of its forward
     handles: dict[str, Handle] = field(default_factory=dict)  # layer -> routing, shared by its phases
-    wgrads: list[list[Closure]] = field(default_factory=list)  # left by I, per phase, in the order in which they ran
-    spent: list[Any] = field(
-        default_factory=list
-    )  # inputs of phases whose backward is done, until streams let go of them
+    wgrads: deque[list[Closure]] = field(default_factory=deque)  # left by I for W, per phase, in the order they ran
 
 
 class Outcome(NamedTuple):
@@ -68,33 +68,53 @@ class Outcome(NamedTuple):
     losses: dict[str, Tensor]
 
 
+class StepResult(NamedTuple):
+    """What a step leaves: a phase's backward, or its forward, which has a value alone.
+
+    `value` may be under way still; the rest is known at once. Whoever gets a result owns its closures and what it
+    spent: their memory is freed when the last of them is dropped.
+    """
+
+    value: Pending[Grads]  # gradients of the phase's inputs; of a forward, the next state
+    closures: list[Closure]  # weight gradients, to be run in this order, some time
+    spent: Sequence[object] = ()  # what the step has read and no later one reads: it may be another stream's memory
+
+
 class Phase(Protocol):
-    """A step of a stage. `stream` says which resource it uses; a comm phase returns before its result has
-    arrived."""
+    """A step of a stage, known by its identity. `stream` says which resource it uses; a comm phase returns before its
+    result has arrived."""
 
     name: str  # attention | routing | dispatch | experts | combine | embed | dense | head | ...
     layer: str  # the block it belongs to, e.g. layers.3
 
     @property
-    def stream(self) -> Literal["compute", "comm"]: ...
+    def stream(self) -> StreamName: ...
 
-    def forward(self, index: int, state: State, flight: Flight) -> Pending[State]: ...
+    def forward(self, state: State, flight: Flight) -> Pending[State]: ...
 
-    def backward(self, index: int, grads: Grads, flight: Flight, wgrads: list[Closure]) -> Pending[Grads]: ...
+    def backward(self, grads: Grads, flight: Flight) -> StepResult: ...
 
 
 Function = Callable[[State, Flight], Outcome]
 
 
+class _Graph(NamedTuple):
+    """What `Compute` saves: where autograd's graph of the phase begins and ends."""
+
+    leaves: State
+    edges: tuple[GradientEdge | None, ...]  # of the outputs
+    losses: tuple[Tensor, ...]
+
+
 class Compute:
     """Arithmetic under autograd between detached boundaries. The state's first `through` tensors pass untouched."""
 
-    stream: Literal["compute"] = "compute"
+    stream: StreamName = "compute"
 
     def __init__(self, name: str, layer: str, function: Function, wgrad: WGrad, through: int = 0) -> None:
         self.name, self.layer, self.function, self.wgrad, self.through = name, layer, function, wgrad, through
 
-    def forward(self, index: int, state: State, flight: Flight) -> Pending[State]:
+    def forward(self, state: State, flight: Flight) -> Pending[State]:
         leaves = tuple(
             t.detach().requires_grad_(flight.training and t.is_floating_point()) for t in state[self.through :]
         )
@@ -104,32 +124,36 @@ class Compute:
         if flight.training:
             # Edges, not tensors: what the next phase has consumed is free, and the graph is still to be found.
             edges = tuple(get_gradient_edge(t) if t.requires_grad else None for t in out)
-            flight.saved[index] = (leaves, edges, tuple(losses.values()))
+            flight.saved[self] = _Graph(leaves, edges, tuple(losses.values()))
         return Pending.done(state[: self.through] + tuple(t.detach() for t in out))
 
-    def backward(self, index: int, grads: Grads, flight: Flight, wgrads: list[Closure]) -> Pending[Grads]:
-        leaves, edges, losses = flight.saved.pop(index)
+    def backward(self, grads: Grads, flight: Flight) -> StepResult:
+        leaves, edges, losses = cast(_Graph, flight.saved.pop(self))
         roots = [(edge, g) for edge, g in zip(edges, grads[self.through :], strict=True) if edge is not None]
-        roots += [(loss, torch.full_like(loss, flight.loss_scale)) for loss in losses if loss.requires_grad]
-        with self.wgrad.collect(wgrads):
-            torch.autograd.backward([t for t, _ in roots], [g for _, g in roots])
-        flight.spent += [leaf.detach() for leaf in leaves]
-        return Pending.done(grads[: self.through] + tuple(leaf.grad for leaf in leaves))
+        seeds = [(loss, torch.full_like(loss, flight.loss_scale)) for loss in losses if loss.requires_grad]
+        roots += [(get_gradient_edge(loss), seed) for loss, seed in seeds]
+        with self.wgrad.collect() as closures:
+            torch.autograd.backward([edge for edge, _ in roots], [g for _, g in roots])
+        dx = grads[: self.through] + tuple(leaf.grad for leaf in leaves)
+        return StepResult(Pending.done(dx), closures, [leaf.detach() for leaf in leaves])
 
 
-class Explicit:
+S = TypeVar("S")
+
+
+class Explicit(Generic[S]):
     """Arithmetic whose backward is a function too, for inputs that autograd cannot serve: the gradient of rows that
-    came as FP8 values and scales is one tensor of another dtype. `forward` gives the next state and what `backward`
+    came as FP8 values and scales is one tensor of another dtype. `forward` returns the next state and what `backward`
     needs; `backward` makes of that and the outputs' gradients the inputs'. The first `through` pass untouched."""
 
-    stream: Literal["compute"] = "compute"
+    stream: StreamName = "compute"
 
     def __init__(
         self,
         name: str,
         layer: str,
-        forward: Callable[[State, Flight], tuple[State, Any]],
-        backward: Callable[[Any, Grads], Grads],
+        forward: Callable[[State, Flight], tuple[State, S]],
+        backward: Callable[[S, Grads], Grads],
         wgrad: WGrad,
         through: int = 0,
     ) -> None:
@@ -137,19 +161,18 @@ class Explicit:
         self._forward, self._backward = forward, backward
 
     @torch.no_grad()
-    def forward(self, index: int, state: State, flight: Flight) -> Pending[State]:
-        out, kept = self._forward(state[self.through :], flight)
+    def forward(self, state: State, flight: Flight) -> Pending[State]:
+        out, saved = self._forward(state[self.through :], flight)
         if flight.training:
-            flight.saved[index] = kept
+            flight.saved[self] = saved
         return Pending.done(state[: self.through] + out)
 
     @torch.no_grad()
-    def backward(self, index: int, grads: Grads, flight: Flight, wgrads: list[Closure]) -> Pending[Grads]:
-        kept = flight.saved.pop(index)
-        with self.wgrad.collect(wgrads):
-            given = self._backward(kept, grads[self.through :])
-        flight.spent.append(kept)
-        return Pending.done(grads[: self.through] + given)
+    def backward(self, grads: Grads, flight: Flight) -> StepResult:
+        saved = cast(S, flight.saved.pop(self))
+        with self.wgrad.collect() as closures:
+            dx = self._backward(saved, grads[self.through :])
+        return StepResult(Pending.done(grads[: self.through] + dx), closures, [saved])
 
 
 class Codec(Protocol):
@@ -182,12 +205,12 @@ class Routing:
     here: they take the link's latency and the slowest rank's lag, whatever their size. Nothing to do backward."""
 
     name = "routing"
-    stream: Literal["comm"] = "comm"
+    stream: StreamName = "comm"
 
     def __init__(self, layer: str, dispatcher: Dispatcher) -> None:
         self.layer, self.dispatcher = layer, dispatcher
 
-    def forward(self, index: int, state: State, flight: Flight) -> Pending[State]:
+    def forward(self, state: State, flight: Flight) -> Pending[State]:
         *_, experts = state
 
         def keep(handle: Handle) -> State:
@@ -196,8 +219,8 @@ class Routing:
 
         return self.dispatcher.plan_routing(experts, f"{self.layer}, microbatch {flight.microbatch}").then(keep)
 
-    def backward(self, index: int, grads: Grads, flight: Flight, wgrads: list[Closure]) -> Pending[Grads]:
-        return Pending.done(grads)
+    def backward(self, grads: Grads, flight: Flight) -> StepResult:
+        return StepResult(Pending.done(grads), [])
 
 
 class Dispatch:
@@ -207,42 +230,42 @@ class Dispatch:
     waits for."""
 
     name = "dispatch"
-    stream: Literal["comm"] = "comm"
+    stream: StreamName = "comm"
 
     def __init__(self, layer: str, dispatcher: Dispatcher, codec: Codec = AS_IS) -> None:
         self.layer, self.dispatcher, self.codec = layer, dispatcher, codec
 
-    def forward(self, index: int, state: State, flight: Flight) -> Pending[State]:
+    def forward(self, state: State, flight: Flight) -> Pending[State]:
         x, rows, weights, _ = state
         sent = self.dispatcher.dispatch(self.codec.encode(rows), weights, flight.handles[self.layer])
         return sent.then(lambda arrived: (x, *self.codec.decode(arrived[:-1]), arrived[-1]))
 
-    def backward(self, index: int, grads: Grads, flight: Flight, wgrads: list[Closure]) -> Pending[Grads]:
+    def backward(self, grads: Grads, flight: Flight) -> StepResult:
         dx, drows, dweights = grads
         assert drows is not None
         sent = self.dispatcher.combine(drows, dweights, flight.handles[self.layer])
-        return sent.then(lambda arrived: (dx, *arrived, None))
+        return StepResult(sent.then(lambda arrived: (dx, *arrived, None)), [])
 
 
 class Combine:
     """Expert outputs back to their tokens, summed, and added to the residual. Its backward is `dispatch`."""
 
     name = "combine"
-    stream: Literal["comm"] = "comm"
+    stream: StreamName = "comm"
 
     def __init__(self, layer: str, dispatcher: Dispatcher, codec: Codec = AS_IS) -> None:
         self.layer, self.dispatcher, self.codec = layer, dispatcher, codec
 
-    def forward(self, index: int, state: State, flight: Flight) -> Pending[State]:
+    def forward(self, state: State, flight: Flight) -> Pending[State]:
         x, rows = state
         sent = self.dispatcher.combine(rows, None, flight.handles[self.layer])
         return sent.then(lambda arrived: (x + arrived[0],))
 
-    def backward(self, index: int, grads: Grads, flight: Flight, wgrads: list[Closure]) -> Pending[Grads]:
+    def backward(self, grads: Grads, flight: Flight) -> StepResult:
         (dx,) = grads
         assert dx is not None
         sent = self.dispatcher.dispatch(self.codec.encode(dx), None, flight.handles[self.layer])
-        return sent.then(lambda arrived: (dx, *self.codec.decode(arrived)))
+        return StepResult(sent.then(lambda arrived: (dx, *self.codec.decode(arrived))), [])
 
 
 @dataclass(frozen=True)

@@ -17,23 +17,23 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Protocol
 
 import torch
 
 from dryvine.comm.pending import Pending
+from dryvine.parallel.stage import Grads, StepResult, StreamName
 from dryvine.parallel.wgrad import Closure
 
-StreamName = Literal["compute", "comm"]
-Mark = Any  # a moment, in the terms of the streams that made it
-Span = tuple[torch.cuda.Event, torch.cuda.Event]
+Run = Callable[[Grads], StepResult]
+EventPair = tuple[torch.cuda.Event, torch.cuda.Event]
 
 
 @dataclass
 class Baton:
     """The value that goes from step to step of one op, and what the next step must wait for."""
 
-    value: Pending[Any]
+    value: Pending[Grads]
     stream: StreamName = "compute"  # that made it
     event: torch.cuda.Event | None = None
 
@@ -41,20 +41,17 @@ class Baton:
 class Streams(Protocol):
     """One object per run of a schedule, so that what it measures is that run's."""
 
-    def step(self, name: StreamName, baton: Baton, run: Callable[[Any], Pending[Any]]) -> None:
-        """Call `run` on the baton's value in stream `name`, and put what it gives into the baton."""
+    def step(self, name: StreamName, baton: Baton, run: Run) -> None:
+        """Call `run` on the baton's value in stream `name`, and put the result's value into the baton. What the step
+        spent is held as long as another stream may use it, and its weight gradients may run from now on."""
         ...
 
-    def later(self, closures: list[Closure], held: bool = False) -> None:
-        """Weight gradients that may run from now on, until `meet`, in the order given. The list is emptied. `held`:
-        their inputs have been waiting since an earlier slot (W's), so there is no memory to save by haste."""
+    def later(self, closures: list[Closure]) -> None:
+        """Weight gradients of W, which may run from now on, until `meet`, in the order given. Their inputs have been
+        held since an earlier slot, so haste saves no memory. They belong to the streams now."""
         ...
 
-    def hold(self, spent: list[Any]) -> None:
-        """What the last step read and nobody keeps: it may be another stream's memory. The list is emptied."""
-        ...
-
-    def take(self, baton: Baton) -> Any:
+    def take(self, baton: Baton) -> Grads:
         """The baton's value, usable in the compute stream."""
         ...
 
@@ -62,12 +59,12 @@ class Streams(Protocol):
         """End of a slot: all three streams are done with what the others made."""
         ...
 
-    def mark(self) -> Mark:
-        """Now, as compute sees it. On a GPU now is when the device gets there."""
+    def mark(self) -> None:
+        """Note the time now, as compute sees it. On a GPU now is when the device gets there."""
         ...
 
-    def read(self, marks: Sequence[Mark]) -> list[float]:
-        """The marks in seconds of this host's `time.perf_counter`. On a GPU this waits for the device."""
+    def marks(self) -> list[float]:
+        """What `mark` noted, in seconds of this host's `time.perf_counter`. On a GPU this waits for the device."""
         ...
 
     def exposed(self) -> float:
@@ -82,25 +79,25 @@ class CpuStreams:
     most `LAG` steps' worth are held back, to bound memory; those that W brings were held anyway."""
 
     waited: float = 0.0
-    fillers: deque[list[Closure]] = field(default_factory=deque)
+    fillers: deque[deque[Closure]] = field(default_factory=deque)
     made: int = 0  # how many of the fillers, counted from the last, this slot has made
+    noted: list[float] = field(default_factory=list)
 
     LAG = 2  # compute steps whose weight gradients may still be waiting: about one layer
 
-    def step(self, name: StreamName, baton: Baton, run: Callable[[Any], Pending[Any]]) -> None:
+    def step(self, name: StreamName, baton: Baton, run: Run) -> None:
         while name == "compute" and self.made > self.LAG:  # not before a comm step: it would start late
             self._fill()
-        value = self.take(baton)
-        baton.value, baton.stream = run(value), name
+        result = run(self.take(baton))
+        baton.value, baton.stream = result.value, name
+        if result.closures:
+            self.later(result.closures)
+            self.made += 1
 
-    def later(self, closures: list[Closure], held: bool = False) -> None:
-        self.fillers.append(closures)
-        self.made += not held
+    def later(self, closures: list[Closure]) -> None:
+        self.fillers.append(deque(closures))
 
-    def hold(self, spent: list[Any]) -> None:
-        spent.clear()
-
-    def take(self, baton: Baton) -> Any:
+    def take(self, baton: Baton) -> Grads:
         if baton.stream == "compute":
             return baton.value.wait()
         while self.fillers and not baton.value.ready():
@@ -114,11 +111,11 @@ class CpuStreams:
         while self.fillers:
             self._fill()
 
-    def mark(self) -> Mark:
-        return time.perf_counter()
+    def mark(self) -> None:
+        self.noted.append(time.perf_counter())
 
-    def read(self, marks: Sequence[Mark]) -> list[float]:
-        return list(marks)
+    def marks(self) -> list[float]:
+        return self.noted
 
     def exposed(self) -> float:
         return self.waited
@@ -127,7 +124,7 @@ class CpuStreams:
         """Run one closure, the oldest."""
         oldest = self.fillers[0]
         if oldest:
-            oldest.pop(0)()
+            oldest.popleft()()
         if not oldest:
             self.fillers.popleft()
             self.made = min(self.made, len(self.fillers))
@@ -148,41 +145,38 @@ class CudaStreams:
     def __init__(self, device: torch.device, side: SideStreams) -> None:
         self.side = side
         self.compute = torch.cuda.current_stream(device)
-        self.held: list[Any] = []
+        self.held: list[object] = []
         self.dealt: deque[list[Closure]] = deque()  # W's, a phase each, still to come
         self.first = _record(self.compute)
-        self.waits: list[Span] = []
-        self.fills: list[Span] = []
+        self.waits: list[EventPair] = []
+        self.fills: list[EventPair] = []
+        self.noted: list[torch.cuda.Event] = []
 
-    def step(self, name: StreamName, baton: Baton, run: Callable[[Any], Pending[Any]]) -> None:
+    def step(self, name: StreamName, baton: Baton, run: Run) -> None:
         stream = self.compute if name == "compute" else self.side.comm
-        with torch.cuda.stream(stream), self._noted(self.waits, self.compute) if name == "comm" else nullcontext():
+        with torch.cuda.stream(stream), self._timed(self.waits, self.compute) if name == "comm" else nullcontext():
             self._enter(stream, name, baton)
             value = baton.value.wait()
             self.held.append(value)
-            result = run(value).wait()  # queues; the host goes on
-        baton.value, baton.stream, baton.event = Pending.done(result), name, stream.record_event()
+            result = run(value)
+            self.held.extend(result.spent)
+            made = result.value.wait()  # queues; the host goes on
+        baton.value, baton.stream, baton.event = Pending.done(made), name, stream.record_event()
+        if result.closures:
+            self._fill(result.closures)
 
-    def later(self, closures: list[Closure], held: bool = False) -> None:
-        if held:
-            self.dealt.append(closures)
-        else:
-            self._fill(closures)
+    def later(self, closures: list[Closure]) -> None:
+        self.dealt.append(closures)
 
     def _fill(self, closures: list[Closure]) -> None:
         """Run them as soon as compute has done what it has been given so far."""
         self.side.wgrad.wait_stream(self.compute)
-        with torch.cuda.stream(self.side.wgrad), self._noted(self.fills, self.side.wgrad):
+        with torch.cuda.stream(self.side.wgrad), self._timed(self.fills, self.side.wgrad):
             for closure in closures:
                 closure()
-        self.held.append(list(closures))
-        closures.clear()
+        self.held.append(closures)
 
-    def hold(self, spent: list[Any]) -> None:
-        self.held += spent
-        spent.clear()
-
-    def take(self, baton: Baton) -> Any:
+    def take(self, baton: Baton) -> Grads:
         self._enter(self.compute, "compute", baton)
         value = baton.value.wait()
         self.held.append(value)
@@ -191,7 +185,7 @@ class CudaStreams:
     def meet(self) -> None:
         while self.dealt:
             self._fill(self.dealt.popleft())
-        with self._noted(self.waits, self.compute):
+        with self._timed(self.waits, self.compute):
             self.compute.wait_stream(self.side.comm)
         self.compute.wait_stream(self.side.wgrad)
         # Only now: comm would take back memory that wgrad reads if it had not waited for both.
@@ -199,15 +193,15 @@ class CudaStreams:
         self.side.wgrad.wait_stream(self.compute)
         self.held.clear()
 
-    def mark(self) -> Mark:
-        return _record(self.compute)
+    def mark(self) -> None:
+        self.noted.append(_record(self.compute))
 
-    def read(self, marks: Sequence[Mark]) -> list[float]:
+    def marks(self) -> list[float]:
         """By their distance from an event whose time the host knows: one it has just waited for."""
         last = _record(self.compute)
         last.synchronize()
         now = time.perf_counter()
-        return [now - mark.elapsed_time(last) / 1e3 for mark in marks]
+        return [now - mark.elapsed_time(last) / 1e3 for mark in self.noted]
 
     def exposed(self) -> float:
         _record(self.compute).synchronize()
@@ -218,7 +212,7 @@ class CudaStreams:
         return uncovered(waits, fills) / 1e3
 
     @contextmanager
-    def _noted(self, spans: list[Span], stream: torch.cuda.Stream) -> Iterator[None]:
+    def _timed(self, spans: list[EventPair], stream: torch.cuda.Stream) -> Iterator[None]:
         before = _record(stream)
         yield
         spans.append((before, _record(stream)))
@@ -232,7 +226,7 @@ class CudaStreams:
             return
         if self.dealt:
             self._fill(self.dealt.popleft())
-        with self._noted(self.waits, stream):
+        with self._timed(self.waits, stream):
             stream.wait_event(baton.event)
 
 

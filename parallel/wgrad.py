@@ -27,10 +27,10 @@ class WGrad:
             self._into.append(closure)
 
     @contextmanager
-    def collect(self, into: list[Closure]) -> Iterator[None]:
-        """Closures put meanwhile are appended to `into`; whoever holds the list runs and drops them."""
-        before, self._into = self._into, into
+    def collect(self) -> Iterator[list[Closure]]:
+        """The list of what is put while the context is open; the caller owns it, and runs and drops the closures."""
+        before, self._into = self._into, []
         try:
-            yield
+            yield self._into
         finally:
             self._into = before

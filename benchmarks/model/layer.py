@@ -140,9 +140,9 @@ class Bench:
     def forward(self, spans: Spans) -> Flight:
         flight = Flight(self.tokens, 1.0)
         state: State = (self.x,)
-        for index, phase in enumerate(self.stage.phases):
+        for phase in self.stage.phases:
             with spans(f"F {phase.name}"):
-                state = phase.forward(index, state, flight).wait()
+                state = phase.forward(state, flight).wait()
         return flight
 
     def kept(self) -> int:
@@ -157,10 +157,11 @@ class Bench:
         flight = self.forward(spans)
         grads: tuple[Any, ...] = (self.dy,)
         later: dict[str, list[Closure]] = {}
-        for index, phase in reversed(list(enumerate(self.stage.phases))):
+        for phase in reversed(self.stage.phases):
             with spans(f"B {phase.name}"):
-                grads = phase.backward(index, grads, flight, later.setdefault(phase.name, [])).wait()
-                flight.spent.clear()  # streams would: there is one stream here
+                result = phase.backward(grads, flight)
+                grads, later[phase.name] = result.value.wait(), result.closures
+                del result  # and with it what the step spent: there is one stream here
         for name, closures in later.items():
             if closures:
                 with spans(f"W {name}"):

@@ -93,8 +93,8 @@ class Bench:
         """The input of the stage is made anew: a wire would have brought it."""
         flight = Flight(self.tokens, 1.0)
         state: State = (self.x.clone(),)
-        for index, phase in enumerate(self.stage.phases):
-            state = phase.forward(index, state, flight).wait()
+        for phase in self.stage.phases:
+            state = phase.forward(state, flight).wait()
         return flight
 
     def measure(self) -> tuple[int, int]:

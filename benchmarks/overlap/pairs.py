@@ -78,7 +78,7 @@ def _track(kind: str, stage: Any, x: torch.Tensor) -> weave.Track:
     if kind == "F":
         return weave.forward(stage, flight, (x,))
     if kind == "W":
-        flight.wgrads = [phase.closures() for phase in reversed(stage.phases) if phase.stream == "compute"]
+        flight.wgrads.extend(phase.closures() for phase in reversed(stage.phases) if phase.stream == "compute")
         return weave.weights(flight)
     return weave.backward(stage, flight, (x,), split=kind == "I")
 

@@ -16,7 +16,18 @@ import torch
 from torch import Tensor
 
 from dryvine.comm.pending import Pending
-from dryvine.parallel.stage import Combine, Dispatch, Flight, Grads, Routing, Stage, State
+from dryvine.parallel.stage import (
+    Combine,
+    Dispatch,
+    Flight,
+    Grads,
+    Phase,
+    Routing,
+    Stage,
+    State,
+    StepResult,
+    StreamName,
+)
 from dryvine.parallel.wgrad import Closure
 
 PIECES = {"attention": 5, "experts": 2}  # Linears of a phase, so closures of its weight gradient
@@ -126,21 +137,20 @@ class Times:
 class Toy:
     """A compute phase that takes its time and passes tensors on in the shapes that its neighbours expect."""
 
-    stream = "compute"
+    stream: StreamName = "compute"
 
     def __init__(self, name: str, layer: str, times: Times, clockwork: Clockwork) -> None:
         self.name, self.layer, self.times, self.clockwork = name, layer, times, clockwork
 
-    def forward(self, index: int, state: State, flight: Flight) -> Pending[State]:
+    def forward(self, state: State, flight: Flight) -> Pending[State]:
         self._spend("F")
         x, *rest = state
         return Pending.done((x, x, x, x) if self.name == "attention" else (x, rest[0]))
 
-    def backward(self, index: int, grads: Grads, flight: Flight, wgrads: list[Closure]) -> Pending[Grads]:
+    def backward(self, grads: Grads, flight: Flight) -> StepResult:
         self._spend("I")
-        wgrads += self.closures()
         dx = grads[0]
-        return Pending.done((dx,) if self.name == "attention" else (dx, dx, dx))
+        return StepResult(Pending.done((dx,) if self.name == "attention" else (dx, dx, dx)), self.closures())
 
     def closures(self) -> list[Closure]:
         pieces = PIECES[self.name]
@@ -153,16 +163,16 @@ class Toy:
 class End:
     """Where tensors come from and where they end: the embedding and the loss, which take no time here."""
 
-    stream = "compute"
+    stream: StreamName = "compute"
 
     def __init__(self, name: str, x: Tensor) -> None:
         self.name, self.layer, self.x = name, name, x
 
-    def forward(self, index: int, state: State, flight: Flight) -> Pending[State]:
+    def forward(self, state: State, flight: Flight) -> Pending[State]:
         return Pending.done((self.x,) if self.name == "embed" else ())
 
-    def backward(self, index: int, grads: Grads, flight: Flight, wgrads: list[Closure]) -> Pending[Grads]:
-        return Pending.done((self.x,) if self.name == "head" else ())
+    def backward(self, grads: Grads, flight: Flight) -> StepResult:
+        return StepResult(Pending.done((self.x,) if self.name == "head" else ()), [])
 
 
 class Link:
@@ -188,7 +198,7 @@ def toy_stage(number: int, layers: int, times: Times, clockwork: Clockwork, stag
     """A stage of routed layers; the state between stages is one tensor. Stage 0 of `stages` begins with an embedding,
     the last one ends with a head; with `stages` 0 the caller feeds it."""
     link = Link(times, clockwork)
-    phases: list[Any] = [End("embed", torch.zeros(1))] if stages and number == 0 else []
+    phases: list[Phase] = [End("embed", torch.zeros(1))] if stages and number == 0 else []
     for name in (f"layers.{number * layers + i}" for i in range(layers)):
         phases += [Toy("attention", name, times, clockwork), Routing(name, link), Dispatch(name, link)]
         phases += [Toy("experts", name, times, clockwork), Combine(name, link)]

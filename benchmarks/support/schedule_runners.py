@@ -32,7 +32,7 @@ from dryvine.parallel.schedule.ir import Op, Schedule
 from dryvine.parallel.schedule.lower import lower
 from dryvine.parallel.schedule.notation import from_csv
 from dryvine.parallel.schedule.table import build
-from dryvine.parallel.stage import Compute, Flight, Grads, Outcome, Stage, State
+from dryvine.parallel.stage import Compute, Flight, Grads, Outcome, Stage, State, StepResult
 from dryvine.parallel.streams import CpuStreams
 from dryvine.parallel.wgrad import Closure, WGrad
 from dryvine.trainer.tensors.weight import Weight
@@ -132,11 +132,11 @@ def lengths(pace: Pace, times: int) -> Tensor:
     wgrad = WGrad()
     layer, found = Slow(0, wgrad, pace), torch.empty(times, 3, dtype=torch.float64)
     for row in found:
-        x, left = torch.zeros(ROWS, WIDTH, requires_grad=True), list[Closure]()
+        x = torch.zeros(ROWS, WIDTH, requires_grad=True)
         marks = [time.perf_counter()]
         out = layer(x)
         marks.append(time.perf_counter())
-        with wgrad.collect(left):
+        with wgrad.collect() as left:
             torch.autograd.backward(out, torch.ones(ROWS, WIDTH))
         marks.append(time.perf_counter())
         left.pop()()
@@ -197,11 +197,11 @@ class Idle:
     def layer(self) -> str:
         return f"layers.{self.stage}"
 
-    def forward(self, index: int, state: State, flight: Flight) -> Pending[State]:
+    def forward(self, state: State, flight: Flight) -> Pending[State]:
         return Pending.done(state)
 
-    def backward(self, index: int, grads: Grads, flight: Flight, wgrads: list[Closure]) -> Pending[Grads]:
-        return Pending.done(grads)
+    def backward(self, grads: Grads, flight: Flight) -> StepResult:
+        return StepResult(Pending.done(grads), [])
 
 
 class Nowhere:
@@ -251,7 +251,7 @@ class Torch:
 
     def step(self) -> None:
         first, last = 0 in self.layers, 2 * self.ranks - 1 in self.layers
-        with self.wgrad.collect(self.left):
+        with self.wgrad.collect() as self.left:
             self.runtime.step(*([self.x] if first else []), target=self.x if last else None, return_outputs=False)
 
 

@@ -27,7 +27,7 @@ from dryvine.parallel.schedule.ir import Op, Program, Schedule, Slot
 from dryvine.parallel.schedule.lower import forward_only, lower
 from dryvine.parallel.schedule.rules import ScheduleError
 from dryvine.parallel.schedule.table import SCHEDULES, build
-from dryvine.parallel.stage import Compute, Flight, Outcome, Stage
+from dryvine.parallel.stage import Compute, Flight, Outcome, Stage, StepResult
 from dryvine.parallel.streams import CpuStreams
 from dryvine.parallel.wgrad import WGrad
 from tests.support.pipeline import Report, play, reference, tokens, total
@@ -138,27 +138,28 @@ def test_forwards_alone(name: str) -> None:
 
 @dataclass
 class Traced:
-    """A phase that logs (track, step, what happened), and hands on its step's number."""
+    """A phase that logs (track, number, what happened), and hands on its number in the stage."""
 
     name: str
     layer: str
     stream: Any
     log: list[tuple[int, int, str]]
-    track: int = 0
+    track: int
+    number: int
 
-    def forward(self, index: int, state: Any, flight: Any) -> Pending[Any]:
-        return self._step(index, state)
+    def forward(self, state: Any, flight: Any) -> Pending[Any]:
+        return self._step(state)
 
-    def backward(self, index: int, grads: Any, flight: Any, wgrads: Any) -> Pending[Any]:
-        return self._step(index, grads)
+    def backward(self, grads: Any, flight: Any) -> StepResult:
+        return StepResult(self._step(grads), [])
 
-    def _step(self, index: int, came: Any) -> Pending[Any]:
-        self.log.append((self.track, index, "start"))
+    def _step(self, came: Any) -> Pending[Any]:
+        self.log.append((self.track, self.number, "start"))
         assert came == () or came[0] == self.track, "another track's state"
 
         def finish() -> Any:
-            self.log.append((self.track, index, "used"))
-            return self.track, index
+            self.log.append((self.track, self.number, "used"))
+            return self.track, self.number
 
         return Pending(finish)
 
@@ -178,7 +179,8 @@ def trace(kinds: str, stages: list[list[tuple[str, str]]], order: str) -> tuple[
     log: list[tuple[int, int, str]] = []
     tracks = []
     for n, (kind, phases) in enumerate(zip(kinds, stages, strict=True)):
-        stage = Stage(n, [Traced(name, layer, STREAM.get(name, "compute"), log, n) for name, layer in phases])
+        numbered = enumerate(phases)
+        stage = Stage(n, [Traced(name, at, STREAM.get(name, "compute"), log, n, i) for i, (name, at) in numbered])
         flight = Flight(torch.empty(0), 1.0)
         made = overlap.forward(stage, flight, ()) if kind == "F" else overlap.backward(stage, flight, (), kind == "I")
         tracks.append(made)

@@ -13,6 +13,7 @@ import torch
 from dryvine.comm.pending import Pending
 from dryvine.parallel import streams
 from dryvine.parallel.overlap import ORDERS
+from dryvine.parallel.stage import StepResult, StreamName
 from dryvine.trainer import step
 from dryvine.trainer.config import Config
 from dryvine.trainer.ramps import points
@@ -56,18 +57,22 @@ def test_each_wait_gets_a_phase_of_what_w_brings(monkeypatch: pytest.MonkeyPatch
     watch, ran = Races(), []
     monkeypatch.setattr(torch.cuda, "stream", watch.on)
     monkeypatch.setattr(streams, "_record", lambda stream: None)
-    ours, baton = WatchedStreams(watch), streams.Baton(Pending.done(None))
+    ours, baton = WatchedStreams(watch), streams.Baton(Pending.done(()))
 
-    def note(name: str) -> Pending[None]:
-        return Pending.done(ran.append(f"{name} in {watch.here.name}"))
+    def note(name: str) -> None:
+        ran.append(f"{name} in {watch.here.name}")
+
+    def step(name: str) -> StepResult:
+        note(name)
+        return StepResult(Pending.done(()), [])
 
     for name in ("W1", "W2", "W3"):
-        ours.later([partial(note, name)], held=True)
-    steps: tuple[tuple[streams.StreamName, str], ...] = (
+        ours.later([partial(note, name)])
+    steps: tuple[tuple[StreamName, str], ...] = (
         ("compute", "gate"), ("comm", "dispatch"), ("compute", "experts"), ("compute", "more"), ("comm", "combine"),
     )  # fmt: skip
     for stream, name in steps:
-        ours.step(stream, baton, lambda _, name=name: note(name))
+        ours.step(stream, baton, lambda _, name=name: step(name))
     ours.take(baton)
     ours.meet()
     before, after = (
@@ -80,8 +85,8 @@ def test_each_wait_gets_a_phase_of_what_w_brings(monkeypatch: pytest.MonkeyPatch
 class Forgetful(WatchedStreams):
     """Lets go of a backward's inputs at once."""
 
-    def hold(self, spent: list[Any]) -> None:
-        spent.clear()
+    def step(self, name: StreamName, baton: Any, run: Any) -> None:
+        super().step(name, baton, lambda value: run(value)._replace(spent=()))
 
 
 class Hasty(WatchedStreams):
@@ -94,12 +99,11 @@ class Hasty(WatchedStreams):
 class Early(WatchedStreams):
     """Starts weight gradients without waiting for what they multiply."""
 
-    def later(self, closures: list[Any], held: bool = False) -> None:
-        for closure in closures:
-            with torch.cuda.stream(self.side.wgrad):
+    def _fill(self, closures: list[Any]) -> None:
+        with torch.cuda.stream(self.side.wgrad):
+            for closure in closures:
                 closure()
-        self.held.append(list(closures))
-        closures.clear()
+        self.held.append(closures)
 
 
 class InTurn(WatchedStreams):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -12,8 +12,8 @@ import torch
 
 from dryvine.comm.pending import Pending
 from dryvine.parallel import overlap, streams
-from dryvine.parallel.stage import Combine, Compute, Dispatch, Flight, Outcome, Routing, Stage, State
-from dryvine.parallel.streams import Baton, CpuStreams
+from dryvine.parallel.stage import Combine, Compute, Dispatch, Flight, Outcome, Routing, Stage, State, StepResult
+from dryvine.parallel.streams import Baton, CpuStreams, Run
 from dryvine.parallel.wgrad import Closure, WGrad
 
 
@@ -31,8 +31,15 @@ class World:
 
         return run
 
-    def compute(self, name: str) -> Callable[[Any], Pending[Any]]:
-        return lambda value: Pending.done(self.work(name)())
+    def compute(self, name: str) -> Run:
+        def run(value: Any) -> StepResult:
+            self.work(name)()
+            return StepResult(Pending.done(()), [])
+
+        return run
+
+    def sends(self, name: str, seconds: float) -> Run:
+        return lambda value: StepResult(self.message(name, seconds), [])
 
     def message(self, name: str, seconds: float, value: Any = None) -> Pending[Any]:
         arrives = self.now + seconds
@@ -63,15 +70,20 @@ def baton() -> Baton:
 def waiting(world: World, cpu: CpuStreams, seconds: float) -> Baton:
     """A baton whose message takes so long."""
     held = baton()
-    cpu.step("comm", held, lambda _: world.message("m", seconds))
+    cpu.step("comm", held, world.sends("m", seconds))
     return held
+
+
+def leave(cpu: CpuStreams, closures: list[Closure]) -> None:
+    """A step that does nothing but leave weight gradients; of comm, before which none is hurried."""
+    cpu.step("comm", baton(), lambda value: StepResult(Pending.done(value), closures))
 
 
 def test_weight_gradients_fill_a_wait_in_order_until_it_is_over(world: World) -> None:
     cpu = CpuStreams()
     held = waiting(world, cpu, 2.5)
-    cpu.later(world.weights("a", "b"))
-    cpu.later(world.weights("c", "d"))
+    leave(cpu, world.weights("a", "b"))
+    leave(cpu, world.weights("c", "d"))
     assert world.log == ["m leaves"]  # nothing runs before somebody waits
     cpu.step("compute", held, world.compute("next"))
     assert world.log == ["m leaves", "a", "b", "c", "m is here", "next"]
@@ -83,11 +95,11 @@ def test_weight_gradients_fill_a_wait_in_order_until_it_is_over(world: World) ->
 def test_only_what_is_left_of_a_wait_is_exposed(world: World) -> None:
     cpu = CpuStreams()
     held = waiting(world, cpu, 5)
-    cpu.later(world.weights("a", "b"))
+    leave(cpu, world.weights("a", "b"))
     cpu.step("compute", held, world.compute("next"))
     assert cpu.exposed() == 3
-    cpu.step("comm", held, lambda _: world.message("m", 4))
-    cpu.step("comm", held, lambda _: world.message("m", 1))  # a comm step waits for the one before it, too
+    cpu.step("comm", held, world.sends("m", 4))
+    cpu.step("comm", held, world.sends("m", 1))  # a comm step waits for the one before it, too
     assert cpu.exposed() == 7
     world.work("other", 9)()
     cpu.take(held)
@@ -97,7 +109,7 @@ def test_only_what_is_left_of_a_wait_is_exposed(world: World) -> None:
 def test_an_arrived_message_lets_no_weight_gradient_run(world: World) -> None:
     cpu = CpuStreams()
     held = waiting(world, cpu, 1)
-    cpu.later(world.weights("a"))
+    leave(cpu, world.weights("a"))
     world.work("other", 2)()
     cpu.step("compute", held, world.compute("next"))
     assert world.log == ["m leaves", "other", "m is here", "next"]
@@ -107,8 +119,8 @@ def test_no_more_than_a_layer_of_this_slots_own_is_held_back(world: World) -> No
     cpu, held = CpuStreams(), baton()
     names = [f"w{n}" for n in range(CpuStreams.LAG + 2)]
     for name in names:
-        cpu.later(world.weights(name, f"{name}'"))
-    cpu.step("comm", held, lambda _: world.message("m", 0))
+        leave(cpu, world.weights(name, f"{name}'"))
+    cpu.step("comm", held, world.sends("m", 0))
     assert world.log == ["m leaves"]  # a message would start late
     cpu.step("compute", held, world.compute("next"))
     assert world.log == ["m leaves", "w0", "w0'", "w1", "w1'", "m is here", "next"]
@@ -118,11 +130,40 @@ def test_weight_gradients_of_w_are_not_hurried(world: World) -> None:
     cpu, held = CpuStreams(), baton()
     brought = [f"w{n}" for n in range(CpuStreams.LAG + 3)]
     for name in brought:
-        cpu.later(world.weights(name), held=True)
+        cpu.later(world.weights(name))
     cpu.step("compute", held, world.compute("next"))
     assert world.log == ["next"]
     cpu.meet()
     assert world.log == ["next", *brought]
+
+
+class Held:
+    """A weight gradient's inputs: memory that ends with the closure."""
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_a_weight_gradient_is_let_go_as_soon_as_it_has_run(world: World, split: bool) -> None:
+    """Whether the slot made it or W brought it: the next one sees no memory of those before."""
+    held, seen = [], []
+
+    def closure() -> Closure:
+        inputs = Held()
+        held.append(weakref.ref(inputs))
+
+        def run(inputs: Held = inputs) -> None:
+            seen.append(sum(ref() is not None for ref in held))
+
+        return run
+
+    def inner(grads: Any, flight: Flight) -> StepResult:
+        return StepResult(Pending.done(()), [closure() for _ in range(3)])
+
+    phase: Any = SimpleNamespace(name="dense", layer="0", stream="compute", backward=inner)
+    stage, flight = Stage(0, [phase, phase]), Flight(torch.empty(0), 1.0)
+    overlap.play([overlap.backward(stage, flight, (), split)], CpuStreams(), overlap.ORDERS["cpu"])
+    if split:
+        overlap.play([overlap.weights(flight)], CpuStreams(), overlap.ORDERS["cpu"])
+    assert seen == [6, 5, 4, 3, 2, 1]
 
 
 @pytest.mark.parametrize("when", ["waiting", "meet", "beyond"])
@@ -133,7 +174,7 @@ def test_what_a_weight_gradient_raises_is_raised_where_it_runs(world: World, whe
     cpu = CpuStreams()
     held = waiting(world, cpu, 1) if when == "waiting" else baton()
     for _ in range(CpuStreams.LAG + 1):
-        cpu.later([broken])
+        leave(cpu, [broken])
     with pytest.raises(ArithmeticError, match="no such gradient"):
         cpu.meet() if when == "meet" else cpu.step("compute", held, world.compute("next"))
 
@@ -195,7 +236,7 @@ def in_flight(stage: Stage) -> Flight:
 
 def test_the_wait_for_a_routing_is_filled_and_what_is_left_of_it_is_exposed(world: World) -> None:
     stage, cpu = layer(world, WGrad()), CpuStreams()
-    cpu.later(world.weights("w0", "w1"), held=True)
+    cpu.later(world.weights("w0", "w1"))
     overlap.play([overlap.forward(stage, Flight(torch.empty(0), 1.0), (X,))], cpu, overlap.ORDERS["cpu"])
     expected = ["attention", "routing leaves", "w0", "w1", "routing is here", "dispatch leaves", "dispatch is here"]
     assert world.log == [*expected, "experts", "combine leaves", "combine is here"]

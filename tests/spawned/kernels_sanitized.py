@@ -111,13 +111,15 @@ def model(recipe: Any) -> None:
     made.initialise(0)
     flight = Flight(torch.randint(SHAPE.vocab, (3, 37 + 2), device="cuda"), 1.0)
     state: Any = ()
-    phases = list(enumerate(made.stages[0].phases))
-    for index, phase in phases:
-        state = phase.forward(index, state, flight).wait()
+    phases = made.stages[0].phases
+    for phase in phases:
+        state = phase.forward(state, flight).wait()
     grads: Any = ()
     later: list[Closure] = []
-    for index, phase in reversed(phases):
-        grads = phase.backward(index, grads, flight, later).wait()
+    for phase in reversed(phases):
+        result = phase.backward(grads, flight)
+        grads = result.value.wait()
+        later += result.closures
     for closure in later:
         closure()
     for name, weight in made.named_parameters():

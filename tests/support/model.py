@@ -104,8 +104,8 @@ def run_forward(stages: Sequence[Stage], flights: Sequence[Flight]) -> dict[str,
     """Every phase of every stage in order; the losses of all flights together."""
     state: State = ()
     for stage, flight in zip(stages, flights, strict=True):
-        for index, phase in enumerate(stage.phases):
-            state = phase.forward(index, state, flight).wait()
+        for phase in stage.phases:
+            state = phase.forward(state, flight).wait()
     return {name: loss for flight in flights for name, loss in flight.losses.items()}
 
 
@@ -114,9 +114,10 @@ def run_backward(stages: Sequence[Stage], flights: Sequence[Flight]) -> list[lis
     grads: tuple[Tensor | None, ...] = ()
     left: list[list[Closure]] = []
     for stage, flight in reversed(list(zip(stages, flights, strict=True))):
-        for index, phase in reversed(list(enumerate(stage.phases))):
-            left.append([])
-            grads = phase.backward(index, grads, flight, left[-1]).wait()
+        for phase in reversed(stage.phases):
+            result = phase.backward(grads, flight)
+            grads = result.value.wait()
+            left.append(result.closures)
     return left
 
 

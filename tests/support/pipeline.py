@@ -23,9 +23,9 @@ from dryvine.parallel.flow_control import rank_program
 from dryvine.parallel.overlap import ORDERS
 from dryvine.parallel.schedule.ir import Edge, Schedule, Slot
 from dryvine.parallel.schedule.lower import lower
-from dryvine.parallel.stage import Compute, Flight, Grads, Outcome, Stage, State
+from dryvine.parallel.stage import Compute, Flight, Grads, Outcome, Stage, State, StepResult
 from dryvine.parallel.streams import CpuStreams
-from dryvine.parallel.wgrad import Closure, WGrad
+from dryvine.parallel.wgrad import WGrad
 from dryvine.trainer.model.layers import linear
 from dryvine.trainer.tensors.weight import Weight
 
@@ -41,11 +41,11 @@ class Late:
     layer: str
     stream: Any = "comm"
 
-    def forward(self, index: int, state: State, flight: Flight) -> Pending[State]:
+    def forward(self, state: State, flight: Flight) -> Pending[State]:
         return _late(tuple(2 * t for t in state))
 
-    def backward(self, index: int, grads: Grads, flight: Flight, wgrads: list[Closure]) -> Pending[Grads]:
-        return _late(tuple(2 * t for t in grads if t is not None))
+    def backward(self, grads: Grads, flight: Flight) -> StepResult:
+        return StepResult(_late(tuple(2 * t for t in grads if t is not None)), [])
 
 
 def _late(value: tuple[Tensor, ...]) -> Pending[Any]:

@@ -45,8 +45,8 @@ def middle(**changes: Any) -> Shape:
 
 def forward(stage: Stage, flight: Flight, x: torch.Tensor | None) -> None:
     state: State = () if x is None else (x,)
-    for index, phase in enumerate(stage.phases):
-        state = phase.forward(index, state, flight).wait()
+    for phase in stage.phases:
+        state = phase.forward(state, flight).wait()
 
 
 def measured(
@@ -65,7 +65,6 @@ def measured(
     before = census.bytes + (0 if x is None else x.nbytes)
     if names[-1] == "mtp.0":  # a backward that starts from losses alone
         run_backward([model.stages[0]], [flight])
-        flight.spent.clear()
         del flight
         assert census.bytes < before / 10  # a cast that the next microbatch replaces may stay
     return before

@@ -19,9 +19,8 @@ from dryvine.comm.local import run
 from dryvine.comm.mesh import make_mesh
 from dryvine.comm.topology import by_sizes
 from dryvine.parallel import overlap
-from dryvine.parallel.stage import AS_IS, Explicit, Flight, Stage, State
-from dryvine.parallel.streams import CpuStreams
-from dryvine.parallel.wgrad import Closure
+from dryvine.parallel.stage import AS_IS, Explicit, Flight, Grads, Stage, State, StepResult, StreamName
+from dryvine.parallel.streams import Baton, CpuStreams, Run
 from dryvine.trainer.config import Config
 from dryvine.trainer.fp8 import reference
 from dryvine.trainer.fp8.dispatch import Tiles
@@ -193,13 +192,13 @@ def routed(dispatch: str, tokens: int, hidden: int, chosen: Tensor) -> dict[str,
     weights = torch.rand(tokens, chosen.shape[1], generator=noise)
     flight = Flight(torch.empty(0), 1.0)
     state: State = (x, rows, weights, chosen)
-    for index, phase in enumerate(stage.phases):
-        state = phase.forward(index, state, flight).wait()
+    for phase in stage.phases:
+        state = phase.forward(state, flight).wait()
     grads: Any = (dy,)
-    for index, phase in reversed(list(enumerate(stage.phases))):
-        left: list[Closure] = []
-        grads = phase.backward(index, grads, flight, left).wait()
-        for closure in left:
+    for phase in reversed(stage.phases):
+        result = phase.backward(grads, flight)
+        grads = result.value.wait()
+        for closure in result.closures:
             closure()
     assert state[0].dtype == grads[1].dtype == torch.bfloat16
     wide = [t.detach().double().requires_grad_() for t in (rows, weights, experts.gate_up, experts.down)]
@@ -245,8 +244,8 @@ def test_bf16_dispatch_gives_experts_autograd_and_bf16_rows() -> None:
     rows, weights = torch.randn(9, 256).bfloat16(), torch.rand(9)
     flight = Flight(torch.empty(0), 1.0)
     flight.handles["layers.1"] = Alone(4).plan_routing(torch.tensor([[0]] * 4 + [[2]] * 5)).wait()
-    index = next(i for i, phase in enumerate(stage.phases) if phase.name == "experts")
-    _, y = stage.phases[index].forward(index, (rows, rows, weights), flight).wait()
+    phase = next(phase for phase in stage.phases if phase.name == "experts")
+    _, y = phase.forward((rows, rows, weights), flight).wait()
     with torch.no_grad():
         assert torch.equal(y, fp8.ffn(rows, experts.gate_up, experts.down, (4, 0, 5, 0), weights))
 
@@ -259,8 +258,8 @@ def test_a_fault_in_a_row_reaches_its_token_and_the_guard() -> None:
     fp8 = experts.fp8
     fp8.guard.on = True
     state: State = (torch.zeros_like(rows), rows, torch.rand(6, 2) + 0.1, torch.tensor([[0, 1]] * 6))
-    for index, phase in enumerate(stage.phases):
-        state = phase.forward(index, state, flight).wait()
+    for phase in stage.phases:
+        state = phase.forward(state, flight).wait()
     assert torch.equal(state[0].float().isnan().any(1), torch.arange(6) == 2)
     counts = {c.name: c for c in fp8.guard.take([("up", experts.gate_up)])}
     assert counts["up: input"].bad == 2, "one tile, in two experts"
@@ -272,29 +271,33 @@ def test_a_fault_in_a_row_reaches_its_token_and_the_guard() -> None:
 
 @dataclass
 class Holding(CpuStreams):
-    """Keeps what it is told to hold, as the streams of a GPU do until they meet."""
+    """Keeps what steps have spent, as the streams of a GPU do until they meet."""
 
-    kept: list[Any] = field(default_factory=list)
+    kept: list[object] = field(default_factory=list)
 
-    def hold(self, spent: list[Any]) -> None:
-        self.kept += spent
-        spent.clear()
+    def step(self, name: StreamName, baton: Baton, run: Run) -> None:
+        def holding(value: Grads) -> StepResult:
+            result = run(value)
+            self.kept.extend(result.spent)
+            return result
+
+        super().step(name, baton, holding)
 
 
 @pytest.mark.parametrize("dispatch", ["fp8", "bf16"])
-def test_what_came_with_the_rows_is_held_until_lanes_meet(dispatch: str) -> None:
+def test_what_came_with_the_rows_is_held_until_streams_meet(dispatch: str) -> None:
     """Weights are made in the comm stream and read by SwiGLU's backward in the other: freed when that is queued, their
     memory would go to the next message while it runs."""
     model, _, _ = model_of(dispatch)
     stage, flight, streams = model.stages[0], Flight(random_tokens(tiny(), 2, 12), 1.0), Holding()
-    index = next(i for i, phase in enumerate(stage.phases) if phase.name == "experts")
+    experts = next(phase for phase in stage.phases if phase.name == "experts")
     run_forward([stage], [flight])
-    saved = flight.saved[index]
+    saved: Any = flight.saved[experts]
     weights = (saved[1].weights if dispatch == "fp8" else saved[0][1]).data_ptr()
     del saved
     overlap.play([overlap.backward(stage, flight, (), split=True)], streams, None)
     assert weights in {t.data_ptr() for t in tensors(streams.kept)}
-    assert not flight.spent
+    assert not flight.saved
 
 
 def tensors(tree: Any) -> list[Tensor]:
