@@ -18,9 +18,9 @@ from dryvine.parallel.schedule.draw.html import as_html
 from dryvine.parallel.schedule.draw.text import lines
 from dryvine.parallel.schedule.ir import Schedule
 from dryvine.parallel.schedule.rules import ScheduleError
-from dryvine.parallel.schedule.search.search import in_one_measure, search
+from dryvine.parallel.schedule.search.search import Effort, Problem, in_one_measure, search
 from dryvine.parallel.schedule.simulate import Timeline, simulate
-from dryvine.parallel.schedule.table import ALIASES, FILE, SCHEDULES, build, load
+from dryvine.parallel.schedule.table import FILE, SCHEDULES, build, legal, load
 
 SEARCH = "search"
 _NAMES = f"{', '.join(SCHEDULES)}, file:PATH.csv, or {SEARCH} for a better one; several are compared"
@@ -43,12 +43,18 @@ def schedule(
 ) -> None:
     """Draw, check and price pipeline schedules."""
     try:
-        prices = Costs.parse(costs)
-        sought = list(names or [])
-        found = _search(pp, microbatches, prices, memory, steps, exact) if SEARCH in sought else []
-        asked = [name for name in sought if name != SEARCH]
-        listed = found + _schedules(asked, file, pp, microbatches, chunks) if asked or file or not found else found
-        timelines = _timelines(listed, prices, shared=len(listed) > 1 or bool(found))
+        prices, asked = Costs.parse(costs), list(names or [])
+        listed = [load(str(file))] if file else []
+        plain = [name for name in asked if name != SEARCH]
+        listed += [_named(name, pp, microbatches, chunks, alone=len(plain) == 1) for name in plain]
+        for each in listed:
+            check(each)
+        if SEARCH in asked:
+            problem = Problem(*_sizes(SEARCH, pp, microbatches), prices, memory)
+            listed.insert(0, _search(problem, Effort(steps, exact_seconds=exact)))
+        if not listed:
+            raise ScheduleError(f"name a schedule ({_NAMES}) or give --file PATH.csv")
+        timelines = _timelines(listed, prices, shared=len(listed) > 1 or SEARCH in asked)
         if form == "text" and out is None and sys.stdout.isatty():
             _paint(timelines)
         else:
@@ -58,41 +64,27 @@ def schedule(
         raise typer.Exit(2) from None
 
 
-def _schedules(
-    names: list[str], file: Path | None, pp: int | None, microbatches: int | None, chunks: int
-) -> list[Schedule]:
-    """What was asked for, checked. Sizes may be left out where a file gives them."""
-    found = [load(str(file))] if file else []
-    for name in names:
-        if name.startswith(FILE) and pp is None and microbatches is None:
-            found.append(load(name.removeprefix(FILE)))
-        elif pp is None or microbatches is None:
-            raise ScheduleError(f"{name} needs --pp and --microbatches, such as --pp 8 --microbatches 20")
-        else:
-            wide = chunks if ALIASES.get(name, name) == "interleaved" or len(names) == 1 else 1
-            found.append(build(name, pp, microbatches, wide))
-    if not found:
-        raise ScheduleError(f"name a schedule ({_NAMES}) or give --file PATH.csv")
-    for each in found:
-        check(each)
-    return found
-
-
-def _search(
-    pp: int | None,
-    microbatches: int | None,
-    costs: Costs,
-    memory: int | None,
-    steps: int,
-    exact: float,
-) -> list[Schedule]:
-    """The searched schedule; what it gained, and what could be, is told on stderr."""
+def _sizes(name: str, pp: int | None, microbatches: int | None) -> tuple[int, int]:
     if pp is None or microbatches is None:
-        raise ScheduleError("search needs --pp and --microbatches, such as --pp 4 --microbatches 8")
-    found = search(pp, microbatches, costs, memory, steps=steps, exact_seconds=exact)
+        raise ScheduleError(f"{name} needs --pp and --microbatches, such as --pp 8 --microbatches 20")
+    return pp, microbatches
+
+
+def _named(name: str, pp: int | None, microbatches: int | None, chunks: int, alone: bool) -> Schedule:
+    """A schedule by its name; sizes may be left out where a file gives them. One that is compared with others takes
+    `chunks` only if it may have so many."""
+    if name.startswith(FILE) and pp is None and microbatches is None:
+        return load(name.removeprefix(FILE))
+    sizes = _sizes(name, pp, microbatches)
+    return build(name, *sizes, chunks if alone or legal(name, *sizes, chunks) is None else 1)
+
+
+def _search(problem: Problem, effort: Effort) -> Schedule:
+    """The schedule that the search finds. What it gained, and what any could gain, goes to stderr."""
+    found = search(problem, effort)
     than = f"{found.named.schedule.name} {found.named.span:.5g}" if found.named else "no named schedule fits"
     typer.echo(f"search: span {found.timeline.span:.5g} ({than}), bound {found.bound:.5g}", err=True)
-    return [found.timeline.schedule]
+    return found.timeline.schedule
 
 
 def _timelines(schedules: list[Schedule], costs: Costs, shared: bool) -> list[Timeline]:

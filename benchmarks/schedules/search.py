@@ -2,7 +2,7 @@
 
     python -m benchmarks.schedules.search [--steps 1000000] [--rounds 1] [--jobs 2] [--sizes 4x8,8x16]
 
-Costs F = 1, I = 1.3, W = 0.8 with compute:communication 2:1 in F and I, pairs of any two ops priced by two lanes; a
+Costs F = 1, I = 1.3, W = 0.8 with compute:communication 2:1 in F and I, pairs of any two ops priced on two resources; a
 Markdown table, one row per (P, M). Deterministic for given steps and rounds, whatever the machine.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from dryvine.parallel.schedule.costs import Costs
 from dryvine.parallel.schedule.notation import to_csv
-from dryvine.parallel.schedule.search.search import in_one_measure, search
+from dryvine.parallel.schedule.search.search import Effort, Problem, in_one_measure, search
 from dryvine.parallel.schedule.table import build
 
 COSTS = Costs(F=1, I=1.3, W=0.8, comm=1 / 3)
@@ -25,7 +25,7 @@ SIZES = "4x8,4x16,8x16,8x32,16x32,16x64"
 def row(pp: int, microbatches: int, steps: int, rounds: int, save: Path | None) -> str:
     begun = time.monotonic()
     base = in_one_measure(build("dualpipe", pp, microbatches), COSTS)
-    found = search(pp, microbatches, COSTS, memory=base.peak_activations, steps=steps, rounds=rounds)
+    found = search(Problem(pp, microbatches, COSTS, base.peak_activations), Effort(steps, rounds))
     if save:
         save.mkdir(parents=True, exist_ok=True)
         (save / f"search-{pp}x{microbatches}.csv").write_text(to_csv(found.timeline.schedule))

@@ -7,16 +7,19 @@ cannot hang the executor or skip a gradient. The alternative is to learn it from
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NoReturn
 
 from dryvine.parallel.schedule.grid import excerpt
-from dryvine.parallel.schedule.ir import Edge, Op, Schedule, Slot
+from dryvine.parallel.schedule.ir import Edge, Op, Program, ProgramStep, Schedule, Slot
 from dryvine.parallel.schedule.lower import lower
 from dryvine.parallel.schedule.notation import op_text, slot_text
 from dryvine.parallel.schedule.rules import ScheduleError
 
-Place = tuple[int, int]  # rank, slot
+Position = tuple[int, int]  # rank, slot
+Messages = dict[
+    tuple[int, str, int, int], list[tuple[Edge, Position]]
+]  # (route, direction, source, target) -> in order
 
 
 def check(schedule: Schedule) -> None:
@@ -24,132 +27,139 @@ def check(schedule: Schedule) -> None:
 
     A schedule of forwards alone is complete too; otherwise every F needs its B, or its I and W.
     """
-    places = _places(schedule)
-    _complete(schedule, places)
-    _progress(schedule, places)
-    _order(schedule)
+    checker = _Checker(schedule)
+    checker.place_ops()
+    checker.complete()
+    checker.progress()
+    checker.message_order()
 
 
-def _fail(schedule: Schedule, place: Place, what: str) -> NoReturn:
-    rank, slot = place
-    raise ScheduleError(f"{schedule.name}: rank {rank}, slot {slot}: {what}\n{excerpt(schedule, rank, slot)}")
+class _Checker:
+    """The checks in the order in which they build on each other."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule = schedule
+        self.positions: dict[Op, Position] = {}
+        self.route_of: dict[int, int] = {}  # by microbatch
+
+    def _fail(self, position: Position, what: str) -> NoReturn:
+        rank, slot = position
+        grid = excerpt(self.schedule, rank, slot)
+        raise ScheduleError(f"{self.schedule.name}: rank {rank}, slot {slot}: {what}\n{grid}")
+
+    def place_ops(self) -> None:
+        """Every op exists, stands on its rank, and stands there once."""
+        for rank, slots in enumerate(self.schedule.ranks):
+            for i, slot in enumerate(slots):
+                if len(slot) not in (1, 2) or len({op.microbatch for op in slot}) < len(slot):
+                    what = f"{slot_text(slot)} is neither one op nor two ops of different microbatches"
+                    self._fail((rank, i), what)
+                for op in slot:
+                    self._place(op, (rank, i))
+
+    def _place(self, op: Op, position: Position) -> None:
+        self._fits(op, position)
+        if op in self.positions:
+            rank, slot = self.positions[op]
+            self._fail(position, f"{op_text(op)} runs twice, first on rank {rank}, slot {slot}")
+        route = self.route_of.setdefault(op.microbatch, op.route)
+        if route != op.route:
+            self._fail(position, f"microbatch {op.microbatch} travels routes {route} and {op.route}")
+        self.positions[op] = position
+
+    def _fits(self, op: Op, position: Position) -> None:
+        schedule = self.schedule
+        known = op.route < len(schedule.routes) and 0 <= op.stage < schedule.stages
+        if not known or not 0 <= op.microbatch < schedule.microbatches:
+            sizes = f"{schedule.stages} stages, {schedule.microbatches} microbatches, {len(schedule.routes)} routes"
+            self._fail(position, f"{op} lies outside the schedule ({sizes}, counted from 0)")
+        rank = schedule.rank_of(op)
+        if rank != position[0]:
+            self._fail(position, f"{op_text(op)} stands on the wrong rank; its stage is on rank {rank}")
+
+    def complete(self) -> None:
+        """Every microbatch passes every stage, forward and (when training) back."""
+        schedule = self.schedule
+        training = any(op.kind != "F" for op in self.positions)
+        for m in range(schedule.microbatches):
+            if m not in self.route_of:
+                raise ScheduleError(f"{schedule.name}: microbatch {m} of {schedule.microbatches} appears nowhere")
+            for s in range(schedule.stages):
+                self._complete_stage(Op("F", s, m, self.route_of[m]), training)
+
+    def _complete_stage(self, forward: Op, training: bool) -> None:
+        whole, inputs, weights = (forward._replace(kind=kind) for kind in ("B", "I", "W"))
+        backward = {op for op in (whole, inputs, weights) if op in self.positions}
+        allowed = ({whole}, {inputs, weights}) if training else (set(),)
+        if forward in self.positions and backward in allowed:
+            return
+        # Point to what is there of this stage and microbatch, else to the end of the rank.
+        rank = self.schedule.rank_of(forward)
+        near = [self.positions[op] for op in (forward, *sorted(backward)) if op in self.positions]
+        position = near[0] if near else (rank, len(self.schedule.ranks[rank]))
+        if forward not in self.positions:
+            self._fail(position, f"{op_text(forward)} is missing on rank {rank}")
+        has = " and ".join(map(op_text, sorted(backward))) or "no backward"
+        fix = f"{op_text(whole)}, or {op_text(inputs)} and {op_text(weights)}"
+        self._fail(position, f"{op_text(forward)} has {has}; it needs {fix}")
+
+    def progress(self) -> None:
+        """Run it without time: each rank goes on while what its slot needs has ended."""
+        ended: set[Op] = set()
+        at = [0] * len(self.schedule.ranks)
+        moved = True
+        while moved:
+            moved = False
+            for rank, slots in enumerate(self.schedule.ranks):
+                while at[rank] < len(slots) and not self._waits(slots[at[rank]], ended):
+                    ended.update(slots[at[rank]])
+                    at[rank] += 1
+                    moved = True
+        stuck = [rank for rank, slots in enumerate(self.schedule.ranks) if at[rank] < len(slots)]
+        if stuck:
+            self._explain_stuck(at, stuck[0], ended)
+
+    def _waits(self, slot: Slot, ended: set[Op]) -> list[tuple[Op, Op]]:
+        """(op, what it waits for) for each need of the slot that has not ended."""
+        return [(op, need) for op in slot for need in self.schedule.needs(op) if need not in ended]
+
+    def _explain_stuck(self, at: list[int], rank: int, ended: set[Op]) -> NoReturn:
+        """Follow the waits from rank to rank until they close a circle, and report that circle."""
+        waits: dict[int, str] = {}
+        while rank not in waits:
+            op, need = self._waits(self.schedule.ranks[rank][at[rank]], ended)[0]
+            other, slot = self.positions[need]
+            here, there = f"(rank {rank}, slot {at[rank]})", f"(rank {other}, slot {slot})"
+            waits[rank] = f"{op_text(op)} {here} waits for {op_text(need)} {there}"
+            rank = other
+        circle = list(waits)[list(waits).index(rank) :]
+        self._fail((rank, at[rank]), "cyclic wait: " + "; ".join(waits[r] for r in circle))
+
+    def message_order(self) -> None:
+        """On each communicator (route, direction), messages between two ranks are received in the order they are sent."""
+        program = lower(self.schedule)
+        received = _by_channel((edge, at) for step, at in _steps(program) for edge in step.receives)
+        sent = _by_channel((edge, at) for step, at in _steps(program) for edge in step.sends)
+        for channel, sends in sent.items():
+            for (sends_next, origin), (takes_next, position) in zip(sends, received[channel], strict=True):
+                if sends_next != takes_next:
+                    self._fail(
+                        position,
+                        f"communicator order ({takes_next.direction}, route {takes_next.route}): stage "
+                        f"{takes_next.stage} takes microbatch {takes_next.microbatch} next, but rank "
+                        f"{sends_next.source} sends microbatch {sends_next.microbatch} for stage "
+                        f"{sends_next.stage} first (slot {origin[1]})",
+                    )
 
 
-def _slots(schedule: Schedule) -> Iterator[tuple[Place, Slot]]:
-    for rank, slots in enumerate(schedule.ranks):
-        for i, slot in enumerate(slots):
-            yield (rank, i), slot
-
-
-def _places(schedule: Schedule) -> dict[Op, Place]:
-    """Where each op stands; every op exists, stands on its rank, and stands there once."""
-    places: dict[Op, Place] = {}
-    route_of: dict[int, int] = {}
-    for place, slot in _slots(schedule):
-        if len(slot) not in (1, 2) or len({op.microbatch for op in slot}) < len(slot):
-            _fail(schedule, place, f"{slot_text(slot)} is neither one op nor two ops of different microbatches")
-        for op in slot:
-            _fits(schedule, place, op)
-            if op in places:
-                _fail(schedule, place, f"{op_text(op)} runs twice, first on rank {places[op][0]}, slot {places[op][1]}")
-            if route_of.setdefault(op.microbatch, op.route) != op.route:
-                _fail(
-                    schedule,
-                    place,
-                    f"microbatch {op.microbatch} travels routes {route_of[op.microbatch]} and {op.route}",
-                )
-            places[op] = place
-    return places
-
-
-def _fits(schedule: Schedule, place: Place, op: Op) -> None:
-    known = op.route < len(schedule.routes) and 0 <= op.stage < schedule.stages
-    if not known or not 0 <= op.microbatch < schedule.microbatches:
-        sizes = f"{schedule.stages} stages, {schedule.microbatches} microbatches, {len(schedule.routes)} routes"
-        _fail(schedule, place, f"{op} lies outside the schedule ({sizes}, counted from 0)")
-    if schedule.rank_of(op) != place[0]:
-        _fail(schedule, place, f"{op_text(op)} stands on the wrong rank; its stage is on rank {schedule.rank_of(op)}")
-
-
-def _complete(schedule: Schedule, places: dict[Op, Place]) -> None:
-    training = any(op.kind != "F" for op in places)
-    route_of = {op.microbatch: op.route for op in places}
-    for m in range(schedule.microbatches):
-        if m not in route_of:
-            raise ScheduleError(f"{schedule.name}: microbatch {m} of {schedule.microbatches} appears nowhere")
-        for s in range(schedule.stages):
-            _whole(schedule, places, Op("F", s, m, route_of[m]), training)
-
-
-def _whole(schedule: Schedule, places: dict[Op, Place], forward: Op, training: bool) -> None:
-    whole, inputs, weights = (forward._replace(kind=kind) for kind in ("B", "I", "W"))
-    backward = {op for op in (whole, inputs, weights) if op in places}
-    wanted = ({whole}, {inputs, weights}) if training else (set(),)
-    if forward in places and backward in wanted:
-        return
-    rank = schedule.rank_of(forward)
-    near = [places[op] for op in (forward, *sorted(backward)) if op in places]
-    place = near[0] if near else (rank, len(schedule.ranks[rank]))
-    if forward not in places:
-        _fail(schedule, place, f"{op_text(forward)} is missing on rank {rank}")
-    has = " and ".join(map(op_text, sorted(backward))) or "no backward"
-    mend = f"{op_text(whole)}, or {op_text(inputs)} and {op_text(weights)}"
-    _fail(schedule, place, f"{op_text(forward)} has {has}; it needs {mend}")
-
-
-def _progress(schedule: Schedule, places: dict[Op, Place]) -> None:
-    """Run it without time: each rank goes on while what its slot needs has ended."""
-    ended: set[Op] = set()
-    at = [0] * len(schedule.ranks)
-    moved = True
-    while moved:
-        moved = False
-        for rank, slots in enumerate(schedule.ranks):
-            while at[rank] < len(slots) and not _waits(schedule, slots[at[rank]], ended):
-                ended.update(slots[at[rank]])
-                at[rank] += 1
-                moved = True
-    stuck = [rank for rank, slots in enumerate(schedule.ranks) if at[rank] < len(slots)]
-    if stuck:
-        _explain_stuck(schedule, places, at, stuck[0], ended)
-
-
-def _waits(schedule: Schedule, slot: Slot, ended: set[Op]) -> list[tuple[Op, Op]]:
-    """(op, what it waits for) for each need of the slot that has not ended."""
-    return [(op, need) for op in slot for need in schedule.needs(op) if need not in ended]
-
-
-def _explain_stuck(schedule: Schedule, places: dict[Op, Place], at: list[int], rank: int, ended: set[Op]) -> NoReturn:
-    """Follow the waits from rank to rank until they close a circle, and tell that circle."""
-    told: dict[int, str] = {}
-    while rank not in told:
-        op, need = _waits(schedule, schedule.ranks[rank][at[rank]], ended)[0]
-        other, slot = places[need]
-        told[rank] = (
-            f"{op_text(op)} (rank {rank}, slot {at[rank]}) waits for {op_text(need)} (rank {other}, slot {slot})"
-        )
-        rank = other
-    circle = list(told)[list(told).index(rank) :]
-    _fail(schedule, (rank, at[rank]), "cyclic wait: " + "; ".join(told[r] for r in circle))
-
-
-def _order(schedule: Schedule) -> None:
-    """On each communicator (route, direction), what one rank sends to another is received in the order it was sent."""
-    sent: dict[tuple[object, ...], list[tuple[Edge, Place]]] = defaultdict(list)
-    received: dict[tuple[object, ...], list[tuple[Edge, Place]]] = defaultdict(list)
-    for rank, steps in enumerate(lower(schedule).ranks):
+def _steps(program: Program) -> Iterator[tuple[ProgramStep, Position]]:
+    for rank, steps in enumerate(program.ranks):
         for i, step in enumerate(steps):
-            for edges, log in ((step.sends, sent), (step.receives, received)):
-                for edge in edges:
-                    log[edge.route, edge.direction, edge.source, edge.target].append((edge, (rank, i)))
-    for channel, sends in sent.items():
-        for (there, origin), (here, place) in zip(sends, received[channel], strict=True):
-            if there != here:
-                route, direction, source, _ = channel
-                _fail(
-                    schedule,
-                    place,
-                    f"communicator order ({direction}, route {route}): stage {here.stage} takes microbatch "
-                    f"{here.microbatch} next, but rank {source} sends microbatch {there.microbatch} for stage "
-                    f"{there.stage} first (slot {origin[1]})",
-                )
+            yield step, (rank, i)
+
+
+def _by_channel(messages: Iterable[tuple[Edge, Position]]) -> Messages:
+    channels: Messages = defaultdict(list)
+    for edge, position in messages:
+        channels[edge.route, edge.direction, edge.source, edge.target].append((edge, position))
+    return channels

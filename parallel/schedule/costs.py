@@ -1,41 +1,34 @@
-"""What ops and pairs cost. A pair of any two kinds is priced by two lanes: compute and communication.
+"""What ops and pairs cost. A pair of any two kinds is priced as a run on two resources: compute and communication.
 
 In each of a stage's `layers`, F is attention, dispatch, experts, combine; I is the mirror; W is arithmetic alone, in
-two pieces; B is I with each layer's W at its place. `comm` is the part of F and of I that is all-to-all. A pair is then
-two jobs on two machines, and its price is the shortest run of both in which each lane serves one job at a time: the
-best that an executor which interleaves phases can do (arXiv 2412.19437, figure 4, is one such run).
+two pieces; B is I with each layer's W at its place. `comm` is the part of F and of I that is all-to-all. The price of a
+pair is the `makespan` of its two chains: the best that an executor which interleaves phases can do (arXiv 2412.19437,
+figure 4, is one such run).
 
-One number per pair, as most simulators take, would need ten guesses and none could be wrong in a way one can see.
+One number per pair, as most simulators take, would need ten guesses, and a wrong one could not be seen.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from itertools import combinations_with_replacement
-from typing import Literal, NamedTuple
 
 from dryvine.parallel.schedule.ir import Kind, Slot
+from dryvine.parallel.schedule.makespan import Work, makespan
 from dryvine.parallel.schedule.rules import ScheduleError
 
-Lane = Literal["compute", "comm"]
 KINDS: tuple[Kind, ...] = ("F", "B", "I", "W")
 PAIRS = tuple("".join(sorted(pair)) for pair in combinations_with_replacement(KINDS, 2))
 
 
-class Phase(NamedTuple):
-    lane: Lane
-    time: float
-
-
 @dataclass(frozen=True)
 class Costs:
-    """Times in any one unit. B is I + W if not given. A pair in `pairs` (letters sorted: "BF") has that price, else
-    the lanes'.
+    """Times in any one unit. B is I + W if not given. A pair in `pairs` (letters sorted: "BF") has that price, any
+    other the makespan of its ops.
 
     P2P: from the end of an op to the start of what needs it on another rank. comm: part of F and I, 0 to 1; at 0 a
-    pair costs the sum of its ops, for nothing can hide.
+    pair costs the sum of its ops, because nothing can hide.
     """
 
     F: float = 1.0
@@ -56,16 +49,17 @@ class Costs:
 
     def pair(self, a: Kind, b: Kind) -> float:
         a, b = sorted((a, b))
-        return self.pairs[a + b] if a + b in self.pairs else makespan(self.phases(a), self.phases(b))
+        return self.pairs[a + b] if a + b in self.pairs else makespan(self.chain(a), self.chain(b))
 
-    def phases(self, kind: Kind) -> tuple[Phase, ...]:
-        """The op as a chain over its layers: see the module docstring."""
+    def chain(self, kind: Kind) -> tuple[Work, ...]:
+        """The op as a chain of pieces over its layers: see the module docstring."""
         pieces = 2 * self.layers
         total, weight = {"F": (self.F, 0.0), "I": (self.I, 0.0), "W": (0.0, self.W), "B": (self.I, self.W)}[kind]
-        compute = Phase("compute", (total * (1 - self.comm) + weight) / pieces)
-        comm = Phase("comm", total * self.comm / pieces)
-        one = (compute, comm) if kind == "F" else (comm, compute)
-        return tuple(phase for phase in one * pieces if phase.time > 0)
+        compute = Work("compute", (total * (1 - self.comm) + weight) / pieces)
+        comm = Work("comm", total * self.comm / pieces)
+        # Forward, each message follows the compute that made it; backward, it comes before.
+        piece = (compute, comm) if kind == "F" else (comm, compute)
+        return tuple(work for work in piece * pieces if work.time > 0)
 
     def of_a_part(self, part: float) -> Costs:
         """Costs of stages that are `part` as large. A message stays as long: it is one microbatch's activations."""
@@ -98,40 +92,3 @@ def _item(item: str) -> tuple[str, float]:
     if not 0 <= number < float("inf"):
         raise ScheduleError(f"cost {item.strip()!r}: write KEY=NUMBER with a number from 0 up, such as F=1 or FB=2.4")
     return "".join(sorted(key)) if "".join(sorted(key)) in PAIRS else key, number
-
-
-_Front = tuple[float, float, float, float]  # when job a and job b may go on; when compute and comm are free
-_LANE = {"compute": 2, "comm": 3}
-EQUAL = 1e-12  # times closer than this are one, else sums in another order would multiply the fronts
-
-
-@lru_cache(maxsize=256)
-def makespan(a: tuple[Phase, ...], b: tuple[Phase, ...]) -> float:
-    """The shortest time in which chains `a` and `b` both end, each lane serving one phase at a time, unbroken.
-
-    Exact: at each (phases of a done, phases of b done) all fronts are kept that no other one dominates.
-    """
-    fronts: dict[tuple[int, int], set[_Front]] = {(0, 0): {(0.0, 0.0, 0.0, 0.0)}}
-    for i in range(len(a) + 1):
-        for j in range(len(b) + 1):
-            for front in _best(fronts.pop((i, j))) if i < len(a) or j < len(b) else ():
-                if i < len(a):
-                    fronts.setdefault((i + 1, j), set()).add(_advance(front, 0, a[i]))
-                if j < len(b):
-                    fronts.setdefault((i, j + 1), set()).add(_advance(front, 1, b[j]))
-    return min(max(front) for front in fronts[len(a), len(b)])
-
-
-def _advance(front: _Front, job: int, phase: Phase) -> _Front:
-    lane, ahead = _LANE[phase.lane], list(front)
-    ahead[job] = ahead[lane] = max(front[job], front[lane]) + phase.time
-    return ahead[0], ahead[1], ahead[2], ahead[3]
-
-
-def _best(fronts: set[_Front]) -> list[_Front]:
-    """Those that no other one is ahead of. Sorted, a front can only be dominated by an earlier one."""
-    kept: list[_Front] = []
-    for f in sorted(fronts):
-        if not any(k[1] <= f[1] + EQUAL and k[2] <= f[2] + EQUAL and k[3] <= f[3] + EQUAL for k in kept):
-            kept.append(f)
-    return kept

@@ -7,6 +7,7 @@ Microbatches go round in groups of about P, a group through all chunks before th
 from __future__ import annotations
 
 from dryvine.parallel.schedule.ir import Kind, Op, Schedule, Slot
+from dryvine.parallel.schedule.one_f_one_b import alternate
 from dryvine.parallel.schedule.rules import Generator, Sizes
 
 
@@ -28,12 +29,8 @@ def _ops(kind: Kind, rank: int, sizes: Sizes) -> list[Op]:
 
 def _rank(rank: int, sizes: Sizes) -> tuple[Slot, ...]:
     forwards, backwards = _ops("F", rank, sizes), _ops("B", rank, sizes)
-    ahead = min((sizes.chunks - 1) * _group(sizes) + 2 * (sizes.pp - 1 - rank), len(forwards))
-    slots: list[Slot] = [(op,) for op in forwards[:ahead]]
-    for i, backward in enumerate(backwards):
-        slots += [(op,) for op in forwards[ahead + i : ahead + i + 1]]
-        slots.append((backward,))
-    return tuple(slots)
+    ahead = (sizes.chunks - 1) * _group(sizes) + 2 * (sizes.pp - 1 - rank)
+    return alternate(forwards, [(op,) for op in backwards], ahead)
 
 
 def _make(sizes: Sizes) -> Schedule:

@@ -11,13 +11,14 @@ from dryvine.parallel.schedule.check import check
 from dryvine.parallel.schedule.costs import Costs
 from dryvine.parallel.schedule.notation import from_csv, to_csv
 from dryvine.parallel.schedule.rules import ScheduleError
-from dryvine.parallel.schedule.search.anneal import State, anneal
+from dryvine.parallel.schedule.search.anneal import TimedRows, anneal
+from dryvine.parallel.schedule.search.bound import lower_bound
 from dryvine.parallel.schedule.search.exact import solve
 from dryvine.parallel.schedule.search.fold import Pipe, fold, unfold
 from dryvine.parallel.schedule.search.grow import grow
 from dryvine.parallel.schedule.search.moves import propose
 from dryvine.parallel.schedule.search.read import read
-from dryvine.parallel.schedule.search.search import in_one_measure, lower_bound, search
+from dryvine.parallel.schedule.search.search import Effort, Problem, in_one_measure, search
 from dryvine.parallel.schedule.simulate import simulate
 from dryvine.parallel.schedule.table import build
 
@@ -39,7 +40,7 @@ def test_folding_is_exact_and_prices_as_the_simulator(name, pp, m, costs):
     schedule = build(name, pp, m)
     pipe, rows = pipe_of(name, pp, m, costs), fold(schedule)
     assert unfold(pipe, rows, name) == schedule
-    assert State(pipe, rows).span == pytest.approx(simulate(schedule, costs).span)
+    assert TimedRows(pipe, rows).span == pytest.approx(simulate(schedule, costs).span)
 
 
 @given(st.integers(0, 10_000), st.sampled_from(["dualpipe", "zbv"]))
@@ -48,7 +49,7 @@ def test_a_walk_keeps_every_op_and_its_times(seed, name):
     """After hundreds of changes priced in part, the state is what a simulation of the whole schedule gives."""
     rng = random.Random(seed)
     pipe = pipe_of(name, 4, 8, LATE, memory=5 if name == "dualpipe" else 9)
-    state = State(pipe, fold(build(name, 4, 8)))
+    state = TimedRows(pipe, fold(build(name, 4, 8)))
     for _ in range(400):
         changes = propose(state.rows, rng)
         trial = state.attempt(changes, state.score + 1.0) if changes else None
@@ -72,10 +73,10 @@ def test_proposals_conserve_ops(seed):
 
     def ops(row):
         count = Counter(letter for slot in row for letter in slot)
-        for turn in (0, 1):  # B is I and W
-            whole = count.pop(("B", turn), 0)
-            count["I", turn] += whole
-            count["W", turn] += whole
+        for leg in (0, 1):  # B is I and W
+            whole = count.pop(("B", leg), 0)
+            count["I", leg] += whole
+            count["W", leg] += whole
         return count
 
     assert all(ops(row) == ops(rows[rank]) for rank, row in changes.items())
@@ -84,7 +85,7 @@ def test_proposals_conserve_ops(seed):
 def test_a_trial_refuses_too_much_memory_and_too_late():
     pipe = pipe_of("dualpipe", 4, 8, COSTS, memory=5)
     rows = fold(build("dualpipe", 4, 8))
-    state = State(pipe, rows)
+    state = TimedRows(pipe, rows)
     assert read(pipe, 0, [(("F", 0),), (("F", 1),)] * 3) is None  # a sixth chunk
     assert read(pipe, 0, [(("F", 0),), (("F", 1),)] * 2) is not None
     assert read(pipe, 0, [(("I", 0),)]) is None  # before its forward
@@ -97,7 +98,8 @@ def test_a_trial_refuses_too_much_memory_and_too_late():
 
 
 def test_beats_dualpipe_at_its_own_memory():
-    found = search(4, 8, COSTS, steps=20_000)
+    problem, effort = Problem(4, 8, COSTS), Effort(steps=20_000)
+    found = search(problem, effort)
     check(found.timeline.schedule)
     assert found.named.schedule.name == "dualpipe"
     assert found.timeline.peak_activations <= 5
@@ -106,7 +108,7 @@ def test_beats_dualpipe_at_its_own_memory():
     kinds = {"".join(op.kind for op in slot) for row in found.timeline.schedule.ranks for slot in row if len(slot) > 1}
     assert not kinds <= {"FB", "BF"}
     assert "WW" not in kinds  # saves nothing
-    assert found == search(4, 8, COSTS, steps=20_000)
+    assert found == search(problem, effort)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +116,7 @@ def test_beats_dualpipe_at_its_own_memory():
     [(4, 8, 5, 2, Costs()), (4, 8, 3, 2, COSTS), (3, 7, None, 2, LATE), (4, 6, 4, 1, COSTS), (1, 1, 2, 1, Costs())],
 )
 def test_never_worse_than_the_best_named_one(pp, m, memory, copies, costs):
-    found = search(pp, m, costs, memory, copies, steps=2_000, rounds=1)
+    found = search(Problem(pp, m, costs, memory, copies), Effort(steps=2_000, rounds=1))
     check(found.timeline.schedule)
     stages = found.timeline.schedule.stages
     assert found.timeline.peak_activations * pp / stages <= (pp + 1 if memory is None else memory)
@@ -130,13 +132,13 @@ def test_a_long_pipe_grows_from_a_short_one_without_new_bubbles():
     longer = grow(short, rows, long)
     steady = 12 * (2 * COSTS.F / 3 + 2 * COSTS.I / 3 + COSTS.W)
     check(unfold(long, longer, "long"))
-    assert State(long, longer).span <= State(short, rows).span + steady + 0.5
-    assert search(4, 20, COSTS, steps=4_000, rounds=1).gain > 0.02
+    assert TimedRows(long, longer).span <= TimedRows(short, rows).span + steady + 0.5
+    assert search(Problem(4, 20, COSTS), Effort(steps=4_000, rounds=1)).gain > 0.02
 
 
 def test_an_impossible_limit_is_refused():
     with pytest.raises(ScheduleError, match="as few as 1 chunks"):
-        search(4, 8, COSTS, memory=1)
+        search(Problem(4, 8, COSTS, memory=1), Effort())
 
 
 @given(st.integers(1, 4), st.integers(1, 8), st.floats(0, 0.6), st.floats(0.3, 2), st.floats(0, 0.5))
@@ -148,13 +150,13 @@ def test_no_schedule_undercuts_the_bound(ranks, more, comm, i, p2p):
         held = simulate(schedule, costs).peak_activations
         pipe, rows = pipe_of(name, pp, m, costs, held), fold(schedule)
         better = anneal(pipe, rows, 300, seed=more)
-        assert lower_bound(pipe) <= State(pipe, better).span + 1e-9
+        assert lower_bound(pipe) <= TimedRows(pipe, better).span + 1e-9
 
 
 def test_exact_search_proves_what_annealing_finds():
     pytest.importorskip("ortools")
     pipe = Pipe(1, 2, 3, COSTS, mirrored=True)
-    annealed = State(pipe, anneal(pipe, fold(build("dualpipe", 2, 4)), 20_000, seed=0))
+    annealed = TimedRows(pipe, anneal(pipe, fold(build("dualpipe", 2, 4)), 20_000, seed=0))
     best = solve(pipe, horizon=20.0, seconds=30.0)
     assert best.proven
     assert lower_bound(pipe) <= best.bound + 1e-9

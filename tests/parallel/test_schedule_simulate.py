@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dryvine.parallel.schedule.costs import PAIRS, Costs, Phase, makespan
+from dryvine.parallel.schedule.costs import PAIRS, Costs
 from dryvine.parallel.schedule.ir import Op
+from dryvine.parallel.schedule.makespan import Work, makespan
 from dryvine.parallel.schedule.notation import from_csv
 from dryvine.parallel.schedule.rules import ScheduleError
 from dryvine.parallel.schedule.simulate import measured, simulate
@@ -40,23 +41,23 @@ def test_ratio_of_overlapped_forwards():
     assert 0.81 <= shares[1] <= 0.86
 
 
-phases = st.lists(st.builds(Phase, st.sampled_from(["compute", "comm"]), st.integers(1, 5).map(float)), max_size=5)
+chains = st.lists(st.builds(Work, st.sampled_from(["compute", "comm"]), st.integers(1, 5).map(float)), max_size=5)
 
 
 def brute_makespan(a, b):
-    """Every order in which the phases can be started; each starts when its job and its lane are free."""
+    """Every order in which the works can be started; each starts when its chain and its resource are free."""
     best = float("inf")
     for places in itertools.combinations(range(len(a) + len(b)), len(a)):
-        jobs, lanes, at = [0.0, 0.0], {"compute": 0.0, "comm": 0.0}, [iter(a), iter(b)]
+        ended, free, at = [0.0, 0.0], {"compute": 0.0, "comm": 0.0}, [iter(a), iter(b)]
         for i in range(len(a) + len(b)):
-            job = 0 if i in places else 1
-            phase = next(at[job])
-            jobs[job] = lanes[phase.lane] = max(jobs[job], lanes[phase.lane]) + phase.time
-        best = min(best, max(jobs))
+            chain = 0 if i in places else 1
+            work = next(at[chain])
+            ended[chain] = free[work.resource] = max(ended[chain], free[work.resource]) + work.time
+        best = min(best, max(ended))
     return best
 
 
-@given(phases, phases)
+@given(chains, chains)
 @settings(max_examples=200, deadline=None)
 def test_the_price_of_a_pair_is_the_shortest_run(a, b):
     assert makespan(tuple(a), tuple(b)) == brute_makespan(a, b)
@@ -71,7 +72,7 @@ def test_pair_prices():
         assert costs.pair(a, b) == costs.pair(b, a)
     assert costs.pair("F", "B") == pytest.approx(compute["F"] + compute["B"])  # all messages hide
     assert costs.pair("F", "F") > 2 * compute["F"]  # the last combine has nothing to hide under
-    assert sum(p.time for p in costs.phases("B")) == pytest.approx(costs.op("B"))
+    assert sum(p.time for p in costs.chain("B")) == pytest.approx(costs.op("B"))
 
 
 def test_costs_from_text():

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from dryvine.parallel.schedule.draw.as_json import as_json, as_trace
 from dryvine.parallel.schedule.draw.html import as_html
+from dryvine.parallel.schedule.draw.json import as_json
 from dryvine.parallel.schedule.draw.svg import svg
 from dryvine.parallel.schedule.draw.text import text
+from dryvine.parallel.schedule.draw.trace import as_trace
 from dryvine.parallel.schedule.notation import to_csv
 from dryvine.parallel.schedule.rules import ScheduleError
 from dryvine.parallel.schedule.simulate import Timeline

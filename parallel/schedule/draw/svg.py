@@ -15,7 +15,7 @@ from dryvine.parallel.schedule.ir import Op
 from dryvine.parallel.schedule.notation import op_text
 from dryvine.parallel.schedule.simulate import Cell, Timeline
 
-ROW, GAP, LEFT, TOP, EDGE = 34, 5, 66, 74, 22  # pixels: a rank's height, between ranks, grid's corner, margin
+ROW, GAP, LEFT, TOP, MARGIN = 34, 5, 66, 74, 22  # pixels: a rank's height, between ranks, grid's corner, margin
 FONT = "Inter,'Segoe UI',Helvetica,Arial,sans-serif"
 
 
@@ -50,7 +50,7 @@ def svg(timeline: Timeline, among: Sequence[Timeline] = (), prefix: str = "") ->
     hue = hues(schedule)
     cells = [_cell(frame, rank, cell, hue, prefix) for rank, row in enumerate(timeline.cells) for cell in row]
     legend = list(_legend(frame, timeline))
-    width, height = max(frame.right + EDGE, 760), frame.floor + 40 + 26 * len(hue_names(schedule)) + EDGE / 2
+    width, height = max(frame.right + MARGIN, 760), frame.floor + 40 + 26 * len(hue_names(schedule)) + MARGIN / 2
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" '
         f'height="{height:.0f}" font-family="{FONT}" role="img" aria-label="{escape(schedule.name)} schedule">',
@@ -96,8 +96,8 @@ def _style(count: int) -> str:
 def _headline(timeline: Timeline) -> Iterator[str]:
     s = timeline.schedule
     title = f"{escape(s.name)}  \N{MIDDLE DOT}  {len(s.ranks)} ranks, {s.microbatches} microbatches"
-    yield f'<text class="ink title" x="{EDGE}" y="34">{title}</text>'
-    yield f'<text class="dim sub" x="{EDGE}" y="56">{escape(timeline.label)}: {escape(timeline.figures)}</text>'
+    yield f'<text class="ink title" x="{MARGIN}" y="34">{title}</text>'
+    yield f'<text class="dim sub" x="{MARGIN}" y="56">{escape(timeline.label)}: {escape(timeline.figures)}</text>'
 
 
 def _tracks(frame: _Frame) -> Iterator[str]:

@@ -14,14 +14,14 @@ from dryvine.parallel.schedule.simulate import Cell, Timeline
 IDLE = "\N{MIDDLE DOT}"
 
 
-class Piece(NamedTuple):
+class ColouredText(NamedTuple):
     """A run of characters and its colours (background, foreground), None for the terminal's own."""
 
     text: str
     colours: tuple[str, str] | None = None
 
 
-Line = list[Piece]
+Line = list[ColouredText]
 
 
 def lines(timeline: Timeline, width: int = 100) -> list[Line]:
@@ -30,14 +30,18 @@ def lines(timeline: Timeline, width: int = 100) -> list[Line]:
     name = len(f"rank {len(timeline.cells) - 1} ")
     rows = [_row(timeline, rank, scale) for rank in range(len(timeline.cells))]
     system, total = max(width - name, 20), max(sum(len(p.text) for p in row) for row in rows)
-    out: list[Line] = [[Piece(_headline(timeline))], []]
+    out: list[Line] = [[ColouredText(_headline(timeline))], []]
     for start in range(0, total, system):
         stop = min(start + system, total)
-        out.append([Piece("time".ljust(name) + _axis(start, stop, scale))])
-        out += [[Piece(f"rank {r}".ljust(name)), *_cut(row, start, stop)] for r, row in enumerate(rows)]
+        out.append([ColouredText("time".ljust(name) + _axis(start, stop, scale))])
+        out += [[ColouredText(f"rank {r}".ljust(name)), *_cut(row, start, stop)] for r, row in enumerate(rows)]
         out.append([])
     out.append(
-        [Piece(f"|F0 forward of microbatch 0, B backward, I its input half, W its weight half, & pair, {IDLE} idle")]
+        [
+            ColouredText(
+                f"|F0 forward of microbatch 0, B backward, I its input half, W its weight half, & pair, {IDLE} idle"
+            )
+        ]
     )
     return out
 
@@ -62,16 +66,16 @@ def _scale(timeline: Timeline) -> float:
 def _row(timeline: Timeline, rank: int, scale: float) -> Line:
     schedule = timeline.schedule
     turn, hue = passes(schedule), hues(schedule)
-    row, at = list[Piece](), 0
+    row, at = list[ColouredText](), 0
     for cell in timeline.cells[rank]:
         start, end = round(cell.start * scale), round(cell.end * scale)
         if start > at:
-            row.append(Piece(IDLE * (start - at)))
+            row.append(ColouredText(IDLE * (start - at)))
         lead = cell.slot[0]
         colours = (fill(lead.kind, hue[lead.route, lead.stage]), ink(lead.kind))
-        row.append(Piece(_cell(cell, turn, end - max(start, at)), colours))
+        row.append(ColouredText(_cell(cell, turn, end - max(start, at)), colours))
         at = max(end, at)
-    row.append(Piece(IDLE * (round(timeline.span * scale) - at)))
+    row.append(ColouredText(IDLE * (round(timeline.span * scale) - at)))
     return row
 
 
@@ -79,13 +83,13 @@ def _cell(cell: Cell, turn: dict[tuple[int, int], int], width: int) -> str:
     return ("|" + "&".join(label(op, turn) for op in cell.slot)).ljust(width)[:width]
 
 
-def _cut(row: Line, start: int, stop: int) -> Iterator[Piece]:
+def _cut(row: Line, start: int, stop: int) -> Iterator[ColouredText]:
     at = 0
     for piece in row:
         part = piece.text[max(0, start - at) : max(0, stop - at)]
         at += len(piece.text)
         if part:
-            yield Piece(part, piece.colours)
+            yield ColouredText(part, piece.colours)
 
 
 def _axis(start: int, stop: int, scale: float) -> str:

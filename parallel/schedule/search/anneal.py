@@ -30,7 +30,7 @@ class Trial(NamedTuple):
     arrivals: list[float]
 
 
-class State:
+class TimedRows:
     """Rows with their times. `attempt` prices a change of one rank; `accept` makes it so."""
 
     def __init__(self, pipe: Pipe, rows: list[Row]) -> None:
@@ -140,7 +140,7 @@ def anneal(pipe: Pipe, rows: list[Row], steps: int, seed: int, hot: float = 0.15
     """The best rows found in so many steps from `rows`; the same for the same seed. `hot`, `cold`: temperatures, in
     forwards."""
     rng = random.Random(seed)
-    state = State(pipe, rows)
+    state = TimedRows(pipe, rows)
     best, best_rows = state.span, [list(row) for row in state.rows]
     for step in range(steps):
         heat = pipe.costs.F * hot * (cold / hot) ** (step / steps)

@@ -1,6 +1,6 @@
 """A long pipe from a short one: the steady state in the middle repeats, so only its ends need a search.
 
-Cut every rank at one time and put in, as often as needed, F&I of the two turns with their W between: pairs that hide
+Cut every rank at one time and put in, as often as needed, F&I of the two legs with their W between: pairs that hide
 every message. What each rank did before it still did, one microbatch further on, so nothing new is waited for.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 
-from dryvine.parallel.schedule.search.anneal import State
+from dryvine.parallel.schedule.search.anneal import TimedRows
 from dryvine.parallel.schedule.search.fold import Pipe, Row
 
 STEADY: tuple[Row, ...] = (
@@ -22,7 +22,7 @@ SWEEPS = 2
 def grow(short: Pipe, rows: list[Row], long: Pipe) -> list[Row] | None:
     """The rows of the short pipe, made as long as `long`: the best time to cut, the same for all or slanting from rank
     to rank, then each rank's own best place. None if no cut can be run."""
-    state = State(short, rows)
+    state = TimedRows(short, rows)
     extra = long.share - short.share
     beat = sum(long.prices[slot] for slot in STEADY[0]) / 2
     slants = [beat * part for part in (-1.0, -0.5, 0.0, 0.5, 1.0)]
@@ -52,6 +52,6 @@ def _score(filled: Filled) -> float:
 def _fill(pipe: Pipe, rows: list[Row], places: list[tuple[int, Row]], times: int) -> Filled:
     longer = [[*row[:cut], *block * times, *row[cut:]] for row, (cut, block) in zip(rows, places, strict=True)]
     try:
-        return State(pipe, longer).score, longer, places
+        return TimedRows(pipe, longer).score, longer, places
     except ValueError:
         return math.inf, None, places

@@ -82,16 +82,16 @@ def _move(old: Row, at: int, letter: Letter, rng: random.Random) -> Row | None:
 
 def _split(old: Row, at: int, letter: Letter, rng: random.Random) -> Row | None:
     """B into I, and W not long after; or the reverse, with the next W."""
-    row, (kind, turn) = list(old), letter
+    row, (kind, leg) = list(old), letter
     if kind == "B":
-        row[at] = _renamed(row[at], letter, ("I", turn))
-        _insert(row, ("W", turn), min(len(row), at + 1 + int(rng.expovariate(0.3))), rng)
+        row[at] = _renamed(row[at], letter, ("I", leg))
+        _insert(row, ("W", leg), min(len(row), at + 1 + int(rng.expovariate(0.3))), rng)
         return row
-    after = next((i for i in range(at + 1, len(row)) if ("W", turn) in row[i]), None)
+    after = next((i for i in range(at + 1, len(row)) if ("W", leg) in row[i]), None)
     if kind != "I" or after is None:
         return None
-    _take(row, after, ("W", turn))
-    row[at] = _renamed(row[at], letter, ("B", turn))
+    _take(row, after, ("W", leg))
+    row[at] = _renamed(row[at], letter, ("B", leg))
     return row
 
 

@@ -1,9 +1,9 @@
 """A schedule better than every named one, for given costs and a memory limit; and how much better any could be.
 
-The search is annealing over folded rows (`search_fold`, `search_moves`, `search_anneal`), in rounds that each start
-from the best so far, of a short pipe that is then made longer (`search_grow`); `search_exact` may improve or prove
-small ones. What it gives is an ordinary Schedule: to be checked, drawn, saved as CSV and run as `file:`. It is never
-worse than the best named schedule under the same limit, because that is what it falls back to.
+The search is annealing over folded rows (`fold`, `moves`, `anneal`), in rounds that each start from the best so far, of
+a short pipe that is then made longer (`grow`); `exact` may improve or prove small ones. Its result is an ordinary
+Schedule: to be checked, drawn, saved as CSV and run as `file:`. It is never worse than the best named schedule under
+the same limit, because that is what it falls back to.
 
 One measure for all: costs are those of a P-th of the model, and memory is counted in its activations. A V's stages are
 half as large, so its costs and its chunks count half.
@@ -15,15 +15,53 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from dryvine.parallel.schedule.check import check
-from dryvine.parallel.schedule.costs import KINDS, Costs
+from dryvine.parallel.schedule.costs import Costs
 from dryvine.parallel.schedule.ir import Schedule
 from dryvine.parallel.schedule.rules import ScheduleError, Sizes
-from dryvine.parallel.schedule.search.anneal import State, anneal
+from dryvine.parallel.schedule.search.anneal import TimedRows, anneal
+from dryvine.parallel.schedule.search.bound import lower_bound
 from dryvine.parallel.schedule.search.exact import solve
 from dryvine.parallel.schedule.search.fold import Pipe, Row, fold, one_by_one, split, tidy, unfold
 from dryvine.parallel.schedule.search.grow import grow
 from dryvine.parallel.schedule.simulate import Timeline, simulate
 from dryvine.parallel.schedule.table import SCHEDULES
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a schedule is searched for.
+
+    `memory`: live chunks (a P-th of the model, one microbatch) a rank may hold, DualPipe's P+1 if None; `copies` of the
+    weights: with 2 the search is for a DualPipe-like schedule if pp and microbatches are even, else for a V.
+    """
+
+    pp: int
+    microbatches: int
+    costs: Costs
+    memory: int | None = None
+    copies: int = 2
+
+    @property
+    def chunks(self) -> int:
+        return self.pp + 1 if self.memory is None else self.memory
+
+    @property
+    def pipe(self) -> Pipe:
+        """The folded pipe to search in."""
+        if self.copies == 2 and self.pp % 2 == 0 and self.microbatches % 2 == 0:
+            return Pipe(self.pp // 2, self.microbatches // 2, self.chunks, self.costs, mirrored=True)
+        return Pipe(self.pp, self.microbatches, 2 * self.chunks, self.costs.of_a_part(0.5), mirrored=False)
+
+
+@dataclass(frozen=True)
+class Effort:
+    """`steps` of annealing, spread over `rounds`; then `exact_seconds` of CP-SAT, without which the result is always
+    the same."""
+
+    steps: int = 200_000
+    rounds: int = 2
+    seed: int = 0
+    exact_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -41,58 +79,23 @@ class Found:
         return 1 - self.timeline.span / self.named.span if self.named else 0.0
 
 
-def search(
-    pp: int,
-    microbatches: int,
-    costs: Costs,
-    memory: int | None = None,
-    copies: int = 2,
-    steps: int = 200_000,
-    rounds: int = 2,
-    seed: int = 0,
-    exact_seconds: float = 0.0,
-) -> Found:
-    """The best schedule that `steps` of annealing find; deterministic, but for `exact_seconds` of CP-SAT after it.
-
-    `memory`: live chunks (a P-th of the model, one microbatch) a rank may hold, DualPipe's P+1 if not given; `copies`
-    of the weights: with 2 it looks for a DualPipe-like schedule if pp and microbatches are even, else for a V. Raises
-    ScheduleError if the limit is below what any schedule needs.
-    """
-    memory = pp + 1 if memory is None else memory
-    mirrored = copies == 2 and pp % 2 == 0 and microbatches % 2 == 0
-    part = Sizes(pp // 2, microbatches // 2, 2) if mirrored else Sizes(pp, microbatches, 2)
-    own = costs if mirrored else costs.of_a_part(0.5)
-    pipe = Pipe(part.pp, part.microbatches, memory if mirrored else 2 * memory, own, mirrored)
-    rows = _anneal(pipe, steps, rounds, seed)
+def search(problem: Problem, effort: Effort) -> Found:
+    """The best schedule that the effort finds. Raises ScheduleError if the limit is below what any schedule needs."""
+    pipe = problem.pipe
+    rows = _anneal(pipe, effort.steps, effort.rounds, effort.seed)
     if rows is None:
-        raise ScheduleError(f"no schedule holds as few as {memory} chunks; set the memory to 2 or more")
+        raise ScheduleError(f"no schedule holds as few as {problem.chunks} chunks; set the memory to 2 or more")
     bound = lower_bound(pipe)
-    if exact_seconds:
-        best = solve(pipe, State(pipe, rows).span, exact_seconds, rows)
-        bound = max(bound, best.bound)
-        if best.rows and State(pipe, best.rows).span < State(pipe, rows).span:
-            rows = best.rows
-    found = simulate(unfold(pipe, [tidy(pipe, row) for row in rows], "search"), own)
-    check(found.schedule)
-    named = min(_named(pp, microbatches, costs, memory, copies), key=lambda t: t.span, default=None)
-    return Found(named if named and named.span <= found.span else found, named, bound)
-
-
-def _anneal(pipe: Pipe, steps: int, rounds: int, seed: int) -> list[Row] | None:
-    """Rounds of annealing, each from the best so far. A long pipe is searched short first, then made longer, if
-    that can be done without new bubbles."""
-    best = min(_starts(pipe), key=lambda rows: State(pipe, rows).score, default=None)
-    if best is None:
-        return None
-    short = replace(pipe, share=2 * pipe.ranks)
-    if short.share < pipe.share:
-        core = _anneal(short, steps - steps // 4, rounds, seed)
-        longer = core and grow(short, core, pipe)
-        if longer and State(pipe, longer).score < State(pipe, best).score:
-            best, steps, rounds = longer, steps // 4, 1
-    for i in range(rounds):
-        best = anneal(pipe, best, steps // rounds, seed + i)
-    return best
+    if effort.exact_seconds:
+        span = TimedRows(pipe, rows).span
+        optimum = solve(pipe, span, effort.exact_seconds, rows)
+        bound = max(bound, optimum.bound)
+        if optimum.rows and TimedRows(pipe, optimum.rows).span < span:
+            rows = optimum.rows
+    timeline = simulate(unfold(pipe, [tidy(pipe, row) for row in rows], "search"), pipe.costs)
+    check(timeline.schedule)
+    named = min(_named(problem), key=lambda named: named.span, default=None)
+    return Found(named if named and named.span <= timeline.span else timeline, named, bound)
 
 
 def in_one_measure(schedule: Schedule, costs: Costs) -> Timeline:
@@ -100,14 +103,32 @@ def in_one_measure(schedule: Schedule, costs: Costs) -> Timeline:
     return simulate(schedule, costs.of_a_part(len(schedule.ranks) / schedule.stages))
 
 
-def _named(pp: int, microbatches: int, costs: Costs, memory: int, copies: int) -> Iterator[Timeline]:
+def _named(problem: Problem) -> Iterator[Timeline]:
+    """The named schedules that are legal and keep to the limit."""
     for name, generator in SCHEDULES.items():
-        sizes = Sizes(pp, microbatches, generator.chunks)
+        sizes = Sizes(problem.pp, problem.microbatches, generator.chunks)
         if generator.explain(name, sizes) is None:
-            timeline = in_one_measure(generator.make(sizes), costs)
-            held = timeline.peak_activations * pp / timeline.schedule.stages
-            if held <= memory and len(timeline.schedule.routes) <= copies:
+            timeline = in_one_measure(generator.make(sizes), problem.costs)
+            held = timeline.peak_activations * problem.pp / timeline.schedule.stages
+            if held <= problem.chunks and len(timeline.schedule.routes) <= problem.copies:
                 yield timeline
+
+
+def _anneal(pipe: Pipe, steps: int, rounds: int, seed: int) -> list[Row] | None:
+    """Rounds of annealing, each from the best so far. None if no rows fit into the memory to start from."""
+    best = min(_starts(pipe), key=lambda rows: TimedRows(pipe, rows).score, default=None)
+    if best is None:
+        return None
+    # A long pipe is searched short first, with most of the steps, and made longer if that adds no bubble.
+    short = replace(pipe, share=2 * pipe.ranks)
+    if short.share < pipe.share:
+        core = _anneal(short, steps - steps // 4, rounds, seed)
+        longer = core and grow(short, core, pipe)
+        if longer and TimedRows(pipe, longer).score < TimedRows(pipe, best).score:
+            best, steps, rounds = longer, steps // 4, 1
+    for i in range(rounds):
+        best = anneal(pipe, best, steps // rounds, seed + i)
+    return best
 
 
 def _starts(pipe: Pipe) -> Iterator[list[Row]]:
@@ -117,40 +138,7 @@ def _starts(pipe: Pipe) -> Iterator[list[Row]]:
     named = [fold(g.make(sizes)) for g in (SCHEDULES["dualpipev"], SCHEDULES["zbv"]) if g.allows(sizes)]
     for rows in (*named, *([split(row) for row in rows] for rows in named), one_by_one(pipe)):
         try:
-            State(pipe, rows)
+            TimedRows(pipe, rows)
         except ValueError:
             continue
         yield rows
-
-
-def lower_bound(pipe: Pipe) -> float:
-    """A span that no schedule of this pipe can undercut.
-
-    A rank's first backward cannot start before the first microbatch has been through all stages and back to it. Until
-    then the rank can only run forwards, as many as its memory holds; the rest of its work comes after, and however it
-    is paired, an op takes at least its arithmetic.
-    """
-    work = _least_work(pipe)
-    total = 2 * pipe.share * (work["F"] + work["I"] + work["W"])
-    forward, backward, hop = _least_time(pipe, "F"), _least_time(pipe, "I"), pipe.costs.P2P
-    turn = hop if pipe.mirrored else 0.0
-    bounds = [2 * pipe.ranks * (forward + backward) + work["W"]]
-    for rank in range(pipe.ranks):
-        head = rank * (forward + hop)
-        back = 2 * pipe.ranks * forward + (2 * pipe.ranks - 2) * hop + turn + rank * (backward + hop)
-        early = min(min(pipe.memory, 2 * pipe.share) * work["F"], back - head)
-        bounds.append(back + total - early)
-    return max(bounds)
-
-
-def _least_time(pipe: Pipe, kind: str) -> float:
-    """The shortest slot with an op of this kind (B is no shorter than I)."""
-    return min(price for slot, price in pipe.prices.items() if any(letter[0] == kind for letter in slot))
-
-
-def _least_work(pipe: Pipe) -> dict[str, float]:
-    """What each kind adds to its rank's time at least: its arithmetic, less if a given pair price is below the sum."""
-    costs = pipe.costs
-    arithmetic = {kind: sum(p.time for p in costs.phases(kind) if p.lane == "compute") for kind in KINDS}
-    shares = [costs.pair(a, b) / (arithmetic[a] + arithmetic[b]) for a in KINDS for b in KINDS]
-    return {kind: arithmetic[kind] * min(1.0, *shares) for kind in KINDS}
