@@ -136,7 +136,7 @@ class _Checker:
         self._fail((rank, at[rank]), "cyclic wait: " + "; ".join(waits[r] for r in circle))
 
     def message_order(self) -> None:
-        """On each communicator (route, direction), messages between two ranks are received in the order they are sent."""
+        """On each communicator (route, direction), two ranks send and receive messages in the same order."""
         program = lower(self.schedule)
         received = _by_channel((edge, at) for step, at in _steps(program) for edge in step.receives)
         sent = _by_channel((edge, at) for step, at in _steps(program) for edge in step.sends)
