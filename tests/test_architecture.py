@@ -28,6 +28,7 @@ TORCH_FREE = (
     "dryvine.parallel.schedule.simulate",
     "dryvine.trainer.config",
     "dryvine.trainer.ramps",
+    "dryvine.trainer.model.memory",
     "dryvine.trainer.model.shape",
     "dryvine.launch.cli",
 )

@@ -40,8 +40,8 @@ def test_a_layer_is_measured_by_phase_and_kind(tmp_path: Path) -> None:
     found = run("layer", tmp_path, "--iterations=2", "--tokens=32", f"--trace={tmp_path / 'layer.json.gz'}")
     bf16, fp8 = found["layers"]
     assert list(bf16["phases_ms"]) == [
-        "F attention", "F layout", "F dispatch", "F experts", "F combine",
-        "B combine", "B experts", "B dispatch", "B layout", "B attention", "W experts", "W attention",
+        "F attention", "F routing", "F dispatch", "F experts", "F combine",
+        "B combine", "B experts", "B dispatch", "B routing", "B attention", "W experts", "W attention",
     ]  # fmt: skip
     assert sum(bf16["phases_ms"].values()) == pytest.approx(bf16["total_ms"], rel=0.3)
     assert bf16["unclassified"] == []

@@ -10,23 +10,23 @@ from collections.abc import Mapping
 from dryvine.parallel.schedule.ir import Schedule
 from dryvine.parallel.schedule.table import build
 from dryvine.trainer.config import Config, split
-from dryvine.trainer.model.memory import Load, kept_bytes
+from dryvine.trainer.model.memory import MicrobatchSize, saved_bytes
 
-WIDE = {"fp32": 4, "bf16": 2}
+DTYPE_BYTES = {"fp32": 4, "bf16": 2}
 
 
-def load_of(config: Config, cuda: bool) -> Load:
+def microbatch_size(config: Config, cuda: bool) -> MicrobatchSize:
     """A microbatch of the run on each rank, its rows spread evenly over the experts."""
     sequences = config.parallel.microbatch_sequences
     tokens = sequences * config.data.seq_len
-    alone = config.parallel.ep == 1 and config.comm.dispatcher in ("auto", "flat")
-    return Load.even(config.model, tokens, sequences, WIDE[config.run.dtype], cuda, alone)
+    single_rank = config.parallel.ep == 1 and config.comm.dispatcher in ("auto", "flat")
+    return MicrobatchSize(tokens, sequences, DTYPE_BYTES[config.run.dtype], cuda, single_rank)
 
 
 def stage_bytes(config: Config, cuda: bool) -> dict[int, int]:
     """What a flight keeps in each stage."""
-    load = load_of(config, cuda)
-    return {stage: kept_bytes(config.model, config.fp8, names, load) for stage, names in enumerate(split(config))}
+    size = microbatch_size(config, cuda)
+    return {stage: saved_bytes(config.model, config.fp8, names, size) for stage, names in enumerate(split(config))}
 
 
 def most_held(schedule: Schedule, rank: int, sizes: Mapping[int, int]) -> int:

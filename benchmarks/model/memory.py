@@ -36,7 +36,7 @@ from dryvine.trainer.fp8.choose import choose
 from dryvine.trainer.fp8.linear import FP8
 from dryvine.trainer.fp8.recipe import preset
 from dryvine.trainer.model.decoder import Model
-from dryvine.trainer.model.memory import Kept, Load, kept, kept_bytes
+from dryvine.trainer.model.memory import MicrobatchSize, SavedTensor, saved_bytes, saved_tensors
 from dryvine.trainer.model.shape import Shape
 from dryvine.trainer.model.spec import Spec
 
@@ -47,11 +47,11 @@ MEASURED = ("layers.0", "layers.3")
 # ---- predicted
 
 
-def show_rows(console: Console, shape: Shape, name: str, batch: Load) -> None:
+def show_rows(console: Console, shape: Shape, name: str, batch: MicrobatchSize) -> None:
     """Every tensor that one block keeps, by recipe."""
     found: dict[tuple[str, str, str], dict[str, int]] = {}
     for recipe in RECIPES:
-        for row in kept(shape, preset(recipe), (name,), batch):
+        for row in saved_tensors(shape, preset(recipe), (name,), batch):
             found.setdefault((row.phase, row.what, row.reader), {})[recipe] = row.bytes
     table = Table("phase", "kept", "for", *(f"{recipe}, MB" for recipe in RECIPES), title=f"{name} of V3")
     for key, sizes in found.items():
@@ -115,7 +115,7 @@ def _allocated(device: torch.device) -> int:
     return torch.cuda.memory_allocated() if device.type == "cuda" else 0
 
 
-def make_bench(shape: Shape, recipe: Recipe, name: str, batch: Load, device: torch.device) -> Bench:
+def make_bench(shape: Shape, recipe: Recipe, name: str, batch: MicrobatchSize, device: torch.device) -> Bench:
     fp8 = None
     if recipe != "bf16":
         mesh = make_mesh(1, 1, 1, 1, device, timedelta(seconds=60))
@@ -128,14 +128,14 @@ def make_bench(shape: Shape, recipe: Recipe, name: str, batch: Load, device: tor
     return Bench(model.stages[0], tokens, torch.randn(batch.tokens, shape.hidden, device=device).bfloat16())
 
 
-def compare(shape: Shape, batch: Load, device: torch.device) -> list[dict[str, Any]]:
+def compare(shape: Shape, batch: MicrobatchSize, device: torch.device) -> list[dict[str, Any]]:
     found = []
     for name in MEASURED:
         for recipe in RECIPES:
             bench = make_bench(shape, recipe, name, batch, device)
             bench.forward()  # what all microbatches share
             added, left = bench.measure()
-            predicted = kept_bytes(shape, preset(recipe), (name,), batch)
+            predicted = saved_bytes(shape, preset(recipe), (name,), batch)
             found.append({"block": name, "recipe": recipe, "predicted": predicted, "allocated": added, "census": left})
             del bench
     return found
@@ -166,17 +166,17 @@ def main() -> int:
     if given.no_recompute:
         config = config.model_copy(update={"model": config.model.model_copy(update={"recompute": ()})})
     shape, length = config.model, config.data.seq_len
-    batch = Load.even(shape, length, 1)
+    batch = MicrobatchSize(length, 1)
     for name in BLOCKS:
         show_rows(console, shape, name, batch)
     ranks = by_rank(config)
     show_ranks(console, config, ranks)
-    rows: dict[str, list[Kept]] = {r: list(kept(shape, preset(r), BLOCKS, batch)) for r in RECIPES}
+    rows: dict[str, list[SavedTensor]] = {r: list(saved_tensors(shape, preset(r), BLOCKS, batch)) for r in RECIPES}
     measured = []
     if given.device != "none":
         device = torch.device(given.device)
         if device.type == "cpu":
-            shape, batch = narrow(shape), Load.even(shape, 64, 1, cuda=False)
+            shape, batch = narrow(shape), MicrobatchSize(64, 1, cuda=False)
         measured = compare(shape, batch, device)
         show_measured(console, measured)
     if given.json:

@@ -308,7 +308,9 @@ def test_a_gate_of_no_tokens() -> None:
 def test_a_gate_keeps_what_is_predicted_on_cuda(name: str) -> None:
     shape, sequences, length = gate_of(name), 2, 9
     logits, bias = clear(shape, sequences, length)
-    rows = memory.kept(shape, preset("bf16"), ["layers.1"], memory.Load.even(shape, sequences * length, sequences))
+    rows = memory.saved_tensors(
+        shape, preset("bf16"), ["layers.1"], memory.MicrobatchSize(sequences * length, sequences)
+    )
     with Census() as census:
         held = route.kernel(logits.requires_grad_() * 1.0, bias, shape, sequences, None)[0].grad_fn
     assert census.bytes == sum(row.bytes for row in rows if row.reader in ("gate", "balance loss"))

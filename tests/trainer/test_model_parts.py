@@ -15,6 +15,8 @@ from dryvine.trainer.model.gate import choose, move_bias
 from dryvine.trainer.model.layers import add_grouped_product, grouped_linear
 from dryvine.trainer.model.loss import cross_entropy
 from dryvine.trainer.model.recompute import through
+from dryvine.trainer.model.rope import frequencies
+from dryvine.trainer.model.shape import Yarn
 from dryvine.trainer.model.spec import Spec
 from dryvine.trainer.model.swiglu import swiglu
 from dryvine.trainer.tensors.groups import ExpertGroups
@@ -100,6 +102,12 @@ def test_bias_falls_where_load_is_above_the_mean_and_rises_elsewhere() -> None:
     assert bias.tolist() == [0.375, 0.125, 0.125, 0.125]
 
 
+def test_a_load_equal_to_the_mean_is_not_above_it() -> None:
+    bias = torch.zeros(3)
+    move_bias(bias, torch.tensor([2, 2, 2]), 0.125)
+    assert bias.tolist() == [0.125] * 3
+
+
 def test_bias_update_balances_a_skewed_gate() -> None:
     """The mechanism as a whole: a gate that prefers two experts spreads its load within a few dozen steps."""
     shape = tiny(layers=1, first_dense=0, top_k=2, groups=1, group_limit=1)
@@ -116,6 +124,16 @@ def test_bias_update_balances_a_skewed_gate() -> None:
         model.update_biases(model.loads, 0.01)
     assert worst[0] == 4.0
     assert worst[-1] < 1.25
+
+
+def test_yarn_slows_pairs_between_its_bounds_and_no_others() -> None:
+    """Bounds by hand: with theta 1e4, 64 dimensions and 4096 positions a pair turns 32 times at number 10.4, once at
+    22.5; the ramp runs from 10 to 23, and the wavelength at its end is 40 times as long."""
+    plain = frequencies(64, 1e4, None)
+    slowed = frequencies(64, 1e4, Yarn(factor=40, original=4096)) / plain
+    expected = [1 - min(max((pair - 10) / 13, 0), 1) * (1 - 1 / 40) for pair in range(32)]
+    torch.testing.assert_close(slowed, torch.tensor(expected), rtol=1e-5, atol=0)
+    torch.testing.assert_close(slowed[10:13], torch.tensor([1.0, 0.925, 0.85]))
 
 
 @pytest.mark.parametrize("counts", [[3, 0, 2, 0], [0, 0, 0, 0], [0, 5, 0, 0]])

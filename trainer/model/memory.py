@@ -1,11 +1,9 @@
-"""What a microbatch in flight keeps from F to B: every tensor, why it is kept, and its bytes, from the numbers alone.
+"""What a microbatch in flight keeps from F to B: every tensor, whose backward reads it, and its bytes.
 
-Torch-free, as the shape is: memory is asked about on a login node, for layouts nobody has yet. The alternative, running
-a stage on fake tensors, would follow the code by itself, but needs torch, gives no reasons, and stops at the first
-read on the host. So the rules are written down a second time here, and a test holds them to a census of the storages
-that a real stage leaves behind, for every kind of block, recipe and recompute.
-
-Legend: N tokens of a microbatch, R rows of this rank's experts, H hidden, F width of an FFN, K choices per token.
+Computed from the shape alone and free of torch, since memory is asked about on a login node, for layouts that do not
+run yet. Running a stage on fake tensors would follow the code by itself, but needs torch, names no reader, and stops at
+the first read on the host. So the rules are written down a second time here, and a test compares them with a census of
+the storages that a real stage leaves behind, for every kind of block, recipe and recompute.
 """
 
 from __future__ import annotations
@@ -14,12 +12,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from dryvine.comm.integers import round_up
 from dryvine.trainer.fp8.recipe import Recipe
 from dryvine.trainer.model.shape import Shape, blocks
 from dryvine.trainer.tensors.tiles import TILE
 
 
-class Kept(NamedTuple):
+class SavedTensor(NamedTuple):
     block: str
     phase: str
     what: str
@@ -28,60 +27,58 @@ class Kept(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Load:
-    """A microbatch on one rank: `sequences` of together `tokens`, and how many `rows` come to the rank's experts.
-
-    `wide` is the bytes of a number in run.dtype. `cuda` False: a CPU's attention wants values as wide as queries.
-    `alone`: the rank holds all experts, and its rows are put in order once, not on both sides of an exchange.
-    """
+class MicrobatchSize:
+    """A microbatch on one rank: `tokens` in `sequences`. As many rows come to the rank's experts as its tokens send,
+    as is so when all experts are chosen equally often."""
 
     tokens: int
     sequences: int
-    rows: int
-    wide: int = 2
-    cuda: bool = True
-    alone: bool = False
-
-    @staticmethod
-    def even(shape: Shape, tokens: int, sequences: int, wide: int = 2, cuda: bool = True, alone: bool = False) -> Load:
-        """Rows as they are when experts are chosen alike: as many as a rank's own tokens send."""
-        return Load(tokens, sequences, tokens * shape.top_k, wide, cuda, alone)
+    dtype_bytes: int = 2  # of run.dtype
+    cuda: bool = True  # a CPU's attention core wants values as wide as queries
+    single_rank: bool = False  # all experts are here: rows are ordered once, not on both sides of an exchange
 
 
-def kept(shape: Shape, recipe: Recipe, names: Iterable[str], load: Load) -> tuple[Kept, ...]:
-    """Of the blocks of one stage (`names` as in `shape.blocks`), in forward order. What all microbatches share, weights
-    and their FP8 copies, is not in it; routing is as the dispatcher `flat` keeps it. Scalars are left out."""
+def saved_tensors(shape: Shape, recipe: Recipe, names: Iterable[str], size: MicrobatchSize) -> tuple[SavedTensor, ...]:
+    """Of the blocks of one stage (`names` as in `shape.blocks`), in forward order.
+
+    Left out are scalars, and what all microbatches share: weights and their FP8 copies. Routing is as the dispatcher
+    `flat` keeps it.
+    """
     kinds = {block.name: block.kind for block in blocks(shape)}
-    keeper = _Keeper(shape, recipe, load)
-    rules = {"embed": keeper.embed, "dense": keeper.dense, "moe": keeper.moe, "head": keeper.head, "mtp": keeper.mtp}
-    return tuple(Kept(name, *row) for name in names for row in rules[kinds[name]](name) if row[-1])
+    rules = _Rules(shape, recipe, size)
+    by_kind = {"embed": rules.embed, "dense": rules.dense, "moe": rules.moe, "head": rules.head, "mtp": rules.mtp}
+    return tuple(SavedTensor(name, *row) for name in names for row in by_kind[kinds[name]](name) if row[-1])
 
 
-def kept_bytes(shape: Shape, recipe: Recipe, names: Iterable[str], load: Load) -> int:
-    return sum(row.bytes for row in kept(shape, recipe, names, load))
+def saved_bytes(shape: Shape, recipe: Recipe, names: Iterable[str], size: MicrobatchSize) -> int:
+    return sum(row.bytes for row in saved_tensors(shape, recipe, names, size))
 
 
 Row = tuple[str, str, str, int]  # phase, what, reader, bytes
 
 
 @dataclass(frozen=True)
-class _Keeper:
+class _Rules:
     shape: Shape
     recipe: Recipe
-    load: Load
+    size: MicrobatchSize
 
     # -- sizes
 
-    def wide(self, rows: int, width: int) -> int:
+    def in_dtype(self, rows: int, width: int) -> int:
         """In run.dtype."""
-        return rows * width * self.load.wide
+        return rows * width * self.size.dtype_bytes
 
-    def fine(self, rows: int, width: int) -> int:
+    def in_fp8(self, rows: int, width: int) -> int:
         """E4M3 with FP32 scales of 1x128 tiles, whose rows are padded to 4."""
-        return rows * width + 4 * _up(width, TILE) // TILE * _up(rows, 4)
+        return rows * width + 4 * round_up(width, TILE) // TILE * round_up(rows, 4)
 
-    def again(self, what: str) -> bool:
+    def recomputed(self, what: str) -> bool:
         return what in self.shape.recompute
+
+    @property
+    def rows(self) -> int:
+        return self.size.tokens * self.shape.top_k
 
     # -- blocks
 
@@ -91,27 +88,29 @@ class _Keeper:
     def dense(self, name: str) -> Iterator[Row]:
         yield from self._attention("dense")
         yield from self._norm("dense", "x after attention", self.shape.hidden, "FFN")
-        yield from self._ffn("dense", "FFN", self.load.tokens, self.shape.ffn)
+        yield from self._ffn("dense", "FFN", self.size.tokens, self.shape.ffn)
 
     def moe(self, name: str) -> Iterator[Row]:
-        s, load = self.shape, self.load
+        s, n = self.shape, self.size.tokens
         yield from self._attention("attention")
         yield from self._norm("attention", "x after attention", s.hidden, "shared experts" if s.shared else "", "gate")
         if s.shared:
-            yield from self._ffn("attention", "shared experts", load.tokens, s.shared * s.expert_ffn)
+            yield from self._ffn("attention", "shared experts", n, s.shared * s.expert_ffn)
         yield from self._gate()
-        indexes = 3 * load.tokens * s.top_k + load.tokens + (0 if load.alone else 2 * load.rows)
-        yield "routing", "routing of rows, there and back", "dispatch, combine", 8 * indexes
+        # int64: each pair's number, token and place in the order sent, bounds of sums; and the rows that arrive, twice.
+        indexes = 3 * n * s.top_k + n + (0 if self.size.single_rank else 2 * self.rows)
+        yield "routing", "order of rows, there and back", "dispatch, combine", 8 * indexes
         yield from self._experts()
 
     def head(self, name: str) -> Iterator[Row]:
         yield from self._head(depth=0)
 
     def mtp(self, name: str) -> Iterator[Row]:
-        n, hidden, depth = self.load.tokens, self.shape.hidden, int(name.removeprefix("mtp.")) + 1
+        n, hidden, depth = self.size.tokens, self.shape.hidden, int(name.removeprefix("mtp.")) + 1
         yield "attention", "tokens", "embedding", self._tokens()
-        yield "attention", "embedding of the next token", "norm_e", self.wide(n, hidden) + 4 * n
-        yield "attention", "1 / rms of the depth before", "norm_h", 4 * n  # its x is kept as that head's normed x
+        yield "attention", "embedding of the next token", "norm_e", self.in_dtype(n, hidden) + 4 * n
+        # Its x is counted as the normed x of the head before.
+        yield "attention", "1 / rms of the depth before", "norm_h", 4 * n
         yield "attention", "both, normed", "project", self._operand(n, 2 * hidden)
         yield from self.moe(name)
         yield from self._head(depth)
@@ -119,100 +118,100 @@ class _Keeper:
     # -- parts
 
     def _tokens(self) -> int:
-        """A copy, where sequences are cut out of longer ones: of a single one it is a view."""
-        return 8 * self.load.tokens if self.load.sequences > 1 else 0
+        """A copy where sequences are cut out of longer ones; one sequence alone is a view."""
+        return 8 * self.size.tokens if self.size.sequences > 1 else 0
 
     def _operand(self, rows: int, width: int) -> int:
-        """A normed tensor that a Linear reads."""
+        """What a Linear of the recipe keeps of its normed input."""
         if self.recipe.fp8:
-            return self.fine(rows, width)
-        return 0 if self.again("norm") else self.wide(rows, width)
+            return self.in_fp8(rows, width)
+        return 0 if self.recomputed("norm") else self.in_dtype(rows, width)
 
     def _norm(self, phase: str, what: str, width: int, linear: str, plain: str = "") -> Iterator[Row]:
-        """A norm's input, and its output for a `linear` of the recipe and for a `plain` one in run.dtype."""
-        n = self.load.tokens
-        yield phase, f"{what}, 1 / rms", "norm", self.wide(n, width) + 4 * n
+        """A norm's input, and its output as kept by a `linear` of the recipe and by a `plain` one in run.dtype."""
+        n = self.size.tokens
+        yield phase, f"{what}, 1 / rms", "norm", self.in_dtype(n, width) + 4 * n
         if linear:
             yield phase, f"{what}, normed", linear, self._operand(n, width)
-        if plain and (self.recipe.fp8 or not linear):  # else both read one tensor
-            yield phase, f"{what}, normed", plain, 0 if self.again("norm") else self.wide(n, width)
+        # In BF16 both readers keep one and the same tensor.
+        if plain and (self.recipe.fp8 or not linear):
+            yield phase, f"{what}, normed", plain, 0 if self.recomputed("norm") else self.in_dtype(n, width)
 
     def _attention(self, phase: str) -> Iterator[Row]:
-        s, n = self.shape, self.load.tokens
+        s, n = self.shape, self.size.tokens
         yield from self._norm(phase, "x", s.hidden, "q, kv_a" if s.q_lora is None else "q_a, kv_a")
         if s.q_lora is not None:
             yield from self._norm(phase, "query latent", s.q_lora, "q_b")
-        yield phase, "key-value latent, rope key, 1 / rms", "norm", self.wide(n, s.kv_lora + s.rope_dim) + 4 * n
+        yield phase, "key-value latent, rope key, 1 / rms", "norm", self.in_dtype(n, s.kv_lora + s.rope_dim) + 4 * n
         yield phase, "key-value latent, normed", "kv_b", self._operand(n, s.kv_lora)
         yield from self._core(phase)
 
     def _core(self, phase: str) -> Iterator[Row]:
-        s, n, cuda = self.shape, self.load.tokens, self.load.cuda
-        if not self.again("mla_up"):
-            # On CUDA values are a view of what kv_b gave, keys without rope and all.
+        s, n, cuda = self.shape, self.size.tokens, self.size.cuda
+        if not self.recomputed("mla_up"):
+            # On a GPU values are a view of kv_b's output, which stays as a whole, with the keys' part without rope.
             values = s.nope_dim + s.v_dim if cuda else max(s.qk_dim, s.v_dim)
-            yield phase, "queries, keys, values", "attention core", self.wide(n, s.heads * (2 * s.qk_dim + values))
+            yield phase, "queries, keys, values", "attention core", self.in_dtype(n, s.heads * (2 * s.qk_dim + values))
         elif s.q_lora is None:
-            yield phase, "queries before rope", "attention core, by recompute", self.wide(n, s.heads * s.qk_dim)
+            yield phase, "queries before rope", "attention core, by recompute", self.in_dtype(n, s.heads * s.qk_dim)
         out = s.v_dim if cuda else max(s.qk_dim, s.v_dim)
-        yield phase, "output of the heads, log-sum-exp", "attention core", self.wide(n, s.heads * out) + 4 * n * s.heads
+        yield phase, "output of the heads", "attention core", self.in_dtype(n, s.heads * out)
+        yield phase, "log-sum-exp of scores", "attention core", 4 * n * s.heads
         yield phase, "output of the heads", "o", self._after_attention(out)
 
     def _after_attention(self, out: int) -> int:
-        n, width = self.load.tokens, self.shape.heads * self.shape.v_dim
+        n, width = self.size.tokens, self.shape.heads * self.shape.v_dim
         if not self.recipe.fp8:
-            return self.wide(n, width) if out > self.shape.v_dim else 0  # else it is the core's own output
+            # A padded output is cut to its width; else o reads the core's output, which is counted there.
+            return self.in_dtype(n, width) if out > self.shape.v_dim else 0
         if self.recipe.cache_after_attention == "fp8":
-            return self.fine(n, width)
-        return n * _up(width, TILE) * 3 // 2 + 4 * _up(width, TILE) // TILE * _up(n, 4)
+            return self.in_fp8(n, width)
+        # E5M6: 12 bits an element and an FP32 scale a tile.
+        return n * round_up(width, TILE) * 3 // 2 + 4 * round_up(width, TILE) // TILE * round_up(n, 4)
 
     def _ffn(self, phase: str, reader: str, rows: int, width: int) -> Iterator[Row]:
         if self.recipe.fp8:
-            yield phase, "gate and up", reader, self.fine(rows, 2 * width)
+            yield phase, "gate and up", reader, self.in_fp8(rows, 2 * width)
             return
-        yield phase, "gate and up", reader, self.wide(rows, 2 * width)
-        yield phase, "their SwiGLU", reader, 0 if self.again("swiglu") else self.wide(rows, width)
+        yield phase, "gate and up", reader, self.in_dtype(rows, 2 * width)
+        yield phase, "their SwiGLU", reader, 0 if self.recomputed("swiglu") else self.in_dtype(rows, width)
 
     def _gate(self) -> Iterator[Row]:
-        s, n = self.shape, self.load.tokens
+        s, n = self.shape, self.size.tokens
         yield "attention", "choices", "gate", 8 * n * s.top_k
-        if self.load.cuda:
+        if self.size.cuda:
             yield from self._fused_gate()
             return
         yield "attention", "scores", "gate", 4 * n * s.routed
         if s.normalise:
             yield "attention", "weights and their sums", "gate", 4 * n * (s.top_k + 1)
         if s.balance_alpha:
-            yield "attention", "shares of experts, sums", "balance loss", 4 * self.load.sequences * s.routed + 8 * n
+            yield "attention", "shares of experts, sums", "balance loss", 4 * self.size.sequences * s.routed + 8 * n
 
     def _fused_gate(self) -> Iterator[Row]:
-        s, n = self.shape, self.load.tokens
+        s, n = self.shape, self.size.tokens
         if s.sparse_gate:
             yield "attention", "scores of the chosen", "gate", 4 * n * s.top_k
         else:
             yield "attention", "logits", "gate", 4 * n * s.routed
         if s.balance_alpha:
-            yield "attention", "tallies of experts", "balance loss", 4 * self.load.sequences * s.routed
+            yield "attention", "tallies of experts", "balance loss", 4 * self.size.sequences * s.routed
 
     def _experts(self) -> Iterator[Row]:
-        s, rows = self.shape, self.load.rows
+        s, rows = self.shape, self.rows
         if not self.recipe.fp8_dispatch:
-            yield "experts", "arrived rows", "experts", self.wide(rows, s.hidden)
+            yield "experts", "arrived rows", "experts", self.in_dtype(rows, s.hidden)
         if self.recipe.fp8:
-            yield "experts", "arrived rows in FP8", "experts", self.fine(rows, s.hidden)
+            yield "experts", "arrived rows in FP8", "experts", self.in_fp8(rows, s.hidden)
         yield "experts", "weights of rows", "SwiGLU", 4 * rows
         yield from self._ffn("experts", "experts", rows, s.expert_ffn)
 
     def _head(self, depth: int) -> Iterator[Row]:
-        s, n = self.shape, self.load.tokens
-        yield "head", "x, 1 / rms", "norm", self.wide(n, s.hidden) + 4 * n
+        s, n = self.shape, self.size.tokens
+        yield "head", "x, 1 / rms", "norm", self.in_dtype(n, s.hidden) + 4 * n
         if depth < s.mtp_depth:
-            yield "head", "x, normed", "head, norm_h of the next depth", self.wide(n, s.hidden)
+            yield "head", "x, normed", "head, norm_h of the next depth", self.in_dtype(n, s.hidden)
         else:
-            yield "head", "x, normed", "head", 0 if self.again("norm") else self.wide(n, s.hidden)
-        yield "head", "logits", "loss", self.wide(n, s.vocab)
+            yield "head", "x, normed", "head", 0 if self.recomputed("norm") else self.in_dtype(n, s.hidden)
+        yield "head", "logits", "loss", self.in_dtype(n, s.vocab)
         yield "head", "targets, log-sum-exp", "loss", self._tokens() + 4 * n
-
-
-def _up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
