@@ -37,8 +37,8 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
     from dryvine.trainer.data.prepare import prepare
 
     resolved = load(config, overrides or ())
-    with data_cli.watched(Console(stderr=True)) as tick:
-        prepare(resolved.data, tick)
+    with data_cli.progress_bar(Console(stderr=True)) as on_progress:
+        prepare(resolved.data, on_progress)
     world, words = resolved.parallel.world, [str(config), *(overrides or ())]
     if world == 1:
         from dryvine.trainer.__main__ import main as rank_main

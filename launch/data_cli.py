@@ -15,11 +15,11 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColum
 from rich.table import Table
 from rich.text import Text
 
-from dryvine.trainer.data.build import Recipe, Tick
 from dryvine.trainer.data.build import build as build_dataset
 from dryvine.trainer.data.config import DataConfig, DataError
 from dryvine.trainer.data.dataset import Dataset
-from dryvine.trainer.data.inputs import match
+from dryvine.trainer.data.inputs import match_files
+from dryvine.trainer.data.spec import BuildSpec, OnProgress
 
 app = typer.Typer(help="Datasets: text files into packed tokens.", no_args_is_help=True)
 
@@ -28,7 +28,7 @@ VOCAB_SIZE = DataConfig.model_fields["vocab_size"].default
 
 @app.callback()
 def data() -> None:
-    """Keeps `build` a command of its own: typer would make the only command of an app the app itself."""
+    """Without a callback, typer would turn the only command of an app into the app itself."""
 
 
 @app.command()
@@ -42,51 +42,52 @@ def build(
     field: Annotated[str, typer.Option(help="Field of .jsonl, column of .parquet, that holds the text.")] = "text",
     val_fraction: Annotated[float, typer.Option(min=0, max=0.99, help="Of documents, held out.")] = 0.05,
     fim_rate: Annotated[float, typer.Option(min=0, max=1, help="Of documents, put fill-in-the-middle.")] = 0.0,
-    more: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,  # what the shell made of an unquoted pattern
+    # The shell turns an unquoted pattern into many files; all but the first arrive here.
+    more: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
 ) -> None:
     """Tokenize text files into a dataset that `data.source` of a config names.
 
     A .txt is one document, a .jsonl or .parquet has one in each line or row. A broken line is skipped and listed in
-    OUT/quarantine.jsonl. Killed at any time, the same command goes on where it was.
+    OUT/quarantine.jsonl. After a kill, the same command continues where the build was.
     """
     console = Console(stderr=True)
     try:
-        recipe = Recipe(
+        spec = BuildSpec(
             vocab_size=vocab_size if vocab_size or tokenizer else VOCAB_SIZE,
             tokenizer=tokenizer,
             field=field,
             validation_fraction=val_fraction,
             fim_rate=fim_rate,
         )
-        inputs = match([*text, *(more or [])])
-        with watched(console) as tick:
-            dataset = build_dataset(inputs, recipe, out, tick)
+        inputs = match_files([*text, *(more or [])])
+        with progress_bar(console) as on_progress:
+            dataset = build_dataset(inputs, spec, out, on_progress)
     except (DataError, OSError) as error:
         console.print(f"dryvine data build: {error}", style="red", markup=False, soft_wrap=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
-        console.print("Interrupted. The same command goes on from the last whole shard.")
+        console.print("Interrupted. The same command continues after the last whole shard.")
         raise typer.Exit(130) from None
     report(dataset, out, Console())
 
 
 @contextmanager
-def watched(console: Console) -> Iterator[Tick]:
-    """A progress bar: one row for each pass over the inputs, made when the pass reports for the first time."""
+def progress_bar(console: Console) -> Iterator[OnProgress]:
+    """A progress bar with a row for each pass over the inputs, added when the pass reports for the first time."""
     rows: dict[str, TaskID] = {}
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console) as bar:
 
-        def tick(what: str, done: int, total: int) -> None:
-            if what not in rows:
-                rows[what] = bar.add_task(what)
-            bar.update(rows[what], completed=done, total=total)
+        def on_progress(stage: str, done: int, total: int) -> None:
+            if stage not in rows:
+                rows[stage] = bar.add_task(stage)
+            bar.update(rows[stage], completed=done, total=total)
 
-        yield tick
+        yield on_progress
 
 
 def report(dataset: Dataset, folder: Path, console: Console) -> None:
-    """Documents, tokens and bytes per token of each split; under it what was skipped, and how to train on this."""
+    """Print documents, tokens and bytes per token of each split, then what was skipped and how to train on this."""
     table = Table("split", title=Text(str(folder)))
     for column in ("documents", "tokens", "bytes", "bytes/token"):
         table.add_column(column, justify="right")

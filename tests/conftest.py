@@ -10,8 +10,9 @@ import pytest
 
 from dryvine.comm import local
 from dryvine.trainer.config import Config, load
-from dryvine.trainer.data.build import Recipe, build
-from dryvine.trainer.data.inputs import match
+from dryvine.trainer.data.build import build
+from dryvine.trainer.data.inputs import match_files
+from dryvine.trainer.data.spec import BuildSpec
 
 HERE = Path(__file__).parent
 local.preload("dryvine.trainer.verify", "dryvine.trainer.loop", "matplotlib.pyplot")  # what ranks of tests import
@@ -22,7 +23,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dataset of a few standard library files, vocabulary 320."""
     folder = tmp_path_factory.mktemp("corpus")
     pattern = Path(sysconfig.get_path("stdlib")) / "a*.py"
-    build(match([str(pattern)]), Recipe(vocab_size=320, validation_fraction=0.3), folder)
+    build(match_files([str(pattern)]), BuildSpec(vocab_size=320, validation_fraction=0.3), folder)
     return folder
 
 

@@ -18,10 +18,12 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from dryvine.trainer.data import stream, tokenizer
-from dryvine.trainer.data.build import Recipe, build
+from dryvine.trainer.data.build import build
 from dryvine.trainer.data.config import DataError
-from dryvine.trainer.data.dataset import Dataset, PackedTokens, SplitName
-from dryvine.trainer.data.inputs import match
+from dryvine.trainer.data.dataset import Dataset, SplitName
+from dryvine.trainer.data.inputs import match_files
+from dryvine.trainer.data.packed_tokens import PackedTokens
+from dryvine.trainer.data.spec import BuildSpec
 
 WORDS = ["the", "expert", "token", "routes", "over", "node", "gradient", "é", "漢字", "stage", "1024", "bubble"]
 
@@ -77,11 +79,12 @@ def test_text_cannot_spell_a_special_token(alphabet: tokenizer.Vocabulary) -> No
 
 def test_every_document_is_there_once_and_on_one_side(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
-    inputs = match(corpus(tmp_path / "in"))
-    recipe = Recipe(vocab_size=400, validation_fraction=0.3, shard_tokens=1500)
-    dataset = build(inputs, recipe, tmp_path / "out")
+    inputs = match_files(corpus(tmp_path / "in"))
+    spec = BuildSpec(vocab_size=400, validation_fraction=0.3, shard_tokens=1500)
+    dataset = build(inputs, spec, tmp_path / "out")
     train, val = texts_of(tmp_path / "out", "train"), texts_of(tmp_path / "out", "val")
-    written = [item.record.text for item in stream.items(inputs, "text", stream.Place()) if item.record.text]
+    items = stream.read_stream(inputs, "text", stream.StreamPosition())
+    written = [item.record.text for item in items if item.record.text]
     assert sorted(train + val) == sorted(written)
     assert len(written) == 87
     assert 10 < len(val) < 45
@@ -93,7 +96,7 @@ def test_every_document_is_there_once_and_on_one_side(tmp_path: Path) -> None:
 def test_copies_of_a_record_are_on_one_side(tmp_path: Path) -> None:
     lines = [json.dumps({"text": f"document {i % 20} of twenty"}) for i in range(100)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    build(match([f"{tmp_path}/a.jsonl"]), Recipe(vocab_size=300, validation_fraction=0.4), tmp_path / "out")
+    build(match_files([f"{tmp_path}/a.jsonl"]), BuildSpec(vocab_size=300, validation_fraction=0.4), tmp_path / "out")
     train, val = texts_of(tmp_path / "out", "train"), texts_of(tmp_path / "out", "val")
     assert len(train) + len(val) == 100
     assert set(train)
@@ -103,7 +106,7 @@ def test_copies_of_a_record_are_on_one_side(tmp_path: Path) -> None:
 
 def test_quarantine_names_file_line_and_reason(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
-    build(match(corpus(tmp_path / "in")), Recipe(vocab_size=300), tmp_path / "out")
+    build(match_files(corpus(tmp_path / "in")), BuildSpec(vocab_size=300), tmp_path / "out")
     entries = [json.loads(line) for line in (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()]
     assert [(entry["file"], entry["line"]) for entry in entries] == [
         ("web.jsonl", 4),
@@ -118,8 +121,9 @@ KILLED = """
 import os, sys
 from pathlib import Path
 from dryvine.trainer.data import stream
-from dryvine.trainer.data.build import Recipe, build
-from dryvine.trainer.data.inputs import match
+from dryvine.trainer.data.build import build
+from dryvine.trainer.data.inputs import match_files
+from dryvine.trainer.data.spec import BuildSpec
 stream.BATCH_BYTES = 800
 left, replace = int(sys.argv[1]), os.replace
 def dying(source, target):
@@ -129,7 +133,8 @@ def dying(source, target):
         os._exit(9)
     replace(source, target)
 os.replace = dying
-build(match(sys.argv[3:]), Recipe(vocab_size=300, shard_tokens=1200, validation_fraction=0.3), Path(sys.argv[2]))
+spec = BuildSpec(vocab_size=300, shard_tokens=1200, validation_fraction=0.3)
+build(match_files(sys.argv[3:]), spec, Path(sys.argv[2]))
 """
 
 
@@ -144,16 +149,16 @@ def test_a_build_killed_again_and_again_ends_up_the_same(tmp_path: Path, monkeyp
         assert (tmp_path / "killed" / "dataset.json").exists() == (codes[-1] == 0)
     assert codes == [9] * 9 + [0]
     monkeypatch.setattr(stream, "BATCH_BYTES", 800)
-    recipe = Recipe(vocab_size=300, shard_tokens=1200, validation_fraction=0.3)
-    dataset = build(match(patterns), recipe, tmp_path / "whole")
+    spec = BuildSpec(vocab_size=300, shard_tokens=1200, validation_fraction=0.3)
+    dataset = build(match_files(patterns), spec, tmp_path / "whole")
     assert len(dataset.train.shards) >= 5
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
 def test_a_resumed_build_does_not_start_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "in").mkdir()
-    inputs = match(corpus(tmp_path / "in"))
-    recipe = Recipe(vocab_size=300, shard_tokens=1200)
+    inputs = match_files(corpus(tmp_path / "in"))
+    spec = BuildSpec(vocab_size=300, shard_tokens=1200)
     monkeypatch.setattr(stream, "BATCH_BYTES", 800)
     places: list[int] = []
 
@@ -163,28 +168,28 @@ def test_a_resumed_build_does_not_start_over(tmp_path: Path, monkeypatch: pytest
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build(inputs, recipe, tmp_path / "out", stop_halfway)
+        build(inputs, spec, tmp_path / "out", stop_halfway)
     with pytest.raises(DataError, match="half-built from other files or settings"):
-        build(inputs[1:], recipe, tmp_path / "out")
+        build(inputs[1:], spec, tmp_path / "out")
     halfway, again = places[-1], list[tuple[str, int]]()
-    build(inputs, recipe, tmp_path / "out", lambda what, done, total: again.append((what, done)))
+    build(inputs, spec, tmp_path / "out", lambda what, done, total: again.append((what, done)))
     assert {what for what, _ in again} == {"tokenizing"}
     assert again[0][1] > halfway / 2
 
 
 def test_a_finished_folder_is_kept_and_never_written_over(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
-    inputs = match(corpus(tmp_path / "in"))
-    recipe = Recipe(vocab_size=300)
-    first = build(inputs, recipe, tmp_path / "out")
+    inputs = match_files(corpus(tmp_path / "in"))
+    spec = BuildSpec(vocab_size=300)
+    first = build(inputs, spec, tmp_path / "out")
     before = contents(tmp_path / "out")
 
     def fail(what: str, done: int, total: int) -> None:
         raise AssertionError("it was built again")
 
-    assert build(inputs, recipe, tmp_path / "out", fail) == first
+    assert build(inputs, spec, tmp_path / "out", fail) == first
     with pytest.raises(DataError, match="holds a dataset of other files or settings"):
-        build(inputs, Recipe(vocab_size=301), tmp_path / "out")
+        build(inputs, BuildSpec(vocab_size=301), tmp_path / "out")
     assert contents(tmp_path / "out") == before
 
 
@@ -193,12 +198,12 @@ def test_inputs_without_text_are_refused_and_may_be_tried_again(
 ) -> None:
     """The second try leaves nothing of the first: its quarantine is empty, also after several parts."""
     (tmp_path / "a.jsonl").write_text('{"body": "some text"}\n' * 4)
-    inputs = match([f"{tmp_path}/a.jsonl"])
+    inputs = match_files([f"{tmp_path}/a.jsonl"])
     with pytest.raises(DataError, match="no text to train on in 1 files, 4 lines skipped"):
-        build(inputs, Recipe(vocab_size=300), tmp_path / "out")
+        build(inputs, BuildSpec(vocab_size=300), tmp_path / "out")
     monkeypatch.setattr(stream, "BATCH_RECORDS", 1)
-    recipe = Recipe(vocab_size=300, field="body", validation_fraction=0, shard_tokens=1)
-    dataset = build(inputs, recipe, tmp_path / "out")
+    spec = BuildSpec(vocab_size=300, field="body", validation_fraction=0, shard_tokens=1)
+    dataset = build(inputs, spec, tmp_path / "out")
     assert [shard.documents for shard in dataset.train.shards] == [1, 1, 1, 1]
     assert (tmp_path / "out" / "quarantine.jsonl").read_bytes() == b""
 
@@ -206,7 +211,7 @@ def test_inputs_without_text_are_refused_and_may_be_tried_again(
 def test_the_vocabulary_is_learned_from_training_text_only(tmp_path: Path) -> None:
     for a, b in itertools.product("abcdef", repeat=2):
         (tmp_path / f"{a}{b}.txt").write_text(f"secret{a}{b} " * 50)
-    build(match([f"{tmp_path}/*.txt"]), Recipe(vocab_size=600, validation_fraction=0.3), tmp_path / "out")
+    build(match_files([f"{tmp_path}/*.txt"]), BuildSpec(vocab_size=600, validation_fraction=0.3), tmp_path / "out")
     vocab = tokenizer.load(tmp_path / "out" / "tokenizer.json").tokenizer.get_vocab()
     words = {token.removeprefix("Ġ") for token in vocab}
     names = {split: {text.split()[0] for text in texts_of(tmp_path / "out", split)} for split in ("train", "val")}
@@ -226,7 +231,7 @@ def test_the_vocabulary_is_learned_from_a_bounded_sample(tmp_path: Path, monkeyp
         return train(seen, vocab_size)
 
     monkeypatch.setattr(tokenizer, "train", spy)
-    build(match([f"{tmp_path}/*.txt"]), Recipe(vocab_size=300, sample_bytes=44_000), tmp_path / "out")
+    build(match_files([f"{tmp_path}/*.txt"]), BuildSpec(vocab_size=300, sample_bytes=44_000), tmp_path / "out")
     assert 20_000 < sum(len(text) for text in seen) < 70_000
 
 
@@ -246,8 +251,8 @@ def wide_tokenizer(path: Path) -> Path:
 def test_a_given_tokenizer_with_wide_ids(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("some text that is longer than five tokens")
     given = wide_tokenizer(tmp_path / "wide.json")
-    recipe = Recipe(tokenizer=given, validation_fraction=0)
-    dataset = build(match([f"{tmp_path}/a.txt"]), recipe, tmp_path / "out")
+    spec = BuildSpec(tokenizer=given, validation_fraction=0)
+    dataset = build(match_files([f"{tmp_path}/a.txt"]), spec, tmp_path / "out")
     assert (dataset.dtype, dataset.vocab_size, dataset.end_token) == ("<u4", 70_257, 70_256)
     tokens = PackedTokens(tmp_path / "out", "train").tokens(0, dataset.train.tokens)
     assert tokens.dtype == np.uint32
@@ -261,23 +266,23 @@ def test_recipes_that_cannot_be_followed_are_refused_before_anything_is_written(
     bare = Tokenizer(models.BPE())
     bare.save(str(tmp_path / "bare.json"))
     refused = {
-        "--vocab-size 300: .*wide.json has 70257 ids": Recipe(tokenizer=given, vocab_size=300),
-        "--fim-rate: .*wide.json lacks <|fim_begin|>".replace("|", r"\|"): Recipe(tokenizer=given, fim_rate=0.1),
-        "bare.json: no end-of-document token": Recipe(tokenizer=tmp_path / "bare.json"),
-        "a.txt: not a tokenizer.json": Recipe(tokenizer=tmp_path / "a.txt"),
-        "none.json: No such file": Recipe(tokenizer=tmp_path / "none.json"),
+        "--vocab-size 300: .*wide.json has 70257 ids": BuildSpec(tokenizer=given, vocab_size=300),
+        "--fim-rate: .*wide.json lacks <|fim_begin|>".replace("|", r"\|"): BuildSpec(tokenizer=given, fim_rate=0.1),
+        "bare.json: no end-of-document token": BuildSpec(tokenizer=tmp_path / "bare.json"),
+        "a.txt: not a tokenizer.json": BuildSpec(tokenizer=tmp_path / "a.txt"),
+        "none.json: No such file": BuildSpec(tokenizer=tmp_path / "none.json"),
     }
-    for reason, recipe in refused.items():
+    for reason, spec in refused.items():
         with pytest.raises(DataError, match=reason):
-            build(match([f"{tmp_path}/a.txt"]), recipe, tmp_path / "out")
+            build(match_files([f"{tmp_path}/a.txt"]), spec, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_fill_in_the_middle(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
-    inputs = match(corpus(tmp_path / "in", 60))
+    inputs = match_files(corpus(tmp_path / "in", 60))
     plain, cut = (
-        build(inputs, Recipe(vocab_size=300, fim_rate=rate, validation_fraction=0.2), tmp_path / f"{rate}")
+        build(inputs, BuildSpec(vocab_size=300, fim_rate=rate, validation_fraction=0.2), tmp_path / f"{rate}")
         for rate in (0.0, 0.5)
     )
     before, after = texts_of(tmp_path / "0.0", "train"), texts_of(tmp_path / "0.5", "train")
@@ -298,12 +303,12 @@ def test_fill_in_the_middle(tmp_path: Path) -> None:
 
 def test_shards_are_where_dataset_json_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A document may run over shards; its end is found in the shard where it ends."""
-    monkeypatch.setattr("dryvine.trainer.data.readers.PIECE", 100)
+    monkeypatch.setattr("dryvine.trainer.data.readers.text.PIECE_BYTES", 100)
     monkeypatch.setattr(stream, "BATCH_BYTES", 100)
     text = "one line of a long book\n" * 100
     (tmp_path / "book.txt").write_text(text)
-    recipe = Recipe(vocab_size=300, shard_tokens=50, validation_fraction=0)
-    dataset = build(match([f"{tmp_path}/book.txt"]), recipe, tmp_path / "out")
+    spec = BuildSpec(vocab_size=300, shard_tokens=50, validation_fraction=0)
+    dataset = build(match_files([f"{tmp_path}/book.txt"]), spec, tmp_path / "out")
     assert len(dataset.train.shards) > 5
     assert [shard.documents for shard in dataset.train.shards] == [0] * (len(dataset.train.shards) - 1) + [1]
     assert texts_of(tmp_path / "out", "train") == [text]

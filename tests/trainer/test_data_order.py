@@ -10,37 +10,38 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dryvine.trainer.data.config import DataError
-from dryvine.trainer.data.dataset import Dataset, PackedTokens, Shard, Split, dtype_for
-from dryvine.trainer.data.order import Order
+from dryvine.trainer.data.dataset import Dataset, Shard, Split, dtype_for
+from dryvine.trainer.data.order import SequenceOrder
+from dryvine.trainer.data.packed_tokens import PackedTokens
 from dryvine.trainer.data.source import TokenSource
 
 
 @settings(max_examples=60, deadline=None)
 @given(windows=st.integers(1, 1500), seed=st.integers(0, 2**40), epoch=st.integers(0, 2**30))
 def test_every_window_once_in_every_epoch(windows: int, seed: int, epoch: int) -> None:
-    order = Order(seed, windows)
+    order = SequenceOrder(seed, windows)
     assert sorted(order.window(epoch * windows + i) for i in range(windows)) == list(range(windows))
 
 
 @settings(max_examples=20, deadline=None)
 @given(windows=st.integers(2**33, 2**62), seed=st.integers(0, 2**20), places=st.sets(st.integers(0, 2**33 - 1)))
 def test_huge_epochs_need_no_table_and_do_not_collide(windows: int, seed: int, places: set[int]) -> None:
-    order = Order(seed, windows)
+    order = SequenceOrder(seed, windows)
     seen = {order.window(place) for place in places}
     assert len(seen) == len(places)
     assert all(0 <= window < windows for window in seen)
 
 
 def test_epochs_and_seeds_differ_and_repeat() -> None:
-    first = [Order(1, 500).window(i) for i in range(1000)]
-    assert first == [Order(1, 500).window(i) for i in range(1000)]
+    first = [SequenceOrder(1, 500).window(i) for i in range(1000)]
+    assert first == [SequenceOrder(1, 500).window(i) for i in range(1000)]
     assert first[:500] != first[500:]
-    assert first != [Order(2, 500).window(i) for i in range(1000)]
+    assert first != [SequenceOrder(2, 500).window(i) for i in range(1000)]
 
 
 def test_order_looks_shuffled() -> None:
     """Means of a random permutation within five sigma: where window 0 to n/2 falls, and steps between neighbours."""
-    n, order = 4001, Order(0, 4001)
+    n, order = 4001, SequenceOrder(0, 4001)
     windows = np.array([order.window(i) for i in range(n)])
     assert abs(windows[: n // 2].mean() - n / 2) < 5 * n / (12 * n / 2) ** 0.5
     assert abs(np.abs(np.diff(windows)).mean() - n / 3) < 5 * n / (18 * n) ** 0.5

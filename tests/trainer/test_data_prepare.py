@@ -12,20 +12,23 @@ from pydantic import ValidationError
 from tokenizers import Tokenizer
 
 from dryvine.trainer.data import prepare as prepare_module
-from dryvine.trainer.data.build import Recipe, build, fingerprint
+from dryvine.trainer.data.build import build
 from dryvine.trainer.data.config import DataConfig, DataError
-from dryvine.trainer.data.dataset import Dataset, PackedTokens
-from dryvine.trainer.data.inputs import Input, stdlib
+from dryvine.trainer.data.dataset import Dataset
+from dryvine.trainer.data.inputs import Input
+from dryvine.trainer.data.packed_tokens import PackedTokens
 from dryvine.trainer.data.prepare import prepare
 from dryvine.trainer.data.source import TokenSource
+from dryvine.trainer.data.spec import BuildSpec, fingerprint
+from dryvine.trainer.data.stdlib import stdlib_files
 
 RANK = """
 import sys
 from pathlib import Path
 from dryvine.trainer.data import build, prepare
 from dryvine.trainer.data.config import DataConfig
-files, whole = prepare.stdlib(), build._build
-prepare.stdlib = lambda: files[:60]
+files, whole = prepare.stdlib_files(), build._build
+prepare.stdlib_files = lambda: files[:60]
 build._build = lambda *arguments: print("builds") or whole(*arguments)
 print(prepare.prepare(DataConfig(seq_len=8, vocab_size=500, dir=Path(sys.argv[1])), deadline=50))
 """
@@ -45,8 +48,8 @@ def test_ranks_that_start_at_once_build_once(tmp_path: Path) -> None:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> list[Input]:
     """The embedded corpus cut to its first files."""
-    files = stdlib()[:80]
-    monkeypatch.setattr(prepare_module, "stdlib", lambda: files)
+    files = stdlib_files()[:80]
+    monkeypatch.setattr(prepare_module, "stdlib_files", lambda: files)
     return files
 
 
@@ -79,24 +82,24 @@ def test_each_config_has_its_folder_and_the_same_one_twice(tmp_path: Path, small
 
 
 def test_fingerprints_know_names_sizes_and_settings_but_not_places(small: list[Input]) -> None:
-    recipe = Recipe(vocab_size=300)
-    mark = fingerprint(small, recipe)
-    assert fingerprint([file._replace(path=Path("/elsewhere")) for file in small], recipe) == mark
-    assert fingerprint([small[0]._replace(size=1), *small[1:]], recipe) != mark
-    assert fingerprint(small[1:], recipe) != mark
-    assert fingerprint(small, Recipe(vocab_size=301)) != mark
+    spec = BuildSpec(vocab_size=300)
+    mark = fingerprint(small, spec)
+    assert fingerprint([file._replace(path=Path("/elsewhere")) for file in small], spec) == mark
+    assert fingerprint([small[0]._replace(size=1), *small[1:]], spec) != mark
+    assert fingerprint(small[1:], spec) != mark
+    assert fingerprint(small, BuildSpec(vocab_size=301)) != mark
 
 
 def test_waiting_has_an_end(tmp_path: Path, small: list[Input]) -> None:
     config = DataConfig(seq_len=8, vocab_size=300, dir=tmp_path)
-    folder = tmp_path / fingerprint(small, Recipe(vocab_size=300))
+    folder = tmp_path / fingerprint(small, BuildSpec(vocab_size=300))
     folder.mkdir()
     with FileLock(folder / ".lock"), pytest.raises(DataError, match="another process is building here"):
         prepare(config, deadline=0.1)
 
 
 def test_a_folder_that_does_not_fit_is_refused(tmp_path: Path, small: list[Input]) -> None:
-    build(small[:5], Recipe(vocab_size=300), tmp_path / "own")
+    build(small[:5], BuildSpec(vocab_size=300), tmp_path / "own")
     config = DataConfig(seq_len=8, source=str(tmp_path / "own"), vocab_size=300)
     assert prepare(config) == tmp_path / "own"
     assert prepare(config.model_copy(update={"vocab_size": 512})) == tmp_path / "own"

@@ -11,22 +11,24 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dryvine.trainer.data import readers
 from dryvine.trainer.data.config import DataError
-from dryvine.trainer.data.inputs import Input, match, stdlib
-from dryvine.trainer.data.readers import Broken
-from dryvine.trainer.data.stream import Item, Place, items
+from dryvine.trainer.data.inputs import Input, match_files
+from dryvine.trainer.data.readers import jsonl
+from dryvine.trainer.data.readers import text as text_reader
+from dryvine.trainer.data.readers.record import Broken
+from dryvine.trainer.data.stdlib import stdlib_files
+from dryvine.trainer.data.stream import StreamItem, StreamPosition, read_stream
 
 
 def inputs_of(*paths: Path) -> list[Input]:
     return [Input(path, path.name, path.stat().st_size) for path in paths]
 
 
-def read(*paths: Path, start: Place = Place(), field: str = "text") -> list[Item]:  # noqa: B008 (a NamedTuple)
-    return list(items(inputs_of(*paths), field, start))
+def read(*paths: Path, start: StreamPosition | None = None, field: str = "text") -> list[StreamItem]:
+    return list(read_stream(inputs_of(*paths), field, start or StreamPosition()))
 
 
-def documents(records: list[Item]) -> list[str]:
+def documents(records: list[StreamItem]) -> list[str]:
     """Texts of the documents, put together from their pieces."""
     found, held = [], ""
     for item in records:
@@ -37,7 +39,7 @@ def documents(records: list[Item]) -> list[str]:
     return found
 
 
-def broken(records: list[Item]) -> list[Broken]:
+def broken(records: list[StreamItem]) -> list[Broken]:
     return [entry for item in records for entry in item.record.broken]
 
 
@@ -46,7 +48,7 @@ def broken(records: list[Item]) -> list[Broken]:
 def test_text_in_pieces_is_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, piece: int) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(text.encode())
-    monkeypatch.setattr(readers, "PIECE", piece)
+    monkeypatch.setattr(text_reader, "PIECE_BYTES", piece)
     records = read(path)
     assert documents(records) == [text]
     assert sum(item.record.ends for item in records) == 1
@@ -58,7 +60,7 @@ def test_text_in_pieces_is_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_large_text_is_cut_where_a_line_begins_with_a_letter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.txt"
     path.write_text("def f():\n    return 1\n\n\n" * 50)
-    monkeypatch.setattr(readers, "PIECE", 100)
+    monkeypatch.setattr(text_reader, "PIECE_BYTES", 100)
     pieces = [item.record.text for item in read(path)]
     assert len(pieces) > 5
     assert all(text.startswith("def") for text in pieces)
@@ -68,7 +70,7 @@ def test_broken_lines_of_text_are_left_out_and_named(tmp_path: Path, monkeypatch
     path = tmp_path / "a.txt"
     path.write_bytes(b"one\ntwo \xff\nthree\n" + b"four\n" * 30 + b"\xe2\x82")
     for piece in (2**20, 16):
-        monkeypatch.setattr(readers, "PIECE", piece)
+        monkeypatch.setattr(text_reader, "PIECE_BYTES", piece)
         records = read(path)
         assert documents(records) == ["one\nthree\n" + "four\n" * 30]
         assert broken(records) == [Broken(2, "not UTF-8"), Broken(34, "not UTF-8")]
@@ -112,8 +114,8 @@ def test_broken_json_lines_are_named(tmp_path: Path) -> None:
 def test_a_json_line_too_long_to_hold_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(f'{{"text": "{"x" * 5000}"}}\n{{"text": "after"}}\n')
-    monkeypatch.setattr(readers, "LONGEST", 1000)
-    monkeypatch.setattr(readers, "PIECE", 100)
+    monkeypatch.setattr(jsonl, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(jsonl, "_SKIP_BYTES", 100)
     records = read(path)
     assert documents(records) == ["after"]
     assert broken(records)[0].line == 1
@@ -168,7 +170,7 @@ def mixed(tmp_path: Path) -> list[Path]:
 
 
 def test_reading_goes_on_from_any_place(mixed: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "PIECE", 50)
+    monkeypatch.setattr(text_reader, "PIECE_BYTES", 50)
     whole = read(*mixed)
     assert len(whole) > 25
     for done, item in enumerate(whole, 1):
@@ -185,17 +187,17 @@ def test_patterns(tmp_path: Path) -> None:
     for name in ("b/2.txt", "b/1.txt", "a/9.txt", "c.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
-    found = match([f"{tmp_path}/b/*.txt", f"{tmp_path}/**/*.txt", f"{tmp_path}/c.jsonl"])
+    found = match_files([f"{tmp_path}/b/*.txt", f"{tmp_path}/**/*.txt", f"{tmp_path}/c.jsonl"])
     assert [file.name for file in found] == ["b/1.txt", "b/2.txt", "a/9.txt", "c.jsonl"]
     with pytest.raises(DataError, match=r"no\*\.txt': matches no file"):
-        match([f"{tmp_path}/b/*.txt", f"{tmp_path}/no*.txt"])
+        match_files([f"{tmp_path}/b/*.txt", f"{tmp_path}/no*.txt"])
     (tmp_path / "d.csv").write_text("x")
     with pytest.raises(DataError, match=r"d\.csv: no reader for \.csv; known: \.txt"):
-        match([f"{tmp_path}/*.csv"])
+        match_files([f"{tmp_path}/*.csv"])
 
 
 def test_the_embedded_corpus_is_the_same_for_every_build_of_python() -> None:
-    files = stdlib()
+    files = stdlib_files()
     names = [file.name for file in files]
     assert names == sorted(names)
     assert {"ast.py", "json/decoder.py", "typing.py"} <= set(names)

@@ -1,7 +1,7 @@
 """What a run reads: `DataConfig`, the `[data]` table of a config file.
 
-It imports neither torch nor numpy, so that a config is checked on a login node. Everything that decides which tokens a
-run sees is here or in the dataset's own `dataset.json`; the order in which it sees them follows from the run's seed.
+It imports neither torch nor numpy, so a config can be checked on a login node. Everything that decides which tokens a
+run sees is here or in the dataset's `dataset.json`; the order in which it sees them follows from the run's seed.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ STDLIB = "stdlib"
 
 
 class DataError(ValueError):
-    """Data that cannot be used: one line that says what, where, and the mend."""
+    """Data that cannot be used: the message says in one line what, where, and the fix."""
 
 
 class DataConfig(BaseModel, frozen=True, extra="forbid"):
     """`vocab_size` is the width of the model's embedding and head; it may be larger than the dataset's vocabulary.
 
-    `validation_fraction`, `fim_rate` and `dir` shape the embedded corpus; a folder made by `dryvine data build` carries
-    its own.
+    `validation_fraction`, `fim_rate` and `dir` apply to the embedded corpus only; a folder made by `dryvine data build`
+    has its own.
     """
 
     source: str = Field(default=STDLIB, description='"stdlib", or a folder made by `dryvine data build`')

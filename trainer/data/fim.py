@@ -2,24 +2,34 @@
 
     <|fim_begin|> prefix <|fim_hole|> suffix <|fim_end|> middle <|endoftext|>
 
-Done when a dataset is built, on the text of whole documents before tokenizing, as there: a cut may then fall anywhere,
-also inside what would have been one token, which is where a cursor stands. At reading time only tokens are left, and a
-document's length in tokens, so its place in the packing, would depend on the draw. Whether and where a document is cut
-is a pure function of its key.
+It is applied when a dataset is built, as in that paper to the text of whole documents before tokenizing: a cut may then
+fall anywhere, also inside what would have been one token, as an editor's cursor does. At training time only tokens are
+left, and a document's length in tokens, and so where it is packed, would depend on the random cut. Whether and where a
+document is cut is a pure function of its key.
 """
 
 from __future__ import annotations
 
-from dryvine.trainer.data.draw import draw
-from dryvine.trainer.data.tokenizer import Vocabulary
+from typing import NamedTuple
 
-Part = tuple[int | None, str]  # a special token, if any, and the text after it
+from dryvine.trainer.data.sampling import uniform
 
 
-def arrange(text: str, key: bytes, rate: float, vocabulary: Vocabulary) -> tuple[Part, ...]:
-    """The parts of a document in the order in which they are packed: one, or three at the given rate."""
-    if vocabulary.fim is None or draw("fim", key) >= rate:
-        return ((None, text),)
-    first, second = sorted(int(draw(use, key) * (len(text) + 1)) for use in ("cut", "other cut"))
-    begin, hole, end = vocabulary.fim
-    return (begin, text[:first]), (hole, text[second:]), (end, text[first:second])
+class TextPart(NamedTuple):
+    """A part of a document: text, and the special token in front of it, if any."""
+
+    marker: int | None
+    text: str
+
+
+def rearrange(text: str, key: bytes, rate: float, markers: tuple[int, int, int] | None) -> tuple[TextPart, ...]:
+    """The parts of a document in packing order: three for a share `rate` of all documents, else one.
+
+    `markers` are the token ids before prefix, suffix and middle; without them no document is cut.
+    """
+    if markers is None or uniform("fim", key) >= rate:
+        return (TextPart(None, text),)
+    first, second = sorted(int(uniform(purpose, key) * (len(text) + 1)) for purpose in ("cut", "other cut"))
+    prefix, middle, suffix = text[:first], text[first:second], text[second:]
+    begin, hole, end = markers
+    return TextPart(begin, prefix), TextPart(hole, suffix), TextPart(end, middle)

@@ -1,8 +1,8 @@
-"""Writing shards so that a kill at any instant leaves nothing half-written under a final name.
+"""Writes shards in parts that are committed as a whole.
 
-A part is one shard of each split, one stretch of quarantine.jsonl, and then, last, a new `progress.json` that counts
-them in. Whatever a killed build wrote after that is not in `progress.json`: shards are written over by the next run,
-the quarantine is cut back to the length that was counted.
+A part is one shard of each split and a stretch of quarantine.jsonl. Its commit ends with a new `progress.json` that
+counts them. What a killed build wrote after its last commit is not counted: the next run overwrites the shards and cuts
+the quarantine back to the counted length.
 """
 
 from __future__ import annotations
@@ -10,84 +10,57 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import BinaryIO, Self
+from typing import Self
 
 import numpy as np
-from pydantic import BaseModel
 
+from dryvine.trainer.data.atomic import open_temporary, publish
 from dryvine.trainer.data.dataset import Shard, Split, SplitName
-from dryvine.trainer.data.stream import Item, Place
+from dryvine.trainer.data.progress import BuildProgress
+from dryvine.trainer.data.stream import StreamItem, StreamPosition
 
 SPLITS: tuple[SplitName, SplitName] = ("train", "val")
 
 
-class Progress(BaseModel, frozen=True, extra="forbid"):
-    """`progress.json`: what is safely in the folder, and where reading goes on."""
-
-    fingerprint: str
-    part: int = 0
-    place: Place = Place()
-    train: Split = Split()
-    val: Split = Split()
-    quarantined: int = 0
-    quarantine_bytes: int = 0
-
-
-def publish(file: BinaryIO, path: Path) -> None:
-    """Give a finished temporary file its name: even after a crash of the machine it holds all of it or nothing."""
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
-    os.replace(file.name, path)
-
-
-def temporary(path: Path) -> BinaryIO:
-    return path.with_name(path.name + ".tmp").open("wb")
-
-
-def write_whole(path: Path, content: str) -> None:
-    file = temporary(path)
-    file.write(content.encode())
-    publish(file, path)
-
-
 class ShardWriter:
-    """One shard of one split, being written."""
+    """Writes one shard of one split."""
 
     def __init__(self, folder: Path, part: int, dtype: str) -> None:
         folder.mkdir(exist_ok=True)
         self.folder, self.name, self.dtype = folder, f"{part:05d}", dtype
         self.tokens, self.bytes = 0, 0
         self._ends: list[int] = []
-        self.file = temporary(folder / f"{self.name}.bin")
+        self.file = open_temporary(folder / f"{self.name}.bin")
 
     def add(self, ids: list[int], size: int, ends: bool) -> None:
+        """Append tokens that came from `size` bytes of text; `ends` if a document ends after them."""
         np.array(ids, self.dtype).tofile(self.file)
         self.tokens, self.bytes = self.tokens + len(ids), self.bytes + size
         if ends:
             self._ends.append(self.tokens)
 
     def close(self, before: Split) -> Split:
-        """The split with this shard; an empty one is dropped, since nothing of no bytes can be mapped."""
+        """Publish the shard and return the split with it. An empty shard is dropped: mmap refuses an empty file."""
         if not self.tokens:
             self.file.close()
             os.unlink(self.file.name)
             return before
         shard = Shard(name=self.name, tokens=self.tokens, documents=len(self._ends))
         publish(self.file, shard.bin(self.folder))
-        ends = temporary(shard.ends(self.folder))
+        ends = open_temporary(shard.ends(self.folder))
         np.save(ends, np.array(self._ends, np.uint64))
         publish(ends, shard.ends(self.folder))
         return Split(shards=(*before.shards, shard), bytes=before.bytes + self.bytes)
 
 
-class Part:
-    """The next shard of both splits, and the lines skipped meanwhile."""
+class PartWriter:
+    """Writes the next shard of both splits, and the lines left out meanwhile."""
 
-    def __init__(self, out: Path, progress: Progress, dtype: str) -> None:
+    def __init__(self, out: Path, progress: BuildProgress, dtype: str) -> None:
         self.out, self.before = out, progress
         self.train, self.val = (ShardWriter(out / split, progress.part, dtype) for split in SPLITS)
         self.quarantined = 0
+        # Append mode with a cut: what an earlier, killed run added after its last commit goes.
         self._quarantine = (out / "quarantine.jsonl").open("ab")
         self._quarantine.truncate(progress.quarantine_bytes)
         self._quarantine.seek(progress.quarantine_bytes)
@@ -96,7 +69,7 @@ class Part:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close what is still open: all of it if the part was not committed, and then the next run writes it anew."""
+        """Close what is still open. The next run overwrites the temporary files of a part that was not committed."""
         for file in (self.train.file, self.val.file, self._quarantine):
             file.close()
 
@@ -104,26 +77,27 @@ class Part:
     def tokens(self) -> int:
         return self.train.tokens + self.val.tokens
 
-    def skip(self, item: Item) -> None:
+    def quarantine(self, item: StreamItem) -> None:
+        """List the broken lines of an item."""
         for line, reason in item.record.broken:
             entry = {"file": item.name, "line": line, "reason": reason}
             self._quarantine.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
             self.quarantined += 1
 
-    def commit(self, place: Place) -> Progress:
-        """Close everything; from here on a killed build goes on at `place`."""
+    def commit(self, position: StreamPosition) -> BuildProgress:
+        """Publish everything; a build killed after this continues at `position`."""
         self._quarantine.flush()
         os.fsync(self._quarantine.fileno())
         length = self._quarantine.tell()
         self._quarantine.close()
-        progress = Progress(
+        progress = BuildProgress(
             fingerprint=self.before.fingerprint,
             part=self.before.part + 1,
-            place=place,
+            place=position,
             train=self.train.close(self.before.train),
             val=self.val.close(self.before.val),
             quarantined=self.before.quarantined + self.quarantined,
             quarantine_bytes=length,
         )
-        write_whole(self.out / "progress.json", progress.model_dump_json())
+        progress.save(self.out)
         return progress

@@ -1,53 +1,63 @@
-"""All inputs as one stream of records that can be entered at any place it has passed.
+"""All inputs as one stream of records that can be entered at any position it has passed.
 
-A `Place` is what a build saves to go on after a kill. It is taken from the stream, never from a clock, so a build that
-was killed ten times writes the same bytes as one that was not.
+A build saves a `StreamPosition` to resume from after a kill. It is derived from the stream and never from a clock, so a
+build that was killed ten times writes the same bytes as one that was not.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from dryvine.trainer.data.inputs import Input
-from dryvine.trainer.data.readers import Record, kind_of
+from dryvine.trainer.data.readers.record import Record
+from dryvine.trainer.data.readers.table import kind_of
 
-BATCH_BYTES = 2**22  # enough text to keep every core's tokenizer busy, little enough to hold several times over
+BATCH_BYTES = 2**22  # enough text to occupy the tokenizer's threads on every core, small enough to hold several copies
 BATCH_RECORDS = 4096
 
 
-class Place(NamedTuple):
-    """Where reading goes on: the number of the input file, and the lines and bytes of it that are done."""
+class StreamPosition(NamedTuple):
+    """Where reading continues: the index of the input file, and how many lines and bytes of it have been read."""
 
     file: int = 0
     line: int = 0
     byte: int = 0
 
 
-class Item(NamedTuple):
-    after: Place
+class StreamItem(NamedTuple):
+    """A record, and what is known about it beyond its file."""
+
+    after: StreamPosition
     name: str  # of the input file
-    key: bytes  # of the document: what decides its split, and whether it is sampled or put fill-in-the-middle
-    size: int  # bytes of text
+    key: bytes  # identifies the document: decides its split, and whether it is sampled or put fill-in-the-middle
+    size: int  # UTF-8 bytes of the text
     record: Record
 
 
-def items(inputs: Sequence[Input], field: str, start: Place) -> Iterator[Item]:
-    """Everything from `start` on. The last record of a file leads to the next file, so that no end is read twice."""
-    for number, file in enumerate(inputs[start.file :], start.file):
+def read_stream(inputs: Sequence[Input], field: str, start: StreamPosition) -> Iterator[StreamItem]:
+    """Every record from `start` on. After a file's last record comes the next file, so no end of file is read twice."""
+    for index, file in enumerate(inputs[start.file :], start.file):
         kind = kind_of(file.path)
-        records = kind.read(file.path, field, *(start[1:] if number == start.file else (0, 0)))
-        for record, following in itertools.pairwise(itertools.chain(records, [None])):
-            assert record is not None
-            after = Place(number, record.line, record.byte) if following else Place(number + 1)
+        line, byte = (start.line, start.byte) if index == start.file else (0, 0)
+        for record, following in _with_next(kind.read(file.path, field, line, byte)):
+            after = StreamPosition(index, record.line, record.byte) if following else StreamPosition(index + 1)
             text = record.text.encode()
-            yield Item(after, file.name, file.name.encode() if kind.whole else text, len(text), record)
+            yield StreamItem(after, file.name, file.name.encode() if kind.is_document else text, len(text), record)
 
 
-def batches(stream: Iterable[Item]) -> Iterator[list[Item]]:
+def _with_next(records: Iterator[Record]) -> Iterator[tuple[Record, Record | None]]:
+    """Each record together with the one that follows it; the last with None."""
+    held = next(records, None)
+    while held is not None:
+        following = next(records, None)
+        yield held, following
+        held = following
+
+
+def batches(stream: Iterable[StreamItem]) -> Iterator[list[StreamItem]]:
     """The stream in lists of about BATCH_BYTES of text."""
-    batch: list[Item] = []
+    batch: list[StreamItem] = []
     size = 0
     for item in stream:
         batch.append(item)

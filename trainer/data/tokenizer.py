@@ -1,14 +1,14 @@
-"""Byte-level BPE: trained here, or anybody's `tokenizer.json`.
+"""Byte-level BPE: trained here, or a given `tokenizer.json`.
 
-Bytes, not characters, are the alphabet, so no text is out of vocabulary and decode(encode(text)) is the text. The
-special tokens are the few that packing needs; text that spells one out is encoded as the plain characters that it is,
-since a scraped page must not be able to end its own document.
+The alphabet is bytes, not characters, so no text is out of vocabulary and decode(encode(text)) is the text. The special
+tokens are the few that packing needs; text that spells one out is encoded as plain characters, because a scraped page
+must not be able to end its own document.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,17 +23,20 @@ _KNOWN_FIM = (FIM, ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end�
 
 
 class Vocabulary(NamedTuple):
-    """A tokenizer ready to pack documents, and the numbers that packing needs."""
+    """A tokenizer and what packing needs to know about it."""
 
     tokenizer: Tokenizer
     size: int  # largest id + 1
-    end: int  # put after each document
-    fim: tuple[int, int, int] | None  # before prefix, suffix and middle, in that order
-    sha256: str
+    end: int  # id put after each document
+    fim: tuple[int, int, int] | None  # ids before prefix, suffix and middle, in that order
+    sha256: str  # of the tokenizer.json
 
 
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A pure function of texts and size: ties between merges fall by token id. Little text gives fewer tokens."""
+    """Learn a vocabulary: a pure function of texts and size, ties between merges fall by token id.
+
+    Too little text gives a smaller vocabulary than asked for.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -48,21 +51,33 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def load(path: Path) -> Vocabulary:
-    """Read a `tokenizer.json`. Raises DataError if it is none, or has no token that ends a document."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; name a tokenizer.json") from None
-    try:
-        tokenizer = Tokenizer.from_str(content.decode())
-    except Exception as error:  # tokenizers raises a bare Exception for whatever it cannot parse
-        raise DataError(f"{path}: not a tokenizer.json ({error}); save one with tokenizer.save(path)") from None
-    tokenizer.encode_special_tokens = True
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+    """Read a `tokenizer.json`. Raises DataError if it cannot be read or has no token that ends a document."""
+    content = _read(path)
+    tokenizer = _parse(path, content)
     ids = tokenizer.get_vocab(with_added_tokens=True)
     end = next((ids[name] for name in _KNOWN_ENDS if name in ids), None)
     if end is None:
         raise DataError(f"{path}: no end-of-document token; add {END} to it with tokenizer.add_special_tokens")
-    fim = next(((ids[a], ids[b], ids[c]) for a, b, c in _KNOWN_FIM if {a, b, c} <= ids.keys()), None)
-    return Vocabulary(tokenizer, max(ids.values()) + 1, end, fim, hashlib.sha256(content).hexdigest())
+    return Vocabulary(tokenizer, max(ids.values()) + 1, end, _fim(ids), hashlib.sha256(content).hexdigest())
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; name a tokenizer.json") from None
+
+
+def _parse(path: Path, content: bytes) -> Tokenizer:
+    try:
+        tokenizer = Tokenizer.from_str(content.decode())
+    except Exception as error:  # tokenizers raises a bare Exception for whatever it cannot parse
+        raise DataError(f"{path}: not a tokenizer.json ({error}); save one with tokenizer.save(path)") from None
+    tokenizer.encode_special_tokens = True  # encode text that spells one out as plain characters
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _fim(ids: Mapping[str, int]) -> tuple[int, int, int] | None:
+    return next(((ids[a], ids[b], ids[c]) for a, b, c in _KNOWN_FIM if {a, b, c} <= ids.keys()), None)

@@ -1,0 +1,27 @@
+"""Writes files so that a kill at any instant leaves nothing half-written under a final name."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import BinaryIO
+
+
+def open_temporary(path: Path) -> BinaryIO:
+    """A new file beside `path`, to be given its name by `publish`."""
+    return path.with_name(path.name + ".tmp").open("wb")
+
+
+def publish(file: BinaryIO, path: Path) -> None:
+    """Close a temporary file and rename it to `path`, which holds all of it or nothing even after a system crash."""
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
+    os.replace(file.name, path)
+
+
+def write_atomically(path: Path, content: str) -> None:
+    """Write a whole file as UTF-8."""
+    file = open_temporary(path)
+    file.write(content.encode())
+    publish(file, path)

@@ -1,0 +1,36 @@
+"""The first pass of a build: the folder's `tokenizer.json`, given or learned from a sample of the training text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from dryvine.trainer.data import tokenizer
+from dryvine.trainer.data.atomic import write_atomically
+from dryvine.trainer.data.sampling import uniform
+from dryvine.trainer.data.spec import BuildJob
+from dryvine.trainer.data.stream import StreamPosition, read_stream
+
+
+def prepare_vocabulary(job: BuildJob) -> tokenizer.Vocabulary:
+    """The vocabulary of this build. Its tokenizer.json is in the folder before the first token is."""
+    path = job.folder / "tokenizer.json"
+    if not path.exists():
+        given = job.spec.tokenizer
+        write_atomically(path, given.read_bytes().decode() if given else _learn(job))
+    return tokenizer.load(path)
+
+
+def _learn(job: BuildJob) -> str:
+    assert job.spec.vocab_size, "a spec names a tokenizer or the size of one"
+    return tokenizer.train(_sample(job), job.spec.vocab_size).to_str(pretty=True)
+
+
+def _sample(job: BuildJob) -> Iterator[str]:
+    """About `sample_bytes` of training text, drawn evenly from all inputs."""
+    rate = job.spec.sample_bytes / max(job.input_bytes, 1)
+    for item in read_stream(job.inputs, job.spec.field, StreamPosition()):
+        # The pieces of a large text share a key; their positions let each be drawn by itself.
+        piece = item.key + f" {item.after.byte}".encode()
+        if not job.spec.holds_out(item.key) and uniform("sample", piece) < rate:
+            yield item.record.text
+        job.report("learning the vocabulary", item.after)
