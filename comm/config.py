@@ -1,19 +1,19 @@
-"""The `[comm]` table."""
+"""The `[comm]` table. Imports no torch: a config is checked where there is none."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated
 
-from pydantic import BaseModel, Field
+from pydantic import AfterValidator, BaseModel, Field
 
+from dryvine.comm.dispatch.backends import check_name
 from dryvine.comm.topology import TopologyConfig
 
 
 class CommConfig(BaseModel, frozen=True, extra="forbid"):
-    """How tokens reach their experts. `dispatcher` is a name in `comm.dispatch.backends.DISPATCHERS` (written
-    out here, so that a config is checked without torch), or auto."""
+    """How tokens reach their experts. `dispatcher` is auto, or a name in `comm.dispatch.backends.BACKENDS`."""
 
-    dispatcher: Literal["auto", "flat", "hierarchical", "deepep", "mpi", "fake"] = "auto"
+    dispatcher: Annotated[str, AfterValidator(check_name)] = "auto"
     chunks: int = Field(default=4, ge=1, description="parts in which tokens cross nodes, so that both hops run at once")
     deadline: float = Field(default=600.0, gt=0, description="seconds until a wait for other ranks fails the run")
     imbalance: float = Field(

@@ -8,15 +8,15 @@ and cost every test that wants two meshes in one process.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from itertools import product
-from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from dryvine.comm.groups import GroupsByRanks, new_groups
 
 Channel = tuple[int, str]  # (route, "down" | "up")
 
@@ -44,10 +44,6 @@ class Mesh:
         return self.rank // (self.dp * self.ep)
 
     @property
-    def dp_rank(self) -> int:
-        return self.rank // self.ep % self.dp
-
-    @property
     def ep_rank(self) -> int:
         return self.rank % self.ep
 
@@ -73,16 +69,9 @@ class Mesh:
             if ep_rank is None or e == ep_rank
         )
 
-    def group_of(
-        self, families: Sequence[tuple[int, ...]], sms: int | None = None
-    ) -> dict[tuple[int, ...], dist.ProcessGroup | None]:
-        """Make one group per rank tuple and give those this rank is in. Collective: same `families` on every rank."""
-        mine: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
-        for ranks in families:
-            group = new_group(ranks, self.timeout, sms)
-            if self.rank in ranks:
-                mine[ranks] = group
-        return mine
+    def new_groups(self, families: Iterable[tuple[int, ...]], sms: int | None = None) -> GroupsByRanks:
+        """`new_groups` with the run's timeout."""
+        return new_groups(families, self.timeout, sms)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over the world, in place."""
@@ -105,20 +94,6 @@ class Mesh:
         return out
 
 
-def new_group(ranks: Sequence[int], timeout: timedelta, sms: int | None = None) -> dist.ProcessGroup | None:
-    if len(ranks) < 2:
-        return None
-    return dist.new_group(list(ranks), timeout=timeout, pg_options=None if sms is None else _within(sms, timeout))
-
-
-def _within(sms: int, timeout: timedelta) -> dist.ProcessGroupNCCL.Options:
-    """Options of one NCCL group whose kernels take at most `sms` SMs: a CTA of NCCL fills one."""
-    options = dist.ProcessGroupNCCL.Options()
-    options._timeout = timeout
-    options.config.max_ctas = sms
-    return options
-
-
 def make_mesh(
     pp: int, dp: int, ep: int, routes: int, device: torch.device, timeout: timedelta, sms: int | None = None
 ) -> Mesh:
@@ -128,38 +103,18 @@ def make_mesh(
     nor, where a V has stages on both ways between two ranks, a send behind a receive that was posted early.
 
     `sms` is how many SMs of a GPU the expert all-to-all may take at once. GEMMs are told to leave them free, for the
-    whole process; scaled_mm on Hopper does, for others it is a hint. A CPU has none, so there it says nothing.
+    whole process; scaled_mm on Hopper does, for others it is a hint. On a CPU it has no effect.
     """
     size = pp * dp * ep
     rank = dist.get_rank() if size > 1 else 0
-    experts: dist.ProcessGroup | None = None
-    channels: dict[tuple[Channel, bool], dist.ProcessGroup] = {}
-
     budget = sms if device.type == "cuda" else None
     if budget is not None:
         torch._C._set_sm_carveout_experimental(budget)
-
-    def make(
-        families: list[list[int]], keep: Callable[[dist.ProcessGroup | None], None], sms: int | None = None
-    ) -> None:
-        for ranks in families:
-            group = new_group(ranks, timeout, sms)
-            if rank in ranks:
-                keep(group)
-
-    def keep_experts(group: dist.ProcessGroup | None) -> None:
-        nonlocal experts
-        experts = group
-
-    make([list(range(first, first + ep)) for first in range(0, size, ep)], keep_experts, budget)
-    if pp > 1:
-        pipelines = [list(range(first, size, dp * ep)) for first in range(dp * ep)]
-        kinds = product(range(routes), ("down", "up"), (False, True))
-        for key in [((route, direction), rising) for route, direction, rising in kinds]:
-            make(pipelines, partial(_keep, channels, key))
+    expert_families = [tuple(range(first, first + ep)) for first in range(0, size, ep)]
+    experts = new_groups(expert_families, timeout, budget).get(expert_families[rank // ep])
+    pipelines = [tuple(range(first, size, dp * ep)) for first in range(dp * ep)]
+    channels: dict[tuple[Channel, bool], dist.ProcessGroup] = {}
+    for route, direction, rising in product(range(routes), ("down", "up"), (False, True)):
+        for group in new_groups(pipelines, timeout).values():
+            channels[(route, direction), rising] = group
     return Mesh(pp, dp, ep, rank, device, experts, channels, timeout, budget)
-
-
-def _keep(channels: dict[Any, dist.ProcessGroup], key: Any, group: dist.ProcessGroup | None) -> None:
-    if group:
-        channels[key] = group

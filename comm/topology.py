@@ -13,13 +13,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 from pydantic import BaseModel, Field
 
+LinkClass: TypeAlias = Literal["self", "intra", "inter"]  # within a rank, inside a node, between nodes
+
 
 class Link(NamedTuple):
-    """A class of link and what one rank can use of it, in GB/s each way."""
+    """A kind of link and what one rank can use of it, in GB/s each way."""
 
     kind: str
     gigabytes: float
@@ -83,8 +85,8 @@ class Topology:
                 group = [new if g == old else g for g in group]
         return tuple(sorted(tuple(r for r in range(self.ranks) if group[r] == g) for g in set(group)))
 
-    def link(self, source: int, target: int) -> str:
-        """ "self", "intra" or "inter": the class of link between two ranks."""
+    def link(self, source: int, target: int) -> LinkClass:
+        """The class of link between two ranks."""
         if source == target:
             return "self"
         return "intra" if self.node_of(source) == self.node_of(target) else "inter"

@@ -18,8 +18,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -189,6 +189,19 @@ class Verdict:
 def _brief(broken: RuntimeError) -> str:
     """What the transport said, without its advice."""
     return str(broken).partition(". This is")[0].splitlines()[0].rpartition("] ")[2]
+
+
+@contextmanager
+def naming(watch: Watch | None, what: str, due: Due) -> Iterator[None]:
+    """Around everything that posts a message or waits for one: where the transport breaks inside, raises CommError with
+    the culprit's name. Without a watch torch's own error passes."""
+    started = time.monotonic()
+    try:
+        yield
+    except RuntimeError as broken:
+        if watch is None:
+            raise
+        raise watch.failed(what, due, time.monotonic() - started, broken) from broken
 
 
 def watch_world(deadline: float) -> Watch:

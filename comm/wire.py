@@ -7,7 +7,6 @@ that is already there.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from math import prod
 from typing import Protocol
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from dryvine.comm.mesh import Channel, Mesh
 from dryvine.comm.pending import Pending
-from dryvine.comm.watch import Due, Watch
+from dryvine.comm.watch import Watch, naming
 
 NAMES = {"down": "activations", "up": "gradients"}
 
@@ -75,38 +74,40 @@ class P2PWire:
 
     def __init__(self, mesh: Mesh, watch: Watch | None = None) -> None:
         self.mesh, self.watch = mesh, watch
-        self.pool = ReceiveBuffers(mesh.device)
+        self.buffers = ReceiveBuffers(mesh.device)
 
     def send(self, tensors: tuple[Tensor, ...], target: int, channel: Channel) -> Pending[None]:
         group, peer = self.mesh.channels[channel, target > self.mesh.pp_rank], self.mesh.global_rank(target)
+        what = f"sending {NAMES[channel[1]]} of route {channel[0]} to rank {peer}"
         held = [tensor.contiguous() for tensor in tensors]
-        works = [dist.isend(tensor, peer, group=group) for tensor in held]
+        # Posting fails too, where the peer is known to be gone.
+        with naming(self.watch, what, ()):
+            works = [dist.isend(tensor, peer, group=group) for tensor in held]
 
         def finish() -> None:
-            self._wait(works, f"sending {NAMES[channel[1]]} of route {channel[0]} to rank {peer}", ())
+            with naming(self.watch, what, ()):
+                _wait(works)
             held.clear()
 
         return Pending(finish, lambda: all(work is None or work.is_completed() for work in works))
 
     def receive(self, like: tuple[Tensor, ...], source: int, channel: Channel) -> Pending[tuple[Tensor, ...]]:
         group, peer = self.mesh.channels[channel, source < self.mesh.pp_rank], self.mesh.global_rank(source)
-        buffers = tuple(self.pool.take(t) for t in like)
-        works = [dist.irecv(buffer, peer, group=group) for buffer in buffers]
+        buffers = tuple(self.buffers.take(t) for t in like)
+        what = f"receiving {NAMES[channel[1]]} of route {channel[0]}"
+        due = ((peer, sum(buffer.nbytes for buffer in buffers)),)
+        with naming(self.watch, what, due):
+            works = [dist.irecv(buffer, peer, group=group) for buffer in buffers]
 
         def finish() -> tuple[Tensor, ...]:
-            size = sum(buffer.numel() * buffer.element_size() for buffer in buffers)
-            self._wait(works, f"receiving {NAMES[channel[1]]} of route {channel[0]}", ((peer, size),))
+            with naming(self.watch, what, due):
+                _wait(works)
             return buffers
 
         return Pending(finish)
 
-    def _wait(self, works: Sequence[dist.Work | None], what: str, due: Due) -> None:
-        started = time.monotonic()
-        try:
-            for work in works:
-                assert work is not None
-                work.wait()
-        except RuntimeError as broken:
-            if self.watch is None:
-                raise
-            raise self.watch.failed(what, due, time.monotonic() - started, broken) from broken
+
+def _wait(works: Sequence[dist.Work | None]) -> None:
+    for work in works:
+        assert work is not None
+        work.wait()

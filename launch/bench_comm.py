@@ -122,13 +122,14 @@ def measure(rank: int, topology: Topology, shape: Shape, cases: list[Case]) -> l
     """Run by every rank."""
     import torch
 
-    from dryvine.comm.dispatch.backends import make_dispatcher
+    from dryvine.comm.dispatch.choose import make_dispatcher
+    from dryvine.comm.dispatch.setup import Setup
     from dryvine.comm.mesh import make_mesh
 
     place = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     mesh = make_mesh(1, 1, topology.ranks, 1, place, timedelta(seconds=600))
     names = dict.fromkeys(case.backend for case in cases)
-    made = {name: make_dispatcher(name, mesh, shape.experts, topology, top_k=shape.top_k) for name in names}
+    made = {name: make_dispatcher(name, Setup(shape.experts, mesh, topology, top_k=shape.top_k)) for name in names}
     figures = []
     for case in cases:
         figures.append(_measured(case, shape, made[case.backend], rank, topology.ranks, place))

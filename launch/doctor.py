@@ -33,7 +33,7 @@ def doctor(
     """Print the topology as a table and as a picture, the dispatcher that `auto` takes, and what does not fit."""
     from rich.console import Console
 
-    from dryvine.comm.dispatch.backends import pick
+    from dryvine.comm.dispatch.choose import pick
 
     console, hardware = Console(highlight=False), probe()
     count = world or int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)

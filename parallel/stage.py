@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from dryvine.comm.dispatch.api import Dispatcher, Handle
+from dryvine.comm.dispatch.api import AnyDispatcher, Handle
 from dryvine.comm.pending import Pending
 from dryvine.parallel.wgrad import Closure, WGrad
 
@@ -207,7 +207,7 @@ class Routing:
     name = "routing"
     stream: StreamName = "comm"
 
-    def __init__(self, layer: str, dispatcher: Dispatcher) -> None:
+    def __init__(self, layer: str, dispatcher: AnyDispatcher) -> None:
         self.layer, self.dispatcher = layer, dispatcher
 
     def forward(self, state: State, flight: Flight) -> Pending[State]:
@@ -232,7 +232,7 @@ class Dispatch:
     name = "dispatch"
     stream: StreamName = "comm"
 
-    def __init__(self, layer: str, dispatcher: Dispatcher, codec: Codec = AS_IS) -> None:
+    def __init__(self, layer: str, dispatcher: AnyDispatcher, codec: Codec = AS_IS) -> None:
         self.layer, self.dispatcher, self.codec = layer, dispatcher, codec
 
     def forward(self, state: State, flight: Flight) -> Pending[State]:
@@ -253,7 +253,7 @@ class Combine:
     name = "combine"
     stream: StreamName = "comm"
 
-    def __init__(self, layer: str, dispatcher: Dispatcher, codec: Codec = AS_IS) -> None:
+    def __init__(self, layer: str, dispatcher: AnyDispatcher, codec: Codec = AS_IS) -> None:
         self.layer, self.dispatcher, self.codec = layer, dispatcher, codec
 
     def forward(self, state: State, flight: Flight) -> Pending[State]:

@@ -87,13 +87,13 @@ class Zero:
     def __init__(self, parameters: Mapping[str, nn.Parameter], mesh: Mesh) -> None:
         self.mesh = mesh
         families = _families(parameters, mesh)
-        groups = mesh.group_of(sorted(set(families.values())))
+        groups = mesh.new_groups(sorted(set(families.values())))
         alike: dict[tuple[tuple[int, ...], torch.dtype], dict[str, nn.Parameter]] = {}
         for name, parameter in sorted(parameters.items()):
             ranks = families[name, mesh.ep_rank if _is_expert(parameter) else None]
             alike.setdefault((ranks, parameter.dtype), {})[name] = parameter
         self.buckets = [
-            _bucket(some, ranks, groups[ranks], mesh) for (ranks, _), some in sorted(alike.items(), key=_key)
+            _bucket(some, ranks, groups.get(ranks), mesh) for (ranks, _), some in sorted(alike.items(), key=_key)
         ]
 
     def pieces(self) -> Iterable[Piece]:

@@ -152,7 +152,7 @@ def _tell(skipped: Skipped, console: Console, journal: Journal | None) -> None:
 def _reduce(rig: Rig, played: Played, stop: bool, seconds: float) -> tuple[dict[str, float], bool, float, float]:
     """Over all ranks: sums of what was played (and the mean wait for the slowest rank), whether any was asked to stop,
     the worst idle share, the longest time."""
-    mesh, moved = rig.mesh, rig.dispatcher.take().bytes
+    mesh, moved = rig.mesh, rig.dispatcher.meter.take()
     forwards = [len(slot) for slot, _, _ in played.timeline for op in slot if op.kind == "F"]
     tiles = list(rig.fp8.guard.take(rig.model.named_parameters())) if rig.fp8 is not None else []
     sums = {

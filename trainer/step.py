@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 import torch
 
-from dryvine.comm.dispatch.api import Dispatcher
-from dryvine.comm.dispatch.backends import make_dispatcher, pick
-from dryvine.comm.dispatch.load import Metered
+from dryvine.comm.dispatch.api import AnyDispatcher
+from dryvine.comm.dispatch.choose import make_dispatcher, pick
 from dryvine.comm.dispatch.payload import Format
+from dryvine.comm.dispatch.setup import Setup
 from dryvine.comm.mesh import Mesh
 from dryvine.comm.topology import GroupLimit, Topology, mismatch
 from dryvine.comm.watch import Watch
@@ -69,7 +69,7 @@ class Rig:
     model: Model
     optimizer: Optimizer
     data: Data
-    dispatcher: Metered
+    dispatcher: AnyDispatcher
     wire: P2PWire
     streams: Callable[[], Streams]
     fp8: FP8 | None = None
@@ -128,7 +128,7 @@ def make_rig(
     Collective."""
     schedule = make_schedule(config, config.microbatches(config.batch.sequences))
     blocks = split(config)
-    dispatcher = Metered(_dispatcher(config, mesh, topology, watch))
+    dispatcher = _dispatcher(config, mesh, topology, watch)
     fp8 = FP8(config.fp8, *choose(config.fp8, mesh, config.run.folder)) if config.fp8.fp8 else None
     spec = Spec(config.model, DTYPES[config.run.dtype], mesh.device, mesh.ep_rank, mesh.ep, fp8)
     model = Model(spec, {stage: blocks[stage] for stage in schedule.stages_of(mesh.pp_rank)}, dispatcher)
@@ -147,20 +147,19 @@ def make_rig(
     )
 
 
-def _dispatcher(config: Config, mesh: Mesh, topology: Topology | None, watch: Watch | None) -> Dispatcher:
+def _dispatcher(config: Config, mesh: Mesh, topology: Topology | None, watch: Watch | None) -> AnyDispatcher:
     comm, shape = config.comm, config.model
-    return make_dispatcher(
-        comm.dispatcher,
-        mesh,
-        shape.routed,
-        topology,
-        comm.imbalance,
+    setup = Setup(
+        experts=shape.routed,
+        mesh=mesh,
+        topology=topology,
         watch=watch,
         chunks=comm.chunks,
         top_k=shape.top_k,
         tokens=config.parallel.microbatch_sequences * config.data.seq_len,
         row_bytes=max(_row_bytes(config)),
     )
+    return make_dispatcher(comm.dispatcher, setup, comm.imbalance)
 
 
 def _row_bytes(config: Config) -> tuple[int, int]:

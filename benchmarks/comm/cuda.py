@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from dryvine.comm.dispatch.exchange import GroupExchange, Meter
+from dryvine.comm.dispatch.exchange import GroupExchange
 from dryvine.comm.dispatch.flat import Flat
-from dryvine.comm.dispatch.groups import HopGroups
 from dryvine.comm.dispatch.hierarchical import Hierarchical
+from dryvine.comm.dispatch.hop_groups import HopGroups
 from dryvine.comm.dispatch.routing import Sum
 from dryvine.comm.topology import by_sizes
 from tests.comm.test_dispatch_hypothesis import Board, Boards, on_ranks
@@ -62,8 +62,8 @@ def same_as_flat(sizes: list[int]) -> None:
 
 def alone(experts: int) -> dict[str, Any]:
     one = GroupExchange(None)
-    groups = HopGroups(by_sizes([1]), 0, one, one, one, Meter())
-    return {"flat": Flat(None, experts), "hierarchical": Hierarchical(groups, experts, GPU)}
+    groups = HopGroups(by_sizes([1]), 0, one, one, one)
+    return {"flat": Flat(one, experts), "hierarchical": Hierarchical(groups, experts, GPU)}
 
 
 def sums_are_exact() -> None:

@@ -25,7 +25,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dryvine.comm.dispatch.backends import make_dispatcher
+from dryvine.comm.dispatch.choose import make_dispatcher
+from dryvine.comm.dispatch.setup import Setup
 from dryvine.comm.mesh import make_mesh
 from dryvine.comm.topology import Topology, by_sizes
 from tests.support import netns_bed
@@ -79,7 +80,7 @@ def measure(rank: int, sizes: list[int], tokens: int, hidden: int, rounds: int) 
     runs: dict[str, Callable[[], Any]] = {}
     parts: dict[str, Any] = {}
     for name in ("flat", "hierarchical"):
-        dispatcher: Any = make_dispatcher(name, mesh, EXPERTS, topology)
+        dispatcher: Any = make_dispatcher(name, Setup(EXPERTS, mesh, topology))
         handle = dispatcher.plan_routing(chosen).wait()
         rows, _ = dispatcher.dispatch((x,), weights, handle).wait()
 

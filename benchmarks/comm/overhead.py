@@ -55,7 +55,7 @@ def timed(fn: Callable[[], Any]) -> float:
 
 def measure(rank: int, tokens: int, hidden: int, top_k: int, experts: int, rounds: int) -> dict[str, list[float]]:
     clocked = Clocked(dist.group.WORLD)
-    flat = Flat(None, experts, exchange=clocked)
+    flat = Flat(clocked, experts)
     chosen = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(rank)).topk(top_k).indices
     x = torch.zeros(tokens, hidden, dtype=torch.bfloat16)
     handle = flat.plan_routing(chosen).wait()

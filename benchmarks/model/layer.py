@@ -35,8 +35,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.support import kernel_times
 from benchmarks.support.census import Census
-from dryvine.comm.dispatch.exchange import Meter
 from dryvine.comm.dispatch.flat import Flat
+from dryvine.comm.dispatch.meter import Meter
 from dryvine.comm.mesh import make_mesh
 from dryvine.comm.pending import Pending
 from dryvine.parallel.stage import Flight, Stage, State
@@ -188,7 +188,7 @@ def make_bench(recipe: Recipe, device: torch.device, tokens: int, recompute: boo
         alone = make_mesh(1, 1, 1, 1, device, timedelta(seconds=60))
         engine, said = choose(preset(recipe), alone, folder)
         fp8 = FP8(preset(recipe), engine, said)
-    dispatcher = Flat(None, shape.routed, exchange=Mirror(EP))
+    dispatcher = Flat(Mirror(EP), shape.routed)
     model = Model(Spec(shape, torch.bfloat16, device, 0, EP, fp8), {0: ("layers.0",)}, dispatcher)
     fill(model)
     for _, weight in model.named_parameters():

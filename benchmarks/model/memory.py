@@ -122,7 +122,7 @@ def make_bench(shape: Shape, recipe: Recipe, name: str, batch: MicrobatchSize, d
         with tempfile.TemporaryDirectory() as folder:
             fp8 = FP8(preset(recipe), *choose(preset(recipe), mesh, Path(folder)))
     spec = Spec(shape, torch.bfloat16, device, 0, EP, fp8)
-    model = Model(spec, {0: (name,)}, Flat(None, shape.routed, exchange=Mirror(EP)))
+    model = Model(spec, {0: (name,)}, Flat(Mirror(EP), shape.routed))
     fill(model)
     tokens = torch.zeros(1, batch.tokens + 1 + shape.mtp_depth, dtype=torch.int64, device=device)
     return Bench(model.stages[0], tokens, torch.randn(batch.tokens, shape.hidden, device=device).bfloat16())

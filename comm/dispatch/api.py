@@ -1,50 +1,67 @@
 """The contract of the expert all-to-all: `Dispatcher` and its `Handle`.
 
-Comm moves rows and knows nothing of models. A layout (who gets which row) is worked out once per microbatch and layer
-by `Dispatcher.layout`; the `Handle` that it gives is a value that serves dispatch and combine, forward and backward:
-the backward of dispatch is combine and the backward of combine is dispatch, with the same handle, so no counts travel
-twice and only the layout ever makes the host wait. (The alternative, counts inside `dispatch`, makes its backward a
-different function from `combine` and hides the host sync where nobody can schedule it.)
+A dispatcher moves rows and knows nothing of models. The routing (which rank gets which row) is worked out once per
+microbatch and layer by `plan_routing`; the handle it returns is a value that serves dispatch and combine, forward and
+backward: the backward of dispatch is combine and the backward of combine is dispatch, with the same handle, so no
+counts travel twice and only `plan_routing` makes the host wait. (With counts inside `dispatch`, its backward would be
+another function than `combine`, and the wait of the host would be where nobody can schedule work for it.)
 
-Legend: T tokens of this rank, K experts per token (top-k), R rows that this rank's experts get (one per token-expert
-pair), X local experts.
+Legend: T tokens of this rank, K experts per token (top-k), R rows that this rank's experts receive (one per
+token-expert pair), X local experts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 from torch import Tensor
 
+from dryvine.comm.dispatch.meter import Meter
 from dryvine.comm.pending import Pending
 
 
 class Handle(Protocol):
-    """Where each row went. `counts` are the rows of each local expert, on the host, in expert order."""
+    """Where each row goes. Callers read `counts` and pass the rest back."""
 
     @property
-    def counts(self) -> Sequence[int]: ...
+    def counts(self) -> Sequence[int]:
+        """Rows of each local expert, [X] on the host, in expert order; padding to the alignment included."""
+        ...
 
 
-class Dispatcher(Protocol):
-    """The expert all-to-all of one expert-parallel group. Collective: every rank of the group calls in the same order.
+H = TypeVar("H", bound=Handle)
 
-    No token is dropped; a rank may have zero tokens and an expert zero rows.
+
+class Dispatcher(Protocol[H]):
+    """The expert all-to-all of one expert-parallel group. Collective: every rank of the group makes the same calls in
+    the same order.
+
+    No token is dropped; a rank may have zero tokens and an expert zero rows. A rank that is lost raises CommError.
     """
 
-    def plan_routing(self, experts_TK: Tensor, label: str = "") -> Pending[Any]:
-        """Work out where rows go from the global expert number of each token's choices (int64 [T, K], all different
-        within a row). Gives a Handle. The only call that reads counts on the host. `label` (layer, then microbatch)
-        names the traffic in errors and metrics."""
+    @property
+    def meter(self) -> Meter:
+        """Counts every byte that the dispatcher sends."""
         ...
 
-    def dispatch(self, rows: tuple[Tensor, ...], pairs: Tensor | None, handle: Any) -> Pending[tuple[Tensor, ...]]:
+    def plan_routing(self, experts_TK: Tensor, label: str = "") -> Pending[H]:
+        """Work out where rows go, from the global expert number of each token's choices (int64 [T, K], all different
+        within a row; else every rank raises ValueError). The only call that reads counts on the host. `label` names
+        layer and microbatch in errors."""
+        ...
+
+    def dispatch(self, rows: tuple[Tensor, ...], pairs: Tensor | None, handle: H) -> Pending[tuple[Tensor, ...]]:
         """Send row t of each tensor in `rows` ([T, ...]) to every expert that token t chose, and value (t, k) of
-        `pairs` ([T, K]) with it. Gives the tensors as [R, ...], grouped by local expert, then pairs as [R] if given."""
+        `pairs` ([T, K]) with it. Returns the tensors as [R, ...], by local expert, then source rank, then token, and
+        after them `pairs` as [R] if given. Padding rows are zero."""
         ...
 
-    def combine(self, rows: Tensor, pairs: Tensor | None, handle: Any) -> Pending[tuple[Tensor, ...]]:
-        """The mirror: sum the rows ([R, ...]) of each token over its experts, in FP32, giving ([T, ...],) in the rows'
-        dtype; `pairs` ([R]) come back unsummed as [T, K]."""
+    def combine(self, rows: Tensor, pairs: Tensor | None, handle: H) -> Pending[tuple[Tensor, ...]]:
+        """The mirror of dispatch: sum the rows ([R, ...]) of each token over its experts, in FP32, and return
+        ([T, ...],) in the rows' dtype; `pairs` ([R]) come back unsummed as [T, K]."""
         ...
+
+
+# A dispatcher whose handles the caller keeps and passes back, whatever they are.
+AnyDispatcher: TypeAlias = Dispatcher[Any]

@@ -2,8 +2,8 @@
 
 One process stands for one rank of a topology and supposes that every other rank routes as it does itself. A row for
 expert e comes back as a row of the local expert that has e's place on its own rank, so shapes, a whole stage and its
-gradients are real while the values are those of other experts. The bytes are those of the two hops (or of one hop, as
-`flat`), exact for the routing given; the planner's closed forms can be checked against them.
+gradients are real while the values are those of other experts. The bytes are those of `hierarchical`, exact for the
+routing given; closed forms of a plan can be checked against them.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from dryvine.comm.dispatch import routing
-from dryvine.comm.dispatch.exchange import Meter
+from dryvine.comm.dispatch.api import Dispatcher
+from dryvine.comm.dispatch.meter import Meter
 from dryvine.comm.dispatch.payload import Format
+from dryvine.comm.dispatch.reach import nodes_of_ranks, reach
+from dryvine.comm.dispatch.setup import Setup
 from dryvine.comm.dispatch.single_rank import Local
 from dryvine.comm.pending import Pending
 from dryvine.comm.topology import Topology
@@ -33,46 +35,40 @@ class FakeHandle:
     def counts(self) -> tuple[int, ...]:
         return self.local.counts
 
-    @property
-    def used(self) -> tuple[int, ...]:
-        return self.local.used
+
+def build(setup: Setup) -> Dispatcher[FakeHandle]:
+    return Fake(setup.group_topology, setup.rank, setup.experts, setup.alignment, setup.meter)
 
 
 class Fake:
-    """A Dispatcher for rank `rank` of `topology`; `hops` is 2 for hierarchical's bytes or 1 for flat's."""
+    """A Dispatcher for rank `rank` of `topology`, which counts hierarchical's bytes."""
 
-    def __init__(self, topology: Topology, rank: int, experts: int, alignment: int = 1, hops: int = 2) -> None:
-        self.topology, self.rank, self.alignment, self.hops = topology, rank, alignment, hops
+    def __init__(
+        self, topology: Topology, rank: int, experts: int, alignment: int = 1, meter: Meter | None = None
+    ) -> None:
+        self.topology, self.rank, self.alignment = topology, rank, alignment
         self.share = experts // topology.ranks
         self.links = [topology.link(rank, other) for other in range(topology.ranks)]
-        self.meter = Meter()
+        self.meter = meter or Meter()
 
     def plan_routing(self, experts_TK: Tensor, label: str = "") -> Pending[FakeHandle]:
         order = routing.by_expert(experts_TK % self.share, 1, self.share)
-        counts, reached = routing.read(order.message, self._reached(experts_TK // self.share))
+        node_W = nodes_of_ranks(self.topology, experts_TK.device)
+        hit = reach(experts_TK // self.share, node_W, len(self.topology.nodes))
+        counts, ranks, nodes = routing.read(order.message, hit.ranks.sum(0), hit.nodes.sum(0))
         local = Local.of(order, counts, self.alignment)
-        return Pending.done(FakeHandle(local, self._sends(reached.tolist())))
+        return Pending.done(FakeHandle(local, self._sends(ranks.tolist(), nodes.tolist())))
 
-    def _reached(self, rank_TK: Tensor) -> Tensor:
-        """Pairs for each rank; of two hops tokens for each rank, then for each node."""
-        ranks, nodes = self.topology.ranks, len(self.topology.nodes)
-        if self.hops == 1:
-            return routing.count(rank_TK, ranks)
-        node_W = routing.upload([self.topology.node_of(w) for w in range(ranks)], rank_TK.device)
-        hit = torch.zeros((len(rank_TK), ranks + nodes), dtype=torch.bool, device=rank_TK.device)
-        return hit.scatter_(1, rank_TK, True).scatter_(1, ranks + node_W[rank_TK], True).sum(0)
-
-    def _sends(self, reached: list[int]) -> tuple[int, ...]:
-        if self.hops == 1:
-            return tuple(reached)
-        hit, far = reached[: self.topology.ranks], reached[self.topology.ranks :]
+    def _sends(self, for_ranks: Sequence[int], for_nodes: Sequence[int]) -> tuple[int, ...]:
+        """Rows to each rank over both hops, from the tokens that each rank and each node is to get."""
         sends = [0] * self.topology.ranks
         here = self.topology.node_of(self.rank)
-        for node in range(len(far)):
+        for node, tokens in enumerate(for_nodes):
             if node != here:
-                sends[self.topology.proxy(self.rank, node)] += far[node]
-        for other in self.topology.nodes[here]:  # its own tokens, and those handed on for ranks of other nodes
-            sends[other] += hit[other] * (1 + len(self.topology.clients(self.rank)))
+                sends[self.topology.proxy(self.rank, node)] += tokens
+        # Within the node: its own tokens, and those that it hands on for ranks of other nodes.
+        for other in self.topology.nodes[here]:
+            sends[other] += for_ranks[other] * (1 + len(self.topology.clients(self.rank)))
         return tuple(sends)
 
     def dispatch(
@@ -88,6 +84,5 @@ class Fake:
 
     def _count(self, rows: Sequence[Tensor], pairs: Tensor | None, handle: FakeHandle) -> None:
         """What combine sends, all ranks together, is what dispatch sends; so each is counted as a dispatch."""
-        one_each = pairs is not None and self.hops == 1
-        values = () if pairs is None else (pairs[:, :1] if one_each else pairs,)
-        self.meter.add(self.links, handle.sends, Format.of((*rows, *values)).bytes)
+        payload = (*rows, *(() if pairs is None else (pairs,)))
+        self.meter.add(self.links, handle.sends, Format.of(payload).bytes)

@@ -9,14 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch.distributed as dist
 from torch import Tensor
 
 from dryvine.comm.dispatch import routing
+from dryvine.comm.dispatch.api import Dispatcher
 from dryvine.comm.dispatch.buffers import StagingBuffers
-from dryvine.comm.dispatch.exchange import Exchange, GroupExchange
+from dryvine.comm.dispatch.exchange import Exchange
 from dryvine.comm.dispatch.payload import Format
 from dryvine.comm.dispatch.routing import Arrival, RowOrder, Sum
+from dryvine.comm.dispatch.setup import Setup
+from dryvine.comm.dispatch.single_rank import Local, SingleRank
 from dryvine.comm.pending import Pending
 
 
@@ -35,23 +37,22 @@ class FlatHandle:
     def counts(self) -> tuple[int, ...]:
         return self.arrival.counts
 
-    @property
-    def used(self) -> tuple[int, ...]:
-        return self.arrival.used
+
+def build(setup: Setup) -> Dispatcher[FlatHandle] | Dispatcher[Local]:
+    """A group of one rank exchanges nothing, so there it is `SingleRank`: the same bits for less."""
+    if setup.group_topology.ranks == 1:
+        return SingleRank(setup.experts, setup.alignment, setup.meter)
+    return Flat(setup.exchange(), setup.experts, setup.alignment)
 
 
 class Flat:
-    """`Dispatcher` over the ranks of `group` (None: this rank alone), who hold experts in equal, contiguous shares."""
+    """`Dispatcher` over the ranks of an exchange, which hold experts in equal, contiguous shares."""
 
-    def __init__(
-        self, group: dist.ProcessGroup | None, experts: int, alignment: int = 1, exchange: Exchange | None = None
-    ) -> None:
-        """`exchange`, if given, carries the rows in place of one over `group`."""
-        self.exchange = exchange or GroupExchange(group)
-        self.meter, self.pool = self.exchange.meter, StagingBuffers()
+    def __init__(self, exchange: Exchange, experts: int, alignment: int = 1) -> None:
+        self.exchange, self.meter, self.buffers = exchange, exchange.meter, StagingBuffers()
         self.experts, self.alignment = experts, alignment
-        if experts % self.exchange.size:
-            raise ValueError(f"experts = {experts} do not divide over {self.exchange.size} expert-parallel ranks")
+        if experts % exchange.size:
+            raise ValueError(f"experts = {experts} do not divide over {exchange.size} expert-parallel ranks")
 
     def plan_routing(self, experts_TK: Tensor, label: str = "") -> Pending[FlatHandle]:
         order, ones = routing.by_expert(experts_TK, self.exchange.size, self.experts), [1] * self.exchange.size
@@ -91,14 +92,14 @@ class Flat:
     ) -> Callable[[Callable[[Tensor], tuple[Tensor, ...]]], tuple[Tensor, ...]]:
         """Start; gives a function that waits, lets its argument read what came, and takes the buffers back."""
         device, alone = indexes[0].device, self.exchange.size == 1
-        packed = wire.pack(payload, indexes, self.pool.take(sum(sends), wire.words, device))
-        into = None if alone else self.pool.take(sum(receives), wire.words, device)
+        packed = wire.pack(payload, indexes, self.buffers.take(sum(sends), wire.words, device))
+        into = None if alone else self.buffers.take(sum(receives), wire.words, device)
         coming = self.exchange.start(packed, sends, receives, into, what)
 
         def finish(read: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
             came = coming.wait()
             result = read(came)
-            self.pool.give(packed, *([] if alone else [came]))
+            self.buffers.give(packed, *([] if alone else [came]))
             return result
 
         return finish

@@ -15,19 +15,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dryvine.comm.dispatch.api import Dispatcher
 from dryvine.comm.dispatch.buffers import StagingBuffers
 from dryvine.comm.dispatch.exchange import Exchange
-from dryvine.comm.dispatch.groups import HopGroups
+from dryvine.comm.dispatch.hop_groups import HopGroups, make_hop_groups
 from dryvine.comm.dispatch.payload import Format
-from dryvine.comm.dispatch.two_hop_plan import Counts, Leg, Planner, TwoHopHandle
+from dryvine.comm.dispatch.setup import Setup
+from dryvine.comm.dispatch.two_hop_plan import Counted, Leg, Planner, TwoHopHandle
 from dryvine.comm.dispatch.worker import Worker
 from dryvine.comm.pending import Pending
+
+
+def build(setup: Setup) -> Dispatcher[TwoHopHandle]:
+    if setup.mesh is None:
+        raise ValueError("comm.dispatcher = hierarchical: one process has no other to send to; use flat")
+    groups = make_hop_groups(setup.mesh, setup)
+    return Hierarchical(groups, setup.experts, setup.mesh.device, setup.chunks, setup.alignment)
 
 
 class Hierarchical:
     """`Dispatcher` over the ranks of an expert-parallel group.
 
-    Waiting for a layout starts collectives too, so ranks must also wait for layouts in the same order.
+    Waiting for a routing starts collectives too, so ranks must also wait for routings in the same order.
     """
 
     def __init__(
@@ -38,18 +47,17 @@ class Hierarchical:
         chunks: int = 4,
         alignment: int = 1,
     ) -> None:
-        self.all, self.intra, self.inter, self.meter = groups.all, groups.node, groups.rail, groups.meter
-        crossing = chunks if len(groups.topology.nodes) > 1 else 0
+        self.all, self.intra, self.inter, self.meter = groups.all, groups.node, groups.rail, groups.all.meter
         place = device or torch.device("cpu")
-        self.planner = Planner(groups.topology, groups.rank, groups.rail_ranks, experts, crossing, alignment, place)
-        self.worker, self.pool = Worker(place), StagingBuffers()
+        self.planner = Planner(groups, experts, chunks, alignment, place)
+        self.worker, self.buffers = Worker(place), StagingBuffers()
 
     def plan_routing(self, experts_TK: Tensor, label: str = "") -> Pending[TwoHopHandle]:
         counted = self.worker.run(lambda: self._count(experts_TK, label))
 
         def plan() -> TwoHopHandle:
-            counts, coming = counted.wait()
-            return self.planner.plan(experts_TK, counts, coming.wait(), self.inter, self.intra, label)
+            ours, coming = counted.wait()
+            return self.planner.plan(experts_TK, ours, coming.wait(), label)
 
         return Pending(lambda: self.worker.run(plan).wait(), lambda: counted.ready() and counted.wait()[1].ready())
 
@@ -61,15 +69,15 @@ class Hierarchical:
     def combine(self, rows: Tensor, pairs: Tensor | None, handle: TwoHopHandle) -> Pending[tuple[Tensor, ...]]:
         return self.worker.run(lambda: self._combine(rows, pairs, handle))
 
-    def _count(self, experts_TK: Tensor, label: str) -> tuple[Counts, Pending[Tensor]]:
-        counts = self.planner.count(experts_TK)
+    def _count(self, experts_TK: Tensor, label: str) -> tuple[Counted, Pending[Tensor]]:
+        counted = self.planner.count(experts_TK)
         ones = [1] * self.all.size
-        return counts, self.all.start(counts.message, ones, ones, what=f"routing counts of {label}")
+        return counted, self.all.start(counted.message, ones, ones, what=f"routing counts of {label}")
 
     def _dispatch(self, rows: tuple[Tensor, ...], pairs: Tensor | None, handle: TwoHopHandle) -> tuple[Tensor, ...]:
         payload = rows if pairs is None else (*rows, pairs)
         wire = Format.of(payload)
-        with self.pool.scratch(wire.words, rows[0].device) as take:
+        with self.buffers.scratch(wire.words, rows[0].device) as take:
 
             def packed(leg: Leg) -> Tensor:
                 return wire.pack(payload, [leg.index] * len(payload), take(len(leg.index)))
@@ -88,28 +96,20 @@ class Hierarchical:
                 arriving.append(self._near(onward, leg, into, handle))
             for stage in arriving:
                 stage.wait()
-            return self._result(wire, arrived, pairs is not None, handle)
+            return handle.copies.unpack(wire, arrived, paired=pairs is not None)
 
     def _near(self, rows: Tensor, leg: Leg, into: Tensor, handle: TwoHopHandle) -> Pending[Tensor]:
         return self.intra.start(rows, leg.sends, leg.receives, into, f"dispatch hop 2 of {handle.label}")
 
-    @staticmethod
-    def _result(wire: Format, arrived: Tensor, paired: bool, handle: TwoHopHandle) -> tuple[Tensor, ...]:
-        """A copy of each arrived row for every local expert that it is for, in the result's order."""
-        rows = wire.unpack(arrived, handle.row)
-        if paired:
-            rows[-1] = rows[-1].gather(1, handle.choice)[:, 0]
-        return tuple(rows)
-
     def _combine(self, rows: Tensor, pairs: Tensor | None, handle: TwoHopHandle) -> tuple[Tensor, ...]:
-        values = [] if pairs is None else [handle.scattered(pairs)]
+        values = [] if pairs is None else [handle.copies.scattered(pairs)]
         wire = Format.of((rows, *values))
         sizes = [sum(leg.receives) for leg in handle.hop2]
         hop1, hop2 = f"combine hop 1 of {handle.label}", f"combine hop 2 of {handle.label}"
-        with self.pool.scratch(wire.words, rows.device) as take:
+        with self.buffers.scratch(wire.words, rows.device) as take:
             departing = take(sum(sizes))
             going, *scattered = wire.unpack(departing)
-            handle.rank_sum(rows, going)
+            handle.copies.rank_sum(rows, going)
             for space, value in zip(scattered, values, strict=True):
                 space.copy_(value)
             own, *others = zip(handle.hop2, departing.split(sizes), strict=True)

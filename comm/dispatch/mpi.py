@@ -1,32 +1,42 @@
-"""Dispatch over MPI: Flat's rows, carried by mpi4py's Ialltoallv instead of torch.distributed.
+"""Dispatch over MPI: flat's rows, carried by mpi4py's Ialltoallv instead of torch.distributed.
 
 For clusters whose MPI knows their fabric better than NCCL or gloo do. Tensors are passed by pointer: on a GPU that
-needs a CUDA-aware MPI, and the stream is synchronised first, since MPI knows no streams. Importing mpi4py calls
-MPI_Init, so it is imported only here and only when this dispatcher is made.
+needs a CUDA-aware MPI, and the stream is synchronised first, since MPI knows no streams. MPI itself ends the job when a
+rank is lost, so there is no deadline here. Importing mpi4py calls MPI_Init, so only this module does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from itertools import accumulate
 
 import torch
+from mpi4py import MPI
 from torch import Tensor
 
-from dryvine.comm.dispatch.exchange import Meter
+from dryvine.comm.dispatch.api import Dispatcher
+from dryvine.comm.dispatch.exchange import own_links
+from dryvine.comm.dispatch.flat import Flat, FlatHandle
+from dryvine.comm.dispatch.meter import Meter
 from dryvine.comm.dispatch.payload import WORD
+from dryvine.comm.dispatch.setup import Setup
 from dryvine.comm.pending import Pending
+from dryvine.comm.topology import LinkClass
+
+
+def build(setup: Setup) -> Dispatcher[FlatHandle]:
+    """Over this rank's expert-parallel part of COMM_WORLD, whose ranks must be numbered as the mesh's."""
+    world, size = MPI.COMM_WORLD, setup.group_topology.ranks
+    part = world.Split(world.rank // size, world.rank)
+    return Flat(MpiExchange(part, setup.links, setup.meter), setup.experts, setup.alignment)
 
 
 class MpiExchange:
-    """An Exchange over an MPI communicator (None: COMM_WORLD). Rows must be 64-bit integers, as wire rows are."""
+    """An Exchange over an MPI communicator. Rows must be 64-bit integers, as wire rows and counts are."""
 
-    def __init__(self, communicator: Any = None, links: Sequence[str] = (), meter: Meter | None = None) -> None:
-        from mpi4py import MPI
-
-        self.communicator = communicator or MPI.COMM_WORLD
-        self.size, self.rank = self.communicator.size, self.communicator.rank
-        self.links = links or ["self" if r == self.rank else "intra" for r in range(self.size)]
+    def __init__(self, communicator: MPI.Comm, links: Sequence[LinkClass] = (), meter: Meter | None = None) -> None:
+        self.communicator, self.size, self.rank = communicator, communicator.size, communicator.rank
+        self.links = links or own_links(self.size, self.rank)
         self.meter = meter or Meter()
 
     def start(
@@ -34,26 +44,23 @@ class MpiExchange:
     ) -> Pending[Tensor]:
         assert rows.dtype == WORD, rows.dtype
         rows = rows.contiguous()
-        came = rows.new_empty((sum(receives), *rows.shape[1:])) if into is None else into
+        arrived = rows.new_empty((sum(receives), *rows.shape[1:])) if into is None else into
         words = rows.shape[1:].numel()
         self.meter.add(self.links, sends, words * WORD.itemsize)
         if rows.is_cuda:
             torch.cuda.current_stream().synchronize()
-        request = self.communicator.Ialltoallv(_buffer(rows, sends, words), _buffer(came, receives, words))
+        request = self.communicator.Ialltoallv(_buffer(rows, sends, words), _buffer(arrived, receives, words))
 
         def finish() -> Tensor:
             request.Wait()
             rows.size()  # the closure holds what is being sent until it has left
-            return came
+            return arrived
 
         return Pending(finish)
 
 
-def _buffer(rows: Tensor, counts: Sequence[int], words: int) -> list[Any]:
+def _buffer(rows: Tensor, counts: Sequence[int], words: int) -> list[object]:
     """mpi4py's [data, (counts, displacements), type]; counts are in words, so 2^31 of them are 16 GiB."""
-    from mpi4py import MPI
-
     data = rows if rows.is_cuda else rows.numpy()
     scaled = [count * words for count in counts]
-    begin = [sum(scaled[:i]) for i in range(len(scaled))]
-    return [data, (scaled, begin), MPI.INT64_T]
+    return [data, (scaled, list(accumulate(scaled, initial=0))[:-1]), MPI.INT64_T]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dryvine.comm.dispatch import routing
-from dryvine.comm.dispatch.exchange import Meter
+from dryvine.comm.dispatch.meter import Meter
 from dryvine.comm.dispatch.payload import Format, gather
 from dryvine.comm.dispatch.routing import Arrival, RowOrder, Sum
 from dryvine.comm.pending import Pending
@@ -52,8 +52,8 @@ class Local:
 class SingleRank:
     """`Dispatcher` of a single rank, which holds all experts. Its copies are counted as flat's to itself are."""
 
-    def __init__(self, experts: int, alignment: int = 1) -> None:
-        self.experts, self.alignment, self.meter = experts, alignment, Meter()
+    def __init__(self, experts: int, alignment: int = 1, meter: Meter | None = None) -> None:
+        self.experts, self.alignment, self.meter = experts, alignment, meter or Meter()
 
     def plan_routing(self, experts_TK: Tensor, label: str = "") -> Pending[Local]:
         order = routing.by_expert(experts_TK, 1, self.experts)

@@ -19,9 +19,11 @@ import torch
 from torch import Tensor
 
 from dryvine.comm.dispatch import routing
+from dryvine.comm.dispatch.copies import Copies
 from dryvine.comm.dispatch.exchange import Exchange
+from dryvine.comm.dispatch.hop_groups import HopGroups
+from dryvine.comm.dispatch.reach import Reach, nodes_of_ranks, reach
 from dryvine.comm.dispatch.routing import Sum
-from dryvine.comm.topology import Topology
 
 
 @dataclass(frozen=True)
@@ -37,211 +39,168 @@ class Leg:
 class TwoHopHandle:
     """Where each row goes. Hop 1 has a leg per chunk, hop 2 a leg per stage; combine walks them backwards."""
 
-    counts: tuple[int, ...]  # rows given for each local expert, with padding
-    used: tuple[int, ...]  # of which real
     label: str  # whose routing this is, for errors
     hop1: tuple[Leg, ...]
     hop2: tuple[Leg, ...]
-    row: Tensor  # [R] which arrived row each result row is; -1 for padding
-    choice: Tensor  # [R, 1] and which of its token's choices
-    pick: Tensor  # [R_used] both, of each real row, as row * K + k
-    choices: int
-    rank_sum: Sum  # result rows -> arrived rows
+    copies: Copies
     node_sums: tuple[Sum, ...]  # per chunk: rows back from the node's ranks -> rows that came over
     token_sum: Sum  # rows back from this node's ranks and from other nodes -> tokens
-    place: Tensor  # [R_used] position in the result of each real row; the rest is padding
 
-    def scattered(self, pairs_R: Tensor) -> Tensor:
-        """Each pair's value at its choice, [M, K], and zero at choices that were not this rank's."""
-        rows = sum(sum(leg.receives) for leg in self.hop2)
-        values = pairs_R.new_zeros(rows * self.choices)
-        values[self.pick] = pairs_R[self.place]
-        return values.view(rows, self.choices)
+    @property
+    def counts(self) -> tuple[int, ...]:
+        return self.copies.counts
 
 
 @dataclass(frozen=True)
-class Counts:
-    """What this rank counted: `message[w]` is what rank w is told."""
+class Counted:
+    """What this rank counted: where its tokens go, and `message[w]`, what it tells rank w (see `Planner._message`)."""
 
     message: Tensor
-    ranks: Tensor  # bool [T, W]: token t has an expert on rank w
-    nodes: Tensor  # bool [T, N]
+    hit: Reach
 
 
-class Told:
-    """What one rank told another, read from the host copy of its message (see `Planner._message` for the order)."""
+class Counts:
+    """What one rank told another, read from the host copy of its message."""
 
     def __init__(self, values: Sequence[int], widths: Sequence[int], ranks: int) -> None:
         ends = list(accumulate(widths))
         parts = [list(values[end - width : end]) for end, width in zip(ends, widths, strict=True)]
+        # Rows for each of the receiver's experts; tokens for it in all; tokens for its node by chunk.
         self.experts, (self.own,), self.node, chunked, (self.refused,) = parts
-        self.ranks = [chunked[i : i + ranks] for i in range(0, len(chunked), ranks)]  # [chunk][place in node]
+        # Tokens for each rank of the receiver's node: [chunk][place in node].
+        self.ranks = [chunked[i : i + ranks] for i in range(0, len(chunked), ranks)]
 
 
 class Planner:
-    """Makes handles for rank `me` of a topology; `rail` are the ranks of its inter-node group, ascending."""
+    """Makes the handles of one rank of an expert-parallel group."""
 
-    def __init__(
-        self,
-        topology: Topology,
-        me: int,
-        rail: tuple[int, ...],
-        experts: int,
-        chunks: int,
-        alignment: int,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, groups: HopGroups, experts: int, chunks: int, alignment: int, device: torch.device) -> None:
+        topology = groups.topology
         if experts % topology.ranks:
             raise ValueError(f"experts = {experts} do not divide over {topology.ranks} expert-parallel ranks")
-        self.topology, self.me, self.rail, self.experts = topology, me, rail, experts
-        self.chunks, self.alignment = chunks, alignment
-        self.share = experts // topology.ranks
-        self.here = topology.node_of(me)
-        self.node = topology.nodes[self.here]
+        self.topology, self.me, self.rail = topology, groups.rank, groups.rail_ranks
+        self.inter, self.intra = groups.rail, groups.node
+        self.experts, self.share, self.alignment = experts, experts // topology.ranks, alignment
+        self.chunks = chunks if len(topology.nodes) > 1 else 0
+        self.node = topology.nodes[topology.node_of(self.me)]
+        self.place_in_node = self.node.index(self.me)
         self.widest = max(map(len, topology.nodes))
-        self.abroad = [(p, topology.node_of(p)) for p in rail if topology.proxy(me, topology.node_of(p)) == p != me]
+        # The ranks of other nodes to which this one sends in hop 1, and their nodes.
+        self.proxies = {p: topology.node_of(p) for p in self.rail if self._is_proxy(p)}
         self.clients = {p: topology.clients(p) for p in self.node}
-        self.node_W = routing.upload([topology.node_of(w) for w in range(topology.ranks)], device)
+        self.node_W = nodes_of_ranks(topology, device)
+        # The ranks of each rank's node; W where a smaller node has none.
         members = [[*node, *[topology.ranks] * (self.widest - len(node))] for node in topology.nodes]
-        self.members_WL = routing.upload(members, device)[self.node_W]  # the ranks of each rank's node; W for none
+        self.members_WL = routing.upload(members, device)[self.node_W]
         self.node_L = routing.upload(self.node, device)
-        self.abroad_N = routing.upload([node for _, node in self.abroad], device)
+        self.proxied_N = routing.upload(list(self.proxies.values()), device)
+
+    def _is_proxy(self, rank: int) -> bool:
+        """Whether `rank` takes in, on another node, what this rank sends there."""
+        return rank != self.me and self.topology.proxy(self.me, self.topology.node_of(rank)) == rank
 
     # Counting: device only.
 
     def bounds(self, tokens: int) -> list[tuple[int, int]]:
+        """First and end token of each chunk."""
         return [(tokens * c // self.chunks, tokens * (c + 1) // self.chunks) for c in range(self.chunks)]
 
-    def count(self, experts_TK: Tensor) -> Counts:
-        tokens, device, ranks = len(experts_TK), experts_TK.device, self.topology.ranks
-        rank_TK = experts_TK // self.share
-        times_TW = torch.zeros(tokens, ranks, dtype=torch.int64, device=device)
-        times_TW.scatter_add_(1, rank_TK, torch.ones_like(rank_TK))
-        reach_TW = times_TW > 0
-        times_TN = torch.zeros(tokens, len(self.topology.nodes), dtype=torch.int64, device=device)
-        times_TN.index_add_(1, self.node_W, reach_TW.to(torch.int64))
-        return Counts(self._message(experts_TK, times_TW, times_TN), reach_TW, times_TN > 0)
+    def count(self, experts_TK: Tensor) -> Counted:
+        hit = reach(experts_TK // self.share, self.node_W, len(self.topology.nodes))
+        return Counted(self._message(experts_TK, hit), hit)
 
     @property
     def _widths(self) -> list[int]:
+        """Of the parts of a message."""
         return [self.share, 1, self.chunks, self.chunks * self.widest, 1]
 
-    def _message(self, experts_TK: Tensor, times_TW: Tensor, times_TN: Tensor) -> Tensor:
-        """int64 [W, M]: rows for each of its experts; tokens for it in all; then for its node, by chunk: tokens, and
-        tokens for each rank; 1 to refuse."""
+    def _message(self, experts_TK: Tensor, hit: Reach) -> Tensor:
+        """int64 [W, sum of widths]: rows for each of its experts; tokens for it in all; then for its node, by chunk:
+        tokens, and tokens for each rank; 1 to refuse."""
         ranks = len(self.node_W)
-        parts = [routing.count(experts_TK, self.experts).view(ranks, self.share), (times_TW > 0).sum(0)[:, None]]
-        cuts = [slice(*bound) for bound in self.bounds(len(experts_TK))]
-        for_node = [(times_TN[cut] > 0).sum(0)[self.node_W][:, None] for cut in cuts]
-        absent = times_TW.new_zeros(1)
-        for_rank = [torch.cat(((times_TW[cut] > 0).sum(0), absent))[self.members_WL] for cut in cuts]
-        return torch.cat([*parts, *for_node, *for_rank, routing.repeated(experts_TK).expand(ranks, 1)], dim=1)
+        per_expert = routing.count(experts_TK, self.experts).view(ranks, self.share)
+        chunks = [slice(*bound) for bound in self.bounds(len(experts_TK))]
+        for_node = [hit.nodes[chunk].sum(0)[self.node_W][:, None] for chunk in chunks]
+        absent = experts_TK.new_zeros(1)  # what members_WL finds at W
+        for_rank = [torch.cat((hit.ranks[chunk].sum(0), absent))[self.members_WL] for chunk in chunks]
+        refused = routing.repeated(experts_TK).expand(ranks, 1)
+        return torch.cat([per_expert, hit.ranks.sum(0)[:, None], *for_node, *for_rank, refused], dim=1)
 
     # Planning: one host read, then the expert numbers make the two hops.
 
-    def plan(
-        self, experts_TK: Tensor, counts: Counts, theirs: Tensor, inter: Exchange, intra: Exchange, label: str
-    ) -> TwoHopHandle:
-        read = routing.read(counts.message, theirs)  # the one host read of a forward dispatch
-        ours, told = ([Told(row, self._widths, self.widest) for row in side.tolist()] for side in read)
-        routing.refuse([rank for rank, t in enumerate(told) if t.refused])
-
-        hop1 = self._hop1(counts, ours, told)
-        came = self._cross(experts_TK, hop1, inter, label)
-        hop2 = self._hop2(counts, came, hop1, ours, told)
-        arrived_MK = self._deliver(experts_TK, came, hop1, hop2, intra, label)
-        pairs = zip(hop1, hop2[1:], strict=True)
+    def plan(self, experts_TK: Tensor, counted: Counted, theirs: Tensor, label: str) -> TwoHopHandle:
+        """`theirs` is what every rank told this one, [W, sum of widths]. Raises ValueError where a rank refuses."""
+        read = routing.read(counted.message, theirs)  # the one host read of a forward dispatch
+        ours, told = ([Counts(row, self._widths, self.widest) for row in side.tolist()] for side in read)
+        routing.refuse([rank for rank, counts in enumerate(told) if counts.refused])
+        hop1 = self._hop1(counted.hit, ours, told)
+        crossed = self._cross(experts_TK, hop1, label)
+        hop2 = self._hop2(counted.hit, crossed, ours, told)
+        arrived_MK = self._deliver([experts_TK, *crossed], hop2, label)
         most = experts_TK.shape[1]  # a token's experts are on no more ranks than that, nor on more nodes
-        node_sums = tuple(Sum.plan(*sort_pair(leg.index), sum(first.receives), most) for first, leg in pairs)
+        node_sums = (
+            Sum.plan(*sort_pair(delivery.index), len(rows), most)
+            for rows, delivery in zip(crossed, hop2[1:], strict=True)
+        )
         back = torch.cat([hop2[0].index, *(leg.index for leg in hop1)])
         token_sum = Sum.plan(*sort_pair(back), len(experts_TK), most)
-        return self._arrange(arrived_MK, told, label, hop1, hop2, node_sums, token_sum)
+        return TwoHopHandle(label, hop1, hop2, self._copies(arrived_MK, told), tuple(node_sums), token_sum)
 
-    def _hop1(self, counts: Counts, ours: list[Told], told: list[Told]) -> tuple[Leg, ...]:
-        proxies = dict(self.abroad)
+    def _hop1(self, hit: Reach, ours: list[Counts], told: list[Counts]) -> tuple[Leg, ...]:
+        """Tokens of each chunk to the proxies on the nodes that they reach."""
         legs = []
-        for chunk, (low, high) in enumerate(self.bounds(len(counts.nodes))):
-            sends = tuple(ours[p].node[chunk] if p in proxies else 0 for p in self.rail)
+        for chunk, (low, high) in enumerate(self.bounds(len(hit.nodes))):
+            sends = tuple(ours[p].node[chunk] if p in self.proxies else 0 for p in self.rail)
             receives = tuple(told[s].node[chunk] if s in self.clients[self.me] else 0 for s in self.rail)
-            reach_NT = counts.nodes[low:high].index_select(1, self.abroad_N).T
+            # Positions in [proxies, tokens of the chunk], so by proxy, then token.
+            reach_NT = hit.nodes[low:high].index_select(1, self.proxied_N).T
             legs.append(Leg(routing.where(reach_NT, sum(sends)) % max(1, high - low) + low, sends, receives))
         return tuple(legs)
 
-    def _cross(self, experts_TK: Tensor, hop1: Sequence[Leg], inter: Exchange, label: str) -> Tensor:
-        """Hop 1 of the expert numbers, all chunks at once: what came, [rows, K], by chunk, then source."""
+    def _cross(self, experts_TK: Tensor, hop1: Sequence[Leg], label: str) -> list[Tensor]:
+        """Hop 1 of the expert numbers, all chunks in one exchange: what came, [rows, K] by source, per chunk."""
         if not hop1:
-            return experts_TK[:0]
-        return relay(experts_TK[torch.cat([leg.index for leg in hop1])], hop1, inter, f"routing hop 1 of {label}")
+            return []
+        going = experts_TK[torch.cat([leg.index for leg in hop1])]
+        crossed = relay(going, hop1, self.inter, f"routing hop 1 of {label}")
+        return list(crossed.split([sum(leg.receives) for leg in hop1]))
 
-    def _hop2(
-        self, counts: Counts, came: Tensor, hop1: Sequence[Leg], ours: list[Told], told: list[Told]
-    ) -> tuple[Leg, ...]:
+    def _hop2(self, hit: Reach, crossed: Sequence[Tensor], ours: list[Counts], told: list[Counts]) -> tuple[Leg, ...]:
+        """Stage 0: this rank's tokens to the ranks of its node; stage c + 1: what crossed to it in chunk c."""
         own = tuple(ours[q].own for q in self.node)
-        place = routing.where(counts.ranks.index_select(1, self.node_L).T, sum(own)) % max(1, len(counts.ranks))
-        legs = [Leg(place, own, tuple(told[p].own for p in self.node))]
-        mine = self.node.index(self.me)
-        for chunk, rows in enumerate(came.split([sum(leg.receives) for leg in hop1])):
-            sends = tuple(sum(told[s].ranks[chunk][q] for s in self.clients[self.me]) for q in range(len(self.node)))
-            receives = tuple(sum(told[s].ranks[chunk][mine] for s in self.clients[p]) for p in self.node)
+        token = routing.where(hit.ranks.index_select(1, self.node_L).T, sum(own)) % max(1, len(hit.ranks))
+        legs = [Leg(token, own, tuple(told[p].own for p in self.node))]
+        for chunk, rows in enumerate(crossed):
+            sends = tuple(self._handed_on(told, chunk, self.me, place) for place in range(len(self.node)))
+            receives = tuple(self._handed_on(told, chunk, p, self.place_in_node) for p in self.node)
             needs_LM = torch.stack([(rows // self.share == q).any(1) for q in self.node])
             legs.append(Leg(routing.where(needs_LM, sum(sends)) % max(1, len(rows)), sends, receives))
         return tuple(legs)
 
-    def _deliver(
-        self, experts_TK: Tensor, came: Tensor, hop1: Sequence[Leg], hop2: Sequence[Leg], intra: Exchange, label: str
-    ) -> Tensor:
-        """Hop 2 of the expert numbers, all stages at once: what arrived, [M, K], by stage, then rank of the node."""
-        held = [experts_TK, *came.split([sum(leg.receives) for leg in hop1])]
-        going = torch.cat([rows[leg.index] for rows, leg in zip(held, hop2, strict=True)])
-        return relay(going, hop2, intra, f"routing hop 2 of {label}")
+    def _handed_on(self, told: list[Counts], chunk: int, proxy: int, place: int) -> int:
+        """Rows of a chunk that `proxy` hands on to the rank at `place` in this node."""
+        return sum(told[client].ranks[chunk][place] for client in self.clients[proxy])
 
-    def _sources(self, told: list[Told], device: torch.device) -> Tensor:
+    def _deliver(self, held: Sequence[Tensor], hop2: Sequence[Leg], label: str) -> Tensor:
+        """Hop 2 of the expert numbers, all stages in one exchange: what arrived, [M, K], by stage, then rank."""
+        going = torch.cat([rows[leg.index] for rows, leg in zip(held, hop2, strict=True)])
+        return relay(going, hop2, self.intra, f"routing hop 2 of {label}")
+
+    def _sources(self, told: list[Counts], device: torch.device) -> Tensor:
         """The rank that each arrived row started from, [M], in order of arrival."""
-        mine = self.node.index(self.me)
         runs = [(p, told[p].own) for p in self.node]
         for chunk in range(self.chunks):
-            runs += [(s, told[s].ranks[chunk][mine]) for p in self.node for s in self.clients[p]]
+            runs += [(s, told[s].ranks[chunk][self.place_in_node]) for p in self.node for s in self.clients[p]]
         ranks, lengths = routing.upload(runs, device).T
         return torch.repeat_interleave(ranks, lengths, output_size=sum(length for _, length in runs))
 
-    def _arrange(
-        self,
-        arrived_MK: Tensor,
-        told: list[Told],
-        label: str,
-        hop1: tuple[Leg, ...],
-        hop2: tuple[Leg, ...],
-        node_sums: tuple[Sum, ...],
-        token_sum: Sum,
-    ) -> TwoHopHandle:
-        """The result's order: by expert, then source rank, then token; per source, rows arrive in token order."""
-        rows, choices = arrived_MK.shape
-        used = tuple(sum(column) for column in zip(*(t.experts for t in told), strict=True))
-        mine_MK = arrived_MK // self.share == self.me
+    def _copies(self, arrived_MK: Tensor, told: list[Counts]) -> Copies:
+        """Results lie by expert, then source rank, then token; per source, rows arrive in token order."""
+        used = [sum(column) for column in zip(*(counts.experts for counts in told), strict=True)]
         source_M1 = self._sources(told, arrived_MK.device)[:, None]
+        keys = self.share * len(told)
         key_MK = (arrived_MK % self.share) * len(told) + source_M1
-        last = self.share * len(told)
-        pick = routing.stable_order(torch.where(mine_MK, key_MK, last), last + 1)[: sum(used)]
-        padding = routing.Padding.of(used, self.alignment, pick.device)
-        pairs = routing.where(mine_MK, sum(used))
-        row_of = torch.empty(rows * choices, dtype=torch.int64, device=pick.device)
-        row_of[pick] = padding.place
-        filled = padding.fill(pick)
-        return TwoHopHandle(
-            counts=padding.counts,
-            used=used,
-            label=label,
-            hop1=hop1,
-            hop2=hop2,
-            row=filled // choices,
-            choice=(filled % choices)[:, None],
-            pick=pick,
-            choices=choices,
-            rank_sum=Sum.plan(pairs // choices, row_of[pairs], rows, choices),
-            node_sums=node_sums,
-            token_sum=token_sum,
-            place=padding.place,
-        )
+        return Copies.of(torch.where(arrived_MK // self.share == self.me, key_MK, keys), keys, used, self.alignment)
 
 
 def sort_pair(target: Tensor) -> tuple[Tensor, Tensor]:
@@ -251,11 +210,12 @@ def sort_pair(target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def relay(rows: Tensor, legs: Sequence[Leg], exchange: Exchange, what: str) -> Tensor:
-    """Send expert numbers that lie by (leg, target) in one exchange; gives what came by (leg, source)."""
+    """Send expert numbers that lie by (leg, target) in one exchange; returns what arrives by (leg, source)."""
     sends = routing.upload([leg.sends for leg in legs], rows.device)
     receives = routing.upload([leg.receives for leg in legs], rows.device)
     to = [sum(leg.sends[i] for leg in legs) for i in range(exchange.size)]
     come = [sum(leg.receives[i] for leg in legs) for i in range(exchange.size)]
+    # An exchange sends by target, so rows are brought to (target, leg) before it and back to (leg, source) after it.
     going = rows[routing.transposed(sends, sum(to))].to(torch.int32)
-    came = exchange.start(going, to, come, what=what).wait()
-    return came[routing.transposed(receives.T.contiguous(), sum(come))].to(torch.int64)
+    arrived = exchange.start(going, to, come, what=what).wait()
+    return arrived[routing.transposed(receives.T.contiguous(), sum(come))].to(torch.int64)

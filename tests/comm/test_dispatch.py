@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dryvine.comm.dispatch.exchange import GroupExchange
 from dryvine.comm.dispatch.flat import Flat
 from dryvine.comm.local import RankFailed, run
 
@@ -28,7 +29,7 @@ def reference(
 
 def flat_rank(rank: int, world: int, experts: int, top_k: int, tokens: list[int], dtype: torch.dtype) -> None:
     group = torch.distributed.group.WORLD if world > 1 else None
-    dispatcher = Flat(group, experts)
+    dispatcher = Flat(GroupExchange(group), experts)
     chosen = [draw(w, t, experts, top_k) for w, t in enumerate(tokens)]
     rows = [torch.randn(t, 6, generator=torch.Generator().manual_seed(w)).to(dtype) for w, t in enumerate(tokens)]
     weights = [torch.rand(t, top_k, generator=torch.Generator().manual_seed(w)) for w, t in enumerate(tokens)]
@@ -65,7 +66,7 @@ def test_flat_gives_the_reference(world: int, experts: int, top_k: int, tokens: 
 
 
 def fp8_rank(rank: int) -> None:
-    dispatcher = Flat(torch.distributed.group.WORLD, 4)
+    dispatcher = Flat(GroupExchange(torch.distributed.group.WORLD), 4)
     values = (torch.arange(40).reshape(5, 8) + rank).float().to(torch.float8_e4m3fn).view(torch.uint8)
     scales = torch.full((5, 3), 2.0**rank)
     handle = dispatcher.plan_routing(draw(rank, 5, 4, 4)).wait()
@@ -85,7 +86,7 @@ def twice_rank(rank: int) -> None:
     chosen = draw(rank, 3, 4, 2)
     if rank == 1:
         chosen[2] = 3
-    Flat(torch.distributed.group.WORLD, 4).plan_routing(chosen).wait()
+    Flat(GroupExchange(torch.distributed.group.WORLD), 4).plan_routing(chosen).wait()
 
 
 def test_an_expert_chosen_twice_is_refused_and_the_rank_named() -> None:
@@ -94,10 +95,10 @@ def test_an_expert_chosen_twice_is_refused_and_the_rank_named() -> None:
 
 
 def test_experts_that_do_not_divide_are_refused() -> None:
-    assert Flat(None, 3).experts == 3
+    assert Flat(GroupExchange(None), 3).experts == 3
     with pytest.raises(RankFailed, match="experts = 3 do not divide over 2"):
         run(odd_rank, 2, deadline=60)
 
 
 def odd_rank(rank: int) -> None:
-    Flat(torch.distributed.group.WORLD, 3)
+    Flat(GroupExchange(torch.distributed.group.WORLD), 3)

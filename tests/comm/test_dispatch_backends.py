@@ -1,11 +1,14 @@
-"""The table, the fake, the guard, the load report, and DeepEP's adapter on a stand-in for DeepEP."""
+"""The table, the fake, the rounds, the meter, and DeepEP's adapter on a stand-in for DeepEP."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from datetime import timedelta
+from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -13,12 +16,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dryvine.comm.config import CommConfig
-from dryvine.comm.dispatch.backends import DISPATCHERS, expected_rows, make_dispatcher, pick
-from dryvine.comm.dispatch.deepep import DeepEP, probe
+from dryvine.comm.dispatch.backends import BACKENDS
+from dryvine.comm.dispatch.choose import expected_crossings, make_dispatcher, pick
+from dryvine.comm.dispatch.deepep import DeepEP, Route, probe
+from dryvine.comm.dispatch.exchange import GroupExchange
 from dryvine.comm.dispatch.flat import Flat
-from dryvine.comm.dispatch.load import InRounds, Load, Metered, imbalance
+from dryvine.comm.dispatch.meter import Meter
+from dryvine.comm.dispatch.rounds import InRounds, imbalance
+from dryvine.comm.dispatch.setup import Setup
+from dryvine.comm.dispatch.single_rank import SingleRank
 from dryvine.comm.local import run
-from dryvine.comm.mesh import make_mesh
+from dryvine.comm.mesh import Mesh, make_mesh
 from dryvine.comm.topology import by_sizes
 
 CPU, MINUTE = torch.device("cpu"), timedelta(seconds=60)
@@ -37,7 +45,7 @@ def every_backend(rank: int, sizes: list[int], dtype: torch.dtype) -> dict[str, 
     rows, weights = torch.randn(30 * rank, 6, generator=noise).to(dtype), torch.rand(30 * rank, 3, generator=noise)
     seen, want = {}, None
     for name in ("flat", "hierarchical"):
-        dispatcher: Any = make_dispatcher(name, mesh, 12, by_sizes(sizes))
+        dispatcher: Any = make_dispatcher(name, Setup(12, mesh, by_sizes(sizes)))
         handle = dispatcher.plan_routing(chosen).wait()
         dispatcher.meter.take()
         got = dispatcher.dispatch((rows,), weights, handle).wait()
@@ -61,7 +69,7 @@ def test_backends_agree_over_gloo(sizes: list[int], dtype: torch.dtype) -> None:
 
 def routed_alike(rank: int, name: str) -> dict[str, int]:
     mesh = make_mesh(1, 1, 4, 1, CPU, MINUTE)
-    dispatcher: Any = make_dispatcher(name, mesh, 8, by_sizes([2, 2]))
+    dispatcher: Any = make_dispatcher(name, Setup(8, mesh, by_sizes([2, 2])))
     handle = dispatcher.plan_routing(draw(7, 40, 8, 3)).wait()
     dispatcher.meter.take()
     dispatcher.dispatch((torch.zeros(40, 64),), torch.zeros(40, 3), handle).wait()
@@ -76,7 +84,7 @@ def test_fake_counts_the_bytes_that_the_real_one_sends() -> None:
 
 
 def test_fake_runs_a_whole_layer_alone() -> None:
-    fake: Any = make_dispatcher("fake", None, 16, by_sizes([4, 4]), alignment=8)
+    fake: Any = make_dispatcher("fake", Setup(16, topology=by_sizes([4, 4]), alignment=8))
     chosen, rows, weights = draw(0, 20, 16, 4), torch.randn(20, 6), torch.rand(20, 4)
     handle = fake.plan_routing(chosen).wait()
     got, values = fake.dispatch((rows,), weights, handle).wait()
@@ -88,43 +96,79 @@ def test_fake_runs_a_whole_layer_alone() -> None:
     assert torch.equal(again, weights)
 
 
+def segments(rows: Tensor, values: Tensor, counts: Sequence[int]) -> list[list[tuple[float, ...]]]:
+    """Each expert's rows with their weights, whole, in an order of their own."""
+    whole = torch.cat((rows, values[:, None]), dim=1)
+    return [sorted(map(tuple, part.tolist())) for part in whole.split(list(counts))]
+
+
 def skewed(rank: int, factor: float) -> tuple[int, list[int]]:
-    """Every token to rank 0's experts: flat as the oracle of the guarded one."""
+    """Every token to rank 0's experts: flat as the oracle of the one in rounds."""
     group = dist.group.WORLD
-    plain = Flat(group, 8)
-    guarded = InRounds(Flat(group, 8), plain.exchange, 8, factor)
+    plain = Flat(GroupExchange(group), 8)
+    in_rounds = InRounds(Flat(GroupExchange(group), 8), plain.exchange, 8, factor)
     chosen = draw(rank, 24, 4, 2)
     rows, weights = torch.randn(24, 5), torch.rand(24, 2)
-    want, handle = plain.plan_routing(chosen).wait(), guarded.plan_routing(chosen).wait()
+    want, handle = plain.plan_routing(chosen).wait(), in_rounds.plan_routing(chosen).wait()
     assert handle.counts == want.counts
-    (got, values), (wanted, _) = (d.dispatch((rows,), weights, h).wait() for d, h in ((guarded, handle), (plain, want)))
-    assert torch.equal(got.sort(dim=0).values, wanted.sort(dim=0).values)
-    back, again = guarded.combine(got * values[:, None], values, handle).wait()
+    got, values = in_rounds.dispatch((rows,), weights, handle).wait()
+    assert segments(got, values, want.counts) == segments(*plain.dispatch((rows,), weights, want).wait(), want.counts)
+    back, again = in_rounds.combine(got * values[:, None], values, handle).wait()
     torch.testing.assert_close(back, rows * weights.sum(1, keepdim=True))
     assert torch.equal(again, weights)
-    return len(handle.handles), list(handle.bounds)
+    return len(handle.handles), list(handle.tokens)
 
 
 @pytest.mark.parametrize(("factor", "rounds"), [(1.5, 2), (0.9, 3), (4.0, 1)])
-def test_guard_goes_in_rounds_when_all_tokens_go_to_one_rank(factor: float, rounds: int) -> None:
-    for seen, bounds in run(skewed, 2, factor):
+def test_it_goes_in_rounds_when_all_tokens_go_to_one_rank(factor: float, rounds: int) -> None:
+    for seen, tokens in run(skewed, 2, factor):
         assert seen == rounds
-        assert sum(bounds) == 24
+        assert sum(tokens) == 24
+        assert max(tokens) - min(tokens) <= 1
 
 
-def test_load_report() -> None:
-    dispatcher = Metered(Flat(None, 4))
-    for microbatch in range(2):
-        handle = dispatcher.plan_routing(torch.tensor([[0, 1], [0, 2]]), f"layers.3, microbatch {microbatch}").wait()
-        dispatcher.dispatch((torch.zeros(2, 4),), None, handle).wait()
-    share = dispatcher.take()
-    assert share.rows == {"layers.3": (4, 2, 2, 0)}
-    load = Load.of([share, share])
-    assert load.experts == (4, 2, 2, 0) * 2
-    assert load.ranks == (8, 8)
-    assert (load.expert_imbalance, load.rank_imbalance) == (2.0, 1.0)
-    assert dispatcher.take().rows == {}
+def test_imbalance_is_the_busiest_over_the_mean() -> None:
+    assert imbalance((6, 2, 2, 2)) == 2.0
+    assert imbalance((3, 3)) == 1.0
     assert imbalance((0, 0)) == 1.0
+
+
+def counted(rank: int, name: str, factor: float) -> dict[str, dict[str, int]]:
+    """What the caller's meter has seen after each call; every token goes to node 0."""
+    mesh = make_mesh(1, 1, 4, 1, CPU, MINUTE)
+    setup = Setup(8, mesh, by_sizes([2, 2]))
+    dispatcher = make_dispatcher(name, setup, factor)
+    assert dispatcher.meter is setup.meter
+    chosen, seen = draw(rank, 24, 4, 2), {}
+    handle = dispatcher.plan_routing(chosen).wait()
+    seen["routing"] = dispatcher.meter.take()
+    (got,) = dispatcher.dispatch((torch.zeros(24, 5),), None, handle).wait()
+    seen["dispatch"] = dispatcher.meter.take()
+    dispatcher.combine(got, None, handle).wait()
+    seen["combine"] = dispatcher.meter.take()
+    return seen
+
+
+@pytest.mark.parametrize("name", ["flat", "hierarchical"])
+def test_rounds_count_all_bytes_in_one_meter(name: str) -> None:
+    """Rows are the same whatever the rounds; the loads that all ranks tell each other come on top."""
+    for plain, rounds in zip(run(counted, 4, name, 0.0), run(counted, 4, name, 1.5), strict=True):
+        for link in ("self", "intra", "inter"):
+            assert rounds["dispatch"].get(link, 0) == plain["dispatch"].get(link, 0)
+            assert rounds["combine"].get(link, 0) == plain["combine"].get(link, 0)
+            assert rounds["routing"][link] > plain["routing"][link]
+        assert sum(plain["dispatch"].values()) > 0
+
+
+def rounds_of_the_load(rank: int) -> dict[str, int]:
+    setup = Setup(8, make_mesh(1, 1, 4, 1, CPU, MINUTE), by_sizes([2, 2]))
+    make_dispatcher("flat", setup, 100.0).plan_routing(draw(rank, 24, 8, 2)).wait()
+    return setup.meter.take()
+
+
+def test_one_round_costs_one_exchange_of_loads() -> None:
+    """Flat's message is 2 experts and a refusal, the load 4 ranks: 7 words to each rank."""
+    assert run(rounds_of_the_load, 4) == [{"self": 56, "intra": 56, "inter": 112}] * 4
 
 
 def test_auto_says_why() -> None:
@@ -134,15 +178,33 @@ def test_auto_says_why() -> None:
     assert "2 nodes" in why
     assert "1.00 times, with flat 4.00 times" in why
     assert pick(by_sizes([8]), 8, 256)[0] == "flat"
-    crossings = expected_rows(by_sizes([8] * 8), 8, 256)
+    crossings = expected_crossings(by_sizes([8] * 8), 8, 256)
     assert crossings.each == 7.0
     assert 4.6 < crossings.once < 4.7  # 7 * (1 - C(224, 8) / C(256, 8))
 
 
 def test_unknown_dispatcher() -> None:
-    with pytest.raises(ValueError, match="'flatt': no such dispatcher; choose auto or one of flat, hierarchical"):
-        make_dispatcher("flatt", None, 4)
-    assert {"auto", *DISPATCHERS} == set(get_args(CommConfig.model_fields["dispatcher"].annotation))
+    for refuse in (lambda: make_dispatcher("flatt", Setup(4)), lambda: CommConfig(dispatcher="flatt")):
+        with pytest.raises(ValueError, match="'flatt': no such dispatcher; choose auto or one of flat, hierarchical"):
+            refuse()
+
+
+def test_every_backend_is_a_module_and_a_name_in_the_config() -> None:
+    for name, module in BACKENDS.items():
+        spec = find_spec(module)
+        assert spec is not None
+        assert "\ndef build(setup: Setup) -> " in Path(str(spec.origin)).read_text()
+        assert CommConfig(dispatcher=name).dispatcher == name
+    assert CommConfig().dispatcher == "auto"
+
+
+def test_a_new_backend_is_a_module_and_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    module: Any = ModuleType("mine")
+    module.build = lambda setup: SingleRank(setup.experts, setup.alignment, setup.meter)
+    monkeypatch.setitem(sys.modules, "mine", module)
+    monkeypatch.setitem(BACKENDS, "mine", "mine")
+    assert CommConfig(dispatcher="mine").dispatcher == "mine"
+    assert isinstance(make_dispatcher("mine", Setup(4)), SingleRank)
 
 
 class StandIn:
@@ -183,23 +245,51 @@ def test_deepep_adapter_matches_flat(monkeypatch: pytest.MonkeyPatch, name: str,
     setattr(module, name, StandIn)
     monkeypatch.setitem(sys.modules, "deep_ep", module)
     assert probe() == (version, "")
-    group: Any = SimpleNamespace(size=lambda: 1)
-    adapter = DeepEP(group, 8, tokens=16, top_k=3, hidden_bytes=1024, alignment=4)
-    flat = Flat(None, 8, alignment=4)
+    setup = Setup(8, mesh_of(1), tokens=16, top_k=3, row_bytes=1024, alignment=4)
+    adapter = DeepEP(setup)
+    flat = Flat(GroupExchange(None), 8, alignment=4)
     chosen, rows, weights = draw(0, 16, 8, 3), torch.randn(16, 12).bfloat16(), torch.rand(16, 3)
     mine, want = adapter.plan_routing(chosen).wait(), flat.plan_routing(chosen).wait()
     assert mine.counts == want.counts
+    assert setup.meter.take() == {"self": 16 * 512}  # narrow rows
     got, wanted = adapter.dispatch((rows,), weights, mine).wait(), flat.dispatch((rows,), weights, want).wait()
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+    assert setup.meter.take() == {"self": 16 * 512}  # 24 bytes and 12 of weights, in whole vectors of a warp
     back, again = adapter.combine(got[0], got[1], mine).wait()
     assert torch.equal(back, flat.combine(got[0], None, want).wait()[0])
     assert torch.equal(again, weights)
+    assert setup.meter.take() == {"self": 16 * (24 + 12)}
+
+
+def mesh_of(ranks: int) -> Mesh:
+    """A mesh whose group only knows its size."""
+    group: Any = SimpleNamespace(size=lambda: ranks)
+    return Mesh(1, 1, ranks, 0, CPU, group, {})
+
+
+def crossings(rank: int, sizes: list[int]) -> tuple[dict[str, int], dict[str, int]]:
+    """(rows that hierarchical sends, rows that DeepEP's adapter counts) by link, for routing of this rank's own."""
+    chosen, world = draw(rank, 40 + rank, 12, 4), sum(sizes)
+    setup = Setup(12, make_mesh(1, 1, world, 1, CPU, MINUTE), by_sizes(sizes))
+    real = make_dispatcher("hierarchical", setup)
+    handle = real.plan_routing(chosen).wait()
+    setup.meter.take()
+    real.dispatch((torch.zeros(len(chosen), 1, dtype=torch.int64),), None, handle).wait()
+    route, meter = Route(by_sizes(sizes), rank, 12), Meter()
+    meter.add(route.links, route.rows(route.reach(chosen).tolist()), 8)
+    return setup.meter.take(), meter.take()
+
+
+@pytest.mark.parametrize("sizes", [[2, 2], [2, 1], [3]])
+def test_deepep_counts_the_links_that_tokens_take(sizes: list[int]) -> None:
+    real, ours = zip(*run(crossings, sum(sizes), sizes), strict=True)
+    for link in ("self", "intra", "inter"):
+        assert sum(r.get(link, 0) for r in real) == sum(o.get(link, 0) for o in ours), link
 
 
 def test_deepep_says_what_it_lacks() -> None:
     version, lacking = probe()
     assert version == ""
     assert "deep_ep does not import" in lacking
-    group: Any = SimpleNamespace(size=lambda: 2)
     with pytest.raises(ValueError, match=r"choose comm\.dispatcher = hierarchical"):
-        DeepEP(group, 8, tokens=16, top_k=3, hidden_bytes=1024)
+        DeepEP(Setup(8, mesh_of(2), tokens=16, top_k=3, row_bytes=1024))

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from dryvine.comm.dispatch import routing
-from dryvine.comm.dispatch.exchange import GroupExchange, Meter
+from dryvine.comm.dispatch.exchange import GroupExchange
 from dryvine.comm.dispatch.fake import Fake
 from dryvine.comm.dispatch.flat import Flat
-from dryvine.comm.dispatch.groups import HopGroups
 from dryvine.comm.dispatch.hierarchical import Hierarchical
+from dryvine.comm.dispatch.hop_groups import HopGroups
 from dryvine.comm.dispatch.routing import Arrival, Sum
 from dryvine.comm.dispatch.single_rank import SingleRank
 from dryvine.comm.topology import by_sizes
@@ -29,7 +29,7 @@ def draw(tokens: int, experts: int = EXPERTS) -> Tensor:
 
 
 def flat(device: str) -> Any:
-    return Flat(None, EXPERTS, alignment=16)
+    return Flat(GroupExchange(None), EXPERTS, alignment=16)
 
 
 def alone(device: str) -> Any:
@@ -42,9 +42,7 @@ def fake(device: str) -> Any:
 
 def hierarchical(device: str) -> Any:
     one = GroupExchange(None)
-    return Hierarchical(
-        HopGroups(by_sizes([1]), 0, one, one, one, Meter()), EXPERTS, torch.device(device), alignment=16
-    )
+    return Hierarchical(HopGroups(by_sizes([1]), 0, one, one, one), EXPERTS, torch.device(device), alignment=16)
 
 
 def journey(make: Callable[[str], Any], device: str, tokens: int, hidden: int) -> list[Any]:
@@ -60,7 +58,7 @@ def journey(make: Callable[[str], Any], device: str, tokens: int, hidden: int) -
     (back,) = dispatcher.combine(plain, None, handle).wait()
     (again,) = dispatcher.dispatch((rows,), None, handle).wait()
     both = dispatcher.combine(again * with_it.bfloat16()[:, None], with_it, handle).wait()
-    return [handle.counts, handle.used, *(t.cpu() for t in (*sent, plain, with_it, back, again, *both))]
+    return [handle.counts, *(t.cpu() for t in (*sent, plain, with_it, back, again, *both))]
 
 
 @pytest.mark.parametrize("make", [flat, alone, fake, hierarchical])
@@ -99,7 +97,7 @@ def test_an_expert_chosen_twice_is_refused() -> None:
     chosen = draw(500)
     chosen[321, 7] = chosen[321, 0]
     with pytest.raises(ValueError, match="the same expert twice"):
-        Flat(None, EXPERTS).plan_routing(chosen.cuda()).wait()
+        Flat(GroupExchange(None), EXPERTS).plan_routing(chosen.cuda()).wait()
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # is a prototype, says torch 2.11

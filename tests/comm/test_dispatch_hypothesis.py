@@ -17,11 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dryvine.comm.dispatch.api import Dispatcher
-from dryvine.comm.dispatch.exchange import Meter
+from dryvine.comm.dispatch.api import AnyDispatcher
 from dryvine.comm.dispatch.flat import Flat
-from dryvine.comm.dispatch.groups import HopGroups, rail_of
 from dryvine.comm.dispatch.hierarchical import Hierarchical
+from dryvine.comm.dispatch.hop_groups import HopGroups, rail_of
+from dryvine.comm.dispatch.meter import Meter
 from dryvine.comm.pending import Pending
 from dryvine.comm.topology import Topology, by_sizes
 
@@ -65,14 +65,14 @@ class Boards:
         self.rails = {ranks: Board(ranks) for ranks in topology.rails()}
 
     def flat(self, rank: int, experts: int, alignment: int) -> Flat:
-        return Flat(None, experts, alignment, ThreadExchange(self.all, rank))
+        return Flat(ThreadExchange(self.all, rank), experts, alignment)
 
     def hierarchical(
         self, rank: int, experts: int, alignment: int, chunks: int, device: torch.device | None = None
     ) -> Hierarchical:
         node = ThreadExchange(self.nodes[self.topology.nodes[self.topology.node_of(rank)]], rank)
         rail = ThreadExchange(self.rails[rail_of(self.topology, rank)], rank)
-        groups = HopGroups(self.topology, rank, ThreadExchange(self.all, rank), node, rail, Meter())
+        groups = HopGroups(self.topology, rank, ThreadExchange(self.all, rank), node, rail)
         return Hierarchical(groups, experts, device, chunks, alignment)
 
 
@@ -105,7 +105,7 @@ def cases(draw: Any) -> tuple[list[int], int, int, list[Tensor], int, int]:
 
 
 def there_and_back(
-    dispatcher: Dispatcher, chosen: Tensor, rows: Tensor, weights: Tensor, grads: Tensor
+    dispatcher: AnyDispatcher, chosen: Tensor, rows: Tensor, weights: Tensor, grads: Tensor
 ) -> tuple[Any, list[Tensor], Tensor]:
     """Dispatch, weigh, combine, then both backwards: all that a layer does with one handle."""
     handle = dispatcher.plan_routing(chosen).wait()

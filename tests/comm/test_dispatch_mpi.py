@@ -23,7 +23,7 @@ topology = by_mpi()
 assert topology.ranks == world, topology
 chosen = torch.rand(10 * rank, 12, generator=torch.Generator().manual_seed(rank)).argsort(1)[:, :3].contiguous()
 rows, weights = torch.randn(10 * rank, 5).bfloat16(), torch.rand(10 * rank, 3)
-flat = Flat(None, 12, exchange=MpiExchange())
+flat = Flat(MpiExchange(MPI.COMM_WORLD), 12)
 handle = flat.plan_routing(chosen).wait()
 got, values = flat.dispatch((rows,), weights, handle).wait()
 assert len(got) == sum(handle.counts)

@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from dryvine.comm.dispatch.backends import make_dispatcher
+from dryvine.comm.dispatch.choose import make_dispatcher
+from dryvine.comm.dispatch.exchange import GroupExchange
 from dryvine.comm.dispatch.flat import Flat
-from dryvine.comm.dispatch.load import InRounds
+from dryvine.comm.dispatch.rounds import InRounds
+from dryvine.comm.dispatch.setup import Setup
 from dryvine.comm.dispatch.single_rank import SingleRank
 from tests.comm.test_dispatch import draw
 
@@ -28,7 +30,7 @@ def journey(dispatcher: Any, tokens: int, dtype: torch.dtype) -> list[Any]:
     weights = torch.rand(tokens, TOP_K, generator=noise)
     octets, scales = (torch.randint(0, 255, (tokens, n), dtype=torch.uint8, generator=noise) for n in (HIDDEN, 3))
     handle = dispatcher.plan_routing(draw(0, tokens, EXPERTS, TOP_K), "layers.0").wait()
-    note(handle.counts, handle.used)
+    note(handle.counts)
     note(*dispatcher.dispatch((octets.view(torch.float8_e4m3fn), scales), weights, handle).wait())
     plain, got = dispatcher.dispatch((rows,), weights, handle).wait()
     note(plain, got)
@@ -52,16 +54,20 @@ def same(a: Any, b: Any) -> bool:
 @pytest.mark.parametrize("tokens", [0, 1, 40])
 def test_alone_is_flat(tokens: int, alignment: int, dtype: torch.dtype) -> None:
     ours = journey(SingleRank(EXPERTS, alignment), tokens, dtype)
-    defined = journey(Flat(None, EXPERTS, alignment), tokens, dtype)
+    defined = journey(Flat(GroupExchange(None), EXPERTS, alignment), tokens, dtype)
     assert [i for i, (a, b) in enumerate(zip(ours, defined, strict=True)) if not same(a, b)] == []
 
 
 @pytest.mark.parametrize("name", ["auto", "flat"])
 def test_the_table_takes_it_for_one_rank(name: str) -> None:
-    assert isinstance(make_dispatcher(name, None, EXPERTS), SingleRank)
-    guarded = make_dispatcher(name, None, EXPERTS, imbalance=1.5)
-    assert isinstance(guarded, InRounds)
-    assert all(map(same, journey(guarded, 9, torch.float32)[:2], journey(SingleRank(EXPERTS), 9, torch.float32)[:2]))
+    assert isinstance(make_dispatcher(name, Setup(EXPERTS)), SingleRank)
+    in_rounds = make_dispatcher(name, Setup(EXPERTS), imbalance=1.5)
+    assert isinstance(in_rounds, InRounds)
+    (counts, sent), (plain_counts, plain_sent) = (
+        journey(d, 9, torch.float32)[:2] for d in (in_rounds, SingleRank(EXPERTS))
+    )
+    assert counts == plain_counts
+    assert sent == {"self": plain_sent["self"] + 8}  # the load, which the rank tells itself
 
 
 def test_an_expert_chosen_twice_is_refused() -> None:

@@ -16,8 +16,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dryvine.comm.dispatch.groups import make_hop_groups
-from dryvine.comm.dispatch.hierarchical import Hierarchical
+from dryvine.comm.dispatch.hierarchical import Hierarchical, build
+from dryvine.comm.dispatch.setup import Setup
 from dryvine.comm.mesh import make_mesh
 from dryvine.comm.topology import by_sizes
 from dryvine.comm.watch import CommError, watch_world
@@ -32,7 +32,7 @@ def rank_main(rank: int, folder: Path, how: str, when: str) -> None:
     store = dist.FileStore(str(folder / "store"), 4)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=4, timeout=HOUR)
     mesh = make_mesh(1, 1, 4, 1, torch.device("cpu"), HOUR)
-    dispatcher = Hierarchical(make_hop_groups(mesh, by_sizes([2, 2]), watch_world(DEADLINE)), 8)
+    dispatcher = build(Setup(8, mesh, by_sizes([2, 2]), watch_world(DEADLINE)))
     try:
         for microbatch in range(100):
             lose = how if rank == 2 and microbatch == 3 else ""

@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dryvine.comm.dispatch.backends import make_dispatcher
+from dryvine.comm.dispatch.choose import make_dispatcher
+from dryvine.comm.dispatch.setup import Setup
 from dryvine.comm.mesh import make_mesh
 from dryvine.comm.topology import by_sizes
 from tests.support import netns_bed
@@ -47,7 +48,7 @@ def crossing(rank: int, sizes: list[int]) -> dict[str, int]:
     hit[:, topology.node_of(rank)] = False
     seen = {"minimum": int(hit.sum()) * HIDDEN * 2}
     for name in ("flat", "hierarchical"):
-        dispatcher: Any = make_dispatcher(name, mesh, EXPERTS, topology)
+        dispatcher: Any = make_dispatcher(name, Setup(EXPERTS, mesh, topology))
         handle = dispatcher.plan_routing(chosen).wait()
         rows: list[torch.Tensor] = []
         seen[f"{name} dispatch"] = moved(

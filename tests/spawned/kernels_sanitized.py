@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
+from dryvine.comm.dispatch.exchange import GroupExchange
 from dryvine.comm.dispatch.flat import Flat
 from dryvine.parallel.stage import Flight
 from dryvine.parallel.wgrad import Closure
@@ -107,7 +108,7 @@ def model(recipe: Any) -> None:
     """All phases forward and backward, with a number of tokens that fits no tile."""
     fp8 = FP8(recipe, Triton(), "") if recipe.fp8 else None
     names = tuple(block.name for block in blocks(SHAPE))
-    made = Model(Spec(SHAPE, torch.bfloat16, "cuda", fp8=fp8), {0: names}, Flat(None, SHAPE.routed))
+    made = Model(Spec(SHAPE, torch.bfloat16, "cuda", fp8=fp8), {0: names}, Flat(GroupExchange(None), SHAPE.routed))
     made.initialise(0)
     flight = Flight(torch.randint(SHAPE.vocab, (3, 37 + 2), device="cuda"), 1.0)
     state: Any = ()

@@ -134,7 +134,7 @@ class Toy:
         played = self.executor.run(Batch(batch, 1 / len(batch), training))
         grads = {n: w.main_grad.numpy().copy() for n, w in self.held.items() if w.main_grad is not None}
         losses = [float(loss) for loss in played.losses.get("loss", [])]
-        return Report(losses, grads, played.timeline, len(self.wire.pool.blocks))
+        return Report(losses, grads, played.timeline, len(self.wire.buffers.blocks))
 
     def _shape(self, edge: Edge) -> State:
         width = widths(self.schedule.stages)[edge.stage + (edge.direction == "up")]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
 from benchmarks.support.census import Census
+from dryvine.comm.dispatch.exchange import GroupExchange
 from dryvine.comm.dispatch.flat import Flat
 from dryvine.comm.dispatch.single_rank import SingleRank
 from dryvine.parallel.schedule.table import build
@@ -53,7 +53,7 @@ def measured(
     shape: Shape, recipe: Recipe, names: tuple[str, ...], dtype: torch.dtype = torch.bfloat16, alone: bool = False
 ) -> int:
     fp8 = FP8(recipe, Emulate(), "") if recipe.fp8 else None
-    dispatcher = (SingleRank if alone else partial(Flat, None))(shape.routed)
+    dispatcher = SingleRank(shape.routed) if alone else Flat(GroupExchange(None), shape.routed)
     model = Model(Spec(shape, dtype, "cpu", fp8=fp8), {0: names}, dispatcher)
     model.initialise(0)
     tokens = random_tokens(shape, SEQUENCES, LENGTH)

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dryvine.comm.dispatch.backends import make_dispatcher
+from dryvine.comm.dispatch.choose import make_dispatcher
 from dryvine.comm.dispatch.payload import Format
+from dryvine.comm.dispatch.setup import Setup
 from dryvine.comm.local import run
 from dryvine.comm.mesh import make_mesh
 from dryvine.comm.topology import by_sizes
@@ -57,8 +58,8 @@ def arrives(rank: int, tokens: tuple[int, ...], width: int) -> None:
     rows, noise = faulty(tokens[rank], width, rank), torch.Generator().manual_seed(rank)
     weights = torch.rand(len(rows), 3, generator=noise)
     chosen = torch.rand(len(rows), 8, generator=noise).argsort(dim=1)[:, :3]
-    for name, more in (("flat", {}), ("hierarchical", {}), ("fake", {}), ("flat", {"imbalance": 1.01})):
-        dispatcher: Any = make_dispatcher(name, mesh, 8, by_sizes([2, 2]), **more)
+    for name, imbalance in (("flat", 0.0), ("hierarchical", 0.0), ("fake", 0.0), ("flat", 1.01)):
+        dispatcher: Any = make_dispatcher(name, Setup(8, mesh, by_sizes([2, 2])), imbalance)
         handle = dispatcher.plan_routing(chosen).wait()
         *sent, came_weights = dispatcher.dispatch(tiles.encode(rows), weights, handle).wait()
         values, scales = tiles.decode(tuple(sent))
@@ -312,7 +313,7 @@ def moved(rank: int, config: Config) -> int:
     rig = make_rig(config, mesh, open_data(config), by_sizes([1, 1]))
     for point in islice(points(config.batch, config.data.seq_len), 1):
         accumulate(rig, point)
-    return rig.dispatcher.take().bytes["inter"]
+    return rig.dispatcher.meter.take()["inter"]
 
 
 def test_bytes_between_nodes_in_metrics(tiny: Tiny) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from dryvine.comm.dispatch.api import Dispatcher
+from dryvine.comm.dispatch.api import AnyDispatcher
 from dryvine.trainer.model.decoder import Model
 from dryvine.trainer.model.shape import Shape, blocks, count_parameters, units
 from dryvine.trainer.model.spec import Spec
@@ -25,7 +25,7 @@ def published(name: str) -> Shape:
 
 def held(shape: Shape, ep_rank: int = 0, ep_size: int = 1) -> dict[str, int]:
     """Elements by parameter name of a model on the meta device."""
-    dispatcher: Dispatcher = Alone(shape.routed)
+    dispatcher: AnyDispatcher = Alone(shape.routed)
     names = {0: tuple(block.name for block in blocks(shape))}
     model = Model(Spec(shape, torch.bfloat16, "meta", ep_rank, ep_size), names, dispatcher)
     return {name: weight.numel() for name, weight in model.named_parameters()}

@@ -13,7 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from dryvine.comm.dispatch.api import Dispatcher
+from dryvine.comm.dispatch.api import AnyDispatcher
 from dryvine.parallel.stage import Stage
 from dryvine.trainer.model import phases
 from dryvine.trainer.model.gate import move_bias
@@ -40,7 +40,7 @@ class Model:
     filled: call `initialise` or `load`; on the meta device, `to_empty` first.
     """
 
-    def __init__(self, spec: Spec, stages: Mapping[int, tuple[str, ...]], dispatcher: Dispatcher) -> None:
+    def __init__(self, spec: Spec, stages: Mapping[int, tuple[str, ...]], dispatcher: AnyDispatcher) -> None:
         rank = Wiring(spec, dispatcher)
         kinds = {block.name: block.kind for block in blocks(spec.shape)}
         self.stages = {

@@ -15,7 +15,7 @@ from typing import TypeVar, cast
 
 from torch import Tensor, nn
 
-from dryvine.comm.dispatch.api import Dispatcher
+from dryvine.comm.dispatch.api import AnyDispatcher
 from dryvine.parallel.stage import (
     AS_IS,
     Codec,
@@ -50,7 +50,7 @@ class Wiring:
     """What builders share on one rank. `root` holds the modules under their global names."""
 
     spec: Spec
-    dispatcher: Dispatcher
+    dispatcher: AnyDispatcher
     root: nn.ModuleDict = field(default_factory=nn.ModuleDict)
     gates: dict[str, Gate] = field(default_factory=dict)  # by block
     wgrad: WGrad = field(default_factory=WGrad)
