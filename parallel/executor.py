@@ -1,8 +1,9 @@
-"""Runs a lowered schedule: waits for what a slot needs, plays its ops, sends what they made. No schedule is named here.
+"""Runs a lowered schedule: waits for what a slot needs, runs its ops, sends what they made. No schedule is named here,
+and no rule of which op needs which: a program lists the edges that enter and leave each op.
 
 A receive is posted one slot before the slot that needs it and waited for when that slot starts; a send leaves as soon
 as its slot has ended, and is held until it is gone. A rank that gets further ahead of its neighbour than the simulated
-schedule ever does waits for it, so that what is under way is bounded by the schedule and not by who is late. Weight
+schedule ever does waits for it, so that the messages under way are bounded by the schedule, however late a rank is. Weight
 gradients stay in the flight of their microbatch between I and W, so W needs no queue and no order but the schedule's.
 `torch.distributed.pipelining`'s runtime allows one rank per stage and runs a pair's F and B one after the other; it is
 an oracle for our schedules, not our executor.
@@ -29,7 +30,8 @@ from dryvine.parallel.streams import Streams
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's work for a data rank. `tokens[m]` are the sequences of microbatch m, int64 [sequences, T + extra]."""
+    """One step's work for a data rank. `tokens[m]` are the sequences of microbatch m, int64 [sequences, T + extra];
+    `loss_scale` seeds the backward of every loss."""
 
     tokens: Sequence[Tensor]
     loss_scale: float
@@ -46,7 +48,7 @@ class Played:
     timeline: list[tuple[Slot, float, float]] = field(default_factory=list)  # slot, start, end
     started: float = 0.0
     ended: float = 0.0
-    exposed: float = 0.0  # seconds stood still for the all-to-all inside ops
+    exposed: float = 0.0  # seconds in which compute waited for the all-to-all inside ops
 
     @property
     def idle(self) -> float:
@@ -98,6 +100,7 @@ class Executor:
         return play.end()
 
     def _step(self, step: ProgramStep, play: _Play) -> None:
+        """Run a slot, then hand what its ops made to other ranks or to a stage of this one."""
         results = self._slot(step, play)
         for edge, state in zip(step.outputs, results, strict=True):
             if edge is None:
@@ -150,6 +153,7 @@ class _Play:
         self._flights: dict[tuple[int, int], Flight] = {}
 
     def flight(self, op: Op) -> Flight:
+        """The op's flight, a new one for F."""
         key = (op.stage, op.microbatch)
         if op.kind == "F":
             batch, m = self.batch, op.microbatch
@@ -157,6 +161,7 @@ class _Play:
         return self._flights[key]
 
     def land(self, op: Op) -> None:
+        """After the op: record its losses, and drop the flight if this was its last op."""
         key = (op.stage, op.microbatch)
         if op.kind == "F":
             for name, loss in self._flights[key].losses.items():
@@ -173,7 +178,7 @@ class _Play:
         return self.played
 
 
-def _let_go(leaving: deque[Pending[None]], most: int) -> None:
-    """Drop the sends that are gone, and wait for the oldest while more than `most` are not."""
-    while leaving and (len(leaving) > most or leaving[0].ready()):
+def _let_go(leaving: deque[Pending[None]], limit: int) -> None:
+    """Drop the sends that are gone, and wait for the oldest while more than `limit` are not."""
+    while leaving and (len(leaving) > limit or leaving[0].ready()):
         leaving.popleft().wait()

@@ -1,6 +1,6 @@
-"""Blocks of a model to pipeline stages: contiguous, none empty, the dearest stage as cheap as can be.
+"""Blocks of a model to pipeline stages: contiguous, none empty, the most expensive stage as cheap as can be.
 
-Exact, by dynamic programming over a few dozen blocks; the usual "layers divided by stages" leaves the stage with the
+Exact, by dynamic programming over a few dozen blocks. The usual "layers divided by stages" leaves the stage with the
 head and the vocabulary as the slowest, and every other rank waits for it on every microbatch.
 """
 
@@ -8,13 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import NamedTuple
+
+
+class _Split(NamedTuple):
+    """The first blocks in stages, compared in this order: the last field only decides between equals."""
+
+    worst: float  # cost of the most expensive stage
+    squares: float  # sum over stages of cost squared
+    starts: tuple[int, ...]
+
+    def add(self, start: int, cost: float) -> _Split:
+        return _Split(max(self.worst, cost), self.squares + cost**2, (*self.starts, start))
 
 
 def partition(costs: Sequence[float], stages: int) -> tuple[range, ...]:
     """Split blocks 0..n-1 into `stages` ranges. `costs` are in any unit, one per block.
 
-    Of all splits with the least largest cost it takes one whose costs vary least, judged by their squares.
-    Raises ValueError when there are more stages than blocks.
+    The largest cost of a stage is the least possible; of all such splits, it is one whose costs have the least sum of
+    squares. Raises ValueError when there are more stages than blocks.
     """
     if stages > len(costs):
         raise ValueError(
@@ -22,18 +34,14 @@ def partition(costs: Sequence[float], stages: int) -> tuple[range, ...]:
             f"use fewer pipeline ranks or more layers"
         )
     upto = [0.0, *accumulate(costs)]
-    best: list[dict[int, tuple[tuple[float, float], tuple[int, ...]]]] = [{0: ((0.0, 0.0), ())}]
+    # best[end]: the best split of blocks 0..end-1 into the stages so far.
+    best = {0: _Split(0.0, 0.0, ())}
     for stage in range(1, stages + 1):
-        row = {}
-        for end in range(stage, len(costs) - (stages - stage) + 1):
-            row[end] = min(
-                (
-                    (max(worst, upto[end] - upto[start]), squares + (upto[end] - upto[start]) ** 2),
-                    (*cuts, start),
-                )
-                for start, ((worst, squares), cuts) in best[-1].items()
-                if start < end
-            )
-        best.append(row)
-    starts = best[stages][len(costs)][1]
+        # Every later stage needs a block too.
+        ends = range(stage, len(costs) - (stages - stage) + 1)
+        best = {
+            end: min(split.add(start, upto[end] - upto[start]) for start, split in best.items() if start < end)
+            for end in ends
+        }
+    starts = best[len(costs)].starts
     return tuple(range(a, b) for a, b in zip(starts, (*starts[1:], len(costs)), strict=True))

@@ -1,4 +1,4 @@
-"""One self-contained page: a table of figures, then each timeline on one time scale, and every op's needs on hover.
+"""One self-contained page: a table of figures, then each timeline on one time scale; on hover, what each op needs.
 
 Several schedules make a comparison; a simulated and a measured timeline of one make a diagnosis.
 """
@@ -6,9 +6,9 @@ Several schedules make a comparison; a simulated and a measured timeline of one 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from html import escape
-from typing import Any
+from typing import TypedDict
 
 from dryvine.parallel.schedule.draw.style import NAMES
 from dryvine.parallel.schedule.draw.svg import svg
@@ -53,10 +53,10 @@ document.addEventListener("mouseout",e=>{lit(e.target.id,false);tip.style.displa
 
 
 def as_html(timelines: Sequence[Timeline], note: str = "") -> str:
-    """The page. `note` is a line under the title: what the costs are, what was measured."""
+    """The page. `note` is a line under the title, such as what the costs are or what was measured."""
     title = " against ".join(dict.fromkeys(escape(_name(timeline)) for timeline in timelines))
     pictures = [f'<div class="pic">{svg(t, timelines, f"t{i}-")}</div>' for i, t in enumerate(timelines)]
-    ops = {key: value for i, timeline in enumerate(timelines) for key, value in _ops(timeline, f"t{i}-").items()}
+    ops = {key: hover for i, timeline in enumerate(timelines) for key, hover in _hovers(timeline, f"t{i}-")}
     parts = {"TITLE": title, "NOTE": escape(note), "TABLE": _table(timelines), "PICTURES": "\n".join(pictures)}
     page = _PAGE.replace("OPS", json.dumps(ops, separators=(",", ":")).replace("</", "<\\/"))
     for place, value in parts.items():
@@ -84,16 +84,23 @@ def _table(timelines: Sequence[Timeline]) -> str:
     return f"<table>{''.join(rows)}</table>"
 
 
-def _ops(timeline: Timeline, prefix: str) -> dict[str, Any]:
-    """What a hover shows of each op, by the id of its rectangle."""
-    schedule = timeline.schedule
-    out: dict[str, Any] = {}
+class _Hover(TypedDict):
+    """What a hover shows of an op; `needs` are the ids of other rectangles of the picture."""
+
+    text: str
+    rank: int
+    end: str
+    needs: list[str]
+
+
+def _hovers(timeline: Timeline, prefix: str) -> Iterator[tuple[str, _Hover]]:
+    """Of each op, by the id of its rectangle."""
     for rank, row in enumerate(timeline.cells):
         for cell in row:
             for op in cell.slot:
-                others = [f" with {op_text(other)}" for other in cell.slot if other != op]
-                what = f"{op_text(op)}{''.join(others)}: {NAMES[op.kind]}, stage {op.stage}, microbatch {op.microbatch}"
+                partners = [f" with {op_text(other)}" for other in cell.slot if other != op]
+                name = f"{op_text(op)}{''.join(partners)}"
+                what = f"{name}: {NAMES[op.kind]}, stage {op.stage}, microbatch {op.microbatch}"
                 text = f"{what}\nrank {rank}, {cell.start:.5g} to {cell.end:.5g}"
-                ids = [prefix + op_text(need) for need in schedule.needs(op)]
-                out[prefix + op_text(op)] = {"text": text, "rank": rank, "end": f"{cell.end:.5g}", "needs": ids}
-    return out
+                needs = [prefix + op_text(need) for need in timeline.schedule.needs(op)]
+                yield prefix + op_text(op), {"text": text, "rank": rank, "end": f"{cell.end:.5g}", "needs": needs}

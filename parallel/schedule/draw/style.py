@@ -38,7 +38,7 @@ def ink(kind: str) -> str:
 
 
 def passes(schedule: Schedule) -> dict[tuple[int, int], int]:
-    """(route, stage) -> how many stages of that route its rank holds before this one: 0 in the way down a V, 1 back."""
+    """(route, stage) -> how many earlier stages of that route its rank holds: 0 on the way down a V, 1 back."""
     return {
         (r, stage): route[:stage].count(rank)
         for r, route in enumerate(schedule.routes)
@@ -48,29 +48,25 @@ def passes(schedule: Schedule) -> dict[tuple[int, int], int]:
 
 def hues(schedule: Schedule) -> dict[tuple[int, int], int]:
     """(route, stage) -> hue number."""
-    turn = passes(schedule)
-    order = sorted({(route, turn[route, stage]) for route, stage in turn})
-    return {(route, stage): order.index((route, turn[route, stage])) for route, stage in turn}
+    directions = {(route, stage): (route, number) for (route, stage), number in passes(schedule).items()}
+    order = sorted(set(directions.values()))
+    return {at: order.index(direction) for at, direction in directions.items()}
 
 
 def hue_names(schedule: Schedule) -> list[str]:
     """What each hue stands for, in words for the legend."""
     by_hue: dict[int, list[tuple[int, int]]] = {}
-    for place, hue in hues(schedule).items():
-        by_hue.setdefault(hue, []).append(place)
+    for route_and_stage, hue in hues(schedule).items():
+        by_hue.setdefault(hue, []).append(route_and_stage)
     if len(by_hue) == 1:
         return [""]
     if len(schedule.routes) == len(by_hue):
         return [f"ranks {route[0]} \N{RIGHTWARDS ARROW} {route[-1]}" for route in schedule.routes]
-    spans = [
-        (route, min(s for _, s in places), max(s for _, s in places))
-        for places in by_hue.values()
-        for route, _ in places[:1]
-    ]
-    return [f"stages {first}\N{EN DASH}{last}" for _, first, last in spans]
+    stages = [sorted(stage for _, stage in members) for members in by_hue.values()]
+    return [f"stages {own[0]}\N{EN DASH}{own[-1]}" for own in stages]
 
 
-def label(op: Op, turn: dict[tuple[int, int], int]) -> str:
+def label(op: Op, passes: dict[tuple[int, int], int]) -> str:
     """Kind and microbatch, and a letter for the pass where a rank meets the microbatch more than once: F3, B12b."""
-    letter = "abcdefgh"[turn[op.route, op.stage] % 8] if any(turn.values()) else ""
+    letter = "abcdefgh"[passes[op.route, op.stage] % 8] if any(passes.values()) else ""
     return f"{op.kind}{op.microbatch}{letter}"

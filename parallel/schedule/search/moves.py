@@ -1,7 +1,7 @@
 """The changes that the annealing tries: swap, pair, part, move, and split or join a backward.
 
-Half of them change one rank; the others make the same change to one microbatch's op on several neighbouring ranks, for
-a wave that is slowed on one rank only is slowed everywhere, and one rank at a time would never get there.
+Half of them change one rank. The others make the same change to one microbatch's op on several neighbouring ranks: a
+wave that is slowed on one rank only is slowed everywhere, so one rank at a time may have no better neighbour to go to.
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ from collections.abc import Callable
 
 from dryvine.parallel.schedule.search.fold import Letter, Letters, Row
 
-Move = Callable[
-    [Row, int, Letter, random.Random], Row | None
-]  # row, slot, letter in it -> the row after, if it applies
+# (row, slot, letter in it, random numbers) -> the row after the move, None where it does not apply
+Move = Callable[[Row, int, Letter, random.Random], Row | None]
 
 
 def propose(rows: list[Row], rng: random.Random) -> dict[int, Row] | None:
-    """A change: rank -> new row."""
+    """A change: rank -> new row; None where the drawn move does not apply."""
     move = rng.choices(MOVES, WEIGHTS)[0]
     rank = rng.randrange(len(rows))
     at = rng.randrange(len(rows[rank]))
@@ -29,19 +28,20 @@ def propose(rows: list[Row], rng: random.Random) -> dict[int, Row] | None:
 
 
 def _wave(rows: list[Row], rank: int, at: int, letter: Letter, move: Move, rng: random.Random) -> dict[int, Row] | None:
-    """The same move for the same microbatch on the ranks round `rank`, with the same dice; None if there is none."""
+    """The same move for the same microbatch on the ranks round `rank`, with the same random numbers."""
     number, seed = sum(slot.count(letter) for slot in rows[rank][:at]), rng.random()
     low, high = rank - int(rng.expovariate(0.5)), rank + int(rng.expovariate(0.5))
     changes: dict[int, Row] = {}
     for r in range(max(0, low), min(len(rows), high + 1)):
-        place = _find(rows[r], letter, number)
-        row = None if place is None else move(rows[r], place, letter, random.Random(seed))
+        slot = _find(rows[r], letter, number)
+        row = None if slot is None else move(rows[r], slot, letter, random.Random(seed))
         if row is not None:
             changes[r] = row
     return changes or None
 
 
 def _find(row: Row, letter: Letter, number: int) -> int | None:
+    """The slot that holds the letter for the `number`-th time, counted from 0."""
     for i, slot in enumerate(row):
         if letter in slot:
             number -= slot.count(letter)
@@ -51,7 +51,7 @@ def _find(row: Row, letter: Letter, number: int) -> int | None:
 
 
 def _swap(old: Row, at: int, letter: Letter, rng: random.Random) -> Row | None:
-    """With the slot after it."""
+    """The slot and the one after it change places."""
     if at + 1 == len(old) or old[at] == old[at + 1]:
         return None
     return [*old[:at], old[at + 1], old[at], *old[at + 2 :]]
@@ -65,6 +65,7 @@ def _pair(old: Row, at: int, letter: Letter, rng: random.Random) -> Row | None:
 
 
 def _part(old: Row, at: int, letter: Letter, rng: random.Random) -> Row | None:
+    """A pair becomes two slots, in either order."""
     if len(old[at]) == 1:
         return None
     alone, other = _without(old[at], letter), (letter,)
@@ -73,6 +74,7 @@ def _part(old: Row, at: int, letter: Letter, rng: random.Random) -> Row | None:
 
 
 def _move(old: Row, at: int, letter: Letter, rng: random.Random) -> Row | None:
+    """The letter goes elsewhere, mostly near."""
     row = list(old)
     _take(row, at, letter)
     far = 1 + int(rng.expovariate(0.4))
@@ -81,7 +83,7 @@ def _move(old: Row, at: int, letter: Letter, rng: random.Random) -> Row | None:
 
 
 def _split(old: Row, at: int, letter: Letter, rng: random.Random) -> Row | None:
-    """B into I, and W not long after; or the reverse, with the next W."""
+    """B becomes I, with a W not long after; or I becomes B, and takes the next W away."""
     row, (kind, leg) = list(old), letter
     if kind == "B":
         row[at] = _renamed(row[at], letter, ("I", leg))
@@ -115,7 +117,7 @@ def _take(row: Row, at: int, letter: Letter) -> None:
 
 
 def _insert(row: Row, letter: Letter, at: int, rng: random.Random) -> None:
-    """Put the letter at `at`: into the slot there if that holds one and the coin says so, else as a slot of its own."""
+    """Put the letter at `at`: half of the time into the slot there if that holds one op, else as a slot of its own."""
     if rng.random() < 0.5 and at < len(row) and len(row[at]) == 1:
         row[at] = (*row[at], letter)
     else:
