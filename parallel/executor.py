@@ -3,8 +3,8 @@ and no rule of which op needs which: a program lists the edges that enter and le
 
 A receive is posted one slot before the slot that needs it and waited for when that slot starts; a send leaves as soon
 as its slot has ended, and is held until it is gone. A rank that gets further ahead of its neighbour than the simulated
-schedule ever does waits for it, so that the messages under way are bounded by the schedule, however late a rank is. Weight
-gradients stay in the flight of their microbatch between I and W, so W needs no queue and no order but the schedule's.
+schedule ever does waits for it: the schedule bounds the messages under way, however late a rank is. Weight gradients
+stay in the flight of their microbatch between I and W, so W needs no queue and no order except the schedule's.
 `torch.distributed.pipelining`'s runtime allows one rank per stage and runs a pair's F and B one after the other; it is
 an oracle for our schedules, not our executor.
 """
