@@ -33,7 +33,7 @@ from dryvine.trainer.config import Config, split
 from dryvine.trainer.data.prepare import prepare
 from dryvine.trainer.data.source import TokenSource
 from dryvine.trainer.fp8.choose import choose
-from dryvine.trainer.fp8.linear import FP8
+from dryvine.trainer.fp8.fp8 import FP8
 from dryvine.trainer.model.decoder import Model
 from dryvine.trainer.model.phases import codec_of
 from dryvine.trainer.model.shape import blocks

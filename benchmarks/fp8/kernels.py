@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.support.fp8_checks import attempt, check_casts, check_products, operands
-from dryvine.trainer.fp8.gemm import Torch
-from dryvine.trainer.fp8.kernels import cast, fused, hopper
+from dryvine.trainer.fp8 import casts, fused
+from dryvine.trainer.fp8.engines.torch import Torch
+from dryvine.trainer.fp8.kernels import hopper
 from dryvine.trainer.model.kernels import grouped
 from dryvine.trainer.tensors.groups import ExpertGroups
 
@@ -141,7 +142,7 @@ def product_row(tune: bool, m: int, n: int, k: int, counts: tuple[int, ...]) -> 
 def wgrad_row(tune: bool, m: int, n: int, counts: tuple[int, ...]) -> dict[str, float | None]:
     groups = ExpertGroups(counts, torch.device("cuda"))
     wide = [[torch.randn(sum(counts), size, device="cuda").bfloat16() for size in (m, n)] for _ in range(2)]
-    sets = [[cast.quantize_columns(x, groups) for x in pair] for pair in wide]
+    sets = [[casts.quantize_columns(x, groups) for x in pair] for pair in wide]
     total = torch.zeros(len(counts), m, n, device="cuda")
 
     def bf16(i: int) -> None:
@@ -177,19 +178,19 @@ def speed_casts(copy: float) -> None:
     dy = torch.randn(tokens, width, device="cuda").bfloat16()
     weights, norm = torch.rand(tokens, device="cuda"), torch.rand(hidden, device="cuda")
     w = torch.randn(experts, 2 * width, hidden, device="cuda")
-    saved, kept, packed = cast.quantize_rows(x), cast.quantize_rows(h), cast.pack_e5m6(x)
+    saved, kept, packed = casts.quantize_rows(x), casts.quantize_rows(h), casts.pack_e5m6(x)
     many, few = x.numel(), dy.numel()
     work: dict[str, tuple[float, Callable[[int], object]]] = {
-        "rows": (3 * many, lambda i: cast.quantize_rows(x)),
-        "columns": (3 * many, lambda i: cast.quantize_columns(x, groups)),
-        "columns of fp8": (2 * many, lambda i: cast.quantize_columns(saved, groups)),
-        "rows and columns": (4 * many, lambda i: cast.quantize_both(x, groups)),
-        "weight blocks, both ways": (6 * w.numel(), lambda i: cast.quantize_blocks(w)),
+        "rows": (3 * many, lambda i: casts.quantize_rows(x)),
+        "columns": (3 * many, lambda i: casts.quantize_columns(x, groups)),
+        "columns of fp8": (2 * many, lambda i: casts.quantize_columns(saved, groups)),
+        "rows and columns": (4 * many, lambda i: casts.quantize_both(x, groups)),
+        "weight blocks, both ways": (6 * w.numel(), lambda i: casts.quantize_blocks(w)),
         "swiglu": (7 * few, lambda i: fused.swiglu_rows(h, weights)),
         "swiglu backward": (9 * few, lambda i: fused.swiglu_backward(dy, kept, weights, groups)),
         "rmsnorm": (5 * many, lambda i: fused.rmsnorm_rows(x, norm, 1e-6)),
-        "e5m6 pack": (3.5 * many, lambda i: cast.pack_e5m6(x)),
-        "e5m6 unpack": (3.5 * many, lambda i: cast.unpack_e5m6(packed)),
+        "e5m6 pack": (3.5 * many, lambda i: casts.pack_e5m6(x)),
+        "e5m6 unpack": (3.5 * many, lambda i: casts.unpack_e5m6(packed)),
     }
     rows: list[Row] = []
     for name, (size, run) in work.items():
@@ -208,17 +209,17 @@ def cast_share() -> None:
         torch.randn(tokens, width, device="cuda").bfloat16(),
     )
     weights = torch.rand(tokens, device="cuda")
-    up, up_t = cast.quantize_blocks(torch.randn(experts, 2 * width, hidden, device="cuda"))
-    down, down_t = cast.quantize_blocks(torch.randn(experts, hidden, width, device="cuda"))
-    xq, (act, kept) = cast.quantize_rows(x), fused.swiglu_rows(h, weights)
-    dx_columns = cast.quantize_columns(x, groups)
+    up, up_t = casts.quantize_blocks(torch.randn(experts, 2 * width, hidden, device="cuda"))
+    down, down_t = casts.quantize_blocks(torch.randn(experts, hidden, width, device="cuda"))
+    xq, (act, kept) = casts.quantize_rows(x), fused.swiglu_rows(h, weights)
+    dx_columns = casts.quantize_columns(x, groups)
     dh, dh_t, act_t, _ = fused.swiglu_backward(dy, kept, weights, groups)
     total_up, total_down = (torch.zeros(experts, *s, device="cuda") for s in ((2 * width, hidden), (hidden, width)))
-    casts = {  # rows of x and of dy arrive in FP8
+    quantisers = {  # rows of x and of dy arrive in FP8
         "swiglu": lambda i: fused.swiglu_rows(h, weights),
         "swiglu backward": lambda i: fused.swiglu_backward(dy, kept, weights, groups),
-        "dy columns": lambda i: cast.quantize_columns(xq, groups),
-        "x columns": lambda i: cast.quantize_columns(xq, groups),
+        "dy columns": lambda i: casts.quantize_columns(xq, groups),
+        "x columns": lambda i: casts.quantize_columns(xq, groups),
     }
     products = {
         "up": lambda i: hopper.product(xq, up, groups),
@@ -230,7 +231,7 @@ def cast_share() -> None:
     }
     spent = {
         kind: {name: median_ms(run, 1) for name, run in group.items()}
-        for kind, group in (("casts", casts), ("products", products))
+        for kind, group in (("casts", quantisers), ("products", products))
     }
     sums = {kind: sum(times.values()) for kind, times in spent.items()}
     print(

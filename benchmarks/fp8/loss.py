@@ -39,11 +39,12 @@ from torch import Tensor
 
 from dryvine.comm.mesh import make_mesh
 from dryvine.trainer.config import load
-from dryvine.trainer.fp8.gemm import Emulate
-from dryvine.trainer.fp8.linear import FP8
+from dryvine.trainer.fp8.engines.emulate import Emulate
+from dryvine.trainer.fp8.fp8 import FP8
+from dryvine.trainer.fp8.linear import FP8Linear
 from dryvine.trainer.fp8.recipe import Recipe, preset
 from dryvine.trainer.loop import resume
-from dryvine.trainer.model.layers import Linear
+from dryvine.trainer.model.linear import Linear
 from dryvine.trainer.ramps import points
 from dryvine.trainer.step import accumulate, make_rig, open_data
 from dryvine.trainer.tensors.weight import Weight
@@ -228,7 +229,7 @@ def products(taken: Taken, recipe: Recipe) -> dict[str, Tensor]:
     """dX and dW as the recipe has them, emulated; FP32 results, so that only quantisation and sums show."""
     fp8 = FP8(recipe, Emulate(recipe.accumulator, recipe.promotion), "")
     x, weight = taken.x.float().requires_grad_(), Weight(taken.weight.float())
-    fp8.linear(x, weight).backward(taken.dy.float())
+    FP8Linear(weight, fp8)(x).backward(taken.dy.float())
     assert x.grad is not None
     return {"dX": x.grad, "dW": weight.gradient()}
 

@@ -42,9 +42,10 @@ from dryvine.comm.pending import Pending
 from dryvine.parallel.stage import Flight, Stage, State
 from dryvine.parallel.wgrad import Closure
 from dryvine.trainer.config import load
+from dryvine.trainer.fp8 import casts
 from dryvine.trainer.fp8.choose import choose
-from dryvine.trainer.fp8.gemm import Torch
-from dryvine.trainer.fp8.linear import FP8
+from dryvine.trainer.fp8.engines.torch import Torch
+from dryvine.trainer.fp8.fp8 import FP8
 from dryvine.trainer.fp8.recipe import preset
 from dryvine.trainer.model.decoder import Model
 from dryvine.trainer.model.shape import Shape
@@ -207,9 +208,9 @@ def ceilings(device: torch.device) -> dict[str, float]:
     a, b = wide.bfloat16()
     found = {"fp32": _rate(n, device, lambda: wide[0] @ wide[1]), "bf16": _rate(n, device, lambda: a @ b)}
     if device.type == "cuda":
-        from dryvine.trainer.fp8.kernels import cast, hopper
+        from dryvine.trainer.fp8.kernels import hopper
 
-        rows, blocks = cast.quantize_rows(a), cast.quantize_blocks(b)[0]
+        rows, blocks = casts.quantize_rows(a), casts.quantize_blocks(b)[0]
         engines = [hopper.product, *([] if Torch.missing(device) else [Torch().product])]
         found["fp8"] = max(_rate(n, device, partial(engine, rows, blocks)) for engine in engines)
     return found

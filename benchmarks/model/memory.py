@@ -33,7 +33,7 @@ from dryvine.parallel.stage import Flight, Stage, State
 from dryvine.trainer.activations import most_held, stage_bytes
 from dryvine.trainer.config import Config, load
 from dryvine.trainer.fp8.choose import choose
-from dryvine.trainer.fp8.linear import FP8
+from dryvine.trainer.fp8.fp8 import FP8
 from dryvine.trainer.fp8.recipe import preset
 from dryvine.trainer.model.decoder import Model
 from dryvine.trainer.model.memory import MicrobatchSize, SavedTensor, saved_bytes, saved_tensors

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dryvine.trainer.fp8 import reference
-from dryvine.trainer.fp8.gemm import Torch, token_major
-from dryvine.trainer.fp8.kernels import cast, fused, hopper
+from dryvine.trainer.fp8 import casts, fused
+from dryvine.trainer.fp8.engines.operands import token_major
+from dryvine.trainer.fp8.engines.torch import Torch
+from dryvine.trainer.fp8.kernels import hopper
 from dryvine.trainer.tensors.groups import ExpertGroups
 from dryvine.trainer.tensors.quantized import E5M6, Quantized
 
@@ -72,30 +73,30 @@ def check_casts() -> int:
         x, dy = x.bfloat16(), torch.randn(rows, cols // 2).bfloat16()
         gx, gdy, gw, gn = x.cuda(), dy.cuda(), weights.cuda(), norm.cuda()
         for scales in ("fp32", "ue8m0"):
-            saved = reference.quantize_rows(x, scales)
+            saved = casts.quantize_rows(x, scales)
             on_gpu = saved.to("cuda")
-            packed = reference.pack_e5m6(x)
+            packed = casts.pack_e5m6(x)
             pairs = {
-                "rows": (cast.quantize_rows(gx, scales), saved),
-                "both": (cast.quantize_both(gx, device, scales), reference.quantize_both(x, host, scales)),
+                "rows": (casts.quantize_rows(gx, scales), saved),
+                "both": (casts.quantize_both(gx, device, scales), casts.quantize_both(x, host, scales)),
                 "columns of fp8": (
-                    cast.quantize_columns(on_gpu, device, scales),
-                    reference.quantize_columns(saved, host, scales),
+                    casts.quantize_columns(on_gpu, device, scales),
+                    casts.quantize_columns(saved, host, scales),
                 ),
                 "blocks": (
-                    cast.quantize_blocks(gx.float(), scales),
-                    reference.quantize_blocks(x.float(), scales),
+                    casts.quantize_blocks(gx.float(), scales),
+                    casts.quantize_blocks(x.float(), scales),
                 ),
-                "swiglu": (fused.swiglu_rows(gx, gw, scales), reference.swiglu_rows(x, weights, scales)),
+                "swiglu": (fused.swiglu_rows(gx, gw, scales), fused.swiglu_rows(x, weights, scales)),
                 "swiglu backward": (
                     fused.swiglu_backward(gdy, on_gpu, gw, device, scales)[:3],
-                    reference.swiglu_backward(dy, saved, weights, host, scales)[:3],
+                    fused.swiglu_backward(dy, saved, weights, host, scales)[:3],
                 ),
-                "rmsnorm": (fused.rmsnorm_rows(gx, gn, 1e-6, scales), reference.rmsnorm_rows(x, norm, 1e-6, scales)),
-                "e5m6": (cast.pack_e5m6(gx), packed),
+                "rmsnorm": (fused.rmsnorm_rows(gx, gn, 1e-6, scales), fused.rmsnorm_rows(x, norm, 1e-6, scales)),
+                "e5m6": (casts.pack_e5m6(gx), packed),
                 "e5m6 read": (
-                    cast.unpack_e5m6(E5M6(packed.high.cuda(), packed.low.cuda(), token_major(packed.scales.cuda()))),
-                    reference.unpack_e5m6(packed),
+                    casts.unpack_e5m6(E5M6(packed.high.cuda(), packed.low.cuda(), token_major(packed.scales.cuda()))),
+                    casts.unpack_e5m6(packed),
                 ),
             }  # fmt: skip
             for name, (ours, theirs) in pairs.items():
@@ -109,7 +110,7 @@ def check_casts() -> int:
 def operands(m: int, n: int, k: int, experts: int = 0) -> tuple[Quantized, Quantized]:
     x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
     w = torch.randn(*([experts] if experts else []), n, k, device="cuda", dtype=torch.bfloat16)
-    return cast.quantize_rows(x), cast.quantize_blocks(w)[0]
+    return casts.quantize_rows(x), casts.quantize_blocks(w)[0]
 
 
 def relative(ours: Tensor, truth: Tensor) -> float:
@@ -140,7 +141,7 @@ def check_product(engine: Any, m: int, n: int, k: int, counts: tuple[int, ...]) 
 
 def check_wgrad(engine: Any, m: int, n: int, counts: tuple[int, ...]) -> float:
     groups = ExpertGroups(counts, torch.device("cuda"))
-    a, b = (cast.quantize_columns(torch.randn(sum(counts), size, device="cuda").bfloat16(), groups) for size in (m, n))
+    a, b = (casts.quantize_columns(torch.randn(sum(counts), size, device="cuda").bfloat16(), groups) for size in (m, n))
     total = torch.randn(len(counts), m, n, device="cuda")
     before, truth = total.clone(), total.double()
     for expert, part_a, part_b in _ranges(a, b, groups):

@@ -9,7 +9,9 @@ from typing import Any
 
 from triton.experimental.gluon import language as gl
 
-from dryvine.trainer.fp8.kernels import cast, fused, hopper
+from dryvine.trainer.fp8.kernels import casts as cast_kernels
+from dryvine.trainer.fp8.kernels import fused as fused_kernels
+from dryvine.trainer.fp8.kernels import hopper
 from tests.support.compile import compile_for_hopper
 
 FP8 = "fp8e4nv"
@@ -56,17 +58,17 @@ def products() -> Any:
 
 
 def quantisers() -> Any:
-    yield compile_one(cast.rows_kernel, {"UE8M0": False, "ROWS": cast.ROWS}, 4)
-    yield compile_one(cast.columns_kernel, {"ROWS_TOO": True, "GROUPED": True, "UE8M0": True}, 8, 128)
-    turn = {"GROUPED": True, "UE8M0": True, "WORDS": cast.TURNED_WORDS}
-    yield compile_one(cast.turn_kernel, turn, 4, 96, x=f"*{FP8}")
-    yield compile_one(cast.blocks_kernel, {"UE8M0": False}, 8)
-    yield compile_one(cast.pack_kernel, {"ROWS": cast.ROWS}, 4)
-    yield compile_one(cast.unpack_kernel, {"ROWS": cast.ROWS}, 4)
-    yield compile_one(fused.swiglu_kernel, {"WEIGHTED": True, "UE8M0": False, "ROWS": fused.ROWS}, 4)
-    yield compile_one(fused.swiglu_backward_kernel, {"WEIGHTED": True, "UE8M0": False, "WORDS": 8}, 4, 128)
+    yield compile_one(cast_kernels.rows_kernel, {"UE8M0": False, "ROWS": cast_kernels.ROWS}, 4)
+    yield compile_one(cast_kernels.columns_kernel, {"ROWS_TOO": True, "GROUPED": True, "UE8M0": True}, 8, 128)
+    turn = {"GROUPED": True, "UE8M0": True, "WORDS": cast_kernels.TURNED_WORDS}
+    yield compile_one(cast_kernels.turn_kernel, turn, 4, 96, x=f"*{FP8}")
+    yield compile_one(cast_kernels.blocks_kernel, {"UE8M0": False}, 8)
+    yield compile_one(cast_kernels.pack_kernel, {"ROWS": cast_kernels.ROWS}, 4)
+    yield compile_one(cast_kernels.unpack_kernel, {"ROWS": cast_kernels.ROWS}, 4)
+    yield compile_one(fused_kernels.swiglu_kernel, {"WEIGHTED": True, "UE8M0": False, "ROWS": fused_kernels.ROWS}, 4)
+    yield compile_one(fused_kernels.swiglu_backward_kernel, {"WEIGHTED": True, "UE8M0": False, "WORDS": 8}, 4, 128)
     for cast_too in (True, False):
-        yield compile_one(fused.rmsnorm_kernel, {"CAST": cast_too, "UE8M0": False, "TILES": 64}, 8)
+        yield compile_one(fused_kernels.rmsnorm_kernel, {"CAST": cast_too, "UE8M0": False, "TILES": 64}, 8)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The cast kernels under Triton's CPU interpreter, bit for bit against reference.py. Run by test_fp8_kernels.py.
+"""The cast kernels under Triton's CPU interpreter, bit for bit against their definitions. Run by test_fp8_kernels.py.
 
 Its own process: TRITON_INTERPRET must be set before triton is first imported, and the interpreter's casts are replaced.
 """
@@ -12,8 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dryvine.trainer.fp8 import reference
-from dryvine.trainer.fp8.kernels import cast, fused
+from dryvine.trainer.fp8 import casts, fused
 from dryvine.trainer.tensors.groups import ExpertGroups
 from dryvine.trainer.tensors.quantized import E5M6, Quantized
 from tests.support.interpreter import right_casts
@@ -80,7 +79,7 @@ def _same(kernel: Any, defined: Any) -> None:
 def test_rows(kind: str, scales: Any) -> None:
     for shape in [(5, 128), (33, 200), (0, 128)]:
         x = INPUTS[kind](*shape).bfloat16() if shape[0] else torch.empty(shape, dtype=torch.bfloat16)
-        _same(cast.quantize_rows(x, scales), reference.quantize_rows(x, scales))
+        _same(casts.quantize_rows.kernel(x, scales), casts.quantize_rows(x, scales))
 
 
 @pytest.mark.parametrize(
@@ -89,22 +88,22 @@ def test_rows(kind: str, scales: Any) -> None:
 def test_columns(kind: str, counts: tuple[int, ...]) -> None:
     groups = ExpertGroups(counts, torch.device("cpu"))
     x = INPUTS[kind](sum(counts), 200).bfloat16()
-    _same(cast.quantize_both(x, groups), reference.quantize_both(x, groups))
-    saved = reference.quantize_rows(x)
-    _same(cast.quantize_columns(saved, groups, "ue8m0"), reference.quantize_columns(saved, groups, "ue8m0"))
+    _same(casts.quantize_both.kernel(x, groups), casts.quantize_both(x, groups))
+    saved = casts.quantize_rows(x)
+    _same(casts.quantize_columns.kernel(saved, groups, "ue8m0"), casts.quantize_columns(saved, groups, "ue8m0"))
 
 
 def test_no_rows_at_all() -> None:
     groups = ExpertGroups((0, 0), torch.device("cpu"))
     x = torch.empty(0, 256, dtype=torch.bfloat16)
-    _same(cast.quantize_both(x, groups), reference.quantize_both(x, groups))
+    _same(casts.quantize_both.kernel(x, groups), casts.quantize_both(x, groups))
 
 
 @pytest.mark.parametrize(("kind", "shape"), [*((kind, (2, 144, 208)) for kind in INPUTS), ("normal", (256, 128))])
 def test_blocks(kind: str, shape: tuple[int, ...]) -> None:
     w = INPUTS[kind](*shape) if len(shape) == 2 else torch.stack([INPUTS[kind](*shape[1:]) for _ in range(shape[0])])
     for scales in ("fp32", "ue8m0"):
-        _same(cast.quantize_blocks(w, scales), reference.quantize_blocks(w, scales))  # type: ignore[arg-type]
+        _same(casts.quantize_blocks.kernel(w, scales), casts.quantize_blocks(w, scales))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("kind", "weighted"), [("spread", True), ("not finite", True), ("subnormal", False)])
@@ -113,10 +112,10 @@ def test_swiglu(kind: str, weighted: bool) -> None:
     groups = ExpertGroups(counts, torch.device("cpu"))
     h, dy = INPUTS[kind](131, 512).bfloat16(), INPUTS["normal"](131, 256).bfloat16()
     weights = INPUTS["normal"](131, 1).flatten() if weighted else None
-    _same(fused.swiglu_rows(h, weights), reference.swiglu_rows(h, weights))
-    kept = reference.quantize_rows(h)
-    ours = fused.swiglu_backward(dy, kept, weights, groups)
-    theirs = reference.swiglu_backward(dy, kept, weights, groups)
+    _same(fused.swiglu_rows.kernel(h, weights), fused.swiglu_rows(h, weights))
+    kept = casts.quantize_rows(h)
+    ours = fused.swiglu_backward.kernel(dy, kept, weights, groups)
+    theirs = fused.swiglu_backward(dy, kept, weights, groups)
     _same(ours[:3], theirs[:3])
     if weighted:
         gate, up = kept.dequantize().chunk(2, -1)
@@ -130,14 +129,14 @@ def test_swiglu(kind: str, weighted: bool) -> None:
 @pytest.mark.parametrize("kind", INPUTS)
 def test_rmsnorm(kind: str) -> None:
     x, weight = INPUTS[kind](4, 384).bfloat16(), INPUTS["normal"](384, 1).flatten()
-    _same(fused.rmsnorm_rows(x, weight, 1e-6), reference.rmsnorm_rows(x, weight, 1e-6))
+    _same(fused.rmsnorm_rows.kernel(x, weight, 1e-6), fused.rmsnorm_rows(x, weight, 1e-6))
     part = torch.cat((x, x), 1)[:, :384]  # as the latent of MLA comes, in wider rows
-    _same(fused.rmsnorm(part, weight, 1e-6), reference.rmsnorm(part, weight, 1e-6))
+    _same(fused.rmsnorm.kernel(part, weight, 1e-6), fused.rmsnorm(part, weight, 1e-6))
 
 
 @pytest.mark.parametrize("kind", INPUTS)
 def test_e5m6(kind: str) -> None:
     x = INPUTS[kind](37, 256).bfloat16()
-    packed = reference.pack_e5m6(x)
-    _same(cast.pack_e5m6(x), packed)
-    _same(cast.unpack_e5m6(packed), reference.unpack_e5m6(packed))
+    packed = casts.pack_e5m6(x)
+    _same(casts.pack_e5m6.kernel(x), packed)
+    _same(casts.unpack_e5m6.kernel(packed), casts.unpack_e5m6(packed))

@@ -26,9 +26,10 @@ from dryvine.comm.dispatch.exchange import GroupExchange
 from dryvine.comm.dispatch.flat import Flat
 from dryvine.parallel.stage import Flight
 from dryvine.parallel.wgrad import Closure
-from dryvine.trainer.fp8.gemm import Triton
-from dryvine.trainer.fp8.kernels import cast, fused, hopper
-from dryvine.trainer.fp8.linear import FP8
+from dryvine.trainer.fp8 import casts, fused
+from dryvine.trainer.fp8.engines.triton import Triton
+from dryvine.trainer.fp8.fp8 import FP8
+from dryvine.trainer.fp8.kernels import hopper
 from dryvine.trainer.fp8.recipe import preset
 from dryvine.trainer.model.decoder import Model
 from dryvine.trainer.model.kernels import grouped
@@ -37,7 +38,7 @@ from dryvine.trainer.model.spec import Spec
 from dryvine.trainer.tensors.groups import ExpertGroups
 
 MODULES = (
-    "dryvine.comm.dispatch.kernels", "dryvine.trainer.fp8.kernels.cast", "dryvine.trainer.fp8.kernels.fused",
+    "dryvine.comm.dispatch.kernels", "dryvine.trainer.fp8.kernels.casts", "dryvine.trainer.fp8.kernels.fused",
     "dryvine.trainer.fp8.kernels.hopper", "dryvine.trainer.model.kernels.gate",
     "dryvine.trainer.model.kernels.grouped", "dryvine.trainer.model.kernels.loss",
     "dryvine.trainer.model.kernels.norm", "dryvine.trainer.model.kernels.qkv", "dryvine.trainer.model.kernels.swiglu",
@@ -75,31 +76,31 @@ def random(*size: int) -> Tensor:
     return torch.randn(*size, device="cuda").bfloat16()
 
 
-def casts() -> None:
+def quantisers() -> None:
     groups, rows, width = ExpertGroups(COUNTS, torch.device("cuda")), sum(COUNTS), 256
     x, weights = random(rows, width), torch.rand(rows, device="cuda")
     for scales in ("fp32", "ue8m0"):
-        saved = cast.quantize_rows(x, scales)
-        cast.quantize_columns(x, groups, scales)
-        cast.quantize_columns(saved, groups, scales)
-        cast.quantize_both(x, groups, scales)
-        cast.quantize_blocks(random(3, 144, 272), scales)
+        saved = casts.quantize_rows(x, scales)
+        casts.quantize_columns(x, groups, scales)
+        casts.quantize_columns(saved, groups, scales)
+        casts.quantize_both(x, groups, scales)
+        casts.quantize_blocks(random(3, 144, 272), scales)
         fused.rmsnorm_rows(x, torch.rand(width, device="cuda").bfloat16(), 1e-6, scales)
         for weighting in (weights, None):
             _, kept = fused.swiglu_rows(x, weighting, scales)
             fused.swiglu_backward(random(rows, width // 2), kept, weighting, groups, scales)
-    cast.unpack_e5m6(cast.pack_e5m6(x))
+    casts.unpack_e5m6(casts.pack_e5m6(x))
 
 
 def products() -> None:
     groups, rows = ExpertGroups(COUNTS, torch.device("cuda")), sum(COUNTS)
-    a = cast.quantize_rows(random(rows, 272))
-    whole, each = (cast.quantize_blocks(random(*size))[0] for size in ((144, 272), (len(COUNTS), 144, 272)))
+    a = casts.quantize_rows(random(rows, 272))
+    whole, each = (casts.quantize_blocks(random(*size))[0] for size in ((144, 272), (len(COUNTS), 144, 272)))
     one = ExpertGroups((rows,), torch.device("cuda"))
     hopper.product(a, whole)
     hopper.product(a, each, groups)
     for split in (one, groups):
-        turned = [cast.quantize_columns(random(rows, size), split) for size in (144, 272)]
+        turned = [casts.quantize_columns(random(rows, size), split) for size in (144, 272)]
         hopper.wgrad(*turned, split, torch.zeros(len(split.counts), 144, 272, device="cuda"))
     grouped.wgrad(random(rows, 144), random(rows, 272), groups, torch.zeros(len(COUNTS), 144, 272, device="cuda"))
 
@@ -130,7 +131,7 @@ def model(recipe: Any) -> None:
 def main() -> int:
     torch.manual_seed(0)
     launched = watch()
-    casts()
+    quantisers()
     products()
     for recipe in (preset("bf16"), preset("deepseek_v3"), preset("deepseek_v3", dispatch="bf16")):
         model(recipe)

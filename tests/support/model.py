@@ -12,8 +12,8 @@ from torch import Tensor
 from dryvine.comm.pending import Pending
 from dryvine.parallel.stage import Flight, Stage, State
 from dryvine.parallel.wgrad import Closure
-from dryvine.trainer.fp8.gemm import Emulate
-from dryvine.trainer.fp8.linear import FP8
+from dryvine.trainer.fp8.engines.emulate import Emulate
+from dryvine.trainer.fp8.fp8 import FP8
 from dryvine.trainer.fp8.recipe import preset
 from dryvine.trainer.model.decoder import Model
 from dryvine.trainer.model.shape import Shape, blocks

@@ -26,7 +26,7 @@ from dryvine.parallel.schedule.lower import lower
 from dryvine.parallel.stage import Compute, Flight, Grads, Outcome, Stage, State, StepResult
 from dryvine.parallel.streams import CpuStreams
 from dryvine.parallel.wgrad import WGrad
-from dryvine.trainer.model.layers import linear
+from dryvine.trainer.model.linear import linear
 from dryvine.trainer.tensors.weight import Weight
 
 CPU = torch.device("cpu")

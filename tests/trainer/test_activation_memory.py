@@ -17,8 +17,8 @@ from dryvine.parallel.schedule.table import build
 from dryvine.parallel.stage import Flight, Stage, State
 from dryvine.trainer.activations import activations, most_held, stage_bytes
 from dryvine.trainer.config import Config
-from dryvine.trainer.fp8.gemm import Emulate
-from dryvine.trainer.fp8.linear import FP8
+from dryvine.trainer.fp8.engines.emulate import Emulate
+from dryvine.trainer.fp8.fp8 import FP8
 from dryvine.trainer.fp8.recipe import Recipe, preset
 from dryvine.trainer.model.decoder import Model
 from dryvine.trainer.model.memory import MicrobatchSize, saved_bytes, saved_tensors

@@ -14,7 +14,7 @@ from dryvine.comm import local
 from dryvine.trainer import journal
 from dryvine.trainer.config import Config
 from dryvine.trainer.ema import Ema
-from dryvine.trainer.fp8.linear import WeightCache
+from dryvine.trainer.fp8.weights import WeightCache
 from dryvine.trainer.ramps import points
 from dryvine.trainer.step import evaluate, evaluate_average, train_step
 from tests.support.rig import go, rig_of, train_on

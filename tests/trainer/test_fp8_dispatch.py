@@ -23,14 +23,16 @@ from dryvine.parallel import overlap
 from dryvine.parallel.stage import AS_IS, Explicit, Flight, Grads, Stage, State, StepResult, StreamName
 from dryvine.parallel.streams import Baton, CpuStreams, Run
 from dryvine.trainer.config import Config
-from dryvine.trainer.fp8 import reference
+from dryvine.trainer.fp8 import casts
 from dryvine.trainer.fp8.dispatch import Tiles
-from dryvine.trainer.fp8.linear import FP8
+from dryvine.trainer.fp8.ffn import FP8FFN
+from dryvine.trainer.fp8.fp8 import FP8
 from dryvine.trainer.fp8.recipe import Recipe, preset
 from dryvine.trainer.model.decoder import Model
 from dryvine.trainer.model.phases import codec_of
 from dryvine.trainer.ramps import points
 from dryvine.trainer.step import accumulate, make_rig, open_data
+from dryvine.trainer.tensors.groups import ExpertGroups
 from tests.support.model import Alone, in_fp8, random_tokens, run_forward, tiny, train, whole
 
 Tiny = Callable[..., Config]
@@ -64,7 +66,7 @@ def arrives(rank: int, tokens: tuple[int, ...], width: int) -> None:
         *sent, came_weights = dispatcher.dispatch(tiles.encode(rows), weights, handle).wait()
         values, scales = tiles.decode(tuple(sent))
         wide, wide_weights = dispatcher.dispatch((rows,), weights, handle).wait()
-        there = reference.quantize_rows(wide, "ue8m0")
+        there = casts.quantize_rows(wide, "ue8m0")
         assert values.shape == (sum(handle.counts), width)
         assert torch.equal(bits(values), bits(there.values)), name
         assert torch.equal(bits(scales), bits(there.scales)), name
@@ -160,13 +162,13 @@ def test_what_a_layer_sends() -> None:
 def test_rows_are_cast_once_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
     """No cast at all where they arrive: neither of the experts' input nor of their output's gradient."""
     seen: list[tuple[int, int]] = []
-    original = reference.quantize_rows
+    original = casts.quantize_rows
 
     def spy(x: Tensor, scales: Any = "fp32") -> Any:
         seen.append((x.shape[0], x.shape[1]))
         return original(x, scales)
 
-    monkeypatch.setattr(reference, "quantize_rows", spy)
+    monkeypatch.setattr(casts, "quantize_rows", spy)
     tokens, copies = random_tokens(tiny(), 2, 12), 24 * 3
     for dispatch, arrived in (("fp8", 0), ("bf16", 2)):
         model, _, _ = model_of(dispatch)
@@ -238,7 +240,7 @@ def test_no_tokens_at_all() -> None:
 
 
 def test_bf16_dispatch_gives_experts_autograd_and_bf16_rows() -> None:
-    """The path of before: what arrives is BF16, and the experts are `FP8.ffn` of it."""
+    """The path of before: what arrives is BF16, and the experts are `FP8FFN` of it."""
     model, _, fp8 = model_of("bf16")
     assert not any(isinstance(phase, Explicit) for phase in model.stages[0].phases)
     stage, experts = layer_of("bf16", 4, 256, 128)
@@ -248,7 +250,8 @@ def test_bf16_dispatch_gives_experts_autograd_and_bf16_rows() -> None:
     phase = next(phase for phase in stage.phases if phase.name == "experts")
     _, y = phase.forward((rows, rows, weights), flight).wait()
     with torch.no_grad():
-        assert torch.equal(y, fp8.ffn(rows, experts.gate_up, experts.down, (4, 0, 5, 0), weights))
+        groups = ExpertGroups.of((4, 0, 5, 0), rows)
+        assert torch.equal(y, FP8FFN(fp8, experts.gate_up, experts.down, groups)(rows, weights))
 
 
 def test_a_fault_in_a_row_reaches_its_token_and_the_guard() -> None:

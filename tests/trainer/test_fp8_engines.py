@@ -13,12 +13,19 @@ from torch import Tensor
 
 from dryvine.comm import local
 from dryvine.comm.mesh import Mesh, make_mesh
-from dryvine.trainer.fp8 import gemm, gemm_deep_gemm, gemm_te, reference
-from dryvine.trainer.fp8.choose import ENGINES, KEPT, KINDS, Times, agree, choose, fault
-from dryvine.trainer.fp8.gemm import Emulate, Engine
-from dryvine.trainer.fp8.gemm_deep_gemm import DeepGemm
-from dryvine.trainer.fp8.gemm_te import TransformerEngine
+from dryvine.trainer.fp8 import casts
+from dryvine.trainer.fp8.choose import KEPT, agree, choose
+from dryvine.trainer.fp8.engines import deep_gemm as deep_gemm_engine
+from dryvine.trainer.fp8.engines import operands
+from dryvine.trainer.fp8.engines import transformer_engine as te_engine
+from dryvine.trainer.fp8.engines.deep_gemm import DeepGemm
+from dryvine.trainer.fp8.engines.emulate import Emulate
+from dryvine.trainer.fp8.engines.mixed import KINDS
+from dryvine.trainer.fp8.engines.names import make_engine
+from dryvine.trainer.fp8.engines.protocol import Engine
+from dryvine.trainer.fp8.engines.transformer_engine import TransformerEngine
 from dryvine.trainer.fp8.recipe import preset
+from dryvine.trainer.fp8.trial import Times, fault
 from dryvine.trainer.tensors.groups import ExpertGroups
 from dryvine.trainer.tensors.quantized import Quantized
 from tests.support.fp8_engines import install
@@ -47,7 +54,7 @@ def close(ours: Tensor, truth: Tensor, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("m", "n", "k"), [(70, 112, 144), (256, 384, 640), (3, 128, 128), (0, 128, 128)])
 def test_dense_products_are_what_emulation_gives(adapter: Engine, m: int, n: int, k: int, dtype: torch.dtype) -> None:
-    a, b = reference.quantize_rows(normal(m, k)), reference.quantize_blocks(normal(n, k))[0]
+    a, b = casts.quantize_rows(normal(m, k)), casts.quantize_blocks(normal(n, k))[0]
     close(adapter.product(a, b, None, dtype), Emulate().product(a, b, None, dtype), dtype)
 
 
@@ -57,15 +64,15 @@ def test_grouped_products_are_what_emulation_gives(
     adapter: Engine, counts: tuple[int, ...], dtype: torch.dtype
 ) -> None:
     groups = ExpertGroups(counts, CPU)
-    a = reference.quantize_rows(normal(groups.rows, 272))
-    b = reference.quantize_blocks(normal(len(counts), 112, 272))[0]
+    a = casts.quantize_rows(normal(groups.rows, 272))
+    b = casts.quantize_blocks(normal(len(counts), 112, 272))[0]
     close(adapter.product(a, b, groups, dtype), Emulate().product(a, b, groups, dtype), dtype)
 
 
 @pytest.mark.parametrize("counts", [counts for counts in GROUPS if any(counts)], ids=str)
 def test_weight_gradients_add_to_what_there_is(adapter: Engine, counts: tuple[int, ...]) -> None:
     groups = ExpertGroups(counts, CPU)
-    a, b = (reference.quantize_columns(normal(groups.rows, width), groups) for width in (112, 144))
+    a, b = (casts.quantize_columns(normal(groups.rows, width), groups) for width in (112, 144))
     ours, truth = (normal(len(counts), 112, 144) for _ in range(2))
     adapter.wgrad(a, b, groups, ours)
     Emulate().wgrad(a, b, groups, truth)
@@ -76,9 +83,9 @@ def test_weight_gradients_add_to_what_there_is(adapter: Engine, counts: tuple[in
 
 def test_a_slice_that_looks_aligned_by_chance_is_copied() -> None:
     """Rows 1 to 8 of 8: strides are those of an aligned tensor, the address is not."""
-    part = reference.quantize_rows(normal(8, 256)).scales[1:]
+    part = casts.quantize_rows(normal(8, 256)).scales[1:]
     assert part.stride() == (1, 8)
-    copy = gemm.aligned(part)
+    copy = operands.aligned(part)
     assert copy.data_ptr() % 16 == 0
     assert torch.equal(copy, part)
 
@@ -87,14 +94,14 @@ def test_a_slice_that_looks_aligned_by_chance_is_copied() -> None:
 @pytest.mark.parametrize("width", [128, 256])
 def test_scales_of_some_rows_have_the_strides_that_cublas_asks_for(rows: int, width: int) -> None:
     """A single column too, whose stride torch thinks does not matter."""
-    part = reference.quantize_rows(normal(40, width)).scales[8 : 8 + rows]
-    turned = gemm.token_major(part)
+    part = casts.quantize_rows(normal(40, width)).scales[8 : 8 + rows]
+    turned = operands.token_major(part)
     assert turned.stride() == (1, rows)
     assert torch.equal(turned, part)
 
 
 def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (gemm_deep_gemm, gemm_te):
+    for module in (deep_gemm_engine, te_engine):
         monkeypatch.setattr(module, "no_hopper", lambda device: None)
 
 
@@ -103,7 +110,7 @@ def test_on_hopper_a_package_that_is_not_there_is_named_with_the_mend(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     on_hopper(monkeypatch)
-    reason = ENGINES[name]().missing(CPU)
+    reason = make_engine(name).missing(CPU)
     assert reason is not None
     assert reason.startswith("is not installed: ")
     assert "install" in reason.removeprefix("is not installed: ")
@@ -120,7 +127,7 @@ def test_an_old_or_broken_package_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     assert "without weight gradients on Hopper" in str(DeepGemm.missing(CPU))
     found = {"2.19.0": "is 2.19.0, and needs to be 2.20 or later", "2.20.2": None, "3.0.0+cu13": None}
     for version, said in found.items():
-        monkeypatch.setattr(gemm_te, "version", lambda _, version=version: version)
+        monkeypatch.setattr(te_engine, "version", lambda _, version=version: version)
         reason = TransformerEngine.missing(CPU)
         assert reason == said if said is None else said in str(reason)
 

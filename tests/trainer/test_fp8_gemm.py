@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dryvine.trainer.fp8 import reference
-from dryvine.trainer.fp8.choose import ENGINES
-from dryvine.trainer.fp8.gemm import Emulate
+from dryvine.trainer.fp8 import casts, coarse
+from dryvine.trainer.fp8.engines.emulate import Emulate
+from dryvine.trainer.fp8.engines.names import ENGINES, make_engine
 from dryvine.trainer.tensors.groups import ExpertGroups
 from dryvine.trainer.tensors.quantized import Quantized
 
@@ -31,11 +31,11 @@ def normal(*size: int, seed: int = 0) -> Tensor:
 
 def test_fprop_and_dgrad_err_no_more_than_their_operands() -> None:
     x, w = normal(200, 1000), normal(300, 1000)
-    a, (b, turned) = reference.quantize_rows(x), reference.quantize_blocks(w)
+    a, (b, turned) = casts.quantize_rows(x), casts.quantize_blocks(w)
     truth = x.double() @ w.double().t()
     assert relative(Emulate().product(a, b), truth) <= 1.05 * relative(wide(a) @ wide(b).t(), truth)
     dy = normal(200, 300)
-    q, back = reference.quantize_rows(dy), dy.double() @ w.double()
+    q, back = casts.quantize_rows(dy), dy.double() @ w.double()
     assert relative(Emulate().product(q, turned), back) <= 1.05 * relative(wide(q) @ wide(turned).t(), back)
 
 
@@ -43,13 +43,13 @@ def test_grouped_products_and_wgrad_err_no_more_than_their_operands() -> None:
     counts = (100, 0, 28, 129)
     groups = ExpertGroups(counts, CPU)
     x, w, dy = normal(257, 384), normal(4, 256, 384), normal(257, 256)
-    a, b = reference.quantize_rows(x), reference.quantize_blocks(w)[0]
+    a, b = casts.quantize_rows(x), casts.quantize_blocks(w)[0]
     parts = x.double().split(counts), a.dequantize().double().split(counts)
     truth = torch.cat([one @ m.t() for one, m in zip(parts[0], w.double(), strict=True)])
     limit = torch.cat([one @ m.t() for one, m in zip(parts[1], wide(b), strict=True)])
     assert relative(Emulate().product(a, b, groups, torch.float32), truth) <= 1.05 * relative(limit, truth)
     total = torch.zeros(4, 256, 384)
-    dq, xq = reference.quantize_columns(dy, groups), reference.quantize_columns(a, groups)
+    dq, xq = casts.quantize_columns(dy, groups), casts.quantize_columns(a, groups)
     Emulate().wgrad(dq, xq, groups, total)
     grad = torch.stack([d.t() @ one for d, one in zip(dy.double().split(counts), parts[0], strict=True)])
     starts = [128 * s for s in groups.block_starts]
@@ -61,7 +61,7 @@ def test_grouped_products_and_wgrad_err_no_more_than_their_operands() -> None:
 
 def test_wgrad_adds() -> None:
     groups = ExpertGroups((5,), CPU)
-    a, b = (reference.quantize_columns(normal(5, size), groups) for size in (16, 32))
+    a, b = (casts.quantize_columns(normal(5, size), groups) for size in (16, 32))
     total = torch.ones(1, 16, 32)
     Emulate().wgrad(a, b, groups, total)
     torch.testing.assert_close(total[0] - 1, a.dequantize() @ b.dequantize().t(), rtol=1e-4, atol=1e-5)
@@ -70,7 +70,7 @@ def test_wgrad_adds() -> None:
 def test_the_hopper_accumulator_needs_promotion() -> None:
     """Section 3.5.2 of the V3 report: about 14 bits, near 2% of maximal error at K = 4096 without promotion."""
     x, w = normal(64, 8192).abs(), normal(64, 8192).abs()  # of one sign, so that sums grow as long sums do
-    a, b = reference.quantize_rows(x), reference.quantize_blocks(w)[0]
+    a, b = casts.quantize_rows(x), casts.quantize_blocks(w)[0]
     truth = wide(a) @ wide(b).t()
 
     def error(engine: Emulate, k: int) -> float:
@@ -88,7 +88,7 @@ def test_the_longer_without_promotion_the_larger_the_error() -> None:
     """Of K = 4096: FP32 sums, 128, 512, never. (The V3 report has 2% for never, measured; this model leaves out what
     aligning the 32 products costs and has 0.4% at worst.)"""
     x, w = normal(32, 4096).abs(), normal(32, 4096).abs()
-    a, b = reference.quantize_rows(x), reference.quantize_blocks(w)[0]
+    a, b = casts.quantize_rows(x), casts.quantize_blocks(w)[0]
     truth = wide(a) @ wide(b).t()
 
     def worst(engine: Emulate) -> float:
@@ -112,7 +112,7 @@ def outliers(rows: int, cols: int, seed: int) -> Tensor:
 
 def test_blocks_on_the_dgrad_operand_are_visibly_worse() -> None:
     dy, w = outliers(256, 512, 5), normal(512, 384)
-    turned = reference.quantize_blocks(w)[1]
+    turned = casts.quantize_blocks(w)[1]
     truth = dy.double() @ w.double()
 
     def worst(q: Quantized) -> float:
@@ -120,10 +120,10 @@ def test_blocks_on_the_dgrad_operand_are_visibly_worse() -> None:
         error = (Emulate().product(q, turned, None, torch.float32).double() - truth).norm(dim=1) / truth.norm(dim=1)
         return float(error.quantile(0.9))
 
-    fine = worst(reference.quantize_rows(dy))
+    fine = worst(casts.quantize_rows(dy))
     assert fine < 0.05
-    assert worst(reference.quantize_coarse(dy, "128x128")) > 3 * fine
-    assert worst(reference.quantize_coarse(dy, "tensor")) > 10 * fine
+    assert worst(coarse.quantize_coarse(dy, "128x128")) > 3 * fine
+    assert worst(coarse.quantize_coarse(dy, "tensor")) > 10 * fine
 
 
 def test_one_scale_a_tensor_is_visibly_worse() -> None:
@@ -132,14 +132,14 @@ def test_one_scale_a_tensor_is_visibly_worse() -> None:
     w = normal(256, 512)
     w[:, 7] = 0
     truth = x.double() @ w.double().t()
-    b = reference.quantize_blocks(w)[0]
-    fine = relative(Emulate().product(reference.quantize_rows(x), b, None, torch.float32), truth)
-    coarse = relative(Emulate().product(reference.quantize_coarse(x, "tensor"), b, None, torch.float32), truth)
-    assert coarse > 2 * fine
+    b = casts.quantize_blocks(w)[0]
+    by_tile = relative(Emulate().product(casts.quantize_rows(x), b, None, torch.float32), truth)
+    by_tensor = relative(Emulate().product(coarse.quantize_coarse(x, "tensor"), b, None, torch.float32), truth)
+    assert by_tensor > 2 * by_tile
 
 
 @pytest.mark.parametrize("name", [name for name in ENGINES if name != "emulate"])
 def test_an_engine_that_cannot_run_says_why_and_what_would(name: str) -> None:
-    reason = ENGINES[name]().missing(CPU)
+    reason = make_engine(name).missing(CPU)
     assert reason is not None
     assert "emulate" in reason

@@ -30,7 +30,7 @@ def test_products_use_hoppers_own_instructions(compiled: list[dict[str, Any]]) -
 
 
 def test_quantisers_cast_in_hardware_and_do_not_spill(compiled: list[dict[str, Any]]) -> None:
-    quantisers = [k for k in compiled if k["kernel"].split(".")[0] in ("cast", "fused")]
+    quantisers = [k for k in compiled if k["kernel"].split(".")[0] in ("casts", "fused")]
     assert len(quantisers) >= 9
     for kernel in quantisers:
         name = kernel["kernel"].partition(".")[2]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 
 import pytest
@@ -10,11 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dryvine.trainer.fp8 import reference
-from dryvine.trainer.fp8.gemm import Emulate
+from dryvine.trainer.fp8 import casts
+from dryvine.trainer.fp8.engines.emulate import Emulate
+from dryvine.trainer.fp8.ffn import FP8FFN
+from dryvine.trainer.fp8.fp8 import FP8
 from dryvine.trainer.fp8.guard import culprits
-from dryvine.trainer.fp8.linear import FP8, Linear
+from dryvine.trainer.fp8.linear import FP8Linear
 from dryvine.trainer.fp8.recipe import Recipe, preset
+from dryvine.trainer.tensors.groups import ExpertGroups
 from dryvine.trainer.tensors.quantized import Quantized
 from dryvine.trainer.tensors.weight import Closure, Weight
 
@@ -27,6 +29,13 @@ def make(**changes: object) -> FP8:
     return FP8(preset("deepseek_v3", **changes), Emulate(), "")
 
 
+def ffn(
+    fp8: FP8, x: Tensor, up: Weight, down: Weight, counts: tuple[int, ...] | None = None, weights: Tensor | None = None
+) -> Tensor:
+    groups = fp8.all_rows(x) if counts is None else ExpertGroups.of(counts, x)
+    return FP8FFN(fp8, up, down, groups)(x, weights)
+
+
 def relative(ours: Tensor, truth: Tensor) -> float:
     ours, truth = ours.detach().double(), truth.detach().double()
     return float((ours - truth).norm() / truth.norm())
@@ -34,7 +43,7 @@ def relative(ours: Tensor, truth: Tensor) -> float:
 
 def test_all_three_products_of_a_linear_are_near_fp64() -> None:
     fp8, w, x, dy = make(), Weight(normal(144, 200)), normal(70, 200).requires_grad_(), normal(70, 144)
-    y = fp8.linear(x, w)
+    y = FP8Linear(w, fp8)(x)
     y.backward(dy)
     assert x.grad is not None
     assert w.grad is None, "autograd got a weight gradient too"
@@ -50,7 +59,7 @@ def test_after_attention_the_input_is_kept_finer() -> None:
     truth, errors = dy.t().double() @ x.double(), {}
     for kept in ("e5m6", "fp8"):
         fp8, w = make(cache_after_attention=kept), Weight(normal(128, 256))
-        Linear(w, fp8, after_attention=True)(x.requires_grad_()).backward(dy)
+        FP8Linear(w, fp8, after_attention=True)(x.requires_grad_()).backward(dy)
         errors[kept] = relative(w.gradient(), truth)
     assert errors["e5m6"] < 0.95 * errors["fp8"]
 
@@ -60,7 +69,7 @@ def experts(fp8: FP8, counts: tuple[int, ...]) -> tuple[Tensor, ...]:
     up, down = Weight(normal(len(counts), 2 * width, hidden) / 11), Weight(normal(len(counts), hidden, width) / 10)
     x, weights = normal(rows, hidden).requires_grad_(), torch.rand(rows, requires_grad=True)
     dy = normal(rows, hidden, seed=3)
-    y = fp8.ffn(x, up, down, counts, weights)
+    y = ffn(fp8, x, up, down, counts, weights)
     y.backward(dy)
     assert x.grad is not None
     assert weights.grad is not None
@@ -86,40 +95,40 @@ def test_experts_are_near_fp64(counts: tuple[int, ...]) -> None:
 def test_a_rank_whose_experts_got_no_rows() -> None:
     fp8, up, down = make(), Weight(normal(2, 64, 32)), Weight(normal(2, 32, 32))
     x, weights = torch.zeros(0, 32, requires_grad=True), torch.zeros(0, requires_grad=True)
-    fp8.ffn(x, up, down, (0, 0), weights).sum().backward()
+    ffn(fp8, x, up, down, (0, 0), weights).sum().backward()
     assert x.grad is not None
     assert not up.gradient().any()
 
 
 def test_a_dense_ffn_is_one_expert() -> None:
     x, up, down = normal(40, 64), normal(96, 64), normal(64, 48)
-    dense = make().ffn(x, Weight(up), Weight(down))
-    assert torch.equal(dense, make().ffn(x, Weight(up[None]), Weight(down[None]), (40,)))
+    dense = ffn(make(), x, Weight(up), Weight(down))
+    assert torch.equal(dense, ffn(make(), x, Weight(up[None]), Weight(down[None]), (40,)))
 
 
 def test_dw_waits_for_its_turn_and_adds() -> None:
     fp8, w, x = make(), Weight(normal(32, 64)), normal(10, 64).requires_grad_()
     closures: list[Closure] = []
     w.queue = closures.append
-    fp8.linear(x, w).backward(normal(10, 32))
+    FP8Linear(w, fp8)(x).backward(normal(10, 32))
     assert x.grad is not None
     assert w.main_grad is None
     closures[0]()
     once = w.gradient().clone()
     w.queue = None
-    fp8.linear(x, w).backward(normal(10, 32))
+    FP8Linear(w, fp8)(x).backward(normal(10, 32))
     torch.testing.assert_close(w.gradient(), 2 * once)
 
 
 def counted(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
     calls: list[int] = []
-    original: Callable[..., object] = getattr(reference, name)
+    original: Callable[..., object] = getattr(casts, name)
 
     def spy(*args: object, **named: object) -> object:
         calls.append(1)
         return original(*args, **named)
 
-    monkeypatch.setattr(reference, name, spy)
+    monkeypatch.setattr(casts, name, spy)
     return calls
 
 
@@ -128,26 +137,24 @@ def test_a_weight_is_cast_once_a_step_and_again_after_it_changed(monkeypatch: py
     calls = counted(monkeypatch, "quantize_blocks")
     x = normal(10, 64).requires_grad_()
     for _ in range(3):
-        fp8.linear(x, w).sum().backward()
+        FP8Linear(w, fp8)(x).sum().backward()
     assert len(calls) == 1
-    before = fp8.linear(x, w)
+    before = FP8Linear(w, fp8)(x)
     with torch.no_grad():
         w.mul_(2)
     fp8.cache.clear()
-    assert torch.equal(fp8.linear(x, w), 2 * before)
+    assert torch.equal(FP8Linear(w, fp8)(x), 2 * before)
     assert len(calls) == 2
 
 
-def test_linears_that_share_an_input_share_its_cast(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cast_that_is_handed_in_is_not_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
     fp8, a, b = make(), Weight(normal(32, 64)), Weight(normal(48, 64))
-    calls = counted(monkeypatch, "quantize_rows")
     x = normal(10, 64)
-    fp8.linear(x, a)
-    fp8.linear(x, b)
-    assert len(calls) == 1
-    x.mul_(2)
-    fp8.linear(x, b)
-    assert len(calls) == 2, "a tensor changed in place was taken for the old one"
+    alone, rows = [FP8Linear(w, fp8)(x) for w in (a, b)], fp8.rows(x)
+    calls = counted(monkeypatch, "quantize_rows")
+    for y, w in zip(alone, (a, b), strict=True):
+        assert torch.equal(y, FP8Linear(w, fp8)(x, rows))
+    assert not calls
 
 
 def kept_bytes(run: Callable[[], Tensor]) -> int:
@@ -168,9 +175,9 @@ def test_what_is_kept_is_as_predicted_and_half_of_bf16() -> None:
     fp8, up, down = make(), Weight(normal(2 * width, hidden)), Weight(normal(hidden, width))
     x = normal(rows, hidden).bfloat16().requires_grad_()
     scaled = 1 + 4 / 128  # a byte a value, four a tile
-    assert kept_bytes(lambda: fp8.ffn(x, up, down)) == rows * (hidden + 2 * width) * scaled
-    assert kept_bytes(lambda: fp8.linear(x, up)) == rows * hidden * scaled
-    assert kept_bytes(lambda: fp8.linear(x, up, after_attention=True)) == rows * hidden * (1.5 + 4 / 128)
+    assert kept_bytes(lambda: ffn(fp8, x, up, down)) == rows * (hidden + 2 * width) * scaled
+    assert kept_bytes(lambda: FP8Linear(up, fp8)(x)) == rows * hidden * scaled
+    assert kept_bytes(lambda: FP8Linear(up, fp8, after_attention=True)(x)) == rows * hidden * (1.5 + 4 / 128)
 
 
 BAD = [
@@ -190,7 +197,7 @@ def test_bad_choices_run_and_are_worse(key: str, value: str) -> None:
 
     def errors(fp8: FP8) -> tuple[float, ...]:
         leaf, weight = x.clone().requires_grad_(), Weight(w)
-        y = fp8.linear(leaf, weight)
+        y = FP8Linear(weight, fp8)(leaf)
         y.backward(dy)
         assert leaf.grad is not None
         truth, back = x.double() @ w.double().t(), dy.double() @ w.double()
@@ -205,10 +212,10 @@ def test_the_guard_counts_bad_and_floored_tiles_by_name() -> None:
     fp8, w = make(), Weight(normal(32, 256))
     x = normal(4, 256)
     x[0, 3], x[1, 128:] = torch.nan, 1e-6
-    fp8.linear(x, w)
+    FP8Linear(w, fp8)(x)
     fp8.guard.on = True
-    fp8.linear(x.clone(), w)
-    fp8.linear(normal(4, 256), w)
+    FP8Linear(w, fp8)(x.clone())
+    FP8Linear(w, fp8)(normal(4, 256))
     (count,) = fp8.guard.take([("layers.0.o.weight", w)])
     assert count == ("layers.0.o.weight: input", 1, 1, 16)
     assert not list(fp8.guard.take([]))
@@ -231,16 +238,7 @@ def test_presets_and_overrides() -> None:
 
 
 def test_values_are_those_of_the_paper() -> None:
-    q = reference.quantize_rows(torch.full((1, 128), 0.5))
+    q = casts.quantize_rows(torch.full((1, 128), 0.5))
     assert isinstance(q, Quantized)
     assert q.values.float().eq(448).all()
     assert q.scales.item() == pytest.approx(0.5 / 448)
-
-
-def test_a_cast_is_forgotten_with_its_tensor() -> None:
-    fp8 = FP8(preset("deepseek_v3"), Emulate(), "")
-    x = torch.randn(4, 128)
-    values = weakref.ref(fp8.rows(x).values)
-    assert fp8.rows(x).values is values()
-    del x
-    assert values() is None

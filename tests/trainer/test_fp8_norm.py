@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dryvine.trainer.fp8 import reference
-from dryvine.trainer.fp8.linear import FP8
+from dryvine.trainer.fp8 import fused
+from dryvine.trainer.fp8.fp8 import FP8
+from dryvine.trainer.model.norm import RMSNorm
 from dryvine.trainer.tensors.quantized import Quantized
 from tests.support.model import in_fp8, random_tokens, tiny, train
 
@@ -48,11 +49,12 @@ class Counter:
 
 
 def test_the_norms_cast_is_the_one_that_linears_would_make(monkeypatch: pytest.MonkeyPatch) -> None:
-    casts = Counter(monkeypatch, FP8, "quantize")
-    fused = step()
+    casts = Counter(monkeypatch, FP8, "rows")
+    handed_on = step()
     with_it = casts.calls
-    monkeypatch.setattr(FP8, "remember", lambda self, x, rows: None)
-    same(fused, step())
+    forward = RMSNorm.forward
+    monkeypatch.setattr(RMSNorm, "forward", lambda self, x: forward(self, x)._replace(rows=None))
+    same(handed_on, step())
     # Of a dense layer: attention's (two Linears), q, kv and FFN; of three routed ones, MTP's included, the shared FFN.
     norms = 4 * (1 + 1 + 1 + 1)
     assert casts.calls - 2 * with_it >= norms
@@ -61,28 +63,30 @@ def test_the_norms_cast_is_the_one_that_linears_would_make(monkeypatch: pytest.M
 
 @pytest.mark.parametrize("shared", [1, 0])
 def test_recompute_changes_no_bit_and_casts_nothing_twice(monkeypatch: pytest.MonkeyPatch, shared: int) -> None:
-    fused, plain = (Counter(monkeypatch, reference, name) for name in ("rmsnorm_rows", "rmsnorm"))
+    with_cast, plain = (Counter(monkeypatch, fused, name) for name in ("rmsnorm_rows", "rmsnorm"))
     kept = step(shared=shared)
-    casts, norms = fused.calls, plain.calls
+    casts, norms = with_cast.calls, plain.calls
     same(kept, step(shared=shared, recompute=("norm",)))
-    assert fused.calls == 2 * casts
+    assert with_cast.calls == 2 * casts
     routed = 3 if shared else 0  # whose gates ask for the norm again; without shared experts nothing was cast there
     assert plain.calls == 2 * norms + routed
 
 
-def test_other_tiles_are_cast_by_the_linear() -> None:
-    model, _ = in_fp8(tiny(hidden=256), activation_tile="tensor")
-    assert all(norm.fp8 is None for norm in model.root.modules() if hasattr(norm, "eps"))
+def test_other_tiles_are_not_fused_and_are_cast_once_a_tensor_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    casts, with_cast = Counter(monkeypatch, FP8, "rows"), Counter(monkeypatch, fused, "rmsnorm_rows")
     step(tile="tensor")
+    assert with_cast.calls == 0
+    # Norms of four layers, attention's output in each, MTP's projection, and rows that reach experts in BF16.
+    assert casts.calls == 4 * 4 + 4 + 1 + 3
 
 
 def test_norm_is_the_models_norm() -> None:
     """The FP8 model's norm sums in FP64: no nearer to the other than BF16's last bit, and no further."""
     x, weight = torch.randn(50, 384).bfloat16(), torch.rand(384).bfloat16()
-    ours, inverse = reference.rmsnorm(x, weight, 1e-6)
+    ours, inverse = fused.rmsnorm(x, weight, 1e-6)
     theirs = torch.nn.functional.rms_norm(x.double(), (384,), weight.double(), 1e-6)
     torch.testing.assert_close(ours.double(), theirs, rtol=2**-8, atol=0)
-    rows, normed, again = reference.rmsnorm_rows(x, weight, 1e-6)
+    rows, normed, again = fused.rmsnorm_rows(x, weight, 1e-6)
     assert isinstance(rows, Quantized)
     assert torch.equal(normed, ours)
     assert torch.equal(again, inverse)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dryvine.trainer.fp8 import reference
+from dryvine.trainer.fp8 import casts, fused, numbers
 from dryvine.trainer.tensors.groups import ExpertGroups
 from dryvine.trainer.tensors.quantized import Quantized
 from dryvine.trainer.tensors.tiles import AMAX_FLOOR, E4M3_MAX
@@ -30,7 +30,7 @@ def draw(shape: tuple[int, ...], power: float, seed: int) -> Tensor:
 @given(shapes, powers, formats, st.integers(0, 1 << 30))
 def test_a_row_tile_comes_back_within_half_a_step(shape: tuple[int, int], power: float, form: str, seed: int) -> None:
     x = draw(shape, power, seed)
-    q = reference.quantize_rows(x, form)  # type: ignore[arg-type]
+    q = casts.quantize_rows(x, form)  # type: ignore[arg-type]
     step = q.scales.repeat_interleave(128, 1)[:, : shape[1]] * 2.0**-9  # of E4M3's subnormals
     bound = torch.maximum(x.abs() * 2.0**-4, step / 2) * (1 + 1e-5)  # half a unit of 3 mantissa bits
     assert ((q.dequantize() - x).abs() <= bound).all()
@@ -42,7 +42,7 @@ def test_the_scale_is_the_smallest_that_holds_the_tile(
     shape: tuple[int, int], power: float, form: str, seed: int
 ) -> None:
     x = draw(shape, power, seed)
-    q = reference.quantize_rows(x, form)  # type: ignore[arg-type]
+    q = casts.quantize_rows(x, form)  # type: ignore[arg-type]
     padded = torch.nn.functional.pad(x, (0, -shape[1] % 128)).unflatten(1, (-1, 128))
     least = padded.abs().amax(-1).clamp(min=AMAX_FLOOR) / E4M3_MAX
     if form == "fp32":
@@ -58,13 +58,13 @@ def test_the_scale_is_the_smallest_that_holds_the_tile(
 def test_columns_are_each_experts_rows_turned(counts: list[int], cols: int, seed: int) -> None:
     x = draw((sum(counts), cols), 0, seed) if sum(counts) else torch.empty(0, cols)
     groups = ExpertGroups(tuple(counts), CPU)
-    q = reference.quantize_columns(x, groups)
+    q = casts.quantize_columns(x, groups)
     assert q.values.shape == (cols, 128 * groups.blocks)
     back = q.dequantize()
     first = 0
     for block, part in zip(groups.block_starts, x.split(counts), strict=False):
         ours = back[:, 128 * block : 128 * block + len(part)]
-        alone = reference.quantize_rows(part.t().contiguous()).dequantize() if len(part) else part.t()
+        alone = casts.quantize_rows(part.t().contiguous()).dequantize() if len(part) else part.t()
         assert torch.equal(ours, alone)
         first += len(part)
     assert int((back != 0).sum()) <= x.numel(), "padding is not zero"
@@ -72,7 +72,7 @@ def test_columns_are_each_experts_rows_turned(counts: list[int], cols: int, seed
 
 def test_a_weight_and_its_turned_copy_are_one_quantisation() -> None:
     w = draw((390, 200), 0, 1).view(3, 130, 200)
-    q, turned = reference.quantize_blocks(w)
+    q, turned = casts.quantize_blocks(w)
     assert torch.equal(q.dequantize().transpose(1, 2), turned.dequantize())
     amax = w[0, :128, :128].abs().max()
     assert q.scales[0, 0, 0] == amax / E4M3_MAX
@@ -83,10 +83,10 @@ def test_a_weight_and_its_turned_copy_are_one_quantisation() -> None:
 @given(st.integers(1, 40), st.integers(1, 3), powers, st.integers(0, 1 << 30))
 def test_e5m6_comes_back_within_half_a_step(rows: int, tiles: int, power: float, seed: int) -> None:
     x = draw((rows, 128 * tiles), power, seed)
-    packed = reference.pack_e5m6(x)
+    packed = casts.pack_e5m6(x)
     step = packed.scales.repeat_interleave(128, 1) * 2.0**-20
     bound = torch.maximum(x.abs() * 2.0**-7, step / 2) * (1 + 1e-5)
-    assert ((reference.unpack_e5m6(packed, torch.float32) - x).abs() <= bound).all()
+    assert ((casts.unpack_e5m6(packed, torch.float32) - x).abs() <= bound).all()
     assert packed.high.nbytes + packed.low.nbytes == x.numel() * 3 // 2
 
 
@@ -94,13 +94,13 @@ def test_all_e5m6_codes_survive_a_round_trip() -> None:
     codes = torch.arange(4096, dtype=torch.int32)
     values = (codes << 4).to(torch.int16).view(torch.float16).float()
     values = values[values.isfinite()]
-    assert torch.equal(reference._e5m6(values), codes[(codes & 0x7C0) != 0x7C0])
+    assert torch.equal(casts._e5m6(values), codes[(codes & 0x7C0) != 0x7C0])
 
 
 def test_dispatched_rows_keep_their_bits_when_quantised_again() -> None:
     x = draw((50, 300), 0, 3)
-    once = reference.quantize_rows(x, "ue8m0")
-    again = reference.quantize_rows(once.dequantize(torch.bfloat16), "ue8m0")
+    once = casts.quantize_rows(x, "ue8m0")
+    again = casts.quantize_rows(once.dequantize(torch.bfloat16), "ue8m0")
     assert torch.equal(once.dequantize(), again.dequantize())
 
 
@@ -108,19 +108,19 @@ def test_dispatched_rows_keep_their_bits_when_quantised_again() -> None:
 def test_one_bad_number_poisons_its_tile_and_no_other(fault: float) -> None:
     x = torch.ones(4, 256)
     x[1, 130] = fault
-    back = reference.quantize_rows(x).dequantize()
+    back = casts.quantize_rows(x).dequantize()
     assert back[1, 128:].isnan().all()
     assert int(back.isnan().sum()) == 128
-    columns = reference.quantize_columns(x, ExpertGroups((4,), CPU)).dequantize()
+    columns = casts.quantize_columns(x, ExpertGroups((4,), CPU)).dequantize()
     assert columns[130].isnan().all()
     assert int(columns.isnan().sum()) == 128
 
 
 def test_the_sigmoid_is_a_sigmoid() -> None:
     x = torch.linspace(-80, 80, 20001)
-    torch.testing.assert_close(reference.sigmoid(x).double(), torch.sigmoid(x.double()), rtol=2e-5, atol=0)
+    torch.testing.assert_close(numbers.sigmoid(x).double(), torch.sigmoid(x.double()), rtol=2e-5, atol=0)
     near = torch.linspace(-8, 8, 20001)
-    torch.testing.assert_close(reference.sigmoid(near).double(), torch.sigmoid(near.double()), rtol=2e-6, atol=0)
+    torch.testing.assert_close(numbers.sigmoid(near).double(), torch.sigmoid(near.double()), rtol=2e-6, atol=0)
 
 
 def test_swiglu_backward_is_the_gradient_of_swiglu() -> None:
@@ -130,7 +130,7 @@ def test_swiglu_backward_is_the_gradient_of_swiglu() -> None:
     kept = Quantized(*_exact(h.detach()))
     leaf = kept.dequantize().requires_grad_()
     (torch.nn.functional.silu(leaf[:, :256]) * leaf[:, 256:] * weights[:, None]).backward(dy)
-    dh, dh_turned, act, dweights = reference.swiglu_backward(dy, kept, weights.detach(), ExpertGroups((37,), CPU))
+    dh, dh_turned, act, dweights = fused.swiglu_backward(dy, kept, weights.detach(), ExpertGroups((37,), CPU))
     assert leaf.grad is not None
     assert weights.grad is not None
     for ours in (dh.dequantize(), dh_turned.dequantize().t()[:37]):
@@ -142,5 +142,5 @@ def test_swiglu_backward_is_the_gradient_of_swiglu() -> None:
 
 
 def _exact(x: Tensor) -> tuple[Tensor, Tensor]:
-    q = reference.quantize_rows(x)
+    q = casts.quantize_rows(x)
     return q.values, q.scales

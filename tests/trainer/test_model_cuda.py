@@ -13,13 +13,8 @@ import torch
 from dryvine.comm.dispatch.routing import upload
 from dryvine.trainer.model import gate, qkv, swiglu
 from dryvine.trainer.model.decoder import Model
-from dryvine.trainer.model.layers import (
-    add_grouped_product,
-    add_product,
-    grouped_linear,
-    grouped_product,
-    linear_to_fp32,
-)
+from dryvine.trainer.model.grouped import add_grouped_product, grouped_linear, grouped_product
+from dryvine.trainer.model.linear import add_product, linear_to_fp32
 from dryvine.trainer.model.rope import Rope
 from dryvine.trainer.model.shape import Shape
 from dryvine.trainer.tensors import groups as expert_groups

@@ -12,7 +12,7 @@ from dryvine.parallel.stage import Flight
 from dryvine.trainer.model import loss as loss_module
 from dryvine.trainer.model.decoder import Model
 from dryvine.trainer.model.gate import choose, move_bias
-from dryvine.trainer.model.layers import add_grouped_product, grouped_linear
+from dryvine.trainer.model.grouped import add_grouped_product, grouped_linear
 from dryvine.trainer.model.loss import cross_entropy
 from dryvine.trainer.model.recompute import through
 from dryvine.trainer.model.rope import frequencies

@@ -17,7 +17,7 @@ from dryvine.comm.mesh import make_mesh
 from dryvine.parallel.zero import Zero
 from dryvine.trainer import optim
 from dryvine.trainer.config import Config, ConfigError
-from dryvine.trainer.fp8.linear import WeightCache
+from dryvine.trainer.fp8.weights import WeightCache
 from dryvine.trainer.optim import Optimizer
 from dryvine.trainer.ramps import OptimConfig, points
 from dryvine.trainer.step import accumulate

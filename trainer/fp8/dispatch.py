@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dryvine.trainer.fp8.linear import casts
+from dryvine.trainer.fp8 import casts
 from dryvine.trainer.tensors.quantized import E4M3, empty_scales
 
 MANTISSA = 23  # bits below the exponent of FP32
@@ -23,7 +23,7 @@ class Tiles:
     """`Codec`: [N, H] -> bytes of values [N, H] and exponents [N, B]; arrived, E4M3 [R, H] and FP32 scales [R, B]."""
 
     def encode(self, rows: Tensor) -> tuple[Tensor, ...]:
-        q = casts(rows).quantize_rows(rows.detach().contiguous(), "ue8m0")
+        q = casts.quantize_rows(rows.detach().contiguous(), "ue8m0")
         exponents = torch.empty(q.scales.shape, dtype=torch.uint8, device=rows.device)
         # Bytes, since neither gloo nor gathers on a CPU know FP8.
         return q.values.view(torch.uint8), exponents.copy_(q.scales.view(torch.int32) >> MANTISSA)

@@ -8,39 +8,62 @@ that they are worse must be testable. DeepSeek-V3: arXiv 2412.19437, section 3.3
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import AfterValidator, BaseModel, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from dryvine.trainer.fp8.engines.names import ENGINES
+from dryvine.trainer.tensors.tiles import ScaleFormat
 
 Tile = Literal["1x128", "128x128", "tensor"]
-Scales = Literal["fp32", "ue8m0"]
+Accumulator = Literal["fp32", "hopper"]
+Preset = Literal["deepseek_v3", "bf16", "fp32"]
+
+
+def _known_engine(name: str) -> str:
+    """Raises what a Literal of the names would, which a type checker cannot be given."""
+    names = ["auto", *ENGINES]
+    if name not in names:
+        *others, last = map(repr, names)
+        raise PydanticCustomError("engine", f"Input should be {', '.join(others)} or {last}")
+    return name
 
 
 class Recipe(BaseModel, frozen=True, extra="forbid"):
     """Defaults are those of the preset `deepseek_v3`; `preset` is applied first, the other keys over it."""
 
-    preset: Literal["deepseek_v3", "bf16", "fp32"] = "bf16"
-    linear: Literal["fp8", "bf16", "fp32"] = "fp8"  # all three products of every Linear; without FP8 they, and with it
-    # embedding, head, gate, norms and attention core, are in run.dtype
+    preset: Preset = "bf16"
+    # All three products of every Linear. Without FP8 they, and with it embedding, head, gate, norms and attention core,
+    # are in run.dtype.
+    linear: Literal["fp8", "bf16", "fp32"] = "fp8"
     activation_tile: Tile = "1x128"
-    gradient_tile: Tile = "1x128"  # the operand of Dgrad, and of Wgrad the other way
+    # The operand of Dgrad, and of Wgrad the other way.
+    gradient_tile: Tile = "1x128"
     weight_tile: Literal["128x128", "tensor"] = "128x128"
-    scales: Scales = "fp32"
-    accumulator: Literal["fp32", "hopper"] = "fp32"  # of the emulated products; a GPU has the one it has
-    promotion: Annotated[int, Field(ge=0, multiple_of=32)] = 128  # of K, with accumulator "hopper"; 0: never
-    gemm: Literal["auto", "emulate", "torch", "triton", "deep_gemm", "transformer_engine"] = "auto"
-    cache_after_attention: Literal["fp8", "e5m6"] = "e5m6"  # the saved input of the Linear after attention
-    dispatch: Literal["fp8", "bf16"] = "fp8"  # rows sent to experts, and gradients of what they gave, in 1x128 tiles of
-    # power-of-two scales; sums coming back are in run.dtype. "bf16", the default with other tiles: in run.dtype too
-    guard_every: Annotated[int, Field(ge=0)] = 100  # steps between counts of bad and floored tiles; 0: never
+    scales: ScaleFormat = "fp32"
+    # Of the emulated products; a GPU has the one it has.
+    accumulator: Accumulator = "fp32"
+    # With accumulator "hopper": after how much of K sums move to FP32; 0: never.
+    promotion: Annotated[int, Field(ge=0, multiple_of=32)] = 128
+    # What multiplies: a name of engines/names.py, or "auto", the fastest that works.
+    gemm: Annotated[str, AfterValidator(_known_engine)] = "auto"
+    # The saved input of the Linear after attention.
+    cache_after_attention: Literal["fp8", "e5m6"] = "e5m6"
+    # Rows sent to experts, and gradients of what experts returned, in 1x128 tiles of power-of-two scales; sums coming
+    # back are in run.dtype. "bf16", the default with other tiles: in run.dtype too.
+    dispatch: Literal["fp8", "bf16"] = "fp8"
+    # Steps between counts of bad and floored tiles; 0: never.
+    guard_every: Annotated[int, Field(ge=0)] = 100
 
     @model_validator(mode="before")
     @classmethod
-    def _over_preset(cls, given: Any) -> Any:
+    def _over_preset(cls, given: object) -> object:
         if not isinstance(given, dict):
             return given
-        known: dict[str, Any] = PRESETS.get(given.get("preset", "bf16"), {}) | given
-        return known if _fine(known) else {"dispatch": "bf16"} | known
+        over = PRESETS.get(given.get("preset", "bf16"), {}) | given
+        return over if _fine(over) else {"dispatch": "bf16"} | over
 
     @model_validator(mode="after")
     def _tiles_travel(self) -> Recipe:
@@ -57,17 +80,17 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
         return self.fp8 and self.dispatch == "fp8"
 
 
-def _fine(given: dict[str, Any]) -> bool:
+def _fine(given: Mapping[str, object]) -> bool:
     return all(given.get(tile, "1x128") == "1x128" for tile in ("activation_tile", "gradient_tile"))
 
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "deepseek_v3": {"preset": "deepseek_v3"},
-    "bf16": {"preset": "bf16", "linear": "bf16"},
-    "fp32": {"preset": "fp32", "linear": "fp32"},
+PRESETS: dict[Preset, dict[str, object]] = {
+    "deepseek_v3": {},
+    "bf16": {"linear": "bf16"},
+    "fp32": {"linear": "fp32"},
 }
 
 
-def preset(name: Literal["deepseek_v3", "bf16", "fp32"], **changes: Any) -> Recipe:
+def preset(name: Preset, **changes: object) -> Recipe:
     """A preset with some fields changed."""
-    return Recipe(preset=name, **changes)
+    return Recipe.model_validate({"preset": name, **changes})

@@ -11,16 +11,15 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from dryvine.trainer.fp8.linear import FFN as FFN8
-from dryvine.trainer.fp8.linear import Kept
-from dryvine.trainer.model.layers import grouped_linear
+from dryvine.trainer.fp8.ffn import FP8FFN, SavedFFN
+from dryvine.trainer.model.grouped import grouped_linear
 from dryvine.trainer.model.recompute import through
 from dryvine.trainer.model.spec import Spec
 from dryvine.trainer.model.swiglu import swiglu
 from dryvine.trainer.tensors.groups import ExpertGroups
 from dryvine.trainer.tensors.quantized import Quantized
 
-Saved = tuple[FFN8, Kept]  # by `Experts.arrived`, for its backward
+Saved = tuple[FP8FFN, SavedFFN]  # by `Experts.arrived`, for its backward
 
 
 class Experts(nn.Module):
@@ -35,9 +34,9 @@ class Experts(nn.Module):
 
     def forward(self, rows_RH: Tensor, weights_R: Tensor, counts: Sequence[int]) -> Tensor:
         """`counts` rows of each local expert, each row's output times its weight: [R, H] -> [R, H]."""
-        if self.fp8 is not None:
-            return self.fp8.ffn(rows_RH, self.gate_up, self.down, counts, weights_R)
         groups = ExpertGroups.of(counts, rows_RH)
+        if self.fp8 is not None:
+            return FP8FFN(self.fp8, self.gate_up, self.down, groups)(rows_RH, weights_R)
         gate_up = grouped_linear(rows_RH, self.gate_up, groups)
         return through(
             lambda: (swiglu(gate_up, weights_R),), lambda h: grouped_linear(h, self.down, groups), self.again
@@ -46,12 +45,11 @@ class Experts(nn.Module):
     def arrived(self, rows: Quantized, weights_R: Tensor, counts: Sequence[int]) -> tuple[Tensor, Saved]:
         """`forward` of rows that came in FP8 -> rows [R, H] in the run's dtype, and what `arrived_backward` needs."""
         assert self.fp8 is not None
-        ffn = FFN8(self.gate_up, self.down, ExpertGroups.of(counts, rows.values))
-        rows_RH, kept = self.fp8.ffn_forward(ffn, rows, weights_R, self.down.dtype)
+        ffn = FP8FFN(self.fp8, self.gate_up, self.down, ExpertGroups.of(counts, rows.values))
+        rows_RH, kept = ffn.forward(rows, weights_R, self.down.dtype)
         return rows_RH, (ffn, kept)
 
     def arrived_backward(self, saved: Saved, dy: Quantized) -> tuple[Tensor, Tensor | None]:
         """The gradient of the output rows, which comes in FP8 too -> drows [R, H], dweights [R]."""
-        fp8, (ffn, kept) = self.fp8, saved
-        assert fp8 is not None
-        return fp8.ffn_backward(ffn, kept, dy, lambda: fp8.columns(dy, ffn.groups), self.down.dtype)
+        ffn, kept = saved
+        return ffn.backward(kept, dy, lambda: ffn.fp8.columns(dy, ffn.groups), self.down.dtype)

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from dryvine.trainer.fp8.ffn import FP8FFN
 from dryvine.trainer.model.recompute import through
 from dryvine.trainer.model.spec import Spec
 from dryvine.trainer.model.swiglu import swiglu
+from dryvine.trainer.tensors.quantized import Quantized
 
 
 class FFN(nn.Module):
@@ -19,8 +21,10 @@ class FFN(nn.Module):
         self.down = spec.linear(width, spec.shape.hidden)
         self.fp8, self.again = spec.fp8, "swiglu" in spec.shape.recompute
 
-    def forward(self, x_NH: Tensor) -> Tensor:
+    def forward(self, x_NH: Tensor, rows: Quantized | None = None) -> Tensor:
+        """`rows`: x in FP8, if the norm before has made that too."""
         if self.fp8 is not None:
-            return self.fp8.ffn(x_NH, self.gate_up.weight, self.down.weight)
+            ffn = FP8FFN(self.fp8, self.gate_up.weight, self.down.weight, self.fp8.all_rows(x_NH))
+            return ffn(x_NH, rows=rows)
         gate_up = self.gate_up(x_NH)
         return through(lambda: (swiglu(gate_up),), self.down, self.again)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dryvine.comm.by_device import kernel_in
-from dryvine.trainer.model.layers import linear_to_fp32
+from dryvine.trainer.model.linear import linear_to_fp32
 from dryvine.trainer.model.shape import Shape
 from dryvine.trainer.model.spec import Spec
 

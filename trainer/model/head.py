@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dryvine.trainer.model.layers import Linear, RMSNorm, through_norm
+from dryvine.trainer.model.linear import Linear
 from dryvine.trainer.model.loss import cross_entropy
+from dryvine.trainer.model.norm import Normed, RMSNorm, through_norm
 
 
 class Head:
@@ -20,7 +21,7 @@ class Head:
     def __call__(self, x_NH: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
         """-> normed x [N, H], which the next depth reads, and the mean loss over the targets, FP32."""
 
-        def predict(normed_NH: Tensor) -> tuple[Tensor, Tensor]:
-            return normed_NH, cross_entropy(self.project(normed_NH), targets_N)
+        def predict(normed: Normed) -> tuple[Tensor, Tensor]:
+            return normed.x, cross_entropy(self.project(normed.x), targets_N)
 
         return through_norm(self.norm, x_NH, predict, self.again)

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from dryvine.trainer.model.experts import Experts
 from dryvine.trainer.model.ffn import FFN
 from dryvine.trainer.model.gate import Gate
-from dryvine.trainer.model.layers import through_norm
 from dryvine.trainer.model.mla import MLA
+from dryvine.trainer.model.norm import Normed, through_norm
 from dryvine.trainer.model.spec import Spec
 
 
@@ -43,7 +43,7 @@ class DenseLayer(Layer):
 
     def forward(self, x_NH: Tensor, sequences: int) -> Tensor:
         x_NH = self.attend(x_NH, sequences)
-        return x_NH + through_norm(self.ffn_norm, x_NH, self.ffn, self.again)
+        return x_NH + through_norm(self.ffn_norm, x_NH, lambda normed: self.ffn(*normed), self.again)
 
 
 class Routed(NamedTuple):
@@ -65,9 +65,9 @@ class MoELayer(Layer):
         """Attention, shared experts, and which experts each row goes to. `count`: choices add to `gate.load`."""
         x_NH = self.attend(x_NH, sequences)
 
-        def use(rows_NH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            shared_NH = x_NH if self.shared is None else x_NH + self.shared(rows_NH)
-            return shared_NH, rows_NH, self.gate(rows_NH)
+        def use(normed: Normed) -> tuple[Tensor, Tensor, Tensor]:
+            shared_NH = x_NH if self.shared is None else x_NH + self.shared(*normed)
+            return shared_NH, normed.x, self.gate(normed.x)
 
         shared_NH, rows_NH, logits_NE = through_norm(self.ffn_norm, x_NH, use, self.again)
         return Routed(shared_NH, rows_NH, *self.gate.choose(logits_NE, sequences, count))

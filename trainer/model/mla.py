@@ -12,7 +12,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dryvine.trainer.model.layers import RMSNorm, through_norm
+from dryvine.trainer.model.norm import Normed, RMSNorm, through_norm
 from dryvine.trainer.model.qkv import assemble
 from dryvine.trainer.model.recompute import through
 from dryvine.trainer.model.rope import softmax_scale
@@ -38,9 +38,9 @@ class MLA(nn.Module):
         self.kv_b = spec.linear(s.kv_lora, s.heads * (s.nope_dim + s.v_dim))
         self.o = spec.linear(s.heads * s.v_dim, s.hidden, after_attention=True)
 
-    def down(self, x_NH: Tensor) -> tuple[Tensor, Tensor]:
+    def down(self, normed: Normed) -> tuple[Tensor, Tensor]:
         """Normed hidden states -> (what queries are made of, key-value latent with the shared rope key)."""
-        return (self.q if self.shape.q_lora is None else self.q_a)(x_NH), self.kv_a(x_NH)
+        return (self.q if self.shape.q_lora is None else self.q_a)(*normed), self.kv_a(*normed)
 
     def attend(self, q_latent: Tensor, kv_latent: Tensor, sequences: int) -> Tensor:
         """Latents of `sequences` equally long sequences -> [N, H]."""
@@ -66,4 +66,4 @@ class MLA(nn.Module):
         return q_latent.clone() if self.shape.q_lora is None else self._normed(self.q_norm, q_latent, self.q_b)
 
     def _normed(self, norm: RMSNorm, latent: Tensor, up: nn.Module) -> Tensor:
-        return through_norm(norm, latent, up, again="norm" in self.shape.recompute)
+        return through_norm(norm, latent, lambda normed: up(*normed), again="norm" in self.shape.recompute)

@@ -31,5 +31,5 @@ class MTP(nn.Module):
     def join(self, x_NH: Tensor, embedded_NH: Tensor) -> Tensor:
         """Normed hidden states of the depth before, and the next token's embedding -> [N, H]."""
         return through(
-            lambda: (torch.cat((self.norm_e(embedded_NH), self.norm_h(x_NH)), -1),), self.project, self.again
+            lambda: (torch.cat((self.norm_e(embedded_NH).x, self.norm_h(x_NH).x), -1),), self.project, self.again
         )

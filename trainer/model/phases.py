@@ -33,12 +33,14 @@ from dryvine.parallel.stage import (
 from dryvine.parallel.wgrad import WGrad
 from dryvine.trainer.fp8.dispatch import Tiles
 from dryvine.trainer.fp8.recipe import Recipe
+from dryvine.trainer.model.embedding import Embedding
 from dryvine.trainer.model.experts import Saved
 from dryvine.trainer.model.gate import Gate
 from dryvine.trainer.model.head import Head
 from dryvine.trainer.model.layer import DenseLayer, MoELayer
-from dryvine.trainer.model.layers import Embedding, Linear, RMSNorm
+from dryvine.trainer.model.linear import Linear
 from dryvine.trainer.model.mtp import MTP
+from dryvine.trainer.model.norm import RMSNorm
 from dryvine.trainer.model.spec import Spec
 from dryvine.trainer.tensors.quantized import Quantized
 

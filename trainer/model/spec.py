@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import nn
 
-from dryvine.trainer.fp8 import linear as fp8_linear
-from dryvine.trainer.model.layers import Embedding, Linear, RMSNorm
+from dryvine.trainer.fp8.fp8 import FP8
+from dryvine.trainer.fp8.linear import FP8Linear
+from dryvine.trainer.model.embedding import Embedding
+from dryvine.trainer.model.linear import Linear
+from dryvine.trainer.model.norm import RMSNorm
 from dryvine.trainer.model.rope import Rope
 from dryvine.trainer.model.shape import Shape
 from dryvine.trainer.tensors.weight import Weight
@@ -28,7 +30,7 @@ class Spec:
     device: torch.device | str
     ep_rank: int = 0
     ep_size: int = 1
-    fp8: fp8_linear.FP8 | None = None  # how Linears and FFNs multiply; None: in `dtype`
+    fp8: FP8 | None = None  # how Linears and FFNs multiply; None: in `dtype`
 
     @property
     def local_experts(self) -> int:
@@ -48,11 +50,11 @@ class Spec:
         weight.expert = expert
         return weight
 
-    def linear(self, inputs: int, outputs: int, after_attention: bool = False) -> nn.Module:
+    def linear(self, inputs: int, outputs: int, after_attention: bool = False) -> Linear | FP8Linear:
         """x Wᵀ in the recipe's arithmetic; `after_attention`: its input is kept as the recipe says for that place."""
         if self.fp8 is None:
             return self.plain_linear(inputs, outputs)
-        return fp8_linear.Linear(self.weight(outputs, inputs), self.fp8, after_attention)
+        return FP8Linear(self.weight(outputs, inputs), self.fp8, after_attention)
 
     def plain_linear(self, inputs: int, outputs: int) -> Linear:
         """In the run's dtype whatever the recipe: the head."""
@@ -60,8 +62,7 @@ class Spec:
 
     def norm(self, size: int, feeds_linear: bool = False) -> RMSNorm:
         """`feeds_linear`: Linears or an FFN of the recipe read its output as it is, and take its cast from the norm."""
-        casts = feeds_linear and self.fp8 is not None and self.fp8.recipe.activation_tile == "1x128"
-        return RMSNorm(self.weight(size), self.shape.norm_eps, self.fp8 if casts else None)
+        return RMSNorm(self.weight(size), self.shape.norm_eps, self.fp8 if feeds_linear else None)
 
     def embedding(self, rows: int, size: int) -> Embedding:
         return Embedding(self.weight(rows, size))

@@ -54,6 +54,10 @@ class Quantized:
         return Quantized(self.values.to(device), scales.copy_(self.scales), self.tile)
 
     @property
+    def is_cuda(self) -> bool:
+        return self.values.is_cuda
+
+    @property
     def nbytes(self) -> int:
         """Bytes held: what a saved activation costs."""
         return self.values.nbytes + self.scales.untyped_storage().nbytes()
@@ -71,6 +75,10 @@ class E5M6:
     high: Tensor
     low: Tensor
     scales: Tensor
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.high.is_cuda
 
     @property
     def nbytes(self) -> int:

@@ -1,7 +1,7 @@
-"""Casts fused with what makes their input: SwiGLU forward and backward, RMSNorm. Definitions are in reference.py.
+"""Casts fused with what makes their input: SwiGLU forward and backward, RMSNorm. Definitions are in fp8/fused.py.
 
 Unfused, a BF16 tensor is written and read again for each: 4 bytes an element against the cast's 1 to 3. The backward of
-SwiGLU reads 4 bytes and writes 5 an element of F, and feeds three GEMMs. Legend as in reference.py.
+SwiGLU reads 4 bytes and writes 5 an element of F, and feeds three GEMMs. Legend as in fp8/fused.py.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""Device functions shared by the cast kernels: the same steps as reference.py, in the same order.
+"""Device functions shared by the cast kernels: the same steps as fp8/numbers.py, in the same order.
 
 Launch with `enable_fp_fusion=False`: a fused multiply-add rounds once where the reference rounds twice. Where `tl.fma`
 is written, the reference has a division or FP64, which give the same bits.

@@ -1,4 +1,4 @@
-"""The gradient of an RMSNorm's weight on CUDA: the sum over tokens of dy * x / rms, in FP32 and in one order.
+"""RMSNorm on CUDA: two kernels of torch, and the weight's gradient, the sum over tokens of dy * x / rms in one order.
 
 In torch it is five passes over FP32 copies of both tensors; torch's fused backward would round each microbatch's sum to
 the weight's dtype. Here both are read once, as they are. Legend: N tokens, H hidden, C chunks of rows.
@@ -39,3 +39,14 @@ def weight_gradient(dy_NH: Tensor, x_NH: Tensor, inverse_N1: Tensor) -> Tensor:
             dy, x, inverse_N1, sums_CH, n, h, dy.stride(0), x.stride(0), CHUNK, ROWS, BLOCK, num_warps=4
         )
     return sums_CH.sum(0)
+
+
+def normalise(x_NH: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Torch's own kernel, nine times as fast as the definition's six."""
+    return torch.ops.aten._fused_rms_norm(x_NH, x_NH.shape[-1:], weight_H, eps)
+
+
+def input_gradient(dy_NH: Tensor, x_NH: Tensor, inverse_N1: Tensor, weight_H: Tensor) -> Tensor:
+    """Torch's own kernel, asked for dx alone."""
+    size, only_dx = x_NH.shape[-1:], [True, False]
+    return torch.ops.aten._fused_rms_norm_backward(dy_NH, x_NH, size, inverse_N1, weight_H, only_dx)[0]

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from dryvine.comm.integers import round_up
-from dryvine.trainer.fp8.gemm import aligned, by_expert, by_range, filled, no_hopper
+from dryvine.trainer.fp8.engines.operands import aligned, by_expert, by_range, filled, no_hopper
+from dryvine.trainer.fp8.engines.protocol import Engine
 from dryvine.trainer.tensors.groups import ExpertGroups
 from dryvine.trainer.tensors.quantized import Quantized
 
@@ -28,7 +29,7 @@ LEAST = (2, 20)  # before, its tensors were built with other arguments
 
 
 @dataclass(frozen=True)
-class TransformerEngine:
+class TransformerEngine(Engine):
     """K is a multiple of 16, N of 8."""
 
     @staticmethod

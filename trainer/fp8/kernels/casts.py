@@ -2,7 +2,7 @@
 
 Each kernel reads its tensor once and each program makes whole tiles, so that amax and cast share the load: the floor is
 (bytes in + bytes out) / copy bandwidth. Transposed outputs go through a 128x128 tile in registers; scales of columns
-are stored token-major like all others. Legend as in reference.py; `table` as in ExpertGroups.
+are stored token-major like all others. Legend as in fp8/casts.py; `table` as in ExpertGroups.
 """
 
 import torch
@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dryvine.comm.integers import round_up
 from dryvine.trainer.fp8.kernels.numbers import (
     block_rows,
     byte,
@@ -24,7 +23,7 @@ from dryvine.trainer.fp8.kernels.numbers import (
     scaled,
 )
 from dryvine.trainer.tensors.groups import ExpertGroups
-from dryvine.trainer.tensors.quantized import E5M6, Quantized, empty_blocks, empty_rows
+from dryvine.trainer.tensors.quantized import E5M6, Quantized, empty_blocks, empty_rows, empty_scales
 from dryvine.trainer.tensors.tiles import TILE, ScaleFormat, blocks
 
 ROWS = 32  # rows a program of the row cast takes: 16 loads of 16 bytes in flight a thread
@@ -255,7 +254,7 @@ def pack_e5m6(x: Tensor) -> E5M6:
         raise ValueError(f"E5M6 on a GPU packs whole tiles of 128, not {cols}: set fp8.cache_after_attention = 'fp8'")
     high = torch.empty(rows, cols, dtype=torch.uint8, device=x.device)
     low = torch.empty(rows, cols // 2, dtype=torch.uint8, device=x.device)
-    scales = torch.empty(blocks(cols), round_up(rows, 4), device=x.device).t()[:rows]
+    scales = empty_scales(rows, cols, x.device)
     if rows:
         pack_kernel[(blocks(cols), -(-rows // ROWS))](
             x, high, low, scales, rows, cols, scales.stride(1), ROWS, num_warps=4, enable_fp_fusion=False

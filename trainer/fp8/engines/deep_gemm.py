@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dryvine.trainer.fp8.gemm import aligned, by_expert, by_range, no_hopper
+from dryvine.trainer.fp8.engines.operands import aligned, by_expert, by_range, no_hopper
+from dryvine.trainer.fp8.engines.protocol import Engine
 from dryvine.trainer.tensors.groups import ExpertGroups
 from dryvine.trainer.tensors.quantized import Quantized
 from dryvine.trainer.tensors.tiles import TILE
@@ -26,7 +27,7 @@ INSTALL = "git clone --recursive https://github.com/deepseek-ai/DeepGEMM && cd D
 
 
 @dataclass(frozen=True)
-class DeepGemm:
+class DeepGemm(Engine):
     """K and N are multiples of 16 (TMA's alignment)."""
 
     @staticmethod

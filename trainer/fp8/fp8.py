@@ -1,0 +1,78 @@
+"""What all FP8 modules of one rank share: recipe, engine, weight cache, guard, and the casts that the recipe asks for.
+
+The three products of a weight (arXiv 2412.19437, figure 6):
+
+    Fprop  y  = x Wᵀ     x by rows (1x128), W by blocks
+    Dgrad  dx = dy W     dy by rows, the transposed copy of W
+    Wgrad  dW += dyᵀ x   both by columns (128x1): tiles run along the tokens that are summed over
+
+What the backward keeps of x is its FP8 rows, transposed and quantised anew for Wgrad, as V3 does: half the memory of
+BF16. linear.py and ffn.py are the autograd functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from dryvine.trainer.fp8 import casts
+from dryvine.trainer.fp8.coarse import quantize_coarse
+from dryvine.trainer.fp8.engines.protocol import Products
+from dryvine.trainer.fp8.guard import Guard
+from dryvine.trainer.fp8.recipe import Recipe
+from dryvine.trainer.fp8.weights import WeightCache
+from dryvine.trainer.tensors.groups import ExpertGroups
+from dryvine.trainer.tensors.quantized import E5M6, Quantized
+from dryvine.trainer.tensors.weight import Weight
+
+Operand = Callable[[], Quantized]  # of Wgrad: asked for when dW runs, so that what is slow to make waits until then
+
+
+class FP8:
+    """The FP8 arithmetic of one rank, built once and handed to its modules. `chosen`: which engine multiplies and why,
+    a line for the log."""
+
+    def __init__(self, recipe: Recipe, engine: Products, chosen: str) -> None:
+        self.recipe, self.engine, self.chosen = recipe, engine, chosen
+        self.cache, self.guard = WeightCache(recipe), Guard()
+        self._all_rows: dict[int, ExpertGroups] = {}
+
+    def all_rows(self, x: Tensor) -> ExpertGroups:
+        """The rows of x as one group. Kept by their number, since its tables are on the device."""
+        if len(x) not in self._all_rows:
+            groups = self._all_rows[len(x)] = ExpertGroups.of([len(x)], x)
+            # Sent now, on the stream of compute, for which all others wait.
+            _ = groups.tables
+        return self._all_rows[len(x)]
+
+    def rows(self, x: Tensor) -> Quantized:
+        """x [R, C] as an operand of Fprop."""
+        x = x.detach().contiguous()
+        if self.recipe.activation_tile == "1x128":
+            return casts.quantize_rows(x, self.recipe.scales)
+        return quantize_coarse(x, self.recipe.activation_tile, self.recipe.scales)
+
+    def columns(self, kept: Quantized | E5M6, groups: ExpertGroups, width: int | None = None) -> Quantized:
+        """Rows, as they were kept, as an operand of Wgrad. Of E5M6 the first `width` columns are the tensor's."""
+        if isinstance(kept, E5M6):
+            x = casts.unpack_e5m6(kept)[:, :width].contiguous()
+            return casts.quantize_columns(x, groups, self.recipe.scales)
+        return casts.quantize_columns(kept, groups, self.recipe.scales)
+
+    def gradient(self, dy: Tensor, groups: ExpertGroups) -> tuple[Quantized, Quantized]:
+        """dy as an operand of Dgrad and of Wgrad."""
+        dy, scales, tile = dy.contiguous(), self.recipe.scales, self.recipe.gradient_tile
+        if tile == "1x128":
+            return casts.quantize_both(dy, groups, scales)
+        transposed = casts.padded(dy.float(), groups).t().contiguous()
+        return quantize_coarse(dy, tile, scales), quantize_coarse(transposed, tile, scales)
+
+    def defer_wgrad(self, weight: Weight, dy: Operand, x: Operand, groups: ExpertGroups) -> None:
+        """Queue dW += dyᵀ x, both by columns."""
+
+        def run() -> None:
+            total = weight.gradient()
+            self.engine.wgrad(dy(), x(), groups, total if total.dim() == 3 else total.unsqueeze(0))
+
+        weight.defer(run)

@@ -1,0 +1,68 @@
+"""Linear with a weight for each expert. dW is queued, as in linear.py.
+
+Legend: R rows grouped by expert, X local experts, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from dryvine.trainer.model.linear import add_product
+from dryvine.trainer.tensors.context import Context
+from dryvine.trainer.tensors.groups import ExpertGroups
+from dryvine.trainer.tensors.weight import Weight
+
+# Experts of V3's sizes, whose weight gradients cuBLAS makes faster one by one; 64 it does not (docs/fp8.md).
+FEW = 8
+
+
+def add_grouped_product(total_XOI: Tensor, dy_RO: Tensor, x_RI: Tensor, groups: ExpertGroups) -> None:
+    """total[x] += dyᵀ x over the rows of expert x, as `add_product`; on Hopper many experts are one kernel."""
+    if x_RI.is_cuda and len(groups.counts) > FEW:
+        from dryvine.trainer.model.kernels import grouped
+
+        if grouped.fits(dy_RO, x_RI):
+            return grouped.wgrad(dy_RO, x_RI, groups, total_XOI)
+    for total, dy, x in zip(total_XOI, dy_RO.split(groups.counts), x_RI.split(groups.counts), strict=True):
+        add_product(total, dy, x)
+
+
+def grouped_product(x_RI: Tensor, weight_XOI: Tensor, groups: ExpertGroups) -> Tensor:
+    """Rows times the weight of their expert, transposed."""
+    if x_RI.is_cuda and x_RI.dtype == torch.bfloat16:
+        return functional.grouped_mm(x_RI, weight_XOI.transpose(1, 2), offs=groups.ends)
+    y_RO = x_RI.new_empty(x_RI.shape[0], weight_XOI.shape[1])
+    for x, weight, y in zip(x_RI.split(groups.counts), weight_XOI, y_RO.split(groups.counts), strict=True):
+        torch.mm(x, weight.t(), out=y)
+    return y_RO
+
+
+class _GroupedContext(Context, Protocol):
+    weight: Weight
+    groups: ExpertGroups
+
+
+class _GroupedLinear(Function):
+    @staticmethod
+    def forward(ctx: _GroupedContext, x_RI: Tensor, weight_XOI: Weight, groups: ExpertGroups) -> Tensor:
+        ctx.save_for_backward(x_RI)
+        ctx.weight, ctx.groups = weight_XOI, groups
+        return grouped_product(x_RI, weight_XOI.detach(), groups)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: _GroupedContext, dy_RO: Tensor) -> tuple[Tensor, None, None]:
+        (x_RI,), weight, groups = ctx.saved_tensors, ctx.weight, ctx.groups
+        weight.defer(lambda: add_grouped_product(weight.gradient(), dy_RO, x_RI, groups))
+        return grouped_product(dy_RO, weight.detach().transpose(1, 2), groups), None, None
+
+
+def grouped_linear(x_RI: Tensor, weight_XOI: Weight, groups: ExpertGroups) -> Tensor:
+    """[R, I] -> [R, O], rows grouped by local expert, some of which may have none."""
+    return _GroupedLinear.apply(x_RI, weight_XOI, groups)

@@ -1,0 +1,114 @@
+"""RMSNorm, with the FP8 cast of its output for the Linears that read it. Legend: N tokens, H hidden.
+
+The weight's gradient is deferred (tensors/weight.py). In an FP8 model norm and cast are one kernel, and the norm hands
+the cast on beside its output: two Linears that read one tensor share it, and nobody has to remember which cast was of
+which tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from dryvine.comm.by_device import kernel_in
+from dryvine.trainer.fp8 import fused
+from dryvine.trainer.fp8.fp8 import FP8
+from dryvine.trainer.model.recompute import through
+from dryvine.trainer.tensors.context import Context
+from dryvine.trainer.tensors.quantized import Quantized
+from dryvine.trainer.tensors.weight import Weight
+
+R = TypeVar("R")
+KERNELS = "dryvine.trainer.model.kernels.norm"
+
+
+@kernel_in(KERNELS)
+def normalise(x_NH: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """-> the normed x in its dtype, and 1 / rms, FP32 [N, 1]."""
+    x = x_NH.float()
+    inverse_N1 = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return (x * inverse_N1 * weight_H.float()).to(x_NH.dtype), inverse_N1
+
+
+@kernel_in(KERNELS)
+def input_gradient(dy_NH: Tensor, x_NH: Tensor, inverse_N1: Tensor, weight_H: Tensor) -> Tensor:
+    """[N, H] in x's dtype."""
+    unit, slope = x_NH.float() * inverse_N1, dy_NH.float() * weight_H.float()
+    return (inverse_N1 * (slope - unit * (slope * unit).mean(-1, keepdim=True))).to(x_NH.dtype)
+
+
+@kernel_in(KERNELS)
+def weight_gradient(dy_NH: Tensor, x_NH: Tensor, inverse_N1: Tensor) -> Tensor:
+    """FP32 [H]: the sum over tokens of dy * x / rms."""
+    return (dy_NH.float() * x_NH.float() * inverse_N1).sum(0)
+
+
+class _NormContext(Context, Protocol):
+    weight: Weight
+
+
+class _RMSNorm(Function):
+    """The output, `normed_NH`, was made outside, by whichever kernel; forward only enters it into the graph."""
+
+    @staticmethod
+    def forward(ctx: _NormContext, x_NH: Tensor, weight_H: Weight, normed_NH: Tensor, inverse_N1: Tensor) -> Tensor:
+        ctx.save_for_backward(x_NH, inverse_N1)
+        ctx.weight = weight_H
+        return normed_NH
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: _NormContext, dy_NH: Tensor) -> tuple[Tensor, None, None, None]:
+        (x_NH, inverse_N1), weight = ctx.saved_tensors, ctx.weight
+
+        def add() -> None:
+            weight.gradient().add_(weight_gradient(dy_NH, x_NH, inverse_N1))
+
+        weight.defer(add)
+        return input_gradient(dy_NH, x_NH, inverse_N1, weight.detach()), None, None, None
+
+
+class Normed(NamedTuple):
+    """A norm's output [N, H]. `rows`: the same in FP8, for Linears that multiply in it; None where there are none."""
+
+    x: Tensor
+    rows: Quantized | None
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, computed in FP32, returned in x's dtype.
+
+    `fp8`: how the Linears that read the output multiply, if in FP8.
+    """
+
+    def __init__(self, weight_H: Weight, eps: float, fp8: FP8 | None = None) -> None:
+        super().__init__()
+        self.weight, self.eps, self.fp8 = weight_H, eps, fp8
+        self.fused = fp8 is not None and fp8.recipe.activation_tile == "1x128"
+
+    def forward(self, x_NH: Tensor) -> Normed:
+        x, weight_H = x_NH.detach(), self.weight.detach()
+        rows = None
+        if self.fp8 is not None and self.fused:
+            rows, normed_NH, inverse_N1 = fused.rmsnorm_rows(x, weight_H, self.eps, self.fp8.recipe.scales)
+        else:
+            normed_NH, inverse_N1 = normalise(x, weight_H, self.eps)
+            if self.fp8 is not None:
+                rows = self.fp8.rows(normed_NH)
+        return Normed(_RMSNorm.apply(x_NH, self.weight, normed_NH, inverse_N1), rows)
+
+    def again(self, x_NH: Tensor) -> Tensor:
+        """The output to the bit, for a backward that wants it anew: without a gradient, and without the cast."""
+        norm = fused.rmsnorm if self.fused else normalise
+        return norm(x_NH.detach(), self.weight.detach(), self.eps)[0]
+
+
+def through_norm(norm: RMSNorm, x_NH: Tensor, use: Callable[[Normed], R], again: bool) -> R:
+    """use(norm(x)). With `again` the backward keeps no copy of the normed x and makes it anew: see `through`."""
+    normed_NH, rows = norm(x_NH)
+    return through(lambda: (normed_NH,), lambda made_NH: use(Normed(made_NH, rows)), again, lambda: (norm.again(x_NH),))
