@@ -13,8 +13,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from torch import Tensor
-
 from dryvine.comm.mesh import Mesh
 from dryvine.parallel.executor import Played
 from dryvine.parallel.zero import Zero
@@ -87,22 +85,14 @@ def enough(skips: Sequence[Skipped]) -> str:
 
 
 def _own(played: Played, zero: Zero) -> Blame:
-    parameters = [
-        (name, parameter)
-        for bucket in zero.buckets
-        for name, parameter in zip(bucket.names, bucket.parameters, strict=True)
-    ]
+    members = [member for bucket in zero.buckets for member in bucket.members]
     losses = {
         name: [m for m, loss in zip(played.microbatches[name], of, strict=True) if not bool(loss.isfinite())]
         for name, of in played.losses.items()
     }
     said = [f"{name} of microbatches {' '.join(map(str, bad))}" for name, bad in losses.items() if bad]
-    grads = culprits((name, _main_grad(parameter)) for name, parameter in parameters)
-    return Blame(culprits((name, p.detach()) for name, p in parameters), said, grads, [])
-
-
-def _main_grad(parameter: Tensor) -> Tensor:
-    return parameter.main_grad  # type: ignore[attr-defined]
+    grads = culprits((member.name, member.grad) for member in members)
+    return Blame(culprits((member.name, member.parameter.detach()) for member in members), said, grads, [])
 
 
 def _ask(mesh: Mesh, own: Blame) -> dict[int, Blame]:

@@ -54,7 +54,7 @@ class Optimizer:
         """Clip by the global norm, in the pass that unscales, and step the masters. Publishing is the caller's."""
         clip = min(1.0, self.config.clip / (norm + 1e-6))
         for bucket in self.zero.buckets:
-            bucket.shard.mul_(clip / scale)
+            bucket.grad_shard.mul_(clip / scale)
         if self.ema:
             self.ema.before_update()
         for matrix in (True, False):
@@ -92,11 +92,11 @@ class Optimizer:
         """(parameter, first element) -> master, exp_avg, exp_avg_sq and step of each piece, and ema if there is one;
         live tensors."""
         averages = self.ema.averages if self.ema else [None] * len(self.zero.buckets)
-        places = ((span, average) for b, average in zip(self.zero.buckets, averages, strict=True) for span in b.spans())
+        averaged = (a for b, a in zip(self.zero.buckets, averages, strict=True) for _ in b.pieces())  # a bucket's
         return {
             (p.name, p.start): {"master": p.master, "exp_avg": m.exp_avg, "exp_avg_sq": m.exp_avg_sq, "step": self.step}
-            | ({} if average is None else {"ema": average[span.inside]})
-            for p, m, (span, average) in zip(self.pieces, self.moments, places, strict=True)
+            | ({} if average is None else {"ema": average[p.in_shard]})
+            for p, m, average in zip(self.pieces, self.moments, averaged, strict=True)
         }
 
 
