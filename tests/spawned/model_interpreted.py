@@ -66,9 +66,14 @@ def same(one: Tensor, other: Tensor) -> None:
     assert torch.equal(one, other), f"{int((one != other).sum())} of {one.numel()} differ"
 
 
+def by_head(inputs: list[Tensor], size: Size) -> tuple[Tensor, Tensor, Tensor]:
+    q, kv, k_rope = inputs
+    return q.unflatten(1, (size.heads, -1)), kv.unflatten(1, (size.heads, -1)), k_rope
+
+
 def defined(inputs: list[Tensor], table: Any, size: Size) -> list[Tensor]:
     """The definition, without the padding of values."""
-    q, k, v = assemble.reference(*inputs, table, size.sequences, size.heads)
+    q, k, v = assemble.reference(*by_head(inputs, size), table)
     return [q, k, v[..., : size.v]]
 
 
@@ -79,7 +84,7 @@ def test_heads_have_the_definitions_bits(size: Size, dtype: torch.dtype) -> None
     theirs = defined(inputs, table, size)
     q, kv, _ = inputs
     place = q.data_ptr()
-    ours = assemble.kernel(*inputs, table, size.sequences, size.heads)
+    ours = assemble.kernel(*by_head(inputs, size), table)
     for one, other in zip(ours, theirs, strict=True):
         same(one, other)
     assert ours[0].data_ptr() == place, "rotated in place"
@@ -103,7 +108,7 @@ def test_gradients_of_heads(size: Size, dtype: torch.dtype, dense: bool) -> None
         turned = given[1].transpose(2, 3).contiguous().transpose(2, 3)
         given = [given[0].transpose(1, 2).contiguous().transpose(1, 2), turned, given[2]]
     kept = [t.clone() for t in given]
-    dq, dkv, dk_rope = gradients(inputs, assemble.kernel(*inputs, table, size.sequences, size.heads), given)
+    dq, dkv, dk_rope = gradients(inputs, assemble.kernel(*by_head(inputs, size), table), given)
     for one, other in zip(given, kept, strict=True):
         same(one, other)
     inputs, _ = latents(size, dtype)
@@ -136,11 +141,12 @@ def test_heads_between_slices_and_a_core_that_drops_them() -> None:
     size, found = SIZES[1], []
     for again in (False, True, None):
         inputs, table = latents(size, torch.float32)
-        way = (lambda *a: tuple(defined(list(a[:3]), a[3], size))) if again is None else assemble.kernel
+        way = assemble.reference if again is None else assemble.kernel
 
         def make(way: Any = way, inputs: list[Tensor] = inputs, table: Any = table) -> Any:
             q, kv, k_rope = inputs
-            return way(_Slice.apply(q), _Slice.apply(kv), k_rope, table, size.sequences, size.heads)
+            q, k, v = way(*by_head([_Slice.apply(q), _Slice.apply(kv), k_rope], size), table)
+            return q, k, v[..., : size.v]
 
         def core(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return torch.softmax(q @ k.transpose(2, 3), -1) @ v
@@ -175,7 +181,7 @@ def test_whoever_saved_q_is_told_that_it_was_written_over() -> None:
     inputs, table = latents(SIZES[0], torch.float32)
     q = inputs[0] * 1.0
     square = q.square().sum()
-    assemble.kernel(q, *inputs[1:], table, SIZES[0].sequences, SIZES[0].heads)
+    assemble.kernel(*by_head([q, *inputs[1:]], SIZES[0]), table)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         square.backward()
 

@@ -97,7 +97,8 @@ def test_heads_have_the_bits_of_torch(sizes: tuple[int, ...], dtype: torch.dtype
     given = [torch.randn(sequences, many, length, w, device="cuda").to(dtype) for w in (nope + rope, nope + rope, v)]
     found = []
     for way in (qkv.assemble.reference, qkv.assemble):
-        made = way(inputs[0].clone(), *inputs[1:], table, sequences, many)
+        by_head = [t.unflatten(1, (many, -1)) for t in (inputs[0].clone(), inputs[1])]
+        made = way(*by_head, inputs[2], table)
         outputs = [*made[:2], made[2][..., :v]]  # values may be padded
         found.append([*outputs, *torch.autograd.grad(outputs, inputs, given)])
     for theirs, ours in zip(*(each[:5] for each in found), strict=True):

@@ -1,7 +1,8 @@
-"""The gate: from a token to its experts, their weights, and the loss of an unbalanced sequence.
+"""The gate: which experts a token goes to, with which weights, and the loss of an unbalanced sequence.
 
-Balance is kept by a bias that only choosing sees (arXiv 2412.19437, section 2.1.2), so no large auxiliary loss bends
-the gradient; the small sequence-wise loss guards against a single skewed sequence.
+Balance is kept by a bias that is added for the choice alone (arXiv 2412.19437, section 2.1.2) and moved after each step
+by the load of the global batch; so no large auxiliary loss bends the gradient, and the small sequence-wise loss guards
+against a single skewed sequence.
 
 In torch, forward and backward are 30 operators, with the loss 50, which take a GPU longer to start than to run; there
 `route` is one kernel each way, and three small launches more for the loss (kernels/gate.py).
@@ -19,14 +20,14 @@ from dryvine.trainer.model.linear import linear_to_fp32
 from dryvine.trainer.model.shape import Shape
 from dryvine.trainer.model.spec import Spec
 
-Choice = tuple[Tensor, Tensor, Tensor | None]
+Choice = tuple[Tensor, Tensor, Tensor | None]  # weights, experts, balance loss
 
 
 class Gate(nn.Module):
-    """FP32 logits, and the choice by them. `bias` is state, not weight; `load` counts choices since a reset."""
+    """FP32 logits, and the choice by them."""
 
-    bias: Tensor
-    load: Tensor
+    bias: Tensor  # FP32 [E]: state, but not trained by gradients
+    load: Tensor  # int64 [E]: how often each expert was chosen since a reset
 
     def __init__(self, spec: Spec) -> None:
         super().__init__()
@@ -40,13 +41,13 @@ class Gate(nn.Module):
         return linear_to_fp32(x_NH, self.weight)
 
     def choose(self, logits_NE: Tensor, sequences: int, count: bool) -> Choice:
-        """-> weights FP32 [N, K], experts int64 [N, K], and the balance loss, as `route` has them."""
+        """What `route` returns; `count`: choices add to `load`."""
         return route(logits_NE, self.bias, self.shape, sequences, self.load if count else None)
 
 
 @torch.no_grad()
 def move_bias(bias_E: Tensor, load_E: Tensor, gamma: float) -> None:
-    """Down by gamma where an expert's load of the global batch is above the mean, else up by gamma."""
+    """Lower the bias by gamma where an expert's load of the global batch is above the mean, else raise it by gamma."""
     above = load_E.double() > load_E.double().mean()
     bias_E += torch.where(above, -gamma, gamma).to(bias_E)
 
@@ -56,7 +57,7 @@ def route(logits_NE: Tensor, bias_E: Tensor, shape: Shape, sequences: int, load_
     """FP32 logits -> weights FP32 [N, K], experts int64 [N, K] by falling score + bias within the best groups, and the
     balance loss (None where shape.balance_alpha is 0). Adds to `load`, int64, how often each expert was chosen.
 
-    Of equal experts CUDA takes the first; a CPU's topk promises nothing. A score that is NaN passes for the highest.
+    Of equal experts a GPU takes the first; a CPU's topk promises nothing. A score that is NaN counts as the highest.
     """
     scores_NE = logits_NE.sigmoid() if shape.score == "sigmoid" else logits_NE.softmax(-1)
     experts_NK = choose(scores_NE.detach(), bias_E, shape)
@@ -76,9 +77,10 @@ def choose(scores_NE: Tensor, bias_E: Tensor, shape: Shape) -> Tensor:
     biased_NE = scores_NE + bias_E
     if shape.groups > 1:
         biased_NGe = biased_NE.unflatten(1, (shape.groups, -1))
-        kept = biased_NGe.topk(shape.ranked_by, -1).values.sum(-1).topk(shape.group_limit, -1).indices
-        barred = torch.ones(biased_NGe.shape[:2], dtype=torch.bool, device=kept.device).scatter_(1, kept, False)
-        biased_NE = biased_NGe.masked_fill(barred.unsqueeze(-1), float("-inf")).flatten(1)
+        ranks_NG = biased_NGe.topk(shape.ranked_by, -1).values.sum(-1)
+        best = ranks_NG.topk(shape.group_limit, -1).indices
+        barred_NG = torch.ones_like(ranks_NG, dtype=torch.bool).scatter_(1, best, False)
+        biased_NE = biased_NGe.masked_fill(barred_NG.unsqueeze(-1), float("-inf")).flatten(1)
     return biased_NE.topk(shape.top_k, -1).indices
 
 
@@ -87,6 +89,7 @@ def balance_loss(scores_NE: Tensor, sequences: int, shape: Shape) -> Tensor:
 
     sum_i f_i P_i is the mean over tokens of (f . s) / (1 . s), which keeps no normalised copy of the scores.
     """
+    # f, FP32 [S, E]: how often each expert is among a token's K best, over what an even choice would give.
     scores_STE = scores_NE.unflatten(0, (sequences, -1))
     best_SC = scores_STE.detach().topk(shape.top_k, -1).indices.flatten(1)
     share_SE = scores_STE.new_zeros(sequences, shape.routed).scatter_add_(

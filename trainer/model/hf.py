@@ -1,13 +1,13 @@
 """Names and layouts of released DeepSeek checkpoints, both ways, and the config.json that goes with them.
 
-One table says where each of our tensors lies in theirs; reading and writing walk it in two directions, so they cannot
-disagree. Theirs has a matrix per projection and expert; ours stacks gate over up, and all experts.
+One table maps each of our tensors to theirs; reading and writing walk it in opposite directions, so they cannot
+disagree. Theirs has a matrix for each projection and expert; ours stacks gate over up, and all experts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from dryvine.trainer.model.shape import Shape, blocks
 
 
 class Source(NamedTuple):
-    """A tensor of ours is the concatenation (dim 0) of theirs in each group, stacked over the groups if `stacked`."""
+    """Theirs of a group, concatenated along dim 0, are a tensor of ours; with `stacked`, one slice of it."""
 
     groups: tuple[tuple[str, ...], ...]
     stacked: bool = False
@@ -38,6 +38,7 @@ def sources(shape: Shape) -> dict[str, Source]:
 
 def from_hf(state: Mapping[str, Tensor], shape: Shape) -> dict[str, Tensor]:
     """Whole tensors by global name, as `Model.load` takes them. Raises ValueError naming a tensor that is missing."""
+    # V2 has no biases: its gates choose by the scores alone.
     biases = {} if shape.score == "sigmoid" else {name: torch.zeros(shape.routed) for name in _biases(shape)}
     return biases | {name: _join(name, source, state) for name, source in sources(shape).items()}
 
@@ -56,33 +57,71 @@ def to_hf(state: Mapping[str, Tensor], shape: Shape) -> dict[str, Tensor]:
     return theirs
 
 
-def config_json(shape: Shape) -> dict[str, Any]:
-    """What `DeepseekV3Config` (sigmoid scores) or `DeepseekV2Config` (softmax) of transformers is made from."""
-    s, v3 = shape, shape.score == "sigmoid"
-    rope: dict[str, Any] = {"rope_theta": s.rope_theta, "rope_type": "default"}
-    if s.yarn:
-        rope |= s.yarn.model_dump(include={"factor", "mscale", "mscale_all_dim"}) | {
-            "rope_type": "yarn", "beta_fast": s.yarn.beta, "beta_slow": s.yarn.alpha,
-            "original_max_position_embeddings": s.yarn.original,
-        }  # fmt: skip
-    own = (
-        {"num_nextn_predict_layers": s.mtp_depth, "scoring_func": "sigmoid", "topk_method": "noaux_tc"}
-        if v3
-        else {"scoring_func": "softmax", "topk_method": "group_limited_greedy" if s.groups > 1 else "greedy"}
-    )
-    return own | {
-        "model_type": "deepseek_v3" if v3 else "deepseek_v2",
-        "architectures": ["DeepseekV3ForCausalLM" if v3 else "DeepseekV2ForCausalLM"],
-        "vocab_size": s.vocab, "hidden_size": s.hidden, "intermediate_size": s.ffn,
-        "moe_intermediate_size": s.expert_ffn, "num_hidden_layers": s.layers, "first_k_dense_replace": s.first_dense,
-        "num_attention_heads": s.heads, "num_key_value_heads": s.heads, "q_lora_rank": s.q_lora,
-        "kv_lora_rank": s.kv_lora, "qk_nope_head_dim": s.nope_dim, "qk_rope_head_dim": s.rope_dim,
-        "v_head_dim": s.v_dim, "n_routed_experts": s.routed, "n_shared_experts": s.shared,
-        "num_experts_per_tok": s.top_k, "n_group": s.groups, "topk_group": s.group_limit,
-        "norm_topk_prob": s.normalise, "routed_scaling_factor": s.route_scale, "rms_norm_eps": s.norm_eps,
-        "max_position_embeddings": s.max_position, "initializer_range": s.init_std, "rope_parameters": rope,
-        "tie_word_embeddings": False,
-    }  # fmt: skip
+# config.json's name of what a Shape holds under another.
+CONFIG_NAMES = {
+    "vocab_size": "vocab",
+    "hidden_size": "hidden",
+    "intermediate_size": "ffn",
+    "moe_intermediate_size": "expert_ffn",
+    "num_hidden_layers": "layers",
+    "first_k_dense_replace": "first_dense",
+    "num_attention_heads": "heads",
+    "num_key_value_heads": "heads",
+    "q_lora_rank": "q_lora",
+    "kv_lora_rank": "kv_lora",
+    "qk_nope_head_dim": "nope_dim",
+    "qk_rope_head_dim": "rope_dim",
+    "v_head_dim": "v_dim",
+    "n_routed_experts": "routed",
+    "n_shared_experts": "shared",
+    "num_experts_per_tok": "top_k",
+    "n_group": "groups",
+    "topk_group": "group_limit",
+    "norm_topk_prob": "normalise",
+    "routed_scaling_factor": "route_scale",
+    "rms_norm_eps": "norm_eps",
+    "max_position_embeddings": "max_position",
+    "initializer_range": "init_std",
+}
+
+
+def config_json(shape: Shape) -> dict[str, object]:
+    """For transformers' `DeepseekV3Config` (sigmoid scores) or `DeepseekV2Config` (softmax)."""
+    shared = {theirs: getattr(shape, ours) for theirs, ours in CONFIG_NAMES.items()}
+    return shared | _kind(shape) | {"rope_parameters": _rope_parameters(shape), "tie_word_embeddings": False}
+
+
+def _kind(shape: Shape) -> dict[str, object]:
+    """What only one of the two architectures has, or names its own way."""
+    if shape.score == "sigmoid":
+        return {
+            "model_type": "deepseek_v3",
+            "architectures": ["DeepseekV3ForCausalLM"],
+            "num_nextn_predict_layers": shape.mtp_depth,
+            "scoring_func": "sigmoid",
+            "topk_method": "noaux_tc",
+        }
+    return {
+        "model_type": "deepseek_v2",
+        "architectures": ["DeepseekV2ForCausalLM"],
+        "scoring_func": "softmax",
+        "topk_method": "group_limited_greedy" if shape.groups > 1 else "greedy",
+    }
+
+
+def _rope_parameters(shape: Shape) -> dict[str, object]:
+    if shape.yarn is None:
+        return {"rope_theta": shape.rope_theta, "rope_type": "default"}
+    return {
+        "rope_theta": shape.rope_theta,
+        "rope_type": "yarn",
+        "factor": shape.yarn.factor,
+        "mscale": shape.yarn.mscale,
+        "mscale_all_dim": shape.yarn.mscale_all_dim,
+        "beta_fast": shape.yarn.beta,
+        "beta_slow": shape.yarn.alpha,
+        "original_max_position_embeddings": shape.yarn.original,
+    }
 
 
 def _biases(shape: Shape) -> Iterator[str]:

@@ -1,7 +1,8 @@
 """Initial weights that do not depend on the layout: each tensor, and each expert, has a random stream of its own.
 
-The stream's seed is a hash of (seed, global name, expert number), drawn on the CPU in FP32 and rounded once. One stream
-per rank, or for a stack of experts, would give another model for every mesh, and no two layouts could be compared.
+A stream is seeded by a hash of (seed, global name, expert number); numbers are drawn on the CPU in FP32 and rounded
+once. One stream for each rank, or for a stack of experts, would make another model on every mesh, and no two layouts
+could be compared.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 from dryvine.trainer.tensors.weight import Weight
 
 
-def stream(seed: int, name: str, expert: int | None = None) -> torch.Generator:
+def _stream(seed: int, name: str, expert: int | None = None) -> torch.Generator:
     digest = hashlib.blake2b(f"{seed}/{name}/{expert}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest) >> 1)
 
@@ -26,9 +27,9 @@ def initialise(name: str, weight: Weight, seed: int, std: float, first_expert: i
         weight.fill_(1)
     elif weight.expert:
         for number, one in enumerate(weight, first_expert):
-            one.copy_(_normal(one, std, stream(seed, name, number)))
+            one.copy_(_normal(one, std, _stream(seed, name, number)))
     else:
-        weight.copy_(_normal(weight, std, stream(seed, name)))
+        weight.copy_(_normal(weight, std, _stream(seed, name)))
 
 
 def _normal(like: Tensor, std: float, generator: torch.Generator) -> Tensor:

@@ -59,7 +59,7 @@ class MLA(nn.Module):
         c, k_rope = kv_latent.split((s.kv_lora, s.rope_dim), -1)
         q, kv = self._queries(q_latent), self._normed(self.kv_norm, c, self.kv_b)
         table = self.rope.table(len(q) // sequences, q.device)
-        return assemble(q, kv, k_rope, table, sequences, s.heads)
+        return assemble(q.unflatten(1, (s.heads, -1)), kv.unflatten(1, (s.heads, -1)), k_rope, table)
 
     def _queries(self, q_latent: Tensor) -> Tensor:
         """A tensor of its own, for `assemble` to write over: a latent may be asked for again by recompute."""

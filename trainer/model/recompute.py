@@ -1,9 +1,9 @@
-"""Recompute as a way of saving: what a cheap function made is not kept for the backward but made again when asked for.
+"""Recompute of single tensors: the output of a cheap function is not kept for the backward but computed again in it.
 
-`torch.utils.checkpoint` drops everything between its borders and reruns it all. To be rid of a norm's output it must
-enclose the Linear that saved it, and for the outputs of the MLA up-projections the attention core, so that a GEMM and
-an attention run twice for nothing. Here only the tensors named are dropped: while `use` runs, whoever saves one of them
-saves its number instead, and the first that unpacks it calls `make` again (DeepSeek-V3, section 3.2.3).
+`torch.utils.checkpoint` drops everything between its borders and reruns it all. To drop a norm's output it must enclose
+the Linear that saved it, and for the outputs of the MLA up-projections the attention core, so that a GEMM and an
+attention run twice for nothing. Here only the tensors named are dropped: while `use` runs, an operator that saves one
+of them saves its number instead, and the first that unpacks it calls `make` again (DeepSeek-V3, section 3.2.3).
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ Identity = tuple[int, torch.Size, tuple[int, ...], torch.dtype]
 
 
 def _identity(tensor: Tensor) -> Identity:
-    """Autograd hands a fresh alias of a saved tensor, so it is known by its memory, which is live while `use` runs."""
+    """Autograd packs a fresh alias of a tensor, which is therefore known by its memory, live while `use` runs."""
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 class _Remaker:
-    """Hooks of one `through`. It lives, and keeps what it made again, until the last backward that unpacks from it."""
+    """Hooks of one `through`. The graph holds it, and what it made again, until the last backward that unpacks."""
 
     def __init__(self, make: Make, made: tuple[Tensor, ...]) -> None:
         self.make = make
@@ -45,10 +45,10 @@ class _Remaker:
 
 
 def through(make: Make, use: Callable[..., R], again: bool, remake: Make | None = None) -> R:
-    """use(*make()); with `again`, what `use` saves of make's tensors is made anew in the backward, to the same bits.
+    """use(*make()); with `again`, what `use` saves of make's tensors is recomputed in the backward, to the same bits.
 
-    `make` must be pure and hold (in its closure) only what the backward keeps anyway. `remake` gives the same tensors
-    where `make` does more than that.
+    `make` must be pure and hold in its closure only what the backward keeps anyway. `remake` returns the same tensors,
+    for a `make` that does more than that.
     """
     made = make()
     if not (again and torch.is_grad_enabled()):

@@ -1,7 +1,7 @@
-"""Rotary positions on the decoupled rope dimensions, with YaRN when the context is extended.
+"""Rotary positions on the decoupled rope dimensions, with YaRN (arXiv 2309.00071) when the context is extended.
 
-Released DeepSeek weights turn neighbouring pairs (0,1), (2,3), ...; the result is laid out as all first members, then
-all second ones. Queries and keys share that layout, so scores are those of the official code without a copy back.
+Released DeepSeek weights rotate neighbouring pairs (0,1), (2,3), ...; the result is laid out as all first members, then
+all second ones. Queries and keys share that layout, so scores are those of the official code, and no copy back is due.
 
 Legend: S sequences, T positions, D rope dimensions.
 """
@@ -17,7 +17,7 @@ from dryvine.trainer.model.shape import Shape, Yarn
 
 
 class Rope:
-    """Angles of a shape. Tables are FP32, made once per length and device, and shared by all layers of a rank."""
+    """The angles of a model. Tables are FP32, made once for each length and device, for all layers of a rank."""
 
     def __init__(self, shape: Shape) -> None:
         self.frequencies = frequencies(shape.rope_dim, shape.rope_theta, shape.yarn)
@@ -36,7 +36,7 @@ class Rope:
 
 
 def rotate(x_STHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair of the last dimension by its position's angle, in FP32."""
+    """Rotate each pair of the last dimension by its position's angle: in FP32, rounded once to x's dtype."""
     a, b = x_STHD.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x_STHD.dtype)
 
@@ -46,6 +46,8 @@ def frequencies(dim: int, theta: float, yarn: Yarn | None) -> Tensor:
     plain = theta ** -(torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     if yarn is None:
         return plain
+    # Pairs before `first` turn often enough within the original context and stay; those after `last` are slowed by
+    # the whole factor. dim - 1, not dim / 2 - 1, is what the official code has.
     low, high = (_pair_that_turns(turns, dim, theta, yarn.original) for turns in (yarn.beta, yarn.alpha))
     first, last = max(math.floor(low), 0), min(math.ceil(high), dim - 1)
     ramp = (torch.arange(dim // 2, dtype=torch.float32) - first) / max(last - first, 0.001)
@@ -59,10 +61,12 @@ def _pair_that_turns(turns: float, dim: int, theta: float, length: int) -> float
 
 
 def _mscale(factor: float, weight: float) -> float:
+    """m(weight) of YaRN: how much attention sharpens in a context that is `factor` times as long."""
     return 0.1 * weight * math.log(factor) + 1.0
 
 
 def rotation_scale(yarn: Yarn | None) -> float:
+    """What rotated parts are multiplied by."""
     return 1.0 if yarn is None else _mscale(yarn.factor, yarn.mscale) / _mscale(yarn.factor, yarn.mscale_all_dim)
 
 

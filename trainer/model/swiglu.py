@@ -1,4 +1,4 @@
-"""SwiGLU that keeps its input only, and takes an expert's routing weight on the way.
+"""SwiGLU that keeps its input only, and multiplies an expert's rows by their routing weights.
 
 Plain autograd would keep the two halves, the sigmoid and the product. Weighting here, before the down projection, is
 the same in real arithmetic as weighting the expert's output, and leaves the combine a plain sum of rows. On a GPU
@@ -33,7 +33,7 @@ def swiglu_forward(gate_up_N2F: Tensor, weights_N: Tensor | None) -> Tensor:
 
 @kernel_in(KERNELS)
 def swiglu_backward(dy_NF: Tensor, gate_up_N2F: Tensor, weights_N: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """-> d gate_up and d weights, each in the dtype of what it is the gradient of."""
+    """-> gradients of gate_up [N, 2F] and of the weights [N], each in the dtype of its tensor."""
     gate, up = gate_up_N2F.float().chunk(2, -1)
     dy = dy_NF.float()
     sigmoid = torch.sigmoid(gate)

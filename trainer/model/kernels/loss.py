@@ -1,4 +1,4 @@
-"""The two functions of model/loss.py on CUDA: a program takes a row of logits, which is read once forward and read and
+"""The two functions of model/loss.py on a GPU: a program takes a row of logits, which is read once forward and read and
 written once backward. In torch it is a dozen passes over FP32 slices. Legend as in model/loss.py.
 """
 
@@ -13,27 +13,32 @@ BLOCK = 4096  # columns at a time
 @triton.jit
 def logsumexp_kernel(logits, norms, V, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    most = tl.full([BLOCK], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)  # of e^(x - most), each lane for itself
+    # Online softmax, for each of BLOCK columns by itself: the greatest x so far, and the sum of e^(x - greatest).
+    greatest = tl.full([BLOCK], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
     for first in range(0, V, BLOCK):
         c = first + tl.arange(0, BLOCK)
         x = tl.load(logits + row * V + c, mask=c < V, other=float("-inf")).to(tl.float32)
-        higher = tl.maximum(most, x)
-        shift = tl.where(higher == float("-inf"), 0.0, higher)  # a lane that has seen nothing yet
-        total = total * tl.exp(most - shift) + tl.exp(x - shift)
-        most = higher
-    top = tl.max(most, 0)
-    tl.store(norms + row, top + tl.log(tl.sum(total * tl.exp(most - top), 0)))
+        higher = tl.maximum(greatest, x)
+        # A column that has seen only -inf would make NaN of -inf - -inf.
+        shift = tl.where(higher == float("-inf"), 0.0, higher)
+        total = total * tl.exp(greatest - shift) + tl.exp(x - shift)
+        greatest = higher
+    # Bring the columns' sums to one greatest, and add them up.
+    top = tl.max(greatest, 0)
+    tl.store(norms + row, top + tl.log(tl.sum(total * tl.exp(greatest - top), 0)))
 
 
 @triton.jit
 def logits_gradient_kernel(logits, targets, norms, dloss, N, V, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     target, norm = tl.load(targets + row), tl.load(norms + row)
+    # The loss is a mean over N rows.
     scale = tl.load(dloss) / N
     for first in range(0, V, BLOCK):
         c = first + tl.arange(0, BLOCK)
         x = tl.load(logits + row * V + c, mask=c < V, other=0.0).to(tl.float32)
+        # softmax - one-hot, written over the logits.
         grad = (tl.exp(x - norm) - tl.where(c == target, 1.0, 0.0)) * scale
         tl.store(logits + row * V + c, grad.to(logits.dtype.element_ty), mask=c < V)
 
