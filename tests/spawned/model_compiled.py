@@ -69,7 +69,7 @@ def gates(shape: Shape) -> Any:
     balanced, chosen = shape.balance_alpha > 0, shape.sparse_gate
     types = typed("*fp32", *REALS) | typed("fp32", "scale", "share")
     types |= {"experts": "*i64", "load": "*i64", "tallies": "*i32", "T": "i32"}
-    known = gate.tile(shape) | gate.ways(shape) | {"BALANCED": balanced} | ({"T": 1} if shape.routed == 1 else {})
+    known = gate.tile(shape) | gate.weighing(shape) | {"BALANCED": balanced} | ({"T": 1} if shape.routed == 1 else {})
     missing: dict[str, Any] = {} if chosen else {"chosen": None}
     more = {"KEEP": chosen, "COUNT": True, "BEST": shape.ranked_by, "LIMIT": shape.group_limit}
     missing |= {} if balanced else {"tallies": None}

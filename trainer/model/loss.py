@@ -9,7 +9,6 @@ Legend: N tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from dryvine.comm.by_device import kernel_in
+from dryvine.trainer.tensors.context import Context
 
 KERNELS = "dryvine.trainer.model.kernels.loss"
 SLICE_ELEMENTS = 1 << 26  # 256 MiB of FP32
@@ -46,7 +46,7 @@ def logits_to_gradient(logits_NV: Tensor, targets_N: Tensor, norms_N: Tensor, dl
 
 class _CrossEntropy(Function):
     @staticmethod
-    def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+    def forward(ctx: Context, logits_NV: Tensor, targets_N: Tensor) -> Tensor:
         norm_N = log_sum_exp(logits_NV)
         ctx.save_for_backward(logits_NV, targets_N, norm_N)
         hit_N = logits_NV.gather(1, targets_N.unsqueeze(1)).squeeze(1).float()
@@ -54,7 +54,7 @@ class _CrossEntropy(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Context, dloss: Tensor) -> tuple[Tensor, None]:
         logits_NV, targets_N, norm_N = ctx.saved_tensors
         logits_to_gradient(logits_NV, targets_N, norm_N, dloss)
         return logits_NV, None

@@ -9,14 +9,13 @@ Legend: N tokens or rows, F width of the FFN.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from dryvine.comm.by_device import kernel_in
+from dryvine.trainer.tensors.context import Context
 
 KERNELS = "dryvine.trainer.model.kernels.swiglu"
 
@@ -48,13 +47,13 @@ def swiglu_backward(dy_NF: Tensor, gate_up_N2F: Tensor, weights_N: Tensor | None
 
 class _SwiGLU(Function):
     @staticmethod
-    def forward(ctx: Any, gate_up_N2F: Tensor, weights_N: Tensor | None) -> Tensor:
+    def forward(ctx: Context, gate_up_N2F: Tensor, weights_N: Tensor | None) -> Tensor:
         ctx.save_for_backward(gate_up_N2F, weights_N)
         return swiglu_forward(gate_up_N2F, weights_N)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy_NF: Tensor) -> tuple[Tensor, Tensor | None]:
+    def backward(ctx: Context, dy_NF: Tensor) -> tuple[Tensor, Tensor | None]:
         return swiglu_backward(dy_NF, *ctx.saved_tensors)
 
 

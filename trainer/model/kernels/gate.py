@@ -10,7 +10,7 @@ Legend as in model/gate.py; M experts of a group. A tile has a column c = g * M2
 next powers of two, and the columns between are kept at -inf.
 """
 
-from typing import Any
+from typing import Protocol
 
 import torch
 import triton
@@ -20,7 +20,9 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from triton.runtime.jit import JITFunction
 
+from dryvine.comm.integers import ceil_div
 from dryvine.trainer.model.shape import Shape
+from dryvine.trainer.tensors.context import Context
 
 # Tokens of a program, if registers allow: so many that their columns together are at most TILE, 32 a thread.
 ROWS = 4
@@ -209,14 +211,14 @@ def gate_backward_kernel(dweights, dloss, logits, chosen, experts, tallies, dlog
 
 
 def tile(shape: Shape) -> dict[str, int]:
-    """The constants that say how experts lie in a tile."""
+    """Constants of all three kernels: how experts lie in a tile."""
     in_group = shape.routed // shape.groups
     g2, m2 = triton.next_power_of_2(shape.groups), triton.next_power_of_2(in_group)
     return {"G": shape.groups, "M": in_group, "G2": g2, "M2": m2, "ROWS": max(1, min(ROWS, TILE // (g2 * m2)))}
 
 
-def ways(shape: Shape) -> dict[str, int | bool]:
-    """The constants of forward and backward that say how choices are weighed."""
+def weighing(shape: Shape) -> dict[str, int | bool]:
+    """Constants of forward and backward: how choices are weighed."""
     return {
         "K": shape.top_k,
         "K2": triton.next_power_of_2(shape.top_k),
@@ -225,29 +227,53 @@ def ways(shape: Shape) -> dict[str, int | bool]:
     }
 
 
+class _Launch:
+    """What the launches of one call have in common. An argument that a kernel does not use may be None."""
+
+    def __init__(self, shape: Shape, tokens: int, sequences: int) -> None:
+        self.shape, self.sequences, self.length = shape, sequences, tokens // sequences
+        # alpha * mean of (f . s) / (1 . s), f = E / (K T) * tallies, is a sum of share * (tallies . s) / (1 . s)
+        self.share = shape.balance_alpha * shape.routed / (shape.top_k * self.length * tokens) if tokens else 0.0
+
+    def __call__(self, kernel: JITFunction, *args: Tensor | float | None, **constants: int) -> None:
+        sizes = tile(self.shape)
+        if self.length:
+            grid = (self.sequences * ceil_div(self.length, sizes["ROWS"]),)
+            kernel[grid](*args, **sizes, **constants, num_warps=1)
+
+    def balance_loss(self, logits: Tensor, tallies: Tensor) -> Tensor:
+        terms = logits.new_empty(len(logits))
+        sigmoid = self.shape.score == "sigmoid"
+        self(balance_kernel, logits, tallies, terms, self.length, self.share, SIGMOID=sigmoid)
+        return terms.sum()
+
+
+class _RouteContext(Context, Protocol):
+    launch: _Launch
+
+    def mark_non_differentiable(self, *tensors: Tensor) -> None: ...
+
+    def set_materialize_grads(self, value: bool) -> None: ...
+
+
 class _Route(Function):
     @staticmethod
     def forward(
-        ctx: Any, logits_NE: Tensor, bias_E: Tensor, shape: Shape, sequences: int, load_E: Tensor | None
+        ctx: _RouteContext, logits_NE: Tensor, bias_E: Tensor, shape: Shape, sequences: int, load_E: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         logits, size, sparse = logits_NE.contiguous(), (len(logits_NE), shape.top_k), shape.sparse_gate
         weights, experts = logits.new_empty(size), logits.new_empty(size, dtype=torch.int64)
         chosen = logits.new_empty(size) if sparse else None
-        tallies = loss = None
+        tallies = None
         if shape.balance_alpha:
             tallies = torch.zeros(sequences, shape.routed, dtype=torch.int32, device=logits.device)
         launch = _Launch(shape, len(logits), sequences)
         launch(
             gate_kernel, logits, bias_E, weights, experts, chosen, load_E, tallies, launch.length, shape.route_scale,
-            **ways(shape), BALANCED=tallies is not None, KEEP=sparse, COUNT=load_E is not None, BEST=shape.ranked_by,
-            LIMIT=shape.group_limit,
+            **weighing(shape), BALANCED=tallies is not None, KEEP=sparse, COUNT=load_E is not None,
+            BEST=shape.ranked_by, LIMIT=shape.group_limit,
         )  # fmt: skip
-        if tallies is not None:
-            terms = logits.new_empty(len(logits))
-            launch(
-                balance_kernel, logits, tallies, terms, launch.length, launch.share, SIGMOID=shape.score == "sigmoid"
-            )
-            loss = terms.sum()
+        loss = None if tallies is None else launch.balance_loss(logits, tallies)
         ctx.save_for_backward(None if sparse else logits, chosen, experts, tallies)
         ctx.launch = launch
         ctx.mark_non_differentiable(experts)
@@ -257,31 +283,17 @@ class _Route(Function):
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, dweights_NK: Tensor | None, _: None, dloss: Tensor | None
+        ctx: _RouteContext, dweights_NK: Tensor | None, _: None, dloss: Tensor | None
     ) -> tuple[Tensor, None, None, None, None]:
         logits, chosen, experts, tallies = ctx.saved_tensors
         launch, shape = ctx.launch, ctx.launch.shape
         dlogits = torch.empty(len(experts), shape.routed, dtype=torch.float32, device=experts.device)
         launch(
             gate_backward_kernel, None if dweights_NK is None else dweights_NK.contiguous(), dloss, logits, chosen,
-            experts, tallies, dlogits, launch.length, shape.route_scale, launch.share, **ways(shape),
+            experts, tallies, dlogits, launch.length, shape.route_scale, launch.share, **weighing(shape),
             BALANCED=dloss is not None, KEPT=chosen is not None, WEIGHED=dweights_NK is not None,
         )  # fmt: skip
         return dlogits, None, None, None, None
-
-
-class _Launch:
-    """What the launches of one call have in common. Arguments that a kernel has no use for may be None."""
-
-    def __init__(self, shape: Shape, tokens: int, sequences: int) -> None:
-        self.shape, self.sequences, self.length = shape, sequences, tokens // sequences
-        # alpha * mean of (f . s) / (1 . s), f = E / (K T) * tallies, is a sum of share * (tallies . s) / (1 . s)
-        self.share = shape.balance_alpha * shape.routed / (shape.top_k * self.length * tokens) if tokens else 0.0
-
-    def __call__(self, kernel: JITFunction, *args: Tensor | float | None, **constants: int) -> None:
-        lay = tile(self.shape)
-        if self.length:
-            kernel[(self.sequences * triton.cdiv(self.length, lay["ROWS"]),)](*args, **lay, **constants, num_warps=1)
 
 
 def route(

@@ -8,7 +8,7 @@ head in BF16: forward 2 (2 rope + 2 nope + rope), backward 2 (3 D + nope + 2 V),
 Legend as in model/qkv.py; a pair's members are `a`, the first, and `b`.
 """
 
-from typing import Any
+from typing import Protocol
 
 import torch
 import triton
@@ -18,6 +18,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from dryvine.comm.integers import ceil_div
+from dryvine.trainer.tensors.context import Context
 
 # Heads a program takes at a time: 16 to 64 bytes of each tensor for a thread.
 FORWARD, BACKWARD = 32, 16
@@ -120,10 +121,14 @@ def heads_backward_kernel(dq, dk, dv, cos, sin, dx, dkv, dk_rope, T, q_s, q_a, q
     tl.store(dk_rope + n * (2 * PAIRS) + r, shared.to(dtype), mask=r < 2 * PAIRS)
 
 
+class _AssembleContext(Context, Protocol):
+    sizes: tuple[int, int, int, int]  # heads, nope, pairs, width of a value
+
+
 class _Assemble(Function):
     @staticmethod
     def forward(
-        ctx: Any, q_NAD: Tensor, kv_NAW: Tensor, k_rope_NR: Tensor, cos: Tensor, sin: Tensor
+        ctx: _AssembleContext, q_NAD: Tensor, kv_NAW: Tensor, k_rope_NR: Tensor, cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         (n, heads, d), pairs, t = q_NAD.shape, k_rope_NR.shape[1] // 2, len(cos)
         nope = d - 2 * pairs
@@ -143,7 +148,7 @@ class _Assemble(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _AssembleContext, *grads: Tensor) -> tuple[Tensor | None, ...]:
         heads, nope, pairs, v = ctx.sizes
         # Whatever strides the core's gradients have, a head's numbers must lie side by side.
         dq, dk, dv = (g if g.stride(-1) == 1 else g.contiguous() for g in grads)
