@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dryvine.comm.topology import Link, Topology, speed
+from dryvine.comm.topology import Link, Topology, TopologyConfig, speed
 
 SPEED_FIELD = "NVML_FI_DEV_NVLINK_SPEED_MBPS_COMMON"
 
@@ -47,9 +47,6 @@ class Hardware:
     gpus: tuple[Gpu, ...] = ()
     nics: tuple[Nic, ...] = ()
     trouble: str = ""
-
-    def by_bus_id(self, bus_id: str) -> Gpu | None:
-        return next((gpu for gpu in self.gpus if gpu.bus_id == short(bus_id)), None)
 
 
 def short(bus_id: str) -> str:
@@ -137,14 +134,14 @@ def nearest(bus_id: str, found: Sequence[Nic], sysfs: Path) -> Nic | None:
     return max(found, key=shared, default=None)
 
 
-def refined(topology: Topology, hardware: Hardware) -> Topology:
-    """Link kinds and speeds as the hardware says; what it does not say stays."""
+def refined(topology: Topology, hardware: Hardware, config: TopologyConfig | None = None) -> Topology:
+    """Link kinds and speeds as the hardware reports them; a link that `config` sets, or that the hardware does not
+    have, stays as it is."""
+    given = config or TopologyConfig()
     fastest = max((gpu.nvlink_gigabytes for gpu in hardware.gpus), default=0.0)
-    if fastest:
-        topology = replace(topology, intra=Link("NVLink", fastest))
-    elif hardware.gpus:
-        topology = replace(topology, intra=Link("PCIe", speed("PCIe")))
-    if hardware.nics:
+    if hardware.gpus and not (given.intra or given.intra_gigabytes):
+        topology = replace(topology, intra=Link("NVLink", fastest) if fastest else Link("PCIe", speed("PCIe")))
+    if hardware.nics and not (given.inter or given.inter_gigabytes):
         nic = max(hardware.nics, key=lambda nic: nic.gigabytes)
         topology = replace(topology, inter=Link(nic.kind, nic.gigabytes))
     return topology

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from dryvine.comm.mesh import make_mesh
+from dryvine.comm.nvml import probe, refined
 from dryvine.comm.topology import Topology, discover
 from dryvine.comm.watch import watch_world
 from dryvine.trainer.config import Config, ConfigError, check_world, load
@@ -36,7 +37,7 @@ def main(words: Sequence[str]) -> int:
         same_run(config)
         device = _device(config, local_rank)
         check(config.fp8, device, (config.model.ffn, config.model.expert_ffn))
-        topology = _topology(config, world)
+        topology = _topology(config, world, device)
         data = open_data(config)
     except (ConfigError, DataError, CannotRun) as error:
         if local_rank == 0:  # hosts may differ in what they lack
@@ -67,11 +68,14 @@ def run(config: Config, data: Data, device: torch.device, topology: Topology) ->
     return 0
 
 
-def _topology(config: Config, world: int) -> Topology:
+def _topology(config: Config, world: int, device: torch.device) -> Topology:
+    """Who shares a node; of GPUs also the links as NVML and sysfs report them. CPU ranks talk over gloo's sockets."""
+    given = config.comm.topology
     try:
-        return discover(world, config.comm.topology, os.environ)
+        topology = discover(world, given, os.environ)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    return refined(topology, probe(), given) if device.type == "cuda" else topology
 
 
 def _device(config: Config, local_rank: int) -> torch.device:

@@ -12,12 +12,16 @@ Legend as in routing.py; B blocks of pairs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import gcd
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from dryvine.comm.dispatch.payload import Column
+from dryvine.comm.dispatch.routing import RowOrder, padded
 
 BLOCK = 128  # pairs a program sorts, and experts it looks at a time: 128 x 128 comparisons fit in registers
 PART = 32  # experts that a pair's place looks at a time, to keep registers for a second block
@@ -88,11 +92,10 @@ def _flat(rows: Tensor) -> Tensor:
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
-def gather(rows: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:
-    """Rows index[i] of [N, ...], zeros where the index is negative; into `out` [R, ...] (any strides between rows)."""
-    made = rows.new_empty((len(index), *rows.shape[1:])) if out is None else out
-    if made.numel():
-        source, target = _flat(rows), _flat(made)
+def _gather(rows: Tensor, index: Tensor, out: Tensor) -> Tensor:
+    """`payload.gather` into `out` [R, ...], with any strides between rows."""
+    if out.numel():
+        source, target = _flat(rows), _flat(out)
         wide = _vector(source, target)
         unit = min(wide, max(UNITS))
         source, target, vec = source.view(UNITS[unit]), target.view(UNITS[unit]), wide // unit
@@ -101,11 +104,23 @@ def gather(rows: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:
             source, index, target, len(index), target.shape[1] // vec, source.stride(0) // vec,
             target.stride(0) // vec, vec, high, cols, num_warps=4,
         )  # fmt: skip
-    return made
+    return out
+
+
+def gather(rows: Tensor, index: Tensor) -> Tensor:
+    return _gather(rows, index, rows.new_empty((len(index), *rows.shape[1:])))
+
+
+def gather_in(buffer: Tensor, columns: Sequence[Column], tensors: Sequence[Tensor], indexes: Sequence[Tensor]) -> None:
+    for column, tensor, index in zip(columns, tensors, indexes, strict=True):
+        _gather(tensor, index, column.of(buffer))
+
+
+def gather_out(buffer: Tensor, columns: Sequence[Column], index: Tensor) -> list[Tensor]:
+    return [gather(column.of(buffer), index) for column in columns]
 
 
 def sum_rows(rows: Tensor, source: Tensor, begin: Tensor, most: int, out: Tensor | None = None) -> Tensor:
-    """`routing.Sum` of [N, ...]; into `out` [R, ...] (any strides between rows)."""
     made = rows.new_empty((len(begin) - 1, *rows.shape[1:])) if out is None else out
     if made.numel():
         given, target = _flat(rows), _flat(made)
@@ -173,8 +188,8 @@ def place_kernel(expert, tallies, message, pair, token, place, P, B, E, X, K,
     tl.store(token + at, p // K, mask=p < P)
 
 
-def by_expert(experts_TK: Tensor, ranks: int, experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The fields of `routing.RowOrder`, in three launches."""
+def by_expert(experts_TK: Tensor, ranks: int, experts: int) -> RowOrder:
+    """Three launches."""
     chosen, (tokens, choices), share = experts_TK.contiguous(), experts_TK.shape, experts // ranks
     pairs = tokens * choices
     blocks = triton.cdiv(pairs, BLOCK)
@@ -190,7 +205,11 @@ def by_expert(experts_TK: Tensor, ranks: int, experts: int) -> tuple[Tensor, Ten
             chosen, tallies, message, pair, token, place, pairs, blocks, experts, share, choices, BLOCK, PART,
             num_warps=8,
         )  # fmt: skip
-    return pair, token, place.view_as(experts_TK), message
+    return RowOrder(pair, token, place.view_as(experts_TK), message)
+
+
+def stable_order(keys: Tensor, below: int) -> Tensor:
+    return by_expert(keys, 1, below).pair
 
 
 @triton.jit
@@ -216,11 +235,11 @@ def arrive_kernel(message, came, back, W, X, alignment, WIDE: tl.constexpr, HIGH
             tl.store(came + hole + i, tl.full([BLOCK], -1, tl.int64), mask=hole + i < end)
 
 
-def arrive(message: Tensor, rows: int, padded: int, alignment: int) -> tuple[Tensor, Tensor]:
-    """(came, back) of `routing.Arrival`, in one launch."""
+def arrive(message: Tensor, used: Sequence[int], alignment: int) -> tuple[Tensor, Tensor]:
+    """One launch."""
     ranks, share = message.shape[0], message.shape[1] - 1
-    came = torch.empty(padded, dtype=torch.int64, device=message.device)
-    back = torch.empty(rows, dtype=torch.int64, device=message.device)
+    came = torch.empty(sum(padded(used, alignment)), dtype=torch.int64, device=message.device)
+    back = torch.empty(sum(used), dtype=torch.int64, device=message.device)
     wide, high = triton.next_power_of_2(ranks), triton.next_power_of_2(share)
     arrive_kernel[(ranks * share,)](
         message.contiguous(), came, back, ranks, share, alignment, wide, high, 256, num_warps=4

@@ -1,12 +1,12 @@
-"""Who gets which row: from the experts that tokens chose to counts and permutations. Tensor math, no network.
+"""Who receives which row: from the experts that tokens chose to counts and permutations. Tensor math, no network.
 
-Every dispatcher gives rows in one canonical order: by local expert, then by source rank, then by token. So all of
+Every dispatcher returns rows in one canonical order: by local expert, then by source rank, then by token. So all of
 them are comparable bit by bit with `flat`, and a run's numbers do not depend on the backend.
 
-Nothing here reads a GPU's tensor on the host but `read`: the lengths that a result has are given by the caller, who
-read the counts once. (`bincount`, `nonzero` and boolean masks would each stop the host on a GPU.)
+Only `read` copies a GPU's tensor to the host: the lengths that a result has are passed in by the caller, who read the
+counts once. (`bincount`, `nonzero` and boolean masks would each stop the host on a GPU.)
 
-What is written here in torch is the definition, and what runs on a CPU; on a GPU `kernels` gives the same bits.
+What is written here in torch is the definition, and what runs on a CPU; on a GPU `kernels` has the same bits.
 
 Legend: T tokens, K choices per token, P = T*K pairs, pair p = t*K + k; E experts; W ranks; X experts per rank.
 """
@@ -15,20 +15,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dryvine.comm.by_device import kernel_in
+from dryvine.comm.integers import round_up
 
-def kernels_for(tensor: Tensor) -> Any:
-    """`comm.kernels` where the tensor is on a GPU, else None. Only there is triton imported."""
-    if not tensor.is_cuda:
-        return None
-    from dryvine.comm.dispatch import kernels
-
-    return kernels
+KERNELS = "dryvine.comm.dispatch.kernels"
 
 
 def read(*tensors: Tensor) -> list[Tensor]:
@@ -40,10 +35,12 @@ def read(*tensors: Tensor) -> list[Tensor]:
     return copies
 
 
-def upload(values: Any, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
-    """Nested lists of integers as a tensor; to a GPU from pinned memory, so that the host goes straight on."""
-    made = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
-    return made.to(device, non_blocking=True)
+def upload(
+    values: Sequence[int] | Sequence[Sequence[int]], device: torch.device, dtype: torch.dtype = torch.int64
+) -> Tensor:
+    """Integers, or equal rows of them, as a tensor; to a GPU from pinned memory, so that the host does not wait."""
+    host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)
 
 
 def count(values: Tensor, size: int) -> Tensor:
@@ -79,7 +76,7 @@ def runs(begin: Tensor, lengths: Tensor, total: int) -> Tensor:
 def transposed(counts_AB: Tensor, total: int) -> Tensor:
     """Rows lie in runs (a, b), a first; where to take them from so that they lie by (b, a): int64 [total].
 
-    What came by (source, expert) is so brought to (expert, source).
+    What arrives by (source, expert) is so brought to (expert, source).
     """
     begin_AB = starts(counts_AB.flatten()).view_as(counts_AB)
     return runs(begin_AB.T.flatten(), counts_AB.T.flatten(), total)
@@ -88,9 +85,10 @@ def transposed(counts_AB: Tensor, total: int) -> Tensor:
 def where(mask: Tensor, total: int) -> Tensor:
     """Positions that are true in the flattened mask, ascending: `nonzero` for a known number, without a host read."""
     flat = mask.flatten()
+    # Positions that are false are all written to one place too many, which is cut off.
     place = torch.where(flat, flat.cumsum(0) - 1, total)
-    found = torch.empty(total + 1, dtype=torch.int64, device=flat.device)
-    return found.scatter_(0, place, torch.arange(len(flat), device=flat.device))[:total]
+    positions = torch.empty(total + 1, dtype=torch.int64, device=flat.device)
+    return positions.scatter_(0, place, torch.arange(len(flat), device=flat.device))[:total]
 
 
 @dataclass(frozen=True)
@@ -103,52 +101,86 @@ class RowOrder:
     message: Tensor  # int64 [W, X + 1], what each rank is told: rows for each of its experts, then 1 to refuse
 
 
+@kernel_in(KERNELS)
 def by_expert(experts_TK: Tensor, ranks: int, experts: int) -> RowOrder:
     """`ranks` hold equal, contiguous shares of `experts`."""
-    kernels = kernels_for(experts_TK)
-    if kernels:
-        return RowOrder(*kernels.by_expert(experts_TK, ranks, experts))
     pair = experts_TK.flatten().argsort(stable=True)
     refused_W1 = repeated(experts_TK).expand(ranks, 1)
     message = torch.cat((count(experts_TK, experts).view(ranks, -1), refused_W1), dim=1)
     return RowOrder(pair, pair // experts_TK.shape[1], invert(pair).view_as(experts_TK), message)
 
 
+@kernel_in(KERNELS)
 def stable_order(keys: Tensor, below: int) -> Tensor:
     """argsort of the flattened keys [A, B], all under `below`; equal keys keep their order."""
-    kernels = kernels_for(keys)
-    if kernels:
-        return kernels.by_expert(keys, 1, below)[0]
     return keys.flatten().argsort(stable=True)
 
 
 @dataclass(frozen=True)
-class Arrival:
-    """Rows that came by (source rank, local expert), and the result, which has them by (expert, rank) and padded."""
+class Padding:
+    """Runs of rows, each lengthened to a multiple of the GEMM's alignment."""
 
-    counts: tuple[int, ...]  # rows given for each local expert, with padding
-    used: tuple[int, ...]  # of which real
-    came: Tensor  # [R] position at which each result row came; -1 for padding
-    back: Tensor  # [rows that came] the result row of each
+    counts: tuple[int, ...]  # the lengths, padded
+    place: Tensor  # where each real row goes
+
+    @staticmethod
+    def of(used: Sequence[int], alignment: int, device: torch.device) -> Padding:
+        counts = padded(used, alignment)
+        lengths_2X = upload((used, counts), device)
+        begin = starts(lengths_2X[1])
+        return Padding(counts, runs(begin, lengths_2X[0], sum(used)))
+
+    def fill(self, index: Tensor) -> Tensor:
+        """A gather index in padded order: -1 at the padding, which `payload.gather` makes zero."""
+        if sum(self.counts) == len(self.place):
+            return index
+        return index.new_full((sum(self.counts),), -1).index_copy_(0, self.place, index)
+
+
+def padded(used: Sequence[int], alignment: int) -> tuple[int, ...]:
+    """Each length rounded up to a multiple of the alignment."""
+    return tuple(round_up(n, alignment) for n in used)
+
+
+@kernel_in(KERNELS)
+def arrive(message: Tensor, used: Sequence[int], alignment: int) -> tuple[Tensor, Tensor]:
+    """`Arrival.came` and `Arrival.back`, from what every rank told this one and the rows of each of its experts."""
+    padding = Padding.of(used, alignment, message.device)
+    came = transposed(message[:, :-1], sum(used))
+    return padding.fill(came), padding.place[invert(came)]
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """Rows that arrive by (source rank, local expert), and the result, which has them by (expert, rank) and padded."""
+
+    counts: tuple[int, ...]  # result rows of each local expert, with padding
+    came: Tensor  # [R] position at which each result row arrived; -1 for padding
+    back: Tensor  # [rows that arrive] the result row of each
 
     @staticmethod
     def of(message: Tensor, host: Tensor, alignment: int) -> Arrival:
-        """From what every rank said, int64 [W, X + 1] as in `RowOrder`, and the host's copy of it."""
-        used = tuple(host[:, :-1].sum(0).tolist())
-        kernels = kernels_for(message)
-        if kernels:
-            counts = tuple(-(-n // alignment) * alignment for n in used)
-            return Arrival(counts, used, *kernels.arrive(message, sum(used), sum(counts), alignment))
-        padding = Padding.of(used, alignment, message.device)
-        came = transposed(message[:, :-1], sum(used))
-        return Arrival(padding.counts, used, padding.fill(came), padding.place[invert(came)])
+        """From what every rank told this one, int64 [W, X + 1] as in `RowOrder`, and the host's copy of it."""
+        used = host[:, :-1].sum(0).tolist()
+        return Arrival(padded(used, alignment), *arrive(message, used, alignment))
+
+
+@kernel_in(KERNELS)
+def sum_rows(rows: Tensor, source: Tensor, begin: Tensor, most: int, out: Tensor | None = None) -> Tensor:
+    """Result i is the sum of rows source[begin[i]], ..., source[begin[i + 1] - 1] of [N, ...], at most `most`, in FP32
+    from +0 on, one after the other, and rounded once to the rows' dtype; into `out`, whose rows may lie apart."""
+    # embedding_bag rounds BF16 ties away from zero, so the sum is made in FP32 and rounded by the cast.
+    summed = functional.embedding_bag(
+        source, rows.float().flatten(1), begin, mode="sum", include_last_offset=True
+    ).view(len(begin) - 1, *rows.shape[1:])
+    return summed.to(rows.dtype) if out is None else out.copy_(summed)
 
 
 @dataclass(frozen=True)
 class Sum:
-    """Sums of rows: result i adds rows source[begin[i]], ..., source[begin[i + 1] - 1], in that order; at most `most`.
+    """Which rows are added to which result, in which order: the arguments of `sum_rows`.
 
-    An atomic scatter would be shorter and give other bits in each run.
+    An atomic scatter would be shorter and have other bits in each run.
     """
 
     source: Tensor
@@ -163,46 +195,17 @@ class Sum:
 
     @staticmethod
     def even(source_TK: Tensor) -> Sum:
-        """Each result adds as many: result t the rows source[t]."""
+        """Result t is the sum of rows source[t]."""
         tokens, choices = source_TK.shape
         begin = torch.arange(0, tokens * choices + 1, choices, device=source_TK.device)
         return Sum(source_TK.flatten(), begin, choices)
 
     def __call__(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
-        """Summed in FP32 from +0 on, one after the other, and rounded once to the rows' dtype. Rows may lie apart."""
-        kernels = kernels_for(rows)
-        if kernels:
-            return kernels.sum_rows(rows, self.source, self.begin, self.most, out)
-        # embedding_bag rounds BF16 ties away from zero, so the sum is made in FP32 and rounded by the cast.
-        summed = functional.embedding_bag(
-            self.source, rows.float().flatten(1), self.begin, mode="sum", include_last_offset=True
-        ).view(len(self.begin) - 1, *rows.shape[1:])
-        return summed.to(rows.dtype) if out is None else out.copy_(summed)
+        return sum_rows(rows, self.source, self.begin, self.most, out)
 
 
-@dataclass(frozen=True)
-class Padding:
-    """Runs of rows, each lengthened to a multiple of the GEMM's alignment: place[r] is where real row r goes."""
-
-    counts: tuple[int, ...]
-    place: Tensor
-
-    @staticmethod
-    def of(used: Sequence[int], alignment: int, device: torch.device) -> Padding:
-        counts = tuple(-(-n // alignment) * alignment for n in used)
-        lengths_2X = upload((used, counts), device)
-        begin = starts(lengths_2X[1])
-        return Padding(counts, runs(begin, lengths_2X[0], sum(used)))
-
-    def fill(self, index: Tensor) -> Tensor:
-        """A gather index in padded order: -1 at the padding, which `payload.gather` makes zero."""
-        if sum(self.counts) == len(self.place):
-            return index
-        return index.new_full((sum(self.counts),), -1).index_copy_(0, self.place, index)
-
-
-def refuse(ranks: list[int]) -> None:
-    """Raise on every rank if some rank's routing named an expert twice for one token."""
+def refuse(ranks: Sequence[int]) -> None:
+    """Raise ValueError, on every rank, if some rank's routing named an expert twice for one token."""
     if ranks:
         raise ValueError(
             f"routing of expert-parallel rank {ranks[0]}: a token chose the same expert twice; "

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from dryvine.comm.nvml import Hardware, merged, probe, refined
+from dryvine.comm.nvml import Gpu, Hardware, merged, probe, refined
 from dryvine.comm.topology import GroupLimit, Topology, TopologyConfig, by_sizes, discover, mismatch
 from dryvine.launch.doctor import doctor, picture, spans
+from dryvine.trainer.__main__ import _topology as topology_of_run
+from dryvine.trainer.config import Config
 
 NONE = TopologyConfig()
 
@@ -152,10 +156,37 @@ def test_nvml_refines_links_and_finds_each_gpu_its_nic(tmp_path: Path, monkeypat
     assert first.nic is not None
     assert second.nic is not None
     assert (first.nic.name, second.nic.name) == ("mlx5_0", "mlx5_1")
-    assert hardware.by_bus_id("00000000:9B:00.0") is second
+    assert [gpu.bus_id for gpu in hardware.gpus] == ["0000:1b:00.0", "0000:9b:00.0"]
     topology = refined(by_sizes([2, 2]), hardware)
     assert topology.intra == ("NVLink", 450.0)
     assert topology.inter == ("InfiniBand", 50.0)
+
+
+def test_what_the_config_says_of_a_link_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(bytes(16)))
+    hardware = probe(fake_sysfs(tmp_path))
+    for given in (TopologyConfig(nodes=(2, 2), intra="PCIe"), TopologyConfig(nodes=(2, 2), intra_gigabytes=25.0)):
+        topology = refined(discover(4, given, {}), hardware, given)
+        assert topology.intra.gigabytes == 25.0
+        assert topology.inter == ("InfiniBand", 50.0)
+    given = TopologyConfig(nodes=(2, 2), inter="RoCE", inter_gigabytes=12.0)
+    topology = refined(discover(4, given, {}), hardware, given)
+    assert topology.intra == ("NVLink", 450.0)
+    assert topology.inter == ("RoCE", 12.0)
+
+
+def test_training_on_gpus_asks_nvml_for_the_links_and_on_cpus_does_not(
+    tmp_path: Path, tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(bytes(16)))
+    monkeypatch.setattr("dryvine.trainer.__main__.probe", lambda: probe(fake_sysfs(tmp_path)))
+    assert topology_of_run(tiny(), 1, torch.device("cuda")).intra == ("NVLink", 450.0)
+    assert topology_of_run(tiny(), 1, torch.device("cpu")).intra == ("loopback", 4.0)
+
+
+def test_a_gpu_without_nvlink_is_on_pcie() -> None:
+    gpu = Gpu("0000:1b:00.0", "NVIDIA L4", 0, 0.0, "", None)
+    assert refined(by_sizes([2]), Hardware((gpu,))).intra == ("PCIe", 25.0)
 
 
 def test_a_fabric_over_nodes_makes_them_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from dryvine.comm.dispatch import kernels, payload, routing
+from dryvine.comm.dispatch import payload, routing
 from dryvine.comm.dispatch.fake import Fake
 from dryvine.comm.dispatch.payload import Format
 from dryvine.comm.dispatch.routing import Arrival, Sum
@@ -20,6 +19,16 @@ from dryvine.comm.dispatch.single_rank import SingleRank
 from dryvine.comm.topology import by_sizes
 from tests.comm.test_dispatch_hypothesis import Boards, on_ranks, there_and_back
 from tests.support.interpreter import right_casts
+
+FUNCTIONS: list[Any] = [
+    routing.by_expert,
+    routing.stable_order,
+    routing.arrive,
+    routing.sum_rows,
+    payload.gather,
+    payload.gather_in,
+    payload.gather_out,
+]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -45,11 +54,11 @@ def native(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
 
         return call
 
-    names = ("gather", "sum_rows", "by_expert", "arrive")
-    ours = SimpleNamespace(**{name: locked(getattr(kernels, name)) for name in names})
+    ways = [(function, function.reference, locked(function.kernel)) for function in FUNCTIONS]
 
     def choose(on: bool) -> None:
-        monkeypatch.setattr(routing, "kernels_for", lambda tensor: ours if on else None)
+        for function, reference, kernel in ways:
+            monkeypatch.setattr(function, "reference", kernel if on else reference)
 
     return choose
 
