@@ -27,3 +27,8 @@ def test_the_dearest_stage_is_as_cheap_as_brute_force_finds(costs: list[int], da
 def test_more_stages_than_blocks_is_refused_with_the_mend() -> None:
     with pytest.raises(ValueError, match="fewer pipeline ranks or more layers"):
         partition([1.0, 1.0], 3)
+
+
+def test_of_equal_worst_stages_the_most_even_split() -> None:
+    """Largest cost 8 whichever way; sums of squares 3^2 + 5^2 + 8^2 < 2^2 + 6^2 + 8^2."""
+    assert partition([2, 1, 5, 3, 5], 3) == (range(0, 2), range(2, 3), range(3, 5))

@@ -18,6 +18,7 @@ from dryvine.parallel.schedule.costs import Costs
 from dryvine.parallel.schedule.draw.formats import FORMATS
 from dryvine.parallel.schedule.draw.svg import svg
 from dryvine.parallel.schedule.draw.text import lines, text
+from dryvine.parallel.schedule.notation import from_csv
 from dryvine.parallel.schedule.simulate import simulate
 from dryvine.parallel.schedule.table import build
 
@@ -54,6 +55,30 @@ def test_svg_draws_every_op_once_inside_its_panel():
     assert len(rects) == sum(1 for rank in range(4) for _ in schedule.ops(rank)) == len({r.attrib["id"] for r in rects})
     assert all(float(r.attrib["x"]) > 0 and float(r.attrib["x"]) + float(r.attrib["width"]) < width for r in rects)
     assert {r.attrib["class"] for r in rects} == {f"{kind}{hue}" for kind in "FBIW" for hue in (0, 1)}
+
+
+def test_svg_draws_each_op_on_its_ranks_track_at_its_time():
+    """0F0 above 1F0 of a later start; a pair is two halves of one cell."""
+    timeline = simulate(from_csv("0F0,0F1,0B0,0B1\n1F0,(1F1;1B0)OVERLAP_F_B,1B1\n"), Costs(pairs={"BF": 2}))
+    rects = list(ET.fromstring(svg(timeline, prefix="t-")).iter("{http://www.w3.org/2000/svg}rect"))
+    ops = {r.attrib["id"].removeprefix("t-"): r for r in rects if "id" in r.attrib}
+    tracks = [r for r in rects if r.attrib.get("class") == "track"]
+
+    def number(name: str, key: str) -> float:
+        return float(ops[name].attrib[key])
+
+    for rank, track in enumerate(tracks):
+        top, left = float(track.attrib["y"]), float(track.attrib["x"])
+        unit = float(track.attrib["width"]) / timeline.span
+        for cell in timeline.cells[rank]:
+            for part, name in enumerate(f"{op.stage}{op.kind}{op.microbatch}" for op in cell.slot):
+                height = float(track.attrib["height"]) / len(cell.slot)
+                assert number(name, "y") == pytest.approx(top + part * height)
+                assert number(name, "x") == pytest.approx(left + cell.start * unit, abs=0.01)
+                assert number(name, "width") == pytest.approx((cell.end - cell.start) * unit - 1, abs=0.02)
+                assert ops[name].attrib["class"][0] == name[1]
+    assert len(tracks) == 2
+    assert len(ops) == 8
 
 
 def test_json_has_the_figures():

@@ -22,6 +22,19 @@ def test_times_by_hand():
     assert (timeline.span, timeline.bubble, timeline.peak_activations) == (13, 5, 2)
 
 
+def test_the_bubble_is_the_worst_ranks():
+    rows = "0F0,0F1,0B0,0B1\n1F0,(1F1;1B0)OVERLAP_F_B,1B1\n"
+    timeline = simulate(from_csv(rows), Costs(pairs={"BF": 2}))
+    assert [(c.start, c.end) for c in timeline.cells[1]] == [(1, 2), (2, 4), (4, 6)]
+    assert (timeline.span, timeline.idle(0), timeline.idle(1)) == (8, 2, 3)
+    assert (timeline.bubble, timeline.bubble_fraction) == (3, 3 / 8)
+
+
+def test_half_a_stage_costs_half_and_its_messages_the_same():
+    costs = Costs(F=2, I=3, W=4, B=6, P2P=0.5, comm=0.25, pairs={"BF": 5}).of_a_part(0.5)
+    assert costs == Costs(F=1, I=1.5, W=2, B=3, P2P=0.5, comm=0.25, pairs={"BF": 2.5})
+
+
 def test_stages_on_one_rank_wait_for_no_message():
     schedule = build("zbv", 1, 1)
     assert simulate(schedule, Costs(P2P=100)).span == 6
