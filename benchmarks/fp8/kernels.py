@@ -90,14 +90,14 @@ def table(title: str, rows: list[Row], unit: str) -> None:
     sys.stdout.flush()
 
 
-def product_configs(tune: bool) -> dict[str, hopper.Config]:
+def product_configs(tune: bool) -> dict[str, hopper.TileConfig]:
     base = hopper.PRODUCT
     if not tune:
         return {"triton": base}
     return {"128x256 s4": base, "128x256 s3": replace(base, stages=3), "128x256 g16": replace(base, group_m=16)}
 
 
-def wgrad_configs(tune: bool) -> dict[str, hopper.Config]:
+def wgrad_configs(tune: bool) -> dict[str, hopper.TileConfig]:
     base = hopper.WGRAD
     if not tune:
         return {"triton": base}

@@ -44,7 +44,7 @@ def descriptors(width: int) -> dict[str, str]:
     return {"a_desc": f"tensordesc<{FP8}[64,128],{layout}>", "b_desc": f"tensordesc<{FP8}[{width},128],{layout}>"}
 
 
-def constants(config: hopper.Config, **more: Any) -> dict[str, Any]:
+def constants(config: hopper.TileConfig, **more: Any) -> dict[str, Any]:
     return {field.upper(): value for field, value in asdict(config).items()} | more
 
 
@@ -60,8 +60,8 @@ def products() -> Any:
 def quantisers() -> Any:
     yield compile_one(cast_kernels.rows_kernel, {"UE8M0": False, "ROWS": cast_kernels.ROWS}, 4)
     yield compile_one(cast_kernels.columns_kernel, {"ROWS_TOO": True, "GROUPED": True, "UE8M0": True}, 8, 128)
-    turn = {"GROUPED": True, "UE8M0": True, "WORDS": cast_kernels.TURNED_WORDS}
-    yield compile_one(cast_kernels.turn_kernel, turn, 4, 96, x=f"*{FP8}")
+    turn = {"GROUPED": True, "UE8M0": True, "WORDS": cast_kernels.TRANSPOSE_WORDS}
+    yield compile_one(cast_kernels.transpose_kernel, turn, 4, 96, x=f"*{FP8}")
     yield compile_one(cast_kernels.blocks_kernel, {"UE8M0": False}, 8)
     yield compile_one(cast_kernels.pack_kernel, {"ROWS": cast_kernels.ROWS}, 4)
     yield compile_one(cast_kernels.unpack_kernel, {"ROWS": cast_kernels.ROWS}, 4)

@@ -57,11 +57,6 @@ class Quantized:
     def is_cuda(self) -> bool:
         return self.values.is_cuda
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes held: what a saved activation costs."""
-        return self.values.nbytes + self.scales.untyped_storage().nbytes()
-
 
 @dataclass(frozen=True)
 class E5M6:
@@ -79,10 +74,6 @@ class E5M6:
     @property
     def is_cuda(self) -> bool:
         return self.high.is_cuda
-
-    @property
-    def nbytes(self) -> int:
-        return self.high.nbytes + self.low.nbytes + self.scales.untyped_storage().nbytes()
 
 
 def empty_rows(rows: int, cols: int, device: torch.device) -> Quantized:

@@ -1,8 +1,11 @@
-"""Casts to FP8 and back: activations by rows, by columns or both at once, weights by blocks, and E5M6.
+"""The casts of fp8/casts.py as kernels: activations by rows, by columns or both at once, weights by blocks, and E5M6.
 
-Each kernel reads its tensor once and each program makes whole tiles, so that amax and cast share the load: the floor is
-(bytes in + bytes out) / copy bandwidth. Transposed outputs go through a 128x128 tile in registers; scales of columns
-are stored token-major like all others. Legend as in fp8/casts.py; `table` as in ExpertGroups.
+Each kernel reads its tensor once and each program makes whole tiles, so that amax and cast share the load: the least
+time is (bytes in + bytes out) / copy bandwidth. Transposed outputs go through a 128x128 tile in registers; scales of
+columns are stored token-major like all others. A kernel for amax and one for the cast would read everything twice.
+
+Legend: x [R, C]; q values and s scales by rows, qt and st of the transpose; r rows, c columns, b block of 128 columns;
+P rows padded by expert to 128; `table` as in ExpertGroups.
 """
 
 import torch
@@ -10,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dryvine.comm.integers import ceil_div
 from dryvine.trainer.fp8.kernels.numbers import (
     block_rows,
     byte,
@@ -26,12 +30,15 @@ from dryvine.trainer.tensors.groups import ExpertGroups
 from dryvine.trainer.tensors.quantized import E5M6, Quantized, empty_blocks, empty_rows, empty_scales
 from dryvine.trainer.tensors.tiles import TILE, ScaleFormat, blocks
 
-ROWS = 32  # rows a program of the row cast takes: 16 loads of 16 bytes in flight a thread
-TURNED_WORDS = 16  # of four rows each, that a program of the turn takes at a time
+# Rows to a program of the row cast: each thread has 16 loads of 16 bytes in flight.
+ROWS = 32
+# Words of four rows each that a program of the transpose takes at a time.
+TRANSPOSE_WORDS = 16
 
 
 @triton.jit
 def rows_kernel(x, q, s, R, C, x_stride, s_stride, UE8M0: tl.constexpr, ROWS: tl.constexpr):
+    """ROWS tiles of 1x128 to a program."""
     b = tl.program_id(0)
     r = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     c = b * 128 + tl.arange(0, 128)
@@ -51,10 +58,12 @@ def fourth(x, first, end, c, C):
 @triton.jit
 def columns_kernel(x, q, s, qt, st, table, R, C, P, s_stride, st_stride, ROWS_TOO: tl.constexpr, GROUPED: tl.constexpr,
                    UE8M0: tl.constexpr):  # fmt: skip
+    """A block of 128x128 of one expert's rows to a program: by columns, and with ROWS_TOO by rows from one load."""
     b = tl.program_id(0)
     block = tl.program_id(1)
     first, end = block_rows(block, table, R, GROUPED)
     c = b * 128 + tl.arange(0, 128)
+    # Every fourth row in one tensor, so that four bytes that end up side by side are in one thread.
     v0, r = fourth(x, first, end, c, C)
     v1, _ = fourth(x, first + 1, end, c, C)
     v2, _ = fourth(x, first + 2, end, c, C)
@@ -76,20 +85,22 @@ def some_rows(x, xs, r, end, c, C, b, xs_stride):
 
 
 @triton.jit
-def turn_kernel(x, xs, qt, st, table, R, C, P, xs_stride, st_stride, GROUPED: tl.constexpr, UE8M0: tl.constexpr,
+def transpose_kernel(x, xs, qt, st, table, R, C, P, xs_stride, st_stride, GROUPED: tl.constexpr, UE8M0: tl.constexpr,
                 WORDS: tl.constexpr):  # fmt: skip
     """FP8 by rows to FP8 by columns. The 16 KiB of a block are read a second time, from L1, once their scales are
-    known: holding them as FP32 takes registers that are worth more as threads which hide the first read."""
+    known: holding them as FP32 takes registers that are worth more as threads, which hide the first read."""
     b = tl.program_id(0)
     block = tl.program_id(1)
     first, end = block_rows(block, table, R, GROUPED)
     c = b * 128 + tl.arange(0, 128)
     r = first + 4 * tl.arange(0, WORDS)
+    # First pass: the largest magnitude of each column, and from it the scales.
     largest = tl.zeros((WORDS, 128), tl.int32)
     for i in tl.static_range(128 // WORDS):
         v = some_rows(x, xs, r + i // 4 * (4 * WORDS) + i % 4, end, c, C, b, xs_stride)
         largest = tl.maximum(largest, magnitude(v))
     inverse, sound = column_scale(largest, st, block, c, C, st_stride, UE8M0)
+    # Second pass: four rows of a column become the four bytes of a word.
     for part in tl.static_range(32 // WORDS):
         words = tl.zeros((WORDS, 128), tl.uint32)
         for i in tl.static_range(4):
@@ -100,14 +111,16 @@ def turn_kernel(x, xs, qt, st, table, R, C, P, xs_stride, st_stride, GROUPED: tl
 
 @triton.jit
 def put_values(q, v, inverse, fault, r, end, c, C):
+    """Store v / scale as E4M3, zero where the tile had a fault."""
     value = tl.where(fault, 0.0, v * inverse).to(tl.float8e4nv)
     tl.store(q + r.to(tl.int64)[:, None] * C + c[None, :], value, mask=(r < end)[:, None] & (c < C)[None, :])
 
 
 @triton.jit
 def blocks_kernel(w, q, s, qt, st, R, C, s_batch, s_stride, st_batch, st_stride, UE8M0: tl.constexpr):
-    """`qt` is int32 [X, C, R / 4]: the turned copy leaves as words, as in `put_columns`. (As bytes, Triton 3.6 stores
-    half of them wrong where R is not a multiple of 16.)"""
+    """A block of 128x128 of matrix x of w to a program, and its transpose. `qt` is int32 [X, C, R / 4]: the transpose
+    leaves as words, as in `put_columns`. (As bytes, Triton 3.6 stores half of them wrong where R is not a multiple of
+    16.)"""
     col, row, x = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     c = col * 128 + tl.arange(0, 128)
     w += x.to(tl.int64) * R * C
@@ -116,6 +129,7 @@ def blocks_kernel(w, q, s, qt, st, R, C, s_batch, s_stride, st_batch, st_stride,
     v1, _ = fourth(w, row * 128 + 1, R, c, C)
     v2, _ = fourth(w, row * 128 + 2, R, c, C)
     v3, _ = fourth(w, row * 128 + 3, R, c, C)
+    # One scale for the block, as a tensor [1, 1] that broadcasts.
     largest = tl.maximum(tl.maximum(magnitude(v0), magnitude(v1)), tl.maximum(magnitude(v2), magnitude(v3)))
     amax = tl.max(tl.max(largest, 1), 0)
     scale = scale_of(tl.full((1, 1), 0, tl.int32) + amax, 448.0, UE8M0)
@@ -124,11 +138,13 @@ def blocks_kernel(w, q, s, qt, st, R, C, s_batch, s_stride, st_batch, st_stride,
     put_values(q, v1, inverse, fault, r + 1, R, c, C)
     put_values(q, v2, inverse, fault, r + 2, R, c, C)
     put_values(q, v3, inverse, fault, r + 3, R, c, C)
+    # The transpose: four rows of a column in a word, and words of a column side by side.
     four = byte(v0, inverse) | (byte(v1, inverse) << 8) | (byte(v2, inverse) << 16) | (byte(v3, inverse) << 24)
     four = tl.where(fault, 0, four).to(tl.int32, bitcast=True)
     p = row * 32 + tl.arange(0, 32)
     at = qt + x.to(tl.int64) * C * (R // 4) + c.to(tl.int64)[:, None] * (R // 4) + p[None, :]
     tl.store(at, tl.trans(four), mask=(c < C)[:, None] & (4 * p < R)[None, :])
+    # Both copies have the same scales, at mirrored places.
     one = tl.arange(0, 1)[:, None] + tl.arange(0, 1)[None, :]
     tl.store(s + x * s_batch + row * s_stride + col + one, scale)
     tl.store(st + x * st_batch + col * st_stride + row + one, scale)
@@ -136,16 +152,20 @@ def blocks_kernel(w, q, s, qt, st, R, C, s_batch, s_stride, st_batch, st_stride,
 
 @triton.jit
 def e5m6_code(y):
+    """`_e5m6` of fp8/casts.py."""
     bits = y.to(tl.int32, bitcast=True)
+    # To nearest even at six bits of mantissa: 23 - 6 = 17 bits go.
     normal = ((bits + 0xFFFF + ((bits >> 17) & 1)) & ~0x1FFFF).to(tl.float32, bitcast=True)
+    # Below 2^-14 steps are 2^-20, the step of 8 in FP32. The sign is put back, since -0 + 8 - 8 is +0.
     tiny = (tl.abs(y) + 8.0) - 8.0
-    tiny = (tiny.to(tl.int32, bitcast=True) | (bits & -0x80000000)).to(tl.float32, bitcast=True)  # keeps -0
+    tiny = (tiny.to(tl.int32, bitcast=True) | (bits & -0x80000000)).to(tl.float32, bitcast=True)
     half = tl.where(tl.abs(y) < 0.00006103515625, tiny, normal).to(tl.float16)
     return (half.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) >> 4
 
 
 @triton.jit
 def pack_kernel(x, high, low, s, R, C, s_stride, ROWS: tl.constexpr):
+    """ROWS tiles of 1x128 to a program, in halves of 64 columns whose low bits share bytes."""
     b = tl.program_id(0)
     r = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     i = tl.arange(0, 64)
@@ -156,6 +176,7 @@ def pack_kernel(x, high, low, s, R, C, s_stride, ROWS: tl.constexpr):
     right = tl.load(x + at + 64, mask=keep, other=0.0).to(tl.float32)
     amax = tl.maximum(tl.max(magnitude(left), 1), tl.max(magnitude(right), 1))
     scale = scale_of(amax, 65024.0, True)
+    # Of the 12 bits of each, eight go to `high`, and four to a nibble of `low`.
     left = e5m6_code(scaled(left, scale[:, None]))
     right = e5m6_code(scaled(right, scale[:, None]))
     tl.store(high + at, (left >> 4).to(tl.uint8), mask=keep)
@@ -166,11 +187,13 @@ def pack_kernel(x, high, low, s, R, C, s_stride, ROWS: tl.constexpr):
 
 @triton.jit
 def e5m6_value(code):
+    """12 bits -> FP32: FP16 with four zeros behind."""
     return (code << 4).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit
 def unpack_kernel(high, low, s, x, R, C, s_stride, ROWS: tl.constexpr):
+    """`pack_kernel` backwards."""
     b = tl.program_id(0)
     r = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     i = tl.arange(0, 64)
@@ -190,7 +213,7 @@ def quantize_rows(x: Tensor, scales: ScaleFormat = "fp32") -> Quantized:
     rows, cols = x.shape
     out = empty_rows(rows, cols, x.device)
     if rows:
-        rows_kernel[(blocks(cols), -(-rows // ROWS))](
+        rows_kernel[(blocks(cols), ceil_div(rows, ROWS))](
             x, out.values, out.scales, rows, cols, x.stride(0), out.scales.stride(1), scales == "ue8m0", ROWS,
             num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
@@ -200,33 +223,33 @@ def quantize_rows(x: Tensor, scales: ScaleFormat = "fp32") -> Quantized:
 def _columns(x: Tensor, groups: ExpertGroups, scales: ScaleFormat, rows_too: bool) -> tuple[Quantized, Quantized]:
     rows, cols = x.shape
     padded = groups.blocks * TILE
-    turned = empty_rows(cols, padded, x.device)
-    out = empty_rows(rows, cols, x.device) if rows_too else turned
+    columns = empty_rows(cols, padded, x.device)
+    out = empty_rows(rows, cols, x.device) if rows_too else columns
     if groups.blocks:
         columns_kernel[(blocks(cols), groups.blocks)](
-            x, out.values, out.scales, turned.values.view(torch.int32), turned.scales, groups.tables[0], rows, cols,
-            padded, out.scales.stride(1), turned.scales.stride(1), rows_too, len(groups.counts) > 1,
+            x, out.values, out.scales, columns.values.view(torch.int32), columns.scales, groups.tables[0], rows, cols,
+            padded, out.scales.stride(1), columns.scales.stride(1), rows_too, len(groups.counts) > 1,
             scales == "ue8m0", num_warps=8, maxnreg=128, enable_fp_fusion=False,
         )  # fmt: skip
-    return out, turned
+    return out, columns
 
 
-def _turned(x: Quantized, groups: ExpertGroups, scales: ScaleFormat) -> Quantized:
+def _transpose(x: Quantized, groups: ExpertGroups, scales: ScaleFormat) -> Quantized:
     rows, cols = x.values.shape
     padded = groups.blocks * TILE
-    turned = empty_rows(cols, padded, x.values.device)
+    columns = empty_rows(cols, padded, x.values.device)
     if groups.blocks:
-        turn_kernel[(blocks(cols), groups.blocks)](
-            x.values, x.scales, turned.values.view(torch.int32), turned.scales, groups.tables[0], rows, cols, padded,
-            x.scales.stride(1), turned.scales.stride(1), len(groups.counts) > 1, scales == "ue8m0", TURNED_WORDS,
+        transpose_kernel[(blocks(cols), groups.blocks)](
+            x.values, x.scales, columns.values.view(torch.int32), columns.scales, groups.tables[0], rows, cols, padded,
+            x.scales.stride(1), columns.scales.stride(1), len(groups.counts) > 1, scales == "ue8m0", TRANSPOSE_WORDS,
             num_warps=4, maxnreg=96, enable_fp_fusion=False,
         )  # fmt: skip
-    return turned
+    return columns
 
 
 def quantize_columns(x: Tensor | Quantized, groups: ExpertGroups, scales: ScaleFormat = "fp32") -> Quantized:
     if isinstance(x, Quantized):
-        return _turned(x, groups, scales)
+        return _transpose(x, groups, scales)
     return _columns(x, groups, scales, rows_too=False)[1]
 
 
@@ -238,14 +261,14 @@ def quantize_blocks(w: Tensor, scales: ScaleFormat = "fp32") -> tuple[Quantized,
     rows, cols = w.shape[-2:]
     if rows % 16 or cols % 16:
         raise ValueError(f"FP8 weights on a GPU have sizes that are multiples of 16, not {rows} x {cols}: pad them")
-    out, turned = empty_blocks(w.shape, w.device), empty_blocks((*w.shape[:-2], cols, rows), w.device)
+    out, transposed = empty_blocks(w.shape, w.device), empty_blocks((*w.shape[:-2], cols, rows), w.device)
     batch = w.shape[0] if w.dim() == 3 else 1
     blocks_kernel[(blocks(cols), blocks(rows), batch)](
-        w, out.values, out.scales, turned.values.view(torch.int32), turned.scales, rows, cols, out.scales.stride(0),
-        out.scales.stride(-2), turned.scales.stride(0), turned.scales.stride(-2), scales == "ue8m0", num_warps=8,
-        enable_fp_fusion=False,
+        w, out.values, out.scales, transposed.values.view(torch.int32), transposed.scales, rows, cols,
+        out.scales.stride(0), out.scales.stride(-2), transposed.scales.stride(0), transposed.scales.stride(-2),
+        scales == "ue8m0", num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
-    return out, turned
+    return out, transposed
 
 
 def pack_e5m6(x: Tensor) -> E5M6:
@@ -256,7 +279,7 @@ def pack_e5m6(x: Tensor) -> E5M6:
     low = torch.empty(rows, cols // 2, dtype=torch.uint8, device=x.device)
     scales = empty_scales(rows, cols, x.device)
     if rows:
-        pack_kernel[(blocks(cols), -(-rows // ROWS))](
+        pack_kernel[(blocks(cols), ceil_div(rows, ROWS))](
             x, high, low, scales, rows, cols, scales.stride(1), ROWS, num_warps=4, enable_fp_fusion=False
         )
     return E5M6(high, low, scales)
@@ -266,7 +289,7 @@ def unpack_e5m6(packed: E5M6, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     rows, cols = packed.high.shape
     x = torch.empty(rows, cols, dtype=dtype, device=packed.high.device)
     if rows:
-        unpack_kernel[(blocks(cols), -(-rows // ROWS))](
+        unpack_kernel[(blocks(cols), ceil_div(rows, ROWS))](
             packed.high, packed.low, packed.scales, x, rows, cols, packed.scales.stride(1), ROWS, num_warps=4,
             enable_fp_fusion=False,
         )  # fmt: skip

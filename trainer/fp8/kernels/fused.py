@@ -1,7 +1,9 @@
-"""Casts fused with what makes their input: SwiGLU forward and backward, RMSNorm. Definitions are in fp8/fused.py.
+"""Casts fused with what makes their input, as kernels: SwiGLU forward and backward, RMSNorm. fp8/fused.py defines them.
 
-Unfused, a BF16 tensor is written and read again for each: 4 bytes an element against the cast's 1 to 3. The backward of
-SwiGLU reads 4 bytes and writes 5 an element of F, and feeds three GEMMs. Legend as in fp8/fused.py.
+The backward of SwiGLU reads 4 bytes and writes 5 an element of F, and feeds three GEMMs.
+
+Legend: h gate and up [R, 2F], gate first; q values and s scales by rows, qt and st of the transpose; `kept` and ks what
+the backward keeps of h, in FP8; r rows, c columns, b block of 128 columns; `table` as in ExpertGroups.
 """
 
 import torch
@@ -9,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dryvine.comm.integers import ceil_div
 from dryvine.trainer.fp8.kernels.numbers import (
     block_rows,
     byte,
@@ -24,12 +27,13 @@ from dryvine.trainer.tensors.groups import ExpertGroups
 from dryvine.trainer.tensors.quantized import Quantized, empty_rows
 from dryvine.trainer.tensors.tiles import TILE, ScaleFormat, blocks
 
-ROWS = 16
+ROWS = 16  # to a program of `swiglu_kernel`
 
 
 @triton.jit
 def swiglu_kernel(h, weights, q, s, kept, ks, R, F, s_stride, ks_stride, WEIGHTED: tl.constexpr, UE8M0: tl.constexpr,
                   ROWS: tl.constexpr):  # fmt: skip
+    """128 columns of gate and the same of up to a program: three tiles a row leave, the product's and both inputs'."""
     b = tl.program_id(0)
     r = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     c = b * 128 + tl.arange(0, 128)
@@ -47,15 +51,15 @@ def swiglu_kernel(h, weights, q, s, kept, ks, R, F, s_stride, ks_stride, WEIGHTE
 
 @triton.jit
 def read_back(kept, ks, r, end, c, b, F2, ks_stride):
-    """One tile column of a 1x128 tensor of width F2, FP32 [32, 128]."""
+    """Column b of 1x128 tiles of a tensor of width F2, as FP32 [.., 128]."""
     v = tl.load(kept + r.to(tl.int64)[:, None] * F2 + c[None, :], mask=(r < end)[:, None], other=0.0).to(tl.float32)
     return v * tl.load(ks + b * ks_stride + r, mask=r < end, other=0.0)[:, None]
 
 
 @triton.jit
 def some_rows(dy, kept, ks, weights, dw, r, end, c, b, F, ks_stride, WEIGHTED: tl.constexpr, FIRST: tl.constexpr):
-    """-> the product again, d gate and d up of rows r, each FP32 [.., 128]. The first time also writes this tile's
-    piece of d weights."""
+    """-> the product again, d gate and d up of rows r, each FP32 [.., 128]. With FIRST this tile's part of d weights is
+    stored too."""
     gate = read_back(kept, ks, r, end, c, b, 2 * F, ks_stride)
     up = read_back(kept, ks, r, end, c + F, b + F // 128, 2 * F, ks_stride)
     d = tl.load(dy + r.to(tl.int64)[:, None] * F + c[None, :], mask=(r < end)[:, None], other=0.0).to(tl.float32)
@@ -75,14 +79,17 @@ def some_rows(dy, kept, ks, weights, dw, r, end, c, b, F, ks_stride, WEIGHTED: t
 def swiglu_backward_kernel(dy, kept, ks, weights, q, s, qt, st, act, acts, dw, table, R, F, P, ks_stride, s_stride,
                            st_stride, act_stride, WEIGHTED: tl.constexpr, UE8M0: tl.constexpr,
                            WORDS: tl.constexpr):  # fmt: skip
-    """Three tensors of 128 x 128 leave by columns, whose scales need all rows first. Held, they fill the registers of
-    an SM; so a block is worked out twice, 8 rows at a time, the second time from L1."""
+    """A block of 128x128 of one expert's rows to a program. Three tensors of that size leave by columns, whose scales
+    need all rows first. Held, they fill the registers of an SM; so a block is computed twice, 4 * WORDS rows at a time,
+    the second time from L1."""
     b = tl.program_id(0)
     block = tl.program_id(1)
     first, end = block_rows(block, table, R, True)
     c = b * 128 + tl.arange(0, 128)
+    # The same columns of the half that belongs to up.
     far, far_b = c + F, b + F // 128
     rows = first + 4 * tl.arange(0, WORDS)
+    # First pass: d gate and d up leave by rows; the largest magnitudes of each column give the scales by columns.
     y_most = tl.zeros((WORDS, 128), tl.int32)
     g_most, u_most = y_most, y_most
     for part in range(32 // WORDS):
@@ -97,6 +104,7 @@ def swiglu_backward_kernel(dy, kept, ks, weights, q, s, qt, st, act, acts, dw, t
     y_inverse, y_sound = column_scale(y_most, acts, block, c, F, act_stride, UE8M0)
     g_inverse, g_sound = column_scale(g_most, st, block, c, 2 * F, st_stride, UE8M0)
     u_inverse, u_sound = column_scale(u_most, st, block, far, 2 * F, st_stride, UE8M0)
+    # Second pass: four rows of a column become the four bytes of a word.
     for part in range(32 // WORDS):
         y_words = tl.zeros((WORDS, 128), tl.uint32)
         g_words, u_words = y_words, y_words
@@ -115,19 +123,23 @@ def swiglu_backward_kernel(dy, kept, ks, weights, q, s, qt, st, act, acts, dw, t
 @triton.jit
 def rmsnorm_kernel(x, weight, q, s, normed, inverse, R, C, eps, s_stride, CAST: tl.constexpr, UE8M0: tl.constexpr,
                    TILES: tl.constexpr):  # fmt: skip
+    """A row to a program, TILES tiles at least as wide as it. With CAST the normed row leaves in FP8 too."""
     r = tl.program_id(0)
     b = tl.arange(0, TILES)
     c = b[:, None] * 128 + tl.arange(0, 128)[None, :]
     base = r.to(tl.int64) * C
     v = tl.load(x + base + c, mask=c < C, other=0.0).to(tl.float32)
+    # In FP64, where the order of additions does not reach the FP32 result.
     wide = v.to(tl.float64)
     mean = (tl.sum(tl.sum(wide * wide, 1), 0) / C.to(tl.float64)).to(tl.float32)
-    one = tl.full((1, 1), 0.0, tl.float32)
-    inv = tl.div_rn(one + 1.0, tl.sqrt_rn(one + (mean + eps)))
+    # 1 / sqrt(mean + eps), both steps correctly rounded, as a tensor [1, 1].
+    zero = tl.full((1, 1), 0.0, tl.float32)
+    inv = tl.div_rn(zero + 1.0, tl.sqrt_rn(zero + (mean + eps)))
     w = tl.load(weight + c, mask=c < C, other=0.0).to(tl.float32)
     y = (v * inv * w).to(normed.dtype.element_ty)
     tl.store(normed + base + c, y, mask=c < C)
     if CAST:
+        # The cast is of the normed row as rounded to its dtype, as a Linear would read it.
         y = y.to(tl.float32)
         scale = scale_of(tl.max(magnitude(y), 1), 448.0, UE8M0)
         tl.store(q + base + c, e4m3(y, scale[:, None]), mask=c < C)
@@ -143,7 +155,7 @@ def swiglu_rows(
         raise ValueError(f"an FP8 FFN on a GPU has a width that is a multiple of 128, not {width}: pad it")
     out, kept = empty_rows(rows, width, gate_up.device), empty_rows(rows, 2 * width, gate_up.device)
     if rows:
-        swiglu_kernel[(blocks(width), -(-rows // ROWS))](
+        swiglu_kernel[(blocks(width), ceil_div(rows, ROWS))](
             gate_up, gate_up if weights is None else weights, out.values, out.scales, kept.values, kept.scales, rows,
             width, out.scales.stride(1), kept.scales.stride(1), weights is not None, scales == "ue8m0", ROWS,
             num_warps=4, enable_fp_fusion=False,
@@ -157,17 +169,17 @@ def swiglu_backward(
     rows, width = dy.shape
     padded = groups.blocks * TILE
     out = empty_rows(rows, 2 * width, dy.device)
-    turned, act = empty_rows(2 * width, padded, dy.device), empty_rows(width, padded, dy.device)
+    transposed, act = empty_rows(2 * width, padded, dy.device), empty_rows(width, padded, dy.device)
     pieces = torch.zeros(rows, blocks(width), device=dy.device)
     if groups.blocks:
         swiglu_backward_kernel[(blocks(width), groups.blocks)](
             dy, kept.values, kept.scales, dy if weights is None else weights, out.values, out.scales,
-            turned.values.view(torch.int32), turned.scales, act.values.view(torch.int32), act.scales, pieces,
+            transposed.values.view(torch.int32), transposed.scales, act.values.view(torch.int32), act.scales, pieces,
             groups.tables[0], rows, width, padded, kept.scales.stride(1), out.scales.stride(1),
-            turned.scales.stride(1), act.scales.stride(1), weights is not None, scales == "ue8m0", 8,
+            transposed.scales.stride(1), act.scales.stride(1), weights is not None, scales == "ue8m0", 8,
             num_warps=4, maxnreg=128, enable_fp_fusion=False,
         )  # fmt: skip
-    return out, turned, act, pieces.sum(-1)
+    return out, transposed, act, pieces.sum(-1)
 
 
 def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from dryvine.comm.integers import ceil_div
 from dryvine.trainer.tensors.groups import ExpertGroups
 from dryvine.trainer.tensors.persistent import barriers, place_of, programs
 from dryvine.trainer.tensors.quantized import Quantized
@@ -26,23 +27,24 @@ from dryvine.trainer.tensors.tiles import TILE, blocks
 
 
 @dataclass(frozen=True)
-class Config:
+class TileConfig:
     """Tile of 128 x (sub * count): `count` products of width `sub` share an A tile and registers of partial sums."""
 
     sub: int = 128
     count: int = 2
     stages: int = 4
-    group_m: int = 8  # tiles are walked in bands of this many rows of tiles, for L2
+    # Tiles are walked in bands of this many rows of tiles, for L2.
+    group_m: int = 8
     registers: int = 232
 
 
-PRODUCT = Config()
-WGRAD = Config(group_m=16, registers=240)
+PRODUCT = TileConfig()
+WGRAD = TileConfig(group_m=16, registers=240)
 
 
 @gluon.jit
 def _rows(tile_m, table, M, GROUPED: gl.constexpr):
-    """(expert, first row, end of its rows) of a row of tiles."""
+    """(expert, first row, end of the expert's rows) of a row of tiles; `table` as in ExpertGroups."""
     if GROUPED:
         entry = table + 3 * tile_m
         return gl.load(entry), gl.load(entry + 1), gl.load(entry + 2)
@@ -53,9 +55,12 @@ def _rows(tile_m, table, M, GROUPED: gl.constexpr):
 @gluon.jit
 def _fill(turn, a_desc, b_desc, a_bufs, b_bufs, full, empty, m0, n0, k0, SUB: gl.constexpr, COUNT: gl.constexpr,
           STAGES: gl.constexpr):  # fmt: skip
-    """Start the loads of one 128 of K into the next stage, once its last readers have left."""
+    """Start the loads of one 128 of K into the next stage, once both warpgroups are done with it."""
     stage = turn % STAGES
+    # A barrier's phase flips each time it completes: its bit is the parity of the rounds through all stages. In the
+    # first round nobody has emptied a stage yet, and the wait for the phase before returns at once.
     mbarrier.wait(empty.index(stage), ((turn // STAGES) & 1) ^ 1)
+    # `full` completes when all bytes of the stage have arrived: 128 x 128 of A, and of B the width of the tile.
     bar = full.index(stage)
     mbarrier.expect(bar, 128 * 128 + SUB * COUNT * 128)
     for i in gl.static_range(2):
@@ -68,6 +73,7 @@ def _fill(turn, a_desc, b_desc, a_bufs, b_bufs, full, empty, m0, n0, k0, SUB: gl
 def _product_loads(a_desc, b_desc, a_bufs, b_bufs, full, empty, table, M, N, k_blocks, num_m, num_n,
                    GROUPED: gl.constexpr, GROUP_M: gl.constexpr, SUB: gl.constexpr,
                    COUNT: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    """The warp that loads: all of K of one output tile, then of the next, as fast as stages become empty."""
     turn = 0
     for tile in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
         tile_m, tile_n = place_of(tile, num_m, num_n, GROUP_M)
@@ -83,6 +89,7 @@ def _product_sums(HALF: gl.constexpr, a_bufs, b_bufs, full, empty, c, sa, sb, ta
                   sa_stride, sb_expert, sb_row, c_stride, GROUPED: gl.constexpr, GROUP_M: gl.constexpr,
                   SUB: gl.constexpr, COUNT: gl.constexpr,
                   STAGES: gl.constexpr):  # fmt: skip
+    """A warpgroup that multiplies: rows 64 * HALF to 64 * HALF + 63 of each tile."""
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, SUB, 32])
     out: gl.constexpr = gl.BlockedLayout([1, 8], [256 // SUB, SUB // 8], [4, 1], [1, 0])
     rows = gl.arange(0, 64, layout=gl.SliceLayout(1, mma))
@@ -93,6 +100,7 @@ def _product_sums(HALF: gl.constexpr, a_bufs, b_bufs, full, empty, c, sa, sb, ta
         expert, m0, end = _rows(tile_m, table, M, GROUPED)
         m0 += 64 * HALF
         n0 = tile_n * (SUB * COUNT)
+        # A's scales: one for each row and 128 of K. B's: one for each 128 columns, so two where the tile is 256 wide.
         sa_at = sa + m0 + rows
         ours = m0 + rows < end
         sb_at = sb + expert * sb_expert + (n0 // 128) * sb_row
@@ -109,17 +117,20 @@ def _product_sums(HALF: gl.constexpr, a_bufs, b_bufs, full, empty, c, sa, sb, ta
             sb_at += 1
             scale = gl.load(sa_at, mask=ours & more, other=0.0)
             left, right = gl.load(sb_at, mask=more), gl.load(sb_at + sb_row, mask=more & second)
+            # A product of 128 of K, in the tensor cores' 14 bits, then scaled and added in FP32.
             mbarrier.wait(full.index(stage), (turn // STAGES) & 1)
             a = a_bufs.index(stage * 2 + HALF)
             for i in gl.static_range(COUNT):
                 b = b_bufs.index(stage * COUNT + i).permute((1, 0))
                 part = warpgroup_mma(a, b, zero, use_acc=False, is_async=True)
                 part = warpgroup_mma_wait(0, deps=[part])
+                # The last product has read the stage: it may be filled again while this warpgroup adds.
                 if i == COUNT - 1:
                     mbarrier.arrive(empty.index(stage))
                 factor = gl.expand_dims(left_now if i * SUB < 128 else right_now, 1)
                 sums = sums[:i] + (sums[i] + part * factor,) + sums[i + 1 :]  # noqa: RUF005
             turn += 1
+        # Stored in a layout of its own, in which a thread has eight neighbours of a row.
         r = m0 + gl.arange(0, 64, layout=gl.SliceLayout(1, out))
         n = n0 + gl.arange(0, SUB, layout=gl.SliceLayout(0, out))
         c_at = c + gl.expand_dims(r.to(gl.int64) * c_stride, 1) + gl.expand_dims(n, 0)
@@ -137,7 +148,8 @@ def product_kernel(a_desc, b_desc, c, sa, sb, table, M, N, K, num_m, sa_stride, 
     full, empty = barriers(STAGES)
     k_blocks = gl.cdiv(K, 128)
     num_n = gl.cdiv(N, SUB * COUNT)
-    # What registers the others leave are the first one's.
+    # The first function runs on the warps of the launch, the others on 4 warps and 1 with the registers named; what
+    # they leave is the first one's.
     gl.warp_specialize(
         [
             (_product_sums, (0, a_bufs, b_bufs, full, empty, c, sa, sb, table, M, N, k_blocks, num_m, num_n,
@@ -155,6 +167,7 @@ def product_kernel(a_desc, b_desc, c, sa, sb, table, M, N, K, num_m, sa_stride, 
 @gluon.jit
 def _wgrad_loads(a_desc, b_desc, a_bufs, b_bufs, full, empty, starts, num_m, num_n, tiles, GROUP_M: gl.constexpr,
                  SUB: gl.constexpr, COUNT: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    """The warp that loads. K runs over the expert's blocks of 128 rows, and may be empty."""
     turn = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         expert = tile // (num_m * num_n)
@@ -169,8 +182,10 @@ def _wgrad_loads(a_desc, b_desc, a_bufs, b_bufs, full, empty, starts, num_m, num
 def _wgrad_sums(HALF: gl.constexpr, a_bufs, b_bufs, scale_bufs, full, empty, c, sa, sb, starts, M, N, num_m, num_n,
                 tiles, sa_stride, sb_stride, GROUP_M: gl.constexpr, SUB: gl.constexpr, COUNT: gl.constexpr,
                 STAGES: gl.constexpr):  # fmt: skip
-    """B's scales differ by column, so a thread needs a quarter of them. Each thread asks memory for its share two
-    blocks ahead, and all of them pass through shared memory: read directly, they would hold 64 registers and come
+    """A warpgroup that multiplies: rows 64 * HALF to 64 * HALF + 63 of each tile, added to what total holds.
+
+    B's scales differ by column, so a thread needs a quarter of them. Each thread asks memory for its share two blocks
+    ahead, and all of them pass through shared memory: read directly, they would hold 64 registers and come
     late. (By TMA they are as fast, and wrong in some tiles of some runs: docs/fp8.md.)"""
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, SUB, 32])
     in_rows: gl.constexpr = gl.SliceLayout(1, mma)
@@ -189,6 +204,7 @@ def _wgrad_sums(HALF: gl.constexpr, a_bufs, b_bufs, scale_bufs, full, empty, c, 
         first, last = gl.load(starts + expert), gl.load(starts + expert + 1)
         sa_at, sb_at = sa + first * sa_stride + m, sb + first * sb_stride + n
         ours, theirs = m < M, n < N
+        # Scales of the first two blocks.
         a_scale = gl.load(sa_at, mask=ours & (first < last), other=0.0)
         b_scale = gl.load(sb_at, mask=theirs & (first < last), other=0.0)
         a_next = gl.load(sa_at + sa_stride, mask=ours & (first + 1 < last), other=0.0)
@@ -196,6 +212,7 @@ def _wgrad_sums(HALF: gl.constexpr, a_bufs, b_bufs, scale_bufs, full, empty, c, 
         sums = (zero,) * COUNT
         for k in range(first, last):
             stage = turn % STAGES
+            # This block's scales go to shared memory, and those of two blocks on are asked for.
             shared.store(b_scale)
             a_now, a_scale, b_scale = a_scale, a_next, b_next
             more = k + 2 < last
@@ -231,7 +248,8 @@ def wgrad_kernel(a_desc, b_desc, c, sa, sb, starts, M, N, num_m, tiles, sa_strid
     scale_bufs = gl.allocate_shared_memory(gl.float32, [2, SUB * COUNT], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     full, empty = barriers(STAGES)
     num_n = gl.cdiv(N, SUB * COUNT)
-    # What registers the others leave are the first one's.
+    # The first function runs on the warps of the launch, the others on 4 warps and 1 with the registers named; what
+    # they leave is the first one's.
     gl.warp_specialize(
         [
             (_wgrad_sums, (0, a_bufs, b_bufs, scale_bufs, full, empty, c, sa, sb, starts, M, N, num_m, num_n, tiles,
@@ -252,7 +270,7 @@ def _descriptor(values: Tensor, rows: int) -> TensorDescriptor:
 
 
 def product(a: Quantized, b: Quantized, groups: ExpertGroups | None = None, dtype: torch.dtype = torch.bfloat16,
-            config: Config = PRODUCT) -> Tensor:  # fmt: skip
+            config: TileConfig = PRODUCT) -> Tensor:  # fmt: skip
     """A Bᵀ: [M, K] in 1x128 tiles times [N, K], or with `groups` [X, N, K], in 128x128 blocks, to [M, N].
 
     K and N are multiples of 16 (TMA's alignment).
@@ -262,7 +280,7 @@ def product(a: Quantized, b: Quantized, groups: ExpertGroups | None = None, dtyp
     num_m = blocks(m) if groups is None else groups.blocks
     if not num_m:
         return c
-    tiles = num_m * -(-n // (config.sub * config.count))
+    tiles = num_m * ceil_div(n, config.sub * config.count)
     table = c if groups is None else groups.tables[0]  # dense kernels never read it
     product_kernel[(programs(c.device, tiles),)](
         _descriptor(a.values, 64), _descriptor(b.values, config.sub), c, a.scales, b.scales, table, m, n, k, num_m,
@@ -273,12 +291,12 @@ def product(a: Quantized, b: Quantized, groups: ExpertGroups | None = None, dtyp
     return c
 
 
-def wgrad(a: Quantized, b: Quantized, groups: ExpertGroups, total: Tensor, config: Config = WGRAD) -> None:
+def wgrad(a: Quantized, b: Quantized, groups: ExpertGroups, total: Tensor, config: TileConfig = WGRAD) -> None:
     """total[x] += A_x B_xᵀ: A [M, P], B [N, P] in 1x128 tiles over the padded rows P of all experts, total FP32
     [X, M, N]."""
     m, n = a.values.shape[0], b.values.shape[0]
     num_m = blocks(m)
-    tiles = len(groups.counts) * num_m * -(-n // (config.sub * config.count))
+    tiles = len(groups.counts) * num_m * ceil_div(n, config.sub * config.count)
     if not groups.blocks:
         return
     wgrad_kernel[(programs(total.device, tiles),)](

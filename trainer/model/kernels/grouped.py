@@ -20,18 +20,19 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from dryvine.comm.integers import ceil_div
 from dryvine.trainer.tensors.groups import ExpertGroups
 from dryvine.trainer.tensors.persistent import barriers, place_of, programs
 
 
 @dataclass(frozen=True)
-class Config:
+class GroupedConfig:
     stages: int = 4
     group_m: int = 16  # tiles are walked in bands of this many rows of tiles, for L2
     registers: int = 240
 
 
-WGRAD = Config()
+WGRAD = GroupedConfig()
 
 
 @gluon.jit
@@ -134,12 +135,12 @@ def fits(dy_RM: Tensor, x_RN: Tensor) -> bool:
     )
 
 
-def wgrad(dy_RM: Tensor, x_RN: Tensor, groups: ExpertGroups, total_XMN: Tensor, config: Config = WGRAD) -> None:
+def wgrad(dy_RM: Tensor, x_RN: Tensor, groups: ExpertGroups, total_XMN: Tensor, config: GroupedConfig = WGRAD) -> None:
     """total[x] += dy_xᵀ x_x, FP32 [X, M, N], for operands that `fits` allows."""
     if not groups.rows:
         return
     _, m, n = total_XMN.shape
-    tiles = len(groups.counts) * -(-m // 128) * -(-n // 256)
+    tiles = len(groups.counts) * ceil_div(m, 128) * ceil_div(n, 256)
     wgrad_kernel[(programs(total_XMN.device, tiles),)](
         _descriptor(dy_RM, 64), _descriptor(x_RN, 256), total_XMN, groups.ends, m, n, tiles,
         GROUP_M=config.group_m, STAGES=config.stages, REGISTERS=config.registers, num_warps=4,
@@ -147,6 +148,6 @@ def wgrad(dy_RM: Tensor, x_RN: Tensor, groups: ExpertGroups, total_XMN: Tensor, 
 
 
 def _descriptor(rows: Tensor, width: int) -> TensorDescriptor:
-    """Gradients may come broadcast or turned; those are copied."""
+    """Gradients may come broadcast or transposed; those are copied."""
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     return TensorDescriptor.from_tensor(rows.contiguous(), [64, width], layout)
