@@ -1,8 +1,8 @@
-"""What quantisation did to tensors, counted: tiles that held NaN or infinity, and tiles whose amax was at the floor.
+"""Counts of what quantisation did: tiles that held a NaN or an infinity, and tiles whose amax was below the floor.
 
-A bad tile's scale is infinite and a floored tile's is the smallest there is, so both are read off the scales (1/128 of
-the data) that the casts leave anyway; with online amax nothing else can saturate. Counts stay on the device until they
-are asked for: reading them where they are made would stop the host at every Linear.
+A bad tile's scale is infinite and a floored tile's is the smallest possible, so both are read from the scales (1/128 of
+the data) that casts return anyway; with online amax nothing else can saturate. Counts stay on the device until `take`:
+reading them where they are made would stop the host at every Linear.
 """
 
 from __future__ import annotations
@@ -29,23 +29,25 @@ class Count(NamedTuple):
 
 @dataclass
 class Guard:
-    """Counts while `on`; whoever drives the steps turns it on for those to be counted."""
+    """Counts while `on`; the training loop turns it on for the steps that are to be counted."""
 
     on: bool = False
-    _counts: dict[tuple[int, str], Tensor] = field(default_factory=dict)  # (weight's id, role) -> bad, floored, tiles
+    # (weight's id, role) -> int64 [3]: bad, floored, tiles.
+    _counts: dict[tuple[int, str], Tensor] = field(default_factory=dict)
 
     def count(self, weight: Tensor, role: str, q: Quantized) -> None:
+        """Add the tiles of q, an operand of `weight` in that role ("input", "output gradient")."""
         if not self.on:
             return
         scales = q.scales
-        # The smallest scale, or the power of two above it.
+        # The smallest FP32 scale. In powers of two none is that small, so floored tiles of such a recipe are not counted.
         floored = scales <= AMAX_FLOOR / E4M3_MAX * 1.0001
-        both = torch.stack((scales.isinf().sum(), floored.sum(), torch.full_like(floored, True).sum()))
+        counts = torch.stack((scales.isinf().sum(), floored.sum(), torch.full_like(floored, True).sum()))
         before = self._counts.get((id(weight), role))
-        self._counts[id(weight), role] = both if before is None else before + both
+        self._counts[id(weight), role] = counts if before is None else before + counts
 
     def take(self, named: Iterable[tuple[str, Tensor]]) -> Iterator[Count]:
-        """The counts since the last take, by name; waits for the device once a role. Resets them."""
+        """The counts since the last `take`, by name, and reset them. Waits for the device once a role."""
         names = {id(weight): name for name, weight in named}
         counts, self._counts = self._counts, {}
         for (weight, role), count in counts.items():
@@ -53,5 +55,5 @@ class Guard:
 
 
 def culprits(gradients: Iterable[tuple[str, Tensor | None]]) -> list[str]:
-    """Names whose FP32 gradient sum is not finite: what to print beside the rank when a step has to be skipped."""
+    """Names whose FP32 gradient sum is not finite: printed beside the rank when a step is skipped."""
     return [name for name, gradient in gradients if gradient is not None and not bool(gradient.isfinite().all())]

@@ -39,9 +39,11 @@ class DeepGemm(Engine):
             import deep_gemm
         except ImportError:
             return f"is not installed: {INSTALL}; {instead}"
-        except Exception as error:  # it looks for nvcc when imported
+        except Exception as error:
+            # It looks for nvcc when imported.
             return f"cannot be imported ({type(error).__name__}: {error}); {instead}"
-        if not hasattr(deep_gemm, "k_grouped_fp8_gemm_nt_contiguous"):  # came with Hopper's kernel that adds to FP32
+        # It came with Hopper's kernel that adds to FP32.
+        if not hasattr(deep_gemm, "k_grouped_fp8_gemm_nt_contiguous"):
             return f"is {getattr(deep_gemm, '__version__', 'old')}, without weight gradients on Hopper: {INSTALL}"
         return None
 
@@ -64,13 +66,14 @@ class DeepGemm(Engine):
 
 
 def _grouped(a: Quantized, b: Quantized, groups: ExpertGroups) -> Tensor:
-    """A block of 128 rows must be of one expert, so rows are moved apart first and together after. What fills a block
-    up is its expert's last row again; its results are dropped."""
+    """A block of 128 rows must be of one expert, so rows are moved apart before and together after. Blocks are filled up
+    with their expert's last row; those results are dropped."""
     import deep_gemm
 
     n = b.values.shape[-2]
     if not groups.blocks:
         return a.values.new_empty(0, n, dtype=torch.bfloat16)
+    # Of each block, which rows to take: the expert's next 128, and at its end the last one again.
     table = groups.tables[0]
     rows = torch.minimum(table[:, 1:2] + torch.arange(TILE, dtype=torch.int32, device=table.device), table[:, 2:] - 1)
     rows = rows.flatten()
@@ -79,6 +82,7 @@ def _grouped(a: Quantized, b: Quantized, groups: ExpertGroups) -> Tensor:
     experts = table[:, 0].repeat_interleave(TILE)
     y = a.values.new_empty(len(rows), n, dtype=torch.bfloat16)
     deep_gemm.m_grouped_fp8_gemm_nt_contiguous((values, scales), (b.values, _packed(b.scales)), y, experts)
+    # Each expert's results begin at its first block.
     starts = (TILE * start for start in groups.block_starts)
     return torch.cat([y[start : start + count] for start, count in zip(starts, groups.counts, strict=False)])
 
@@ -86,12 +90,12 @@ def _grouped(a: Quantized, b: Quantized, groups: ExpertGroups) -> Tensor:
 def _fp32(a: Quantized, b: Quantized, groups: ExpertGroups | None) -> Tensor:
     """The kernel that adds to FP32 wants B in 1x128 tiles too: a block's scale is repeated for its rows."""
     n = b.values.shape[-2]
-    fine = Quantized(b.values, b.scales.repeat_interleave(TILE, -2)[..., :n, :])
+    b_rows = Quantized(b.values, b.scales.repeat_interleave(TILE, -2)[..., :n, :])
     y = torch.zeros(len(a.values), n, device=a.values.device)
     if groups is None:
-        _add(a, fine, y)
+        _add(a, b_rows, y)
     else:
-        for rows, part_a, part_b in by_expert(a, fine, groups):
+        for rows, part_a, part_b in by_expert(a, b_rows, groups):
             _add(part_a, part_b, y[rows])
     return y
 
@@ -100,7 +104,8 @@ def _add(a: Quantized, b: Quantized, total: Tensor) -> None:
     """total += A Bᵀ, both in 1x128 tiles. K is tokens and differs from call to call, so it is not compiled in."""
     import deep_gemm
 
-    operands = [(q.values.contiguous(), aligned(q.scales)) for q in (a, b)]  # it takes rows to be K apart, unchecked
+    # It takes rows to be K apart, unchecked.
+    operands = [(q.values.contiguous(), aligned(q.scales)) for q in (a, b)]
     deep_gemm.fp8_gemm_nt(*operands, total, c=total, recipe=(1, 1, TILE), compiled_dims="mn")
 
 

@@ -7,14 +7,14 @@ tests hold it against a stand-in that refuses what those files refuse.
 
 Its blockwise tensors "in GEMM format" are what Quantized holds: values by rows, scales of 1x128 tiles as [K / 128, rows
 rounded up to 4], of 128x128 blocks as [rows / 128, K / 128 rounded up to 4]. So nothing is cast and whole tensors are
-not copied. Wgrad's operands are turned already and go in by rows too, instead of as its column-wise copies.
+not copied. Wgrad's operands are transposed already and go in by rows too, instead of as its column-wise copies.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +25,9 @@ from dryvine.trainer.fp8.engines.protocol import Engine
 from dryvine.trainer.tensors.groups import ExpertGroups
 from dryvine.trainer.tensors.quantized import Quantized
 
-LEAST = (2, 20)  # before, its tensors were built with other arguments
+# Before, its tensors were built with other arguments.
+LEAST = (2, 20)
+FIX = "pip install --no-build-isolation 'transformer_engine[pytorch]>=2.20'; fp8.gemm = 'torch' is cuBLASLt too"
 
 
 @dataclass(frozen=True)
@@ -36,19 +38,17 @@ class TransformerEngine(Engine):
     def missing(device: torch.device) -> str | None:
         if reason := no_hopper(device):
             return reason
-        mend = (
-            "pip install --no-build-isolation 'transformer_engine[pytorch]>=2.20'; fp8.gemm = 'torch' is cuBLASLt too"
-        )
         try:
-            found = version("transformer_engine")
+            installed = version("transformer_engine")
         except PackageNotFoundError:
-            return f"is not installed: {mend}"
-        if tuple(map(int, found.split(".")[:2])) < LEAST:
-            return f"is {found}, and needs to be 2.20 or later: {mend}"
+            return f"is not installed: {FIX}"
+        if tuple(map(int, installed.split(".")[:2])) < LEAST:
+            return f"is {installed}, and needs to be 2.20 or later: {FIX}"
+        # It loads CUDA's libraries when imported, which can fail in many ways.
         try:
             import transformer_engine.pytorch  # noqa: F401
-        except Exception as error:  # it loads CUDA's libraries when imported
-            return f"cannot be imported ({type(error).__name__}: {error}): {mend}"
+        except Exception as error:
+            return f"cannot be imported ({type(error).__name__}: {error}): {FIX}"
         return None
 
     def product(
@@ -85,8 +85,8 @@ def _grouped(a: Quantized, b: Quantized, groups: ExpertGroups, dtype: torch.dtyp
     return y
 
 
-def _multiply(b: list[Any], a: list[Any], out: list[Tensor], accumulate: bool = False) -> None:
-    """out[i] (+)= A_i B_iᵀ. Its first operand is ours on the right: cuBLAS thinks in columns."""
+def _multiply(b: Sequence[object], a: Sequence[object], out: list[Tensor], accumulate: bool = False) -> None:
+    """out[i] (+)= A_i B_iᵀ. The library's first operand is our right one: cuBLAS stores matrices by columns."""
     from transformer_engine.pytorch.cpp_extensions import general_grouped_gemm
 
     if not out:
@@ -97,18 +97,18 @@ def _multiply(b: list[Any], a: list[Any], out: list[Tensor], accumulate: bool = 
     )  # fmt: skip
 
 
-def _tensor(q: Quantized) -> Any:
+def _tensor(q: Quantized) -> object:
     """As Transformer Engine holds it: bytes and scales by rows (a multiple of 4), no copy by columns, no quantiser."""
     import transformer_engine_torch as tex
     from transformer_engine.pytorch.tensor import Float8BlockwiseQTensorStorage
 
     blocks = q.tile[0] > 1
     values = q.values.contiguous().view(torch.uint8)
-    scales = _whole_rows(q.scales) if blocks else aligned(q.scales).t()
+    scales = _rows_with_padding(q.scales) if blocks else aligned(q.scales).t()
     return Float8BlockwiseQTensorStorage(values, scales, None, None, tex.DType.kFloat8E4M3, None, blocks)
 
 
-def _whole_rows(scales: Tensor) -> Tensor:
+def _rows_with_padding(scales: Tensor) -> Tensor:
     """Scales of blocks with the room that `empty_blocks` left at the ends of rows."""
     rows, cols = scales.shape
     return scales.as_strided((rows, round_up(cols, 4)), (round_up(cols, 4), 1))
