@@ -40,7 +40,7 @@ class Guard:
         if not self.on:
             return
         scales = q.scales
-        # The smallest FP32 scale. In powers of two none is that small, so floored tiles of such a recipe are not counted.
+        # The smallest FP32 scale. None in powers of two is that small: such recipes count no floored tiles.
         floored = scales <= AMAX_FLOOR / E4M3_MAX * 1.0001
         counts = torch.stack((scales.isinf().sum(), floored.sum(), torch.full_like(floored, True).sum()))
         before = self._counts.get((id(weight), role))

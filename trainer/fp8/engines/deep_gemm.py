@@ -66,8 +66,8 @@ class DeepGemm(Engine):
 
 
 def _grouped(a: Quantized, b: Quantized, groups: ExpertGroups) -> Tensor:
-    """A block of 128 rows must be of one expert, so rows are moved apart before and together after. Blocks are filled up
-    with their expert's last row; those results are dropped."""
+    """A block of 128 rows must be of one expert, so rows are moved apart before and together after. Blocks are filled
+    up with their expert's last row; those results are dropped."""
     import deep_gemm
 
     n = b.values.shape[-2]
