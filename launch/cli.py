@@ -33,10 +33,10 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="table.key=value ...
 @app.command()
 def train(config: ConfigFile, overrides: Overrides = None) -> None:
     """Train on this machine: in this process if the layout has one rank, else by torchrun."""
-    from dryvine.trainer.config import load
     from dryvine.trainer.data.prepare import prepare
+    from dryvine.trainer.run_plan import load_plan
 
-    resolved = load(config, overrides or ())
+    resolved = load_plan(config, overrides or ()).config
     with data_cli.progress_bar(Console(stderr=True)) as on_progress:
         prepare(resolved.data, on_progress)
     world, words = resolved.parallel.world, [str(config), *(overrides or ())]
@@ -53,16 +53,16 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
 def verify(config: ConfigFile, overrides: Overrides = None) -> None:
     """Train three steps in FP32 on CPU ranks of this machine, in the config's layout and as one process, and compare
     the loss, every gradient, the gradient norm and the weights. Exit code 1 if they differ by more than 1e-5."""
-    from dryvine.trainer.config import load
+    from dryvine.trainer.run_plan import load_plan
     from dryvine.trainer.verify import compare, table
 
-    deviations = compare(load(config, overrides or ()))
+    deviations = compare(load_plan(config, overrides or ()).config)
     Console().print(table(deviations))
     raise typer.Exit(0 if all(d.fine for d in deviations) else 1)
 
 
 def main() -> None:
-    """Run the app. What the user can mend is one line on stderr and exit code 2, without a traceback."""
+    """Run the app. What the user can fix is one line on stderr and exit code 2, without a traceback."""
     try:
         app()
     except ValueError as error:

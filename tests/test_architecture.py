@@ -27,6 +27,8 @@ TORCH_FREE = (
     "dryvine.parallel.schedule.lower",
     "dryvine.parallel.schedule.simulate",
     "dryvine.trainer.config",
+    "dryvine.trainer.run_plan",
+    "dryvine.trainer.activations",
     "dryvine.trainer.ramps",
     "dryvine.trainer.model.memory",
     "dryvine.trainer.model.shape",

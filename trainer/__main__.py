@@ -13,26 +13,28 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from dryvine.comm.mesh import make_mesh
 from dryvine.comm.nvml import probe, refined
 from dryvine.comm.topology import Topology, discover
 from dryvine.comm.watch import watch_world
-from dryvine.trainer.config import Config, ConfigError, check_world, load
+from dryvine.trainer.config import Config, ConfigError, check_world
 from dryvine.trainer.data.config import DataError
+from dryvine.trainer.data.splits import Data, open_data
 from dryvine.trainer.fp8.choose import CannotRun, check
 from dryvine.trainer.journal import same_run
 from dryvine.trainer.loop import train
 from dryvine.trainer.nonfinite import Diverged
-from dryvine.trainer.step import Data, make_schedule, open_data
+from dryvine.trainer.rig import mesh_of
+from dryvine.trainer.run_plan import RunPlan, load_plan
 
 
 def main(words: Sequence[str]) -> int:
-    """Train as one rank of as many as the launcher says. Gives the exit code: 2 for what the user can mend."""
+    """Train as one rank of as many as the launcher started. Returns the exit code: 2 for what the user can fix."""
     local_rank, world = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     try:
         if not words:
             raise ConfigError("no config: torchrun --nproc-per-node N -m dryvine.trainer CONFIG [table.key=value ...]")
-        config = load(words[0], words[1:])
+        plan = load_plan(words[0], words[1:])
+        config = plan.config
         check_world(config, world)
         same_run(config)
         device = _device(config, local_rank)
@@ -40,30 +42,29 @@ def main(words: Sequence[str]) -> int:
         topology = _topology(config, world, device)
         data = open_data(config)
     except (ConfigError, DataError, CannotRun) as error:
-        if local_rank == 0:  # hosts may differ in what they lack
+        if local_rank == 0:  # of each host: hosts may differ in what they lack
             print(f"dryvine: {error}", file=sys.stderr)
         return 2
-    return run(config, data, device, topology)
+    return run(plan, data, device, topology)
 
 
-def run(config: Config, data: Data, device: torch.device, topology: Topology) -> int:
-    """Train in a world of `topology.ranks`, and leave no process group behind."""
-    p, many, watch = config.parallel, topology.ranks > 1, None
-    timeout = timedelta(seconds=config.comm.deadline)
-    if many:
-        dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", timeout=timeout)
-        watch = watch_world(config.comm.deadline)
+def run(plan: RunPlan, data: Data, device: torch.device, topology: Topology) -> int:
+    """Train in a world of `topology.ranks`, and leave no process group behind. Returns the exit code."""
+    several, watch, deadline = topology.ranks > 1, None, plan.config.comm.deadline
+    if several:
+        backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+        dist.init_process_group(backend, timeout=timedelta(seconds=deadline))
+        watch = watch_world(deadline)
     try:
-        routes = len(make_schedule(config, config.microbatches(config.batch.sequences)).routes)
-        train(config, make_mesh(p.pp, p.dp, p.ep, routes, device, timeout, config.comm.sms), data, topology, watch)
+        train(plan, mesh_of(plan, device), data, topology, watch)
     except Diverged as error:
-        if not many or dist.get_rank() == 0:  # all ranks say the same
+        if not several or dist.get_rank() == 0:  # all ranks have the same message
             print(f"dryvine: {error}", file=sys.stderr)
         return 1
     finally:
         if watch:
             watch.close()
-        if many:
+        if several:
             dist.destroy_process_group()
     return 0
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from dryvine.parallel.schedule.ir import Schedule
-from dryvine.parallel.schedule.table import build
-from dryvine.trainer.config import Config, split
+from dryvine.trainer.config import Config
 from dryvine.trainer.model.memory import MicrobatchSize, saved_bytes
+from dryvine.trainer.run_plan import RunPlan
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2}
 
@@ -23,10 +23,10 @@ def microbatch_size(config: Config, cuda: bool) -> MicrobatchSize:
     return MicrobatchSize(tokens, sequences, DTYPE_BYTES[config.run.dtype], cuda, single_rank)
 
 
-def stage_bytes(config: Config, cuda: bool) -> dict[int, int]:
-    """What a flight keeps in each stage."""
-    size = microbatch_size(config, cuda)
-    return {stage: saved_bytes(config.model, config.fp8, names, size) for stage, names in enumerate(split(config))}
+def stage_bytes(plan: RunPlan, cuda: bool) -> dict[int, int]:
+    """Bytes that a microbatch keeps in each stage, from the start of its F to the end of its B or W."""
+    config, size = plan.config, microbatch_size(plan.config, cuda)
+    return {stage: saved_bytes(config.model, config.fp8, names, size) for stage, names in enumerate(plan.blocks)}
 
 
 def most_held(schedule: Schedule, rank: int, sizes: Mapping[int, int]) -> int:
@@ -39,10 +39,9 @@ def most_held(schedule: Schedule, rank: int, sizes: Mapping[int, int]) -> int:
     return most
 
 
-def activations(config: Config, cuda: bool) -> str:
-    """A line for the start of a run: the most that microbatches in flight keep, and where."""
-    p, sizes = config.parallel, stage_bytes(config, cuda)
-    schedule = build(p.schedule, p.pp, config.microbatches(config.batch.sequences), p.chunks)
-    held = [most_held(schedule, rank, sizes) for rank in range(p.pp)]
+def activations(plan: RunPlan, cuda: bool) -> str:
+    """A line for the start of a run: the most that microbatches in flight keep, and on which pipeline rank."""
+    sizes, ranks = stage_bytes(plan, cuda), plan.config.parallel.pp
+    held = [most_held(plan.schedule, rank, sizes) for rank in range(ranks)]
     rank = held.index(max(held))
-    return f"activations kept for backwards: at most {held[rank] / 1e9:.3g} GB, on pipeline rank {rank} of {p.pp}"
+    return f"activations kept for backwards: at most {held[rank] / 1e9:.3g} GB, on pipeline rank {rank} of {ranks}"

@@ -1,8 +1,8 @@
 """The config of a run: TOML files composed of the tables of their owners, checked before any process group exists.
 
 Defaults < `extends` file < file < dotted overrides on the command line. Every model is frozen and refuses unknown keys.
-What is derived is a function, never written back, so the `config.toml` in a run folder is what the user asked for and
-runs again as it is. One flat namespace of flags, as Megatron has, is what this is instead of.
+What is derived from it (`run_plan`) is never written back, so the `config.toml` in a run folder is what the user asked
+for and can be run again. The alternative, one flat namespace of flags as Megatron has, has no owner for a key.
 """
 
 from __future__ import annotations
@@ -11,25 +11,24 @@ import difflib
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import tomli_w
 from pydantic import BaseModel, Field, ValidationError
 
 from dryvine.comm.config import CommConfig
 from dryvine.parallel.config import ParallelConfig
-from dryvine.parallel.partition import partition
-from dryvine.parallel.schedule.table import build, legal
 from dryvine.trainer.data.config import DataConfig
 from dryvine.trainer.fp8.recipe import Recipe
-from dryvine.trainer.model.shape import Shape, units
+from dryvine.trainer.model.shape import Shape
 from dryvine.trainer.ramps import BatchConfig, OptimConfig
 
 Positive = Annotated[int, Field(ge=1)]
+Tree = dict[str, object]  # parsed TOML: tables are trees, the rest are values
 
 
 class ConfigError(ValueError):
-    """One readable line: which file and key, what is wrong, and the mend."""
+    """One readable line: which file and key, what is wrong, and the fix."""
 
 
 class RunConfig(BaseModel, frozen=True, extra="forbid"):
@@ -64,10 +63,6 @@ class Config(BaseModel, frozen=True, extra="forbid"):
     optim: OptimConfig = OptimConfig()
     fp8: Recipe = Recipe()  # off
 
-    def microbatches(self, sequences: int) -> int:
-        """Microbatches per pipeline in a step of `sequences`."""
-        return sequences // (self.parallel.microbatch_sequences * self.parallel.dp * self.parallel.ep)
-
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a TOML file with its `extends` chain and apply `table.key=value` overrides. Raises ConfigError."""
@@ -98,16 +93,7 @@ def dump(config: Config) -> str:
     return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
 
 
-def split(config: Config) -> tuple[tuple[str, ...], ...]:
-    """The block names of each pipeline stage."""
-    every = units(config.model, config.data.seq_len)
-    p = config.parallel
-    stages = build(p.schedule, p.pp, config.microbatches(config.batch.sequences), p.chunks).stages
-    ranges = partition([sum(block.cost for block in unit) for unit in every], stages)
-    return tuple(tuple(block.name for i in part for block in every[i]) for part in ranges)
-
-
-def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+def _read(path: Path, seen: tuple[Path, ...]) -> Tree:
     if path in seen:
         raise ConfigError(f"{path}: extends itself through {' -> '.join(map(str, seen))}; remove one `extends`")
     try:
@@ -120,7 +106,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     return tree if base is None else _merge(_read(path.parent / base, (*seen, path)), tree)
 
 
-def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def _merge(base: Tree, over: Mapping[str, object]) -> Tree:
     out = dict(base)
     for key, value in over.items():
         old = out.get(key)
@@ -128,7 +114,7 @@ def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+def _apply(tree: Tree, override: str) -> None:
     dotted, equals, text = override.partition("=")
     *tables, key = dotted.split(".")
     if not equals or not tables or not all((*tables, key)):
@@ -138,40 +124,47 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     except tomllib.TOMLDecodeError:
         value = text  # a bare word is a string
     for table in tables:
-        tree = tree.setdefault(table, {})
-        if not isinstance(tree, dict):
+        inner = tree.setdefault(table, {})
+        if not isinstance(inner, dict):
             raise ConfigError(f"override {override!r}: {table} is a value, not a table; drop what follows it")
+        tree = inner
     tree[key] = value
 
 
 def _explain(error: ValidationError) -> str:
     """The first complaint as one line, and how many more there are."""
-    first, *more = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")  # a typo explains the rest
+    # A misspelt key explains the others, such as the one that is then missing.
+    first, *more = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     key = ".".join(str(part) for part in first["loc"])
     match first["type"]:
         case "extra_forbidden":
-            said = f"{key}: unknown key{_near_key(first['loc'])}"
+            line = f"{key}: unknown key{_near_key(first['loc'])}"
         case "missing":
-            said = f"{key}: must be given"
+            line = f"{key}: must be given"
         case "value_error":
-            said = f"{key}: {first['ctx']['error']}"
+            line = f"{key}: {first['ctx']['error']}"
         case _:
-            said = f"{key}: {first['msg'][0].lower()}{first['msg'][1:]}, not {first['input']!r}"
-    return said + (f" (and {len(more)} more)" if more else "")
+            line = f"{key}: {first['msg'][0].lower()}{first['msg'][1:]}, not {first['input']!r}"
+    return line + (f" (and {len(more)} more)" if more else "")
 
 
 def _near_key(location: tuple[int | str, ...]) -> str:
-    """The keys that this table has, or the one that was meant."""
-    model: Any = Config
+    """What to do about the unknown key at the end of `location`: the nearest key of its table, or all of them."""
+    table: type[BaseModel] | None = Config
     for part in location[:-1]:
-        if isinstance(part, str):  # an index into a list leaves the model of its items
-            annotation = model.model_fields[part].annotation
-            model = next((m for m in (annotation, *get_args(annotation)) if hasattr(m, "model_fields")), None)
-        if model is None:
-            return "; remove it"
-    wrong, known = str(location[-1]), list(model.model_fields)
-    near = difflib.get_close_matches(wrong, known, n=1)
-    return f"; did you mean {near[0]}?" if near else f"; this table has {', '.join(known)}"
+        # An index into a list stays with the model of the list's items.
+        if isinstance(part, str) and table is not None:
+            table = _model_in(table.model_fields[part].annotation)
+    if table is None:
+        return "; remove it"
+    near = difflib.get_close_matches(str(location[-1]), table.model_fields, n=1)
+    return f"; did you mean {near[0]}?" if near else f"; this table has {', '.join(table.model_fields)}"
+
+
+def _model_in(annotation: object) -> type[BaseModel] | None:
+    """The model in `Model`, `Model | None` or `tuple[Model, ...]`."""
+    candidates = (annotation, *get_args(annotation))
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
 
 
 def _near_file(path: Path) -> str:
@@ -181,24 +174,12 @@ def _near_file(path: Path) -> str:
 
 
 def _conflict(config: Config) -> str | None:
-    """The first impossible combination of tables, with its mend, or None."""
-    p, m = config.parallel, config.model
-    if m.routed % p.ep:
-        fits = [n for n in range(1, m.routed + 1) if m.routed % n == 0]
-        return f"model.routed = {m.routed} experts do not divide over parallel.ep = {p.ep}; ep may be one of {fits}"
-    per = p.microbatch_sequences * p.dp * p.ep
-    for sequences in config.batch.sizes():
-        if sequences % per:
-            return (
-                f"batch.sequences = {sequences} is not a multiple of microbatch_sequences x dp x ep = {per}; "
-                f"try {max(per, sequences // per * per)} or {(sequences // per + 1) * per}"
-            )
-        if problem := legal(p.schedule, p.pp, sequences // per, p.chunks):
-            return f"parallel.schedule: {problem} (microbatches = batch.sequences {sequences} / {per})"
+    """The first pair of tables that contradict each other, with the fix, or None. What depends on the schedule is
+    found by `run_plan`."""
+    m, ep = config.model, config.parallel.ep
+    if m.routed % ep:
+        divisors = [n for n in range(1, m.routed + 1) if m.routed % n == 0]
+        return f"model.routed = {m.routed} experts do not divide over parallel.ep = {ep}; ep may be one of {divisors}"
     if m.vocab < config.data.vocab_size:
         return f"model.vocab = {m.vocab} is less than data.vocab_size = {config.data.vocab_size}; raise model.vocab"
-    try:
-        split(config)
-    except ValueError as error:
-        return f"parallel.pp = {p.pp}, schedule {p.schedule}: {error}"
     return None

@@ -31,19 +31,19 @@ from dryvine.trainer.config import Config, ConfigError, dump, load
 PRICE = Costs.parse("F=1,I=1,W=1,FB=2.4")  # a pair takes about three quarters of its parts (ISCA 2025, table 4)
 
 
-@dataclass(frozen=True)
-class Row:
+@dataclass(frozen=True, kw_only=True)
+class MetricsRow:
     """A step's figures. Times are of the step; `bubble` is the worst rank's idle share, `exposed_comm_ms` the mean
     over ranks of the time in which a rank stood still for the expert all-to-all."""
 
     step: int
     tokens: int  # consumed so far
     loss: float  # null in metrics.jsonl if not finite, as is every figure
-    val_loss: float | None
-    val_loss_ema: float | None  # of the averages of the weights (optim.ema)
+    val_loss: float | None = None
+    val_loss_ema: float | None = None  # of the averages of the weights (optim.ema)
     lr: float
     grad_norm: float
-    skipped: int  # 0; of a step that updated nothing, its number in a row of such
+    skipped: int = 0  # of a step that updated nothing, its number in a row of such
     tokens_per_second: float
     bubble: float
     overlapped_share: float
@@ -76,7 +76,7 @@ class Journal:
         self._lines.flush()
         self._board = SummaryWriter(str(self.folder), purge_step=resume_step + 1)
 
-    def write(self, row: Row) -> None:
+    def write(self, row: MetricsRow) -> None:
         figures = {name: value if value is None or math.isfinite(value) else None for name, value in vars(row).items()}
         self._lines.write(json.dumps(figures) + "\n")
         self._lines.flush()

@@ -6,16 +6,14 @@ metrics need anyway, then save and leave; a rank that left on its own would hang
 
 from __future__ import annotations
 
-import math
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -24,22 +22,17 @@ from dryvine.comm.topology import Topology
 from dryvine.comm.watch import Watch
 from dryvine.parallel.executor import Played
 from dryvine.trainer import checkpoint
-from dryvine.trainer.activations import activations
-from dryvine.trainer.config import Config
-from dryvine.trainer.journal import Journal, Row, read
-from dryvine.trainer.nonfinite import Diverged, Skipped, blame, enough
-from dryvine.trainer.ramps import Point, learning_rate, points
+from dryvine.trainer.config import RunConfig
+from dryvine.trainer.data.splits import Data
+from dryvine.trainer.journal import Journal, MetricsRow, read
+from dryvine.trainer.metrics import metrics_row, reduce_figures
+from dryvine.trainer.nonfinite import Diverged, NonfiniteStep, blame, diverged_line
+from dryvine.trainer.ramps import Point, points
 from dryvine.trainer.report import final_table
-from dryvine.trainer.step import (
-    Data,
-    Rig,
-    evaluate,
-    evaluate_average,
-    make_rig,
-    make_schedule,
-    routes_of_tokens,
-    train_step,
-)
+from dryvine.trainer.rig import Rig, make_rig
+from dryvine.trainer.run_plan import RunPlan
+from dryvine.trainer.startup import startup_lines
+from dryvine.trainer.step import evaluate, evaluate_average, train_step
 from dryvine.trainer.timeline import measured, write
 
 
@@ -62,130 +55,79 @@ class Stop:
                 signal.signal(number, handler)
 
 
-def train(config: Config, mesh: Mesh, data: Data, topology: Topology | None = None, watch: Watch | None = None) -> None:
-    """Train to `run.steps`, from the newest checkpoint of the run folder if there is one. Collective."""
-    rig = make_rig(config, mesh, data, topology, watch)
+def train(plan: RunPlan, mesh: Mesh, data: Data, topology: Topology | None = None, watch: Watch | None = None) -> None:
+    """Train to `run.steps`, from the newest checkpoint of the run folder if it has one. Raises Diverged. Collective."""
+    config, run = plan.config, plan.config.run
+    rig = make_rig(plan, mesh, data, topology, watch)
     console = Console(quiet=mesh.rank != 0)
     done = resume(rig, console)
-    for line in routes_of_tokens(config, mesh, topology) if topology else ():
+    for line in startup_lines(rig, topology, done):
         console.print(line)
-    console.print(activations(config, mesh.device.type == "cuda"))
-    if rig.fp8 is not None:
-        console.print(rig.fp8.chosen)
-    if done:
-        console.print(f"resuming {config.run.folder} after step {done}")
-    schedule = make_schedule(config, config.microbatches(config.batch.sequences))
-    journal = Journal(config, schedule, done) if mesh.rank == 0 else None
-    skips: list[Skipped] = []  # in a row, up to now
+    journal = Journal(config, plan.schedule, done) if mesh.rank == 0 else None
+    nonfinite: list[NonfiniteStep] = []  # in a row, up to now
     with Stop().on_signals() as stop, _progress(console) as bar:
-        task = bar.add_task(config.run.name, total=config.run.steps, completed=done, loss=float("nan"))
-        for point in islice(points(config.batch, config.data.seq_len), done, config.run.steps):
-            row, leave = one(rig, point, stop, skips)
-            if journal:
-                journal.write(row)
-            if row.skipped:
-                _tell(skips[-1], console, journal)
-            if row.skipped == config.optim.skips:
+        task = bar.add_task(run.name, total=run.steps, completed=done, loss=float("nan"))
+        for point in islice(points(config.batch, config.data.seq_len), done, run.steps):
+            step = one_step(rig, point, stop, len(nonfinite))
+            nonfinite = [*nonfinite, step.nonfinite] if step.nonfinite else []
+            _record(step, console, journal)
+            if len(nonfinite) == config.optim.skips:
                 break
-            bar.update(task, advance=1, loss=row.loss)
-            if leave or row.step % config.run.checkpoint_every == 0 or row.step == config.run.steps:
-                save(rig, row.step)
-            if leave:
-                console.print(f"stopped by a signal after step {row.step}; the same command goes on from there")
+            bar.update(task, advance=1, loss=step.row.loss)
+            if step.stop or step.row.step % run.checkpoint_every == 0 or step.row.step == run.steps:
+                save(rig, step.row.step)
+            if step.stop:
+                console.print(f"stopped by a signal after step {step.row.step}; the same command goes on from there")
                 break
     if journal:
         journal.close()
-    if len(skips) == config.optim.skips:
-        raise Diverged(enough(skips))
+    if len(nonfinite) == config.optim.skips:
+        raise Diverged(diverged_line(nonfinite))
     if journal:
-        console.print(final_table(config, read(config.run.folder)))
+        console.print(final_table(config, read(run.folder)))
 
 
-def one(rig: Rig, point: Point, stop: Stop, skips: list[Skipped]) -> tuple[Row, bool]:
-    """A step with its metrics. Also tells whether any rank was asked to stop. `skips` gets the step if it was skipped,
-    and is emptied if not."""
-    config, step = rig.config, point.step + 1
+@dataclass(frozen=True)
+class LoopStep:
+    """What the loop knows of a step, the same on every rank."""
+
+    row: MetricsRow
+    nonfinite: NonfiniteStep | None  # the step updated nothing
+    stop: bool  # a signal asked a rank to stop
+
+
+def one_step(rig: Rig, point: Point, stop: Stop, nonfinite_before: int = 0) -> LoopStep:
+    """Train, measure, and validate if it is time. `nonfinite_before`: how many steps just before this one updated
+    nothing. Collective."""
     started = time.perf_counter()
-    played, norm, even = train_step(rig, point)
+    outcome = train_step(rig, point)
     seconds = time.perf_counter() - started
-    skips[:] = [] if math.isfinite(norm) else [*skips, blame(point, played, rig.optimizer.zero, rig.mesh)]
-    if step == config.run.timeline_step:
-        _draw_timeline(rig, point, played)
-    sums, stopped, worst, seconds = _reduce(rig, played, stop.asked, seconds)
-    microbatches = config.microbatches(point.sequences) * rig.mesh.data_ranks
-    validate = step % config.run.eval_every == 0 or step == config.run.steps or point.step == 0
-    tokens = point.sequences * config.data.seq_len
-    row = Row(
-        step=step,
-        tokens=point.tokens + tokens,
-        loss=sums["loss"] / microbatches,
-        val_loss=evaluate(rig) if validate else None,
-        val_loss_ema=evaluate_average(rig) if validate else None,
-        lr=learning_rate(config.optim, point, config.data.seq_len),
-        grad_norm=norm,
-        skipped=len(skips),
-        tokens_per_second=tokens / seconds,
-        bubble=worst,
-        overlapped_share=sums["paired"] / sums["forwards"] if config.parallel.overlap == "on" else 0.0,
-        exposed_comm_ms=1e3 * sums["exposed"] / rig.mesh.size,
-        exposed_comm_share=sums["exposed"] / rig.mesh.size / seconds,
-        slowest_rank_ms=1e3 * sums["waited"],
-        mtp_loss=sums["mtp"] / microbatches if config.model.mtp_depth else None,
-        balance_loss=sums["balance"] / microbatches if config.model.balance_alpha else None,
-        load_imbalance=even.experts,
-        rank_imbalance=even.ranks,
-        mbytes_inside_nodes=sums["intra"] / 1e6,
-        mbytes_between_nodes=sums["inter"] / 1e6,
-        fp8_bad_tiles=sums["bad"] if sums["tiles"] else None,
-        fp8_floored_share=sums["floored"] / sums["tiles"] if sums["tiles"] else None,
-        seconds=seconds,
-    )
-    return row, stopped
+    nonfinite = None if outcome.finite else blame(point, outcome.played, rig.optimizer.zero, rig.mesh)
+    if point.step + 1 == rig.config.run.timeline_step:
+        _draw_timeline(rig, point, outcome.played)
+    figures = reduce_figures(rig, outcome.played, seconds, stop.asked)
+    row = replace(metrics_row(rig, point, outcome, figures), skipped=nonfinite_before + 1 if nonfinite else 0)
+    if _validates(rig.config.run, row.step):
+        row = replace(row, val_loss=evaluate(rig), val_loss_ema=evaluate_average(rig))
+    return LoopStep(row, nonfinite, figures.stop)
 
 
-def _tell(skipped: Skipped, console: Console, journal: Journal | None) -> None:
-    console.print(str(skipped), markup=False)
+def _validates(run: RunConfig, step: int) -> bool:
+    return step in (1, run.steps) or step % run.eval_every == 0
+
+
+def _record(step: LoopStep, console: Console, journal: Journal | None) -> None:
     if journal:
-        skipped.append(journal.folder)
-
-
-def _reduce(rig: Rig, played: Played, stop: bool, seconds: float) -> tuple[dict[str, float], bool, float, float]:
-    """Over all ranks: sums of what was played (and the mean wait for the slowest rank), whether any was asked to stop,
-    the worst idle share, the longest time."""
-    mesh, moved = rig.mesh, rig.dispatcher.meter.take()
-    forwards = [len(slot) for slot, _, _ in played.timeline for op in slot if op.kind == "F"]
-    tiles = list(rig.fp8.guard.take(rig.model.named_parameters())) if rig.fp8 is not None else []
-    sums = {
-        "bad": sum(count.bad for count in tiles),
-        "floored": sum(count.floored for count in tiles),
-        "tiles": sum(count.tiles for count in tiles),
-        "loss": _total(played, "loss"),
-        "mtp": _total(played, "mtp."),
-        "balance": _total(played, "balance."),
-        "forwards": len(forwards),
-        "paired": forwards.count(2),
-        "exposed": played.exposed,
-        "played": played.ended - played.started,
-        "intra": moved.get("intra", 0),
-        "inter": moved.get("inter", 0),
-    }
-    added = mesh.sum(torch.tensor(list(sums.values()), dtype=torch.float64, device=mesh.device)).tolist()
-    figures = dict(zip(sums, added, strict=True))
-    highs = [float(stop), played.idle / sums["played"], sums["played"], seconds]
-    stopped, worst, slowest, longest = mesh.max(torch.tensor(highs, dtype=torch.float64, device=mesh.device)).tolist()
-    figures["waited"] = slowest - figures["played"] / mesh.size
-    return figures, stopped > 0, worst, longest
+        journal.write(step.row)
+    if step.nonfinite:
+        console.print(str(step.nonfinite), markup=False)
+        if journal:
+            step.nonfinite.append_to(journal.folder)
 
 
 def _draw_timeline(rig: Rig, point: Point, played: Played) -> None:
-    schedule = make_schedule(rig.config, rig.config.microbatches(point.sequences))
-    if timeline := measured(schedule, played, rig.mesh):
+    if timeline := measured(rig.plan.training[point.sequences].schedule, played, rig.mesh):
         write(rig.config.run.folder / "timeline.html", timeline)
-
-
-def _total(played: Played, prefix: str) -> float:
-    found = [loss for name, losses in played.losses.items() if name.startswith(prefix) for loss in losses]
-    return float(torch.stack(found).double().sum()) if found else 0.0
 
 
 def save(rig: Rig, step: int) -> Path:
@@ -194,18 +136,17 @@ def save(rig: Rig, step: int) -> Path:
 
 
 def resume(rig: Rig, console: Console) -> int:
-    """Load the newest checkpoint of the run folder, if any, and give the steps done."""
+    """Load the newest checkpoint of the run folder, if any. Returns the steps done. Collective."""
     newest = checkpoint.latest(rig.config.run.folder)
     if newest is None:
         return 0
-    stored, pieces = checkpoint.fields(newest), rig.optimizer.state()
-    wanted = {place: {k: t for k, t in fields.items() if k != "ema" or k in stored} for place, fields in pieces.items()}
-    step = checkpoint.load(newest, wanted, rig.model.buffers, rig.mesh)
+    loaded = checkpoint.load(newest, rig.optimizer.state(), rig.model.buffers, rig.mesh, optional=("ema",))
     rig.publish()
-    if rig.optimizer.ema and "ema" not in stored:
+    if rig.optimizer.ema and "ema" in loaded.missing:
         rig.optimizer.ema.restart()
-        console.print(f"{newest} has no average of the weights: optim.ema starts from the weights of step {step}")
-    return step
+        start = f"optim.ema starts from the weights of step {loaded.step}"
+        console.print(f"{newest} has no average of the weights: {start}")
+    return loaded.step
 
 
 def _progress(console: Console) -> Progress:

@@ -47,7 +47,7 @@ class Blame:
 
 
 @dataclass(frozen=True)
-class Skipped:
+class NonfiniteStep:
     """A step that updated nothing: which data it read, and what was not finite on which ranks."""
 
     step: int
@@ -60,26 +60,26 @@ class Skipped:
         data = f"sequences {self.first} to {self.first + self.sequences - 1}"
         return f"step {self.step} ({data}) skipped, gradients not finite: {who}"
 
-    def append(self, folder: Path) -> None:
+    def append_to(self, folder: Path) -> None:
         """Add a line to skipped.jsonl."""
         with (folder / "skipped.jsonl").open("a") as lines:
             lines.write(json.dumps(asdict(self)) + "\n")
 
 
-def blame(point: Point, played: Played, zero: Zero, mesh: Mesh) -> Skipped:
+def blame(point: Point, played: Played, zero: Zero, mesh: Mesh) -> NonfiniteStep:
     """Ask every rank what of it is not finite, after a reduction whose norm was not. Collective."""
     found = _ask(mesh, _own(played, zero))
     if not found:
         sums = culprits((piece.name, piece.grad) for piece in zero.pieces())
         found = _ask(mesh, Blame([], [], [], sums))
-    return Skipped(point.step + 1, point.first, point.sequences, found)
+    return NonfiniteStep(point.step + 1, point.first, point.sequences, found)
 
 
-def enough(skips: Sequence[Skipped]) -> str:
-    """The line that a run ends with after `skips` in a row."""
+def diverged_line(steps: Sequence[NonfiniteStep]) -> str:
+    """The line that a run ends with after `steps` in a row."""
     return (
-        f"{len(skips)} steps in a row were skipped, nothing after step {skips[0].step - 1} is in the weights; "
-        f"the last: {skips[-1]}; lower optim.lr, mend or leave out what is named (skipped.jsonl has every name), or "
+        f"{len(steps)} steps in a row were skipped, nothing after step {steps[0].step - 1} is in the weights; "
+        f"the last: {steps[-1]}; lower optim.lr, mend or leave out what is named (skipped.jsonl has every name), or "
         f"raise optim.skips; the same command goes on from the last checkpoint"
     )
 

@@ -1,6 +1,6 @@
-"""What changes from step to step by plan: the learning rate and the batch. The `[optim]` and `[batch]` tables.
+"""What changes from step to step by plan: the learning rate and the batch size. The `[optim]` and `[batch]` tables.
 
-Both are pure functions of the step, so a resumed run needs no state but its step number.
+Both are pure functions of the step, so a resumed run needs no state except its step number.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 class Segment(BaseModel, frozen=True, extra="forbid"):
-    """A stretch of the learning-rate plan, `length` units long, that ends at `to` times optim.lr."""
+    """A part of the learning-rate plan, `length` units (optim.plan_unit) long, that ends at `to` times optim.lr."""
 
     shape: Literal["linear", "cosine", "constant"]
     length: Positive
@@ -32,13 +32,16 @@ class OptimConfig(BaseModel, frozen=True, extra="forbid"):
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip: Annotated[float, Field(gt=0)] = 1.0
-    moments: Literal["fp32", "bf16"] = "fp32"  # the published run has BF16, over FP32 masters
+    moments: Literal["fp32", "bf16"] = "fp32"  # the published run has BF16, with FP32 masters
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0  # decay of an average of the parameters, kept on the CPU; 0: none
-    skips: Positive = 3  # in a row end a run: one is bad data or a bad bit, three on other data each are the weights
+    # Nonfinite steps in a row that end a run. One is bad data or a flipped bit; three, on other data each, are bad
+    # weights.
+    skips: Positive = 3
 
     @model_validator(mode="after")
     def _moments_can_decay(self) -> OptimConfig:
-        # Half a unit of BF16 is at most 2^-8 of a value: what decays by less is rounded back and never shrinks.
+        # Half a unit in the last place of BF16 is at most 2^-8 of a value: a smaller decay is rounded away, and the
+        # moment never shrinks.
         if self.moments == "bf16" and 1 - max(self.betas) < 2**-8:
             raise ValueError(
                 f"moments = 'bf16' cannot decay by 1 - {max(self.betas)}, which is under half a unit of BF16; "
@@ -79,12 +82,21 @@ class BatchConfig(BaseModel, frozen=True, extra="forbid"):
 
 
 class Point(NamedTuple):
-    """Where a step stands in the run; `first` and `tokens` are counted before it."""
+    """Where a step stands in the run. Steps and sequences are counted from 0."""
 
     step: int
     first: int  # number of its first sequence
-    sequences: int
-    tokens: int
+    sequences: int  # in this step
+    seq_len: int
+
+    @property
+    def tokens_before(self) -> int:
+        return self.first * self.seq_len
+
+    @property
+    def tokens(self) -> int:
+        """In this step."""
+        return self.sequences * self.seq_len
 
 
 def points(batch: BatchConfig, seq_len: int) -> Iterator[Point]:
@@ -92,33 +104,34 @@ def points(batch: BatchConfig, seq_len: int) -> Iterator[Point]:
     step = first = 0
     while True:
         sequences = batch.at(first * seq_len)
-        yield Point(step, first, sequences, first * seq_len)
+        yield Point(step, first, sequences, seq_len)
         step, first = step + 1, first + sequences
 
 
-def learning_rate(config: OptimConfig, point: Point, seq_len: int) -> float:
+def learning_rate(config: OptimConfig, point: Point) -> float:
     """The rate of a step. Segments follow each other, each from where the last one ended, the first from 0; a
     segment's last step has its full `to`."""
-    at = point.step + 1 if config.plan_unit == "steps" else point.tokens + point.sequences * seq_len
-    rate = 0.0
+    position = point.step + 1 if config.plan_unit == "steps" else point.tokens_before + point.tokens
+    share = 0.0  # of config.lr, at the end of the segments before
     for segment in config.plan:
-        if at <= segment.length:
-            return config.lr * _blend(segment, rate, at / segment.length)
-        rate, at = segment.to, at - segment.length
-    return config.lr * rate
+        if position <= segment.length:
+            return config.lr * _blend(segment, share, position / segment.length)
+        share, position = segment.to, position - segment.length
+    return config.lr * share
 
 
-def gradient_scale(point: Point, seq_len: int) -> float:
-    """What a step's gradients are multiplied by until the update: the power of two at or below its tokens.
+def gradient_scale(point: Point) -> float:
+    """The factor on a step's gradients until the update: the power of two at or below its tokens.
 
     A loss is a mean over all of them, so a token's gradient is near 1/tokens of its own size, which is below the
-    floor of FP8's scales (1e-4) for any batch worth having. A power of two changes no bit of a BF16 or FP32 value.
+    floor of FP8's scales (1e-4) at any batch size in use. A power of two changes no bit of a BF16 or FP32 value.
     """
-    return float(1 << (point.sequences * seq_len).bit_length() - 1)
+    return float(1 << point.tokens.bit_length() - 1)
 
 
-def _blend(segment: Segment, start: float, done: float) -> float:
+def _blend(segment: Segment, start: float, progress: float) -> float:
+    """The share of optim.lr after `progress` (0 to 1) of a segment that starts at `start`."""
     if segment.shape == "constant":
         return segment.to
-    share = done if segment.shape == "linear" else (1 - math.cos(math.pi * done)) / 2
-    return start + (segment.to - start) * share
+    weight = progress if segment.shape == "linear" else (1 - math.cos(math.pi * progress)) / 2
+    return start + (segment.to - start) * weight

@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import timedelta
 from itertools import islice
 
 import numpy as np
@@ -20,11 +19,13 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from dryvine.comm import local
-from dryvine.comm.mesh import make_mesh
 from dryvine.parallel.config import ParallelConfig
 from dryvine.trainer.config import Config
-from dryvine.trainer.ramps import points
-from dryvine.trainer.step import accumulate, balance, make_rig, make_schedule, open_data
+from dryvine.trainer.data.splits import open_data
+from dryvine.trainer.ramps import gradient_scale, points
+from dryvine.trainer.rig import make_rig, mesh_of
+from dryvine.trainer.run_plan import RunPlan, make_plan
+from dryvine.trainer.step import accumulate, balance, update
 
 STEPS = 3
 COMPARED = ("gradient", "weight")
@@ -76,25 +77,25 @@ def play(config: Config, steps: int = STEPS) -> Run:
     """Train `steps` steps on local CPU ranks and put the pieces of all ranks together."""
     open_data(config)
     local.preload(__name__)
-    parts = local.run(_rank, config.parallel.world, config, steps, deadline=config.comm.deadline)
+    ranks = config.parallel.world
+    parts = local.run(_rank, ranks, make_plan(config), steps, deadline=config.comm.deadline)
     losses = tuple(float(sum(part[0][i] for part in parts)) for i in range(steps))
     return Run(losses, parts[0][1], _whole([part[2] for part in parts]), _whole([part[3] for part in parts]))
 
 
-def _rank(rank: int, config: Config, steps: int) -> tuple[list[float], tuple[float, ...], Part, Part]:
-    p = config.parallel
-    routes = len(make_schedule(config, config.microbatches(config.batch.sequences)).routes)
-    mesh = make_mesh(p.pp, p.dp, p.ep, routes, torch.device("cpu"), timedelta(seconds=config.comm.deadline))
-    rig = make_rig(config, mesh, open_data(config))
+def _rank(rank: int, plan: RunPlan, steps: int) -> tuple[list[float], tuple[float, ...], Part, Part]:
+    config = plan.config
+    rig = make_rig(plan, mesh_of(plan, torch.device("cpu")), open_data(config))
     losses, norms, grads = [], [], {}
     for point in islice(points(config.batch, config.data.seq_len), steps):
         played = accumulate(rig, point)
-        norms.append(rig.optimizer.reduce(rig.scale(point)))
-        grads = {(p.name, p.start): (p.grad / rig.scale(point)).numpy() for p in rig.optimizer.pieces}
-        rig.update(point, norms[-1])
+        scale = gradient_scale(point)
+        norms.append(rig.optimizer.reduce(scale))
+        grads = {(p.name, p.start): (p.grad / scale).numpy() for p in rig.optimizer.pieces}
+        update(rig, point, norms[-1])
         balance(rig)
-        share = config.microbatches(point.sequences) * mesh.data_ranks
-        losses.append(sum(float(loss) for some in played.losses.values() for loss in some) / share)
+        microbatches = plan.training[point.sequences].schedule.microbatches * rig.mesh.data_ranks
+        losses.append(sum(float(loss) for some in played.losses.values() for loss in some) / microbatches)
     return losses, tuple(norms), grads, {(p.name, p.start): p.master.numpy() for p in rig.optimizer.pieces}
 
 

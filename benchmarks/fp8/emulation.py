@@ -13,17 +13,18 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from itertools import islice
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from dryvine.comm.mesh import make_mesh
 from dryvine.parallel.config import ParallelConfig
 from dryvine.trainer.config import Config, load
+from dryvine.trainer.data.splits import open_data
 from dryvine.trainer.ramps import Point, points
-from dryvine.trainer.step import make_rig, open_data, train_step
+from dryvine.trainer.rig import make_rig, mesh_of
+from dryvine.trainer.run_plan import make_plan
+from dryvine.trainer.step import train_step
 
 KINDS = {
     "fp32": ('run.dtype="fp32"',),
@@ -38,8 +39,8 @@ def stepper(config: Config) -> Callable[[Point], tuple[float, float]]:
     one = config.model_copy(
         update={"parallel": ParallelConfig(microbatch_sequences=config.parallel.microbatch_sequences)}
     )
-    mesh = make_mesh(1, 1, 1, 1, torch.device("cpu"), timedelta(seconds=60))
-    rig = make_rig(one, mesh, open_data(one))
+    plan = make_plan(one)
+    rig = make_rig(plan, mesh_of(plan, torch.device("cpu")), open_data(one))
 
     def step(point: Point) -> tuple[float, float]:
         started = time.process_time(), time.perf_counter()

@@ -23,7 +23,6 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -37,8 +36,8 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from dryvine.comm.mesh import make_mesh
 from dryvine.trainer.config import load
+from dryvine.trainer.data.splits import open_data
 from dryvine.trainer.fp8.engines.emulate import Emulate
 from dryvine.trainer.fp8.fp8 import FP8
 from dryvine.trainer.fp8.linear import FP8Linear
@@ -46,7 +45,9 @@ from dryvine.trainer.fp8.recipe import Recipe, preset
 from dryvine.trainer.loop import resume
 from dryvine.trainer.model.linear import Linear
 from dryvine.trainer.ramps import points
-from dryvine.trainer.step import accumulate, make_rig, open_data
+from dryvine.trainer.rig import make_rig, mesh_of
+from dryvine.trainer.run_plan import load_plan
+from dryvine.trainer.step import accumulate
 from dryvine.trainer.tensors.weight import Weight
 
 mpl.use("svg")
@@ -204,9 +205,10 @@ class Taken:
 
 def take(folder: Path, seed: int, device: str) -> tuple[int, list[Taken]]:
     """From one training microbatch after the last checkpoint of a BF16 run, and the steps that run had done."""
-    config = load(CONFIG, (f"run.out={folder.parent}", f"run.name={folder.name}", f"run.seed={seed + 1}",
-                           f"run.device={device}"))  # fmt: skip
-    rig = make_rig(config, make_mesh(1, 1, 1, 1, torch.device(device), timedelta(seconds=60)), open_data(config))
+    run = (f"run.out={folder.parent}", f"run.name={folder.name}", f"run.seed={seed + 1}", f"run.device={device}")
+    plan = load_plan(CONFIG, run)
+    config = plan.config
+    rig = make_rig(plan, mesh_of(plan, torch.device(device)), open_data(config))
     done = resume(rig, Console(stderr=True))
     taken: list[Taken] = []
 

@@ -15,7 +15,7 @@ import gc
 import json
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,9 @@ from benchmarks.model.layer import CONFIG, EP, RECIPES, Mirror, Recipe, fill
 from benchmarks.support.census import Census
 from dryvine.comm.dispatch.flat import Flat
 from dryvine.comm.mesh import make_mesh
-from dryvine.parallel.schedule.table import build
 from dryvine.parallel.stage import Flight, Stage, State
 from dryvine.trainer.activations import most_held, stage_bytes
-from dryvine.trainer.config import Config, load
+from dryvine.trainer.config import load
 from dryvine.trainer.fp8.choose import choose
 from dryvine.trainer.fp8.fp8 import FP8
 from dryvine.trainer.fp8.recipe import preset
@@ -39,6 +38,7 @@ from dryvine.trainer.model.decoder import Model
 from dryvine.trainer.model.memory import MicrobatchSize, SavedTensor, saved_bytes, saved_tensors
 from dryvine.trainer.model.shape import Shape
 from dryvine.trainer.model.spec import Spec
+from dryvine.trainer.run_plan import RunPlan, make_plan
 
 BLOCKS = ("layers.0", "layers.3", "head", "mtp.0")  # V3's first three layers are dense
 MEASURED = ("layers.0", "layers.3")
@@ -62,18 +62,17 @@ def show_rows(console: Console, shape: Shape, name: str, batch: MicrobatchSize) 
     console.print(table)
 
 
-def by_rank(config: Config) -> list[dict[str, float]]:
+def by_rank(plan: RunPlan) -> list[dict[str, float]]:
     """GB that the flights of each pipeline rank hold at the most, by recipe."""
-    p = config.parallel
-    schedule = build(p.schedule, p.pp, config.microbatches(config.batch.sequences), p.chunks)
+    config, ranks = plan.config, plan.config.parallel.pp
     ways = {recipe: config.model_copy(update={"fp8": preset(recipe)}) for recipe in RECIPES}
-    sizes = {recipe: stage_bytes(way, cuda=True) for recipe, way in ways.items()}
-    return [{r: most_held(schedule, rank, sizes[r]) / 1e9 for r in RECIPES} for rank in range(p.pp)]
+    sizes = {recipe: stage_bytes(replace(plan, config=way), cuda=True) for recipe, way in ways.items()}
+    return [{r: most_held(plan.schedule, rank, sizes[r]) / 1e9 for r in RECIPES} for rank in range(ranks)]
 
 
-def show_ranks(console: Console, config: Config, ranks: list[dict[str, float]]) -> None:
-    p = config.parallel
-    title = f"{p.schedule}, {p.pp} ranks, {config.microbatches(config.batch.sequences)} microbatches: GB held at most"
+def show_ranks(console: Console, plan: RunPlan, ranks: list[dict[str, float]]) -> None:
+    p = plan.config.parallel
+    title = f"{p.schedule}, {p.pp} ranks, {plan.schedule.microbatches} microbatches: GB held at most"
     table = Table("", *(str(rank) for rank in range(p.pp)), title=title)
     for recipe in RECIPES:
         table.add_row(recipe, *(f"{rank[recipe]:.1f}" for rank in ranks))
@@ -169,8 +168,9 @@ def main() -> int:
     batch = MicrobatchSize(length, 1)
     for name in BLOCKS:
         show_rows(console, shape, name, batch)
-    ranks = by_rank(config)
-    show_ranks(console, config, ranks)
+    plan = make_plan(config)
+    ranks = by_rank(plan)
+    show_ranks(console, plan, ranks)
     rows: dict[str, list[SavedTensor]] = {r: list(saved_tensors(shape, preset(r), BLOCKS, batch)) for r in RECIPES}
     measured = []
     if given.device != "none":

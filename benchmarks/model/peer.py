@@ -27,7 +27,6 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -39,13 +38,15 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.model.layer import fill
-from dryvine.comm.mesh import make_mesh
 from dryvine.trainer.config import Config
+from dryvine.trainer.data.splits import Data
 from dryvine.trainer.model.decoder import Model
 from dryvine.trainer.model.hf import config_json
 from dryvine.trainer.model.shape import Shape, blocks, count_parameters
 from dryvine.trainer.ramps import points
-from dryvine.trainer.step import Data, make_rig, train_step
+from dryvine.trainer.rig import make_rig, mesh_of
+from dryvine.trainer.run_plan import make_plan
+from dryvine.trainer.step import train_step
 
 PEAK = 989e12
 COMMON: dict[str, Any] = {
@@ -116,14 +117,14 @@ def dryvine(work: Work, recipe: str) -> Ready:
         "fp8": {"preset": recipe, "guard_every": 0},
     })  # fmt: skip
     source: Any = RandomTokens(shape)
-    mesh = make_mesh(1, 1, 1, 1, work.device, timedelta(seconds=60))
+    plan = make_plan(config)
     with patch.object(Model, "initialise", fill):
-        rig = make_rig(config, mesh, Data(source, source))
+        rig = make_rig(plan, mesh_of(plan, work.device), Data(source, source))
     each = points(config.batch, shape.max_position)
 
     def step(number: int) -> float:
-        played, _, _ = train_step(rig, next(each))
-        return float(torch.stack(played.losses["loss"]).mean())
+        result = train_step(rig, next(each))
+        return float(torch.stack(result.played.losses["loss"]).mean())
 
     parameters = sum(weight.numel() for _, weight in rig.model.named_parameters())
     states = "FP32 gradients, masters and moments"

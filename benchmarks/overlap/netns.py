@@ -6,7 +6,7 @@ Nodes are network namespaces (tests/support/netns_bed.py), each with a torchrun 
 ranks are one expert-parallel group, so every dispatch and combine crosses the link; DualPipeV on one pipeline rank
 pairs F with B and has no bubble, so what differs between off and on is the overlap alone. Every rank trains two models,
 one with overlap and one without, a step of each in turn on the same data: their losses must stay the same bits, and
-whatever else the machine does falls on both. Figures are the trainer's own (`trainer.journal.Row`), medians over steps.
+whatever else the machine does falls on both. Figures are the trainer's own (`journal.MetricsRow`), medians over steps.
 `wire` is the time that a node's link needs for a step's bytes. Compute is the step without what it stood still, overlap
 off.
 
@@ -38,12 +38,12 @@ from rich.console import Console
 from rich.table import Table
 
 from dryvine.comm.host import MALLOC
-from dryvine.comm.mesh import make_mesh
 from dryvine.comm.topology import discover
-from dryvine.trainer.config import load
-from dryvine.trainer.loop import Stop, one
+from dryvine.trainer.data.splits import open_data
+from dryvine.trainer.loop import Stop, one_step
 from dryvine.trainer.ramps import points
-from dryvine.trainer.step import make_rig, open_data
+from dryvine.trainer.rig import make_rig, mesh_of
+from dryvine.trainer.run_plan import load_plan
 from tests.support import netns_bed
 
 ROOT = Path(__file__).parents[2]
@@ -89,16 +89,16 @@ def measure(shape: Shape, given: argparse.Namespace) -> dict[str, Rows]:
 def under_torchrun(given: argparse.Namespace) -> None:
     """One rank: a step without overlap, the same step with it, and so on; who goes first takes turns too."""
     world = int(os.environ["WORLD_SIZE"])
-    configs = {overlap: load(given.config, words(world, given, overlap)) for overlap in ("off", "on")}
-    config, timeout = configs["on"], timedelta(seconds=300)
+    plans = {overlap: load_plan(given.config, words(world, given, overlap)) for overlap in ("off", "on")}
+    config = plans["on"].config
     data, topology = open_data(config), discover(world, config.comm.topology, os.environ)
-    dist.init_process_group("gloo", timeout=timeout)
-    mesh = make_mesh(1, 1, world, 1, torch.device("cpu"), timeout)
-    rigs = {overlap: make_rig(c, mesh, data, topology) for overlap, c in configs.items()}
+    dist.init_process_group("gloo", timeout=timedelta(seconds=300))
+    mesh = mesh_of(plans["on"], torch.device("cpu"))
+    rigs = {overlap: make_rig(plan, mesh, data, topology) for overlap, plan in plans.items()}
     rows: dict[str, Rows] = {overlap: [] for overlap in rigs}
     for point in islice(points(config.batch, config.data.seq_len), config.run.steps):
         for overlap in sorted(rigs, reverse=point.step % 2 > 0):
-            rows[overlap].append(asdict(one(rigs[overlap], point, Stop())[0]))
+            rows[overlap].append(asdict(one_step(rigs[overlap], point, Stop()).row))
     if mesh.rank == 0:
         (given.folder / "rows.json").write_text(json.dumps(rows))
     dist.destroy_process_group()

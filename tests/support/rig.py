@@ -2,37 +2,34 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
 from itertools import islice
 
 import torch
 
-from dryvine.comm.mesh import Mesh, make_mesh
 from dryvine.trainer.config import Config
+from dryvine.trainer.data.splits import open_data
 from dryvine.trainer.loop import train
 from dryvine.trainer.ramps import points
-from dryvine.trainer.step import Rig, make_rig, make_schedule, open_data, train_step
-
-
-def mesh_of(config: Config, device: str = "cpu") -> Mesh:
-    p = config.parallel
-    routes = len(make_schedule(config, config.microbatches(config.batch.sequences)).routes)
-    return make_mesh(p.pp, p.dp, p.ep, routes, torch.device(device), timedelta(seconds=100))
+from dryvine.trainer.rig import Rig, make_rig, mesh_of
+from dryvine.trainer.run_plan import make_plan
+from dryvine.trainer.step import train_step
 
 
 def rig_of(config: Config, device: str = "cpu") -> Rig:
-    return make_rig(config, mesh_of(config, device), open_data(config))
+    plan = make_plan(config)
+    return make_rig(plan, mesh_of(plan, torch.device(device)), open_data(config))
 
 
 def go(rig: Rig, steps: int) -> list[float]:
-    """Train and give this rank's summed losses, a step each."""
-    found = []
+    """Train. Returns this rank's summed losses of each step."""
+    sums = []
     for point in islice(points(rig.config.batch, rig.config.data.seq_len), steps):
-        played, _, _ = train_step(rig, point)
-        found.append(sum(float(loss) for losses in played.losses.values() for loss in losses))
-    return found
+        played = train_step(rig, point).played
+        sums.append(sum(float(loss) for losses in played.losses.values() for loss in losses))
+    return sums
 
 
 def train_on(rank: int, config: Config) -> None:
     """For `local.run`: a rank of a whole run."""
-    train(config, mesh_of(config), open_data(config))
+    plan = make_plan(config)
+    train(plan, mesh_of(plan, torch.device("cpu")), open_data(config))

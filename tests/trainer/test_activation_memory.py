@@ -13,7 +13,6 @@ from benchmarks.support.census import Census
 from dryvine.comm.dispatch.exchange import GroupExchange
 from dryvine.comm.dispatch.flat import Flat
 from dryvine.comm.dispatch.single_rank import SingleRank
-from dryvine.parallel.schedule.table import build
 from dryvine.parallel.stage import Flight, Stage, State
 from dryvine.trainer.activations import activations, most_held, stage_bytes
 from dryvine.trainer.config import Config
@@ -24,6 +23,7 @@ from dryvine.trainer.model.decoder import Model
 from dryvine.trainer.model.memory import MicrobatchSize, saved_bytes, saved_tensors
 from dryvine.trainer.model.shape import Shape, blocks
 from dryvine.trainer.model.spec import Spec
+from dryvine.trainer.run_plan import make_plan
 from tests.support import model as helpers_model
 from tests.support.model import random_tokens, run_backward
 
@@ -136,9 +136,8 @@ def test_attention_keeps_a_log_sum_exp_for_each_head_and_token() -> None:
 
 
 def test_a_run_holds_what_its_schedule_keeps_in_flight(tiny: Callable[..., Config]) -> None:
-    config = tiny("parallel.pp=2", "parallel.schedule=one_f_one_b")
-    first, second = stage_bytes(config, cuda=False).values()
-    schedule = build("one_f_one_b", 2, config.microbatches(config.batch.sequences))
-    assert most_held(schedule, 0, {0: first, 1: second}) == 2 * first
-    assert most_held(schedule, 1, {0: first, 1: second}) == second
-    assert activations(config, cuda=False).endswith("GB, on pipeline rank 0 of 2") == (2 * first > second)
+    plan = make_plan(tiny("parallel.pp=2", "parallel.schedule=one_f_one_b"))
+    first, second = stage_bytes(plan, cuda=False).values()
+    assert most_held(plan.schedule, 0, {0: first, 1: second}) == 2 * first
+    assert most_held(plan.schedule, 1, {0: first, 1: second}) == second
+    assert activations(plan, cuda=False).endswith("GB, on pipeline rank 0 of 2") == (2 * first > second)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from dryvine.trainer.config import Config, ConfigError, check_world, dump, load, split
+from dryvine.trainer.config import Config, ConfigError, check_world, dump, load
+from dryvine.trainer.run_plan import make_plan
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
@@ -42,7 +43,7 @@ def test_a_wrong_config_is_refused_in_one_line_with_the_mend(tiny: Callable[...,
     if override == "parallel.pp=10":
         layout[2] = "parallel.schedule=one_f_one_b"
     with pytest.raises(ConfigError) as caught:
-        tiny(*layout, override)
+        make_plan(tiny(*layout, override))
     said = str(caught.value)
     assert "\n" not in said
     for part in WRONG[override]:
@@ -82,6 +83,6 @@ def test_every_config_of_ours_loads_and_survives_a_round_trip(path: Path, tmp_pa
     config = load(path)
     (tmp_path / "config.toml").write_text(dump(config))
     assert load(tmp_path / "config.toml") == config
-    names = [name for stage in split(config) for name in stage]
+    names = [name for stage in make_plan(config).blocks for name in stage]
     assert names[0] == "embed"
     assert len(set(names)) == len(names)

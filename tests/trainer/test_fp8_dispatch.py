@@ -23,6 +23,7 @@ from dryvine.parallel import overlap
 from dryvine.parallel.stage import AS_IS, Explicit, Flight, Grads, Stage, State, StepResult, StreamName
 from dryvine.parallel.streams import Baton, CpuStreams, Run
 from dryvine.trainer.config import Config
+from dryvine.trainer.data.splits import open_data
 from dryvine.trainer.fp8 import casts
 from dryvine.trainer.fp8.dispatch import Tiles
 from dryvine.trainer.fp8.ffn import FP8FFN
@@ -31,7 +32,9 @@ from dryvine.trainer.fp8.recipe import Recipe, preset
 from dryvine.trainer.model.decoder import Model
 from dryvine.trainer.model.phases import codec_of
 from dryvine.trainer.ramps import points
-from dryvine.trainer.step import accumulate, make_rig, open_data
+from dryvine.trainer.rig import make_rig
+from dryvine.trainer.run_plan import make_plan
+from dryvine.trainer.step import accumulate
 from dryvine.trainer.tensors.groups import ExpertGroups
 from tests.support.model import Alone, in_fp8, random_tokens, run_forward, tiny, train, whole
 
@@ -313,7 +316,7 @@ def tensors(tree: Any) -> list[Tensor]:
 
 def moved(rank: int, config: Config) -> int:
     mesh = make_mesh(1, 1, 2, 1, CPU, MINUTE)
-    rig = make_rig(config, mesh, open_data(config), by_sizes([1, 1]))
+    rig = make_rig(make_plan(config), mesh, open_data(config), by_sizes([1, 1]))
     for point in islice(points(config.batch, config.data.seq_len), 1):
         accumulate(rig, point)
     return rig.dispatcher.meter.take()["inter"]

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from dryvine.comm import local
 from dryvine.trainer import journal, loop
 from dryvine.trainer.config import Config
-from dryvine.trainer.nonfinite import Blame, Diverged, Skipped, blame, enough
+from dryvine.trainer.nonfinite import Blame, Diverged, NonfiniteStep, blame, diverged_line
 from dryvine.trainer.ramps import Point, points
-from dryvine.trainer.step import Rig, accumulate, train_step
+from dryvine.trainer.rig import Rig
+from dryvine.trainer.step import accumulate, train_step
 from tests.support.rig import rig_of, train_on
 
 Tiny = Callable[..., Config]
@@ -43,7 +44,7 @@ def cure(rig: Rig) -> None:
     del rig.optimizer.zero.reduce
 
 
-def _steps(rank: int, config: Config, mode: str) -> tuple[State, dict[str, Any], Skipped | None]:
+def _steps(rank: int, config: Config, mode: str) -> tuple[State, dict[str, Any], NonfiniteStep | None]:
     """Three steps, of which BAD is poisoned, or has its update left out by hand."""
     rig = rig_of(config)
     found = None
@@ -61,9 +62,9 @@ def _steps(rank: int, config: Config, mode: str) -> tuple[State, dict[str, Any],
     return state, {name: bias.numpy() for name, bias in rig.model.buffers.items()}, found
 
 
-def _one(rig: Rig, point: Point) -> Skipped | None:
-    played, norm, _ = train_step(rig, point)
-    return None if np.isfinite(norm) else blame(point, played, rig.optimizer.zero, rig.mesh)
+def _one(rig: Rig, point: Point) -> NonfiniteStep | None:
+    result = train_step(rig, point)
+    return None if result.finite else blame(point, result.played, rig.optimizer.zero, rig.mesh)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -72,7 +73,7 @@ def test_a_skipped_step_is_a_step_left_out(tiny: Tiny, ranks: int) -> None:
     poisoned = local.run(_steps, ranks, config, "poisoned", deadline=100)
     left_out = local.run(_steps, ranks, config, "left out", deadline=100)
     for (state, biases, found), (wanted, wanted_biases, _) in zip(poisoned, left_out, strict=True):
-        assert found == Skipped(BAD + 1, 16, 16, {ranks - 1: Blame([], [], [EXPERT], [])})
+        assert found == NonfiniteStep(BAD + 1, 16, 16, {ranks - 1: Blame([], [], [EXPERT], [])})
         np.testing.assert_equal(state, wanted)
         np.testing.assert_equal(biases, wanted_biases)
         assert all(fields["step"] == 2 for fields in state.values())
@@ -100,7 +101,7 @@ def test_a_bad_weight_is_named_before_the_gradients_that_it_spoils(tiny: Tiny) -
     assert any(loss.startswith("loss of microbatches ") for loss in losses)
 
 
-def _overflow(rank: int, config: Config) -> Skipped | None:
+def _overflow(rank: int, config: Config) -> NonfiniteStep | None:
     rig = rig_of(config)
     reduce = rig.optimizer.zero.reduce
 
@@ -169,7 +170,7 @@ def test_several_in_a_row_end_the_run_in_one_line_and_save_nothing(tiny: Tiny) -
 
 
 def test_a_long_list_is_cut_in_the_line_and_whole_in_the_file() -> None:
-    long = Skipped(7, 96, 16, {3: Blame([], [], [f"layers.{i}.gate.weight" for i in range(9)], [])})
+    long = NonfiniteStep(7, 96, 16, {3: Blame([], [], [f"layers.{i}.gate.weight" for i in range(9)], [])})
     assert str(long).endswith("rank 3: gradient layers.0.gate.weight, gradient layers.1.gate.weight, gradient "
                               "layers.2.gate.weight and 6 more")  # fmt: skip
-    assert str(long) in enough([long])
+    assert str(long) in diverged_line([long])

@@ -5,17 +5,13 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
-from datetime import timedelta
 
 import pytest
-import torch
 
 from dryvine.comm import local
-from dryvine.comm.mesh import make_mesh
 from dryvine.trainer import checkpoint, journal
 from dryvine.trainer.config import Config, ConfigError
-from dryvine.trainer.loop import train
-from dryvine.trainer.step import make_schedule, open_data
+from tests.support.rig import train_on
 
 Tiny = Callable[..., Config]
 DUALPIPE = ("parallel.pp=2", "parallel.schedule=dualpipe")
@@ -29,12 +25,9 @@ def run(config: Config, interrupt_at: int | None = None) -> list[dict[str, float
 
 
 def _rank(rank: int, config: Config, interrupt_at: int | None) -> None:
-    p = config.parallel
-    routes = len(make_schedule(config, config.microbatches(config.batch.sequences)).routes)
-    mesh = make_mesh(p.pp, p.dp, p.ep, routes, torch.device("cpu"), timedelta(seconds=100))
-    if interrupt_at and rank == mesh.size - 1:
+    if interrupt_at and rank == config.parallel.world - 1:
         _interrupt_after(interrupt_at)
-    train(config, mesh, open_data(config))
+    train_on(rank, config)
 
 
 def _interrupt_after(steps: int) -> None:

@@ -1,0 +1,24 @@
+"""Both splits of a run's dataset, opened before any process group exists: a missing dataset then costs no GPU time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dryvine.trainer.config import Config
+from dryvine.trainer.data.prepare import prepare
+from dryvine.trainer.data.source import TokenSource
+
+
+@dataclass(frozen=True)
+class Data:
+    train: TokenSource
+    val: TokenSource
+
+
+def open_data(config: Config) -> Data:
+    """Open both splits of `data.source`; the embedded corpus is built first if need be. Raises DataError."""
+    folder = prepare(config.data)
+    # The next token of each position, and one more for each depth of multi-token prediction.
+    extra = 1 + config.model.mtp_depth
+    splits = (TokenSource(folder, s, config.data.seq_len, extra, config.run.seed) for s in ("train", "val"))
+    return Data(*splits)

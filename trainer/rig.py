@@ -1,0 +1,133 @@
+"""One rank's part of a run, put together: the only file that knows every room.
+
+Everything that a step needs is made here, once, and handed to it as `Rig`; the steps themselves are in `step.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import cached_property
+
+import torch
+
+from dryvine.comm.dispatch.api import AnyDispatcher
+from dryvine.comm.dispatch.choose import make_dispatcher
+from dryvine.comm.dispatch.payload import Format
+from dryvine.comm.dispatch.setup import Setup
+from dryvine.comm.mesh import Mesh, make_mesh
+from dryvine.comm.topology import Topology
+from dryvine.comm.watch import Watch
+from dryvine.comm.wire import P2PWire
+from dryvine.parallel.executor import EdgeWire, Executor
+from dryvine.parallel.flow_control import rank_program
+from dryvine.parallel.overlap import ORDERS
+from dryvine.parallel.schedule.ir import Program
+from dryvine.parallel.streams import Streams, make_streams
+from dryvine.parallel.zero import Zero
+from dryvine.trainer.config import Config
+from dryvine.trainer.data.splits import Data
+from dryvine.trainer.fp8.choose import choose
+from dryvine.trainer.fp8.fp8 import FP8
+from dryvine.trainer.model.decoder import Model
+from dryvine.trainer.model.phases import codec_of
+from dryvine.trainer.model.spec import Spec
+from dryvine.trainer.optim import Optimizer
+from dryvine.trainer.run_plan import RunPlan
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass
+class Rig:
+    """This rank's stages, data, optimizer and connections, and an executor for each size of batch."""
+
+    plan: RunPlan
+    mesh: Mesh
+    model: Model
+    optimizer: Optimizer
+    data: Data
+    dispatcher: AnyDispatcher
+    wire: EdgeWire
+    streams: Callable[[], Streams]
+    fp8: FP8 | None
+    _training: dict[int, Executor] = field(default_factory=dict)
+
+    @property
+    def config(self) -> Config:
+        return self.plan.config
+
+    def training(self, sequences: int) -> Executor:
+        """Runs a training step of `sequences`, counted over all data ranks."""
+        if sequences not in self._training:
+            self._training[sequences] = self._executor(self.plan.training[sequences])
+        return self._training[sequences]
+
+    @cached_property
+    def validation(self) -> Executor:
+        """Runs one validation batch, forward only."""
+        return self._executor(self.plan.validation)
+
+    def _executor(self, program: Program) -> Executor:
+        order = ORDERS[self.mesh.device.type] if self.config.parallel.overlap == "on" else None
+        return Executor(rank_program(program, self.mesh.pp_rank), self.model.stages, self.wire, self.streams, order)
+
+    def publish(self, shards: Sequence[torch.Tensor] | None = None) -> None:
+        """Set every copy of the weights from the FP32 masters, or from `shards`, one per bucket. Collective."""
+        self.optimizer.zero.publish(shards)
+        # The FP8 copies were made of the old weights.
+        if self.fp8 is not None:
+            self.fp8.cache.clear()
+
+
+def mesh_of(plan: RunPlan, device: torch.device) -> Mesh:
+    """The process groups of the plan's layout. Collective."""
+    p, comm = plan.config.parallel, plan.config.comm
+    timeout = timedelta(seconds=comm.deadline)
+    return make_mesh(p.pp, p.dp, p.ep, len(plan.schedule.routes), device, timeout, comm.sms)
+
+
+def make_rig(
+    plan: RunPlan, mesh: Mesh, data: Data, topology: Topology | None = None, watch: Watch | None = None
+) -> Rig:
+    """Build this rank's stages and state, with the weights of `run.seed`. `topology` None is one node; without `watch`
+    a wait has torch's own deadline. Collective."""
+    config = plan.config
+    dispatcher = _dispatcher(config, mesh, topology, watch)
+    fp8 = FP8(config.fp8, *choose(config.fp8, mesh, config.run.folder)) if config.fp8.fp8 else None
+    spec = Spec(config.model, DTYPES[config.run.dtype], mesh.device, mesh.ep_rank, mesh.ep, fp8)
+    model = Model(spec, plan.blocks_of(mesh.pp_rank), dispatcher)
+    model.initialise(config.run.seed)
+    optimizer = Optimizer(Zero(dict(model.named_parameters()), mesh), config.optim)
+    wire = EdgeWire(P2PWire(mesh, watch), _boundary(config))
+    return Rig(plan, mesh, model, optimizer, data, dispatcher, wire, make_streams(mesh.device), fp8)
+
+
+def _boundary(config: Config) -> Callable[[object], tuple[torch.Tensor]]:
+    """The shape of what crosses any edge, as a meta tensor: the hidden state of a microbatch, or its gradient."""
+    tokens = config.parallel.microbatch_sequences * config.data.seq_len
+    state = (torch.empty(tokens, config.model.hidden, dtype=DTYPES[config.run.dtype], device="meta"),)
+    return lambda edge: state
+
+
+def _dispatcher(config: Config, mesh: Mesh, topology: Topology | None, watch: Watch | None) -> AnyDispatcher:
+    comm, shape = config.comm, config.model
+    setup = Setup(
+        experts=shape.routed,
+        mesh=mesh,
+        topology=topology,
+        watch=watch,
+        chunks=comm.chunks,
+        top_k=shape.top_k,
+        tokens=config.parallel.microbatch_sequences * config.data.seq_len,
+        row_bytes=max(row_bytes(config)),
+    )
+    return make_dispatcher(comm.dispatcher, setup, comm.imbalance)
+
+
+def row_bytes(config: Config) -> tuple[int, int]:
+    """Bytes of a dispatched row with its weights, and of a combined one."""
+    rows = torch.empty(0, config.model.hidden, dtype=DTYPES[config.run.dtype])
+    weights = torch.empty(0, config.model.top_k)
+    return Format.of((*codec_of(config.fp8).encode(rows), weights)).bytes, Format.of((rows, weights)).bytes

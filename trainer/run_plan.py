@@ -1,0 +1,94 @@
+"""What a config's layout comes to, worked out once: the schedule of every batch size, checked and lowered, and which
+blocks of the model each pipeline stage holds.
+
+Made from the config before any process group exists and handed down to whatever needs a part of it, so an impossible
+layout costs no GPU, and no two places can come to different schedules. Every size of a batch ramp is planned at the
+start: one that could not run would else stop the run on the day the ramp reaches it. The cost is a few seconds for the
+23 batch sizes of DeepSeek-V3 on 16 pipeline ranks. Torch-free, so that a login node can plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dryvine.parallel.partition import partition
+from dryvine.parallel.schedule.check import check
+from dryvine.parallel.schedule.ir import Program, Schedule
+from dryvine.parallel.schedule.lower import forward_only, lower
+from dryvine.parallel.schedule.rules import ScheduleError
+from dryvine.parallel.schedule.table import build
+from dryvine.trainer.config import Config, ConfigError, load
+from dryvine.trainer.model.shape import units
+
+Blocks = tuple[str, ...]  # names, in forward order
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """`training` maps the number of sequences in a step to the program that such a step runs; `validation` is the
+    program of a validation batch, which has the sequences of a full step. `blocks[s]` are those of stage s."""
+
+    config: Config
+    training: Mapping[int, Program]
+    validation: Program
+    blocks: tuple[Blocks, ...]
+
+    @property
+    def schedule(self) -> Schedule:
+        """That of a full step, which the ramp ends at."""
+        return self.training[self.config.batch.sequences].schedule
+
+    def blocks_of(self, pp_rank: int) -> dict[int, Blocks]:
+        """The blocks of each stage that a pipeline rank holds, by the stage's number."""
+        return {stage: self.blocks[stage] for stage in self.schedule.stages_of(pp_rank)}
+
+
+def load_plan(path: str | Path, overrides: Sequence[str] = ()) -> RunPlan:
+    """The plan of the run that a TOML file and overrides describe (see `config.load`). Raises ConfigError."""
+    config = load(path, overrides)
+    try:
+        return make_plan(config)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def make_plan(config: Config) -> RunPlan:
+    """Build, check and lower a schedule per batch size, and split the model. Raises ConfigError."""
+    training = {sequences: _program(config, sequences) for sequences in config.batch.sizes()}
+    full = training[config.batch.sequences].schedule
+    return RunPlan(config, training, _checked(forward_only(full)), _split(config, full.stages))
+
+
+def _program(config: Config, sequences: int) -> Program:
+    """Of a step of `sequences`, shared by all data ranks."""
+    p = config.parallel
+    # Each data rank runs a pipeline of its own, and so many microbatches.
+    per_microbatch = p.microbatch_sequences * p.dp * p.ep
+    microbatches, rest = divmod(sequences, per_microbatch)
+    if rest:
+        raise ConfigError(
+            f"batch.sequences = {sequences} is not a multiple of microbatch_sequences x dp x ep = {per_microbatch}; "
+            f"try {max(1, microbatches) * per_microbatch} or {(microbatches + 1) * per_microbatch}"
+        )
+    try:
+        return _checked(build(p.schedule, p.pp, microbatches, p.chunks))
+    except ScheduleError as error:
+        sizes = f"microbatches = batch.sequences {sequences} / {per_microbatch}"
+        raise ConfigError(f"parallel.schedule: {error} ({sizes})") from None
+
+
+def _checked(schedule: Schedule) -> Program:
+    check(schedule)
+    return lower(schedule)
+
+
+def _split(config: Config, stages: int) -> tuple[Blocks, ...]:
+    """The blocks of each stage, so that the slowest stage is as fast as can be."""
+    parts = units(config.model, config.data.seq_len)
+    try:
+        ranges = partition([sum(block.cost for block in unit) for unit in parts], stages)
+    except ValueError as error:
+        raise ConfigError(f"parallel.pp = {config.parallel.pp}, schedule {config.parallel.schedule}: {error}") from None
+    return tuple(tuple(block.name for i in r for block in parts[i]) for r in ranges)

@@ -1,0 +1,33 @@
+"""What a run says about itself before its first step: how tokens travel, what memory it needs, what multiplies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from dryvine.comm.dispatch.choose import pick
+from dryvine.comm.topology import GroupLimit, Topology, mismatch
+from dryvine.trainer.activations import activations
+from dryvine.trainer.rig import Rig, row_bytes
+
+
+def startup_lines(rig: Rig, topology: Topology | None, steps_done: int) -> Iterator[str]:
+    """Lines for the console. `topology` None says nothing of how tokens travel."""
+    if topology is not None:
+        yield from _token_routes(rig, topology)
+    yield activations(rig.plan, rig.mesh.device.type == "cuda")
+    if rig.fp8 is not None:
+        yield rig.fp8.chosen
+    if steps_done:
+        yield f"resuming {rig.config.run.folder} after step {steps_done}"
+
+
+def _token_routes(rig: Rig, topology: Topology) -> Iterator[str]:
+    """Which dispatcher sends tokens and why, and a warning if the model's groups do not fit the nodes. From the view of
+    rank 0's expert-parallel group."""
+    shape, asked = rig.config.model, rig.config.comm.dispatcher
+    group = topology.of(range(rig.mesh.ep))
+    name, why = pick(group, shape.top_k, shape.routed)
+    yield "comm.dispatcher: " + (f"auto takes {name}: {why}" if asked == "auto" else f"{asked}, as asked")
+    limit = GroupLimit(shape.groups, shape.group_limit)
+    if warning := mismatch(group, shape.routed, limit, row_bytes(rig.config)[0]):
+        yield f"warning: {warning}"
