@@ -1,8 +1,8 @@
 """The shape of a DeepSeek-V3-class model: every number the architecture needs, and what follows from the numbers alone.
 
 Torch-free, so that a login node can plan, count and refuse a config without a GPU. Counts and costs are closed forms
-over the same numbers that build the modules; a test holds them to the parameters of a model on the meta device. (Asking
-a built model would need torch, and minutes for 671B.)
+over the same numbers that build the modules; a test compares them with the parameters of a model on the meta device.
+(Counting those of a built model would need torch, and minutes for 671B.)
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Shape(BaseModel, frozen=True, extra="forbid"):
     """Architecture and its own training terms (arXiv 2412.19437, sections 2 and 4.2). Lengths are in elements."""
 
     layers: PositiveInt
-    first_dense: int = Field(ge=0)  # so many leading layers have a dense FFN; the rest are mixtures of experts
+    first_dense: int = Field(ge=0)  # leading layers with a dense FFN; the rest are mixtures of experts
     hidden: PositiveInt
     ffn: PositiveInt  # width of a dense FFN
     expert_ffn: PositiveInt  # width of one expert
@@ -56,7 +56,7 @@ class Shape(BaseModel, frozen=True, extra="forbid"):
     bias_gamma: float = Field(default=1e-3, ge=0)
     init_std: float = Field(default=0.006, gt=0)
     norm_eps: float = Field(default=1e-6, gt=0)
-    recompute: tuple[Literal["norm", "mla_up", "swiglu"], ...] = ()  # outputs made again in the backward, not kept
+    recompute: tuple[Literal["norm", "mla_up", "swiglu"], ...] = ()  # outputs computed again in the backward
 
     @property
     def sparse_gate(self) -> bool:
@@ -74,14 +74,14 @@ class Shape(BaseModel, frozen=True, extra="forbid"):
 
     @model_validator(mode="after")
     def _consistent(self) -> Shape:
-        for wrong, mend in _mends(self):
+        for wrong, message in _refusals(self):
             if wrong:
-                raise ValueError(mend)
+                raise ValueError(message)
         return self
 
 
-def _mends(s: Shape) -> list[tuple[bool, str]]:
-    """Combinations that no model can have, each with what to change."""
+def _refusals(s: Shape) -> list[tuple[bool, str]]:
+    """Combinations that no model can have, each with its fix."""
     in_group, rest = divmod(s.routed, s.groups)
     reach = s.group_limit * in_group
     return [
@@ -102,7 +102,7 @@ def _mends(s: Shape) -> list[tuple[bool, str]]:
 
 
 class Block(NamedTuple):
-    name: str  # also the prefix of its parameters' names, but for the head
+    name: str  # also the prefix of its parameters' names, except the head's
     kind: str  # a key of decoder.BLOCKS
     cost: float  # forward FLOPs per token
 
@@ -110,6 +110,7 @@ class Block(NamedTuple):
 def blocks(shape: Shape, seq_len: int | None = None) -> tuple[Block, ...]:
     """The model in forward order: embed, layers.0 ..., head, mtp.0 .... `seq_len` (default: max_position) sets the cost
     of causal attention, whose mean reach is half of it."""
+    # Scores and values: 2 FLOPs a multiply-add, over seq_len / 2 positions on average.
     core = shape.heads * (shape.qk_dim + shape.v_dim) * (seq_len or shape.max_position)
     dense, moe = (2.0 * _layer_sizes(shape, is_moe)[1] + core for is_moe in (False, True))
     head = 2.0 * shape.vocab * shape.hidden
@@ -122,8 +123,8 @@ def blocks(shape: Shape, seq_len: int | None = None) -> tuple[Block, ...]:
 
 
 def units(shape: Shape, seq_len: int | None = None) -> tuple[tuple[Block, ...], ...]:
-    """What a partition may not split: each block alone, but head and MTP together (they share the head's weight and the
-    last hidden state, and so one stage)."""
+    """What a partition may not split: each block alone, except that head and MTP stay together: they share the head's
+    weight and the last hidden state, and so one stage."""
     every = blocks(shape, seq_len)
     head = 1 + shape.layers
     return (*((block,) for block in every[:head]), every[head:])

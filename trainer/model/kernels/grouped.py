@@ -1,8 +1,8 @@
 """Weight gradients of routed experts on Hopper (sm_90), all in one kernel: total[x] += dy_xᵀ x_x, BF16 into FP32 sums.
 
-An `addmm` an expert costs the host a launch each, and where an expert has few rows or weights, leaves SMs idle. Rows
-are not padded: an expert's last block of 64 runs into its neighbour's rows, which must count as zero. That block's dy
-goes to the tensor cores by way of registers and is masked there, so shared memory is written by loads alone, and whole
+An `addmm` for each expert costs the host a launch each, and where an expert has few rows or weights, leaves SMs idle.
+Rows are not padded: an expert's last block of 64 runs into its neighbour's rows, which must count as zero. That block's
+dy goes to the tensor cores through registers and is masked there, so shared memory is written by loads alone, and full
 blocks pay nothing.
 
 In Gluon, built as fp8/kernels/hopper.py: a CTA per SM walks over tiles of 128 x 256, one warp loads, and two warpgroups
@@ -27,9 +27,9 @@ from dryvine.trainer.tensors.persistent import barriers, place_of, programs
 
 @dataclass(frozen=True)
 class GroupedConfig:
-    stages: int = 4
+    stages: int = 4  # blocks of 64 rows in flight
     group_m: int = 16  # tiles are walked in bands of this many rows of tiles, for L2
-    registers: int = 240
+    registers: int = 240  # of a thread that multiplies
 
 
 WGRAD = GroupedConfig()
@@ -46,14 +46,17 @@ def _tile(tile, ends, num_m, num_n, GROUP_M: gl.constexpr):
 @gluon.jit
 def _loads(dy_desc, x_desc, dy_bufs, x_bufs, full, empty, ends, num_m, num_n, tiles, GROUP_M: gl.constexpr,
            STAGES: gl.constexpr):  # fmt: skip
+    """The warp that loads: for each tile, each block of 64 rows of its expert, into the next stage."""
     turn = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         _, tile_m, tile_n, first, end = _tile(tile, ends, num_m, num_n, GROUP_M)
         for row in range(first, end, 64):
+            # Wait until both warpgroups have left the stage. Its first use must not wait: the phase starts flipped.
             stage = turn % STAGES
             mbarrier.wait(empty.index(stage), ((turn // STAGES) & 1) ^ 1)
             bar = full.index(stage)
             mbarrier.expect(bar, 64 * (128 + 256) * 2)
+            # dy in two halves of 64 columns, one for each warpgroup; x for both.
             for i in gl.static_range(2):
                 at = [row, tile_m * 128 + 64 * i]
                 tma.async_copy_global_to_shared(dy_desc, at, bar, dy_bufs.index(stage * 2 + i))
@@ -64,6 +67,7 @@ def _loads(dy_desc, x_desc, dy_bufs, x_bufs, full, empty, ends, num_m, num_n, ti
 @gluon.jit
 def _sums(HALF: gl.constexpr, dy_bufs, x_bufs, full, empty, total, ends, M, N, num_m, num_n, tiles,
           GROUP_M: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    """A warpgroup that multiplies: 64 of the 128 rows of each tile, number HALF of two."""
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 256, 16])
     half: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
@@ -71,32 +75,35 @@ def _sums(HALF: gl.constexpr, dy_bufs, x_bufs, full, empty, total, ends, M, N, n
     turn = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         expert, tile_m, tile_n, first, end = _tile(tile, ends, num_m, num_n, GROUP_M)
-        whole = end - (end - first) % 64
+        full_end = end - (end - first) % 64
         sums = gl.zeros((64, 256), gl.float32, layout=mma)
-        for row in range(first, whole, 64):
+        # Full blocks: both operands from shared memory.
+        for row in range(first, full_end, 64):
             stage = turn % STAGES
             mbarrier.wait(full.index(stage), (turn // STAGES) & 1)
             dy = dy_bufs.index(stage * 2 + HALF).permute((1, 0))
             sums = warpgroup_mma(dy, x_bufs.index(stage), sums, use_acc=row > first, is_async=True)
-            # This product stays in flight; the one before it has left its stage.
+            # This product stays in flight; the one before it is done with its stage.
             sums = warpgroup_mma_wait(1, deps=[sums])
             mbarrier.arrive(empty.index((turn + STAGES - 1) % STAGES), pred=row > first)
             turn += 1
         sums = warpgroup_mma_wait(0, deps=[sums])
-        mbarrier.arrive(empty.index((turn + STAGES - 1) % STAGES), pred=whole > first)
-        if whole < end:
+        mbarrier.arrive(empty.index((turn + STAGES - 1) % STAGES), pred=full_end > first)
+        # The last rows, fewer than 64.
+        if full_end < end:
             stage = turn % STAGES
             mbarrier.wait(full.index(stage), (turn // STAGES) & 1)
             dy = dy_bufs.index(stage * 2 + HALF).permute((1, 0)).load(operand)
-            # Zero times the neighbour's x: a NaN or an infinity there comes through, and spoils no step that it had
-            # not spoilt in its own expert.
-            dy = gl.where(gl.expand_dims(whole + rows < end, 0), dy, 0.0)
-            sums = warpgroup_mma(dy, x_bufs.index(stage), sums, use_acc=whole > first, is_async=True)
+            # Zero times the neighbour's x. A NaN or an infinity there passes through; it makes the neighbour's own
+            # gradient not finite anyway, and the step is skipped for that.
+            dy = gl.where(gl.expand_dims(full_end + rows < end, 0), dy, 0.0)
+            sums = warpgroup_mma(dy, x_bufs.index(stage), sums, use_acc=full_end > first, is_async=True)
             sums = warpgroup_mma_wait(0, deps=[sums])
             mbarrier.arrive(empty.index(stage))
             turn += 1
-        # In the product's own layout four threads cover a 32-byte sector of FP32: no shuffle would store faster. In
-        # halves, since sums and what they are added to would not fit the registers together.
+        # Add to the total, in the product's own layout, in which four threads cover a 32-byte sector of FP32: no
+        # shuffle would store faster. In two halves of columns, since the sums and what they are added to do not fit
+        # the registers together.
         m = tile_m * 128 + 64 * HALF + gl.arange(0, 64, layout=gl.SliceLayout(1, half))
         n = tile_n * 256 + gl.arange(0, 128, layout=gl.SliceLayout(0, half))
         at = total + expert.to(gl.int64) * M * N + gl.expand_dims(m.to(gl.int64) * N, 1) + gl.expand_dims(n, 0)
@@ -115,7 +122,7 @@ def wgrad_kernel(dy_desc, x_desc, total, ends, M, N, tiles, GROUP_M: gl.constexp
     x_bufs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 64, 256], x_desc.layout)
     full, empty = barriers(STAGES)
     num_m, num_n = gl.cdiv(M, 128), gl.cdiv(N, 256)
-    # What registers the others leave are the first one's.
+    # Two warpgroups multiply and one warp loads. The first warpgroup gets what registers the others leave.
     gl.warp_specialize(
         [
             (_sums, (0, dy_bufs, x_bufs, full, empty, total, ends, M, N, num_m, num_n, tiles, GROUP_M, STAGES)),

@@ -9,9 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS = 16  # at a time
-CHUNK = 256  # rows a program sums; chunks are summed by another kernel
-BLOCK = 128  # columns a program takes
+from dryvine.comm.integers import ceil_div
+
+# A program sums CHUNK rows of BLOCK columns, ROWS at a time; torch adds up the chunks.
+ROWS = 16
+CHUNK = 256
+BLOCK = 128
 
 
 @triton.jit
@@ -19,6 +22,7 @@ def norm_weight_kernel(dy, x, inverse, sums, N, H, dy_stride, x_stride, CHUNK: t
                        BLOCK: tl.constexpr):  # fmt: skip
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     chunk = tl.program_id(1)
+    # ROWS partial sums for each column, so that no addition waits for the one before.
     total = tl.zeros([ROWS, BLOCK], tl.float32)
     for i in range(CHUNK // ROWS):
         r = chunk * CHUNK + i * ROWS + tl.arange(0, ROWS)
@@ -33,9 +37,9 @@ def weight_gradient(dy_NH: Tensor, x_NH: Tensor, inverse_N1: Tensor) -> Tensor:
     """FP32 [H]. Rows may be strided, a row's elements not."""
     n, h = x_NH.shape
     dy, x = (t if t.stride(1) == 1 else t.contiguous() for t in (dy_NH, x_NH))
-    sums_CH = torch.empty(-(-n // CHUNK), h, dtype=torch.float32, device=x.device)
+    sums_CH = torch.empty(ceil_div(n, CHUNK), h, dtype=torch.float32, device=x.device)
     if n:
-        norm_weight_kernel[(-(-h // BLOCK), len(sums_CH))](
+        norm_weight_kernel[(ceil_div(h, BLOCK), len(sums_CH))](
             dy, x, inverse_N1, sums_CH, n, h, dy.stride(0), x.stride(0), CHUNK, ROWS, BLOCK, num_warps=4
         )
     return sums_CH.sum(0)
