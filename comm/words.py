@@ -1,0 +1,76 @@
+"""Words that several processes of a node share: how far each of them has come, for hosts and devices to read.
+
+A file in /dev/shm, mapped by every rank of a group and, on a GPU, pinned, so that streams wait for its words and write
+them (`stream_values`). In device memory a wait would be as cheap, and a host could neither see what a device waits for
+nor end the wait of a process that must exit.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from dryvine.comm.stream_values import map_host_memory
+
+FULFILLED = 1 << 30  # at least any number that is waited for
+
+
+class Words:
+    """`count` int32 words, zero at first. `address(i)` is where a device finds word i; 0 on a CPU."""
+
+    def __init__(self, file: Path, count: int, device: torch.device) -> None:
+        with file.open("r+b") as opened:
+            self._memory = mmap.mmap(opened.fileno(), count * 4)
+        self.values = np.frombuffer(self._memory, np.int32)
+        on_device = device.type == "cuda"
+        self._base = map_host_memory(self.values.ctypes.data, self.values.nbytes) if on_device else 0
+
+    def address(self, index: int) -> int:
+        return self._base + 4 * index
+
+    def reached(self, index: int, value: int) -> bool:
+        """Whether a wait for `value` would end now."""
+        return int(self.values[index]) >= value
+
+    def fulfil(self, indices: Sequence[int]) -> None:
+        """End every wait for these words, now and later. The job must be about to end: what was waited for is absent."""
+        self.values[list(indices)] = FULFILLED
+
+
+def share_words(group: dist.ProcessGroup, count: int, device: torch.device) -> Words | None:
+    """Words for all ranks of `group`; None on all of them if any cannot map the file: it is on another node, or there is
+    no shared memory. Collective over the group."""
+    first = dist.get_rank(group) == 0
+    file = _create(count) if first else None
+    names = [str(file)]
+    dist.broadcast_object_list(names, group=group, group_src=0)
+    words = _open(Path(names[0]), count, device)
+    mapped: list[bool] = [False] * dist.get_world_size(group)
+    dist.all_gather_object(mapped, words is not None, group=group)
+    if file:
+        file.unlink()  # the mappings stay
+    return words if all(mapped) else None
+
+
+def _create(count: int) -> Path | None:
+    try:
+        number, name = tempfile.mkstemp(prefix="dryvine-words-", dir="/dev/shm")
+        os.ftruncate(number, count * 4)
+        os.close(number)
+    except OSError:
+        return None
+    return Path(name)
+
+
+def _open(file: Path, count: int, device: torch.device) -> Words | None:
+    try:
+        return Words(file, count, device)
+    except (OSError, ValueError, RuntimeError):  # absent here, of another size, or not to be pinned
+        return None
