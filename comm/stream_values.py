@@ -1,9 +1,9 @@
 """A stream that waits for a word of memory, or writes one: CUDA's stream memory operations, by ctypes.
 
-A wait costs no SM: the GPU's front end polls the word, so a message that is awaited early slows no kernel (a receive of
-NCCL spins on as many SMs as it has channels). A write comes after all earlier work of its stream, copies to peers
-included, is visible to the whole system. torch 2.11 offers the write but not the wait; the packages that wrap the driver
-are not in every build of torch, while the driver's library is wherever there is a GPU.
+A wait costs no SM: the GPU's front end polls the word, so a message that is awaited early slows no kernel (a receive
+of NCCL spins on as many SMs as it has channels). A write happens once all earlier work of its stream is done and
+visible to the whole system, copies to peers included. torch 2.11 offers the write but not the wait; the packages that
+wrap the driver are not in every build of torch, while the driver's library is wherever there is a GPU.
 
 Words lie in host memory, so that a host can read how far a device has come, and can end a wait that no device will
 ever end: a process whose stream still waits cannot exit (47 s were measured on an H100 with driver 580).
@@ -42,7 +42,7 @@ def write_value(stream: torch.cuda.Stream, address: int, value: int) -> None:
 
 
 def map_host_memory(address: int, size: int) -> int:
-    """Pin `size` bytes of this process at `address` for the current device. Returns the address as the device sees it."""
+    """Pin `size` bytes of this process at `address`. Returns their address as the current device sees it."""
     _checked(int(torch.cuda.cudart().cudaHostRegister(address, size, 0)), "cudaHostRegister")
     seen = ctypes.c_uint64()
     found = _driver().cuMemHostGetDevicePointer_v2(ctypes.byref(seen), ctypes.c_void_p(address), ctypes.c_uint(0))

@@ -40,13 +40,13 @@ class Words:
         return int(self.values[index]) >= value
 
     def fulfil(self, indices: Sequence[int]) -> None:
-        """End every wait for these words, now and later. The job must be about to end: what was waited for is absent."""
+        """End every wait for these words, now and later. Only for a job that ends: what was waited for is absent."""
         self.values[list(indices)] = FULFILLED
 
 
 def share_words(group: dist.ProcessGroup, count: int, device: torch.device) -> Words | None:
-    """Words for all ranks of `group`; None on all of them if any cannot map the file: it is on another node, or there is
-    no shared memory. Collective over the group."""
+    """Words for all ranks of `group`; None on all of them if any cannot map the file: it is on another node, or there
+    is no shared memory. Collective over the group."""
     first = dist.get_rank(group) == 0
     file = _create(count) if first else None
     names = [str(file)]
