@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import random
@@ -23,6 +24,7 @@ from dryvine.trainer.data.config import DataError
 from dryvine.trainer.data.dataset import Dataset, SplitName
 from dryvine.trainer.data.inputs import match_files
 from dryvine.trainer.data.packed_tokens import PackedTokens
+from dryvine.trainer.data.readers.table import READERS, FileKind
 from dryvine.trainer.data.spec import BuildSpec
 
 WORDS = ["the", "expert", "token", "routes", "over", "node", "gradient", "é", "漢字", "stage", "1024", "bubble"]
@@ -313,3 +315,25 @@ def test_shards_are_where_dataset_json_says(tmp_path: Path, monkeypatch: pytest.
     assert [shard.documents for shard in dataset.train.shards] == [0] * (len(dataset.train.shards) - 1) + [1]
     assert texts_of(tmp_path / "out", "train") == [text]
     assert Dataset.load(tmp_path / "out") == dataset
+
+
+READER = """
+def read_csv(path, field, line, byte):
+    with path.open("rb") as file:
+        file.seek(byte)
+        for number, row in enumerate(iter(file.readline, b""), line + 1):
+            yield Record(number, file.tell(), row.decode().split(",")[1].rstrip())
+"""
+
+
+def test_a_new_kind_of_file_is_one_function_and_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "csv_reader.py").write_text("from dryvine.trainer.data.readers.record import Record\n" + READER)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    reader = importlib.import_module("csv_reader")
+    monkeypatch.setitem(READERS, ".csv", FileKind(reader.read_csv, is_document=False))
+    monkeypatch.setattr(stream, "BATCH_RECORDS", 2)
+    (tmp_path / "a.csv").write_text("".join(f"{i},row {i}\n" for i in range(7)))
+    spec = BuildSpec(vocab_size=300, validation_fraction=0, shard_tokens=1)
+    dataset = build(match_files([f"{tmp_path}/*.csv"]), spec, tmp_path / "out")
+    assert texts_of(tmp_path / "out", "train") == [f"row {i}" for i in range(7)]
+    assert [shard.documents for shard in dataset.train.shards] == [2, 2, 2, 1]

@@ -91,6 +91,11 @@ def test_reads_across_shard_edges(tmp_path: Path, vocab_size: int) -> None:
             packed.tokens(start, length)
 
 
+def test_the_narrowest_type_that_holds_every_id() -> None:
+    assert dtype_for(65536) == "<u2"
+    assert dtype_for(65537) == "<u4"
+
+
 def test_wide_tokens_survive(tmp_path: Path) -> None:
     line = write_dataset(tmp_path, [40_000, 39_000], 78_000)
     np.testing.assert_array_equal(PackedTokens(tmp_path, "train").tokens(65_000, 9_000), line[65_000:74_000])
