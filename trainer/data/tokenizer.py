@@ -8,6 +8,8 @@ must not be able to end its own document.
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +22,12 @@ END = "<|endoftext|>"
 FIM = ("<|fim_begin|>", "<|fim_hole|>", "<|fim_end|>")  # DeepSeek-V3, arXiv 2412.19437, section 4.1
 _KNOWN_ENDS = (END, "<｜end▁of▁sentence｜>", "<|end_of_text|>", "</s>", "<eos>")
 _KNOWN_FIM = (FIM, ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"))
+_PACKING_NAMES = {*_KNOWN_ENDS, *(name for names in _KNOWN_FIM for name in names)}
+
+# Added tokens in brackets, such as <|User|> or [INST], are control tokens. Others, such as runs of blanks or words that
+# extend a vocabulary, are text.
+_CONTROL = re.compile(r"[<\[{|].*\w.*[>\]}|]", re.DOTALL)
+_NONCHARACTER = "\U0010ffff"  # in no vocabulary: it is encoded as bytes, or as the unknown token
 
 
 class Vocabulary(NamedTuple):
@@ -55,10 +63,14 @@ def load(path: Path) -> Vocabulary:
     content = _read(path)
     tokenizer = _parse(path, content)
     ids = tokenizer.get_vocab(with_added_tokens=True)
-    end = next((ids[name] for name in _KNOWN_ENDS if name in ids), None)
+    end = next((name for name in _KNOWN_ENDS if name in ids), None)
     if end is None:
         raise DataError(f"{path}: no end-of-document token; add {END} to it with tokenizer.add_special_tokens")
-    return Vocabulary(tokenizer, max(ids.values()) + 1, end, _fim(ids), hashlib.sha256(content).hexdigest())
+    if name := _spelled_control(tokenizer, end):
+        raise DataError(
+            f"{path}: text that spells {name} becomes that token; use a byte-level BPE, which never does so"
+        )
+    return Vocabulary(tokenizer, max(ids.values()) + 1, ids[end], _fim(ids), hashlib.sha256(content).hexdigest())
 
 
 def _read(path: Path) -> bytes:
@@ -70,13 +82,35 @@ def _read(path: Path) -> bytes:
 
 def _parse(path: Path, content: bytes) -> Tokenizer:
     try:
-        tokenizer = Tokenizer.from_str(content.decode())
+        tokenizer = Tokenizer.from_str(_with_controls_special(content))
     except Exception as error:  # tokenizers raises a bare Exception for whatever it cannot parse
         raise DataError(f"{path}: not a tokenizer.json ({error}); save one with tokenizer.save(path)") from None
-    tokenizer.encode_special_tokens = True  # encode text that spells one out as plain characters
+    tokenizer.encode_special_tokens = True  # what spells a special token is encoded as plain characters
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def _with_controls_special(content: bytes) -> str:
+    """The tokenizer with every control token declared special, so that `encode_special_tokens` covers them all.
+
+    Makers list end, fill-in-the-middle and role tokens as ordinary added tokens too, and those match in any text.
+    """
+    described = json.loads(content)
+    for token in described.get("added_tokens", ()):
+        token["special"] |= token["content"] in _PACKING_NAMES or bool(_CONTROL.fullmatch(token["content"].strip()))
+    return json.dumps(described)
+
+
+def _spelled_control(tokenizer: Tokenizer, end: str) -> str | None:
+    """A control token that the model itself finds in text that spells it, which no option of `tokenizers` prevents."""
+    unknown = tokenizer.encode(_NONCHARACTER, add_special_tokens=False).ids
+    added = tokenizer.get_added_tokens_decoder().values()
+    for name in (end, *(token.content for token in added if token.special)):
+        control = tokenizer.token_to_id(name)
+        if control not in unknown and control in tokenizer.encode(name, add_special_tokens=False).ids:
+            return name
+    return None
 
 
 def _fim(ids: Mapping[str, int]) -> tuple[int, int, int] | None:
