@@ -11,8 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dryvine.trainer.data.config import DataError
-from dryvine.trainer.data.inputs import Input, match_files
+from dryvine.trainer.data.inputs import Input
 from dryvine.trainer.data.readers import jsonl
 from dryvine.trainer.data.readers import text as text_reader
 from dryvine.trainer.data.readers.record import Broken
@@ -181,19 +180,6 @@ def test_records_are_known_by_text_and_files_by_name(mixed: list[Path]) -> None:
     keys = {item.name: item.key for item in read(*mixed) if item.record.text}
     assert keys["a.txt"] == b"a.txt"
     assert keys["b.jsonl"] == b"doc 11"
-
-
-def test_patterns(tmp_path: Path) -> None:
-    for name in ("b/2.txt", "b/1.txt", "a/9.txt", "c.jsonl"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("x")
-    found = match_files([f"{tmp_path}/b/*.txt", f"{tmp_path}/**/*.txt", f"{tmp_path}/c.jsonl"])
-    assert [file.name for file in found] == ["b/1.txt", "b/2.txt", "a/9.txt", "c.jsonl"]
-    with pytest.raises(DataError, match=r"no\*\.txt': matches no file"):
-        match_files([f"{tmp_path}/b/*.txt", f"{tmp_path}/no*.txt"])
-    (tmp_path / "d.csv").write_text("x")
-    with pytest.raises(DataError, match=r"d\.csv: no reader for \.csv; known: \.txt"):
-        match_files([f"{tmp_path}/*.csv"])
 
 
 def test_the_embedded_corpus_is_the_same_for_every_build_of_python() -> None:

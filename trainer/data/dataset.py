@@ -14,6 +14,7 @@ decoder, and a window could not be sliced out of them without it.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +24,8 @@ from dryvine.trainer.data.config import DataError
 
 FORMAT = 1
 SplitName = Literal["train", "val"]
+_FILES = ("dataset.json", "tokenizer.json", "inputs.json", "quarantine.jsonl", "progress.json")
+_SHARD_FILE = re.compile(r"\d+\.(bin|ends\.npy)")
 
 
 class Shard(BaseModel, frozen=True, extra="forbid"):
@@ -80,6 +83,14 @@ class Dataset(BaseModel, frozen=True, extra="forbid"):
 
     def split(self, name: SplitName) -> Split:
         return self.train if name == "train" else self.val
+
+
+def is_written_by_build(path: Path) -> bool:
+    """Whether a file belongs to a dataset, finished or not. The first files of a build stay there and identify it."""
+    name = path.name.removesuffix(".tmp")
+    folder = path.parent.parent if _SHARD_FILE.fullmatch(name) else path.parent
+    is_ours = name in _FILES or folder != path.parent
+    return is_ours and any((folder / first).exists() for first in (".lock", "inputs.json"))
 
 
 def dtype_for(vocab_size: int) -> Literal["<u2", "<u4"]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from dryvine.trainer.data.config import DataError
+from dryvine.trainer.data.dataset import is_written_by_build
 from dryvine.trainer.data.readers.table import kind_of
 
 
@@ -25,18 +27,67 @@ def input_below(root: Path, path: Path) -> Input:
 
 
 def match_files(patterns: Sequence[str]) -> list[Input]:
-    """The files that the patterns (`**` allowed) match: by pattern, then by path, each file once.
+    """The files that the patterns (`**` allowed) match: by pattern, then by path. Files that a build wrote never match.
 
-    Raises DataError for a pattern that matches nothing, or a file without a reader.
+    Each file comes once, however many paths lead to it. Raises DataError for a pattern that matches nothing, or a file
+    without a reader.
     """
-    paths: dict[Path, None] = {}
+    paths: dict[tuple[int, int], Path] = {}
     for pattern in patterns:
-        matches = sorted(Path(p).absolute() for p in glob.glob(os.path.expanduser(pattern), recursive=True))
-        files = [path for path in matches if path.is_file()]
-        if not files:
+        matches = _match(pattern)
+        if not matches:
             raise DataError(f"--text {pattern!r}: matches no file; quote the pattern and check the path")
-        paths |= dict.fromkeys(files)
-    for path in paths:
+        paths |= {identity: path for identity, path in matches.items() if identity not in paths}
+    for path in paths.values():
         kind_of(path)
-    root = Path(os.path.commonpath([path.parent for path in paths]))
-    return [input_below(root, path) for path in paths]
+    root = Path(os.path.commonpath([path.parent for path in paths.values()]))
+    return [input_below(root, path) for path in paths.values()]
+
+
+def _match(pattern: str) -> dict[tuple[int, int], Path]:
+    """The files that match a pattern, by path. Of several paths to one file, a real one wins, then a short one."""
+    matches = {Path(path).absolute() for path in _expand("", Path(os.path.expanduser(pattern)).parts)}
+    files = [path for path in matches if path.is_file() and not is_written_by_build(path)]
+    best: dict[tuple[int, int], Path] = {}
+    for path in sorted(files, key=lambda path: (path.is_symlink(), len(path.parts), path)):
+        best.setdefault(_identity(path), path)
+    return dict(sorted(best.items(), key=lambda entry: entry[1]))
+
+
+def _identity(path: str | Path) -> tuple[int, int]:
+    """Device and inode: the same for all paths that lead to a file or folder."""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def _expand(folder: str, parts: Sequence[str]) -> Iterator[str]:
+    """The paths in a folder that match a pattern given by its parts. `glob` would follow loops of links in a `**`."""
+    if not parts:
+        yield folder
+        return
+    head, *rest = parts
+    if head == "**":
+        names, rest = _folders_below(folder), rest or ["*"]
+    elif not set(head) & set("*?") and os.path.lexists(os.path.join(folder, head)):
+        names = [head]  # an existing file called part[1].txt
+    else:
+        names = glob.glob(head, root_dir=folder)
+    for name in names:
+        yield from _expand(os.path.join(folder, name), rest)
+
+
+def _folders_below(top: str) -> list[str]:
+    """The folder itself and all folders below it, each once; links are followed last, so that real paths win."""
+    seen: set[tuple[int, int]] = set()
+    names, queue = [], deque([""])
+    while queue:
+        name = queue.popleft()
+        folder = os.path.join(top, name)
+        if (identity := _identity(folder or ".")) in seen:
+            continue
+        seen.add(identity)
+        names.append(name)
+        for below in sorted(glob.glob("*/", root_dir=folder)):
+            path = os.path.join(name, below.rstrip("/"))
+            (queue.append if os.path.islink(os.path.join(top, path)) else queue.appendleft)(path)
+    return names
