@@ -18,7 +18,7 @@ from rich.text import Text
 from dryvine.trainer.data.build import build as build_dataset
 from dryvine.trainer.data.config import DataConfig, DataError
 from dryvine.trainer.data.dataset import Dataset
-from dryvine.trainer.data.inputs import match_files
+from dryvine.trainer.data.inputs import match_files, printable
 from dryvine.trainer.data.spec import BuildSpec, OnProgress
 
 app = typer.Typer(help="Datasets: text files into packed tokens.", no_args_is_help=True)
@@ -63,7 +63,7 @@ def build(
         with progress_bar(console) as on_progress:
             dataset = build_dataset(inputs, spec, out, on_progress)
     except (DataError, OSError) as error:
-        console.print(f"dryvine data build: {error}", style="red", markup=False, soft_wrap=True)
+        console.print(printable(f"dryvine data build: {error}"), style="red", markup=False, soft_wrap=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         console.print("Interrupted. The same command continues after the last whole shard.")
@@ -88,14 +88,14 @@ def progress_bar(console: Console) -> Iterator[OnProgress]:
 
 def report(dataset: Dataset, folder: Path, console: Console) -> None:
     """Print documents, tokens and bytes per token of each split, then what was skipped and how to train on this."""
-    table = Table("split", title=Text(str(folder)))
+    table = Table("split", title=Text(printable(str(folder))))
     for column in ("documents", "tokens", "bytes", "bytes/token"):
         table.add_column(column, justify="right")
     for name, split in (("train", dataset.train), ("val", dataset.val)):
         density = f"{split.bytes / split.tokens:.2f}" if split.tokens else "-"
         table.add_row(name, f"{split.documents:,}", f"{split.tokens:,}", f"{split.bytes:,}", density)
     console.print(table)
-    console.print("\n".join(_notes(dataset, folder)), markup=False, highlight=False, soft_wrap=True)
+    console.print(printable("\n".join(_notes(dataset, folder))), markup=False, highlight=False, soft_wrap=True)
 
 
 def _notes(dataset: Dataset, folder: Path) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -71,3 +72,20 @@ def test_refusals_are_one_line(folder: Path, arguments: list[str], reason: str) 
     assert len(message) == 1
     assert reason in message[0]
     assert "Traceback" not in refused.output
+
+
+def test_names_that_are_not_utf8_can_be_printed(folder: Path) -> None:
+    """Of an input, of the folder, of a tokenizer, and in an error."""
+    odd = os.fsdecode(b"caf\xe9")
+    (folder / f"{odd}.txt").write_bytes(b"some words\n\xff\n")
+    plain = ["--text", f"{odd}.txt", "--val-fraction", "0"]
+    done = run(*plain, "--out", f"out {odd}", "--vocab-size", "260")
+    assert done.exit_code == 0, done.output
+    assert "  caf\\udce9.txt:2: not UTF-8" in done.output
+    (folder / f"out {odd}" / "tokenizer.json").rename(folder / f"{odd}.json")
+    again = run(*plain, "--out", "second", "--tokenizer", f"{odd}.json")
+    assert again.exit_code == 0, again.output
+    assert Dataset.load(folder / "second").recipe["tokenizer"] == "caf\\udce9.json"
+    refused = run("--text", f"{odd}.csv", "--out", "third")
+    assert refused.exit_code == 2
+    assert "matches no file" in refused.output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import pytest
 
 from dryvine.trainer.data.build import build
 from dryvine.trainer.data.config import DataError
-from dryvine.trainer.data.inputs import match_files
+from dryvine.trainer.data.inputs import Input, match_files
+from dryvine.trainer.data.packed_tokens import PackedTokens
 from dryvine.trainer.data.spec import BuildSpec
 
 
@@ -105,6 +107,49 @@ def test_a_file_called_like_a_pattern_does_not_hide_what_the_pattern_matches(tmp
     write(tmp_path, "*.txt", "a.txt", "?.txt", "**/b.txt")
     assert names(f"{tmp_path}/*.txt") == ["*.txt", "?.txt", "a.txt"]
     assert names(f"{tmp_path}/**/*.txt") == ["**/b.txt", "*.txt", "?.txt", "a.txt"]
+
+
+def documents_of(folder: Path) -> int:
+    return sum(len(PackedTokens(folder, split).document_ends()) for split in ("train", "val"))
+
+
+ODD = [b"caf\xe9.txt", b"\xff\xfe/a.txt", b"new\nline.txt", b'quote".txt', "☃.txt".encode(), b"bad\x80.jsonl"]
+
+
+def odd_files(folder: Path) -> list[Input]:
+    for name in ODD:
+        path = os.path.join(os.fsencode(folder), name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as file:
+            file.write(b'{"text": "x"}\n{broken\n\xff\n')
+    return match_files([f"{folder}/**/*.txt", f"{folder}/*.jsonl"])
+
+
+def test_names_that_are_not_utf8_are_built_and_round_trip(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    inputs = odd_files(tmp_path / "in")
+    assert {os.fsencode(file.name) for file in inputs} == set(ODD)
+    build(inputs, BuildSpec(vocab_size=300, validation_fraction=0.2), tmp_path / "out")
+    assert documents_of(tmp_path / "out") == len(ODD)
+    quarantine = [json.loads(line) for line in (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()]
+    assert {os.fsencode(entry["file"]) for entry in quarantine} == set(ODD)
+    assert '"☃.txt"' in (tmp_path / "out" / "quarantine.jsonl").read_text()
+    listed = json.loads((tmp_path / "out" / "inputs.json").read_text())
+    assert [os.fsencode(entry["file"]) for entry in listed] == [bytes(file.path) for file in inputs]
+
+
+def test_a_build_of_odd_names_is_resumed(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    inputs = odd_files(tmp_path / "in")
+    spec = BuildSpec(vocab_size=300, shard_tokens=1, validation_fraction=0)
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if stage == "tokenizing":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(inputs, spec, tmp_path / "out", stop)
+    assert build(inputs, spec, tmp_path / "out").train.documents == len(ODD)
 
 
 def test_what_a_build_wrote_is_never_its_input(tmp_path: Path) -> None:

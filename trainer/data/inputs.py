@@ -22,6 +22,11 @@ class Input(NamedTuple):
     size: int  # bytes on disk
 
 
+def printable(name: str) -> str:
+    """A file name for a person or a file of UTF-8: bytes that are not UTF-8 are spelled \\udcXX."""
+    return name.encode(errors="backslashreplace").decode()
+
+
 def input_below(root: Path, path: Path) -> Input:
     return Input(path, path.relative_to(root).as_posix(), path.stat().st_size)
 

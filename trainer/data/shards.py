@@ -81,7 +81,8 @@ class PartWriter:
         """List the broken lines of an item."""
         for line, reason in item.record.broken:
             entry = {"file": item.name, "line": line, "reason": reason}
-            self._quarantine.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+            # A file name that is not UTF-8 has surrogates; JSON spells them \udcXX, and os.fsencode restores the bytes.
+            self._quarantine.write(json.dumps(entry, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
             self.quarantined += 1
 
     def commit(self, position: StreamPosition) -> BuildProgress:

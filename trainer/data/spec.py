@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, field_serializer
 
 from dryvine.trainer.data import tokenizer
 from dryvine.trainer.data.config import DataError
 from dryvine.trainer.data.dataset import FORMAT
-from dryvine.trainer.data.inputs import Input
+from dryvine.trainer.data.inputs import Input, printable
 from dryvine.trainer.data.sampling import uniform
 from dryvine.trainer.data.stream import StreamPosition
 
@@ -36,6 +36,10 @@ class BuildSpec(BaseModel, frozen=True, extra="forbid"):
     fim_rate: float = Field(default=0.0, ge=0, le=1)
     shard_tokens: int = Field(default=2**26, gt=0)  # a kill loses at most one shard's work, about a minute
     sample_bytes: int = Field(default=2**28, gt=0)  # of text to learn the vocabulary from
+
+    @field_serializer("tokenizer", when_used="json-unless-none")
+    def _tokenizer_name(self, path: Path) -> str:
+        return printable(str(path))
 
     def holds_out(self, key: bytes) -> bool:
         """Whether the document with this key is in the validation split."""

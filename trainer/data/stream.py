@@ -43,7 +43,8 @@ def read_stream(inputs: Sequence[Input], field: str, start: StreamPosition) -> I
         for record, following in _with_next(kind.read(file.path, field, line, byte)):
             after = StreamPosition(index, record.line, record.byte) if following else StreamPosition(index + 1)
             text = record.text.encode()
-            yield StreamItem(after, file.name, file.name.encode() if kind.is_document else text, len(text), record)
+            key = file.name.encode(errors="surrogateescape") if kind.is_document else text
+            yield StreamItem(after, file.name, key, len(text), record)
 
 
 def _with_next(records: Iterator[Record]) -> Iterator[tuple[Record, Record | None]]:
