@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from dryvine.trainer.fp8.engines import operands
 from dryvine.trainer.fp8.engines import transformer_engine as te_engine
 from dryvine.trainer.fp8.engines.deep_gemm import DeepGemm
 from dryvine.trainer.fp8.engines.emulate import Emulate
-from dryvine.trainer.fp8.engines.mixed import KINDS
+from dryvine.trainer.fp8.engines.mixed import KINDS, Mixed
 from dryvine.trainer.fp8.engines.names import make_engine
 from dryvine.trainer.fp8.engines.protocol import Engine
 from dryvine.trainer.fp8.engines.transformer_engine import TransformerEngine
@@ -157,6 +158,43 @@ def test_auto_leaves_out_an_engine_that_multiplies_wrongly(adapter: Engine) -> N
     assert fault(Raises(), CPU) == "RuntimeError: no kernel"
 
 
+class NotANumber(Emulate):
+    def single(self, a: Quantized, b: Quantized, dtype: torch.dtype) -> Tensor:
+        return super().single(a, b, dtype) * torch.nan
+
+
+class Barely(Emulate):
+    """Off by less than a percent, as an engine is that adds in another order."""
+
+    def single(self, a: Quantized, b: Quantized, dtype: torch.dtype) -> Tensor:
+        return super().single(a, b, dtype) * 1.005
+
+
+def test_a_hundredth_is_the_line_and_a_nan_is_beyond_it() -> None:
+    assert fault(Barely(), CPU) is None
+    assert fault(NotANumber(), CPU) == "its dense products are nan% off"
+
+
+def test_each_kind_of_product_goes_to_its_engine() -> None:
+    class Named(Emulate):
+        def __init__(self, name: str) -> None:
+            object.__setattr__(self, "name", name)
+
+        def product(self, *operands: object) -> Any:
+            return self.name  # type: ignore[attr-defined]
+
+        def wgrad(self, *operands: object) -> None:
+            raise RuntimeError(self.name)  # type: ignore[attr-defined]
+
+    groups = ExpertGroups((4,), CPU)
+    a, b = casts.quantize_rows(normal(4, 128)), casts.quantize_blocks(normal(128, 128))[0]
+    mixed = Mixed(*map(Named, KINDS))
+    assert mixed.product(a, b) == "dense products"
+    assert mixed.product(a, b, groups) == "grouped products"
+    with pytest.raises(RuntimeError, match="weight gradients"):
+        mixed.wgrad(a, b, groups, torch.zeros(1))
+
+
 # ---- one choice for all ranks
 
 
@@ -214,3 +252,15 @@ def test_on_a_cpu_auto_emulates_and_writes_nothing(tmp_path: Path) -> None:
     assert engine.accumulator == "hopper"
     assert "emulate, the one there is on cpu" in said
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("gemm", ["auto", "emulate"])
+def test_emulation_is_the_recipes(gemm: str, tmp_path: Path) -> None:
+    recipe = preset("deepseek_v3", accumulator="hopper", promotion=256, gemm=gemm)
+    assert choose(recipe, alone(), tmp_path)[0] == Emulate("hopper", 256)
+
+
+def test_a_choice_that_lacks_a_kind_is_made_anew(tmp_path: Path) -> None:
+    (tmp_path / KEPT).write_text(json.dumps({KINDS[0]: "b", KINDS[1]: "b"}))
+    taken, _ = agree({"a": Emulate(), "b": Emulate()}, alone(), tmp_path, lambda *_: RANKS[0])
+    assert taken == dict(zip(KINDS, "aab", strict=True))

@@ -12,7 +12,7 @@ from dryvine.trainer.fp8 import casts, coarse
 from dryvine.trainer.fp8.engines.emulate import Emulate
 from dryvine.trainer.fp8.engines.names import ENGINES, make_engine
 from dryvine.trainer.tensors.groups import ExpertGroups
-from dryvine.trainer.tensors.quantized import Quantized
+from dryvine.trainer.tensors.quantized import E4M3, Quantized
 
 CPU = torch.device("cpu")
 
@@ -65,6 +65,28 @@ def test_wgrad_adds() -> None:
     total = torch.ones(1, 16, 32)
     Emulate().wgrad(a, b, groups, total)
     torch.testing.assert_close(total[0] - 1, a.dequantize() @ b.dequantize().t(), rtol=1e-4, atol=1e-5)
+
+
+def one_and(small: float, at: int) -> tuple[Quantized, Quantized]:
+    """A and B [1, 128] whose product is 1 at k = 0, `small` at k = `at`, and 0 elsewhere."""
+    a, b = torch.zeros(1, 128), torch.ones(1, 128)
+    a[0, 0], a[0, at], b[0, at] = 1, 2.0**-9, small / 2.0**-9
+    return Quantized(a.to(E4M3), torch.ones(1, 1)), Quantized(b.to(E4M3), torch.ones(1, 1))
+
+
+def test_hoppers_sum_has_14_bits_between_instructions_of_32() -> None:
+    def product(engine: Emulate, small: float, at: int) -> float:
+        return float(engine.product(*one_and(small, at), None, torch.float32))
+
+    # Of 1 + 2^-13 all 14 bits are kept, of 1 + 2^-14 the last is cut.
+    never = Emulate("hopper", 0)
+    assert product(never, 2.0**-13, 32) == 1 + 2.0**-13
+    assert product(never, 2.0**-14, 32) == 1
+    # Promoted every 32, each instruction's sum goes to FP32 by itself; promoted every 64 the first two are one sum.
+    assert product(Emulate("hopper", 32), 2.0**-14, 32) == 1 + 2.0**-14
+    assert product(Emulate("hopper", 64), 2.0**-14, 32) == 1
+    assert product(Emulate("hopper", 64), 2.0**-14, 64) == 1 + 2.0**-14
+    assert product(Emulate(), 2.0**-14, 32) == 1 + 2.0**-14
 
 
 def test_the_hopper_accumulator_needs_promotion() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from dryvine.trainer.fp8.ffn import FP8FFN
 from dryvine.trainer.fp8.fp8 import FP8
 from dryvine.trainer.fp8.guard import culprits
 from dryvine.trainer.fp8.linear import FP8Linear
-from dryvine.trainer.fp8.recipe import Recipe, preset
+from dryvine.trainer.fp8.recipe import preset
+from dryvine.trainer.model.norm import RMSNorm
 from dryvine.trainer.tensors.groups import ExpertGroups
 from dryvine.trainer.tensors.quantized import Quantized
 from dryvine.trainer.tensors.weight import Closure, Weight
@@ -226,19 +228,77 @@ def test_the_culprit_is_named() -> None:
     assert culprits([("a", good), ("b", bad), ("c", None)]) == ["b"]
 
 
-def test_presets_and_overrides() -> None:
-    assert Recipe().linear == "bf16"
-    assert Recipe.model_validate({"preset": "deepseek_v3", "scales": "ue8m0"}) == preset("deepseek_v3", scales="ue8m0")
-    assert preset("deepseek_v3").fp8
-    assert not preset("fp32").fp8
-    with pytest.raises(ValueError, match="Extra inputs"):
-        Recipe.model_validate({"scale": "ue8m0"})
-    with pytest.raises(ValueError, match="multiple of 32"):
-        Recipe.model_validate({"preset": "deepseek_v3", "promotion": 100})
-
-
 def test_values_are_those_of_the_paper() -> None:
     q = casts.quantize_rows(torch.full((1, 128), 0.5))
     assert isinstance(q, Quantized)
     assert q.values.float().eq(448).all()
     assert q.scales.item() == pytest.approx(0.5 / 448)
+
+
+class Recorder(Emulate):
+    """Emulates, and keeps the operands that it got."""
+
+    operands: ClassVar[list[Quantized]] = []
+
+    def single(self, a: Quantized, b: Quantized, dtype: torch.dtype) -> Tensor:
+        self.operands.extend((a, b))
+        return super().single(a, b, dtype)
+
+
+@pytest.mark.parametrize("kept", ["fp8", "e5m6"])
+def test_every_operand_has_the_scales_of_the_recipe(kept: str) -> None:
+    """Of a norm, a Linear and an FFN, forward and backward."""
+    engine = Recorder()
+    fp8 = FP8(preset("deepseek_v3", scales="ue8m0", cache_after_attention=kept), engine, "")
+    norm, x = RMSNorm(Weight(torch.rand(128)), 1e-6, fp8), normal(40, 128).requires_grad_()
+    project = FP8Linear(Weight(normal(128, 128)), fp8, after_attention=True)
+    up, down = Weight(normal(256, 128)), Weight(normal(128, 128))
+    engine.operands.clear()
+    normed, rows = norm(x)
+    y = project(normed, rows)
+    ffn(fp8, y, up, down).square().sum().backward()
+    # Three products of each of three weights.
+    assert len(engine.operands) == 2 * 3 * 3
+    for operand in engine.operands:
+        assert (torch.frexp(operand.scales).mantissa == 0.5).all(), "not a power of two"
+
+
+def test_the_guard_knows_which_operand_is_whose() -> None:
+    """By the number of tiles: 4 rows of x in 1 tile, act in 2, dy in 1, and d gate_up in 4."""
+    fp8, up, down = make(), Weight(normal(512, 128)), Weight(normal(128, 256))
+    fp8.guard.on = True
+    ffn(fp8, normal(4, 128).requires_grad_(), up, down).sum().backward()
+    tiles = {count.name: count.tiles for count in fp8.guard.take([("up", up), ("down", down)])}
+    assert tiles == {"up: input": 4, "down: input": 8, "down: output gradient": 4, "up: output gradient": 16}
+    project = Weight(normal(256, 128))
+    FP8Linear(project, fp8)(normal(4, 128).requires_grad_()).sum().backward()
+    tiles = {count.name: count.tiles for count in fp8.guard.take([("project", project)])}
+    assert tiles == {"project: input": 4, "project: output gradient": 8}
+
+
+def test_tiles_just_above_the_floor_are_not_counted() -> None:
+    fp8, w = make(), Weight(normal(32, 128))
+    fp8.guard.on = True
+    for amax in (0.99e-4, 1.01e-4):
+        FP8Linear(w, fp8)(torch.full((1, 128), amax))
+    (count,) = fp8.guard.take([("w", w)])
+    assert (count.floored, count.tiles) == (1, 2)
+
+
+def test_only_the_input_after_attention_is_kept_finer() -> None:
+    """All else is kept in FP8, also where the recipe has E5M6."""
+    x, fp8 = normal(64, 256).requires_grad_(), make()
+    for place, recipe, packed in ((True, "e5m6", True), (False, "e5m6", False), (True, "fp8", False)):
+        fp8 = make(cache_after_attention=recipe)
+        y = FP8Linear(Weight(normal(128, 256)), fp8, after_attention=place)(x)
+        assert (len(y.grad_fn.saved_tensors) == 3) == packed  # type: ignore[union-attr]
+
+
+def test_a_width_that_ends_within_a_tile_keeps_its_gradient() -> None:
+    """E5M6 has whole tiles only, and what fills the last one up is no column of the weight."""
+    x, dy, errors = normal(50, 200), normal(50, 64), []
+    for kept in ("e5m6", "fp8"):
+        w = Weight(normal(64, 200))
+        FP8Linear(w, make(cache_after_attention=kept), after_attention=True)(x.requires_grad_()).backward(dy)
+        errors.append(relative(w.gradient(), dy.t().double() @ x.double()))
+    assert errors[0] < errors[1] < 0.05
