@@ -44,7 +44,7 @@ class Awaited:
 
     what: str
     due: Due
-    work: dist.Work
+    done: Callable[[], bool]
     since: float = field(default_factory=time.monotonic)
 
     @property
@@ -68,16 +68,16 @@ class Watch:
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
 
-    def expect(self, what: str, due: Due, work: dist.Work) -> Awaited:
-        """Note an operation that has begun; its deadline runs from now."""
-        awaited = Awaited(what, due, work)
+    def expect(self, what: str, due: Due, done: Callable[[], bool]) -> Awaited:
+        """Note an operation that has begun; its deadline runs from now, until `done`, which must never call CUDA."""
+        awaited = Awaited(what, due, done)
         self._open[id(awaited)] = awaited
         return awaited
 
-    def wait(self, awaited: Awaited) -> None:
+    def wait(self, awaited: Awaited, work: dist.Work) -> None:
         """Until it is done; raises CommError when it is late, or broken, or somebody else found the job broken."""
         try:
-            while not self._done(awaited.work):
+            while not self._done(work):
                 if self.verdict or awaited.age > self.deadline:
                     raise self.failed(awaited.what, awaited.due, awaited.age)
         except CommError:
@@ -85,10 +85,6 @@ class Watch:
         except RuntimeError as broken:
             raise self.failed(awaited.what, awaited.due, awaited.age, broken) from broken
         self._open.pop(id(awaited), None)
-
-    def wait_queued(self, awaited: Awaited) -> None:
-        """Make the current stream wait. The thread keeps the deadline, since no host waits for a GPU's collective."""
-        awaited.work.wait()
 
     def close(self) -> None:
         """Stop watching; called when the ranks part in order."""
@@ -117,7 +113,7 @@ class Watch:
     def _run(self) -> None:
         while not self._closed.wait(POLL):
             for key, awaited in list(self._open.items()):
-                if awaited.work.is_completed() and not self._alarm.is_set():
+                if awaited.done() and not self._alarm.is_set():
                     self._open.pop(key, None)
                 elif awaited.age > self.deadline + POLL:
                     self._alarm.set()

@@ -75,15 +75,13 @@ class GroupExchange:
         with naming(self.watch, what, due):
             work = dist.all_to_all_single(arrived, rows, list(receives), list(sends), group=self.group, async_op=True)
         assert work is not None
-        awaited = self.watch.expect(what, due, work) if self.watch else None
+        awaited = self.watch.expect(what, due, work.is_completed) if self.watch else None
 
         def finish() -> Tensor:
-            if awaited is None or self.watch is None:
-                work.wait()
-            elif arrived.is_cuda:
-                self.watch.wait_queued(awaited)
+            if awaited is None or self.watch is None or arrived.is_cuda:
+                work.wait()  # of a GPU, the current stream waits, not this host
             else:
-                self.watch.wait(awaited)
+                self.watch.wait(awaited, work)
             rows.size()  # the closure holds what is being sent until it has left
             return arrived
 

@@ -57,8 +57,7 @@ def pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
 
 
 def test_the_thread_keeps_the_deadline_where_no_host_waits(pair: Watch, capsys: pytest.CaptureFixture[str]) -> None:
-    work: Any = Endless()
-    pair.wait_queued(pair.expect("dispatch of layers.3", ((1, 64),), work))
+    pair.expect("dispatch of layers.3", ((1, 64),), lambda: False)
     time.sleep(DEADLINE / 2)
     assert pair.verdict is None
     until = time.monotonic() + DEADLINE + 10 * POLL
@@ -75,14 +74,14 @@ def test_the_host_keeps_the_deadline_without_the_thread(tmp_path: Path, monkeypa
     work: Any = Endless()
     began = time.monotonic()
     with pytest.raises(CommError, match=r"combine of layers\.3: 64 bytes from rank 1 .*the store does not answer"):
-        watch.wait(watch.expect("combine of layers.3", ((1, 64),), work))
+        watch.wait(watch.expect("combine of layers.3", ((1, 64),), work.is_completed), work)
     assert DEADLINE < time.monotonic() - began < DEADLINE + 10 * POLL
 
 
 def test_what_ends_in_time_is_forgotten(pair: Watch) -> None:
     done: Any = Finished()
-    pair.wait(pair.expect("dispatch", (), done))
-    pair.wait_queued(pair.expect("combine", (), done))
+    pair.wait(pair.expect("dispatch", (), done.is_completed), done)
+    pair.expect("combine", (), done.is_completed)
     time.sleep(DEADLINE + 3 * POLL)
     assert pair.verdict is None
 
@@ -90,7 +89,7 @@ def test_what_ends_in_time_is_forgotten(pair: Watch) -> None:
 def test_what_breaks_is_named_before_the_deadline(pair: Watch) -> None:
     work: Any = Broken()
     with pytest.raises(CommError, match=r"rank 1 did not answer the roll call.* \(Connection closed by peer\)"):
-        pair.wait(pair.expect("dispatch", ((1, 8),), work))
+        pair.wait(pair.expect("dispatch", ((1, 8),), work.is_completed), work)
 
 
 def test_a_broken_post_is_named_only_where_somebody_watches(pair: Watch) -> None:
