@@ -109,7 +109,7 @@ def _stored(sizes: Mapping[str, torch.Size]) -> Stored:
 
 def _reads(path: Path, stored: Stored, pieces: Pieces) -> tuple[dict[str, Tensor], list[tuple[Tensor, Tensor]]]:
     """The tensor to read each key into, and the (to, from) copies to make afterwards. A stored piece that is exactly
-    one of ours is read in place; of any other it is read whole, and what we own of it copied."""
+    one of ours is read in place; any other is read whole, and the part that we own is copied."""
     reads: dict[str, Tensor] = {}
     copies: list[tuple[Tensor, Tensor]] = []
     for (name, start), fields in pieces.items():
@@ -118,13 +118,15 @@ def _reads(path: Path, stored: Stored, pieces: Pieces) -> tuple[dict[str, Tensor
             low, high = max(begin, start), min(begin + length, start + size)
             for field, live in fields.items():
                 key = f"{name}@{begin}/{field}"
-                if live.dim() == 0 or (begin, length) == (start, size):
+                if (begin, length) == (start, size):
                     reads[key] = live
                     continue
-                # Two pieces of ours may lie in one stored piece, which is then read once.
+                # Several pieces of ours may lie in one stored piece, which is then read once.
                 if key not in reads:
-                    reads[key] = torch.empty(length, dtype=live.dtype, device=live.device)
-                copies.append((live[low - start : high - start], reads[key][low - begin : high - begin]))
+                    shape = () if live.dim() == 0 else (length,)
+                    reads[key] = torch.empty(shape, dtype=live.dtype, device=live.device)
+                to, source = slice(low - start, high - start), slice(low - begin, high - begin)
+                copies.append((live, reads[key]) if live.dim() == 0 else (live[to], reads[key][source]))
     return reads, copies
 
 

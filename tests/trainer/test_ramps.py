@@ -52,6 +52,18 @@ def test_the_ramp_grows_in_equal_parts_and_misses_no_sequence(first: int, parts:
     assert {p.sequences for p in steps} <= set(batch.sizes())
 
 
+def test_a_ramp_stays_equally_long_at_every_size() -> None:
+    batch = BatchConfig(sequences=16, ramp_from=8, ramp_increment=4, ramp_tokens=300)
+    assert [batch.at(tokens) for tokens in (0, 99, 100, 199, 200, 299, 300, 9999)] == [8, 8, 12, 12, 16, 16, 16, 16]
+
+
+def test_a_point_counts_its_tokens_and_those_before() -> None:
+    batch = BatchConfig(sequences=16, ramp_from=8, ramp_increment=8, ramp_tokens=300)
+    steps = list(islice(points(batch, 10), 4))
+    assert [(p.step, p.first, p.sequences) for p in steps] == [(0, 0, 8), (1, 8, 8), (2, 16, 16), (3, 32, 16)]
+    assert [(p.tokens_before, p.tokens) for p in steps] == [(0, 80), (80, 80), (160, 160), (320, 160)]
+
+
 def test_a_ramp_that_cannot_end_at_its_goal_is_refused() -> None:
     with pytest.raises(ValidationError, match="whole number of ramp_increment"):
         BatchConfig(sequences=10, ramp_from=3, ramp_increment=4, ramp_tokens=100)
