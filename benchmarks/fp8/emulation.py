@@ -35,7 +35,7 @@ KINDS = {
 
 
 def stepper(config: Config) -> Callable[[Point], tuple[float, float]]:
-    """Takes a step in one process and gives its seconds, of the CPU and of the clock."""
+    """Takes a step in one process -> its seconds, of the CPU and of the clock."""
     one = config.model_copy(
         update={"parallel": ParallelConfig(microbatch_sequences=config.parallel.microbatch_sequences)}
     )

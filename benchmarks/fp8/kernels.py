@@ -247,8 +247,8 @@ def section(name: str, tune: bool) -> int:
     if name == "check":
         return check_casts() + check_products()
     if name == "product":
-        found = limits()
-        print("limits:", json.dumps({key: round(value, 2) for key, value in found.items()}))
+        limit = limits()
+        print("limits:", json.dumps({key: round(value, 2) for key, value in limit.items()}))
         speed_products(tune)
     elif name == "wgrad":
         speed_wgrad(tune)

@@ -157,16 +157,16 @@ def summary(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def draw(runs: Sequence[Run], errors: dict[str, dict[str, float]], path: Path) -> None:
-    found = {(run.recipe, run.seed): run.losses for run in runs}
+    results = {(run.recipe, run.seed): run.losses for run in runs}
     colours = dict(zip(RECIPES, ("tab:gray", "tab:blue", "black", "tab:orange", "tab:red"), strict=True))
     figure, (above, below, bars) = plt.subplots(3, 1, figsize=(8, 10), height_ratios=(3, 3, 2.4), layout="constrained")
-    for (recipe, seed), losses in found.items():
+    for (recipe, seed), losses in results.items():
         label = recipe if seed == 0 else None
-        for axis, line in ((above, smooth(losses)), (below, 100 * gap(losses, found["bf16", seed]))):
+        for axis, line in ((above, smooth(losses)), (below, 100 * gap(losses, results["bf16", seed]))):
             if axis is above or recipe != "bf16":
                 steps = np.arange(len(line)) + WINDOW
                 axis.plot(steps[::DRAWN], line[::DRAWN], color=colours[recipe], lw=0.9, label=label)
-    base = np.stack([smooth(losses) for (recipe, _), losses in found.items() if recipe == "bf16"])
+    base = np.stack([smooth(losses) for (recipe, _), losses in results.items() if recipe == "bf16"])
     spread = 100 * (base / base.mean(0) - 1)
     steps = np.arange(base.shape[1]) + WINDOW
     below.fill_between(steps, spread.min(0), spread.max(0), color="tab:gray", alpha=0.25, label="seeds of bf16")
@@ -257,7 +257,7 @@ KINDS = {
 def errors(all_taken: Sequence[Taken]) -> dict[str, dict[str, float]]:
     """Choice -> kind of relative error -> the median over Linears. The truth is FP64; `sums` compares with FP32 sums of
     the same quantised operands."""
-    found: dict[str, dict[str, list[float]]] = {name: {kind: [] for kind in KINDS} for name in CHOICES}
+    results: dict[str, dict[str, list[float]]] = {name: {kind: [] for kind in KINDS} for name in CHOICES}
     for taken in all_taken:
         x, weight, dy = taken.x.double(), taken.weight.double(), taken.dy.double()
         for name, recipe in CHOICES.items():
@@ -268,27 +268,27 @@ def errors(all_taken: Sequence[Taken]) -> dict[str, dict[str, float]]:
                 "token": of_the_worst_rows(ours["dX"], dy @ weight),
                 "sums": apart(ours["dW"], exact["dW"].double()),
             }.items():
-                found[name][kind].append(error)
-    return {name: {kind: statistics.median(some) for kind, some in kinds.items()} for name, kinds in found.items()}
+                results[name][kind].append(error)
+    return {name: {kind: statistics.median(some) for kind, some in kinds.items()} for name, kinds in results.items()}
 
 
 # ---- the whole
 
 
-def rows(found: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
-    for recipe, gaps in found["gaps"].items():
-        yield recipe, f"{100 * found['gap'][recipe]:+.3f}%", ", ".join(f"{100 * gap:+.3f}%" for gap in gaps)
+def rows(results: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    for recipe, gaps in results["gaps"].items():
+        yield recipe, f"{100 * results['gap'][recipe]:+.3f}%", ", ".join(f"{100 * gap:+.3f}%" for gap in gaps)
 
 
-def say(found: dict[str, Any]) -> None:
+def say(results: dict[str, Any]) -> None:
     table = Table("recipe", "gap to bf16", "by seed", title=f"loss over the last {WINDOW} steps")
-    for row in rows(found):
+    for row in rows(results):
         table.add_row(*row)
-    choices = Table("choice", *KINDS.values(), title=f"relative error, median of {found['linears']} Linears")
-    for name, error in found["errors"].items():
+    choices = Table("choice", *KINDS.values(), title=f"relative error, median of {results['linears']} Linears")
+    for name, error in results["errors"].items():
         choices.add_row(name, *(f"{100 * error[kind]:.3f}%" for kind in KINDS))
     console = Console(width=110)
-    console.print(table, f"seeds of bf16 lie {100 * found['seed_spread']:.2f}% apart", choices)
+    console.print(table, f"seeds of bf16 lie {100 * results['seed_spread']:.2f}% apart", choices)
 
 
 def main() -> None:
@@ -306,7 +306,7 @@ def main() -> None:
         train_all(runs, asked.steps, asked.device, asked.jobs)
     done, taken = take(next(run.folder for run in runs if run.recipe == "bf16"), 0, asked.device)
     device = torch.cuda.get_device_name() if asked.device == "cuda" else "CPU"
-    found = {
+    results = {
         "device": device,
         "torch": torch.__version__,
         **summary(runs),
@@ -314,10 +314,10 @@ def main() -> None:
         "linears": len(taken),
         "errors": errors(taken),
     }
-    say(found)
+    say(results)
     if asked.figure:
-        asked.figure.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
-        draw(runs, found["errors"], asked.figure.with_suffix(".svg"))
+        asked.figure.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+        draw(runs, results["errors"], asked.figure.with_suffix(".svg"))
 
 
 if __name__ == "__main__":

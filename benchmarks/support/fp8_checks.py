@@ -100,9 +100,9 @@ def check_casts() -> int:
                 ),
             }  # fmt: skip
             for name, (ours, theirs) in pairs.items():
-                if said := different(ours, theirs):
+                if count := different(ours, theirs):
                     bad += 1
-                    print(f"  DIFFERS {name}, {kind}, {scales}: {said}")
+                    print(f"  DIFFERS {name}, {kind}, {scales}: {count}")
     print(f"casts: {'all bits equal' if not bad else f'{bad} cases differ'}", flush=True)
     return bad
 

@@ -100,8 +100,8 @@ def products() -> None:
     hopper.product(a, whole)
     hopper.product(a, each, groups)
     for split in (one, groups):
-        turned = [casts.quantize_columns(random(rows, size), split) for size in (144, 272)]
-        hopper.wgrad(*turned, split, torch.zeros(len(split.counts), 144, 272, device="cuda"))
+        columns = [casts.quantize_columns(random(rows, size), split) for size in (144, 272)]
+        hopper.wgrad(*columns, split, torch.zeros(len(split.counts), 144, 272, device="cuda"))
     grouped.wgrad(random(rows, 144), random(rows, 272), groups, torch.zeros(len(COUNTS), 144, 272, device="cuda"))
 
 

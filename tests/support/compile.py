@@ -42,15 +42,15 @@ def compile_for_hopper(
         cubin.write(built.asm["cubin"])
         cubin.flush()
         usage = subprocess.run([TOOL, "-res-usage", cubin.name], capture_output=True, text=True, check=True)
-    found = dict(re.findall(r"(REG|STACK):(\d+)", usage.stdout + usage.stderr))
+    usage_of = dict(re.findall(r"(REG|STACK):(\d+)", usage.stdout + usage.stderr))
     ptx = built.asm["ptx"]
     return {
         "kernel": f"{kernel.__module__.split('.')[-1]}.{kernel.__name__}",
         "constants": dict(constants),
         "triton": triton.__version__,
         "warps": warps,
-        "registers": int(found["REG"]),
-        "stack": int(found["STACK"]),
+        "registers": int(usage_of["REG"]),
+        "stack": int(usage_of["STACK"]),
         "shared": built.metadata.shared,
         "wgmma": Counter(re.findall(r"wgmma\.mma_async\.sync\.aligned\.(m64\S+)", ptx)),
         "tma": ptx.count("cp.async.bulk.tensor"),
@@ -61,5 +61,5 @@ def compile_for_hopper(
 
 def _widest(ptx: str, way: str) -> list[int]:
     """Bytes a thread moves with each of its global loads or stores."""
-    found = re.findall(rf"{way}\.global\S*?(?:\.v(\d))?\.[bfu](\d+)", ptx)
-    return sorted((int(count or 1) * int(bits) // 8 for count, bits in found), reverse=True)
+    widths = re.findall(rf"{way}\.global\S*?(?:\.v(\d))?\.[bfu](\d+)", ptx)
+    return sorted((int(count or 1) * int(bits) // 8 for count, bits in widths), reverse=True)

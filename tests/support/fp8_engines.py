@@ -15,12 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from dryvine.comm.integers import round_up
+
 Pair = tuple[Tensor, Tensor]
 E4M3 = torch.float8_e4m3fn
-
-
-def up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
 
 
 def wide(values: Tensor, scales: Tensor, tile: tuple[int, int]) -> Tensor:
@@ -41,18 +39,18 @@ def _k_major(t: Tensor) -> None:
     assert t.data_ptr() % 16 == 0
 
 
-def _fine(scales: Tensor, mn: int, k: int) -> None:
+def _row_scales(scales: Tensor, mn: int, k: int) -> None:
     """check_sf_layout for 1x128, and what get_mn_major_tma_aligned_tensor takes as it is: then TMA reads it."""
     assert scales.dtype == torch.float32
-    assert scales.shape == (mn, up(k, 128) // 128)
-    if scales.stride() == (1, up(mn, 4)):
+    assert scales.shape == (mn, round_up(k, 128) // 128)
+    if scales.stride() == (1, round_up(mn, 4)):
         assert scales.data_ptr() % 16 == 0, "TMA: the address"
 
 
 def _blocks(scales: Tensor, n: int, k: int) -> None:
     """check_sf_layout for 128x128 with sm90_sfb_check."""
     assert scales.dtype == torch.float32
-    assert scales.shape[-2:] == (up(n, 128) // 128, up(k, 128) // 128)
+    assert scales.shape[-2:] == (round_up(n, 128) // 128, round_up(k, 128) // 128)
     rows, cols = scales.shape[-2:]
     if scales.dim() == 3:
         assert scales.stride(-3) == rows * cols
@@ -80,7 +78,7 @@ def fp8_gemm_nt(
     _d(d, m, n)
     if not (m and n):
         return
-    _fine(a[1], m, k)
+    _row_scales(a[1], m, k)
     if recipe == (1, 128, 128):
         assert c is None
         assert d.dtype == torch.bfloat16
@@ -91,7 +89,7 @@ def fp8_gemm_nt(
     assert c is not None
     assert c.dtype == d.dtype == torch.float32
     assert c.stride() == d.stride()
-    _fine(b[1], n, k)
+    _row_scales(b[1], n, k)
     assert a[0].stride(0) == b[0].stride(0) == k, "the kernel takes rows to be K apart"
     assert "k" not in compiled_dims, "a kernel for every number of tokens"
     total = c.double() + wide(*a, (1, 128)) @ wide(*b, (1, 128)).t()
@@ -110,7 +108,7 @@ def m_grouped_fp8_gemm_nt_contiguous(a: Pair, b: Pair, d: Tensor, grouped_layout
     assert grouped_layout.is_contiguous()
     assert grouped_layout.shape == (m,)
     assert m % 128 == 0, "get_mk_alignment_for_contiguous_layout"
-    _fine(a[1], m, k)
+    _row_scales(a[1], m, k)
     _blocks(b[1], n, k)
     left = wide(*a, (1, 128))
     for first in range(0, m, 128):
@@ -140,13 +138,14 @@ class Storage:
         is_2D_scaled: bool,
     ) -> None:
         rows, cols = rowwise_data.shape
-        across = up(cols, 128) // 128
+        across = round_up(cols, 128) // 128
         assert rowwise_data.dtype == torch.uint8
         assert rowwise_data.is_contiguous()
         assert fp8_dtype == "e4m3"
         assert rowwise_scale_inv.dtype == torch.float32
         assert rowwise_scale_inv.is_contiguous(), "only the address and the shape reach cuBLAS"
-        shape = (up(rows, 128) // 128, up(across, 4)) if is_2D_scaled else (across, up(rows, 4))  # get_scale_shape
+        # get_scale_shape
+        shape = (round_up(rows, 128) // 128, round_up(across, 4)) if is_2D_scaled else (across, round_up(rows, 4))
         assert rowwise_scale_inv.shape == shape
         assert rowwise_scale_inv.data_ptr() % 16 == 0
         self.data, self.scales, self.two = rowwise_data, rowwise_scale_inv, is_2D_scaled

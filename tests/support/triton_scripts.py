@@ -38,8 +38,8 @@ def run(*command: str, **environment: str) -> str:
 
 def interpret(tests: str) -> None:
     """The tests of a file of tests/spawned/, under the interpreter."""
-    said = run("-m", "pytest", f"tests/spawned/{tests}", "-p", "no:cacheprovider", TRITON_INTERPRET="1")
-    assert "[100%]" in said
+    output = run("-m", "pytest", f"tests/spawned/{tests}", "-p", "no:cacheprovider", TRITON_INTERPRET="1")
+    assert "[100%]" in output
 
 
 def compile_by(version: str, script: str, folder: Path) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from dryvine.comm import local
 from dryvine.comm.mesh import Mesh, make_mesh
 from dryvine.trainer.fp8 import casts
-from dryvine.trainer.fp8.choose import KEPT, agree, choose
+from dryvine.trainer.fp8.choose import CHOICE_FILE, agree, choose
 from dryvine.trainer.fp8.engines import deep_gemm as deep_gemm_engine
 from dryvine.trainer.fp8.engines import operands
 from dryvine.trainer.fp8.engines import transformer_engine as te_engine
@@ -54,16 +54,14 @@ def close(ours: Tensor, truth: Tensor, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("m", "n", "k"), [(70, 112, 144), (256, 384, 640), (3, 128, 128), (0, 128, 128)])
-def test_dense_products_are_what_emulation_gives(adapter: Engine, m: int, n: int, k: int, dtype: torch.dtype) -> None:
+def test_dense_products_are_those_of_emulation(adapter: Engine, m: int, n: int, k: int, dtype: torch.dtype) -> None:
     a, b = casts.quantize_rows(normal(m, k)), casts.quantize_blocks(normal(n, k))[0]
     close(adapter.product(a, b, None, dtype), Emulate().product(a, b, None, dtype), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("counts", GROUPS, ids=str)
-def test_grouped_products_are_what_emulation_gives(
-    adapter: Engine, counts: tuple[int, ...], dtype: torch.dtype
-) -> None:
+def test_grouped_products_are_those_of_emulation(adapter: Engine, counts: tuple[int, ...], dtype: torch.dtype) -> None:
     groups = ExpertGroups(counts, CPU)
     a = casts.quantize_rows(normal(groups.rows, 272))
     b = casts.quantize_blocks(normal(len(counts), 112, 272))[0]
@@ -96,9 +94,9 @@ def test_a_slice_that_looks_aligned_by_chance_is_copied() -> None:
 def test_scales_of_some_rows_have_the_strides_that_cublas_asks_for(rows: int, width: int) -> None:
     """A single column too, whose stride torch thinks does not matter."""
     part = casts.quantize_rows(normal(40, width)).scales[8 : 8 + rows]
-    turned = operands.token_major(part)
-    assert turned.stride() == (1, rows)
-    assert torch.equal(turned, part)
+    whole = operands.token_major(part)
+    assert whole.stride() == (1, rows)
+    assert torch.equal(whole, part)
 
 
 def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,7 +105,7 @@ def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_on_hopper_a_package_that_is_not_there_is_named_with_the_mend(
+def test_on_hopper_a_package_that_is_not_there_is_named_with_the_fix(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     on_hopper(monkeypatch)
@@ -126,11 +124,11 @@ def test_an_old_or_broken_package_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     assert DeepGemm.missing(CPU) is None
     monkeypatch.delattr(deep_gemm, "k_grouped_fp8_gemm_nt_contiguous")
     assert "without weight gradients on Hopper" in str(DeepGemm.missing(CPU))
-    found = {"2.19.0": "is 2.19.0, and needs to be 2.20 or later", "2.20.2": None, "3.0.0+cu13": None}
-    for version, said in found.items():
+    reasons = {"2.19.0": "is 2.19.0, and needs to be 2.20 or later", "2.20.2": None, "3.0.0+cu13": None}
+    for version, line in reasons.items():
         monkeypatch.setattr(te_engine, "version", lambda _, version=version: version)
         reason = TransformerEngine.missing(CPU)
-        assert reason == said if said is None else said in str(reason)
+        assert reason == line if line is None else line in str(reason)
 
 
 class Off(Emulate):
@@ -228,29 +226,29 @@ def test_ranks_that_measure_differently_take_the_same_engines_and_keep_them(tmp_
     first, second = local.run(_rank, 2, tmp_path, ("a", "b"), deadline=60)
     assert [taken for taken, _ in first] == [taken for taken, _ in second] == [SHARED, SHARED]
     assert "dense products b (a 3.00 ms, b 2.00 ms)" in first[0][1]
-    assert KEPT in first[1][1]
-    assert json.loads((tmp_path / "of rank 0" / KEPT).read_text()) == SHARED
+    assert CHOICE_FILE in first[1][1]
+    assert json.loads((tmp_path / "of rank 0" / CHOICE_FILE).read_text()) == SHARED
     assert not (tmp_path / "of rank 1").exists()
 
 
 def test_an_engine_that_one_rank_lacks_is_taken_by_none(tmp_path: Path) -> None:
-    for taken, said in (results[0] for results in local.run(_rank, 2, tmp_path, ("b",), deadline=60)):
+    for taken, line in (results[0] for results in local.run(_rank, 2, tmp_path, ("b",), deadline=60)):
         assert set(taken.values()) == {"b"}
-        assert "not on every rank: a" in said
+        assert "not on every rank: a" in line
 
 
-def test_a_kept_engine_that_is_gone_is_chosen_anew(tmp_path: Path) -> None:
-    (tmp_path / KEPT).write_text(json.dumps(dict.fromkeys(KINDS, "gone")))
+def test_a_stored_engine_that_is_gone_is_chosen_anew(tmp_path: Path) -> None:
+    (tmp_path / CHOICE_FILE).write_text(json.dumps(dict.fromkeys(KINDS, "gone")))
     taken, _ = agree({"a": Emulate(), "b": Emulate()}, alone(), tmp_path, lambda *_: RANKS[0])
     assert taken == dict(zip(KINDS, "aab", strict=True))
-    assert json.loads((tmp_path / KEPT).read_text()) == taken
+    assert json.loads((tmp_path / CHOICE_FILE).read_text()) == taken
 
 
 def test_on_a_cpu_auto_emulates_and_writes_nothing(tmp_path: Path) -> None:
-    engine, said = choose(preset("deepseek_v3", accumulator="hopper"), alone(), tmp_path / "run")
+    engine, line = choose(preset("deepseek_v3", accumulator="hopper"), alone(), tmp_path / "run")
     assert isinstance(engine, Emulate)
     assert engine.accumulator == "hopper"
-    assert "emulate, the one there is on cpu" in said
+    assert "emulate, the one there is on cpu" in line
     assert not (tmp_path / "run").exists()
 
 
@@ -261,6 +259,6 @@ def test_emulation_is_the_recipes(gemm: str, tmp_path: Path) -> None:
 
 
 def test_a_choice_that_lacks_a_kind_is_made_anew(tmp_path: Path) -> None:
-    (tmp_path / KEPT).write_text(json.dumps({KINDS[0]: "b", KINDS[1]: "b"}))
+    (tmp_path / CHOICE_FILE).write_text(json.dumps({KINDS[0]: "b", KINDS[1]: "b"}))
     taken, _ = agree({"a": Emulate(), "b": Emulate()}, alone(), tmp_path, lambda *_: RANKS[0])
     assert taken == dict(zip(KINDS, "aab", strict=True))

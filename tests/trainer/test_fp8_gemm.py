@@ -31,12 +31,12 @@ def normal(*size: int, seed: int = 0) -> Tensor:
 
 def test_fprop_and_dgrad_err_no_more_than_their_operands() -> None:
     x, w = normal(200, 1000), normal(300, 1000)
-    a, (b, turned) = casts.quantize_rows(x), casts.quantize_blocks(w)
+    a, (b, transposed) = casts.quantize_rows(x), casts.quantize_blocks(w)
     truth = x.double() @ w.double().t()
     assert relative(Emulate().product(a, b), truth) <= 1.05 * relative(wide(a) @ wide(b).t(), truth)
     dy = normal(200, 300)
     q, back = casts.quantize_rows(dy), dy.double() @ w.double()
-    assert relative(Emulate().product(q, turned), back) <= 1.05 * relative(wide(q) @ wide(turned).t(), back)
+    assert relative(Emulate().product(q, transposed), back) <= 1.05 * relative(wide(q) @ wide(transposed).t(), back)
 
 
 def test_grouped_products_and_wgrad_err_no_more_than_their_operands() -> None:
@@ -134,12 +134,12 @@ def outliers(rows: int, cols: int, seed: int) -> Tensor:
 
 def test_blocks_on_the_dgrad_operand_are_visibly_worse() -> None:
     dy, w = outliers(256, 512, 5), normal(512, 384)
-    turned = casts.quantize_blocks(w)[1]
+    transposed = casts.quantize_blocks(w)[1]
     truth = dy.double() @ w.double()
 
     def worst(q: Quantized) -> float:
         """Over tokens: the small ones are those that lose."""
-        error = (Emulate().product(q, turned, None, torch.float32).double() - truth).norm(dim=1) / truth.norm(dim=1)
+        error = (Emulate().product(q, transposed, None, torch.float32).double() - truth).norm(dim=1) / truth.norm(dim=1)
         return float(error.quantile(0.9))
 
     fine = worst(casts.quantize_rows(dy))

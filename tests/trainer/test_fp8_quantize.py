@@ -55,7 +55,7 @@ def test_the_scale_is_the_smallest_that_holds_the_tile(
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(0, 200), min_size=1, max_size=4), st.integers(1, 200), st.integers(0, 1 << 30))
-def test_columns_are_each_experts_rows_turned(counts: list[int], cols: int, seed: int) -> None:
+def test_columns_are_each_experts_rows_transposed(counts: list[int], cols: int, seed: int) -> None:
     x = draw((sum(counts), cols), 0, seed) if sum(counts) else torch.empty(0, cols)
     groups = ExpertGroups(tuple(counts), CPU)
     q = casts.quantize_columns(x, groups)
@@ -70,10 +70,10 @@ def test_columns_are_each_experts_rows_turned(counts: list[int], cols: int, seed
     assert int((back != 0).sum()) <= x.numel(), "padding is not zero"
 
 
-def test_a_weight_and_its_turned_copy_are_one_quantisation() -> None:
+def test_a_weight_and_its_transposed_copy_are_one_quantisation() -> None:
     w = draw((390, 200), 0, 1).view(3, 130, 200)
-    q, turned = casts.quantize_blocks(w)
-    assert torch.equal(q.dequantize().transpose(1, 2), turned.dequantize())
+    q, transposed = casts.quantize_blocks(w)
+    assert torch.equal(q.dequantize().transpose(1, 2), transposed.dequantize())
     amax = w[0, :128, :128].abs().max()
     assert q.scales[0, 0, 0] == amax / E4M3_MAX
     assert q.scales.stride(-2) % 4 == 0, "scaled_mm wants rows of scales padded to 4"
@@ -130,10 +130,10 @@ def test_swiglu_backward_is_the_gradient_of_swiglu() -> None:
     kept = Quantized(*_exact(h.detach()))
     leaf = kept.dequantize().requires_grad_()
     (torch.nn.functional.silu(leaf[:, :256]) * leaf[:, 256:] * weights[:, None]).backward(dy)
-    dh, dh_turned, act, dweights = fused.swiglu_backward(dy, kept, weights.detach(), ExpertGroups((37,), CPU))
+    dh, dh_transposed, act, dweights = fused.swiglu_backward(dy, kept, weights.detach(), ExpertGroups((37,), CPU))
     assert leaf.grad is not None
     assert weights.grad is not None
-    for ours in (dh.dequantize(), dh_turned.dequantize().t()[:37]):
+    for ours in (dh.dequantize(), dh_transposed.dequantize().t()[:37]):
         assert float((ours - leaf.grad).norm() / leaf.grad.norm()) < 0.04
     torch.testing.assert_close(dweights, weights.grad, rtol=1e-4, atol=1e-4)
     gate, up = kept.dequantize().chunk(2, -1)

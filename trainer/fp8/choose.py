@@ -24,7 +24,7 @@ from dryvine.trainer.fp8.recipe import Recipe
 from dryvine.trainer.fp8.trial import Times, fault, milliseconds
 from dryvine.trainer.tensors.tiles import TILE
 
-KEPT = "fp8_gemm.json"  # in the run folder: the engine of each kind
+CHOICE_FILE = "fp8_gemm.json"  # in the run folder: the engine of each kind
 
 Measure = Callable[[Mapping[str, Products], torch.device], Times]
 Choice = dict[str, str]  # kind -> engine
@@ -66,21 +66,22 @@ def choose(recipe: Recipe, mesh: Mesh, folder: Path) -> tuple[Products, str]:
 def agree(able: Mapping[str, Products], mesh: Mesh, folder: Path, measure: Measure) -> tuple[Choice, str]:
     """The engine of each kind, among those that every rank can run, and why. Empty if there is none: all ranks then
     emulate. Collective; rank 0 reads and writes the folder."""
-    answers = cast(list[tuple[set[str], Choice]], mesh.gather((set(able), _kept(folder, mesh.rank))))
+    answers = cast(list[tuple[set[str], Choice]], mesh.gather((set(able), _read(folder, mesh.rank))))
     common = set.intersection(*(names for names, _ in answers))
     lacking = sorted(set.union(*(names for names, _ in answers)) - common)
     note = f" (not on every rank: {', '.join(lacking)})" if lacking else ""
     if not common:
         return {}, note
     # What rank 0 read.
-    kept = answers[0][1]
-    if kept.keys() == set(KINDS) and set(kept.values()) <= common:
-        return kept, "; ".join(f"{kind} {kept[kind]}" for kind in KINDS) + f", as {KEPT} of this run has it{note}"
+    stored = answers[0][1]
+    if stored.keys() == set(KINDS) and set(stored.values()) <= common:
+        engines = "; ".join(f"{kind} {stored[kind]}" for kind in KINDS)
+        return stored, f"{engines}, as {CHOICE_FILE} of this run has it{note}"
     slowest = _slowest({name: engine for name, engine in able.items() if name in common}, mesh, measure)
     choice = {kind: min(row, key=row.__getitem__) for kind, row in slowest.items()}
     if mesh.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / KEPT).write_text(json.dumps(choice, indent=1) + "\n")
+        (folder / CHOICE_FILE).write_text(json.dumps(choice, indent=1) + "\n")
     return choice, "; ".join(_line(kind, choice[kind], row) for kind, row in slowest.items()) + note
 
 
@@ -88,13 +89,12 @@ def _slowest(engines: Mapping[str, Products], mesh: Mesh, measure: Measure) -> T
     """Each engine's time on the rank that is slowest with it, the same on all ranks."""
     times = measure(engines, mesh.device)
     rows = torch.tensor([[times[kind][name] for name in engines] for kind in KINDS], device=mesh.device)
-    return {
-        kind: dict(zip(engines, row, strict=True)) for kind, row in zip(KINDS, mesh.max(rows).tolist(), strict=True)
-    }
+    slowest = mesh.max(rows).tolist()
+    return {kind: dict(zip(engines, row, strict=True)) for kind, row in zip(KINDS, slowest, strict=True)}
 
 
-def _kept(folder: Path, rank: int) -> Choice:
-    path = folder / KEPT
+def _read(folder: Path, rank: int) -> Choice:
+    path = folder / CHOICE_FILE
     return json.loads(path.read_text()) if rank == 0 and path.exists() else {}
 
 

@@ -1,7 +1,7 @@
 """The SwiGLU FFN in FP8, dense or of this rank's experts.
 
 One autograd function rather than three, because between its products only FP8 needs to exist: casts are fused with
-SwiGLU, and its inputs are all that is kept. `forward` and `backward` are also called as they are, for rows that a
+SwiGLU, and its inputs are all that is saved. `forward` and `backward` are also called as they are, for rows that a
 dispatch brought in FP8.
 
 Legend: R rows, X local experts, I inputs and outputs, F width.
@@ -44,7 +44,7 @@ class FP8FFN:
     groups: ExpertGroups
 
     def __call__(self, x_RI: Tensor, weights_R: Tensor | None = None, rows: Quantized | None = None) -> Tensor:
-        """[R, I] -> [R, I] in x's dtype. `rows`: x in FP8, if whoever made x has made that too."""
+        """[R, I] -> [R, I] in x's dtype. `rows`: x in FP8, if the norm that made x has made that too."""
         rows = self.fp8.rows(x_RI) if rows is None else rows
         return _FFN.apply(x_RI, weights_R, self.up, self.down, self, rows)
 
@@ -56,11 +56,11 @@ class FP8FFN:
         """Rows in FP8, [R, I] -> [R, I] in `dtype`, and what `backward` needs."""
         fp8 = self.fp8
         gate_up = fp8.engine.product(x, fp8.cache.get(self.up).fprop, self.experts, dtype)
-        act, kept = swiglu_rows(gate_up, weights_R, fp8.recipe.scales)
+        act, gate_up_rows = swiglu_rows(gate_up, weights_R, fp8.recipe.scales)
         fp8.guard.count(self.up, "input", x)
         fp8.guard.count(self.down, "input", act)
         y = fp8.engine.product(act, fp8.cache.get(self.down).fprop, self.experts, dtype)
-        return y, SavedFFN(x, kept, weights_R)
+        return y, SavedFFN(x, gate_up_rows, weights_R)
 
     def backward(
         self, saved: SavedFFN, dy: Quantized, dy_transposed: Operand, dtype: torch.dtype
@@ -100,8 +100,8 @@ class _FFN(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: _FFNContext, dy_RI: Tensor) -> tuple[Tensor | None, ...]:
-        x_values, x_scales, kept_values, kept_scales, weights = ctx.saved_tensors
-        saved = SavedFFN(Quantized(x_values, x_scales), Quantized(kept_values, kept_scales), weights)
+        x_values, x_scales, gate_up_values, gate_up_scales, weights = ctx.saved_tensors
+        saved = SavedFFN(Quantized(x_values, x_scales), Quantized(gate_up_values, gate_up_scales), weights)
         dy, dy_transposed = ctx.ffn.fp8.gradient(dy_RI, ctx.ffn.groups)
         dx, dweights = ctx.ffn.backward(saved, dy, lambda: dy_transposed, dy_RI.dtype)
         return dx, dweights, None, None, None, None

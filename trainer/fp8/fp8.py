@@ -6,8 +6,8 @@ The three products of a weight (arXiv 2412.19437, figure 6):
     Dgrad  dx = dy W     dy by rows, the transposed copy of W
     Wgrad  dW += dyᵀ x   both by columns (128x1): tiles run along the tokens that are summed over
 
-What the backward keeps of x is its FP8 rows, transposed and quantised anew for Wgrad, as V3 does: half the memory of
-BF16. linear.py and ffn.py are the autograd functions.
+The backward saves x as its FP8 rows, transposed and quantised anew for Wgrad, as V3 does: half the memory of BF16.
+linear.py and ffn.py are the autograd functions.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ class FP8:
             return casts.quantize_rows(x, self.recipe.scales)
         return quantize_coarse(x, self.recipe.activation_tile, self.recipe.scales)
 
-    def columns(self, kept: Quantized | E5M6, groups: ExpertGroups, width: int | None = None) -> Quantized:
-        """Rows, as they were kept, as an operand of Wgrad. Of E5M6 the first `width` columns are the tensor's."""
-        if isinstance(kept, E5M6):
-            x = casts.unpack_e5m6(kept)[:, :width].contiguous()
+    def columns(self, saved: Quantized | E5M6, groups: ExpertGroups, width: int | None = None) -> Quantized:
+        """Rows, as they were saved, as an operand of Wgrad. Of E5M6 the first `width` columns are the tensor's."""
+        if isinstance(saved, E5M6):
+            x = casts.unpack_e5m6(saved)[:, :width].contiguous()
             return casts.quantize_columns(x, groups, self.recipe.scales)
-        return casts.quantize_columns(kept, groups, self.recipe.scales)
+        return casts.quantize_columns(saved, groups, self.recipe.scales)
 
     def gradient(self, dy: Tensor, groups: ExpertGroups) -> tuple[Quantized, Quantized]:
         """dy as an operand of Dgrad and of Wgrad."""

@@ -27,18 +27,18 @@ def swiglu_rows(
     gate_up: Tensor, weights: Tensor | None = None, scales: ScaleFormat = "fp32"
 ) -> tuple[Quantized, Quantized]:
     """SwiGLU and cast in one pass: [R, 2F] (gate first), row weights [R] -> the product [R, F] and gate_up [R, 2F],
-    both in 1x128 tiles. The second is all that the backward keeps (V3 caches SwiGLU's inputs in FP8)."""
+    both in 1x128 tiles. The second is all that is saved for the backward (V3 caches SwiGLU's inputs in FP8)."""
     gate, up = gate_up.float().chunk(2, -1)
     return quantize_rows(_weigh(gate * sigmoid(gate) * up, weights), scales), quantize_rows(gate_up, scales)
 
 
 @kernel_in(KERNELS)
 def swiglu_backward(
-    dy: Tensor, kept: Quantized, weights: Tensor | None, groups: ExpertGroups, scales: ScaleFormat = "fp32"
+    dy: Tensor, gate_up: Quantized, weights: Tensor | None, groups: ExpertGroups, scales: ScaleFormat = "fp32"
 ) -> tuple[Quantized, Quantized, Quantized, Tensor]:
-    """dy [R, F] and the kept gate_up -> d gate_up as rows [R, 2F] and as columns [2F, P], the product again as columns
+    """dy [R, F] and the saved gate_up -> d gate_up as rows [R, 2F] and as columns [2F, P], the product again as columns
     [F, P], and d weights: FP32 [R], summed over F (the kernel adds in FP32, pieces of 128)."""
-    gate, up = kept.dequantize().chunk(2, -1)
+    gate, up = gate_up.dequantize().chunk(2, -1)
     s = sigmoid(gate)
     silu, slope = gate * s, s * (gate * (1.0 - s) + 1.0)
     dy, act = dy.float(), silu * up

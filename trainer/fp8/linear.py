@@ -47,9 +47,9 @@ class _FP8Linear(Function):
         dy, dy_transposed = fp8.gradient(dy_NO, groups)
         fp8.guard.count(weight, "output gradient", dy)
         first, second, *scales = ctx.saved_tensors
-        kept = E5M6(first, second, *scales) if ctx.e5m6 else Quantized(first, second)
+        saved = E5M6(first, second, *scales) if ctx.e5m6 else Quantized(first, second)
         width = weight.shape[-1]
-        fp8.defer_wgrad(weight, lambda: dy_transposed, lambda: fp8.columns(kept, groups, width), groups)
+        fp8.defer_wgrad(weight, lambda: dy_transposed, lambda: fp8.columns(saved, groups, width), groups)
         dx = None
         if ctx.needs_input_grad[0]:
             dx = fp8.engine.product(dy, fp8.cache.get(weight).dgrad, None, dy_NO.dtype)
@@ -57,13 +57,13 @@ class _FP8Linear(Function):
 
 
 class FP8Linear(nn.Module):
-    """x Wᵀ: [N, I] -> [N, O] in x's dtype. `after_attention`: x is kept as the recipe says for that place."""
+    """x Wᵀ: [N, I] -> [N, O] in x's dtype. `after_attention`: x is saved as the recipe says for that place."""
 
     def __init__(self, weight_OI: Weight, fp8: FP8, after_attention: bool = False) -> None:
         super().__init__()
         self.weight, self.fp8, self.after_attention = weight_OI, fp8, after_attention
 
     def forward(self, x_NI: Tensor, rows: Quantized | None = None) -> Tensor:
-        """`rows`: x in FP8, if whoever made x has made that too."""
+        """`rows`: x in FP8, if the norm that made x has made that too."""
         rows = self.fp8.rows(x_NI) if rows is None else rows
         return _FP8Linear.apply(x_NI, self.weight, self.fp8, rows, self.after_attention)

@@ -1,7 +1,7 @@
 """The numerics of a run as one value: the `[fp8]` table. A preset and what one changes of it.
 
 The alternative, a flag per decision read wherever a cast happens, is how a run ends up with BF16 wgrads for half its
-layers and nobody knows. Here a Linear gets its recipe when it is built, and a recipe can be printed. The choices that
+layers unnoticed. Here a Linear gets its recipe when it is built, and a recipe can be printed. The choices that
 make training worse (`tensor`, `128x128` for activations, the tensor cores' own accumulator) are here because a claim
 that they are worse must be testable. DeepSeek-V3: arXiv 2412.19437, section 3.3.
 """
@@ -63,11 +63,11 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
         if not isinstance(given, dict):
             return given
         over = PRESETS.get(given.get("preset", "bf16"), {}) | given
-        return over if _fine(over) else {"dispatch": "bf16"} | over
+        return over if _in_1x128(over) else {"dispatch": "bf16"} | over
 
     @model_validator(mode="after")
     def _tiles_travel(self) -> Recipe:
-        if self.fp8_dispatch and not _fine(self.model_dump()):
+        if self.fp8_dispatch and not _in_1x128(self.model_dump()):
             raise ValueError("fp8.dispatch = 'fp8' carries 1x128 tiles and no other; set fp8.dispatch = 'bf16'")
         return self
 
@@ -80,7 +80,7 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
         return self.fp8 and self.dispatch == "fp8"
 
 
-def _fine(given: Mapping[str, object]) -> bool:
+def _in_1x128(given: Mapping[str, object]) -> bool:
     return all(given.get(tile, "1x128") == "1x128" for tile in ("activation_tile", "gradient_tile"))
 
 

@@ -2,8 +2,8 @@
 
 The backward of SwiGLU reads 4 bytes and writes 5 an element of F, and feeds three GEMMs.
 
-Legend: h gate and up [R, 2F], gate first; q values and s scales by rows, qt and st of the transpose; `kept` and ks what
-the backward keeps of h, in FP8; r rows, c columns, b block of 128 columns; `table` as in ExpertGroups.
+Legend: h gate and up [R, 2F], gate first; q values and s scales by rows, qt and st of the transpose; `saved` and ks are
+h in FP8, for the backward; r rows, c columns, b block of 128 columns; `table` as in ExpertGroups.
 """
 
 import torch
@@ -31,7 +31,7 @@ ROWS = 16  # to a program of `swiglu_kernel`
 
 
 @triton.jit
-def swiglu_kernel(h, weights, q, s, kept, ks, R, F, s_stride, ks_stride, WEIGHTED: tl.constexpr, UE8M0: tl.constexpr,
+def swiglu_kernel(h, weights, q, s, saved, ks, R, F, s_stride, ks_stride, WEIGHTED: tl.constexpr, UE8M0: tl.constexpr,
                   ROWS: tl.constexpr):  # fmt: skip
     """128 columns of gate and the same of up to a program: three tiles a row leave, the product's and both inputs'."""
     b = tl.program_id(0)
@@ -41,8 +41,8 @@ def swiglu_kernel(h, weights, q, s, kept, ks, R, F, s_stride, ks_stride, WEIGHTE
     at = h + r.to(tl.int64)[:, None] * (2 * F) + c[None, :]
     gate = tl.load(at, mask=ours, other=0.0).to(tl.float32)
     up = tl.load(at + F, mask=ours, other=0.0).to(tl.float32)
-    put_rows(kept, ks, gate, r, R, c, 2 * F, b, ks_stride, UE8M0)
-    put_rows(kept, ks, up, r, R, c + F, 2 * F, b + F // 128, ks_stride, UE8M0)
+    put_rows(saved, ks, gate, r, R, c, 2 * F, b, ks_stride, UE8M0)
+    put_rows(saved, ks, up, r, R, c + F, 2 * F, b + F // 128, ks_stride, UE8M0)
     y = gate * sigmoid(gate) * up
     if WEIGHTED:
         y = y * tl.load(weights + r, mask=r < R, other=0.0).to(tl.float32)[:, None]
@@ -50,18 +50,18 @@ def swiglu_kernel(h, weights, q, s, kept, ks, R, F, s_stride, ks_stride, WEIGHTE
 
 
 @triton.jit
-def read_back(kept, ks, r, end, c, b, F2, ks_stride):
+def read_back(saved, ks, r, end, c, b, F2, ks_stride):
     """Column b of 1x128 tiles of a tensor of width F2, as FP32 [.., 128]."""
-    v = tl.load(kept + r.to(tl.int64)[:, None] * F2 + c[None, :], mask=(r < end)[:, None], other=0.0).to(tl.float32)
+    v = tl.load(saved + r.to(tl.int64)[:, None] * F2 + c[None, :], mask=(r < end)[:, None], other=0.0).to(tl.float32)
     return v * tl.load(ks + b * ks_stride + r, mask=r < end, other=0.0)[:, None]
 
 
 @triton.jit
-def some_rows(dy, kept, ks, weights, dw, r, end, c, b, F, ks_stride, WEIGHTED: tl.constexpr, FIRST: tl.constexpr):
+def some_rows(dy, saved, ks, weights, dw, r, end, c, b, F, ks_stride, WEIGHTED: tl.constexpr, FIRST: tl.constexpr):
     """-> the product again, d gate and d up of rows r, each FP32 [.., 128]. With FIRST this tile's part of d weights is
     stored too."""
-    gate = read_back(kept, ks, r, end, c, b, 2 * F, ks_stride)
-    up = read_back(kept, ks, r, end, c + F, b + F // 128, 2 * F, ks_stride)
+    gate = read_back(saved, ks, r, end, c, b, 2 * F, ks_stride)
+    up = read_back(saved, ks, r, end, c + F, b + F // 128, 2 * F, ks_stride)
     d = tl.load(dy + r.to(tl.int64)[:, None] * F + c[None, :], mask=(r < end)[:, None], other=0.0).to(tl.float32)
     sig = sigmoid(gate)
     silu = gate * sig
@@ -76,7 +76,7 @@ def some_rows(dy, kept, ks, weights, dw, r, end, c, b, F, ks_stride, WEIGHTED: t
 
 
 @triton.jit
-def swiglu_backward_kernel(dy, kept, ks, weights, q, s, qt, st, act, acts, dw, table, R, F, P, ks_stride, s_stride,
+def swiglu_backward_kernel(dy, saved, ks, weights, q, s, qt, st, act, acts, dw, table, R, F, P, ks_stride, s_stride,
                            st_stride, act_stride, WEIGHTED: tl.constexpr, UE8M0: tl.constexpr,
                            WORDS: tl.constexpr):  # fmt: skip
     """A block of 128x128 of one expert's rows to a program. Three tensors of that size leave by columns, whose scales
@@ -95,7 +95,7 @@ def swiglu_backward_kernel(dy, kept, ks, weights, q, s, qt, st, act, acts, dw, t
     for part in range(32 // WORDS):
         for i in tl.static_range(4):
             r = rows + part * (4 * WORDS) + i
-            y, g, u = some_rows(dy, kept, ks, weights, dw, r, end, c, b, F, ks_stride, WEIGHTED, True)
+            y, g, u = some_rows(dy, saved, ks, weights, dw, r, end, c, b, F, ks_stride, WEIGHTED, True)
             put_rows(q, s, g, r, end, c, 2 * F, b, s_stride, UE8M0)
             put_rows(q, s, u, r, end, far, 2 * F, far_b, s_stride, UE8M0)
             y_most = tl.maximum(y_most, magnitude(y))
@@ -110,7 +110,7 @@ def swiglu_backward_kernel(dy, kept, ks, weights, q, s, qt, st, act, acts, dw, t
         g_words, u_words = y_words, y_words
         for i in tl.static_range(4):
             r = rows + part * (4 * WORDS) + i
-            y, g, u = some_rows(dy, kept, ks, weights, dw, r, end, c, b, F, ks_stride, WEIGHTED, False)
+            y, g, u = some_rows(dy, saved, ks, weights, dw, r, end, c, b, F, ks_stride, WEIGHTED, False)
             y_words |= byte(y, y_inverse) << (8 * i)
             g_words |= byte(g, g_inverse) << (8 * i)
             u_words |= byte(u, u_inverse) << (8 * i)
@@ -153,18 +153,18 @@ def swiglu_rows(
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     if width % TILE:
         raise ValueError(f"an FP8 FFN on a GPU has a width that is a multiple of 128, not {width}: pad it")
-    out, kept = empty_rows(rows, width, gate_up.device), empty_rows(rows, 2 * width, gate_up.device)
+    out, saved = empty_rows(rows, width, gate_up.device), empty_rows(rows, 2 * width, gate_up.device)
     if rows:
         swiglu_kernel[(blocks(width), ceil_div(rows, ROWS))](
-            gate_up, gate_up if weights is None else weights, out.values, out.scales, kept.values, kept.scales, rows,
-            width, out.scales.stride(1), kept.scales.stride(1), weights is not None, scales == "ue8m0", ROWS,
+            gate_up, gate_up if weights is None else weights, out.values, out.scales, saved.values, saved.scales, rows,
+            width, out.scales.stride(1), saved.scales.stride(1), weights is not None, scales == "ue8m0", ROWS,
             num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
-    return out, kept
+    return out, saved
 
 
 def swiglu_backward(
-    dy: Tensor, kept: Quantized, weights: Tensor | None, groups: ExpertGroups, scales: ScaleFormat = "fp32"
+    dy: Tensor, gate_up: Quantized, weights: Tensor | None, groups: ExpertGroups, scales: ScaleFormat = "fp32"
 ) -> tuple[Quantized, Quantized, Quantized, Tensor]:
     rows, width = dy.shape
     padded = groups.blocks * TILE
@@ -173,9 +173,9 @@ def swiglu_backward(
     pieces = torch.zeros(rows, blocks(width), device=dy.device)
     if groups.blocks:
         swiglu_backward_kernel[(blocks(width), groups.blocks)](
-            dy, kept.values, kept.scales, dy if weights is None else weights, out.values, out.scales,
+            dy, gate_up.values, gate_up.scales, dy if weights is None else weights, out.values, out.scales,
             transposed.values.view(torch.int32), transposed.scales, act.values.view(torch.int32), act.scales, pieces,
-            groups.tables[0], rows, width, padded, kept.scales.stride(1), out.scales.stride(1),
+            groups.tables[0], rows, width, padded, gate_up.scales.stride(1), out.scales.stride(1),
             transposed.scales.stride(1), act.scales.stride(1), weights is not None, scales == "ue8m0", 8,
             num_warps=4, maxnreg=128, enable_fp_fusion=False,
         )  # fmt: skip
