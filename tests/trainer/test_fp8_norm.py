@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from dryvine.trainer.fp8 import fused
 from dryvine.trainer.fp8.fp8 import FP8
-from dryvine.trainer.model.norm import RMSNorm
+from dryvine.trainer.model.norm import RMSNorm, normalise
 from dryvine.trainer.tensors.quantized import Quantized
 from tests.support.model import in_fp8, random_tokens, tiny, train
 
@@ -90,3 +91,12 @@ def test_norm_is_the_models_norm() -> None:
     assert isinstance(rows, Quantized)
     assert torch.equal(normed, ours)
     assert torch.equal(again, inverse)
+
+
+@pytest.mark.parametrize("norm", [fused.rmsnorm, normalise])
+def test_eps_is_added_to_the_mean_square(norm: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]) -> None:
+    """Of rows whose mean square is eps, or far below it."""
+    x = torch.tensor([[1e-3], [1e-6]]).expand(2, 128) * torch.tensor([1.0, -1.0]).repeat(64)
+    normed, inverse = norm(x.contiguous(), torch.ones(128), 1e-6)
+    torch.testing.assert_close(inverse.flatten(), torch.tensor([1e3 / 2**0.5, 1e3]), rtol=1e-6, atol=0)
+    torch.testing.assert_close(normed.abs().amax(1), torch.tensor([0.5**0.5, 1e-3]), rtol=1e-6, atol=0)

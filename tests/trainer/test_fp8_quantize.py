@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dryvine.trainer.fp8 import casts, fused, numbers
+from dryvine.trainer.fp8 import casts, coarse, fused, numbers
 from dryvine.trainer.tensors.groups import ExpertGroups
 from dryvine.trainer.tensors.quantized import Quantized
 from dryvine.trainer.tensors.tiles import AMAX_FLOOR, E4M3_MAX
@@ -88,6 +88,27 @@ def test_e5m6_comes_back_within_half_a_step(rows: int, tiles: int, power: float,
     bound = torch.maximum(x.abs() * 2.0**-7, step / 2) * (1 + 1e-5)
     assert ((casts.unpack_e5m6(packed, torch.float32) - x).abs() <= bound).all()
     assert packed.high.nbytes + packed.low.nbytes == x.numel() * 3 // 2
+
+
+def test_scales_of_e5m6_are_powers_of_two() -> None:
+    scales = casts.pack_e5m6(draw((20, 256), 2, 5)).scales
+    assert (torch.frexp(scales).mantissa == 0.5).all()
+
+
+def test_coarse_tiles_share_the_scale_of_their_largest_number() -> None:
+    x = torch.ones(130, 256)
+    x[3, 7], x[129, 200], x[5, 130] = 448, 4480, 44.8
+    # Blocks of 128 rows and columns: the first with 448, right of it 44.8, below with 1 and 4480.
+    amax = torch.ones(130, 2)
+    amax[:128] = torch.tensor([448, 44.8])
+    amax[128:, 1] = 4480
+    torch.testing.assert_close(coarse.quantize_coarse(x, "128x128").scales * E4M3_MAX, amax)
+    torch.testing.assert_close(coarse.quantize_coarse(x, "tensor").scales * E4M3_MAX, torch.full((130, 2), 4480.0))
+    weights = torch.stack((x, 2 * x))
+    q, transposed = coarse.quantize_whole(weights)
+    for one, most in ((0, 4480.0), (1, 8960.0)):
+        torch.testing.assert_close(q.scales[one] * E4M3_MAX, torch.full((2, 2), most))
+    assert torch.equal(q.dequantize().transpose(1, 2), transposed.dequantize())
 
 
 def test_all_e5m6_codes_survive_a_round_trip() -> None:
