@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from dryvine.comm.integers import round_up
+
 ROOT = Path(__file__).parents[2]
 PRESENT = importlib.util.find_spec("triton") is not None
 INSTALLED = importlib.metadata.version("triton") if PRESENT else "none"
@@ -68,4 +70,4 @@ def compiled(script: str) -> Any:
 
 def assert_registers_fit(kernel: dict[str, Any]) -> None:
     """Rounded up to 8 a thread, as the hardware hands registers out."""
-    assert 32 * kernel["warps"] * (-(-kernel["registers"] // 8) * 8) <= HOPPER_REGISTERS, kernel
+    assert 32 * kernel["warps"] * round_up(kernel["registers"], 8) <= HOPPER_REGISTERS, kernel

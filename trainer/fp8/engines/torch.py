@@ -19,6 +19,8 @@ SCALING = {(1, TILE): functional.ScalingType.BlockWise1x128, (TILE, TILE): funct
 
 @dataclass(frozen=True)
 class Torch(InTurn):
+    """K and N are multiples of 16."""
+
     @staticmethod
     def missing(device: torch.device) -> str | None:
         if reason := no_hopper(device):

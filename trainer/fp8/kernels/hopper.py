@@ -143,6 +143,7 @@ def _product_sums(HALF: gl.constexpr, a_bufs, b_bufs, full, empty, c, sa, sb, ta
 def product_kernel(a_desc, b_desc, c, sa, sb, table, M, N, K, num_m, sa_stride, sb_expert, sb_row, c_stride,
                    GROUPED: gl.constexpr, GROUP_M: gl.constexpr, SUB: gl.constexpr,
                    COUNT: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr):  # fmt: skip
+    """Each stage holds 128 of K: two halves of 64 rows of A, one a warpgroup, and `COUNT` parts of `SUB` rows of B."""
     a_bufs = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * 2, 64, 128], a_desc.layout)
     b_bufs = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * COUNT, SUB, 128], b_desc.layout)
     full, empty = barriers(STAGES)
@@ -243,6 +244,7 @@ def _wgrad_sums(HALF: gl.constexpr, a_bufs, b_bufs, scale_bufs, full, empty, c, 
 def wgrad_kernel(a_desc, b_desc, c, sa, sb, starts, M, N, num_m, tiles, sa_stride, sb_stride, GROUP_M: gl.constexpr,
                  SUB: gl.constexpr, COUNT: gl.constexpr, STAGES: gl.constexpr,
                  REGISTERS: gl.constexpr):  # fmt: skip
+    """Stages as in `product_kernel`, and room for B's scales of one block for each warpgroup."""
     a_bufs = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * 2, 64, 128], a_desc.layout)
     b_bufs = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * COUNT, SUB, 128], b_desc.layout)
     scale_bufs = gl.allocate_shared_memory(gl.float32, [2, SUB * COUNT], gl.SwizzledSharedLayout(1, 1, 1, [0]))
