@@ -1,11 +1,11 @@
-"""Everything that one Hopper GPU is to show, in ten minutes: checks first, side by side, then times, one by one.
+"""Everything that is to be checked and measured on one Hopper GPU, in ten minutes: checks side by side, then times.
 
     python -m benchmarks.one_gpu [--out FOLDER] [--deadline SECONDS]
 
 Each job is a process with a deadline of its own, whose whole output goes to FOLDER/<job>.txt; the lines that matter are
-printed as it ends, and a table of all jobs comes last. A job that fails or is late does not keep the others from
-running. Exits with 1 unless all were right. Needs the project's packages and pytest; without `compute-sanitizer` and
-transformers their jobs say so.
+printed as it ends, and a table of all jobs comes last. A job that fails or is late does not stop the others. Exits with
+1 unless all were right. Needs the project's packages and pytest; without `compute-sanitizer` or transformers, their
+jobs report that.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Job:
     name: str
     words: tuple[str, ...]  # for Python
     seconds: float
-    tell: str  # pattern of the lines that matter; the last of them goes into the table
+    show: str  # pattern of the lines that matter; the last of them goes into the table
     under: tuple[str, ...] = ()  # what runs Python
 
 
@@ -96,7 +96,7 @@ class Done:
     job: Job
     outcome: str  # right, or what went wrong
     seconds: float
-    told: list[str]
+    lines: list[str]
 
 
 class Running:
@@ -114,15 +114,15 @@ class Running:
             )  # fmt: skip
 
     def over(self, at: float) -> Done | None:
-        """What came of it, if it has ended or `at` (of `time.monotonic`) or its own deadline has passed."""
+        """Its result, if it has ended, or if `at` (of `time.monotonic`) or its own deadline has passed."""
         code, now = self.process.poll(), time.monotonic()
         if code is None and now < min(at, self.started + self.job.seconds):
             return None
         self.kill()
         outcome = "out of time" if code is None else f"exit {code}" if code else "right"
         lines = self.log.read_text(errors="replace").splitlines()
-        told = [line.strip() for line in lines if re.search(self.job.tell, line)]
-        return Done(self.job, outcome, now - self.started, told or [line for line in lines if line][-1:])
+        matching = [line.strip() for line in lines if re.search(self.job.show, line)]
+        return Done(self.job, outcome, now - self.started, matching or [line for line in lines if line][-1:])
 
     def kill(self) -> None:
         with suppress(ProcessLookupError):
@@ -131,40 +131,40 @@ class Running:
 
 
 def play(jobs: Iterable[Job], together: bool, at: float, out: Path, console: Console) -> list[Done]:
-    """Run the jobs, all at once or one by one, until `at`; a job whose tool is not there is not started. However this
+    """Run the jobs, all at once or one by one, until `at`; a job whose tool is missing is not started. However this
     ends, no process is left."""
-    found: list[Done] = []
+    results: list[Done] = []
     waiting, running = deque(jobs), list[Running]()
     try:
         while waiting or running:
             while waiting and (together or not running):
                 job = waiting.popleft()
                 if job.under and not shutil.which(job.under[0]):
-                    found.append(Done(job, "not run", 0.0, [f"{job.under[0]} is not on PATH"]))
+                    results.append(Done(job, "not run", 0.0, [f"{job.under[0]} is not on PATH"]))
                 else:
                     running.append(Running(job, out))
             for one in list(running):
                 if done := one.over(at):
                     running.remove(one)
-                    found.append(done)
+                    results.append(done)
                     _show(done, console)
             time.sleep(0.1)
     finally:
         for one in running:
             one.kill()
-    return found
+    return results
 
 
 def _show(done: Done, console: Console) -> None:
     console.print(f"-- {done.job.name}: {done.outcome}, {done.seconds:.0f} s", markup=False)
-    for line in done.told:
+    for line in done.lines:
         console.print(f"   {line}", markup=False, highlight=False, no_wrap=True)
 
 
-def table(found: Sequence[Done]) -> Table:
-    made = Table("", "", "s", "last told")
-    for done in found:
-        last = done.told[-1][:90] if done.told else ""
+def table(results: Sequence[Done]) -> Table:
+    made = Table("", "", "s", "last line")
+    for done in results:
+        last = done.lines[-1][:90] if done.lines else ""
         made.add_row(done.job.name, done.outcome, f"{done.seconds:.0f}", escape(last))
     return made
 
@@ -175,19 +175,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/one_gpu"), help="a folder for every job's whole output")
     parser.add_argument("--deadline", type=float, default=580, help="seconds for everything")
-    given = parser.parse_args()
+    options = parser.parse_args()
     if not torch.cuda.is_available():
-        sys.exit("one_gpu.py: needs a CUDA device, and torch sees none; `make test` is what runs on a CPU")
-    out, at = given.out.resolve(), time.monotonic() + given.deadline
+        sys.exit("one_gpu.py: needs a CUDA device, and torch sees none; on a CPU run `make test`")
+    out, at = options.out.resolve(), time.monotonic() + options.deadline
     out.mkdir(parents=True, exist_ok=True)
-    # A run that is done would go on from its end, and show nothing.
+    # A finished run would resume at its end, and print nothing.
     shutil.rmtree(out / "debug_1gpu", ignore_errors=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of `finally`
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # runs `finally`
     console = Console(width=160)
     console.print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; whole output in {out}")
-    found = play(checks(out), True, at, out, console) + play(TIMES, False, at, out, console)
-    console.print(table(found))
-    return 0 if all(done.outcome == "right" for done in found) else 1
+    results = play(checks(out), True, at, out, console) + play(TIMES, False, at, out, console)
+    console.print(table(results))
+    return 0 if all(done.outcome == "right" for done in results) else 1
 
 
 if __name__ == "__main__":

@@ -138,9 +138,9 @@ def test_one_gpu_tells_what_was_right_wrong_and_late(tmp_path: Path) -> None:
     assert {name: done.outcome for name, done in found.items()} == {
         "good": "right", "bad": "exit 1", "late": "out of time", "absent": "not run",
     }  # fmt: skip
-    assert found["good"].told == ["speed 5", "speed 7"]
-    assert found["bad"].told == ["ZeroDivisionError: division by zero"]
-    (line,) = found["late"].told
+    assert found["good"].lines == ["speed 5", "speed 7"]
+    assert found["bad"].lines == ["ZeroDivisionError: division by zero"]
+    (line,) = found["late"].lines
     state = Path(f"/proc/{line.split()[1]}/stat")
     assert not state.exists() or state.read_text().split()[2] == "Z"
     assert (tmp_path / "good.txt").read_text().startswith("noise")

@@ -2,15 +2,16 @@
 
     python -m benchmarks.model.layer --device cuda [--recipe bf16|deepseek_v3] [--trace FILE.json.gz] [--json FILE]
 
-The phases are those that the trainer runs (`Model`), one after the other on one stream, with W put off to the end
-as a schedule would. The rank is number 0 of a group of 64 that holds V3's 256 experts, and supposes that all others
-route as it does: of 4096 tokens with 8 choices each, 32768 rows come to its 4 experts, as many to each as gates say.
-The dispatcher is `flat`, with every gather and sum of its own; the journey alone is one copy on this device instead.
+The phases are those that the trainer runs (`Model`), one after the other on one stream, with W at the end, as a
+schedule would have it. The rank is number 0 of a group of 64 that holds V3's 256 experts, and all others are taken to
+route as it does: of 4096 tokens with 8 choices each, 32768 rows come to its 4 experts, as many to each as the gates
+say. The dispatcher is `flat`, with all of its gathers and sums; only the transfer is replaced, by one copy on this
+device.
 
-Time of a phase is between CUDA events, host waits and launches in it included, without a profiler. What the kernels in
-it are is read from one more microbatch under torch.profiler. `gaps` are the events' total less the time in which any
-kernel ran. `ideal` is what all products and the attention core would take at the rates that this chip reached here on
-8192^3, in FP8 where the recipe says so. FP8 weights are quantised once a step, so not here.
+The time of a phase is between CUDA events, host waits and launches included, without a profiler. Its kernels are read
+from one more microbatch under torch.profiler. `gaps` are the events' total less the time in which any kernel ran.
+`ideal` is the time of all products and the attention core at the rates that this chip reached on 8192^3, in FP8 where
+the recipe has it. FP8 weights are quantised once a step, so not here.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def v3(device: torch.device, recompute: bool) -> Shape:
 
 
 class Mirror:
-    """The `Exchange` of a group whose ranks all route as this one does: what they send it is what it sends them."""
+    """The `Exchange` of a group whose ranks all route as this one does: it receives what it sends."""
 
     def __init__(self, size: int) -> None:
         self.size, self.rank, self.meter = size, 0, Meter()
@@ -136,7 +137,7 @@ class Bench:
     tokens: torch.Tensor  # [1, T + 1]: only their number counts, there is no embedding
     x: torch.Tensor
     dy: torch.Tensor
-    said: str
+    engine: str
 
     def forward(self, spans: Spans) -> Flight:
         flight = Flight(self.tokens, 1.0)
@@ -146,7 +147,7 @@ class Bench:
                 state = phase.forward(state, flight).wait()
         return flight
 
-    def kept(self) -> int:
+    def saved_bytes(self) -> int:
         """Bytes that F leaves behind for B and W: the layer's input, and what its phases save."""
         with Census() as census:
             flight = self.forward(Spans(Clock(self.x.device)))
@@ -173,7 +174,7 @@ class Bench:
 
 @torch.no_grad()
 def fill(model: Model, seed: int = 0) -> None:
-    """`Model.initialise` on the device: billions of numbers drawn on a CPU take half a minute that tells nothing."""
+    """`Model.initialise` on the device: drawing billions of numbers on a CPU takes half a minute."""
     torch.manual_seed(seed)
     for _, weight in model.named_parameters():
         weight.normal_(0, model.spec.shape.init_std) if weight.dim() > 1 else weight.fill_(1)
@@ -184,21 +185,21 @@ def fill(model: Model, seed: int = 0) -> None:
 def make_bench(recipe: Recipe, device: torch.device, tokens: int, recompute: bool, folder: Path) -> Bench:
     torch.manual_seed(0)
     shape = v3(device, recompute)
-    fp8, said = None, "products in BF16"
+    fp8, engine = None, "products in BF16"
     if recipe != "bf16":
         alone = make_mesh(1, 1, 1, 1, device, timedelta(seconds=60))
-        engine, said = choose(preset(recipe), alone, folder)
-        fp8 = FP8(preset(recipe), engine, said)
+        products, engine = choose(preset(recipe), alone, folder)
+        fp8 = FP8(preset(recipe), products, engine)
     dispatcher = Flat(Mirror(EP), shape.routed)
     model = Model(Spec(shape, torch.bfloat16, device, 0, EP, fp8), {0: ("layers.0",)}, dispatcher)
     fill(model)
     for _, weight in model.named_parameters():
         weight.gradient()
     x, dy = (torch.randn(tokens, shape.hidden, device=device).bfloat16() for _ in range(2))
-    return Bench(shape, model.stages[0], torch.zeros(1, tokens + 1, dtype=torch.int64, device=device), x, dy, said)
+    return Bench(shape, model.stages[0], torch.zeros(1, tokens + 1, dtype=torch.int64, device=device), x, dy, engine)
 
 
-# ---- what it would take at best
+# ---- the least time it could take
 
 
 def ceilings(device: torch.device) -> dict[str, float]:
@@ -206,28 +207,28 @@ def ceilings(device: torch.device) -> dict[str, float]:
     n = 8192 if device.type == "cuda" else 256
     wide = torch.randn(2, n, n, device=device)
     a, b = wide.bfloat16()
-    found = {"fp32": _rate(n, device, lambda: wide[0] @ wide[1]), "bf16": _rate(n, device, lambda: a @ b)}
+    rates = {"fp32": _rate(n, device, lambda: wide[0] @ wide[1]), "bf16": _rate(n, device, lambda: a @ b)}
     if device.type == "cuda":
         from dryvine.trainer.fp8.kernels import hopper
 
         rows, blocks = casts.quantize_rows(a), casts.quantize_blocks(b)[0]
         engines = [hopper.product, *([] if Torch.missing(device) else [Torch().product])]
-        found["fp8"] = max(_rate(n, device, partial(engine, rows, blocks)) for engine in engines)
-    return found
+        rates["fp8"] = max(_rate(n, device, partial(engine, rows, blocks)) for engine in engines)
+    return rates
 
 
 def _rate(n: int, device: torch.device, run: Callable[[], object]) -> float:
-    clock, took = Clock(device), []
+    clock, times = Clock(device), []
     for _ in range(8):
         before = clock.mark()
         run()
-        took.append(clock.between(before, clock.mark()))
-    return 2e3 * n**3 / statistics.median(took[3:])
+        times.append(clock.between(before, clock.mark()))
+    return 2e3 * n**3 / statistics.median(times[3:])
 
 
 def flops(shape: Shape, tokens: int, rows: int, recipe: str) -> dict[str, tuple[str, float]]:
-    """Kind -> (arithmetic, FLOPs) of forward, dgrad and wgrad. A causal core does half the square; its backward makes
-    the scores again."""
+    """Kind -> (arithmetic, FLOPs) of forward, dgrad and wgrad. A causal core does half the square; its backward
+    computes the scores again."""
     s, heads = shape, shape.heads
     assert s.q_lora is not None
     dense = s.hidden * (s.q_lora + s.kv_lora + s.rope_dim) + s.q_lora * heads * s.qk_dim
@@ -244,33 +245,33 @@ def flops(shape: Shape, tokens: int, rows: int, recipe: str) -> dict[str, tuple[
 # ---- measuring
 
 
-def measure(recipe: Recipe, given: argparse.Namespace, rates: dict[str, float], folder: Path) -> dict[str, Any]:
-    """`folder` is for what is of this run only."""
-    device = torch.device(given.device)
-    bench = make_bench(recipe, device, given.tokens, not given.no_recompute, folder)
+def measure(recipe: Recipe, options: argparse.Namespace, rates: dict[str, float], folder: Path) -> dict[str, Any]:
+    """`folder` holds the engines' choice, and the trace unless one is asked for."""
+    device = torch.device(options.device)
+    bench = make_bench(recipe, device, options.tokens, not options.no_recompute, folder)
     for _ in range(3):  # kernels are compiled here
         bench.microbatch(Spans(Clock(device)))
-    kept = bench.kept()
+    saved = bench.saved_bytes()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     runs = []
-    for _ in range(given.iterations):
+    for _ in range(options.iterations):
         runs.append(Spans(Clock(device)))
         bench.microbatch(runs[-1])
     phases = [run.milliseconds() for run in runs]
-    found: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "recipe": recipe,
-        "engine": bench.said,
+        "engine": bench.engine,
         "total_ms": statistics.median(run.total() for run in runs),
         "phases_ms": {name: statistics.median(p[name] for p in phases) for name in phases[0]},
-        "kept_bytes": kept,
+        "kept_bytes": saved,
         "peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else 0,
     }
-    trace = _beside(given.trace or folder / "layer.json.gz", recipe)
+    trace = _beside(options.trace or folder / "layer.json.gz", recipe)
     kernels = traced(bench, device, trace, phases[0])
-    work = flops(bench.shape, given.tokens, given.tokens * bench.shape.top_k, recipe)
+    work = flops(bench.shape, options.tokens, options.tokens * bench.shape.top_k, recipe)
     best = {kind: 1e3 * count / rates.get(how, rates["bf16"]) for kind, (how, count) in work.items()}
-    return found | explained(kernels, found["total_ms"], best)
+    return figures | explained(kernels, figures["total_ms"], best)
 
 
 def traced(bench: Bench, device: torch.device, path: Path, names: dict[str, float]) -> list[kernel_times.Kernel]:
@@ -287,7 +288,7 @@ def traced(bench: Bench, device: torch.device, path: Path, names: dict[str, floa
 
 
 def explained(kernels: list[kernel_times.Kernel], total_ms: float, best: dict[str, float]) -> dict[str, Any]:
-    """Where the time went, and the losses: what each kind took beyond what it must."""
+    """Time by kind and phase, and the losses: how much longer each kind took than it must."""
     kinds = {kind: us / 1e3 for kind, us in kernel_times.by_kind(kernels).items()}
     kinds["gaps"] = max(0.0, total_ms - kernel_times.busy(kernels) / 1e3)
     losses = {kind: ms - best.get(kind, 0.0) for kind, ms in kinds.items()}
@@ -303,24 +304,24 @@ def explained(kernels: list[kernel_times.Kernel], total_ms: float, best: dict[st
     }
 
 
-# ---- telling
+# ---- output
 
 
-def show(console: Console, found: list[dict[str, Any]]) -> None:
-    for one in found:
+def show(console: Console, results: list[dict[str, Any]]) -> None:
+    for one in results:
         console.print(f"\n{one['recipe']}: {one['engine']}")
         for name, kind, count, us in one["largest"]:
             console.print(f"  {us / 1e3:8.3f} ms {count:4d} x  {kind:16} {name}", markup=False, highlight=False)
         for name, _, count, us in one["unclassified"]:
             console.print(f"  unclassified {us / 1e3:8.3f} ms {count:4d} x {name}", markup=False, highlight=False)
-    columns = [one["recipe"] for one in found]
-    _table(console, "phases, ms", columns, [(one["phases_ms"], one["total_ms"]) for one in found])
+    columns = [one["recipe"] for one in results]
+    _table(console, "phases, ms", columns, [(one["phases_ms"], one["total_ms"]) for one in results])
     _table(
-        console, "kinds, ms (share of the microbatch)", columns, [(one["kinds_ms"], one["total_ms"]) for one in found]
+        console, "kinds, ms (share of the microbatch)", columns, [(one["kinds_ms"], one["total_ms"]) for one in results]
     )
     _table(console, "losses, ms: beyond the ideal of products and attention", columns,
-           [(one["losses_ms"], one["total_ms"]) for one in found])  # fmt: skip
-    for one in found:
+           [(one["losses_ms"], one["total_ms"]) for one in results])  # fmt: skip
+    for one in results:
         ideal = sum(one["ideal_ms"].values())
         console.print(
             f"{one['recipe']}: {one['total_ms']:.2f} ms a microbatch, ideal {ideal:.2f} ms "
@@ -329,10 +330,10 @@ def show(console: Console, found: list[dict[str, Any]]) -> None:
         )
 
 
-def _table(console: Console, title: str, columns: list[str], given: list[tuple[dict[str, float], float]]) -> None:
+def _table(console: Console, title: str, columns: list[str], each: list[tuple[dict[str, float], float]]) -> None:
     table = Table("", *columns, title=title)
-    for name in dict.fromkeys(name for figures, _ in given for name in figures):
-        cells = (f"{f[name]:.3f} ({f[name] / total:.1%})" if name in f else "-" for f, total in given)
+    for name in dict.fromkeys(name for figures, _ in each for name in figures):
+        cells = (f"{f[name]:.3f} ({f[name] / total:.1%})" if name in f else "-" for f, total in each)
         table.add_row(name, *cells)
     console.print(table)
 
@@ -340,25 +341,25 @@ def _table(console: Console, title: str, columns: list[str], given: list[tuple[d
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="on a CPU a toy, to see that it runs")
-    parser.add_argument("--recipe", choices=RECIPES, action="append", help="both unless said")
+    parser.add_argument("--recipe", choices=RECIPES, action="append", help="default: both")
     parser.add_argument("--tokens", type=int, help="of the one sequence; 4096, or 64 on a CPU")
     parser.add_argument("--iterations", type=int, default=10)
-    parser.add_argument("--no-recompute", action="store_true", help="keep what the config makes again")
+    parser.add_argument("--no-recompute", action="store_true", help="keep what the config recomputes")
     parser.add_argument("--trace", type=Path, help="NAME.json.gz for Perfetto; the recipe joins its name")
     parser.add_argument("--json", type=Path, help="write every figure there")
-    given = parser.parse_args()
-    device = torch.device(given.device)
-    given.tokens = given.tokens or (4096 if device.type == "cuda" else 64)
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    options.tokens = options.tokens or (4096 if device.type == "cuda" else 64)
     console = Console(width=140)
     named = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    console.print(f"{named}, torch {torch.__version__}; {given.tokens} tokens, EP{EP} played by one rank")
+    console.print(f"{named}, torch {torch.__version__}; {options.tokens} tokens, EP{EP} on one rank")
     rates = ceilings(device)
     console.print("ceilings, TFLOPS: " + ", ".join(f"{name} {rate / 1e12:.0f}" for name, rate in rates.items()))
     with tempfile.TemporaryDirectory() as folder:
-        found = [measure(recipe, given, rates, Path(folder)) for recipe in given.recipe or RECIPES]
-    show(console, found)
-    if given.json:
-        given.json.write_text(json.dumps({"device": named, "ceilings": rates, "layers": found}, indent=1))
+        results = [measure(recipe, options, rates, Path(folder)) for recipe in options.recipe or RECIPES]
+    show(console, results)
+    if options.json:
+        options.json.write_text(json.dumps({"device": named, "ceilings": rates, "layers": results}, indent=1))
 
 
 def _beside(base: Path, recipe: str) -> Path:

@@ -1,11 +1,11 @@
-"""What a microbatch of DeepSeek-V3 keeps from F to B, BF16 beside FP8: predicted, and on a GPU measured.
+"""What a microbatch of DeepSeek-V3 keeps from F to B, in BF16 and in FP8: predicted, and on a GPU measured.
 
     python -m benchmarks.model.memory                  # the prediction: a table of every tensor, each rank of the run
     python -m benchmarks.model.memory --device cuda    # and a dense and a MoE layer of V3, measured
 
 The layers are those of configs/deepseek_v3_671b.toml with its recompute, one sequence of 4096 tokens, experts as rank 0
-of EP64 holds them (see layer.py). Measured is what one more forward adds to the allocator while another microbatch is
-in flight, so that what all microbatches share is there already; a census of the storages that it left stands beside.
+of EP64 holds them (see layer.py). The measured figure is what one more forward adds to the allocator while another
+microbatch is in flight, so that what all microbatches share is there already; beside it, a census of the storages left.
 """
 
 from __future__ import annotations
@@ -49,30 +49,30 @@ MEASURED = ("layers.0", "layers.3")
 
 def show_rows(console: Console, shape: Shape, name: str, batch: MicrobatchSize) -> None:
     """Every tensor that one block keeps, by recipe."""
-    found: dict[tuple[str, str, str], dict[str, int]] = {}
+    sizes_of: dict[tuple[str, str, str], dict[str, int]] = {}
     for recipe in RECIPES:
         for row in saved_tensors(shape, preset(recipe), (name,), batch):
-            found.setdefault((row.phase, row.what, row.reader), {})[recipe] = row.bytes
+            sizes_of.setdefault((row.phase, row.what, row.reader), {})[recipe] = row.bytes
     table = Table("phase", "kept", "for", *(f"{recipe}, MB" for recipe in RECIPES), title=f"{name} of V3")
-    for key, sizes in found.items():
+    for key, sizes in sizes_of.items():
         table.add_row(*key, *(f"{sizes[recipe] / 1e6:.2f}" if recipe in sizes else "-" for recipe in RECIPES))
     table.add_section()
-    sums = [sum(sizes.get(recipe, 0) for sizes in found.values()) for recipe in RECIPES]
+    sums = [sum(sizes.get(recipe, 0) for sizes in sizes_of.values()) for recipe in RECIPES]
     table.add_row("", "all", "", *(f"{size / 1e6:.2f}" for size in sums))
     console.print(table)
 
 
 def by_rank(plan: RunPlan) -> list[dict[str, float]]:
-    """GB that the flights of each pipeline rank hold at the most, by recipe."""
+    """Peak GB that the microbatches in flight on each pipeline rank keep, by recipe."""
     config, ranks = plan.config, plan.config.parallel.pp
-    ways = {recipe: config.model_copy(update={"fp8": preset(recipe)}) for recipe in RECIPES}
-    sizes = {recipe: stage_bytes(replace(plan, config=way), cuda=True) for recipe, way in ways.items()}
+    configs = {recipe: config.model_copy(update={"fp8": preset(recipe)}) for recipe in RECIPES}
+    sizes = {recipe: stage_bytes(replace(plan, config=changed), cuda=True) for recipe, changed in configs.items()}
     return [{r: most_held(plan.schedule, rank, sizes[r]) / 1e9 for r in RECIPES} for rank in range(ranks)]
 
 
 def show_ranks(console: Console, plan: RunPlan, ranks: list[dict[str, float]]) -> None:
     p = plan.config.parallel
-    title = f"{p.schedule}, {p.pp} ranks, {plan.schedule.microbatches} microbatches: GB held at most"
+    title = f"{p.schedule}, {p.pp} ranks, {plan.schedule.microbatches} microbatches: peak GB kept"
     table = Table("", *(str(rank) for rank in range(p.pp)), title=title)
     for recipe in RECIPES:
         table.add_row(recipe, *(f"{rank[recipe]:.1f}" for rank in ranks))
@@ -89,7 +89,7 @@ class Bench:
     x: torch.Tensor
 
     def forward(self) -> Flight:
-        """The input of the stage is made anew: a wire would have brought it."""
+        """The stage's input is a new tensor each time, as one from a wire would be."""
         flight = Flight(self.tokens, 1.0)
         state: State = (self.x.clone(),)
         for phase in self.stage.phases:
@@ -104,9 +104,9 @@ class Bench:
         added = _allocated(self.x.device) - before
         with Census() as census:
             third = self.forward()
-        found = added, census.bytes
+        left = census.bytes
         del other, flight, third
-        return found
+        return added, left
 
 
 def _allocated(device: torch.device) -> int:
@@ -128,21 +128,23 @@ def make_bench(shape: Shape, recipe: Recipe, name: str, batch: MicrobatchSize, d
 
 
 def compare(shape: Shape, batch: MicrobatchSize, device: torch.device) -> list[dict[str, Any]]:
-    found = []
+    results = []
     for name in MEASURED:
         for recipe in RECIPES:
             bench = make_bench(shape, recipe, name, batch, device)
-            bench.forward()  # what all microbatches share
+            bench.forward()  # makes what all microbatches share
             added, left = bench.measure()
             predicted = saved_bytes(shape, preset(recipe), (name,), batch)
-            found.append({"block": name, "recipe": recipe, "predicted": predicted, "allocated": added, "census": left})
+            results.append(
+                {"block": name, "recipe": recipe, "predicted": predicted, "allocated": added, "census": left}
+            )
             del bench
-    return found
+    return results
 
 
-def show_measured(console: Console, found: list[dict[str, Any]]) -> None:
+def show_measured(console: Console, results: list[dict[str, Any]]) -> None:
     table = Table("block", "recipe", "predicted, MB", "allocator, MB", "census, MB", "predicted / census")
-    for one in found:
+    for one in results:
         sizes = (f"{one[key] / 1e6:.2f}" for key in ("predicted", "allocated", "census"))
         table.add_row(one["block"], one["recipe"], *sizes, f"{one['predicted'] / one['census']:.4f}")
     console.print(table)
@@ -158,11 +160,11 @@ def narrow(shape: Shape) -> Shape:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("none", "cpu", "cuda"), default="none", help="measure there; cpu: narrow")
-    parser.add_argument("--no-recompute", action="store_true", help="as if the config made nothing again")
+    parser.add_argument("--no-recompute", action="store_true", help="as if the config recomputed nothing")
     parser.add_argument("--json", type=Path, help="write every figure there")
-    given = parser.parse_args()
+    options = parser.parse_args()
     config, console = load(CONFIG), Console(width=140)
-    if given.no_recompute:
+    if options.no_recompute:
         config = config.model_copy(update={"model": config.model.model_copy(update={"recompute": ()})})
     shape, length = config.model, config.data.seq_len
     batch = MicrobatchSize(length, 1)
@@ -173,14 +175,14 @@ def main() -> int:
     show_ranks(console, plan, ranks)
     rows: dict[str, list[SavedTensor]] = {r: list(saved_tensors(shape, preset(r), BLOCKS, batch)) for r in RECIPES}
     measured = []
-    if given.device != "none":
-        device = torch.device(given.device)
+    if options.device != "none":
+        device = torch.device(options.device)
         if device.type == "cpu":
             shape, batch = narrow(shape), MicrobatchSize(64, 1, cuda=False)
         measured = compare(shape, batch, device)
         show_measured(console, measured)
-    if given.json:
-        given.json.write_text(json.dumps({"rows": rows, "ranks": ranks, "measured": measured}, indent=1))
+    if options.json:
+        options.json.write_text(json.dumps({"rows": rows, "ranks": ranks, "measured": measured}, indent=1))
     return 0 if all(abs(one["predicted"] / one["census"] - 1) < 0.02 for one in measured) else 1
 
 

@@ -1,10 +1,10 @@
-"""Full training steps beside what a user would pick instead: transformers' DeepseekV3, same card, same run.
+"""Full training steps, beside those of transformers' DeepseekV3 on the same card in the same run.
 
     python -m benchmarks.model.peer --device cuda [--deadline SECONDS] [--json FILE] [--contender NAME ...]
 
 One V3-shaped model of 3 billion parameters (hidden 2048, 10 layers, 64 experts, 8 a token), BF16 weights, sequences of
 4096 random tokens that all contenders share, the same microbatches and tokens a step: forward, backward, clip by the
-global norm, AdamW. Everybody trains as it does by default, which is not the same work:
+global norm, AdamW. Each trains as it does by default, which is not the same work:
 
     transformers   BF16 weights, BF16 gradients, BF16 moments (torch's fused AdamW on a BF16 model); sdpa
     dryvine        BF16 weights, FP32 gradient sums, FP32 masters and moments; the trainer's own `train_step`
@@ -63,7 +63,7 @@ SMALL = Shape(
 
 
 class Work(NamedTuple):
-    """What everybody trains, and for how long."""
+    """What every contender trains, and for how long."""
 
     shape: Shape
     sequences: int  # of a microbatch
@@ -83,7 +83,7 @@ class Work(NamedTuple):
 
 
 class RandomTokens:
-    """A TokenSource without a corpus: sequence n is drawn from seed n, so it is the same for everybody."""
+    """A TokenSource without a corpus: sequence n is drawn from seed n, so it is the same for all."""
 
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
@@ -95,7 +95,7 @@ class RandomTokens:
         )
 
 
-# ---- contenders: each gives a step (its number -> loss), the parameters it trains, and what the optimizer keeps
+# ---- contenders: each returns a step (its number -> loss), the parameters it trains, and what the optimizer keeps
 
 
 class Ready(NamedTuple):
@@ -106,7 +106,8 @@ class Ready(NamedTuple):
 
 
 def dryvine(work: Work, recipe: str) -> Ready:
-    shape, folder = work.shape, tempfile.mkdtemp()  # the engines that `auto` takes are kept in a run's folder
+    # A run's folder keeps which engines `auto` chose.
+    shape, folder = work.shape, tempfile.mkdtemp()
     config = Config.model_validate({
         "run": {"name": "peer", "steps": 1, "dtype": "bf16", "device": work.device.type, "out": folder},
         "model": shape,
@@ -138,10 +139,10 @@ def transformers(work: Work, experts: str, compiled: bool = False) -> Ready:
     torch.set_default_dtype(torch.bfloat16)
     config = DeepseekV3Config(**config_json(work.shape), use_cache=False)
     with torch.device(work.device):
-        ways = {"attn_implementation": "sdpa", "experts_implementation": experts}
-        model: Any = DeepseekV3ForCausalLM._from_config(config, **ways)
-    taken = {way: getattr(model.config, f"_{way}") for way in ways}
-    assert taken == ways, f"transformers took {taken}"
+        settings = {"attn_implementation": "sdpa", "experts_implementation": experts}
+        model: Any = DeepseekV3ForCausalLM._from_config(config, **settings)
+    used = {name: getattr(model.config, f"_{name}") for name in settings}
+    assert used == settings, f"transformers uses {used}"
     torch.set_default_dtype(torch.float32)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     adam = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
@@ -187,20 +188,20 @@ def measure(name: str, work: Work) -> dict[str, Any]:
     warnings.filterwarnings("ignore")
     started = time.perf_counter()
     ready = CONTENDERS[name][1](work)
-    losses, took = [], []
+    losses, times = [], []
     for number in range(work.warm + work.steps):
         before = time.perf_counter()
         losses.append(ready.step(number))
-        took.append(time.perf_counter() - before)
-        print(f"  {name}: step {number}, loss {losses[-1]:.3f}, {took[-1]:.2f} s", file=sys.stderr, flush=True)
+        times.append(time.perf_counter() - before)
+        print(f"  {name}: step {number}, loss {losses[-1]:.3f}, {times[-1]:.2f} s", file=sys.stderr, flush=True)
         if number == work.warm - 1 and work.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-    seconds = statistics.median(took[work.warm :])
+    seconds = statistics.median(times[work.warm :])
     return {
         "tokens_per_second": work.tokens / seconds,
         "mfu": work.flops / seconds / PEAK,
         "peak_bytes": torch.cuda.max_memory_allocated() if work.device.type == "cuda" else 0,
-        "steps_s": took,
+        "steps_s": times,
         "losses": losses,
         "parameters": ready.parameters,
         "states": ready.states,
@@ -210,33 +211,33 @@ def measure(name: str, work: Work) -> dict[str, Any]:
 
 
 def attempt(name: str, seconds: float, words: list[str]) -> dict[str, Any]:
-    """`measure` in a process of its own; a failure is its last line of complaint."""
+    """`measure` in a process of its own; of a failure, the line with the error."""
     command = [sys.executable, "-m", __spec__.name, *words, "--contender", name, "--one"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
     except subprocess.TimeoutExpired as late:
-        said = late.stderr.decode() if isinstance(late.stderr, bytes) else late.stderr or ""
-        return {"failed": f"not done in {seconds:.0f} s; last: {_last(said)}"}
+        stderr = late.stderr.decode() if isinstance(late.stderr, bytes) else late.stderr or ""
+        return {"failed": f"not done in {seconds:.0f} s; last: {_last(stderr)}"}
     if done.returncode:
-        return {"failed": _complaint(done.stderr)}
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+        return {"failed": _error(done.stderr)}
+    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return figures
 
 
 def _last(text: str) -> str:
     lines = [line for line in text.splitlines() if line.strip()]
-    return lines[-1].strip()[:300] if lines else "nothing said"
+    return lines[-1].strip()[:300] if lines else "no output"
 
 
-def _complaint(text: str) -> str:
+def _error(text: str) -> str:
     """The line of an exception, not what a library printed after it."""
     named = [line for line in text.splitlines() if "Error" in line.split(":")[0] or "out of memory" in line]
     return (named[-1].strip() if named else _last(text))[:300]
 
 
-def show(console: Console, found: dict[str, dict[str, Any]], work: Work) -> bool:
-    """The table; and whether all have as many parameters as the shape says."""
-    good = {name: one for name, one in found.items() if "failed" not in one}
+def show(console: Console, results: dict[str, dict[str, Any]], work: Work) -> bool:
+    """Print the table; returns whether all have as many parameters as the shape says."""
+    good = {name: one for name, one in results.items() if "failed" not in one}
     theirs = max((one["tokens_per_second"] for name, one in good.items() if name.startswith("trans")), default=None)
     table = Table("", "tokens/s", "against their best", "MFU", "peak GB", "first, last loss", "optimizer keeps")
     for name, one in good.items():
@@ -246,9 +247,9 @@ def show(console: Console, found: dict[str, dict[str, Any]], work: Work) -> bool
         speed, peak = f"{one['tokens_per_second']:,.0f}", f"{one['peak_bytes'] / 1e9:.1f}"
         table.add_row(name, speed, ratio, mfu, peak, losses, one["states"])
     console.print(table)
-    for name, one in found.items():
-        if said := one.get("failed") or one.get("note"):
-            console.print(f"{name}: {said}", markup=False, highlight=False)
+    for name, one in results.items():
+        if note := one.get("failed") or one.get("note"):
+            console.print(f"{name}: {note}", markup=False, highlight=False)
     counts = {name: one["parameters"] for name, one in good.items()}
     expected = count_parameters(work.shape)[0]
     same = set(counts.values()) <= {expected}
@@ -267,41 +268,41 @@ def main() -> int:
     parser.add_argument("--microbatches", type=int, default=2, help="of a step")
     parser.add_argument("--layers", type=int)
     parser.add_argument("--steps", type=int, default=6, help="measured, after 3 that are not")
-    parser.add_argument("--deadline", type=float, default=235, help="seconds for everybody together")
+    parser.add_argument("--deadline", type=float, default=235, help="seconds for all together")
     parser.add_argument("--json", type=Path, help="write every figure there")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    shape = SMALL if given.small else LARGE
-    shape = shape.model_copy(update={"layers": given.layers}) if given.layers else shape
+    options = parser.parse_args()
+    shape = SMALL if options.small else LARGE
+    shape = shape.model_copy(update={"layers": options.layers}) if options.layers else shape
     work = Work(
         shape,
-        given.sequences or (2 if given.small else 4),
-        given.microbatches,
-        torch.device(given.device),
+        options.sequences or (2 if options.small else 4),
+        options.microbatches,
+        torch.device(options.device),
         3,
-        given.steps,
+        options.steps,
     )
-    names = given.contender or [name for name in CONTENDERS if not (given.small and "compiled" in name)]
-    if given.one:
+    names = options.contender or [name for name in CONTENDERS if not (options.small and "compiled" in name)]
+    if options.one:
         print(json.dumps(measure(names[0], work)))
         return 0
     console = Console(width=160)
-    named = torch.cuda.get_device_name() if given.device == "cuda" else "CPU"
+    named = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
     total, active = count_parameters(shape)
     console.print(
         f"{named}, torch {torch.__version__}; {total / 1e9:.2f}B parameters, {active / 1e9:.2f}B active; "
         f"{work.tokens} tokens a step in {work.microbatches} microbatches; {work.flops / 1e12:.1f} TFLOP a step"
     )
-    words = [f"--device={given.device}", f"--sequences={work.sequences}", f"--microbatches={work.microbatches}",
-             f"--layers={shape.layers}", f"--steps={work.steps}", *(["--small"] if given.small else [])]  # fmt: skip
-    found, end = {}, time.monotonic() + given.deadline
+    words = [f"--device={options.device}", f"--sequences={work.sequences}", f"--microbatches={work.microbatches}",
+             f"--layers={shape.layers}", f"--steps={work.steps}", *(["--small"] if options.small else [])]  # fmt: skip
+    results, end = {}, time.monotonic() + options.deadline
     for name in names:
         left = end - time.monotonic()
-        found[name] = attempt(name, min(CONTENDERS[name][0], left), words) if left > 5 else {"failed": "no time left"}
-        console.print(f"{name}: {found[name].get('failed') or 'done'}", markup=False, highlight=False)
-    good = show(console, found, work)
-    if given.json:
-        given.json.write_text(json.dumps({"device": named, "found": found}, indent=1))
+        results[name] = attempt(name, min(CONTENDERS[name][0], left), words) if left > 5 else {"failed": "no time left"}
+        console.print(f"{name}: {results[name].get('failed') or 'done'}", markup=False, highlight=False)
+    good = show(console, results, work)
+    if options.json:
+        options.json.write_text(json.dumps({"device": named, "found": results}, indent=1))
     return 0 if good else 1
 
 

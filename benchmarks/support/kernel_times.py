@@ -2,9 +2,9 @@
 
 A kernel belongs to the span (a `record_function` of the host) in which it was launched, whichever thread launched it,
 so the kernels of a backward, which autograd launches from a thread of its own, find their phase too. The kind follows
-from the name; names that no pattern knows come out as "unclassified", by name, so that nothing hides in "other".
+from the name; names that no pattern matches are listed as "unclassified", so that nothing hides in "other".
 
-A CPU has no kernels: there the own time of torch's operators, without that of those they call, stands for them.
+A CPU has no kernels: there an operator of torch counts as one, with its own time, without that of operators it calls.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+# A kind is the first whose pattern matches, so what is special comes before what is common.
 KINDS = {
     "attention core": r"flash|fmha|sdpa|cudnn_generated|scaled_dot_product|dot_do_o|convert_dq",
     "norms": r"^norm_weight_kernel|rms_?norm|layer_?norm|GammaBeta",
-    "casts": r"^(rows|columns|turn|blocks|pack|unpack|swiglu|swiglu_backward)_kernel",
+    "casts": r"^(rows|columns|transpose|blocks|pack|unpack|swiglu|swiglu_backward)_kernel",
     "GEMM in FP32": r"sgemm|simt|gemm\w*_f32f32_f32f32",
     "GEMM": r"gemm|nvjet|cutlass|xmma|cublas|splitk|^product_kernel|^wgrad_kernel|grouped_mm|^aten::(\w*mm\w*|linear)$",
     "permutation": r"index|gather|scatter|sort|top_?k|embedding_?bag|histogram|bincount|scan|cumsum|repeat_interleave"
@@ -30,7 +31,7 @@ KINDS = {
     "copies": r"copy|CatArray|memcpy|memset|fill|^aten::(cat|zeros?_?|empty\w*|clone|contiguous|to)$",
     "elementwise": r"elementwise|reduce|triton_|^aten::"
     r"|^(gate|gate_backward|balance|gated|gated_backward|heads|heads_backward|logsumexp|logits_gradient)_kernel",
-}  # the first that matches, so what is special comes before what is common
+}
 UNKNOWN = "unclassified"
 DEVICE = {"kernel", "gpu_memcpy", "gpu_memset"}
 
@@ -50,7 +51,7 @@ class Kernel:
 
     @property
     def short(self) -> str:
-        """Without what every name of its sort has."""
+        """The name without the prefixes that all of its sort have."""
         return re.sub(r"^void |at::native::|\(anonymous namespace\)::|c10::", "", self.name)[:96]
 
 
@@ -66,8 +67,8 @@ def read(path: Path, spans: Iterable[str]) -> list[Kernel]:
     wanted = set(spans)
     marks = [event for event in events if event["cat"] == "user_annotation" and event["name"] in wanted]
     where = _Spans(sorted((mark["ts"], mark["ts"] + mark["dur"], mark["name"]) for mark in marks))
-    found = _on_device(events, where) or _on_host(events, where)
-    return sorted(found, key=lambda kernel: kernel.start)
+    kernels = _on_device(events, where) or _on_host(events, where)
+    return sorted(kernels, key=lambda kernel: kernel.start)
 
 
 @dataclass(frozen=True)
@@ -92,24 +93,25 @@ def _on_device(events: list[dict[str, Any]], where: _Spans) -> list[Kernel]:
 
 
 def _on_host(events: list[dict[str, Any]], where: _Spans) -> list[Kernel]:
-    """Operators with their own time: what their children took is taken off, thread by thread."""
+    """Operators with their own time: without that of the operators they call, on each thread."""
     threads = defaultdict(list)
     for event in events:
         if event["cat"] == "cpu_op":
             threads[event["tid"]].append(event)
-    found = []
+    own: dict[int, float] = {}
     for thread in threads.values():
-        open_: list[tuple[float, dict[str, float]]] = []  # end, and a box for the time that is left
+        # Operators that have begun and not ended at the next one's start, outermost first.
+        parents: list[dict[str, Any]] = []
         for event in sorted(thread, key=lambda e: (e["ts"], -e["dur"])):
-            while open_ and open_[-1][0] <= event["ts"]:
-                open_.pop()
-            if open_:
-                open_[-1][1]["own"] -= event["dur"]
-            box = {"own": event["dur"]}
-            open_.append((event["ts"] + event["dur"], box))
-            found.append((event, box))
-    own = [(event, box) for event, box in found if event["name"].startswith("aten::")]  # the rest is the host's
-    return [Kernel(e["name"], e["ts"], max(box["own"], 0.0), where.at(e["ts"])) for e, box in own]
+            while parents and parents[-1]["ts"] + parents[-1]["dur"] <= event["ts"]:
+                parents.pop()
+            if parents:
+                own[id(parents[-1])] -= event["dur"]
+            own[id(event)] = event["dur"]
+            parents.append(event)
+    # Operators of torch; other entries are the host's.
+    operators = [e for thread in threads.values() for e in thread if e["name"].startswith("aten::")]
+    return [Kernel(e["name"], e["ts"], max(own[id(e)], 0.0), where.at(e["ts"])) for e in operators]
 
 
 def busy(kernels: Iterable[Kernel]) -> float:

@@ -135,6 +135,36 @@ def test_attention_keeps_a_log_sum_exp_for_each_head_and_token() -> None:
     assert row == ("layers.1", "attention", "log-sum-exp of scores", "attention core", 4 * 4 * SEQUENCES * LENGTH)
 
 
+def bytes_of(what: str, block: str = "layers.1", size: MicrobatchSize | None = None, **changes: Any) -> list[int]:
+    """Of the rows of one block that are called so; on a GPU, five tokens in one sequence, unless told otherwise."""
+    rows = saved_tensors(middle(**changes), RECIPES["bf16"], [block], size or MicrobatchSize(5, 1))
+    return [row.bytes for row in rows if row.what == what]
+
+
+def test_small_tensors_by_hand() -> None:
+    """Each is less than the 2% of a stage; and those of a GPU no CPU can measure."""
+    assert bytes_of("choices") == [8 * 5 * 3]
+    assert bytes_of("logits") == [4 * 5 * 8]
+    assert bytes_of("queries, keys, values") == [2 * 5 * 4 * ((8 + 4) + (8 + 4) + (8 + 8))]
+    assert bytes_of("output of the heads") == [2 * 5 * 4 * 8]
+    assert bytes_of("tokens", "embed") == []
+    assert bytes_of("tokens", "embed", MicrobatchSize(10, 2)) == [8 * 10]
+
+
+def test_the_last_heads_norm_alone_can_be_recomputed() -> None:
+    """Others hand their normed x to the next depth, which keeps it."""
+    ways = ("norm",)
+    assert bytes_of("x, normed", "head", recompute=ways) == [2 * 5 * 64]
+    assert bytes_of("x, normed", "mtp.0", recompute=ways) == []
+    assert bytes_of("x, normed", "mtp.0") == [2 * 5 * 64]
+
+
+def test_fp8_rows_have_scales_of_four_rows_at_least() -> None:
+    rows = saved_tensors(middle(), RECIPES["fp8"], ["layers.1"], MicrobatchSize(5, 1))
+    (scaled,) = (row for row in rows if row.what == "x, normed" and row.reader == "q_a, kv_a")
+    assert scaled.bytes == 5 * 64 + 4 * 1 * 8
+
+
 def test_a_run_holds_what_its_schedule_keeps_in_flight(tiny: Callable[..., Config]) -> None:
     plan = make_plan(tiny("parallel.pp=2", "parallel.schedule=one_f_one_b"))
     first, second = stage_bytes(plan, cuda=False).values()

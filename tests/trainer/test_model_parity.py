@@ -14,7 +14,7 @@ from transformers.modeling_layers import MtpModel
 
 from dryvine.trainer.model.hf import config_json, from_hf, to_hf
 from dryvine.trainer.model.shape import Shape, Yarn
-from tests.support.model import random_tokens, tiny, validate, whole
+from tests.support.model import filled, random_tokens, tiny, validate, whole
 
 V2 = {"score": "softmax", "normalise": False, "route_scale": 1.0, "shared": 2}
 V2_LITE = V2 | {"q_lora": None, "groups": 1, "group_limit": 1}
@@ -75,6 +75,24 @@ def test_a_checkpoint_comes_back_as_it_was(changes: dict[str, Any], tmp_path: Pa
     back = to_hf(from_hf(released, shape), shape)
     assert back.keys() == released.keys()
     assert all(torch.equal(back[name], released[name]) for name in released)
+
+
+def test_mtp_gets_copies_of_embedding_and_head(tmp_path: Path) -> None:
+    """As released checkpoints have them; ours are one tensor each."""
+    shape = tiny(mtp_depth=2)
+    state = {name: weight.detach() for name, weight in filled(shape).named_parameters()} | filled(shape).buffers
+    released = to_hf(state, shape)
+    for number in (3, 4):
+        assert torch.equal(released[f"model.layers.{number}.embed_tokens.weight"], state["embed.weight"])
+        assert torch.equal(released[f"model.layers.{number}.shared_head.head.weight"], state["head.weight"])
+
+
+def test_the_yarn_of_a_config_is_under_the_released_names() -> None:
+    yarn = Yarn(factor=40, alpha=2, beta=24, original=16, mscale=0.5, mscale_all_dim=0.25)
+    assert config_json(tiny(yarn=yarn, rope_theta=5e4))["rope_parameters"] == {
+        "rope_theta": 5e4, "rope_type": "yarn", "factor": 40, "beta_fast": 24, "beta_slow": 2,
+        "original_max_position_embeddings": 16, "mscale": 0.5, "mscale_all_dim": 0.25,
+    }  # fmt: skip
 
 
 def test_a_missing_tensor_is_named(tmp_path: Path) -> None:

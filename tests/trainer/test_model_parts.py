@@ -15,7 +15,7 @@ from dryvine.trainer.model.gate import choose, move_bias
 from dryvine.trainer.model.grouped import add_grouped_product, grouped_linear
 from dryvine.trainer.model.loss import cross_entropy
 from dryvine.trainer.model.recompute import through
-from dryvine.trainer.model.rope import frequencies
+from dryvine.trainer.model.rope import Rope, frequencies
 from dryvine.trainer.model.shape import Yarn
 from dryvine.trainer.model.spec import Spec
 from dryvine.trainer.model.swiglu import swiglu
@@ -134,6 +134,14 @@ def test_yarn_slows_pairs_between_its_bounds_and_no_others() -> None:
     expected = [1 - min(max((pair - 10) / 13, 0), 1) * (1 - 1 / 40) for pair in range(32)]
     torch.testing.assert_close(slowed, torch.tensor(expected), rtol=1e-5, atol=0)
     torch.testing.assert_close(slowed[10:13], torch.tensor([1.0, 0.925, 0.85]))
+
+
+def test_a_rope_has_a_table_for_each_length() -> None:
+    rope = Rope(tiny())
+    short, long = (rope.table(length, torch.device("cpu")) for length in (5, 9))
+    assert (len(short[0]), len(long[0])) == (5, 9)
+    assert all(torch.equal(a, b[:5]) for a, b in zip(short, long, strict=True))
+    assert rope.table(5, torch.device("cpu")) is short
 
 
 @pytest.mark.parametrize("counts", [[3, 0, 2, 0], [0, 0, 0, 0], [0, 5, 0, 0]])

@@ -77,6 +77,13 @@ def test_costs_are_the_products_of_a_forward() -> None:
     assert 3 * forward == pytest.approx(250e9, rel=0.05)
 
 
+def test_a_depth_of_mtp_costs_a_layer_its_projection_and_the_head() -> None:
+    cost = {block.name: block.cost for block in blocks(tiny(mtp_depth=1))}
+    assert cost["head"] == 2 * 67 * 32
+    assert cost["mtp.0"] - cost["layers.1"] - cost["head"] == 2 * (2 * 32) * 32
+    assert cost["embed"] == 0
+
+
 @pytest.mark.parametrize(
     ("changes", "mend"),
     [
@@ -118,6 +125,27 @@ def test_initial_weights_do_not_depend_on_the_layout() -> None:
         assert torch.equal(found, weight), name
 
 
+def test_a_rank_loads_its_own_experts() -> None:
+    shape = tiny()
+    one = whole(shape)
+    one.initialise(3)
+    state = {name: weight.detach() for name, weight in one.named_parameters()} | one.buffers
+    names = {0: tuple(block.name for block in blocks(shape))}
+    for rank in range(2):
+        part = Model(Spec(shape, torch.float32, "cpu", ep_rank=rank, ep_size=2), names, Alone(8))
+        part.load(state)
+        for name, weight in part.named_parameters():
+            theirs = state[name].chunk(2)[rank] if ".experts." in name else state[name]
+            assert torch.equal(weight, theirs), name
+
+
+def test_weights_moved_off_the_meta_device_still_queue_their_gradients() -> None:
+    shape = tiny()
+    model = whole(shape, device="meta")
+    model.to_empty("cpu")
+    assert all(weight.queue is not None for _, weight in model.named_parameters())
+
+
 def test_initial_weights_have_their_deviation_and_differ() -> None:
     shape = tiny(init_std=0.05)
     model = whole(shape)
@@ -125,4 +153,8 @@ def test_initial_weights_have_their_deviation_and_differ() -> None:
     stacked = dict(model.named_parameters())["layers.1.experts.gate_up"]
     assert stacked.detach().std() == pytest.approx(0.05, rel=0.05)
     assert not torch.equal(stacked[0], stacked[1])
+    assert not torch.equal(stacked, dict(model.named_parameters())["layers.2.experts.gate_up"]), "the name counts"
+    other = whole(shape)
+    other.initialise(1)
+    assert not torch.equal(stacked, dict(other.named_parameters())["layers.1.experts.gate_up"]), "the seed counts"
     assert all((weight == 1).all() for name, weight in model.named_parameters() if weight.dim() == 1)
