@@ -25,8 +25,8 @@ class _Split(NamedTuple):
 def partition(costs: Sequence[float], stages: int) -> tuple[range, ...]:
     """Split blocks 0..n-1 into `stages` ranges. `costs` are in any unit, one per block.
 
-    The largest cost of a stage is the least possible; of all such splits, it is one whose costs have the least sum of
-    squares. Raises ValueError when there are more stages than blocks.
+    The largest cost of a stage is the least possible. Between equals, each prefix of stages takes the least sum of
+    squares: even, if not always the most even split of all. Raises ValueError when there are more stages than blocks.
     """
     if stages > len(costs):
         raise ValueError(

@@ -31,14 +31,13 @@ from dryvine.parallel.overlap import ORDERS
 from dryvine.parallel.schedule.ir import Op, Schedule
 from dryvine.parallel.schedule.lower import lower
 from dryvine.parallel.schedule.notation import from_csv
-from dryvine.parallel.schedule.table import build
+from dryvine.parallel.schedule.table import SCHEDULES, build
 from dryvine.parallel.stage import Compute, Flight, Grads, Outcome, Stage, State, StepResult
 from dryvine.parallel.streams import CpuStreams
 from dryvine.parallel.wgrad import Closure, WGrad
 from dryvine.trainer.tensors.weight import Weight
 
 ROWS, WIDTH = 4, 16
-CHUNKS = {"interleaved": 2}
 
 
 @dataclass
@@ -58,7 +57,7 @@ class Pace:
 
 def punctual() -> bool:
     """Wake this thread's sleeps on time, not up to Linux's 50 us later, and let all threads of this process, which
-    hardly use a core, go before others' work on the machine. Gives whether the latter was allowed (root may)."""
+    hardly use a core, go before others' work on the machine. Returns whether the latter was allowed (root may)."""
     pr_set_timerslack = 29
     ctypes.CDLL(None).prctl(pr_set_timerslack, 1, 0, 0, 0)
     try:
@@ -162,7 +161,7 @@ class Sizes:
 
 class Dryvine:
     def __init__(self, name: str, sizes: Sizes, rank: int, pace: Pace) -> None:
-        self.schedule = build(name, sizes.ranks, sizes.microbatches, CHUNKS.get(name, 1))
+        self.schedule = build(name, sizes.ranks, sizes.microbatches)
         self.wgrad = WGrad()
         self.layers = {s: Slow(s, self.wgrad, pace) for s in self.schedule.stages_of(rank)}
         mesh = make_mesh(sizes.ranks, 1, 1, len(self.schedule.routes), torch.device("cpu"), timedelta(seconds=600))
@@ -205,7 +204,7 @@ class Idle:
 
 
 class Nowhere:
-    """A wire to nobody."""
+    """A wire with no other end: what is received is the meta tensors asked for."""
 
     def send(self, tensors: State, target: int, channel: Channel) -> Pending[None]:
         return Pending.done(None)
@@ -234,10 +233,10 @@ class Torch:
         self.x = inputs(sizes.microbatches)
 
     def _stage(self, make: Callable[..., Any], layer: Slow, count: int) -> Any:
-        came = torch.empty(ROWS, WIDTH, requires_grad=layer.number > 0)
-        gone = torch.empty(ROWS, WIDTH, requires_grad=True)
+        received = torch.empty(ROWS, WIDTH, requires_grad=layer.number > 0)
+        sent = torch.empty(ROWS, WIDTH, requires_grad=True)
         cpu = torch.device("cpu")
-        return make(layer, layer.number, count, cpu, input_args=came, output_args=gone, dw_builder=self._w)
+        return make(layer, layer.number, count, cpu, input_args=received, output_args=sent, dw_builder=self._w)
 
     def _w(self) -> Callable[[], None]:
         left = self.left.copy()  # the list itself stays: the backward that is next appends to it
@@ -297,9 +296,8 @@ def _deepspeed_table(sizes: Sizes) -> Schedule:
     return Schedule("DualPipeVModule", sizes.microbatches, (route,), tuple(map(ops, range(sizes.ranks))))
 
 
-OURS = ("gpipe", "one_f_one_b", "interleaved", "zb1p", "zbv", "dualpipe", "dualpipev")
 MAKERS: dict[str, Callable[[Sizes, int, Pace], Runner]] = {
-    **{f"dryvine {name}": partial(Dryvine, name) for name in OURS},
+    **{f"dryvine {name}": partial(Dryvine, name) for name in SCHEDULES},
     **{
         f"torch {name}": partial(Torch, f"Schedule{name}") for name in ("Interleaved1F1B", "ZBVZeroBubble", "DualPipeV")
     },

@@ -24,10 +24,12 @@ class Sizes(NamedTuple):
 
 
 class Generator(NamedTuple):
+    """A named schedule: how to make it, which sizes it allows, and the same rule in words."""
+
     make: Callable[[Sizes], Schedule]
     allows: Callable[[Sizes], bool]
     rule: str
-    chunks: int = 1  # what is meant when the user says nothing
+    chunks: int = 1  # the least, and the default
 
     def explain(self, name: str, sizes: Sizes) -> str | None:
         """None if `sizes` are legal, else one line: the sizes, the rule, and the nearest legal sizes."""
@@ -39,9 +41,9 @@ class Generator(NamedTuple):
 
     def _nearest(self, sizes: Sizes) -> list[str]:
         """The closest legal value of each size with the others kept; if one change is not enough, of all together."""
-        found = [f"{field}={value}" for field in Sizes._fields for value in self._legal_values(field, sizes)]
-        if found:
-            return found
+        near = [f"{field}={value}" for field in Sizes._fields for value in self._legal_values(field, sizes)]
+        if near:
+            return near
         reach = range(1, 2 * sum(abs(n) for n in sizes) + 9)
         legal = (Sizes(p, m, c) for p in reach for m in reach for c in range(1, 5))
         best = min(
@@ -50,6 +52,7 @@ class Generator(NamedTuple):
         return [", ".join(f"{field}={value}" for field, value in best._asdict().items())]
 
     def _legal_values(self, field: str, sizes: Sizes) -> Iterator[int]:
+        """Of one size, the others kept: the nearest legal value below, and above."""
         asked = getattr(sizes, field)
         if min(sizes._replace(**{field: 1})) < 1:
             return

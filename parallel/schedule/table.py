@@ -1,4 +1,5 @@
-"""The schedules that have names. A new one is a file with a `Generator` and a line here; tests and CLI then find it."""
+"""The schedules that have names. A new one is a file with a `Generator` and a line here: config, CLI, tests and
+benchmarks take the names from this dict. Free of torch, so that a login node can check a config."""
 
 from __future__ import annotations
 
@@ -64,18 +65,18 @@ def load(path: str) -> Schedule:
 
 
 def _find(name: str, pp: int, microbatches: int, chunks: int) -> tuple[Generator, Sizes]:
-    found = SCHEDULES.get(ALIASES.get(name, name))
-    if found is None:
+    generator = SCHEDULES.get(ALIASES.get(name, name))
+    if generator is None:
         raise ScheduleError(f"no schedule is called {name!r}; there are {', '.join(SCHEDULES)}, or file:PATH.csv")
-    return found, Sizes(pp, microbatches, max(chunks, found.chunks) if chunks >= 1 else chunks)
+    return generator, Sizes(pp, microbatches, max(chunks, generator.chunks) if chunks >= 1 else chunks)
 
 
 def _from_file(path: str, pp: int, microbatches: int) -> Schedule:
     schedule = load(path)
     has = (len(schedule.ranks), schedule.microbatches)
     if has != (pp, microbatches):
-        mend = f"set pp={has[0]}, microbatches={has[1]}, or change the file"
+        fix = f"set pp={has[0]}, microbatches={has[1]}, or change the file"
         raise ScheduleError(
-            f"schedule file {path} is for {has[0]} ranks and {has[1]} microbatches, not {pp} and {microbatches}; {mend}"
+            f"schedule file {path} is for {has[0]} ranks and {has[1]} microbatches, not {pp} and {microbatches}; {fix}"
         )
     return schedule

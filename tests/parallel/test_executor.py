@@ -32,12 +32,6 @@ from dryvine.parallel.streams import CpuStreams
 from dryvine.parallel.wgrad import WGrad
 from tests.support.pipeline import Report, play, reference, tokens, total
 
-CHUNKS = {"interleaved": 2}
-
-
-def named(name: str, pp: int, microbatches: int) -> Schedule:
-    return build(name, pp, microbatches, CHUNKS.get(name, 1))
-
 
 def run(schedule: Schedule, *rows: int, training: bool = True, woven: bool = True) -> list[list[Report]]:
     """The reports of each rank, for one step after another with microbatches of so many rows."""
@@ -65,7 +59,7 @@ def assert_trains(schedule: Schedule, *rows: int) -> list[list[Report]]:
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_schedule_trains_like_one_process(name: str, pp: int) -> None:
     """Two steps of one executor, with other shapes in each, and every edge with a shape of its own."""
-    schedule = named(name, pp, 2 * pp)
+    schedule = build(name, pp, 2 * pp)
     reports = assert_trains(schedule, 2, 5)
     for rank, slots in enumerate(schedule.ranks):
         for report in reports[rank]:
@@ -105,7 +99,7 @@ def paired(schedule: Schedule, seed: int) -> Schedule:
     return replace(schedule, ranks=tuple(map(tuple, rows)))
 
 
-PAIRED = [paired(named(name, 2, 8), seed) for seed, name in enumerate(("gpipe", "zb1p", "zbv", "dualpipe"))]
+PAIRED = [paired(build(name, 2, 8), seed) for seed, name in enumerate(("gpipe", "zb1p", "zbv", "dualpipe"))]
 
 
 @pytest.mark.parametrize("schedule", PAIRED, ids=lambda s: s.name)
@@ -126,7 +120,7 @@ def test_weaving_a_pair_does_not_change_a_bit() -> None:
 
 @pytest.mark.parametrize("name", ["interleaved", "dualpipe", "dualpipev"])
 def test_forwards_alone(name: str) -> None:
-    schedule = forward_only(named(name, 2, 4))
+    schedule = forward_only(build(name, 2, 4))
     losses, _ = reference(schedule.stages, tokens(4, 3))
     reports = [rank[0] for rank in run(schedule, 3, training=False)]
     np.testing.assert_allclose(sorted(x for r in reports for x in r.losses), sorted(losses), rtol=1e-5)
@@ -239,7 +233,7 @@ def meet(program: Program, most: list[dict[SendQueue, int]], ahead: int) -> bool
     ended: set[Op] = set()
 
     def blocked(rank: int) -> Iterator[bool]:
-        """This rank's run; gives whether it may go on, as often as it is asked."""
+        """This rank's run, which yields whenever it cannot go on."""
         steps = program.ranks[rank]
         for step, edges in zip(steps, posts(steps, ahead), strict=True):
             for edge in edges:
@@ -265,13 +259,13 @@ def meet(program: Program, most: list[dict[SendQueue, int]], ahead: int) -> bool
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(list(SCHEDULES)), st.sampled_from([2, 4, 6]), st.integers(2, 4), st.integers(0, 3))
 def test_bounded_sends_cannot_stop_a_schedule(name: str, pp: int, times: int, ahead: int) -> None:
-    program = lower(named(name, pp, times * pp))
+    program = lower(build(name, pp, times * pp))
     assert meet(program, [most_under_way(program, rank, ahead) for rank in range(pp)], ahead)
 
 
 def test_one_less_can_stop_a_schedule() -> None:
     """So the property above can fail. DualPipe's ends send several forwards before their neighbour takes any."""
-    program = lower(named("dualpipe", 4, 8))
+    program = lower(build("dualpipe", 4, 8))
     tight = [{key: n - 1 for key, n in most_under_way(program, rank, 1).items()} for rank in range(4)]
     assert not meet(program, tight, 1)
 
@@ -299,7 +293,7 @@ def test_sends_to_a_late_rank_are_held_within_the_bound() -> None:
     def double(state: Any, flight: Flight) -> Outcome:
         return Outcome((), {"loss": state[0].sum()})
 
-    wgrad, wire, schedule = WGrad(), Deaf(), named("gpipe", 2, 16)
+    wgrad, wire, schedule = WGrad(), Deaf(), build("gpipe", 2, 16)
     stage = Stage(1, [Compute("head", "head", double, wgrad)])
     shape = (torch.empty(2, 2, device="meta"),)
     program = rank_program(lower(schedule), 1)
@@ -315,7 +309,7 @@ def test_sends_to_a_late_rank_are_held_within_the_bound() -> None:
 @pytest.mark.parametrize("name", ["gpipe", "one_f_one_b", "zb1p", "zbv", "dualpipe"])
 def test_the_pool_holds_what_the_schedule_says(name: str) -> None:
     """An input is held until its microbatch leaves the stage, a gradient for its slot; both from one slot ahead."""
-    schedule = named(name, 2, 8)
+    schedule = build(name, 2, 8)
     reports = run(schedule, 3, 3, 3)
     for rank, steps in enumerate(lower(schedule).ranks):
         live: set[tuple[str, int, int]] = set()

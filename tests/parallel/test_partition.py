@@ -24,11 +24,20 @@ def test_the_dearest_stage_is_as_cheap_as_brute_force_finds(costs: list[int], da
     assert max(sum(costs[i] for i in part) for part in parts) == best
 
 
-def test_more_stages_than_blocks_is_refused_with_the_mend() -> None:
+def test_more_stages_than_blocks_is_refused_with_a_fix() -> None:
     with pytest.raises(ValueError, match="fewer pipeline ranks or more layers"):
         partition([1.0, 1.0], 3)
 
 
-def test_of_equal_worst_stages_the_most_even_split() -> None:
-    """Largest cost 8 whichever way; sums of squares 3^2 + 5^2 + 8^2 < 2^2 + 6^2 + 8^2."""
-    assert partition([2, 1, 5, 3, 5], 3) == (range(0, 2), range(2, 3), range(3, 5))
+@pytest.mark.parametrize(
+    ("costs", "ranges"),
+    [
+        ([2, 1, 5, 3, 5], ((0, 2), (2, 3), (3, 5))),  # 3 5 8, not 2 6 8
+        ([1, 4, 2, 3], ((0, 2), (2, 3), (3, 4))),  # 5 2 3, not 1 4 5
+        ([6, 3, 1, 1, 4], ((0, 1), (1, 3), (3, 5))),  # 6 4 5, not 6 3 6
+    ],
+)
+def test_of_splits_with_the_same_largest_cost_an_even_one(
+    costs: list[int], ranges: tuple[tuple[int, int], ...]
+) -> None:
+    assert partition(costs, 3) == tuple(range(*pair) for pair in ranges)

@@ -46,7 +46,7 @@ def test_folding_is_exact_and_prices_as_the_simulator(name, pp, m, costs):
 @given(st.integers(0, 10_000), st.sampled_from(["dualpipe", "zbv"]))
 @settings(max_examples=20, deadline=None)
 def test_a_walk_keeps_every_op_and_its_times(seed, name):
-    """After hundreds of changes priced in part, the state is what a simulation of the whole schedule gives."""
+    """After hundreds of changes priced in part, the times are those of a simulation of the whole schedule."""
     rng = random.Random(seed)
     pipe = pipe_of(name, 4, 8, LATE, memory=5 if name == "dualpipe" else 9)
     state = TimedRows(pipe, fold(build(name, 4, 8)))

@@ -1,6 +1,6 @@
 """A toy pipeline for tests of the executor: stages each of its own width, a reference, and ranks that play.
 
-A stage is attention, dispatch, experts, combine: two Linears with tanh, and two messages to nobody that double what
+A stage is attention, dispatch, experts, combine: two Linears with tanh, and two messages to no other rank, which double what
 they carry and are late, so that pairs have something to hide.
 """
 
@@ -95,7 +95,7 @@ def reference(stages: int, batch: list[Tensor]) -> tuple[list[float], Grid]:
 
 @dataclass
 class Report:
-    """What a rank gives back from one run of its schedule."""
+    """The results of one run of a schedule on one rank."""
 
     losses: list[float]
     grads: Grid

@@ -1,4 +1,4 @@
-"""How ops are told apart, the same in every picture: one hue a direction, light for F and dark for B, hatched for W.
+"""How ops differ, the same in every picture: one hue per direction, light for F and dark for B, hatched for W.
 
 Lightness and hatching carry the kind, so that the pictures can be read in grey; hue carries the direction only: the
 route in DualPipe, the first or second stage of a rank in a V, the chunk in interleaved schedules.
