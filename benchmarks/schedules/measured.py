@@ -65,7 +65,7 @@ class Row:
 
 
 def start_together() -> float:
-    """Wait for a moment that all ranks agree on, and return it in seconds of perf_counter, which all processes share."""
+    """Wait for a moment that all ranks agree on. Returns it in seconds of perf_counter, which all processes share."""
     dist.barrier()
     start = torch.tensor([time.perf_counter() + 0.02], dtype=torch.float64)
     dist.broadcast(start, 0)

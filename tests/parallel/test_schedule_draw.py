@@ -16,12 +16,18 @@ from typer.testing import CliRunner
 from dryvine.launch.schedule_cli import schedule as command
 from dryvine.parallel.schedule.costs import Costs
 from dryvine.parallel.schedule.draw.formats import FORMATS
+from dryvine.parallel.schedule.draw.html import as_html
+from dryvine.parallel.schedule.draw.json import as_json
+from dryvine.parallel.schedule.draw.style import HUES, fill, hue_names, hues, ink, label, passes
 from dryvine.parallel.schedule.draw.svg import svg
 from dryvine.parallel.schedule.draw.text import lines, text
+from dryvine.parallel.schedule.draw.trace import as_trace
+from dryvine.parallel.schedule.ir import Op
 from dryvine.parallel.schedule.notation import from_csv
-from dryvine.parallel.schedule.simulate import simulate
+from dryvine.parallel.schedule.simulate import Timeline, simulate
 from dryvine.parallel.schedule.table import build
 
+SVG = "{http://www.w3.org/2000/svg}"
 GOLDEN = Path(__file__).parents[1] / "golden"
 app = typer.Typer()
 app.command()(command)
@@ -29,6 +35,11 @@ app.command()(command)
 
 def run(*arguments: str):
     return CliRunner().invoke(app, list(arguments))
+
+
+def lopsided() -> Timeline:
+    """Two ranks that idle for 2 and 3 of 8."""
+    return simulate(from_csv("0F0,0F1,0B0,0B1\n1F0,(1F1;1B0)OVERLAP_F_B,1B1\n"), Costs(pairs={"BF": 2}))
 
 
 @pytest.mark.parametrize(("name", "pp", "microbatches"), [("dualpipe", 8, 20), ("zbv", 4, 10)])
@@ -51,7 +62,7 @@ def test_svg_draws_every_op_once_inside_its_panel():
     schedule = build("dualpipe", 4, 8)
     root = ET.fromstring(svg(simulate(schedule), prefix="t0-"))
     width = float(root.attrib["width"])
-    rects = [e for e in root.iter("{http://www.w3.org/2000/svg}rect") if "id" in e.attrib]
+    rects = [e for e in root.iter(f"{SVG}rect") if "id" in e.attrib]
     assert len(rects) == sum(1 for rank in range(4) for _ in schedule.ops(rank)) == len({r.attrib["id"] for r in rects})
     assert all(float(r.attrib["x"]) > 0 and float(r.attrib["x"]) + float(r.attrib["width"]) < width for r in rects)
     assert {r.attrib["class"] for r in rects} == {f"{kind}{hue}" for kind in "FBIW" for hue in (0, 1)}
@@ -59,8 +70,8 @@ def test_svg_draws_every_op_once_inside_its_panel():
 
 def test_svg_draws_each_op_on_its_ranks_track_at_its_time():
     """0F0 above 1F0 of a later start; a pair is two halves of one cell."""
-    timeline = simulate(from_csv("0F0,0F1,0B0,0B1\n1F0,(1F1;1B0)OVERLAP_F_B,1B1\n"), Costs(pairs={"BF": 2}))
-    rects = list(ET.fromstring(svg(timeline, prefix="t-")).iter("{http://www.w3.org/2000/svg}rect"))
+    timeline = lopsided()
+    rects = list(ET.fromstring(svg(timeline, prefix="t-")).iter(f"{SVG}rect"))
     ops = {r.attrib["id"].removeprefix("t-"): r for r in rects if "id" in r.attrib}
     tracks = [r for r in rects if r.attrib.get("class") == "track"]
 
@@ -88,6 +99,79 @@ def test_json_has_the_figures():
     assert found["overlapped_share"] == pytest.approx(82 / 160)
     assert [row["rank"] for row in found["ranks"]] == list(range(8))
     assert found["ranks"][0]["slots"][0] == {"slot": "0F0", "start": 0.0, "end": 1.0}
+
+
+def test_json_has_the_figures_of_each_rank():
+    """1F1B holds fewer the later the rank; at F = 1, B = 2 every rank idles for 2 (F + B)."""
+    found = json.loads(as_json([lopsided()]))["ranks"]
+    assert [rank["idle"] for rank in found] == [2, 3]
+    assert found[1]["slots"][1] == {"slot": "(1F1;1B0)OVERLAP_F_B", "start": 2, "end": 4}
+    found = json.loads(as_json([simulate(build("one_f_one_b", 3, 4))]))["ranks"]
+    assert [(rank["peak_activations"], rank["stages"], rank["idle"]) for rank in found] == [
+        (3, [0], 6),
+        (2, [1], 6),
+        (1, [2], 6),
+    ]
+    assert [json.loads(as_json([lopsided()] * 2))[i]["span"] for i in (0, 1)] == [8, 8]
+
+
+def test_trace_has_each_slot_on_its_rank_at_its_time():
+    events = json.loads(as_trace([lopsided()]))["traceEvents"]
+    slots = [(e["tid"], e["name"], e["ts"], e["dur"]) for e in events if e["ph"] == "X"]
+    assert slots == [
+        (0, "F0", 0, 1000),
+        (0, "F1", 1000, 1000),
+        (0, "B0", 4000, 2000),
+        (0, "B1", 6000, 2000),
+        (1, "F0", 1000, 1000),
+        (1, "F1 & B0", 2000, 2000),
+        (1, "B1", 4000, 2000),
+    ]
+    assert [e["args"]["name"] for e in events if e["name"] == "thread_name"] == ["rank 0", "rank 1"]
+
+
+def test_html_table_and_hover_by_hand():
+    slow = simulate(lopsided().schedule, Costs(pairs={"BF": 3}))
+    page = as_html([lopsided(), slow], "a note")
+    rows = [re.findall(r"<td[^>]*>([^<]*)", row) for row in page.split("<table>")[1].split("<tr>")[2:]]
+    assert rows == [["file", "8", "3 (37.5%)", "2", "25%", "1"], ["file", "9", "3 (33.3%)", "2", "25%", "1"]]
+    assert re.findall(r'<td class="best">([^<]*)', page) == ["8"]
+    ops = json.loads(re.search(r"const ops=(\{.*?\}),tip=", page)[1])
+    assert ops["t0-1B0"] == {
+        "text": "1B0 with 1F1: backward, stage 1, microbatch 0\nrank 1, 2 to 4",
+        "rank": 1,
+        "end": "4",
+        "needs": ["t0-1F0"],
+    }
+    assert ops["t1-1B0"]["end"] == "5"
+    assert "<p>a note</p>" in page
+
+
+def test_pictures_on_one_page_share_a_scale_and_their_axes_fit_the_cells():
+    slow = simulate(lopsided().schedule, Costs(F=2, I=2, W=2, pairs={"BF": 4}))
+    pictures = [ET.fromstring(svg(t, [lopsided(), slow], "t-")) for t in (lopsided(), slow)]
+    for root, timeline in zip(pictures, (lopsided(), slow), strict=True):
+        (track, *_) = (r for r in root.iter(f"{SVG}rect") if r.attrib.get("class") == "track")
+        left, unit = float(track.attrib["x"]), float(track.attrib["width"]) / slow.span  # of the longer one in both
+        last = next(r for r in root.iter(f"{SVG}rect") if r.attrib.get("id") == "t-0B1")
+        assert float(last.attrib["x"]) == pytest.approx(left + timeline.cells[0][3].start * unit, abs=0.01)
+        ticks = [t for t in root.iter(f"{SVG}text") if t.attrib["class"] == "dim time"]
+        assert [float(t.text) for t in ticks] == list(range(17))
+        assert all(float(t.attrib["x"]) == pytest.approx(left + float(t.text) * unit, abs=0.01) for t in ticks)
+
+
+def test_colours_carry_the_kind_and_hues_the_direction():
+    hue = HUES[1]
+    assert [fill(kind, 1) for kind in "WFIB"] == [hue.weight, hue.forward, hue.inputs, hue.backward]
+    assert [ink(kind) == "#ffffff" for kind in "WFIB"] == [False, False, True, True]
+    dualpipe, vee, loop = build("dualpipe", 4, 8), build("zbv", 4, 8), build("interleaved", 2, 4, 3)
+    assert hue_names(build("one_f_one_b", 4, 8)) == [""]
+    assert hue_names(dualpipe) == ["ranks 0 \N{RIGHTWARDS ARROW} 3", "ranks 3 \N{RIGHTWARDS ARROW} 0"]
+    assert hue_names(vee) == ["stages 0\N{EN DASH}3", "stages 4\N{EN DASH}7"]
+    assert hue_names(loop) == ["stages 0\N{EN DASH}1", "stages 2\N{EN DASH}3", "stages 4\N{EN DASH}5"]
+    assert [hues(vee)[0, stage] for stage in (0, 3, 4, 7)] == [0, 0, 1, 1]
+    assert [label(Op("B", stage, 12), passes(vee)) for stage in (0, 7)] == ["B12a", "B12b"]
+    assert label(Op("F", 2, 3, 1), passes(dualpipe)) == "F3"
 
 
 def test_trace_is_chromes():

@@ -1,7 +1,7 @@
 """A toy pipeline for tests of the executor: stages each of its own width, a reference, and ranks that play.
 
-A stage is attention, dispatch, experts, combine: two Linears with tanh, and two messages to no other rank, which double what
-they carry and are late, so that pairs have something to hide.
+A stage is attention, dispatch, experts, combine: two Linears with tanh, and two messages to no other rank, which double
+what they carry and are late, so that pairs have something to hide.
 """
 
 from __future__ import annotations
