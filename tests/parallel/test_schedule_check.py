@@ -6,6 +6,7 @@ import random
 import pytest
 
 from dryvine.parallel.schedule.check import check
+from dryvine.parallel.schedule.grid import excerpt
 from dryvine.parallel.schedule.ir import Op, Schedule
 from dryvine.parallel.schedule.notation import from_csv, slot_text, to_csv
 from dryvine.parallel.schedule.rules import ScheduleError
@@ -67,6 +68,14 @@ def test_the_grid_marks_the_slot():
     rows = broken("0B0,0B1\n", "0B0,0B0\n").splitlines()
     assert ">0B0<" in rows[2]
     assert [row.split("  ")[0] for row in rows[2:]] == ["rank 0", "rank 1"]
+
+
+def test_the_grid_reaches_three_slots_and_ranks_each_way():
+    grid = excerpt(build("gpipe", 9, 8), rank=4, column=5).splitlines()
+    assert grid[0].split() == [str(column) for column in range(2, 9)]
+    assert [row[:6] for row in grid[1:]] == [f"rank {rank}" for rank in range(1, 8)]
+    assert grid[4].split()[2:] == ["4F2", "4F3", "4F4", ">4F5<", "4F6", "4F7", "4B0"]
+    assert ">(nothing)<" in excerpt(build("gpipe", 1, 1), rank=0, column=2)
 
 
 def test_unreadable_cells_say_row_and_cell():

@@ -45,6 +45,15 @@ def test_illegal_sizes_are_refused_with_a_legal_neighbour(name, sizes):
         assert legal(name, *near) is None, (name, sizes, hint)
 
 
+def test_refusals_name_the_nearest_sizes():
+    assert legal("dualpipe", 3, 8) == (
+        "dualpipe cannot run pp=3, microbatches=8, chunks=1: "
+        "it needs pp even, microbatches even and at least twice pp, chunks 1; nearest legal: pp=2 or pp=4"
+    )
+    assert str(legal("dualpipe", 5, 7, 2)).endswith("nearest legal: pp=4, microbatches=8, chunks=1")
+    assert str(legal("dualpipev", 4, 6)).endswith("nearest legal: pp=3 or microbatches=8")
+
+
 @given(st.integers(1, 8).map(lambda h: 2 * h), st.integers(0, 20).map(lambda n: 2 * n))
 @settings(max_examples=50, deadline=None)
 def test_dualpipe_is_as_the_paper_says(pp, more):

@@ -40,6 +40,11 @@ def test_stages_on_one_rank_wait_for_no_message():
     assert simulate(schedule, Costs(P2P=100)).span == 6
 
 
+def test_the_fullest_rank_counts():
+    timeline = simulate(from_csv("0F0,0B0\n1F0,2F0,2B0,1B0\n"))
+    assert (timeline.params_per_rank, timeline.peak_activations) == (2, 2)
+
+
 def test_memory_counts_both_of_a_pair_and_keeps_inputs_until_w():
     rows = "0F0,(0F1;0B0)OVERLAP_F_B,0I1,0F2,0W1,0B2\n"
     assert simulate(from_csv(rows)).peak_activations == 2
@@ -74,6 +79,15 @@ def brute_makespan(a, b):
 @settings(max_examples=200, deadline=None)
 def test_the_price_of_a_pair_is_the_shortest_run(a, b):
     assert makespan(tuple(a), tuple(b)) == brute_makespan(a, b)
+
+
+def test_pair_prices_by_hand():
+    """Two F of one layer, a half of each compute: the second starts when the first has freed the compute."""
+    assert Costs(comm=0.5, layers=1).pair("F", "F") == 1.25  # c0 c1 c0 c1 of 1/4 each, then the last combine
+    assert Costs(comm=0.5, layers=1).pair("F", "W") == 1.5
+    costs = Costs(F=1, I=1.3, W=0.8, comm=1 / 3)
+    prices = {"FB": 2.333, "FI": 1.533, "FW": 1.467, "IW": 1.667, "FF": 1.375, "II": 1.788, "BI": 2.588, "BB": 3.388}
+    assert {pair: round(costs.pair(*pair), 3) for pair in prices} == prices  # as in docs/schedules.md
 
 
 def test_pair_prices():

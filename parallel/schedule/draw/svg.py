@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import NamedTuple
 
 from dryvine.parallel.schedule.draw.style import HUES, NAMES, fill, hue_names, hues, ink
 from dryvine.parallel.schedule.ir import Op
@@ -107,26 +108,36 @@ def _tracks(frame: _Frame) -> Iterator[str]:
         yield f'<text class="dim rank" x="{LEFT - 10}" y="{y + ROW / 2 + 4.5}">rank {rank}</text>'
 
 
+class _Box(NamedTuple):
+    """A rectangle, in pixels."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+
+
 def _cell(frame: _Frame, rank: int, cell: Cell, hue: dict[tuple[int, int], int], prefix: str) -> str:
+    """The ops of a slot, one above the other on their rank's track."""
     x, y = frame.x(cell.start), frame.y(rank)
-    width = (cell.end - cell.start) * frame.scale
-    height = ROW / len(cell.slot)
-    return "".join(
-        _op(op, x, y + i * height, width, height, hue[op.route, op.stage], prefix) for i, op in enumerate(cell.slot)
-    )
+    width, height = (cell.end - cell.start) * frame.scale, ROW / len(cell.slot)
+    boxes = [_Box(x, y + i * height, width, height) for i in range(len(cell.slot))]
+    return "".join(_op(op, box, hue[op.route, op.stage], prefix) for op, box in zip(cell.slot, boxes, strict=True))
 
 
-def _op(op: Op, x: float, y: float, width: float, height: float, hue: int, prefix: str) -> str:
+def _op(op: Op, box: _Box, hue: int, prefix: str) -> str:
     """The op's rectangle and, where it fits, its microbatch. The pixel left free parts it from its neighbour."""
-    number, small = str(op.microbatch), height < ROW
+    number, (x, y, width, height) = str(op.microbatch), box
+    small = height < ROW
     mark = f' id="{prefix}{op_text(op)}"' if prefix else ""
-    box = (
+    rectangle = (
         f'<rect class="{op.kind}{hue}"{mark} x="{x:.2f}" y="{y:.1f}" width="{max(width - 1, 0.5):.2f}" '
         f'height="{height - (0.6 if small else 0):.1f}" rx="{2 if small else 3}"/>'
     )
     if len(number) * 6.4 > width - 1:
-        return box
-    return f'{box}<text class="n t{op.kind}" x="{x + (width - 1) / 2:.2f}" y="{y + height / 2 + 4:.1f}">{number}</text>'
+        return rectangle
+    middle = f'x="{x + (width - 1) / 2:.2f}" y="{y + height / 2 + 4:.1f}"'
+    return f'{rectangle}<text class="n t{op.kind}" {middle}>{number}</text>'
 
 
 def _axis(frame: _Frame) -> Iterator[str]:

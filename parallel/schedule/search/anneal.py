@@ -59,18 +59,15 @@ class TimedRows:
     def attempt(self, rows: dict[int, Row], limit: float) -> Trial | None:
         """The times with these rows; None where they cannot be run or score above `limit`."""
         # `begun`: the earliest time at which a changed rank may start a slot that differs.
-        tasks, firsts, begun = self.tasks[:], {}, math.inf
+        tasks, begun = self.tasks[:], math.inf
         for rank, row in rows.items():
             changed = self._changed(rank, row)
             if changed is None:
                 return None
             first, tasks[rank] = changed
-            firsts[rank] = first
             begun = min(begun, self.starts[rank][first - 1] + self.tasks[rank][first - 1][0] if first else 0.0)
-        # Other ranks run again from there on: what they started before cannot have waited for the change.
+        # All ranks run again from there on: what they started before cannot have waited for the change.
         since = [bisect_left(starts, begun) for starts in self.starts]
-        for rank, first in firsts.items():
-            since[rank] = min(since[rank], first)
         return self._run(rows, since, tasks, limit)
 
     def _changed(self, rank: int, row: Row) -> tuple[int, list[Task]] | None:

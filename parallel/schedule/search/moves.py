@@ -24,11 +24,15 @@ def propose(rows: list[Row], rng: random.Random) -> dict[int, Row] | None:
     if rng.random() < 0.5:
         row = move(rows[rank], at, letter, rng)
         return None if row is None else {rank: row}
-    return _wave(rows, rank, at, letter, move, rng)
+    return _wave(rows, (rank, at), letter, move, rng)
 
 
-def _wave(rows: list[Row], rank: int, at: int, letter: Letter, move: Move, rng: random.Random) -> dict[int, Row] | None:
-    """The same move for the same microbatch on the ranks round `rank`, with the same random numbers."""
+def _wave(
+    rows: list[Row], place: tuple[int, int], letter: Letter, move: Move, rng: random.Random
+) -> dict[int, Row] | None:
+    """The move of the letter at `place` (rank, slot), and the same for the same microbatch on the ranks round it, with
+    the same random numbers."""
+    rank, at = place
     number, seed = sum(slot.count(letter) for slot in rows[rank][:at]), rng.random()
     low, high = rank - int(rng.expovariate(0.5)), rank + int(rng.expovariate(0.5))
     changes: dict[int, Row] = {}
