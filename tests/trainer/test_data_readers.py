@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dryvine.trainer.data.inputs import Input
-from dryvine.trainer.data.readers import jsonl
+from dryvine.trainer.data.readers import jsonl, record
 from dryvine.trainer.data.readers import text as text_reader
 from dryvine.trainer.data.readers.record import Broken
 from dryvine.trainer.data.stdlib import stdlib_files
@@ -114,7 +114,7 @@ def test_a_json_line_too_long_to_hold_is_passed_over(tmp_path: Path, monkeypatch
     path = tmp_path / "a.jsonl"
     path.write_text(f'{{"text": "{"x" * 5000}"}}\n{{"text": "after"}}\n')
     monkeypatch.setattr(jsonl, "MAX_LINE_BYTES", 1000)
-    monkeypatch.setattr(jsonl, "_SKIP_BYTES", 100)
+    monkeypatch.setattr(record, "_STEP_BYTES", 100)
     records = read(path)
     assert documents(records) == ["after"]
     assert broken(records)[0].line == 1

@@ -4,32 +4,30 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from io import BufferedReader
 from pathlib import Path
 
-from dryvine.trainer.data.readers.record import Record, broken_record, reason_of, text_of
+from dryvine.trainer.data.readers.record import Record, broken_record, other_encoding, reason_of, skip_line, text_of
 
 MAX_LINE_BYTES = 2**28  # a longer line is more likely a JSON array under the wrong name
-_SKIP_BYTES = 2**20
 
 
 def read_jsonl(path: Path, field: str, line: int, byte: int) -> Iterator[Record]:
-    """One document per line. Blank lines are ignored."""
+    """One document per line. Blank lines are ignored; a file of another encoding is left out as a whole."""
     with path.open("rb") as file:
+        head = file.read(4)
+        # JSON begins with an ASCII character, of which every other encoding has a NUL in its first two bytes.
+        if reason := other_encoding(head) or (b"\0" in head[:2] and "UTF-16 or UTF-32, not UTF-8") or None:
+            yield broken_record(1, path.stat().st_size, reason)
+            return
         file.seek(byte)
         while raw := file.readline(MAX_LINE_BYTES):
             line += 1
             if len(raw) == MAX_LINE_BYTES and not raw.endswith(b"\n"):
-                _skip_line(file)
+                skip_line(file)
                 reason = f"longer than {MAX_LINE_BYTES >> 20} MiB; is this a JSON array?"
                 yield broken_record(line, file.tell(), reason)
             elif raw.strip():
                 yield _record(raw, field, line, file.tell())
-
-
-def _skip_line(file: BufferedReader) -> None:
-    while (raw := file.readline(_SKIP_BYTES)) and not raw.endswith(b"\n"):
-        pass
 
 
 def _record(raw: bytes, field: str, line: int, byte: int) -> Record:

@@ -6,10 +6,14 @@ there. Broken lines are data, not exceptions: one bad line of a crawl must not e
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
 from typing import NamedTuple, Protocol
+
+_STEP_BYTES = 2**20
 
 
 class Broken(NamedTuple):
@@ -56,6 +60,20 @@ def reason_of(error: Exception) -> str:
     return "not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
 
 
+def other_encoding(head: bytes) -> str | None:
+    """Why a file that begins so is left out, if a byte order mark says that it is not UTF-8."""
+    marks = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32"}  # before UTF-16: one begins with its mark
+    marks |= {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
+    name = next((name for mark, name in marks.items() if head.startswith(mark)), None)
+    return name and f"{name}, not UTF-8; convert it with iconv -f {name} -t UTF-8"
+
+
+def skip_line(file: BufferedReader) -> None:
+    """Read to the end of the line, in steps of bounded memory."""
+    while (raw := file.readline(_STEP_BYTES)) and not raw.endswith(b"\n"):
+        pass
+
+
 def text_of(value: object, field: str) -> str:
     """The document in a decoded JSON or parquet value. Raises ValueError with the reason if it holds none."""
     if value is None:
@@ -64,5 +82,7 @@ def text_of(value: object, field: str) -> str:
         raise ValueError(f"{field!r} is {type(value).__name__}, not a string")
     if not value:
         raise ValueError(f"{field!r} is empty")
+    if 4 * value.count("\0") > len(value):
+        raise ValueError("NUL characters: UTF-16 read as bytes")
     value.encode()  # raises UnicodeEncodeError for half of a surrogate pair, which JSON can spell
     return value
