@@ -77,9 +77,5 @@ class BuildJob:
         """Bytes before each input, and at last of all."""
         return [0, *itertools.accumulate(file.size for file in self.inputs)]
 
-    @property
-    def input_bytes(self) -> int:
-        return self._starts[-1]
-
     def report(self, stage: str, position: StreamPosition) -> None:
-        self.on_progress(stage, self._starts[position.file] + position.byte, self.input_bytes)
+        self.on_progress(stage, self._starts[position.file] + position.byte, self._starts[-1])

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from dryvine.trainer.data import tokenizer
 from dryvine.trainer.data.atomic import write_atomically
+from dryvine.trainer.data.readers.table import kind_of
 from dryvine.trainer.data.sampling import uniform
 from dryvine.trainer.data.spec import BuildJob
 from dryvine.trainer.data.stream import StreamPosition, read_stream
@@ -27,8 +28,10 @@ def _learn(job: BuildJob) -> str:
 
 def _sample(job: BuildJob) -> Iterator[str]:
     """About `sample_bytes` of training text, drawn evenly from all inputs."""
-    rate = job.spec.sample_bytes / max(job.input_bytes, 1)
-    for item in read_stream(job.inputs, job.spec.field, StreamPosition()):
+    field = job.spec.field
+    text_bytes = sum(kind_of(file.path).text_bytes(file.path, field) for file in job.inputs)
+    rate = job.spec.sample_bytes / max(text_bytes, 1)
+    for item in read_stream(job.inputs, field, StreamPosition()):
         # The pieces of a large text share a key; their positions let each be drawn by itself.
         piece = item.key + f" {item.after.byte}".encode()
         if not job.spec.holds_out(item.key) and uniform("sample", piece) < rate:

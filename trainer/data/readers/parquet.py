@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dryvine.trainer.data.readers.record import Record, broken_record, reason_of, text_of
@@ -24,6 +26,18 @@ def read_parquet(path: Path, field: str, line: int, byte: int) -> Iterator[Recor
                 yield _record(cell, field, row, size * row // file.metadata.num_rows)
         except (pa.ArrowException, OSError, ValueError) as error:
             yield broken_record(line, size, str(error))
+
+
+def column_bytes(path: Path, field: str) -> int:
+    """UTF-8 bytes of the text in a column, however it is encoded and compressed; of a damaged file, before the damage.
+
+    Reads the whole column, which takes a hundredth of the time of tokenizing it; the metadata knows encoded sizes only.
+    """
+    total = 0
+    with path.open("rb") as source, suppress(pa.ArrowException, OSError, ValueError):
+        for batch in _open(source, field).iter_batches(_BATCH_ROWS, columns=[field]):
+            total += pc.sum(pc.binary_length(batch.column(0).cast(pa.large_string()))).as_py() or 0
+    return total
 
 
 def _open(source: object, field: str) -> pq.ParquetFile:

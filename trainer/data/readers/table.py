@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from dryvine.trainer.data.config import DataError
 from dryvine.trainer.data.readers.jsonl import read_jsonl
-from dryvine.trainer.data.readers.parquet import read_parquet
+from dryvine.trainer.data.readers.parquet import column_bytes, read_parquet
 from dryvine.trainer.data.readers.record import Reader
 from dryvine.trainer.data.readers.text import read_text
+
+
+def size_on_disk(path: Path, field: str) -> int:
+    return path.stat().st_size
 
 
 class FileKind(NamedTuple):
     """How files with a certain suffix are read.
 
     `is_document`: a file is one document, identified by its name. Otherwise documents are identified by their text.
+    `text_bytes`: how much text a file holds, by its path and the field.
     """
 
     read: Reader
     is_document: bool
+    text_bytes: Callable[[Path, str], int] = size_on_disk
 
 
 READERS = {
@@ -27,7 +34,7 @@ READERS = {
     ".md": FileKind(read_text, is_document=True),
     ".py": FileKind(read_text, is_document=True),
     ".jsonl": FileKind(read_jsonl, is_document=False),
-    ".parquet": FileKind(read_parquet, is_document=False),
+    ".parquet": FileKind(read_parquet, is_document=False, text_bytes=column_bytes),
 }
 
 
