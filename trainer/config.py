@@ -182,4 +182,20 @@ def _conflict(config: Config) -> str | None:
         return f"model.routed = {m.routed} experts do not divide over parallel.ep = {ep}; ep may be one of {divisors}"
     if m.vocab < config.data.vocab_size:
         return f"model.vocab = {m.vocab} is less than data.vocab_size = {config.data.vocab_size}; raise model.vocab"
+    return _too_long(m, config.data.seq_len)
+
+
+def _too_long(model: Shape, seq_len: int) -> str | None:
+    """Why sequences have positions that the model does not."""
+    if seq_len > model.max_position:
+        return (
+            f"data.seq_len = {seq_len} is more than model.max_position = {model.max_position}; "
+            f"set data.seq_len = {model.max_position} or less, or raise model.max_position"
+        )
+    if model.yarn and model.max_position > model.yarn.original * model.yarn.factor:
+        reach = int(model.yarn.original * model.yarn.factor)
+        return (
+            f"model.max_position = {model.max_position} is more than model.yarn.original x factor = {reach}; "
+            "lower model.max_position, or raise model.yarn.factor"
+        )
     return None

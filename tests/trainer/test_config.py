@@ -31,6 +31,9 @@ WRONG = {
     "model.top_k=3": ("top_k=3", "lower top_k to 2"),
     "model.groups=3": ("routed=4 does not divide into groups=3", "multiple"),
     "data.vocab_size=4096": ("model.vocab = 320", "raise model.vocab"),
+    "data.seq_len=33": ("data.seq_len = 33 is more than model.max_position = 32", "set data.seq_len = 32 or less"),
+    "model.max_position=31": ("data.seq_len = 32", "model.max_position = 31", "raise model.max_position"),
+    "model.yarn={ factor = 1.5, original = 16 }": ("max_position = 32", "factor = 24", "raise model.yarn.factor"),
     "parallel.pp=10": ("at least 10 blocks", "fewer pipeline ranks"),
     "nonsense": ("'nonsense'", "table.key=value"),
     "comm.dispatcher=flatt": ("comm.dispatcher", "flat"),
@@ -48,6 +51,18 @@ def test_a_wrong_config_is_refused_in_one_line_with_the_mend(tiny: Callable[...,
     assert "\n" not in said
     for part in WRONG[override]:
         assert part in said
+
+
+def test_sequences_may_be_as_long_as_the_model_allows(tiny: Callable[..., Config]) -> None:
+    assert tiny("data.seq_len=64", "model.max_position=64").data.seq_len == 64
+    assert tiny("data.seq_len=8").data.seq_len == 8
+    assert tiny("model.yarn={ factor = 2.0, original = 16 }").model.yarn
+
+
+def test_a_sequence_too_long_by_inheritance_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text(f'extends = "{ROOT / "tests" / "tiny.toml"}"\n[data]\nseq_len = 64\n')
+    with pytest.raises(ConfigError, match=r"mine\.toml: data\.seq_len = 64 is more than"):
+        load(tmp_path / "mine.toml")
 
 
 def test_a_world_of_another_size_is_refused(tiny: Callable[..., Config]) -> None:
