@@ -12,8 +12,10 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from dryvine.trainer.data import tokenizer
 from dryvine.trainer.data.build import build
 from dryvine.trainer.data.config import DataError
+from dryvine.trainer.data.encoding import TextPart
 from dryvine.trainer.data.inputs import match_files
 from dryvine.trainer.data.packed_tokens import PackedTokens
+from dryvine.trainer.data.readers import text as text_reader
 from dryvine.trainer.data.spec import BuildSpec
 
 END = "<｜end▁of▁sentence｜>"
@@ -107,3 +109,97 @@ def test_a_model_with_an_unknown_token_is_not_refused_for_it(tmp_path: Path) -> 
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     made.add_special_tokens(["<unk>", "</s>"])
     assert tokenizer.load(save(tmp_path / "t.json", made)).end == 2
+
+
+def letters(normalizer: normalizers.Normalizer | None, pre: pre_tokenizers.PreTokenizer | None) -> Tokenizer:
+    """A tokenizer of single characters (bytes where it has none) and one merge, with an end token and ours for FIM."""
+    alphabet = sorted({*pre_tokenizers.ByteLevel.alphabet(), *"abcdefghijklmnopqrstuvwxyz \n▁.", "ab"})
+    alphabet += [f"<0x{byte:02X}>" for byte in range(256)]
+    vocab = {letter: number for number, letter in enumerate(alphabet)}
+    made = Tokenizer(models.BPE(vocab, [("a", "b")], byte_fallback=True))
+    if normalizer:
+        made.normalizer = normalizer
+    if pre:
+        made.pre_tokenizer = pre
+    made.add_special_tokens(["</s>", *tokenizer.FIM])
+    return made
+
+
+# Each adds something to, or takes something off, the start or the end of whatever it is given.
+AT_THE_ENDS = {
+    "prepend": letters(normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]), None),
+    "metaspace first": letters(None, pre_tokenizers.Metaspace(prepend_scheme="first")),
+    "metaspace always": letters(None, pre_tokenizers.Metaspace(prepend_scheme="always")),
+    "byte level with a space": letters(None, pre_tokenizers.ByteLevel(add_prefix_space=True)),
+    "strip": letters(normalizers.Strip(), pre_tokenizers.ByteLevel(add_prefix_space=False)),
+    "strip and prepend": letters(normalizers.Sequence([normalizers.Strip(), normalizers.Prepend("▁")]), None),
+}
+IN_PLACE = {
+    "byte level": letters(None, pre_tokenizers.ByteLevel(add_prefix_space=False)),
+    "metaspace never": letters(None, pre_tokenizers.Metaspace(prepend_scheme="never")),
+    "nfc": letters(normalizers.NFC(), pre_tokenizers.ByteLevel(add_prefix_space=False)),
+    "nothing": letters(None, None),
+}
+LONG = "abc def\nabba  é漢\nghi\n\nxyz \n" * 30
+
+
+def packed(folder: Path, path: Path, **options: float) -> list[int]:
+    spec = BuildSpec(tokenizer=path, validation_fraction=0, **options)
+    dataset = build(match_files([f"{folder}/*.txt"]), spec, folder / "out")
+    return PackedTokens(folder / "out", "train").tokens(0, dataset.train.tokens).tolist()
+
+
+@pytest.mark.parametrize("kind", [*AT_THE_ENDS, *IN_PLACE])
+@pytest.mark.parametrize("text", [LONG, "no line ends here " * 60], ids=["lines", "one line"])
+def test_a_text_read_in_pieces_has_the_tokens_of_the_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, text: str
+) -> None:
+    made = (AT_THE_ENDS | IN_PLACE)[kind]
+    path = save(tmp_path / "t.json", made)
+    (tmp_path / "a.txt").write_text(text)
+    (tmp_path / "b.txt").write_text("another")
+    monkeypatch.setattr(text_reader, "PIECE_BYTES", 50)
+    end, ids = [made.token_to_id("</s>")], [made.encode(t, add_special_tokens=False).ids for t in (text, "another")]
+    assert packed(tmp_path, path) == ids[0] + end + ids[1] + end
+
+
+@pytest.mark.parametrize("kind", [*AT_THE_ENDS, *IN_PLACE])
+def test_fill_in_the_middle_adds_nothing_at_the_cuts(tmp_path: Path, kind: str) -> None:
+    made = (AT_THE_ENDS | IN_PLACE)[kind]
+    path, texts = save(tmp_path / "t.json", made), [f"words of document\n number {i}" for i in map(str, range(60))]
+    for i, text in enumerate(texts):
+        (tmp_path / f"{i:02d}.txt").write_text(text)
+    tokens = packed(tmp_path, path, fim_rate=1.0)
+    end, begin, hole, middle = (made.token_to_id(name) for name in ("</s>", *tokenizer.FIM))
+    for text in texts:
+        document, tokens = tokens[: tokens.index(end)], tokens[tokens.index(end) + 1 :]
+        at = [document.index(marker) for marker in (begin, hole, middle)]
+        parts = document[1 : at[1]], document[at[1] + 1 : at[2]], document[at[2] + 1 :]
+        assert at[0] == 0
+        joined = parts[0] + parts[2] + parts[1]
+        whole = made.encode(text, add_special_tokens=False).ids
+        assert "".join(map(made.id_to_token, joined)) == "".join(map(made.id_to_token, whole))
+    assert not tokens
+
+
+@pytest.mark.parametrize("kind", AT_THE_ENDS)
+def test_records_that_are_whole_are_encoded_as_ever(tmp_path: Path, kind: str) -> None:
+    vocabulary = tokenizer.load(save(tmp_path / "t.json", AT_THE_ENDS[kind]))
+    assert not vocabulary.in_place
+    expected = AT_THE_ENDS[kind].encode(" some text \n", add_special_tokens=False).ids
+    assert vocabulary.encode([TextPart(None, " some text \n")]) == [expected]
+
+
+@pytest.mark.parametrize("kind", IN_PLACE)
+def test_what_edits_in_place_needs_no_care(tmp_path: Path, kind: str) -> None:
+    assert tokenizer.load(save(tmp_path / "t.json", IN_PLACE[kind])).in_place
+
+
+def test_unknown_characters_beside_a_cut_are_kept(tmp_path: Path) -> None:
+    """A model may fuse neighbouring unknown characters into one token, also with what is put beside the text."""
+    made = Tokenizer(models.BPE({"<unk>": 0, "a": 1, "▁": 2}, [], unk_token="<unk>", fuse_unk=True))
+    made.normalizer = normalizers.Prepend("▁")
+    made.add_special_tokens(["</s>"])
+    vocabulary = tokenizer.load(save(tmp_path / "t.json", made))
+    assert vocabulary.encode([TextPart(None, "?a?", starts=False, ends=False)]) == [[0, 1, 0]]
+    assert vocabulary.encode([TextPart(None, "", starts=False, ends=False)]) == [[]]

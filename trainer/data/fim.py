@@ -10,20 +10,12 @@ document is cut is a pure function of its key.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
+from dryvine.trainer.data.encoding import TextPart
 from dryvine.trainer.data.sampling import uniform
 
 
-class TextPart(NamedTuple):
-    """A part of a document: text, and the special token in front of it, if any."""
-
-    marker: int | None
-    text: str
-
-
 def rearrange(text: str, key: bytes, rate: float, markers: tuple[int, int, int] | None) -> tuple[TextPart, ...]:
-    """The parts of a document in packing order: three for a share `rate` of all documents, else one.
+    """The parts of a whole document in packing order: three for a share `rate` of all documents, else one.
 
     `markers` are the token ids before prefix, suffix and middle; without them no document is cut.
     """
@@ -32,4 +24,8 @@ def rearrange(text: str, key: bytes, rate: float, markers: tuple[int, int, int] 
     first, second = sorted(int(uniform(purpose, key) * (len(text) + 1)) for purpose in ("cut", "other cut"))
     prefix, middle, suffix = text[:first], text[first:second], text[second:]
     begin, hole, end = markers
-    return TextPart(begin, prefix), TextPart(hole, suffix), TextPart(end, middle)
+    return (
+        TextPart(begin, prefix, ends=not middle + suffix),
+        TextPart(hole, suffix, starts=not prefix + middle),
+        TextPart(end, middle, starts=not prefix, ends=not suffix),
+    )

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from dryvine.trainer.data.dataset import dtype_for
-from dryvine.trainer.data.fim import TextPart, rearrange
+from dryvine.trainer.data.encoding import TextPart
+from dryvine.trainer.data.fim import rearrange
 from dryvine.trainer.data.progress import BuildProgress
 from dryvine.trainer.data.shards import PartWriter
 from dryvine.trainer.data.spec import BuildJob, BuildSpec
@@ -35,13 +36,12 @@ def _fill(part: PartWriter, work: Iterator[list[StreamItem]], job: BuildJob, voc
 def _add(batch: Sequence[StreamItem], part: PartWriter, spec: BuildSpec, vocabulary: Vocabulary) -> None:
     """Tokenize a batch in one call, over all cores, and add each document with its end token to its split."""
     arranged = [_parts(item, spec, vocabulary) for item in batch]
-    texts = [text for parts in arranged for _, text in parts]
-    encodings = iter(vocabulary.tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+    encoded = iter(vocabulary.encode([part for parts in arranged for part in parts]))
     for item, parts in zip(batch, arranged, strict=True):
         part.quarantine(item)
         ids: list[int] = []
-        for marker, _ in parts:
-            ids += ([] if marker is None else [marker]) + next(encodings).ids
+        for marker, *_ in parts:
+            ids += ([] if marker is None else [marker]) + next(encoded)
         if parts:
             ends = item.record.ends
             shard = part.val if spec.holds_out(item.key) else part.train
@@ -54,5 +54,6 @@ def _parts(item: StreamItem, spec: BuildSpec, vocabulary: Vocabulary) -> tuple[T
     is_whole = record.starts and record.ends
     if is_whole and not record.text:
         return ()
-    rate = spec.fim_rate if is_whole and not spec.holds_out(item.key) else 0.0
-    return rearrange(record.text, item.key, rate, vocabulary.fim)
+    if not is_whole or spec.holds_out(item.key):
+        return (TextPart(None, record.text, record.starts, record.ends),)
+    return rearrange(record.text, item.key, spec.fim_rate, vocabulary.fim)

@@ -10,13 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dryvine.trainer.data.config import DataError
+from dryvine.trainer.data.encoding import NONCHARACTER, TextPart, edits_in_place, encode_cut, encode_whole
 
 END = "<|endoftext|>"
 FIM = ("<|fim_begin|>", "<|fim_hole|>", "<|fim_end|>")  # DeepSeek-V3, arXiv 2412.19437, section 4.1
@@ -27,7 +28,6 @@ _PACKING_NAMES = {*_KNOWN_ENDS, *(name for names in _KNOWN_FIM for name in names
 # Added tokens in brackets, such as <|User|> or [INST], are control tokens. Others, such as runs of blanks or words that
 # extend a vocabulary, are text.
 _CONTROL = re.compile(r"[<\[{|].*\w.*[>\]}|]", re.DOTALL)
-_NONCHARACTER = "\U0010ffff"  # in no vocabulary: it is encoded as bytes, or as the unknown token
 
 
 class Vocabulary(NamedTuple):
@@ -38,6 +38,13 @@ class Vocabulary(NamedTuple):
     end: int  # id put after each document
     fim: tuple[int, int, int] | None  # ids before prefix, suffix and middle, in that order
     sha256: str  # of the tokenizer.json
+    in_place: bool  # it changes nothing at the ends of a text, see `encoding`
+
+    def encode(self, parts: Sequence[TextPart]) -> list[list[int]]:
+        """The token ids of each part's text. Text that spells out a special token is encoded as plain characters."""
+        if self.in_place or all(part.starts and part.ends for part in parts):
+            return encode_whole(self.tokenizer, [part.text for part in parts])
+        return encode_cut(self.tokenizer, parts)
 
 
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -70,7 +77,14 @@ def load(path: Path) -> Vocabulary:
         raise DataError(
             f"{path}: text that spells {name} becomes that token; use a byte-level BPE, which never does so"
         )
-    return Vocabulary(tokenizer, max(ids.values()) + 1, ids[end], _fim(ids), hashlib.sha256(content).hexdigest())
+    return Vocabulary(
+        tokenizer,
+        size=max(ids.values()) + 1,
+        end=ids[end],
+        fim=_fim(ids),
+        sha256=hashlib.sha256(content).hexdigest(),
+        in_place=edits_in_place(tokenizer),
+    )
 
 
 def _read(path: Path) -> bytes:
@@ -104,7 +118,7 @@ def _with_controls_special(content: bytes) -> str:
 
 def _spelled_control(tokenizer: Tokenizer, end: str) -> str | None:
     """A control token that the model itself finds in text that spells it, which no option of `tokenizers` prevents."""
-    unknown = tokenizer.encode(_NONCHARACTER, add_special_tokens=False).ids
+    unknown = tokenizer.encode(NONCHARACTER, add_special_tokens=False).ids
     added = tokenizer.get_added_tokens_decoder().values()
     for name in (end, *(token.content for token in added if token.special)):
         control = tokenizer.token_to_id(name)

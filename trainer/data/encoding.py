@@ -1,0 +1,62 @@
+"""Encodes parts of documents as if they were still in their document.
+
+Many tokenizers change the ends of what they are given: SentencePiece's put a "▁" in front (Prepend, Metaspace), GPT-2's
+may put a space there, others strip blanks. That is meant for the ends of a document, and not for the cuts that reading
+a large file in pieces or fill-in-the-middle make. A part is encoded between two guard characters where it was cut; the
+change then happens outside of them, and what came from the guards is dropped again. Most byte-level tokenizers change
+nothing at the ends and are spared this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from tokenizers import Encoding, Tokenizer
+
+NONCHARACTER = "\U0010ffff"  # in no vocabulary and no merge: it is encoded as bytes, or as the unknown token
+
+
+class TextPart(NamedTuple):
+    """A part of a document: text, and the special token in front of it, if any."""
+
+    marker: int | None
+    text: str
+    starts: bool = True  # the document starts, or ends, with this text
+    ends: bool = True
+
+
+def encode_whole(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """The token ids of each text, in one call over all cores."""
+    return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def encode_cut(tokenizer: Tokenizer, parts: Sequence[TextPart]) -> list[list[int]]:
+    """The token ids of each part without what the tokenizer adds or strips where the part was cut."""
+    guarded = [NONCHARACTER * (not part.starts) + part.text + NONCHARACTER * (not part.ends) for part in parts]
+    encodings = tokenizer.encode_batch(guarded, add_special_tokens=False)
+    return [_without_guards(encoding, part) for encoding, part in zip(encodings, parts, strict=True)]
+
+
+def _without_guards(encoding: Encoding, part: TextPart) -> list[int]:
+    if not part.text:
+        return []  # where both guards may be one unknown token
+    # Without a guard on the left, tokens that were put in front of the text stay: they may span no character.
+    first = 0 if part.starts else 1
+    last = first + len(part.text)
+    spans = zip(encoding.ids, encoding.offsets, strict=True)
+    return [token for token, (start, end) in spans if start < last and (part.starts or end > first)]
+
+
+def edits_in_place(tokenizer: Tokenizer) -> bool:
+    """Whether cutting a text changes no more than the merges at the cut: nothing is added or stripped at the ends."""
+    return _edited(tokenizer, "a\n") + _edited(tokenizer, "b") == _edited(tokenizer, "a\nb")
+
+
+def _edited(tokenizer: Tokenizer, text: str) -> str:
+    """The text as the model of the tokenizer gets it."""
+    if tokenizer.normalizer:
+        text = tokenizer.normalizer.normalize_str(text)
+    if not tokenizer.pre_tokenizer:
+        return text
+    return "".join(word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text))
