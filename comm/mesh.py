@@ -16,7 +16,9 @@ from itertools import product
 import torch
 import torch.distributed as dist
 
+from dryvine.comm.collectives import all_reduce, barrier
 from dryvine.comm.groups import GroupsByRanks, new_groups
+from dryvine.comm.watch import Watch, naming
 
 Channel = tuple[int, str]  # (route, "down" | "up")
 
@@ -34,6 +36,7 @@ class Mesh:
     channels: dict[tuple[Channel, bool], dist.ProcessGroup]  # this rank's pipeline; True: to a higher pipeline rank
     timeout: timedelta = timedelta(seconds=600)
     sms: int | None = None  # of a GPU, for the expert all-to-all
+    watch: Watch | None = None  # None: torch's own deadlines
 
     @property
     def size(self) -> int:
@@ -73,24 +76,30 @@ class Mesh:
         """`new_groups` with the run's timeout."""
         return new_groups(families, self.timeout, sms)
 
-    def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum over the world, in place."""
+    def sum(self, values: torch.Tensor, what: str) -> torch.Tensor:
+        """Sum over the world, in place. `what` is summed, for errors; as in the other collectives."""
         if self.size > 1:
-            dist.all_reduce(values)
+            all_reduce(values, dist.ReduceOp.SUM, self.watch, f"sum of {what}")
         return values
 
-    def max(self, values: torch.Tensor) -> torch.Tensor:
+    def max(self, values: torch.Tensor, what: str) -> torch.Tensor:
         """Maximum over the world, in place."""
         if self.size > 1:
-            dist.all_reduce(values, op=dist.ReduceOp.MAX)
+            all_reduce(values, dist.ReduceOp.MAX, self.watch, f"maximum of {what}")
         return values
 
-    def gather(self, value: object) -> list[object]:
+    def barrier(self, what: str) -> None:
+        """Wait for every rank of the world."""
+        if self.size > 1:
+            barrier(self.watch, what)
+
+    def gather(self, value: object, what: str) -> list[object]:
         """Every rank's `value`, in rank order. Pickles: for set-up, not for steps."""
         if self.size == 1:
             return [value]
         out: list[object] = [None] * self.size
-        dist.all_gather_object(out, value)
+        with naming(self.watch, f"gathering {what}", tuple((rank, 0) for rank in range(self.size))):
+            dist.all_gather_object(out, value)
         return out
 
 

@@ -1,95 +1,122 @@
 """Deadlines that name the culprit: every wait for other ranks has one, and on expiry a roll call finds who is gone.
 
 A collective that never ends says nothing about why: the rank that times out first is seldom the one that died. So a
-thread on each rank watches one key of the job's store. Whoever waits too long, or loses a connection, calls the roll
-there; each living rank's thread answers with what its rank is doing, even while the rank itself is stuck; and who has
-not answered is dead or stopped. Every rank then raises its own CommError, and a process that cannot (it waits for a
-GPU, or for a destructor) is ended by a timer that needs no interpreter. It costs a store look-up per rank each half
-second and nothing per collective. torch's own timeouts would end the job too, but name a sequence number.
+thread on each rank knows what its rank waits for and watches one key of the job's store. Whoever waits too long, loses
+a connection or fails, calls the roll there; each living rank's thread answers, even while the rank itself is stuck.
+Then every rank raises its own CommError, or, where it cannot (it waits for a GPU, or in a destructor), its thread
+prints it and ends the process. The thread never calls CUDA: a call may wait for the very device that is stuck. It costs
+a store look-up per rank each half second and a few microseconds per operation. torch's own timeouts would end the job
+too, but name a sequence number.
 """
 
 from __future__ import annotations
 
-import faulthandler
-import json
-import os
-import signal
-import socket
 import sys
 import threading
 import time
+import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
+
+from dryvine.comm.ending import Ending
+from dryvine.comm.progress import Progress, StreamWords
+from dryvine.comm.roll_call import SHOWN, Due, RollCall, Verdict, Wanted, topic
 
 POLL = 0.5  # seconds between looks at the store
 EXIT = 3.0  # seconds that a process gets to end by itself once the culprit is known
+STUCK = 8.0  # seconds after the deadline that the thread itself may be stuck for
+CODE = 86  # exit code of a process that its watch ended
 
 
 class CommError(RuntimeError):
     """Ranks were waited for in vain. The message names rank, operation, peer, bytes awaited and who is gone."""
 
 
-Due = tuple[tuple[int, int], ...]  # (world rank, bytes that it owes)
-
-
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Awaited:
-    """What a rank waits for: an operation, and the bytes due from each world rank."""
+    """An operation with other ranks that this rank has posted."""
 
-    what: str
+    wanted: Wanted
     due: Due
     done: Callable[[], bool]
+    waited: bool = True  # something stands still for it; if not, it has no deadline yet
     since: float = field(default_factory=time.monotonic)
+
+    @property
+    def what(self) -> str:
+        return self.wanted.what
 
     @property
     def age(self) -> float:
         return time.monotonic() - self.since
 
+    def wait_from_now(self) -> None:
+        self.waited, self.since = True, time.monotonic()
+
 
 class Watch:
     """One per process, for as long as it talks to others. Collective: every rank of the world makes one.
 
-    `deadline` is in seconds from the start of an operation. `grace` is how long the roll is called.
+    `deadline` is in seconds that an operation is waited for while no other ends: a host that queues work for a GPU may
+    be a step ahead of it. `grace` is how long the roll is called. `progress` is that of this rank's GPU.
     """
 
-    def __init__(self, store: Any, rank: int, world: int, deadline: float, grace: float = 2.5) -> None:
-        self.rank, self.world, self.deadline, self.grace = rank, world, deadline, grace
+    def __init__(
+        self,
+        store: Any,
+        rank: int,
+        world: int,
+        deadline: float,
+        grace: float = 2.5,
+        progress: Progress | None = None,
+        ending: Ending | None = None,
+    ) -> None:
+        self.rank, self.deadline, self.progress = rank, deadline, progress
         self.verdict: Verdict | None = None
-        self._store = dist.PrefixStore("watch", store.clone())  # its own connection: it may not wait for others'
+        self._roll, self._ending = RollCall(store, rank, world, grace), ending or Ending()
+        self._patience = grace + 8 * POLL  # of a rank that has the roll called
         self._open: dict[int, Awaited] = {}
+        self._posted: Counter[str] = Counter()
+        self._last = "nothing"  # that was posted
+        self._moved = 0.0  # when an operation was last seen to end
+        self._failure = ""  # why this rank ends
         self._alarm, self._known, self._closed = threading.Event(), threading.Event(), threading.Event()
-        self._store.set(f"who/{rank}", json.dumps([socket.gethostname(), os.getpid(), os.getppid()]))
+        self._raising = threading.Event()  # this rank ends by itself
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
 
     def expect(self, what: str, due: Due, done: Callable[[], bool]) -> Awaited:
-        """Note an operation that has begun; its deadline runs from now, until `done`, which must never call CUDA."""
-        awaited = Awaited(what, due, done)
+        """Note an operation that begins; its deadline runs from now until `done`, which must never call CUDA. `due` has
+        every rank that takes part, by what it owes."""
+        self._posted[topic(what)] += 1
+        self._last = what
+        awaited = Awaited(Wanted(what, self._posted[topic(what)], tuple(peer for peer, _ in due)), due, done)
         self._open[id(awaited)] = awaited
         return awaited
 
-    def wait(self, awaited: Awaited, work: dist.Work) -> None:
-        """Until it is done; raises CommError when it is late, or broken, or somebody else found the job broken."""
-        try:
-            while not self._done(work):
-                if self.verdict or awaited.age > self.deadline:
-                    raise self.failed(awaited.what, awaited.due, awaited.age)
-        except CommError:
-            raise
-        except RuntimeError as broken:
-            raise self.failed(awaited.what, awaited.due, awaited.age, broken) from broken
+    def over(self, awaited: Awaited) -> None:
+        """It has ended."""
         self._open.pop(id(awaited), None)
+        self._moved = time.monotonic()
 
-    def close(self) -> None:
-        """Stop watching; called when the ranks part in order."""
-        self._closed.set()
-        self._thread.join()
+    def queued(self, awaited: Awaited) -> None:
+        """The current stream of the GPU has been made to wait for it; it has ended once the stream comes past here."""
+        assert self.progress is not None
+        awaited.done = self.progress.mark()
+        awaited.wait_from_now()
+
+    def wait(self, awaited: Awaited, work: dist.Work) -> None:
+        """Until it is done, on a CPU; raises CommError when it is late, or somebody else found the job broken."""
+        while not self._done(work):
+            if self.verdict or self._late(awaited):
+                raise self.failed(awaited.what, awaited.due, awaited.age)
 
     @staticmethod
     def _done(work: dist.Work) -> bool:
@@ -101,85 +128,99 @@ class Watch:
             work.wait()  # it ended meanwhile, well or badly
         return True
 
+    @contextmanager
+    def breaking(self, awaited: Awaited) -> Iterator[None]:
+        """Where the transport breaks inside, raises CommError with the culprit's name."""
+        try:
+            yield
+        except CommError:
+            raise
+        except RuntimeError as broken:
+            raise self.failed(awaited.what, awaited.due, awaited.age, broken) from broken
+
     def failed(self, what: str, due: Due, age: float, broken: RuntimeError | None = None) -> CommError:
-        """Have the roll called, and give the error for this rank's part in it."""
+        """Have the roll called. Returns the error for this rank's part in it."""
+        self._raising.set()
         self._alarm.set()
-        self._known.wait(self.grace + 6 * POLL)
-        told = self.verdict or Verdict((), {}, "the store does not answer: its host is gone")
-        return CommError(told.message(self.rank, what, due, age) + (f" ({_brief(broken)})" if broken else ""))
+        self._known.wait(self._patience)
+        verdict = self.verdict or Verdict((), {}, "the store does not answer: its host is gone")
+        return CommError(verdict.message(self.rank, what, due, age) + (f" ({_brief(broken)})" if broken else ""))
+
+    def fail(self, error: BaseException) -> None:
+        """This rank cannot go on: tell the others, who would otherwise learn it at their deadline, and end the
+        process."""
+        traceback.print_exception(error)
+        self._raising.set()
+        if not isinstance(error, CommError):
+            self._failure = "failed: " + traceback.format_exception_only(error)[0].strip()
+            self._alarm.set()
+            self._known.wait(self._patience)
+        self._ending.now(1)
+
+    def before_exit(self, hook: Callable[[], None]) -> None:
+        """See `Ending.before`."""
+        self._ending.before(hook)
+
+    def close(self) -> None:
+        """Stop watching; called when the ranks part in order."""
+        self._closed.set()
+        self._thread.join()
+        with suppress(RuntimeError):  # the store's host was faster
+            self._roll.leave()
 
     # The thread.
 
     def _run(self) -> None:
         while not self._closed.wait(POLL):
-            for key, awaited in list(self._open.items()):
-                if awaited.done() and not self._alarm.is_set():
-                    self._open.pop(key, None)
-                elif awaited.age > self.deadline + POLL:
-                    self._alarm.set()
-            try:
-                if self._alarm.is_set() or self._store.check(["call"]):
-                    self._call_roll()
-                    return
-            except RuntimeError:  # the store's host has left; only a fault if somebody here is waiting
-                if self._alarm.wait(self.deadline):
-                    self._known.set()
+            self._ending.within(self.deadline + STUCK)
+            self._look()
+            if self._alarm.is_set() or self._called():
+                self._end()
                 return
+        self._ending.postpone()
 
-    def _call_roll(self) -> None:
-        oldest = min(self._open.values(), key=lambda a: a.since, default=None)
-        state = f"waiting in {oldest.what}" if oldest else "computing"
-        self._store.set("call", "1")
-        self._store.set(f"here/{self.rank}", state)
-        missing, until = set(range(self.world)), time.monotonic() + self.grace
-        while missing and time.monotonic() < until:
-            missing = {rank for rank in missing if not self._store.check([f"here/{rank}"])}
-            time.sleep(POLL / 5)
-        present = [rank for rank in range(self.world) if rank not in missing]
-        states = {rank: self._store.get(f"here/{rank}").decode() for rank in present}
-        self.verdict = Verdict(tuple(sorted(missing)), states, "")
-        doing = (oldest.what, oldest.due, oldest.age) if oldest else ("computing", (), 0.0)
-        print(self.verdict.message(self.rank, *doing), file=sys.stderr, flush=True)
-        time.sleep(
-            2 * POLL
-        )  # a launcher ends all ranks when one has ended: each must have spoken, and the store be read
-        for rank in missing:
-            self._fence(rank)
-        faulthandler.dump_traceback_later(EXIT, exit=True)
+    def _look(self) -> None:
+        """Forget what is done; raise the alarm if something is late."""
+        for awaited in list(self._open.values()):
+            if awaited.done():
+                self.over(awaited)
+        if any(self._late(awaited) for awaited in list(self._open.values())):
+            self._alarm.set()
+
+    def _late(self, awaited: Awaited) -> bool:
+        return awaited.waited and time.monotonic() - max(awaited.since, self._moved) > self.deadline
+
+    def _called(self) -> bool:
+        try:
+            return self._roll.called()
+        except RuntimeError:  # the store's host has left; only a fault if this rank waits in vain
+            return False
+
+    def _end(self) -> None:
+        """Hold the roll call and end the process, unless it ends by itself."""
+        waiting = sorted((a for a in self._open.values() if a.waited), key=lambda a: a.since)
+        doing = f"waiting in {waiting[0].what}" if waiting else "computing"
+        try:
+            self.verdict = self._roll.hold(
+                self._failure or doing,
+                self._last,
+                [awaited.wanted for awaited in waiting[:SHOWN]],
+                self._posted,
+            )
+        except RuntimeError:
+            self.verdict = Verdict((), {}, "the store does not answer: its host is gone")
+        oldest = (waiting[0].what, waiting[0].due, waiting[0].age) if waiting else (doing, (), 0.0)
+        print(self.verdict.message(self.rank, *oldest), file=sys.stderr, flush=True)
+        time.sleep(2 * POLL)  # a launcher ends all ranks when one has ended: let each speak, and read the store
         self._known.set()
-
-    def _fence(self, rank: int) -> None:
-        """End a sibling that is stopped (SIGSTOP): no launcher's polite signal would reach it."""
-        host, pid, parent = json.loads(self._store.get(f"who/{rank}"))
-        with suppress(OSError, IndexError):
-            state, ppid = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
-            if host == socket.gethostname() and state == "T" and int(ppid) == parent == os.getppid():
-                os.kill(pid, signal.SIGKILL)
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What the roll call found: who is missing, and what the others were doing."""
-
-    missing: tuple[int, ...]
-    states: dict[int, str]
-    trouble: str
-
-    def message(self, rank: int, what: str, due: Due, age: float) -> str:
-        owing = [(peer, size) for peer, size in due if peer in self.missing] or [(p, size) for p, size in due if size]
-        owed = ", ".join(f"{size} bytes from rank {peer}" for peer, size in owing[:8]) + ", ..." * (len(owing) > 8)
-        late = f": {owed} did not come in {age:.1f} s" if owed else ""
-        return f"rank {rank}: {what}{late}; {self._culprit(what, due)}"
-
-    def _culprit(self, what: str, due: Due) -> str:
-        if self.trouble:
-            return self.trouble
-        if self.missing:
-            return f"rank {', '.join(map(str, self.missing))} did not answer the roll call: dead or stopped"
-        late = [rank for rank, state in self.states.items() if state == "computing"]
-        late += [peer for peer, size in due if size and not self.states[peer].endswith(what) and peer not in late]
-        where = "; ".join(f"rank {rank} is {self.states[rank]}" for rank in late[:8])
-        return "every rank is alive; " + (where or "all wait in the same operation: a slow link")
+        for rank in self.verdict.missing:
+            with suppress(RuntimeError):
+                self._roll.fence(rank)
+        self._ending.within(EXIT + POLL)
+        if self._raising.is_set():
+            time.sleep(EXIT)
+        self._ending.show()
+        self._ending.now(CODE)
 
 
 def _brief(broken: RuntimeError) -> str:
@@ -188,19 +229,24 @@ def _brief(broken: RuntimeError) -> str:
 
 
 @contextmanager
-def naming(watch: Watch | None, what: str, due: Due) -> Iterator[None]:
-    """Around everything that posts a message or waits for one: where the transport breaks inside, raises CommError with
-    the culprit's name. Without a watch torch's own error passes."""
-    started = time.monotonic()
-    try:
+def naming(watch: Watch | None, what: str, due: Due, on_device: bool = False) -> Iterator[None]:
+    """Around a call that returns when its operation has ended, or, `on_device`, when the current stream waits for it.
+    It has a deadline then, and where the transport breaks, CommError is raised with the culprit's name. Without a watch
+    torch's own error passes."""
+    if watch is None:
         yield
-    except RuntimeError as broken:
-        if watch is None:
-            raise
-        raise watch.failed(what, due, time.monotonic() - started, broken) from broken
+        return
+    awaited = watch.expect(what, due, lambda: False)
+    with watch.breaking(awaited):
+        yield
+    if on_device:
+        watch.queued(awaited)
+    else:
+        watch.over(awaited)
 
 
-def watch_world(deadline: float) -> Watch:
+def watch_world(deadline: float, device: torch.device | None = None) -> Watch:
     """A watch over the default process group, on its store."""
     store: Callable[[], Any] = dist.distributed_c10d._get_default_store
-    return Watch(store(), dist.get_rank(), dist.get_world_size(), deadline)
+    progress = StreamWords(device) if device and device.type == "cuda" else None
+    return Watch(store(), dist.get_rank(), dist.get_world_size(), deadline, progress=progress)

@@ -7,7 +7,6 @@ that is already there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import prod
 from typing import Protocol
 
@@ -17,7 +16,8 @@ from torch import Tensor
 
 from dryvine.comm.mesh import Channel, Mesh
 from dryvine.comm.pending import Pending
-from dryvine.comm.watch import Watch, naming
+from dryvine.comm.posted import Posted
+from dryvine.comm.watch import Watch
 
 NAMES = {"down": "activations", "up": "gradients"}
 
@@ -80,34 +80,31 @@ class P2PWire:
         group, peer = self.mesh.channels[channel, target > self.mesh.pp_rank], self.mesh.global_rank(target)
         what = f"sending {NAMES[channel[1]]} of route {channel[0]} to rank {peer}"
         held = [tensor.contiguous() for tensor in tensors]
-        # Posting fails too, where the peer is known to be gone.
-        with naming(self.watch, what, ()):
-            works = [dist.isend(tensor, peer, group=group) for tensor in held]
+
+        def post() -> list[dist.Work | None]:
+            return [dist.isend(tensor, peer, group=group) for tensor in held]
+
+        posted = Posted(self.watch, what, ((peer, 0),), post, self.mesh.device.type == "cuda")
 
         def finish() -> None:
-            with naming(self.watch, what, ()):
-                _wait(works)
+            posted.wait()
             held.clear()
 
-        return Pending(finish, lambda: all(work is None or work.is_completed() for work in works))
+        return Pending(finish, posted.ready)
 
     def receive(self, like: tuple[Tensor, ...], source: int, channel: Channel) -> Pending[tuple[Tensor, ...]]:
         group, peer = self.mesh.channels[channel, source < self.mesh.pp_rank], self.mesh.global_rank(source)
         buffers = tuple(self.buffers.take(t) for t in like)
         what = f"receiving {NAMES[channel[1]]} of route {channel[0]}"
         due = ((peer, sum(buffer.nbytes for buffer in buffers)),)
-        with naming(self.watch, what, due):
-            works = [dist.irecv(buffer, peer, group=group) for buffer in buffers]
+
+        def post() -> list[dist.Work | None]:
+            return [dist.irecv(buffer, peer, group=group) for buffer in buffers]
+
+        posted = Posted(self.watch, what, due, post, self.mesh.device.type == "cuda")
 
         def finish() -> tuple[Tensor, ...]:
-            with naming(self.watch, what, due):
-                _wait(works)
+            posted.wait()
             return buffers
 
         return Pending(finish)
-
-
-def _wait(works: Sequence[dist.Work | None]) -> None:
-    for work in works:
-        assert work is not None
-        work.wait()

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from dryvine.comm.collectives import all_gather, reduce_scatter
 from dryvine.comm.integers import round_up
 from dryvine.comm.mesh import Mesh
+from dryvine.comm.watch import Watch
 
 NORM_PART = 1 << 24  # elements whose norm is taken at a time: 128 MiB in FP64
 Ranks = tuple[int, ...]  # world ranks, ascending
@@ -79,17 +80,17 @@ class Bucket:
                 yield Piece(name, first + low - at, inside, master, grad, parameter.dim() > 1)
             at = end
 
-    def reduce(self) -> None:
+    def reduce(self, watch: Watch | None, what: str) -> None:
         """Sum `grads` over the copies, each rank its shard."""
         if self.group is not None:
-            reduce_scatter(self.grad_shard, self.grads, self.group)
+            reduce_scatter(self.grad_shard, self.grads, self.group, watch, what)
 
-    def publish(self, shard: Tensor) -> None:
+    def publish(self, shard: Tensor, watch: Watch | None, what: str) -> None:
         """Set the values of every copy from the shards of all of them, FP32 [padded / copies]."""
         own = self.values[self.own]
         own.copy_(shard)
         if self.group is not None:
-            all_gather(self.values, own.clone(), self.group)
+            all_gather(self.values, own.clone(), self.group, watch, what)
 
 
 class Zero:
@@ -118,8 +119,8 @@ class Zero:
 
     def reduce(self) -> None:
         """Sum the gradients over all copies; each rank keeps the shard it owns."""
-        for bucket in self.buckets:
-            bucket.reduce()
+        for number, bucket in enumerate(self.buckets):
+            bucket.reduce(self.mesh.watch, f"sum of the gradients of bucket {number}")
 
     def grad_norm(self) -> Tensor:
         """L2 norm of the whole gradient, every parameter counted once. Call after `reduce`; a scalar, FP64.
@@ -129,18 +130,19 @@ class Zero:
         """
         parts = [part for bucket in self.buckets for part in bucket.grad_shard.split(NORM_PART)]
         norms = torch.stack(torch._foreach_norm(parts, 2.0, dtype=torch.float64))
-        return self.mesh.sum(norms.square().sum()).sqrt()
+        return self.mesh.sum(norms.square().sum(), "gradient norms").sqrt()
 
     def publish(self, shards: Sequence[Tensor] | None = None) -> None:
         """Give every copy the new values, from the FP32 masters of their owners, or from `shards`, one per bucket."""
-        for bucket, shard in zip(self.buckets, shards or [b.master for b in self.buckets], strict=True):
-            bucket.publish(shard)
+        values = shards or [bucket.master for bucket in self.buckets]
+        for number, (bucket, shard) in enumerate(zip(self.buckets, values, strict=True)):
+            bucket.publish(shard, self.mesh.watch, f"gathering the weights of bucket {number}")
 
 
 def _copies(parameters: Mapping[str, nn.Parameter], mesh: Mesh) -> dict[tuple[str, int | None], Ranks]:
     """(name, and the ep rank for an expert's slice) -> the world ranks that hold a copy. Collective."""
     own = [(name, _is_expert(parameter)) for name, parameter in parameters.items()]
-    every = cast(list[list[tuple[str, bool]]], mesh.gather(own))
+    every = cast(list[list[tuple[str, bool]]], mesh.gather(own, "parameter names"))
     homes: defaultdict[tuple[str, bool], set[int]] = defaultdict(set)  # pipeline ranks
     for rank, held in enumerate(every):
         for key in held:

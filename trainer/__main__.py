@@ -1,6 +1,6 @@
 """What each rank runs: `torchrun --nproc-per-node N -m dryvine.trainer CONFIG [table.key=value ...]`.
 
-The config is checked before the process group is made. Environment variables are read here and nowhere below.
+The config is checked before the process group is made. Environment variables are read and set here and nowhere below.
 """
 
 from __future__ import annotations
@@ -8,14 +8,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from datetime import timedelta
+from dataclasses import replace
 
 import torch
-import torch.distributed as dist
 
 from dryvine.comm.nvml import probe, refined
 from dryvine.comm.topology import Topology, discover
-from dryvine.comm.watch import watch_world
+from dryvine.comm.watch import Watch
+from dryvine.comm.world import in_world, prepare
 from dryvine.trainer.config import Config, ConfigError, check_world
 from dryvine.trainer.data.config import DataError
 from dryvine.trainer.data.splits import Data, open_data
@@ -29,6 +29,7 @@ from dryvine.trainer.run_plan import RunPlan, load_plan
 
 def main(words: Sequence[str]) -> int:
     """Train as one rank of as many as the launcher started. Returns the exit code: 2 for what the user can fix."""
+    prepare(os.environ)
     local_rank, world = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     try:
         if not words:
@@ -50,23 +51,18 @@ def main(words: Sequence[str]) -> int:
 
 def run(plan: RunPlan, data: Data, device: torch.device, topology: Topology) -> int:
     """Train in a world of `topology.ranks`, and leave no process group behind. Returns the exit code."""
-    several, watch, deadline = topology.ranks > 1, None, plan.config.comm.deadline
-    if several:
-        backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-        dist.init_process_group(backend, timeout=timedelta(seconds=deadline))
-        watch = watch_world(deadline)
-    try:
-        train(plan, mesh_of(plan, device), data, topology, watch)
-    except Diverged as error:
-        if not several or dist.get_rank() == 0:  # all ranks have the same message
-            print(f"dryvine: {error}", file=sys.stderr)
-        return 1
-    finally:
-        if watch:
-            watch.close()
-        if several:
-            dist.destroy_process_group()
-    return 0
+
+    def body(watch: Watch | None) -> int:
+        mesh = replace(mesh_of(plan, device), watch=watch)
+        try:
+            train(plan, mesh, data, topology, watch)
+        except Diverged as error:
+            if mesh.rank == 0:  # all ranks have the same message
+                print(f"dryvine: {error}", file=sys.stderr)
+            return 1
+        return 0
+
+    return body(None) if topology.ranks == 1 else in_world(body, plan.config.comm.deadline, device)
 
 
 def _topology(config: Config, world: int, device: torch.device) -> Topology:

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
@@ -56,7 +55,7 @@ def save(folder: Path, step: int, pieces: Pieces, buffers: Mapping[str, Tensor],
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
     # No rank writes into a folder that rank 0 is about to clear.
-    _barrier(mesh)
+    mesh.barrier(f"making the folder of checkpoint {step}")
     state = {f"{name}@{start}/{field}": t for (name, start), fields in pieces.items() for field, t in fields.items()}
     state |= _buffer_keys(buffers)
     with _quiet_when_alone():
@@ -68,7 +67,7 @@ def save(folder: Path, step: int, pieces: Pieces, buffers: Mapping[str, Tensor],
         for old in sorted(_complete(folder))[:-keep]:
             shutil.rmtree(old)
     # No rank returns a folder that does not have its name yet.
-    _barrier(mesh)
+    mesh.barrier(f"completing checkpoint {step}")
     return target
 
 
@@ -147,8 +146,3 @@ def _quiet_when_alone() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         yield
-
-
-def _barrier(mesh: Mesh) -> None:
-    if mesh.size > 1:
-        dist.barrier()

@@ -75,7 +75,9 @@ def reduce_figures(rig: Rig, played: Played, seconds: float, stop: bool) -> Step
     maxima = Maxima(float(stop), played.idle / sums.played, sums.played, seconds)
     mesh = rig.mesh
     return StepFigures(
-        Sums(*mesh.sum(_tensor(sums, mesh)).tolist()), Maxima(*mesh.max(_tensor(maxima, mesh)).tolist()), mesh.size
+        Sums(*mesh.sum(_tensor(sums, mesh), "figures").tolist()),
+        Maxima(*mesh.max(_tensor(maxima, mesh), "figures").tolist()),
+        mesh.size,
     )
 
 

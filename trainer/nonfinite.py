@@ -96,5 +96,5 @@ def _own(played: Played, zero: Zero) -> Blame:
 
 
 def _ask(mesh: Mesh, own: Blame) -> dict[int, Blame]:
-    every: Iterable[object] = mesh.gather(own)
+    every: Iterable[object] = mesh.gather(own, "what is not finite")
     return {rank: theirs for rank, theirs in enumerate(every) if isinstance(theirs, Blame) and theirs}

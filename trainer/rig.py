@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
 from functools import cached_property
 
 import torch
@@ -20,6 +19,7 @@ from dryvine.comm.mesh import Mesh, make_mesh
 from dryvine.comm.topology import Topology
 from dryvine.comm.watch import Watch
 from dryvine.comm.wire import P2PWire
+from dryvine.comm.world import timeout
 from dryvine.parallel.executor import EdgeWire, Executor
 from dryvine.parallel.flow_control import rank_program
 from dryvine.parallel.overlap import ORDERS
@@ -84,8 +84,7 @@ class Rig:
 def mesh_of(plan: RunPlan, device: torch.device) -> Mesh:
     """The process groups of the plan's layout. Collective."""
     p, comm = plan.config.parallel, plan.config.comm
-    timeout = timedelta(seconds=comm.deadline)
-    return make_mesh(p.pp, p.dp, p.ep, len(plan.schedule.routes), device, timeout, comm.sms)
+    return make_mesh(p.pp, p.dp, p.ep, len(plan.schedule.routes), device, timeout(comm.deadline, device), comm.sms)
 
 
 def make_rig(

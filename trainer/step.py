@@ -72,7 +72,7 @@ def balance(rig: Rig, move: bool = True) -> Balance:
     if not layers:
         return Balance(1.0, 1.0)
     zeros = torch.zeros(shape.routed, dtype=torch.int64, device=rig.mesh.device)
-    loads = rig.mesh.sum(torch.stack([own.get(layer, zeros) for layer in layers]))
+    loads = rig.mesh.sum(torch.stack([own.get(layer, zeros) for layer in layers]), "expert loads")
     if move:
         rig.model.update_biases(dict(zip(layers, loads, strict=True)), shape.bias_gamma)
     rig.model.reset_loads()
@@ -96,7 +96,7 @@ def evaluate(rig: Rig) -> float:
         # Only the rank with the last stage has losses.
         total += sum((loss.double() for loss in played.losses.get("loss", [])), torch.zeros_like(total))
     microbatches = batches * rig.plan.validation.schedule.microbatches * rig.mesh.data_ranks
-    return float(rig.mesh.sum(total)) / microbatches
+    return float(rig.mesh.sum(total, "validation losses")) / microbatches
 
 
 def evaluate_average(rig: Rig) -> float | None:

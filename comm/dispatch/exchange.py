@@ -14,8 +14,9 @@ from torch import Tensor
 
 from dryvine.comm.dispatch.meter import Meter
 from dryvine.comm.pending import Pending
+from dryvine.comm.posted import Posted
 from dryvine.comm.topology import LinkClass
-from dryvine.comm.watch import Watch, naming
+from dryvine.comm.watch import Watch
 
 
 class Exchange(Protocol):
@@ -71,18 +72,15 @@ class GroupExchange:
         arrived = rows.new_empty((sum(receives), *rows.shape[1:])) if into is None else into
         sources = zip(self.world_ranks, receives, strict=True)
         due = tuple((r, n * row_bytes) for r, n in sources if r != self.world_ranks[self.rank])
-        # The post itself fails where a peer was lost before.
-        with naming(self.watch, what, due):
-            work = dist.all_to_all_single(arrived, rows, list(receives), list(sends), group=self.group, async_op=True)
-        assert work is not None
-        awaited = self.watch.expect(what, due, work.is_completed) if self.watch else None
+
+        def post() -> list[dist.Work | None]:
+            return [dist.all_to_all_single(arrived, rows, list(receives), list(sends), group=self.group, async_op=True)]
+
+        posted = Posted(self.watch, what, due, post, arrived.is_cuda)
 
         def finish() -> Tensor:
-            if awaited is None or self.watch is None or arrived.is_cuda:
-                work.wait()  # of a GPU, the current stream waits, not this host
-            else:
-                self.watch.wait(awaited, work)
+            posted.wait(whole=False)
             rows.size()  # the closure holds what is being sent until it has left
             return arrived
 
-        return Pending(finish, work.is_completed)
+        return Pending(finish, posted.ready)

@@ -20,7 +20,7 @@ from dryvine.comm.dispatch.hierarchical import Hierarchical, build
 from dryvine.comm.dispatch.setup import Setup
 from dryvine.comm.mesh import make_mesh
 from dryvine.comm.topology import by_sizes
-from dryvine.comm.watch import CommError, watch_world
+from dryvine.comm.watch import CODE, CommError, watch_world
 
 DEADLINE = 2.0
 HOUR = timedelta(hours=1)
@@ -104,7 +104,7 @@ def test_a_lost_rank_is_named_by_all_others_in_time(jobs: dict[tuple[str, str], 
     job = jobs[how, when]
     assert job.took < DEADLINE + 10
     # A rank that is stopped cannot end itself: a sibling ends it. One that dawdles is ended by its own watch.
-    assert [p.exitcode for p in job.ranks] == [3, 3, 1 if how == "slow" else -signal.SIGKILL, 3]
+    assert [p.exitcode for p in job.ranks] == [3, 3, CODE if how == "slow" else -signal.SIGKILL, 3]
     for rank in (0, 1, 3):
         error = (job.folder / f"error{rank}").read_text()
         assert re.match(rf"rank {rank}: {when} \S+.* of layer 3, microbatch 3: .*", error)

@@ -14,7 +14,10 @@ import torch
 import torch.distributed as dist
 
 from dryvine.comm.dispatch.exchange import GroupExchange
-from dryvine.comm.watch import POLL, CommError, Verdict, Watch, naming
+from dryvine.comm.ending import Ending
+from dryvine.comm.posted import Posted
+from dryvine.comm.roll_call import RollCall, Verdict
+from dryvine.comm.watch import POLL, CommError, Watch, naming
 
 DEADLINE = 0.8
 
@@ -45,13 +48,34 @@ class Broken(Finished):
         raise RuntimeError("[pair.cc:1] Connection closed by peer")
 
 
+class NoEnding(Ending):
+    """The test's process goes on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.codes: list[int] = []
+
+    def within(self, seconds: float) -> None:
+        pass
+
+    def postpone(self) -> None:
+        pass
+
+    def show(self) -> None:
+        pass
+
+    def now(self, code: int) -> None:
+        for hook in self._hooks:
+            hook()
+        self.codes.append(code)
+
+
 @pytest.fixture
-def pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
+def pair(tmp_path: Path) -> Iterator[Watch]:
     """The watch of rank 0 of two; rank 1 was there, and answers no more."""
-    monkeypatch.setattr("faulthandler.dump_traceback_later", lambda *_, **__: None)  # the test's process goes on
     store = dist.FileStore(str(tmp_path / "store"), 1)
-    Watch(store, 1, 2, DEADLINE).close()
-    watch = Watch(store, 0, 2, DEADLINE, grace=0.3)
+    RollCall(store, 1, 2, 0.0)
+    watch = Watch(store, 0, 2, DEADLINE, grace=0.3, ending=NoEnding())
     yield watch
     watch.close()
 
@@ -70,7 +94,7 @@ def test_the_thread_keeps_the_deadline_where_no_host_waits(pair: Watch, capsys: 
 
 def test_the_host_keeps_the_deadline_without_the_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Watch, "_run", lambda self: None)
-    watch = Watch(dist.FileStore(str(tmp_path / "store"), 1), 0, 2, DEADLINE, grace=0.0)
+    watch = Watch(dist.FileStore(str(tmp_path / "store"), 1), 0, 2, DEADLINE, grace=0.0, ending=NoEnding())
     work: Any = Endless()
     began = time.monotonic()
     with pytest.raises(CommError, match=r"combine of layers\.3: 64 bytes from rank 1 .*the store does not answer"):
@@ -80,7 +104,9 @@ def test_the_host_keeps_the_deadline_without_the_thread(tmp_path: Path, monkeypa
 
 def test_what_ends_in_time_is_forgotten(pair: Watch) -> None:
     done: Any = Finished()
-    pair.wait(pair.expect("dispatch", (), done.is_completed), done)
+    awaited = pair.expect("dispatch", (), lambda: False)
+    pair.wait(awaited, done)
+    pair.over(awaited)
     pair.expect("combine", (), done.is_completed)
     time.sleep(DEADLINE + 3 * POLL)
     assert pair.verdict is None
@@ -89,7 +115,7 @@ def test_what_ends_in_time_is_forgotten(pair: Watch) -> None:
 def test_what_breaks_is_named_before_the_deadline(pair: Watch) -> None:
     work: Any = Broken()
     with pytest.raises(CommError, match=r"rank 1 did not answer the roll call.* \(Connection closed by peer\)"):
-        pair.wait(pair.expect("dispatch", ((1, 8),), work.is_completed), work)
+        Posted(pair, "dispatch", ((1, 8),), lambda: [work], on_device=False).wait(whole=False)
 
 
 def test_a_broken_post_is_named_only_where_somebody_watches(pair: Watch) -> None:
@@ -100,7 +126,7 @@ def test_a_broken_post_is_named_only_where_somebody_watches(pair: Watch) -> None
         raise RuntimeError("closed")
 
 
-def test_an_exchange_awaits_what_it_receives(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exchange_awaits_what_it_receives(pair: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
     """Uneven routing: bytes due are those of the rows to come, not of those sent, by world rank and without our own."""
     noted = []
 
@@ -113,10 +139,10 @@ def test_an_exchange_awaits_what_it_receives(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(dist, "get_process_group_ranks", lambda group: [4, 6, 7])
     monkeypatch.setattr(dist, "all_to_all_single", refuse)
+    monkeypatch.setattr(pair, "failed", failed)
     group: Any = SimpleNamespace(size=lambda: 3, rank=lambda: 1)
-    watch: Any = SimpleNamespace(failed=failed)
     with pytest.raises(CommError):
-        GroupExchange(group, watch=watch).start(torch.ones(6, 2), [1, 2, 3], [5, 2, 0], what="dispatch")
+        GroupExchange(group, watch=pair).start(torch.ones(6, 2), [1, 2, 3], [5, 2, 0], what="dispatch")
     assert noted == [("dispatch", ((4, 40), (7, 0)))]
 
 

@@ -66,7 +66,7 @@ def choose(recipe: Recipe, mesh: Mesh, folder: Path) -> tuple[Products, str]:
 def agree(able: Mapping[str, Products], mesh: Mesh, folder: Path, measure: Measure) -> tuple[Choice, str]:
     """The engine of each kind, among those that every rank can run, and why. Empty if there is none: all ranks then
     emulate. Collective; rank 0 reads and writes the folder."""
-    answers = cast(list[tuple[set[str], Choice]], mesh.gather((set(able), _read(folder, mesh.rank))))
+    answers = cast(list[tuple[set[str], Choice]], mesh.gather((set(able), _read(folder, mesh.rank)), "FP8 engines"))
     common = set.intersection(*(names for names, _ in answers))
     lacking = sorted(set.union(*(names for names, _ in answers)) - common)
     note = f" (not on every rank: {', '.join(lacking)})" if lacking else ""
@@ -89,7 +89,7 @@ def _slowest(engines: Mapping[str, Products], mesh: Mesh, measure: Measure) -> T
     """Each engine's time on the rank that is slowest with it, the same on all ranks."""
     times = measure(engines, mesh.device)
     rows = torch.tensor([[times[kind][name] for name in engines] for kind in KINDS], device=mesh.device)
-    slowest = mesh.max(rows).tolist()
+    slowest = mesh.max(rows, "FP8 times").tolist()
     return {kind: dict(zip(engines, row, strict=True)) for kind, row in zip(KINDS, slowest, strict=True)}
 
 
