@@ -177,7 +177,7 @@ def test_a_model_of_these_kernels(q_lora: int | None, monkeypatch: pytest.Monkey
         torch.testing.assert_close(kept[name], tensor, rtol=1e-4, atol=1e-6)
 
 
-def test_whoever_saved_q_is_told_that_it_was_written_over() -> None:
+def test_a_backward_that_saved_q_refuses_to_read_it_rotated() -> None:
     inputs, table = latents(SIZES[0], torch.float32)
     q = inputs[0] * 1.0
     square = q.square().sum()

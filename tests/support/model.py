@@ -110,7 +110,7 @@ def run_forward(stages: Sequence[Stage], flights: Sequence[Flight]) -> dict[str,
 
 
 def run_backward(stages: Sequence[Stage], flights: Sequence[Flight]) -> list[list[Closure]]:
-    """Every backward in reverse. Gives the weight-gradient closures, one list per phase, not yet run."""
+    """Every backward in reverse. Returns the weight-gradient closures, one list per phase, not yet run."""
     grads: tuple[Tensor | None, ...] = ()
     left: list[list[Closure]] = []
     for stage, flight in reversed(list(zip(stages, flights, strict=True))):
@@ -122,7 +122,7 @@ def run_backward(stages: Sequence[Stage], flights: Sequence[Flight]) -> list[lis
 
 
 def train(model: Model, tokens: Tensor, loss_scale: float = 1.0) -> dict[str, Tensor]:
-    """One microbatch forward and backward, weight gradients at the end; gives the losses."""
+    """One microbatch forward and backward, weight gradients at the end; returns the losses."""
     stages = [model.stages[number] for number in sorted(model.stages)]
     flights = [Flight(tokens, loss_scale) for _ in stages]
     losses = run_forward(stages, flights)

@@ -136,7 +136,7 @@ def test_attention_keeps_a_log_sum_exp_for_each_head_and_token() -> None:
 
 
 def bytes_of(what: str, block: str = "layers.1", size: MicrobatchSize | None = None, **changes: Any) -> list[int]:
-    """Of the rows of one block that are called so; on a GPU, five tokens in one sequence, unless told otherwise."""
+    """Of the rows of that name in one block: on a GPU, five tokens in one sequence, unless `size` says otherwise."""
     rows = saved_tensors(middle(**changes), RECIPES["bf16"], [block], size or MicrobatchSize(5, 1))
     return [row.bytes for row in rows if row.what == what]
 

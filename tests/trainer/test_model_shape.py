@@ -85,7 +85,7 @@ def test_a_depth_of_mtp_costs_a_layer_its_projection_and_the_head() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "mend"),
+    ("changes", "fix"),
     [
         ({"first_dense": 4}, "lower it"),
         ({"rope_dim": 3}, "make it even"),
@@ -97,8 +97,8 @@ def test_a_depth_of_mtp_costs_a_layer_its_projection_and_the_head() -> None:
         ({"experts": 4}, "experts"),
     ],
 )
-def test_impossible_shapes_are_refused_with_the_mend(changes: dict[str, Any], mend: str) -> None:
-    with pytest.raises(ValidationError, match=mend):
+def test_impossible_shapes_are_refused_with_the_fix(changes: dict[str, Any], fix: str) -> None:
+    with pytest.raises(ValidationError, match=fix):
         tiny(**changes)
 
 

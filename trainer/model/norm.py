@@ -1,7 +1,7 @@
 """RMSNorm, with the FP8 cast of its output for the Linears that read it. Legend: N tokens, H hidden.
 
 The weight's gradient is deferred (tensors/weight.py). In an FP8 model norm and cast are one kernel, and the norm hands
-the cast on beside its output: two Linears that read one tensor share it, and nobody has to remember which cast was of
+the cast on beside its output: two Linears that read one tensor share it, and no code has to remember which cast was of
 which tensor.
 """
 
