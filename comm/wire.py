@@ -25,11 +25,16 @@ NAMES = {"down": "activations", "up": "gradients"}
 class Wire(Protocol):
     """Stage-to-stage messages of one pipeline. A channel is (route, direction) and FIFO between each two ranks."""
 
-    def send(self, tensors: tuple[Tensor, ...], target: int, channel: tuple[int, str]) -> Pending[None]:
-        """Start sending to pipeline rank `target`; what is pending holds the tensors until they have left."""
+    def send(
+        self, tensors: tuple[Tensor, ...], target: int, channel: tuple[int, str], label: str = ""
+    ) -> Pending[None]:
+        """Start sending to pipeline rank `target`; what is pending holds the tensors until they have left. `label` says
+        in errors whose tensors they are (stage, microbatch)."""
         ...
 
-    def receive(self, like: tuple[Tensor, ...], source: int, channel: tuple[int, str]) -> Pending[tuple[Tensor, ...]]:
+    def receive(
+        self, like: tuple[Tensor, ...], source: int, channel: tuple[int, str], label: str = ""
+    ) -> Pending[tuple[Tensor, ...]]:
         """Post a receive of tensors shaped as `like` (meta tensors will do)."""
         ...
 
@@ -76,9 +81,9 @@ class P2PWire:
         self.mesh, self.watch = mesh, watch
         self.buffers = ReceiveBuffers(mesh.device)
 
-    def send(self, tensors: tuple[Tensor, ...], target: int, channel: Channel) -> Pending[None]:
+    def send(self, tensors: tuple[Tensor, ...], target: int, channel: Channel, label: str = "") -> Pending[None]:
         group, peer = self.mesh.channels[channel, target > self.mesh.pp_rank], self.mesh.global_rank(target)
-        what = f"sending {NAMES[channel[1]]} of route {channel[0]} to rank {peer}"
+        what = f"sending {describe(channel, label)} to rank {peer}"
         held = [tensor.contiguous() for tensor in tensors]
 
         def post() -> list[dist.Work | None]:
@@ -92,10 +97,12 @@ class P2PWire:
 
         return Pending(finish, posted.ready)
 
-    def receive(self, like: tuple[Tensor, ...], source: int, channel: Channel) -> Pending[tuple[Tensor, ...]]:
+    def receive(
+        self, like: tuple[Tensor, ...], source: int, channel: Channel, label: str = ""
+    ) -> Pending[tuple[Tensor, ...]]:
         group, peer = self.mesh.channels[channel, source < self.mesh.pp_rank], self.mesh.global_rank(source)
         buffers = tuple(self.buffers.take(t) for t in like)
-        what = f"receiving {NAMES[channel[1]]} of route {channel[0]}"
+        what = f"receiving {describe(channel, label)}"
         due = ((peer, sum(buffer.nbytes for buffer in buffers)),)
 
         def post() -> list[dist.Work | None]:
@@ -108,3 +115,8 @@ class P2PWire:
             return buffers
 
         return Pending(finish)
+
+
+def describe(channel: Channel, label: str) -> str:
+    """A message, for errors."""
+    return f"{NAMES[channel[1]]} of route {channel[0]}" + (f", {label}" if label else "")

@@ -65,10 +65,14 @@ class EdgeWire:
     shape: Callable[[Edge], State]
 
     def receive(self, edge: Edge) -> Pending[State]:
-        return self.wire.receive(self.shape(edge), edge.source, channel(edge))
+        return self.wire.receive(self.shape(edge), edge.source, channel(edge), _label(edge))
 
     def send(self, edge: Edge, state: State) -> Pending[None]:
-        return self.wire.send(state, edge.target, channel(edge))
+        return self.wire.send(state, edge.target, channel(edge), _label(edge))
+
+
+def _label(edge: Edge) -> str:
+    return f"stage {edge.stage}, microbatch {edge.microbatch}"
 
 
 class Executor:

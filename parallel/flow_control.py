@@ -6,11 +6,12 @@ last rank, in its backwards) holds a gradient for every microbatch of the step.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
 
+from dryvine.comm.copy_wire import Line
 from dryvine.comm.mesh import Channel
 from dryvine.parallel.schedule.ir import Edge, Program, ProgramStep
 from dryvine.parallel.schedule.simulate import Timeline, simulate
@@ -51,6 +52,33 @@ def posts(steps: Sequence[ProgramStep], ahead: int) -> tuple[tuple[Edge, ...], .
     receives = [step.receives for step in steps]
     later = receives[ahead + 1 :]
     return (tuple(chain(*receives[: ahead + 1])), *later, *[()] * (len(steps) - 1 - len(later)))
+
+
+def line(edge: Edge) -> Line:
+    return Line(edge.source, edge.target, channel(edge))
+
+
+def slots_by_line(programs: Iterable[Program]) -> dict[Line, int]:
+    """For each line, the slots that its receiver needs: room for every receive that may be posted and not yet taken,
+    so that a message whose receive is posted always gets through (what `most_under_way` relies on), and one to be
+    filled meanwhile."""
+    slots: dict[Line, int] = {}
+    for program in programs:
+        for steps in program.ranks:
+            for key, most in _most_posted(steps).items():
+                slots[key] = max(slots.get(key, 0), most + 1)
+    return slots
+
+
+def _most_posted(steps: Sequence[ProgramStep]) -> Counter[Line]:
+    """For each line into a rank, the most receives at once that are posted and not yet taken by their slot."""
+    now: Counter[Line] = Counter()
+    most: Counter[Line] = Counter()
+    for step, edges in zip(steps, posts(steps, AHEAD), strict=True):
+        now.update(line(edge) for edge in edges)
+        most |= now
+        now.subtract(line(edge) for edge in step.receives)
+    return most
 
 
 def most_under_way(program: Program, rank: int, ahead: int) -> dict[SendQueue, int]:

@@ -28,6 +28,7 @@ from dryvine.trainer.journal import Journal, MetricsRow, read
 from dryvine.trainer.metrics import metrics_row, reduce_figures
 from dryvine.trainer.nonfinite import Diverged, NonfiniteStep, blame, diverged_line
 from dryvine.trainer.ramps import Point, points
+from dryvine.trainer.rehearse import rehearse
 from dryvine.trainer.report import final_table
 from dryvine.trainer.rig import Rig, make_rig
 from dryvine.trainer.run_plan import RunPlan
@@ -61,6 +62,8 @@ def train(plan: RunPlan, mesh: Mesh, data: Data, topology: Topology | None = Non
     rig = make_rig(plan, mesh, data, topology, watch)
     console = Console(quiet=mesh.rank != 0)
     done = resume(rig, console)
+    if mesh.device.type == "cuda":
+        rehearse(rig)
     for line in startup_lines(rig, topology, done):
         console.print(line)
     journal = Journal(config, plan.schedule, done) if mesh.rank == 0 else None

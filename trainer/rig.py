@@ -16,12 +16,12 @@ from dryvine.comm.dispatch.choose import make_dispatcher
 from dryvine.comm.dispatch.payload import Format
 from dryvine.comm.dispatch.setup import Setup
 from dryvine.comm.mesh import Mesh, make_mesh
+from dryvine.comm.pipeline_wire import make_wire
 from dryvine.comm.topology import Topology
 from dryvine.comm.watch import Watch
-from dryvine.comm.wire import P2PWire
 from dryvine.comm.world import timeout
 from dryvine.parallel.executor import EdgeWire, Executor
-from dryvine.parallel.flow_control import rank_program
+from dryvine.parallel.flow_control import rank_program, slots_by_line
 from dryvine.parallel.overlap import ORDERS
 from dryvine.parallel.schedule.ir import Program
 from dryvine.parallel.streams import Streams, make_streams
@@ -50,6 +50,7 @@ class Rig:
     data: Data
     dispatcher: AnyDispatcher
     wire: EdgeWire
+    carrier: str  # of the wire's messages, in words
     streams: Callable[[], Streams]
     fp8: FP8 | None
     _training: dict[int, Executor] = field(default_factory=dict)
@@ -61,17 +62,18 @@ class Rig:
     def training(self, sequences: int) -> Executor:
         """Runs a training step of `sequences`, counted over all data ranks."""
         if sequences not in self._training:
-            self._training[sequences] = self._executor(self.plan.training[sequences])
+            self._training[sequences] = self.executor(self.plan.training[sequences], self.wire)
         return self._training[sequences]
 
     @cached_property
     def validation(self) -> Executor:
         """Runs one validation batch, forward only."""
-        return self._executor(self.plan.validation)
+        return self.executor(self.plan.validation, self.wire)
 
-    def _executor(self, program: Program) -> Executor:
+    def executor(self, program: Program, wire: EdgeWire) -> Executor:
+        """Runs this rank's part of `program` against `wire`."""
         order = ORDERS[self.mesh.device.type] if self.config.parallel.overlap == "on" else None
-        return Executor(rank_program(program, self.mesh.pp_rank), self.model.stages, self.wire, self.streams, order)
+        return Executor(rank_program(program, self.mesh.pp_rank), self.model.stages, wire, self.streams, order)
 
     def publish(self, shards: Sequence[torch.Tensor] | None = None) -> None:
         """Set every copy of the weights from the FP32 masters, or from `shards`, one per bucket. Collective."""
@@ -99,15 +101,17 @@ def make_rig(
     model = Model(spec, plan.blocks_of(mesh.pp_rank), dispatcher)
     model.initialise(config.run.seed)
     optimizer = Optimizer(Zero(dict(model.named_parameters()), mesh), config.optim)
-    wire = EdgeWire(P2PWire(mesh, watch), _boundary(config))
-    return Rig(plan, mesh, model, optimizer, data, dispatcher, wire, make_streams(mesh.device), fp8)
+    state = _boundary(config)
+    slots = slots_by_line([*plan.training.values(), plan.validation])
+    wire, carrier = make_wire(mesh, topology, slots, state, watch)
+    messages = EdgeWire(wire, lambda edge: state)
+    return Rig(plan, mesh, model, optimizer, data, dispatcher, messages, carrier, make_streams(mesh.device), fp8)
 
 
-def _boundary(config: Config) -> Callable[[object], tuple[torch.Tensor]]:
+def _boundary(config: Config) -> tuple[torch.Tensor]:
     """The shape of what crosses any edge, as a meta tensor: the hidden state of a microbatch, or its gradient."""
     tokens = config.parallel.microbatch_sequences * config.data.seq_len
-    state = (torch.empty(tokens, config.model.hidden, dtype=DTYPES[config.run.dtype], device="meta"),)
-    return lambda edge: state
+    return (torch.empty(tokens, config.model.hidden, dtype=DTYPES[config.run.dtype], device="meta"),)
 
 
 def _dispatcher(config: Config, mesh: Mesh, topology: Topology | None, watch: Watch | None) -> AnyDispatcher:

@@ -14,6 +14,8 @@ def startup_lines(rig: Rig, topology: Topology | None, steps_done: int) -> Itera
     """Lines for the console. `topology` None says nothing of how tokens travel."""
     if topology is not None:
         yield from _token_routes(rig, topology)
+    if rig.mesh.pp > 1:
+        yield f"pipeline messages: {rig.carrier}"
     yield activations(rig.plan, rig.mesh.device.type == "cuda")
     if rig.fp8 is not None:
         yield rig.fp8.chosen

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dryvine.comm.mesh import make_mesh
 from dryvine.comm.pending import Pending
-from dryvine.comm.wire import P2PWire
+from dryvine.comm.wire import P2PWire, Wire
 from dryvine.parallel.executor import Batch, EdgeWire, Executor
 from dryvine.parallel.flow_control import rank_program
 from dryvine.parallel.overlap import ORDERS
@@ -112,6 +112,7 @@ class Toy:
     woven: bool = True
     held: dict[str, Weight] = field(default_factory=dict)
     rows: int = 0  # of a microbatch, in this step
+    wire: Wire | None = None  # None: gloo's
 
     def __post_init__(self) -> None:
         wgrad = WGrad()
@@ -120,8 +121,8 @@ class Toy:
         for weight in self.held.values():
             weight.queue = wgrad.put
         routes = len(self.schedule.routes)
-        mesh = make_mesh(len(self.schedule.ranks), 1, 1, routes, CPU, timedelta(seconds=60))
-        self.wire = P2PWire(mesh)
+        if self.wire is None:
+            self.wire = P2PWire(make_mesh(len(self.schedule.ranks), 1, 1, routes, CPU, timedelta(seconds=60)))
         stages = {s: self._stage(s, wgrad) for s in own}
         order = ORDERS["cpu"] if self.woven else None
         program = rank_program(lower(self.schedule), self.rank)
@@ -134,7 +135,8 @@ class Toy:
         played = self.executor.run(Batch(batch, 1 / len(batch), training))
         grads = {n: w.main_grad.numpy().copy() for n, w in self.held.items() if w.main_grad is not None}
         losses = [float(loss) for loss in played.losses.get("loss", [])]
-        return Report(losses, grads, played.timeline, len(self.wire.buffers.blocks))
+        blocks = len(self.wire.buffers.blocks) if isinstance(self.wire, P2PWire) else 0
+        return Report(losses, grads, played.timeline, blocks)
 
     def _shape(self, edge: Edge) -> State:
         width = widths(self.schedule.stages)[edge.stage + (edge.direction == "up")]

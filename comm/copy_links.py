@@ -1,0 +1,82 @@
+"""Memory that the GPUs of a node open to each other, and the streams that fill it: what `CopyWire` is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dryvine.comm.pending import Pending
+from dryvine.comm.stream_values import wait_value, write_value
+from dryvine.comm.words import Words, share_words
+
+
+@dataclass(frozen=True)
+class StreamQueue:
+    """A `Queue` on a CUDA stream."""
+
+    stream: torch.cuda.Stream
+    words: Words
+
+    def after_caller(self) -> None:
+        self.stream.wait_stream(torch.cuda.current_stream())
+
+    def wait(self, word: int, value: int) -> None:
+        if value > 0:
+            wait_value(self.stream, self.words.address(word), value)
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        with torch.cuda.stream(self.stream):
+            target.copy_(source, non_blocking=True)
+
+    def write(self, word: int, value: int) -> None:
+        write_value(self.stream, self.words.address(word), value)
+
+    def here(self) -> Pending[None]:
+        event = self.stream.record_event()
+        return Pending(lambda: torch.cuda.current_stream().wait_event(event), event.query)
+
+
+class DeviceLinks:
+    """Symmetric memory (one buffer per rank, mapped by all) over NVLink or PCIe peer access."""
+
+    def __init__(self, memories: Mapping[int, Tensor], words: Words, device: torch.device) -> None:
+        self.memories, self.words, self.device = memories, words, device
+
+    def memory(self, rank: int) -> Tensor:
+        return self.memories[rank]
+
+    def queue(self) -> StreamQueue:
+        return StreamQueue(torch.cuda.Stream(self.device), self.words)
+
+    def caller(self) -> StreamQueue:
+        return StreamQueue(torch.cuda.current_stream(self.device), self.words)
+
+
+def open_links(
+    near: tuple[int, ...], group: dist.ProcessGroup, size: int, words: int, device: torch.device
+) -> DeviceLinks | None:
+    """`size` bytes on each of the pipeline ranks `near`, those of `group`, open to all of them, and words that
+    they share; None on all of them where any cannot have that (no peer access, a container that hides file descriptors,
+    /dev/shm full). Collective over the group."""
+    shared = share_words(group, words, device)
+    memories = _rendezvous(group, size, device)
+    opened: list[bool] = [False] * len(near)
+    dist.all_gather_object(opened, shared is not None and memories is not None, group=group)
+    if shared is None or memories is None or not all(opened):
+        return None
+    return DeviceLinks(dict(zip(near, memories, strict=True)), shared, device)
+
+
+def _rendezvous(group: dist.ProcessGroup, size: int, device: torch.device) -> list[Tensor] | None:
+    import torch.distributed._symmetric_memory as symmetric
+
+    try:
+        own = symmetric.empty(size, dtype=torch.uint8, device=device)
+        handle = symmetric.rendezvous(own, group.group_name)
+        return [handle.get_buffer(rank, (size,), torch.uint8) for rank in range(dist.get_world_size(group))]
+    except RuntimeError:
+        return None

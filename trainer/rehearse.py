@@ -1,0 +1,59 @@
+"""A step without peers, before the first one: every kernel that a step can launch is launched once.
+
+The first launch of a kernel loads it, and loading waits until the device has nothing to do. In a pipeline the device
+may then be waiting for a message from a peer that is loading too: neither goes on. The same holds for the first use of
+cuBLAS in a stream, and for an allocator that must give memory back before it can grow. So each rank first plays its
+own part of a step against a wire that answers at once. An expert-parallel group plays it together: its ranks run the
+same program in the same order, so none of them waits for what another has yet to load.
+
+Eager loading (CUDA_MODULE_LOADING=EAGER) covers neither Triton's kernels nor cuBLAS, and takes seconds on every start.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dryvine.comm.pending import Pending
+from dryvine.parallel.executor import Batch, EdgeWire
+from dryvine.trainer.rig import Rig
+
+
+@dataclass(frozen=True)
+class EchoWire:
+    """A `Wire` without peers: what is sent is dropped, what is received is made here."""
+
+    device: torch.device
+
+    def send(
+        self, tensors: tuple[Tensor, ...], target: int, channel: tuple[int, str], label: str = ""
+    ) -> Pending[None]:
+        return Pending.done(None)
+
+    def receive(
+        self, like: tuple[Tensor, ...], source: int, channel: tuple[int, str], label: str = ""
+    ) -> Pending[tuple[Tensor, ...]]:
+        # Random, so that a gate spreads the rows as it will in training.
+        return Pending.done(tuple(torch.randn(t.shape, dtype=t.dtype, device=self.device) for t in like))
+
+
+def rehearse(rig: Rig) -> None:
+    """Play a full training step, with and without the FP8 guard, and a validation batch, and forget them: weights,
+    moments, biases and what is counted are as before. Collective over each expert-parallel group."""
+    wire, mesh = EdgeWire(EchoWire(rig.mesh.device), rig.wire.shape), rig.mesh
+    tokens = torch.from_numpy(rig.data.train.sequences(0, rig.config.parallel.microbatch_sequences)).to(mesh.device)
+    runs = [(rig.plan.training[rig.config.batch.sequences], True), (rig.plan.validation, False)]
+    for guarded in (False,) if rig.fp8 is None else (True, False):
+        if rig.fp8 is not None:
+            rig.fp8.guard.on = guarded
+        for program, training in runs:
+            batch = Batch([tokens] * program.schedule.microbatches, 1.0, training)
+            rig.executor(program, wire).run(batch)
+    rig.optimizer.zero.zero_grads()
+    rig.model.reset_loads()
+    rig.dispatcher.meter.take()
+    if rig.fp8 is not None:
+        deque(rig.fp8.guard.take(rig.model.named_parameters()), maxlen=0)
