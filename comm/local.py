@@ -1,4 +1,4 @@
-"""Run a function on N CPU ranks of this machine: gloo, a file store, and processes forked from one that has torch.
+"""Run a function on N ranks of this machine: a file store, and processes forked from one that has torch.
 
 Tests and `dryvine verify` use it. Importing torch costs seconds per process; a forkserver that has imported it once
 starts eight ranks in a fifth of a second. torchrun would be closer to production and fifty times slower.
@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -31,8 +31,9 @@ def preload(*modules: str) -> None:
     multiprocessing.get_context("forkserver").set_forkserver_preload(names)
 
 
-def run(fn: Callable[..., Any], world: int, *args: Any, deadline: float = 120.0) -> list[Any]:
-    """Call `fn(rank, *args)` on `world` gloo ranks and give their results in rank order.
+def run(fn: Callable[..., Any], world: int, *args: Any, deadline: float = 120.0, device: str = "cpu") -> list[Any]:
+    """Call `fn(rank, *args)` on `world` ranks and return their results in rank order: gloo ranks, or with device "cuda"
+    one for each of the first GPUs.
 
     `fn` and its results must pickle. After `deadline` seconds, or as soon as a rank fails, all ranks are killed and
     RankFailed names the culprits.
@@ -42,7 +43,11 @@ def run(fn: Callable[..., Any], world: int, *args: Any, deadline: float = 120.0)
         pipes, processes = [], []
         for rank in range(world):
             ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_rank, args=(theirs, folder, rank, world, deadline, fn, args), daemon=True)
+            process = context.Process(
+                target=_rank,
+                args=(theirs, _World(folder, rank, world, deadline, device), fn, args),
+                daemon=True,
+            )
             process.start()
             theirs.close()
             pipes.append(ours)
@@ -73,15 +78,30 @@ def _collect(pipes: list[Connection], until: float) -> list[Any]:
     return [results[rank] for rank in range(len(pipes))]
 
 
-def _rank(
-    pipe: Connection, folder: str, rank: int, world: int, deadline: float, fn: Callable[..., Any], args: tuple[Any, ...]
-) -> None:
+class _World(NamedTuple):
+    """What a rank must know to join the others."""
+
+    folder: str
+    rank: int
+    size: int
+    deadline: float
+    device: str
+
+    def join(self) -> None:
+        backend = "gloo"
+        if self.device == "cuda":
+            torch.cuda.set_device(self.rank)
+            backend = "cpu:gloo,cuda:nccl"
+        store, timeout = dist.FileStore(f"{self.folder}/store", self.size), timedelta(seconds=self.deadline)
+        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=timeout)
+
+
+def _rank(pipe: Connection, world: _World, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     try:
-        store = dist.FileStore(f"{folder}/store", world)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=deadline))
-        pipe.send((True, fn(rank, *args)))
+        world.join()
+        pipe.send((True, fn(world.rank, *args)))
         dist.barrier()  # nobody leaves while another may still talk to it
         dist.destroy_process_group()
     except BaseException:

@@ -1,21 +1,26 @@
 """Does this layout train like one process? The first promise of the project, as a command.
 
 The same model, data and seed take a few steps in FP32, once on one rank without pipeline or expert parallelism and
-once in the layout asked for, both on CPU ranks of this machine. Compared are the loss, the gradient norm, every summed
+once in the layout asked for: on CPU ranks of this machine, on its GPUs, or on the ranks that torchrun started. Compared
+are the loss, the gradient norm, every summed
 gradient and every weight; the deviation of a tensor is |a - b| / |a| in the L2 norm, taken in FP64. A training curve
 that looks the same would be the alternative, and it hides a missing gradient for a thousand steps.
 """
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
+from rich.console import Console
 from rich.table import Table
 
 from dryvine.comm import local
@@ -23,6 +28,7 @@ from dryvine.parallel.config import ParallelConfig
 from dryvine.trainer.config import Config
 from dryvine.trainer.data.splits import open_data
 from dryvine.trainer.ramps import gradient_scale, points
+from dryvine.trainer.rehearse import rehearse
 from dryvine.trainer.rig import make_rig, mesh_of
 from dryvine.trainer.run_plan import RunPlan, make_plan
 from dryvine.trainer.step import accumulate, balance, update
@@ -30,6 +36,9 @@ from dryvine.trainer.step import accumulate, balance, update
 STEPS = 3
 COMPARED = ("gradient", "weight")
 TOLERANCE = 1e-5  # relative, in FP32
+
+AGAINST_ONE = f"this layout against one process: |a - b| / |a|, FP32, {STEPS} steps"
+TWICE = f"this layout against itself, in its own dtypes: |a - b| / |a|, {STEPS} steps"
 
 Whole = dict[str, NDArray[np.float32]]  # parameter -> all its elements, flat
 Part = dict[tuple[str, int], NDArray[np.float32]]  # (parameter, first element) -> what one rank owns
@@ -52,19 +61,54 @@ class Deviation:
     kind: str
     largest: float
     where: str
+    tolerance: float = TOLERANCE
 
     @property
     def fine(self) -> bool:
-        return self.largest <= TOLERANCE  # False for NaN
+        return self.largest <= self.tolerance  # False for NaN
 
 
-def compare(config: Config) -> list[Deviation]:
-    """Run both layouts and compare them. Raises RankFailed if a rank fails."""
-    return deviations(play(alone(config)), play(in_fp32(config)))
+def run(config: Config, device: str, console: Console) -> bool:
+    """Print the deviations. Returns whether all are within their tolerance."""
+    with _world(device) as rank:
+        against_one = compare(config, device)
+        twice = repeat(config, device) if device == "cuda" else []
+        if rank == 0:
+            console.print(table(against_one))
+            if twice:
+                console.print(table(twice, TWICE))
+    return all(d.fine for d in against_one + twice)
+
+
+@contextmanager
+def _world(device: str) -> Iterator[int]:
+    """The ranks that torchrun started, if it did. Yields this process's number among them."""
+    if not dist.is_torchelastic_launched():
+        yield 0
+        return
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl")
+    yield dist.get_rank()
+    dist.destroy_process_group()
+
+
+def compare(config: Config, device: str = "cpu") -> list[Deviation]:
+    """Run both layouts in FP32 and compare them. Raises RankFailed if a rank fails. Where torchrun started ranks, all
+    of them call this and have the same answer."""
+    return deviations(play(alone(config), device), play(in_fp32(config), device))
+
+
+def repeat(config: Config, device: str = "cpu") -> list[Deviation]:
+    """Run the layout twice in its own dtypes and compare the bits: a message that is read too early is seldom early by
+    the same amount twice."""
+    return deviations(play(config, device), play(config, device), tolerance=0.0)
 
 
 def in_fp32(config: Config) -> Config:
-    return config.model_copy(update={"run": config.run.model_copy(update={"dtype": "fp32", "device": "cpu"})})
+    """The same run in FP32, without FP8."""
+    run, fp8 = config.run.model_copy(update={"dtype": "fp32"}), type(config.fp8)()
+    return config.model_copy(update={"run": run, "fp8": fp8})
 
 
 def alone(config: Config) -> Config:
@@ -73,30 +117,51 @@ def alone(config: Config) -> Config:
     return in_fp32(config).model_copy(update={"parallel": one})
 
 
-def play(config: Config, steps: int = STEPS) -> Run:
-    """Train `steps` steps on local CPU ranks and put the pieces of all ranks together."""
+def play(config: Config, device: str = "cpu", steps: int = STEPS) -> Run:
+    """Train `steps` steps and put the pieces of all ranks together."""
     open_data(config)
-    local.preload(__name__)
-    ranks = config.parallel.world
-    parts = local.run(_rank, ranks, make_plan(config), steps, deadline=config.comm.deadline)
+    plan = make_plan(config)
+    parts = _joined(plan, steps, device) if dist.is_initialized() else _started(plan, steps, device)
     losses = tuple(float(sum(part[0][i] for part in parts)) for i in range(steps))
     return Run(losses, parts[0][1], _whole([part[2] for part in parts]), _whole([part[3] for part in parts]))
 
 
-def _rank(rank: int, plan: RunPlan, steps: int) -> tuple[list[float], tuple[float, ...], Part, Part]:
+RankResult = tuple[list[float], tuple[float, ...], Part, Part]
+
+
+def _started(plan: RunPlan, steps: int, device: str) -> list[RankResult]:
+    """On ranks that are started here and end here."""
+    local.preload(__name__)
+    world, deadline = plan.config.parallel.world, plan.config.comm.deadline
+    return local.run(_rank, world, plan, steps, device, deadline=deadline, device=device)
+
+
+def _joined(plan: RunPlan, steps: int, device: str) -> list[RankResult]:
+    """On the first ranks of the world that this process belongs to; every rank has the results."""
+    ranks = plan.config.parallel.world
+    parts: list[RankResult | None] = [None] * dist.get_world_size()
+    own = _rank(dist.get_rank(), plan, steps, device) if dist.get_rank() < ranks else None
+    dist.all_gather_object(parts, own)
+    return [part for part in parts if part is not None]
+
+
+def _rank(rank: int, plan: RunPlan, steps: int, device: str) -> RankResult:
     config = plan.config
-    rig = make_rig(plan, mesh_of(plan, torch.device("cpu")), open_data(config))
+    where = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
+    rig = make_rig(plan, mesh_of(plan, where), open_data(config))
+    if device == "cuda":
+        rehearse(rig)
     losses, norms, grads = [], [], {}
     for point in islice(points(config.batch, config.data.seq_len), steps):
         played = accumulate(rig, point)
         scale = gradient_scale(point)
         norms.append(rig.optimizer.reduce(scale))
-        grads = {(p.name, p.start): (p.grad / scale).numpy() for p in rig.optimizer.pieces}
+        grads = {(p.name, p.start): (p.grad / scale).cpu().numpy() for p in rig.optimizer.pieces}
         update(rig, point, norms[-1])
         balance(rig)
         microbatches = plan.training[point.sequences].schedule.microbatches * rig.mesh.data_ranks
         losses.append(sum(float(loss) for some in played.losses.values() for loss in some) / microbatches)
-    return losses, tuple(norms), grads, {(p.name, p.start): p.master.numpy() for p in rig.optimizer.pieces}
+    return losses, tuple(norms), grads, {(p.name, p.start): p.master.cpu().numpy() for p in rig.optimizer.pieces}
 
 
 def _whole(parts: list[Part]) -> Whole:
@@ -115,7 +180,7 @@ def _whole(parts: list[Part]) -> Whole:
     return out
 
 
-def deviations(one: Run, many: Run) -> list[Deviation]:
+def deviations(one: Run, many: Run, tolerance: float = TOLERANCE) -> list[Deviation]:
     """The largest deviation of each kind of tensor, dearest kinds first."""
     steps = [f"step {i + 1}" for i in range(len(one.losses))]
     found = [
@@ -129,7 +194,7 @@ def deviations(one: Run, many: Run) -> list[Deviation]:
         for name in left:
             kinds.setdefault(_kind(name), {})[name] = _relative(left[name], right[name])
         found += [_worst(f"{what} {kind}", kinds[kind]) for kind in sorted(kinds)]
-    return found
+    return [replace(deviation, tolerance=tolerance) for deviation in found]
 
 
 def _kind(name: str) -> str:
@@ -147,14 +212,14 @@ def _worst(kind: str, found: Mapping[str, float]) -> Deviation:
     return Deviation(kind, found[where], where)
 
 
-def table(found: list[Deviation]) -> Table:
+def table(found: list[Deviation], title: str = AGAINST_ONE) -> Table:
     """A row per kind of tensor, its gradient's and its weight's deviation side by side."""
     rows: dict[str, dict[str, Deviation]] = {}
     for d in found:
         what, _, kind = d.kind.partition(" ")
         alone = d.kind in ("loss", "gradient norm")
         rows.setdefault(d.kind if alone else kind, {})[COMPARED[0] if alone else what] = d
-    out = Table(title=f"this layout against one process: |a - b| / |a|, FP32, {STEPS} steps")
+    out = Table(title=title)
     out.add_column("what", no_wrap=True)
     for what in COMPARED:
         out.add_column(what, justify="right", no_wrap=True)
