@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -41,10 +41,14 @@ class StreamQueue:
 
 
 class DeviceLinks:
-    """Symmetric memory (one buffer per rank, mapped by all) over NVLink or PCIe peer access."""
+    """Symmetric memory (one buffer per rank, mapped by all) over NVLink or PCIe peer access.
 
-    def __init__(self, memories: Mapping[int, Tensor], words: Words, device: torch.device) -> None:
-        self.memories, self.words, self.device = memories, words, device
+    `mapping` keeps it mapped: views of it, which is what `memory` returns, do not.
+    """
+
+    def __init__(self, near: tuple[int, ...], mapping: Mapping, words: Words, device: torch.device) -> None:
+        self.mapping, self.words, self.device = mapping, words, device
+        self.memories = dict(zip(near, mapping.views, strict=True))
 
     def memory(self, rank: int) -> Tensor:
         return self.memories[rank]
@@ -63,20 +67,28 @@ def open_links(
     they share; None on all of them where any cannot have that (no peer access, a container that hides file descriptors,
     /dev/shm full). Collective over the group."""
     shared = share_words(group, words, device)
-    memories = _rendezvous(group, size, device)
+    mapping = _rendezvous(group, size, device)
     opened: list[bool] = [False] * len(near)
-    dist.all_gather_object(opened, shared is not None and memories is not None, group=group)
-    if shared is None or memories is None or not all(opened):
+    dist.all_gather_object(opened, shared is not None and mapping is not None, group=group)
+    if shared is None or mapping is None or not all(opened):
         return None
-    return DeviceLinks(dict(zip(near, memories, strict=True)), shared, device)
+    return DeviceLinks(near, mapping, shared, device)
 
 
-def _rendezvous(group: dist.ProcessGroup, size: int, device: torch.device) -> list[Tensor] | None:
+class Mapping(NamedTuple):
+    """This rank's memory, torch's handle of all ranks' memories, and each as a uint8 tensor, by group rank."""
+
+    own: Tensor
+    handle: object
+    views: list[Tensor]
+
+
+def _rendezvous(group: dist.ProcessGroup, size: int, device: torch.device) -> Mapping | None:
     import torch.distributed._symmetric_memory as symmetric
 
     try:
         own = symmetric.empty(size, dtype=torch.uint8, device=device)
         handle = symmetric.rendezvous(own, group.group_name)
-        return [handle.get_buffer(rank, (size,), torch.uint8) for rank in range(dist.get_world_size(group))]
     except RuntimeError:
         return None
+    return Mapping(own, handle, [handle.get_buffer(r, (size,), torch.uint8) for r in range(group.size())])
