@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from dryvine.launch.data_cli import app
+from dryvine.launch.data_cli import app, progress_bar
 from dryvine.trainer.data.dataset import Dataset
 
 
@@ -89,3 +91,29 @@ def test_names_that_are_not_utf8_can_be_printed(folder: Path) -> None:
     refused = run("--text", f"{odd}.csv", "--out", "third")
     assert refused.exit_code == 2
     assert "matches no file" in refused.output
+
+
+def test_every_option_reaches_the_build(folder: Path) -> None:
+    options = ["--vocab-size", "290", "--field", "body", "--val-fraction", "0.25", "--fim-rate", "0.5"]
+    assert run("--text", "in/*.txt", "--out", "o", *options).exit_code == 0
+    recipe = Dataset.load(folder / "o").recipe
+    given = (recipe["vocab_size"], recipe["field"], recipe["validation_fraction"], recipe["fim_rate"])
+    assert given == (290, "body", 0.25, 0.5)
+    assert run("--text", "in/*.txt", "--out", "p").exit_code == 0
+    assert Dataset.load(folder / "p").recipe["vocab_size"] == 4096
+
+
+def test_the_table_has_a_row_for_each_split(folder: Path) -> None:
+    done = run("--text", "in/*.txt", "--out", "o", "--vocab-size", "300", "--val-fraction", "0.2")
+    dataset = Dataset.load(folder / "o")
+    rows = {words[1]: words for line in done.output.splitlines() if len(words := line.split()) > 8}
+    for name, split in (("train", dataset.train), ("val", dataset.val)):
+        figures = f"{split.documents:,}", f"{split.tokens:,}", f"{split.bytes:,}", f"{split.bytes / split.tokens:.2f}"
+        assert tuple(rows[name][3::2]) == figures
+
+
+def test_the_bar_counts_towards_the_whole() -> None:
+    output = io.StringIO()
+    with progress_bar(Console(file=output, force_terminal=True, width=100)) as on_progress:
+        on_progress("reading", 500, 2000)
+    assert "0.5/2.0 kB" in output.getvalue()

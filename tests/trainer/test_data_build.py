@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import itertools
 import json
 import random
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -79,7 +81,8 @@ def test_text_cannot_spell_a_special_token(alphabet: tokenizer.Vocabulary) -> No
     assert alphabet.tokenizer.decode(ids, skip_special_tokens=False) == text
 
 
-def test_every_document_is_there_once_and_on_one_side(tmp_path: Path) -> None:
+def test_every_document_is_there_once_and_on_one_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "BATCH_BYTES", 800)
     (tmp_path / "in").mkdir()
     inputs = match_files(corpus(tmp_path / "in"))
     spec = BuildSpec(vocab_size=400, validation_fraction=0.3, shard_tokens=1500)
@@ -90,7 +93,10 @@ def test_every_document_is_there_once_and_on_one_side(tmp_path: Path) -> None:
     assert sorted(train + val) == sorted(written)
     assert len(written) == 87
     assert 10 < len(val) < 45
+    assert len(dataset.train.shards) > 3
+    assert len(dataset.val.shards) > 3
     assert dataset.train.bytes == sum(len(text.encode()) for text in train)
+    assert dataset.val.bytes == sum(len(text.encode()) for text in val)
     assert (dataset.train.documents, dataset.val.documents) == (len(train), len(val))
     assert dataset.quarantined == 4
 
@@ -337,3 +343,44 @@ def test_a_new_kind_of_file_is_one_function_and_one_line(tmp_path: Path, monkeyp
     dataset = build(match_files([f"{tmp_path}/*.csv"]), spec, tmp_path / "out")
     assert texts_of(tmp_path / "out", "train") == [f"row {i}" for i in range(7)]
     assert [shard.documents for shard in dataset.train.shards] == [2, 2, 2, 1]
+
+
+def test_a_part_is_full_when_both_splits_together_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "in").mkdir()
+    monkeypatch.setattr(stream, "BATCH_RECORDS", 1)
+    spec = BuildSpec(vocab_size=300, shard_tokens=1000, validation_fraction=0.6)
+    dataset = build(match_files(corpus(tmp_path / "in")), spec, tmp_path / "out")
+    tokens = Counter[str]()
+    for shard in (*dataset.train.shards, *dataset.val.shards):
+        tokens[shard.name] += shard.tokens
+    *full, _ = [tokens[name] for name in sorted(tokens)]
+    assert len(full) > 4
+    assert all(1000 <= part < 2000 for part in full)  # a document has fewer than 1000
+
+
+def test_what_is_in_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    inputs = match_files(corpus(tmp_path / "in"))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "tokenizer.json").write_text("left by a build that was killed as it gave up")
+    build(inputs, BuildSpec(vocab_size=300, validation_fraction=0.3), tmp_path / "out")
+    shards = [f"{split}/00000.{end}" for split in ("train", "val") for end in ("bin", "ends.npy")]
+    described = ["dataset.json", "inputs.json", "quarantine.jsonl", "tokenizer.json"]
+    assert sorted(set(contents(tmp_path / "out")) - {".lock"}) == sorted(described + shards)
+    listed = json.loads((tmp_path / "out" / "inputs.json").read_text())
+    assert listed == [{"file": str(file.path), "bytes": file.path.stat().st_size} for file in inputs]
+    digest = hashlib.sha256((tmp_path / "out" / "tokenizer.json").read_bytes()).hexdigest()
+    assert Dataset.load(tmp_path / "out").tokenizer_sha256 == digest
+
+
+def test_progress_is_reported_in_bytes_of_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "BATCH_RECORDS", 1)
+    lines = [json.dumps({"text": f"text {i}"}) + "\n" for i in range(3)]
+    (tmp_path / "a.txt").write_text("0123456789")
+    (tmp_path / "b.jsonl").write_text("".join(lines))
+    reports: list[tuple[str, int, int]] = []
+    spec = BuildSpec(vocab_size=300, validation_fraction=0)
+    inputs = match_files([f"{tmp_path}/a.txt", f"{tmp_path}/b.jsonl"])
+    build(inputs, spec, tmp_path / "out", lambda *report: reports.append(report))
+    done = [10, *(10 + len("".join(lines[: n + 1])) for n in range(3))]
+    assert reports == [(stage, n, done[-1]) for stage in ("learning the vocabulary", "tokenizing") for n in done]

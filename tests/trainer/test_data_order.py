@@ -39,6 +39,17 @@ def test_epochs_and_seeds_differ_and_repeat() -> None:
     assert first != [SequenceOrder(2, 500).window(i) for i in range(1000)]
 
 
+def test_the_order_never_changes() -> None:
+    """A run that is resumed by a later version goes on with the sequences that it has not read."""
+    assert [SequenceOrder(0, 1000).window(i) for i in (0, 1, 2, 999, 1000)] == [902, 105, 130, 823, 461]
+    assert [SequenceOrder(7, 2**40 + 5).window(i) for i in (0, 1, 2**40, 2**41)] == [
+        796573344326,
+        134104890819,
+        10577194274,
+        763808889066,
+    ]
+
+
 def test_order_looks_shuffled() -> None:
     """Means of a random permutation within five sigma: where window 0 to n/2 falls, and steps between neighbours."""
     n, order = 4001, SequenceOrder(0, 4001)

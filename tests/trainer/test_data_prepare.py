@@ -90,6 +90,24 @@ def test_fingerprints_know_names_sizes_and_settings_but_not_places(small: list[I
     assert fingerprint(small, BuildSpec(vocab_size=301)) != mark
 
 
+def test_a_given_tokenizer_counts_by_its_content(tmp_path: Path, small: list[Input]) -> None:
+    marks = []
+    for name, content in (("a", "one"), ("b", "one"), ("b", "two")):
+        (tmp_path / f"{name}.json").write_text(content)
+        marks.append(fingerprint(small, BuildSpec(tokenizer=tmp_path / f"{name}.json")))
+    assert marks[0] == marks[1] != marks[2]
+    assert fingerprint(small, BuildSpec(vocab_size=300)) not in marks
+
+
+def test_the_config_of_a_run_reaches_the_build(tmp_path: Path, small: list[Input]) -> None:
+    del small[30:]
+    reports: list[str] = []
+    config = DataConfig(seq_len=8, vocab_size=300, dir=tmp_path, validation_fraction=0.3, fim_rate=0.25)
+    recipe = Dataset.load(prepare(config, lambda stage, *_: reports.append(stage))).recipe
+    assert (recipe["vocab_size"], recipe["validation_fraction"], recipe["fim_rate"]) == (300, 0.3, 0.25)
+    assert set(reports) == {"learning the vocabulary", "tokenizing"}
+
+
 def test_waiting_has_an_end(tmp_path: Path, small: list[Input]) -> None:
     config = DataConfig(seq_len=8, vocab_size=300, dir=tmp_path)
     folder = tmp_path / fingerprint(small, BuildSpec(vocab_size=300))

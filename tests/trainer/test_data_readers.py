@@ -190,3 +190,23 @@ def test_the_embedded_corpus_is_the_same_for_every_build_of_python() -> None:
     left_out = {"test", "tests", "encodings", "tkinter", "site-packages"}
     assert not [name for name in names if left_out & set(name.split("/")) or name.startswith("_sysconfigdata")]
     assert sum(file.size for file in files) > 8e6
+
+
+def test_progress_in_parquet_goes_with_the_rows(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", [f"row {i}" for i in range(50)], row_group_size=8)
+    size = path.stat().st_size
+    records = [item.record for item in read(path)]
+    assert [record.byte for record in records] == [size * row // 50 for row in range(1, 51)]
+
+
+def test_the_embedded_corpus_leaves_out_what_one_machine_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = ["abc.py", "json/decoder.py", "pydoc_data/topics.py"]
+    left_out = [
+        "test/test_abc.py", "idlelib/run.py", "encodings/cp037.py", "site-packages/torch.py", "json/__pycache__/x.py",
+        "config-3.11-x86_64-linux-gnu/python-config.py", "_sysconfigdata__linux.py", "sitecustomize.py", "abc.txt",
+    ]  # fmt: skip
+    for name in (*kept, *left_out):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    assert [file.name for file in stdlib_files()] == kept

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 from dryvine.trainer.data import vocabulary
 from dryvine.trainer.data.inputs import match_files
+from dryvine.trainer.data.readers import text as text_reader
 from dryvine.trainer.data.spec import BuildJob, BuildSpec, no_progress
 
 BOUND = 60_000
@@ -91,3 +93,10 @@ def test_less_text_than_the_bound_is_taken_whole(tmp_path: Path) -> None:
 def test_inputs_without_any_text(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": pa.array([None, None], pa.string())}), tmp_path / "a.parquet")
     assert not any(sampled(tmp_path))
+
+
+def test_pieces_of_one_text_are_drawn_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All or nothing of a large file would be no sample of it."""
+    monkeypatch.setattr(text_reader, "PIECE_BYTES", 600)
+    (tmp_path / "a.txt").write_text("\n".join(texts(400)))
+    assert 0.7 * BOUND < size_of(sampled(tmp_path)) < 1.3 * BOUND

@@ -137,3 +137,15 @@ def test_a_very_long_line_is_checked_once(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(checked) == 2
     assert list(text_reader.read_text(path, "", records[5].line, records[5].byte)) == records[6:]
     assert len(checked) == 3
+
+
+def test_only_a_mark_at_the_start_of_a_file_is_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for piece in (MIB, 8):
+        monkeypatch.setattr(text_reader, "PIECE_BYTES", piece)
+        (tmp_path / "a.txt").write_text("\ufeffone\n\ufefftwo\n\ufeff", encoding="utf-8")
+        assert read(tmp_path / "a.txt") == ("one\n\ufefftwo\n\ufeff", [])
+
+
+def test_a_line_of_several_pieces_counts_once(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"x" * 3 * MIB + b"\n\xff\nlast")
+    assert read(tmp_path / "a.txt")[1] == [Broken(2, "not UTF-8")]

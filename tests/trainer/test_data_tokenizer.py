@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -203,3 +204,34 @@ def test_unknown_characters_beside_a_cut_are_kept(tmp_path: Path) -> None:
     vocabulary = tokenizer.load(save(tmp_path / "t.json", made))
     assert vocabulary.encode([TextPart(None, "?a?", starts=False, ends=False)]) == [[0, 1, 0]]
     assert vocabulary.encode([TextPart(None, "", starts=False, ends=False)]) == [[]]
+
+
+@pytest.mark.parametrize("name", ["<|endoftext|>", "<｜end▁of▁sentence｜>", "<|end_of_text|>", "</s>", "<eos>"])
+def test_known_end_tokens_and_ids_with_gaps(tmp_path: Path, name: str) -> None:
+    """The size is what an embedding needs: one more than the largest id, also where ids are left out."""
+    made = Tokenizer(models.BPE({"a": 0, "b": 70}, []))
+    made.add_special_tokens([name])
+    vocabulary = tokenizer.load(save(tmp_path / "t.json", made))
+    assert vocabulary.end == made.token_to_id(name)
+    assert vocabulary.size == max(made.get_vocab().values()) + 1 > len(made.get_vocab())
+    assert vocabulary.sha256 == hashlib.sha256((tmp_path / "t.json").read_bytes()).hexdigest()
+
+
+def test_neither_padding_nor_truncation_of_a_given_tokenizer_is_used(tmp_path: Path) -> None:
+    made = letters(None, None)
+    made.enable_padding(length=20)
+    made.enable_truncation(3)
+    (tmp_path / "a.txt").write_text("abc")
+    (tmp_path / "b.txt").write_text("defghi")
+    end = [made.token_to_id("</s>")]
+    ids = [[made.token_to_id(letter) for letter in word] for word in (("ab", "c"), "defghi")]
+    assert packed(tmp_path, save(tmp_path / "t.json", made)) == ids[0] + end + ids[1] + end
+
+
+def test_what_is_cut_into_pieces_is_not_put_fill_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_reader, "PIECE_BYTES", 50)
+    made = letters(None, None)
+    (tmp_path / "a.txt").write_text("a line of text\n" * 20)
+    (tmp_path / "b.txt").write_text("short\n")
+    tokens = packed(tmp_path, save(tmp_path / "t.json", made), fim_rate=1.0)
+    assert [tokens.count(made.token_to_id(name)) for name in tokenizer.FIM] == [1, 1, 1]
