@@ -67,9 +67,10 @@ class Verdict:
             lost.append(f"rank {', '.join(map(str, silent))} did not answer the roll call: dead or stopped")
         if lost:
             return "; ".join(lost[:SHOWN])
+        # First who waits for nothing: others may owe because they wait themselves.
         late = [rank for rank, state in self.states.items() if state == "computing"]
-        late += [peer for peer, size in due if size and not self.states[peer].endswith(what)]
-        where = "; ".join(self._state(rank) for rank in list(dict.fromkeys([*self.owes, *late]))[:SHOWN])
+        late += [*self.owes, *(peer for peer, size in due if size and not self.states[peer].endswith(what))]
+        where = "; ".join(self._state(rank) for rank in list(dict.fromkeys(late))[:SHOWN])
         return "every rank is alive; " + (where or "all wait in the same operation: a slow link")
 
     def _state(self, rank: int) -> str:

@@ -87,6 +87,7 @@ class Watch:
         self._last = "nothing"  # that was posted
         self._moved = 0.0  # when an operation was last seen to end
         self._failure = ""  # why this rank ends
+        self._broken: tuple[str, Due, float] | None = None  # what this rank gave up on, with its age
         self._alarm, self._known, self._closed = threading.Event(), threading.Event(), threading.Event()
         self._raising = threading.Event()  # this rank ends by itself
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
@@ -140,6 +141,7 @@ class Watch:
 
     def failed(self, what: str, due: Due, age: float, broken: RuntimeError | None = None) -> CommError:
         """Have the roll called. Returns the error for this rank's part in it."""
+        self._broken = (what, due, age)
         self._raising.set()
         self._alarm.set()
         self._known.wait(self._patience)
@@ -199,7 +201,8 @@ class Watch:
     def _end(self) -> None:
         """Hold the roll call and end the process, unless it ends by itself."""
         waiting = sorted((a for a in self._open.values() if a.waited), key=lambda a: a.since)
-        doing = f"waiting in {waiting[0].what}" if waiting else "computing"
+        oldest = self._broken or next(((a.what, a.due, a.age) for a in waiting), None)
+        doing = f"waiting in {oldest[0]}" if oldest else "computing"
         try:
             self.verdict = self._roll.hold(
                 self._failure or doing,
@@ -209,13 +212,13 @@ class Watch:
             )
         except RuntimeError:
             self.verdict = Verdict((), {}, "the store does not answer: its host is gone")
-        oldest = (waiting[0].what, waiting[0].due, waiting[0].age) if waiting else (doing, (), 0.0)
-        print(self.verdict.message(self.rank, *oldest), file=sys.stderr, flush=True)
+        mine = self.verdict.message(self.rank, *(oldest or (self._failure or doing, (), 0.0)))
+        print(mine, file=sys.stderr, flush=True)
         time.sleep(2 * POLL)  # a launcher ends all ranks when one has ended: let each speak, and read the store
-        self._known.set()
         for rank in self.verdict.missing:
             with suppress(RuntimeError):
                 self._roll.fence(rank)
+        self._known.set()
         self._ending.within(EXIT + POLL)
         if self._raising.is_set():
             time.sleep(EXIT)

@@ -32,7 +32,8 @@ def rank_main(rank: int, folder: Path, how: str, when: str) -> None:
     store = dist.FileStore(str(folder / "store"), 4)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=4, timeout=HOUR)
     mesh = make_mesh(1, 1, 4, 1, torch.device("cpu"), HOUR)
-    dispatcher = build(Setup(8, mesh, by_sizes([2, 2]), watch_world(DEADLINE)))
+    watch = watch_world(DEADLINE)
+    dispatcher = build(Setup(8, mesh, by_sizes([2, 2]), watch))
     try:
         for microbatch in range(100):
             lose = how if rank == 2 and microbatch == 3 else ""
@@ -40,6 +41,10 @@ def rank_main(rank: int, folder: Path, how: str, when: str) -> None:
     except CommError as error:
         (folder / f"error{rank}").write_text(str(error))
         raise SystemExit(3) from error
+    except ValueError as error:
+        watch.fail(error)
+    except EarlyExit:
+        watch.close()
 
 
 def step(dispatcher: Hierarchical, label: str, lose: str, when: str, folder: Path) -> None:
@@ -60,11 +65,26 @@ def go_down(how: str, folder: Path) -> None:
         (folder / "down").write_text(str(time.time()))
     if how == "slow":
         time.sleep(60)
+    elif how == "raise":
+        raise ValueError("layer 3 exploded\nin many pieces")
+    elif how == "leave":
+        raise EarlyExit
     elif how:
         os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[how])
 
 
-LOSSES = [("kill", "routing"), ("kill", "dispatch"), ("stop", "combine"), ("slow", "dispatch")]
+LOSSES = [
+    ("kill", "routing"),
+    ("kill", "dispatch"),
+    ("stop", "combine"),
+    ("slow", "dispatch"),
+    ("raise", "dispatch"),
+    ("leave", "routing"),
+]
+
+
+class EarlyExit(Exception):
+    """This rank parts in order, too early."""
 
 
 class Job:
@@ -99,16 +119,25 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple[str, s
                 process.kill()
 
 
+CULPRITS = {
+    "slow": r"every rank is alive; rank 2 is computing \(posted last: routing hop 2 of layer 3, microbatch 3\) and "
+    "has not posted its side of dispatch hop 1 of layer 3, microbatch 3",
+    "raise": "rank 2 failed: ValueError: layer 3 exploded",
+    "leave": "rank 2 left before the others",
+}
+
+
 @pytest.mark.parametrize(("how", "when"), LOSSES)
 def test_a_lost_rank_is_named_by_all_others_in_time(jobs: dict[tuple[str, str], Job], how: str, when: str) -> None:
     job = jobs[how, when]
     assert job.took < DEADLINE + 10
     # A rank that is stopped cannot end itself: a sibling ends it. One that dawdles is ended by its own watch.
-    assert [p.exitcode for p in job.ranks] == [3, 3, CODE if how == "slow" else -signal.SIGKILL, 3]
+    ends = {"slow": CODE, "raise": 1, "leave": 0}
+    assert [p.exitcode for p in job.ranks] == [3, 3, ends.get(how, -signal.SIGKILL), 3]
     for rank in (0, 1, 3):
         error = (job.folder / f"error{rank}").read_text()
         assert re.match(rf"rank {rank}: {when} \S+.* of layer 3, microbatch 3: .*", error)
         if rank != 1 or when == "routing":  # rank 1 gets its rows through rank 3 or 0, and waits for those
             assert re.search(r"\d+ bytes from rank 2.* did not come in \d+\.\d s", error), error
-        culprit = {"slow": "every rank is alive; .*rank 2 is computing"}.get(how, "rank 2 did not answer the roll call")
+        culprit = CULPRITS.get(how, "rank 2 did not answer the roll call: dead or stopped")
         assert re.search(culprit, error), error

@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 
 from dryvine.comm.dispatch.exchange import GroupExchange
-from dryvine.comm.ending import Ending
 from dryvine.comm.posted import Posted
 from dryvine.comm.roll_call import RollCall, Verdict
 from dryvine.comm.watch import POLL, CommError, Watch, naming
+from tests.support.endings import NoEnding
 
 DEADLINE = 0.8
 
@@ -46,28 +46,6 @@ class Finished(Endless):
 class Broken(Finished):
     def wait(self, timeout: timedelta | None = None) -> bool:
         raise RuntimeError("[pair.cc:1] Connection closed by peer")
-
-
-class NoEnding(Ending):
-    """The test's process goes on."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.codes: list[int] = []
-
-    def within(self, seconds: float) -> None:
-        pass
-
-    def postpone(self) -> None:
-        pass
-
-    def show(self) -> None:
-        pass
-
-    def now(self, code: int) -> None:
-        for hook in self._hooks:
-            hook()
-        self.codes.append(code)
 
 
 @pytest.fixture
