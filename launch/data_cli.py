@@ -51,7 +51,7 @@ def build(
     OUT/quarantine.jsonl. After a kill, the same command continues where the build was.
     """
     console = Console(stderr=True)
-    try:
+    with errors_in_one_line(console):
         spec = BuildSpec(
             vocab_size=vocab_size if vocab_size or tokenizer else VOCAB_SIZE,
             tokenizer=tokenizer,
@@ -62,13 +62,20 @@ def build(
         inputs = match_files([*text, *(more or [])])
         with progress_bar(console) as on_progress:
             dataset = build_dataset(inputs, spec, out, on_progress)
+    report(dataset, out, Console())
+
+
+@contextmanager
+def errors_in_one_line(console: Console) -> Iterator[None]:
+    """Print what the user can fix, and exit with 2; or with 130 after Ctrl-C, as shells do."""
+    try:
+        yield
     except (DataError, OSError) as error:
         console.print(printable(f"dryvine data build: {error}"), style="red", markup=False, soft_wrap=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         console.print("Interrupted. The same command continues after the last whole shard.")
         raise typer.Exit(130) from None
-    report(dataset, out, Console())
 
 
 @contextmanager

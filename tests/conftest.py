@@ -32,7 +32,6 @@ def tiny(corpus: Path, tmp_path: Path) -> Callable[..., Config]:
     """`tiny("parallel.pp=2", ...)`: the tiny config with overrides, its run folder under the test's own."""
 
     def make(*overrides: str) -> Config:
-        given = (f'data.source="{corpus}"', f'run.out="{tmp_path}"', *overrides)
-        return load(HERE / "tiny.toml", given)
+        return load(HERE / "tiny.toml", (f'data.source="{corpus}"', f'run.out="{tmp_path}"', *overrides))
 
     return make

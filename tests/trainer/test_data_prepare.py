@@ -27,9 +27,9 @@ import sys
 from pathlib import Path
 from dryvine.trainer.data import build, prepare
 from dryvine.trainer.data.config import DataConfig
-files, whole = prepare.stdlib_files(), build._build
+files, run = prepare.stdlib_files(), build._build
 prepare.stdlib_files = lambda: files[:60]
-build._build = lambda *arguments: print("builds") or whole(*arguments)
+build._build = lambda *arguments: print("builds") or run(*arguments)
 print(prepare.prepare(DataConfig(seq_len=8, vocab_size=500, dir=Path(sys.argv[1])), deadline=50))
 """
 

@@ -29,13 +29,13 @@ def read(*paths: Path, start: StreamPosition | None = None, field: str = "text")
 
 def documents(records: list[StreamItem]) -> list[str]:
     """Texts of the documents, put together from their pieces."""
-    found, held = [], ""
+    texts, text = [], ""
     for item in records:
-        held += item.record.text
-        if item.record.ends and held:
-            found.append(held)
-            held = ""
-    return found
+        text += item.record.text
+        if item.record.ends and text:
+            texts.append(text)
+            text = ""
+    return texts
 
 
 def broken(records: list[StreamItem]) -> list[Broken]:
@@ -104,9 +104,9 @@ def test_broken_json_lines_are_named(tmp_path: Path) -> None:
     records = read(path)
     assert documents(records) == ["one", "two\nlines"]
     expected = [(number, reason) for number, (_, reason) in enumerate(JSON_LINES, 1) if reason]
-    found = broken(records)
-    assert [entry.line for entry in found] == [line for line, _ in expected]
-    for entry, (_, reason) in zip(found, expected, strict=True):
+    listed = broken(records)
+    assert [entry.line for entry in listed] == [line for line, _ in expected]
+    for entry, (_, reason) in zip(listed, expected, strict=True):
         assert reason in entry.reason
 
 
@@ -170,10 +170,10 @@ def mixed(tmp_path: Path) -> list[Path]:
 
 def test_reading_goes_on_from_any_place(mixed: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text_reader, "PIECE_BYTES", 50)
-    whole = read(*mixed)
-    assert len(whole) > 25
-    for done, item in enumerate(whole, 1):
-        assert read(*mixed, start=item.after) == whole[done:]
+    records = read(*mixed)
+    assert len(records) > 25
+    for done, item in enumerate(records, 1):
+        assert read(*mixed, start=item.after) == records[done:]
 
 
 def test_records_are_known_by_text_and_files_by_name(mixed: list[Path]) -> None:

@@ -206,6 +206,14 @@ def test_unknown_characters_beside_a_cut_are_kept(tmp_path: Path) -> None:
     assert vocabulary.encode([TextPart(None, "", starts=False, ends=False)]) == [[]]
 
 
+def test_a_letter_that_is_declared_special_is_still_a_letter(tmp_path: Path) -> None:
+    """As where "!" pads: with an ordinary token of the vocabulary, which text has to be able to contain."""
+    made = Tokenizer.from_file(str(given(tmp_path / "given.json")))
+    made.add_special_tokens(["!"])
+    vocabulary = tokenizer.load(save(tmp_path / "t.json", made))
+    assert vocabulary.encode([TextPart(None, "!")]) == [[made.token_to_id("!")]]
+
+
 @pytest.mark.parametrize("name", ["<|endoftext|>", "<｜end▁of▁sentence｜>", "<|end_of_text|>", "</s>", "<eos>"])
 def test_known_end_tokens_and_ids_with_gaps(tmp_path: Path, name: str) -> None:
     """The size is what an embedding needs: one more than the largest id, also where ids are left out."""

@@ -27,7 +27,7 @@ _PACKING_NAMES = {*_KNOWN_ENDS, *(name for names in _KNOWN_FIM for name in names
 
 # Added tokens in brackets, such as <|User|> or [INST], are control tokens. Others, such as runs of blanks or words that
 # extend a vocabulary, are text.
-_CONTROL = re.compile(r"[<\[{|].*\w.*[>\]}|]", re.DOTALL)
+_IN_BRACKETS = re.compile(r"[<\[{|].*\w.*[>\]}|]", re.DOTALL)
 
 
 class Vocabulary(NamedTuple):
@@ -66,13 +66,14 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def load(path: Path) -> Vocabulary:
-    """Read a `tokenizer.json`. Raises DataError if it cannot be read or has no token that ends a document."""
+    """Read a `tokenizer.json`.
+
+    Raises DataError if it cannot be read, has no token that ends a document, or finds control tokens in text.
+    """
     content = _read(path)
     tokenizer = _parse(path, content)
     ids = tokenizer.get_vocab(with_added_tokens=True)
-    end = next((name for name in _KNOWN_ENDS if name in ids), None)
-    if end is None:
-        raise DataError(f"{path}: no end-of-document token; add {END} to it with tokenizer.add_special_tokens")
+    end = _end(path, ids)
     if name := _spelled_control(tokenizer, end):
         raise DataError(
             f"{path}: text that spells {name} becomes that token; use a byte-level BPE, which never does so"
@@ -105,6 +106,10 @@ def _parse(path: Path, content: bytes) -> Tokenizer:
     return tokenizer
 
 
+def _is_control(name: str) -> bool:
+    return name in _PACKING_NAMES or bool(_IN_BRACKETS.fullmatch(name.strip()))
+
+
 def _with_controls_special(content: bytes) -> str:
     """The tokenizer with every control token declared special, so that `encode_special_tokens` covers them all.
 
@@ -112,7 +117,7 @@ def _with_controls_special(content: bytes) -> str:
     """
     described = json.loads(content)
     for token in described.get("added_tokens", ()):
-        token["special"] |= token["content"] in _PACKING_NAMES or bool(_CONTROL.fullmatch(token["content"].strip()))
+        token["special"] |= _is_control(token["content"])
     return json.dumps(described)
 
 
@@ -120,11 +125,18 @@ def _spelled_control(tokenizer: Tokenizer, end: str) -> str | None:
     """A control token that the model itself finds in text that spells it, which no option of `tokenizers` prevents."""
     unknown = tokenizer.encode(NONCHARACTER, add_special_tokens=False).ids
     added = tokenizer.get_added_tokens_decoder().values()
-    for name in (end, *(token.content for token in added if token.special)):
+    for name in (end, *(token.content for token in added if _is_control(token.content))):
         control = tokenizer.token_to_id(name)
         if control not in unknown and control in tokenizer.encode(name, add_special_tokens=False).ids:
             return name
     return None
+
+
+def _end(path: Path, ids: Mapping[str, int]) -> str:
+    for name in _KNOWN_ENDS:
+        if name in ids:
+            return name
+    raise DataError(f"{path}: no end-of-document token; add {END} to it with tokenizer.add_special_tokens")
 
 
 def _fim(ids: Mapping[str, int]) -> tuple[int, int, int] | None:
