@@ -219,7 +219,12 @@ class CudaStreams:
 
     def _enter(self, stream: torch.cuda.Stream, name: StreamName, baton: Baton) -> None:
         """Wait for the baton's step if it was in the other stream."""
-        if baton.event is None or baton.stream == name:
+        if baton.stream == name:
+            return
+        if baton.event is None:
+            # The op's input. Compute has waited for it, where another rank sent it, and for messages that have left,
+            # whose memory comm may be given. Comm has waited for neither.
+            stream.wait_stream(self.compute)
             return
         if name == "comm":
             stream.wait_event(baton.event)

@@ -1,42 +1,141 @@
-"""A training step on CUDA's streams, played on the CPU: no stream reads early, writes over, or lets go too soon."""
+"""CUDA's streams and NCCL's messages, played on the CPU: no stream reads early, writes over, or lets go too soon."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
+from dryvine.comm import wire
+from dryvine.comm.mesh import make_mesh
 from dryvine.comm.pending import Pending
-from dryvine.parallel import streams
+from dryvine.comm.wire import P2PWire
+from dryvine.parallel import executor, streams
+from dryvine.parallel.executor import Batch, EdgeWire, Executor
+from dryvine.parallel.flow_control import rank_program
 from dryvine.parallel.overlap import ORDERS
-from dryvine.parallel.stage import StepResult, StreamName
-from dryvine.trainer import step
+from dryvine.parallel.schedule.ir import Schedule
+from dryvine.parallel.schedule.lower import lower
+from dryvine.parallel.schedule.table import SCHEDULES, build
+from dryvine.parallel.stage import Compute, Flight, Grads, Outcome, Stage, State, StepResult, StreamName
+from dryvine.parallel.streams import CudaStreams, make_streams
+from dryvine.parallel.wgrad import WGrad
 from dryvine.trainer.config import Config
+from dryvine.trainer.model.linear import linear
 from dryvine.trainer.ramps import points
 from dryvine.trainer.step import train_step
-from tests.support.races import Races, WatchedStreams
+from dryvine.trainer.tensors.weight import Weight
+from tests.support import races as support
 from tests.support.rig import rig_of
 
 Tiny = Callable[..., Config]
+Kind = type[CudaStreams]
+CPU = torch.device("cpu")
 FP8 = ("run.dtype=bf16", "fp8.preset=deepseek_v3")
 RECOMPUTE = ('model.recompute=["norm", "mla_up", "swiglu"]',)
 
 
-def races(config: Config, monkeypatch: pytest.MonkeyPatch, kind: type[WatchedStreams] = WatchedStreams) -> Counter[str]:
+# ---- a pipeline of toys
+
+
+@dataclass(eq=False)
+class Message:
+    """A comm phase that doubles what it carries."""
+
+    name: str
+    layer: str
+    stream: StreamName = "comm"
+
+    def forward(self, state: State, flight: Flight) -> Pending[State]:
+        return Pending.done(tuple(2 * t for t in state))
+
+    def backward(self, grads: Grads, flight: Flight) -> StepResult:
+        return StepResult(Pending.done(tuple(2 * t for t in grads if t is not None)), [])
+
+
+# A stage's phases: which stream its F and its B begin and end in.
+STAGES = {
+    "compute first, comm last": ("attention", "dispatch", "experts", "combine"),
+    "compute first and last": ("attention", "dispatch", "experts"),
+    "comm first and last": ("dispatch", "experts", "combine"),
+    "comm first, compute last": ("dispatch", "experts"),
+}
+
+
+def toy_stage(number: int, last: int, names: Sequence[str], wgrad: WGrad) -> Stage:
+    def phase(name: str) -> Any:
+        if name in ("dispatch", "combine"):
+            return Message(name, f"layers.{number}")
+        weight = Weight(torch.rand(4, 4))
+        weight.queue = wgrad.put
+        function = lambda state, flight: Outcome((torch.tanh(linear(state[0], weight)),), {})  # noqa: E731
+        return Compute(name, f"layers.{number}", function, wgrad)
+
+    def embed(state: State, flight: Flight) -> Outcome:
+        return Outcome((flight.tokens,), {})
+
+    def head(state: State, flight: Flight) -> Outcome:
+        return Outcome((), {"loss": state[0].square().mean()})
+
+    first = [Compute("embed", "embed", embed, wgrad)] if number == 0 else []
+    end = [Compute("head", "head", head, wgrad)] if number == last else []
+    return Stage(number, [*first, *map(phase, names), *end])
+
+
+def toy_races(schedule: Schedule, rank: int, names: Sequence[str], overlap: bool, kind: Kind) -> Counter[str]:
+    """What goes wrong on `rank` in one run of a schedule on toys."""
+    with pytest.MonkeyPatch.context() as patch:
+        races = support.watch(patch, rank, kind)
+        mesh = make_mesh(len(schedule.ranks), 1, 1, len(schedule.routes), CPU, timedelta(seconds=9))
+        wgrad = WGrad()
+        stages = {s: toy_stage(s, schedule.stages - 1, names, wgrad) for s in schedule.stages_of(rank)}
+        shape = (torch.empty(3, 4, device="meta"),)
+        edges = EdgeWire(P2PWire(mesh), lambda edge: shape)
+        order = ORDERS["cpu"] if overlap else None
+        runner = Executor(rank_program(lower(schedule), rank), stages, edges, make_streams(CPU), order)
+        with races:
+            played = runner.run(Batch([torch.rand(3, 4) for _ in range(schedule.microbatches)], 1.0))
+            [loss.double() for losses in played.losses.values() for loss in losses]
+    return races.found
+
+
+def pipeline_races(schedule: Schedule, overlap: bool = True, kind: Kind = CudaStreams) -> Counter[str]:
+    """What goes wrong on any rank, with stages that begin and end in either stream."""
+    found: Counter[str] = Counter()
+    for names in STAGES.values():
+        for rank in range(len(schedule.ranks)):
+            found += toy_races(schedule, rank, names, overlap, kind)
+    return found
+
+
+def named(name: str, pp: int) -> Schedule:
+    return build(name, pp, 2 * pp, {"interleaved": 2}.get(name, 1))
+
+
+@pytest.mark.parametrize("overlap", [True, False], ids=["on", "off"])
+@pytest.mark.parametrize("pp", [2, 4])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_no_message_races_a_stream(name: str, pp: int, overlap: bool) -> None:
+    assert not pipeline_races(named(name, pp), overlap)
+
+
+# ---- training steps
+
+
+def races(config: Config, rank: int = 0, kind: Kind = CudaStreams) -> Counter[str]:
     """What goes wrong in one training step of one rank."""
-    watch = Races()
-    monkeypatch.setattr(torch.cuda, "stream", watch.on)
-    monkeypatch.setattr(streams, "_record", lambda stream: None)
-    monkeypatch.setattr(step, "make_streams", lambda device: lambda: kind(watch))
-    monkeypatch.setattr(step, "ORDERS", {"cpu": ORDERS["cuda"]})
-    rig = rig_of(config)
-    with watch:
-        train_step(rig, next(points(config.batch, config.data.seq_len)))
-    return watch.found
+    with pytest.MonkeyPatch.context() as patch:
+        watched = support.watch(patch, rank, kind)
+        rig = rig_of(config)
+        with watched:
+            train_step(rig, next(points(config.batch, config.data.seq_len)))
+    return watched.found
 
 
 def alone(tiny: Tiny, schedule: str, *more: str) -> Config:
@@ -44,23 +143,28 @@ def alone(tiny: Tiny, schedule: str, *more: str) -> Config:
 
 
 @pytest.mark.parametrize("ways", [("parallel.overlap=off",), ("run.dtype=bf16", *RECOMPUTE), (*FP8, *RECOMPUTE)])
-def test_no_stream_races_another(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, ways: Any) -> None:
-    assert not races(alone(tiny, "dualpipev", *ways), monkeypatch)
+def test_no_stream_races_another(tiny: Tiny, ways: Any) -> None:
+    assert not races(alone(tiny, "dualpipev", *ways))
 
 
 @pytest.mark.parametrize("schedule", ["zb1p", "zbv"])
-def test_weight_gradients_by_themselves_race_nobody(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, schedule: str) -> None:
-    assert not races(alone(tiny, schedule), monkeypatch)
+def test_weight_gradients_by_themselves_race_nobody(tiny: Tiny, schedule: str) -> None:
+    assert not races(alone(tiny, schedule))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("ways", [("parallel.schedule=dualpipe",), ("parallel.schedule=zb1p", *FP8)])
+def test_no_message_of_a_training_step_races_a_stream(tiny: Tiny, rank: int, ways: Any) -> None:
+    """Uploads, the losses, the sum of gradients over both ranks, the update and its publication included."""
+    assert not races(tiny("parallel.pp=2", "parallel.ep=1", "batch.sequences=4", *ways), rank)
 
 
 def test_each_wait_gets_a_phase_of_what_w_brings(monkeypatch: pytest.MonkeyPatch) -> None:
-    watch, ran = Races(), []
-    monkeypatch.setattr(torch.cuda, "stream", watch.on)
-    monkeypatch.setattr(streams, "_record", lambda stream: None)
-    ours, baton = WatchedStreams(watch), streams.Baton(Pending.done(()))
+    watched, ran = support.watch(monkeypatch), []
+    ours, baton = make_streams(CPU)(), streams.Baton(Pending.done(()))
 
     def note(name: str) -> None:
-        ran.append(f"{name} in {watch.here.name}")
+        ran.append(f"{name} in {watched.here.name}")
 
     def step(name: str) -> StepResult:
         note(name)
@@ -82,21 +186,25 @@ def test_each_wait_gets_a_phase_of_what_w_brings(monkeypatch: pytest.MonkeyPatch
     assert ran == [*before, "W1 in wgrad", *after, "W2 in wgrad", "W3 in wgrad"]
 
 
-class Forgetful(WatchedStreams):
-    """Lets go of a backward's inputs at once."""
-
-    def step(self, name: StreamName, baton: Any, run: Any) -> None:
-        super().step(name, baton, lambda value: run(value)._replace(spent=()))
+# ---- what would race is found
 
 
-class Hasty(WatchedStreams):
+class Unaware(CudaStreams):
+    """Comm begins an op without waiting for its input, since no step made it."""
+
+    def _enter(self, stream: Any, name: StreamName, baton: Any) -> None:
+        if baton.event is not None:
+            super()._enter(stream, name, baton)
+
+
+class Hasty(CudaStreams):
     """Enters a stream without waiting for the one that has the baton."""
 
     def _enter(self, *_: Any) -> None:
         pass
 
 
-class Early(WatchedStreams):
+class Early(CudaStreams):
     """Starts weight gradients without waiting for what they multiply."""
 
     def _fill(self, closures: list[Any]) -> None:
@@ -106,7 +214,7 @@ class Early(WatchedStreams):
         self.held.append(closures)
 
 
-class InTurn(WatchedStreams):
+class InTurn(CudaStreams):
     """Meets one stream after the other, so that comm has not met wgrad."""
 
     def meet(self) -> None:
@@ -116,17 +224,74 @@ class InTurn(WatchedStreams):
         self.held.clear()
 
 
+class Apart(CudaStreams):
+    """Does not wait for weight gradients at the end of a slot."""
+
+    def meet(self) -> None:
+        self.compute.wait_stream(self.side.comm)
+        self.side.comm.wait_stream(self.compute)
+        self.held.clear()
+
+
+class Generous(CudaStreams):
+    """Holds nothing until streams meet."""
+
+    def step(self, name: StreamName, baton: Any, run: Any) -> None:
+        super().step(name, baton, run)
+        self.held.clear()
+
+
+class Forgetful(CudaStreams):
+    """Lets go of a backward's inputs at once."""
+
+    def step(self, name: StreamName, baton: Any, run: Any) -> None:
+        super().step(name, baton, lambda value: run(value)._replace(spent=()))
+
+
 @pytest.mark.parametrize(
-    ("kind", "words", "ways"),
+    ("kind", "overlap", "words"),
     [
-        (InTurn, "comm may be given what wgrad", ()),
-        (Forgetful, "may be given what compute", FP8),  # in BF16 weight gradients hold what a backward read
-        (Hasty, "does not wait", ()),
-        (Early, "does not wait", ()),
+        (Unaware, True, "in comm does not wait for group"),  # of what was received
+        (Unaware, True, "in comm may be given what group"),  # of what was sent
+        (Hasty, True, "in compute does not wait for comm"),
+        (Hasty, True, "in comm does not wait for compute"),
+        (Early, True, "in wgrad does not wait for"),
+        (InTurn, False, "in comm may be given what wgrad"),
+        (Apart, True, "in compute may be given what wgrad"),
+        (Apart, True, "writes over what wgrad"),  # in a receive buffer
+        (Generous, True, "in compute may be given what"),
+        (Generous, True, "in comm may be given what"),
     ],
 )
-def test_what_would_race_is_found(
-    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, kind: Any, words: str, ways: tuple[str, ...]
-) -> None:
-    found = races(alone(tiny, "dualpipev", *ways), monkeypatch, kind)
+def test_streams_that_would_race_are_found(kind: Kind, overlap: bool, words: str) -> None:
+    found = pipeline_races(named("dualpipe", 4), overlap, kind)
     assert any(words in fault for fault in found), found
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_received_message_that_comm_reads_too_early_is_found(name: str) -> None:
+    found = pipeline_races(named(name, 2), kind=Unaware)
+    assert any("in comm does not wait for group" in fault for fault in found), found
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "broken", "words"),
+    [
+        (wire, "_wait", lambda works: None, "does not wait for group"),
+        (wire, "_unused", lambda memory: True, "irecv in group"),
+        (executor, "_let_go", lambda leaving, limit: leaving.clear(), "may be given what group"),
+    ],
+    ids=["received and not waited for", "received into memory in use", "sent and let go"],
+)
+def test_messages_that_would_race_are_found(
+    monkeypatch: pytest.MonkeyPatch, module: Any, name: str, broken: Any, words: str
+) -> None:
+    monkeypatch.setattr(module, name, broken)
+    found = pipeline_races(named("dualpipe", 4))
+    assert any(words in fault for fault in found), found
+
+
+def test_a_backward_that_lets_go_of_its_inputs_is_found(tiny: Tiny) -> None:
+    """In FP8: in BF16 weight gradients hold what a backward read."""
+    found = races(alone(tiny, "dualpipev", *FP8), kind=Forgetful)
+    assert any("may be given what compute" in fault for fault in found), found

@@ -1,4 +1,5 @@
-"""CUDA's streams without CUDA: ops run at once on the CPU, and what their streams would have allowed is worked out.
+"""CUDA's streams and NCCL's messages without a GPU: ops run at once on the CPU, and what their streams would have
+allowed is worked out.
 
 A stream is a name here, with a vector clock of what it has waited for. Every op counts one on its own stream; an event
 is a copy of a clock, and waiting takes the later of both. So three faults show that a GPU shows only sometimes:
@@ -8,43 +9,71 @@ is a copy of a clock, and waiting takes the later of both. So three faults show 
     early free       of memory that another stream may still use: its own stream has run an op since without waiting,
                      and an op is where the caching allocator hands memory out again
 
-`torch.cuda._sanitizer` finds the first two, on a GPU, and not the third, which is the caching allocator's.
+Messages are modelled on torch's ProcessGroupNCCL. Each communicator has a stream of its own for each peer. `isend` and
+`irecv` make it wait for the stream that posts them; there it reads what is sent, and writes what arrives. `Work.wait`
+makes the stream that calls it wait, not the host. `is_completed` tells the host that a message is over, so that
+whatever is queued from then on comes after it; here a coin decides whether it is.
+
+`torch.cuda._sanitizer` finds the first two faults, on a GPU, and not the third, which is the caching allocator's.
 """
 
 from __future__ import annotations
 
-import time
-from collections import Counter, deque
+import random
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
+import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dryvine.parallel.streams import CudaStreams, SideStreams
+from dryvine.parallel import streams
+from dryvine.parallel.overlap import ORDERS
 
 Clock = Counter[str]  # stream -> how many of its ops are over
 
 
+class Event:
+    """What is asked of a `torch.cuda.Event`."""
+
+    def __init__(self, races: Races) -> None:
+        self.races, self.clock = races, Clock()
+
+    def record(self, stream: Stream) -> None:
+        self.clock = Counter(stream.clock)
+
+    def synchronize(self) -> None:
+        self.races.host_waits(self.clock)
+
+    def elapsed_time(self, other: Event) -> float:
+        return 0.0
+
+
 @dataclass
 class Stream:
-    """What `CudaStreams` asks of a `torch.cuda.Stream`."""
+    """What is asked of a `torch.cuda.Stream`."""
 
+    races: Races
     name: str
-    clock: Clock = field(default_factory=Counter)
+    clock: Clock
 
-    def record_event(self) -> Clock:
-        return Counter(self.clock)
+    def record_event(self) -> Event:
+        event = Event(self.races)
+        event.record(self)
+        return event
 
-    def wait_event(self, event: Clock) -> None:
-        self.clock |= event
+    def wait_event(self, event: Event) -> None:
+        self.clock |= event.clock
 
     def wait_stream(self, other: Stream) -> None:
-        self.wait_event(other.clock)
+        self.clock |= other.clock
 
 
 @dataclass
@@ -64,11 +93,15 @@ class Races(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.streams = {name: Stream(name) for name in ("compute", "comm", "wgrad")}
-        self.here = self.streams["compute"]
+        self.streams: dict[str, Stream] = {}
+        self.past = Clock()  # what the host knows to be over
+        self.here = self.stream("compute")
         self.memory: dict[int, Memory] = {}
-        self.shared: dict[str, dict[int, Memory]] = {name: {} for name in self.streams}  # by owner: used by others too
+        self.shared: defaultdict[str, dict[int, Memory]] = defaultdict(dict)  # by owner: what others use too
         self.found: Counter[str] = Counter()
+
+    def stream(self, name: str) -> Stream:
+        return self.streams.setdefault(name, Stream(self, name, Counter(self.past)))
 
     @contextmanager
     def on(self, stream: Stream) -> Iterator[None]:
@@ -79,14 +112,20 @@ class Races(TorchDispatchMode):
         finally:
             self.here = before
 
+    def host_waits(self, clock: Clock) -> None:
+        """Whatever is queued from now on comes after what the host has waited for."""
+        self.past |= clock
+        for stream in self.streams.values():
+            stream.clock |= clock
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         self._reuse(str(func))
         out = func(*args, **kwargs)
-        self.here.clock[self.here.name] += 1
         written = _written(func, args, kwargs)
+        self.here.clock[self.here.name] += 1
         for tensor in _tensors((args, kwargs)):
-            self._use(tensor, str(func), id(tensor) in written)
+            self.use(tensor, str(func), id(tensor) in written)
         for tensor in _tensors(out):
             if StorageWeakRef(tensor.untyped_storage()).cdata not in self.memory:
                 self._make(tensor, str(func))
@@ -97,7 +136,8 @@ class Races(TorchDispatchMode):
         made_by = f"{op} {tuple(tensor.shape)}"
         self.memory[alive.cdata] = Memory(alive, name, made_by, (name, self.here.clock[name]))
 
-    def _use(self, tensor: Tensor, op: str, write: bool) -> None:
+    def use(self, tensor: Tensor, op: str, write: bool) -> None:
+        """The op that this stream has counted last reads or writes `tensor`."""
         memory = self.memory.get(StorageWeakRef(tensor.untyped_storage()).cdata)
         if memory is None or memory.alive.expired():
             return  # made before the watch began, by an op long over
@@ -139,21 +179,102 @@ def _written(func: Any, args: Any, kwargs: Any) -> set[int]:
     return {id(t) for name, value in named.items() if name in marks for t in tree_leaves(value)}
 
 
-class WatchedStreams(CudaStreams):
-    """`CudaStreams` over named streams."""
+@dataclass
+class Work:
+    """A message under way, as NCCL's `Work` is."""
 
-    def __init__(self, races: Races) -> None:
-        self.races, self.compute = races, races.streams["compute"]  # type: ignore[assignment]
-        self.side = SideStreams(races.streams["comm"], races.streams["wgrad"])  # type: ignore[arg-type]
-        self.held: list[Any] = []
-        self.dealt = deque()
-        self.waits, self.fills, self.noted = [], [], []
+    races: Races
+    event: Event
+    coin: random.Random
 
-    def mark(self) -> None:
-        self.noted.append(time.perf_counter())  # type: ignore[arg-type]
+    def wait(self) -> bool:
+        self.races.here.wait_event(self.event)
+        return True
 
-    def marks(self) -> list[Any]:
-        return self.noted
+    def is_completed(self) -> bool:
+        over = self.coin.random() < 0.5
+        if over:
+            self.event.synchronize()
+        return over
 
-    def exposed(self) -> float:
-        return 0.0
+
+class Nccl:
+    """One rank's `torch.distributed`, whose peers are always there and send noise."""
+
+    def __init__(self, races: Races, rank: int) -> None:
+        self.races, self.rank = races, rank
+        self.coin = random.Random(rank)
+        self.groups: dict[str, list[int]] = {}
+
+    def new_group(self, ranks: list[int], **_: Any) -> str:
+        name = f"group {len(self.groups)}"
+        self.groups[name] = ranks
+        return name
+
+    def get_process_group_ranks(self, group: str | None) -> list[int]:
+        return [self.rank] if group is None else self.groups[group]
+
+    def get_rank(self) -> int:
+        return self.rank
+
+    def isend(self, tensor: Tensor, peer: int, group: str) -> Work:
+        with self._message(group, peer) as work:
+            self.races.use(tensor, "isend", write=False)
+        return work
+
+    def irecv(self, tensor: Tensor, peer: int, group: str) -> Work:
+        with self._message(group, peer) as work:
+            self.races.use(tensor, "irecv", write=True)
+            with torch.utils._python_dispatch._disable_current_modes():
+                tensor.data.uniform_()  # not seen by autograd, either
+        return work
+
+    @contextmanager
+    def _message(self, group: str, peer: int) -> Iterator[Work]:
+        """One kernel of NCCL, in the stream of a communicator and a peer, behind the stream that posts it."""
+        stream = self.races.stream(f"{group} with {peer}")
+        stream.wait_stream(self.races.here)
+        work = Work(self.races, Event(self.races), self.coin)
+        with self.races.on(stream):
+            stream.clock[stream.name] += 1
+            yield work
+        work.event.record(stream)
+
+    # A collective that is not async runs behind the stream that calls it, which waits for it: it is an op of that one.
+
+    def reduce_scatter(self, out: Tensor, whole: Tensor, group: str) -> None:
+        out.copy_(whole[: out.numel()])
+
+    def all_gather(self, out: Tensor, part: Tensor, group: str) -> None:
+        out[: part.numel()].copy_(part)
+
+    def all_reduce(self, tensor: Tensor, **_: Any) -> None:
+        tensor.mul_(1)
+
+    def all_gather_object(self, out: list[Any], value: Any) -> None:
+        out[:] = [value] * len(out)
+
+
+def watch(
+    monkeypatch: pytest.MonkeyPatch, rank: int = 0, kind: type[streams.CudaStreams] = streams.CudaStreams
+) -> Races:
+    """From now on this process is rank `rank` of a run on GPUs: where CPU streams would be made, CUDA's are, over
+    streams of the result, and play pairs in their order."""
+    races = Races()
+    monkeypatch.setattr(torch.cuda, "stream", races.on)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: races.here)
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: Event(races))
+    side: Any = streams.SideStreams(races.stream("comm"), races.stream("wgrad"))  # type: ignore[arg-type]
+    monkeypatch.setattr(streams, "CpuStreams", lambda: kind(torch.device("cpu"), side))
+    monkeypatch.setitem(ORDERS, "cpu", ORDERS["cuda"])
+    nccl = Nccl(races, rank)
+    for name in (
+        *("new_group", "get_process_group_ranks", "get_rank"),
+        *("isend", "irecv", "all_reduce", "all_gather_object"),
+    ):
+        monkeypatch.setattr(dist, name, getattr(nccl, name))
+    for name in ("reduce_scatter_tensor", "reduce_scatter_single"):
+        monkeypatch.setattr(dist, name, nccl.reduce_scatter, raising=False)
+    for name in ("all_gather_into_tensor", "all_gather_single"):
+        monkeypatch.setattr(dist, name, nccl.all_gather, raising=False)
+    return races
