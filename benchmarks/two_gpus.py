@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
@@ -21,20 +22,32 @@ from rich.console import Console
 
 from benchmarks.one_gpu import Job, play, table
 from dryvine.parallel.schedule.table import SCHEDULES
+from dryvine.trainer.data.build import build
+from dryvine.trainer.data.inputs import match_files
+from dryvine.trainer.data.spec import BuildSpec
 
 CLI = ("-c", "from dryvine.launch.cli import main; main()")
 DEVIATING = r" in |rror"  # a cell of verify's table that is out of bounds names its tensor
 STEPS = r"tokens/s|bubble|exposed|pipeline messages|rror"
 
 
-def checks() -> list[Job]:
+def corpus(out: Path, vocab: int) -> Path:
+    """A dataset of standard library files."""
+    folder = out / f"corpus-{vocab}"
+    files = match_files([str(Path(sysconfig.get_path("stdlib")) / "[a-d]*.py")])
+    build(files, BuildSpec(vocab_size=vocab, validation_fraction=0.3), folder)
+    return folder
+
+
+def checks(out: Path) -> list[Job]:
     layouts = {f"{name} {overlap}": _pipeline(name, overlap) for name in SCHEDULES for overlap in ("on", "off")}
     layouts |= {f"ep 2 {way}": _experts(way) for way in ("flat", "hierarchical", "auto")}
     layouts["dp 2"] = ("parallel.dp=2", "parallel.schedule=one_f_one_b")
     for dtype, words in {"bf16": ("run.dtype=bf16",), "fp8": ("run.dtype=bf16", "fp8.preset=deepseek_v3")}.items():
         layouts[f"dualpipe {dtype}"] = (*_pipeline("dualpipe", "on"), *words)
         layouts[f"ep 2 {dtype}"] = (*_experts("flat"), *words)
-    return [Job(name, _verify(*words), 300, DEVIATING) for name, words in layouts.items()]
+    verify = (*CLI, "verify", "tests/tiny.toml", "--device", "cuda", f"data.source={corpus(out, 320)}")
+    return [Job(name, (*verify, *words), 300, DEVIATING) for name, words in layouts.items()]
 
 
 def _pipeline(schedule: str, overlap: str) -> tuple[str, ...]:
@@ -46,10 +59,6 @@ def _experts(dispatcher: str) -> tuple[str, ...]:
     return "parallel.ep=2", "parallel.schedule=dualpipev", f"comm.dispatcher={dispatcher}"
 
 
-def _verify(*words: str) -> tuple[str, ...]:
-    return (*CLI, "verify", "tests/tiny.toml", "--device", "cuda", "data.vocab_size=320", "data.source=stdlib", *words)
-
-
 def times(out: Path) -> list[Job]:
     one = ("parallel.pp=1", "parallel.schedule=one_f_one_b")
     runs = {"one GPU": one, "one GPU, M 32": (*one, "batch.sequences=32")}
@@ -59,7 +68,7 @@ def times(out: Path) -> list[Job]:
     for overlap in ("off", "on"):
         layout = ("parallel.pp=1", "parallel.ep=2", "parallel.schedule=dualpipev", "batch.sequences=16")
         runs[f"ep 2, overlap {overlap}"] = (*layout, f"parallel.overlap={overlap}")
-    words = (*CLI, "train", "benchmarks/two_gpus.toml", f"run.out={out}")
+    words = (*CLI, "train", "benchmarks/two_gpus.toml", f"run.out={out}", f"data.source={corpus(out, 4096)}")
     return [
         Job(name, (*words, f"run.name={name.replace(' ', '_').replace(',', '')}", *run), 100, STEPS)
         for name, run in runs.items()
@@ -80,7 +89,7 @@ def main() -> int:
     console = Console(width=160)
     console.print(f"2 x {torch.cuda.get_device_name()}, torch {torch.__version__}; whole output in {out}")
     # Checks share the GPUs: they need correctness, not speed.
-    results = play(checks(), True, at, out, console) if options.part == "checks" else []
+    results = play(checks(out), True, at, out, console) if options.part == "checks" else []
     results += play(times(out), False, at, out, console) if options.part == "times" else []
     console.print(table(results))
     return 0 if all(done.outcome == "right" for done in results) else 1
