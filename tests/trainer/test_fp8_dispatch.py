@@ -332,6 +332,17 @@ def test_bytes_between_nodes_in_metrics(tiny: Tiny) -> None:
     assert bf16 > crossings * 4 * 512
 
 
+def test_bytes_of_a_dispatch_in_rounds_are_in_metrics(tiny: Tiny) -> None:
+    base = ('run.out="unused"', "parallel.ep=2", "model.layers=2")
+    plain, rounds = (sum(run(moved, 2, tiny(*base, *more), deadline=60)) for more in ((), ("comm.imbalance=1.01",)))
+    routings = 2 * 8 * 2  # ranks, microbatches of each, a routed layer and MTP's
+    loads = routings * 2 * 8  # to the other rank: what each of two ranks is to get
+    message = (2 + 1) * 8  # rows for each of its experts, and whether to refuse; once more for each further round
+    # Rows are the same bytes in any number of rounds.
+    assert rounds - plain > loads
+    assert (rounds - plain - loads) % message == 0
+
+
 def test_a_whole_model_is_no_further_from_bf16_for_it() -> None:
     """All gradients as one vector; 1.1: the same errors drawn anew."""
     shape, tokens = tiny(hidden=256, expert_ffn=96, layers=2), random_tokens(tiny(), 2, 12)

@@ -39,6 +39,12 @@ def test_layout_trains_like_one_process(tiny: Tiny, pp: int, ep: int, dp: int, s
     assert not [d for d in found if not d.fine]
 
 
+def test_a_dispatch_in_rounds_trains_like_one_process(tiny: Tiny) -> None:
+    config = layout(tiny, 1, 2, 1, "dualpipev", "comm.imbalance=1.01")
+    found = verify.deviations(_alone(verify.alone(config)), verify.play(config))
+    assert not [d for d in found if not d.fine]
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize(("pp", "ep", "schedule"), [(2, 2, "dualpipe"), (2, 1, "dualpipev"), (2, 1, "one_f_one_b")])
 def test_overlap_does_not_change_a_bit(tiny: Tiny, pp: int, ep: int, schedule: str, dtype: str) -> None:
