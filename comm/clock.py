@@ -1,6 +1,6 @@
 """How far this rank's clock is from rank 0's, so that timelines of several hosts can be laid over each other.
 
-`time.perf_counter` starts anywhere. A few pings each way, the one with the shortest round trip kept: its middle is when
+`time.perf_counter` starts anywhere. Of a few pings the one with the shortest round trip is used: its middle is when
 rank 0 answered, to within half that trip (Cristian's algorithm). NTP would do as well and is not ours to set up.
 """
 
@@ -17,15 +17,15 @@ PINGS = 8
 
 
 def offset(mesh: Mesh) -> float:
-    """Seconds to add to this rank's `time.perf_counter` to read rank 0's. Collective; a few milliseconds a rank."""
-    found = 0.0
+    """Seconds to add to this rank's `time.perf_counter` to read rank 0's. Collective, a few milliseconds a rank."""
+    ours = 0.0
     for rank in range(1, mesh.size):
         if mesh.rank == rank:
-            found = min(_ping() for _ in range(PINGS))[1]
+            ours = min(_ping() for _ in range(PINGS))[1]  # of the shortest round trip
         elif mesh.rank == 0:
             for _ in range(PINGS):
                 _answer(rank)
-    return found
+    return ours
 
 
 def _ping() -> tuple[float, float]:

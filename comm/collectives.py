@@ -24,14 +24,14 @@ def barrier(watch: Watch | None, what: str) -> None:
         dist.barrier()
 
 
-def reduce_scatter(out: Tensor, whole: Tensor, group: dist.ProcessGroup, watch: Watch | None, what: str) -> None:
-    """`out` gets this rank's equal slice of the sum of every rank's `whole`."""
+def reduce_scatter(out: Tensor, full: Tensor, group: dist.ProcessGroup, watch: Watch | None, what: str) -> None:
+    """Write this rank's slice of the sum of every rank's `full` to `out`; slices are equal and in rank order."""
     with _in_group(watch, what, group, out):
-        getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)(out, whole, group=group)
+        getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)(out, full, group=group)
 
 
 def all_gather(out: Tensor, part: Tensor, group: dist.ProcessGroup, watch: Watch | None, what: str) -> None:
-    """`out` gets every rank's `part`, in rank order."""
+    """Write every rank's `part` to `out`, in rank order."""
     with _in_group(watch, what, group, part):
         getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(out, part, group=group)
 

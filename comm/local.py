@@ -14,10 +14,12 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
+
+R = TypeVar("R")
 
 
 class RankFailed(RuntimeError):
@@ -25,18 +27,20 @@ class RankFailed(RuntimeError):
 
 
 def preload(*modules: str) -> None:
-    """Name what ranks need besides torch, so that it is imported once and not by each. For before the first `run`."""
-    lazily = ["torch._dynamo", "torch.distributed.tensor"]  # what making any optimizer imports, two seconds of it
+    """Name what ranks need besides torch, so that it is imported once and not by each. Call it before the first
+    `run`."""
+    # What making any optimizer imports: two seconds of it.
+    lazily = ["torch._dynamo", "torch.distributed.tensor"]
     names = ["__main__", "torch", "torch.distributed", "dryvine.comm.local", *lazily, *modules]
     multiprocessing.get_context("forkserver").set_forkserver_preload(names)
 
 
-def run(fn: Callable[..., Any], world: int, *args: Any, deadline: float = 120.0, device: str = "cpu") -> list[Any]:
+def run(fn: Callable[..., R], world: int, *args: object, deadline: float = 120.0, device: str = "cpu") -> list[R]:
     """Call `fn(rank, *args)` on `world` ranks and return their results in rank order: gloo ranks, or with device "cuda"
     one for each of the first GPUs.
 
     `fn` and its results must pickle. After `deadline` seconds, or as soon as a rank fails, all ranks are killed and
-    RankFailed names the culprits.
+    RankFailed is raised, which names the culprits.
     """
     context = multiprocessing.get_context("forkserver")
     with tempfile.TemporaryDirectory() as folder:
@@ -60,8 +64,8 @@ def run(fn: Callable[..., Any], world: int, *args: Any, deadline: float = 120.0,
                 process.join()
 
 
-def _collect(pipes: list[Connection], until: float) -> list[Any]:
-    results: dict[int, Any] = {}
+def _collect(pipes: list[Connection], until: float) -> list[R]:
+    results: dict[int, R] = {}
     left = dict(enumerate(pipes))
     while left:
         ready = wait(list(left.values()), timeout=max(0.0, until - time.monotonic()))
@@ -69,10 +73,10 @@ def _collect(pipes: list[Connection], until: float) -> list[Any]:
             raise RankFailed(f"ranks {sorted(left)} of {len(pipes)} had not finished at the deadline")
         for rank in [r for r, pipe in left.items() if pipe in ready]:
             try:
-                fine, value = left.pop(rank).recv()
+                succeeded, value = left.pop(rank).recv()
             except EOFError:
-                raise RankFailed(f"rank {rank} of {len(pipes)} died without a word") from None
-            if not fine:
+                raise RankFailed(f"rank {rank} of {len(pipes)} died without a traceback") from None
+            if not succeeded:
                 raise RankFailed(f"rank {rank} of {len(pipes)} failed:\n{value}")
             results[rank] = value
     return [results[rank] for rank in range(len(pipes))]
@@ -96,13 +100,13 @@ class _World(NamedTuple):
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=timeout)
 
 
-def _rank(pipe: Connection, world: _World, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _rank(pipe: Connection, world: _World, fn: Callable[..., object], args: tuple[object, ...]) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     try:
         world.join()
         pipe.send((True, fn(world.rank, *args)))
-        dist.barrier()  # nobody leaves while another may still talk to it
+        dist.barrier()  # no rank leaves while another may still send to it
         dist.destroy_process_group()
     except BaseException:
         pipe.send((False, traceback.format_exc()))

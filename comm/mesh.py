@@ -1,7 +1,7 @@
 """The process groups of a run, made once and handed down as one frozen value.
 
 Ranks are numbered ((pp * DP) + dp) * EP + ep: the expert-parallel ranks are neighbours, so that the expert all-to-all
-stays inside as few nodes as it can. The expert-parallel ranks are data-parallel for everything but the experts; the
+stays inside as few nodes as it can. The expert-parallel ranks are data-parallel for everything except the experts; the
 data rank is dp * EP + ep. A process-wide registry of groups, as other trainers keep, would save passing one argument
 and cost every test that wants two meshes in one process.
 """
@@ -36,10 +36,13 @@ class Mesh:
     ep: int
     rank: int
     device: torch.device
-    experts: dist.ProcessGroup | None  # the expert-parallel group
-    channels: dict[tuple[Channel, bool], dist.ProcessGroup]  # this rank's pipeline; True: to a higher pipeline rank
+    # The expert-parallel group.
+    experts: dist.ProcessGroup | None
+    # Those of this rank's pipeline; True: for messages to a higher pipeline rank.
+    channels: dict[tuple[Channel, bool], dist.ProcessGroup]
     timeout: timedelta = timedelta(seconds=600)
-    sms: int | None = None  # of a GPU, for the expert all-to-all
+    # SMs of a GPU that the expert all-to-all may take; None: NCCL's choice.
+    sms: int | None = None
     watch: Watch | None = None  # None: torch's own deadlines
 
     @property
@@ -77,7 +80,7 @@ class Mesh:
         )
 
     def new_groups(self, families: Iterable[tuple[int, ...]], sms: int | None = None) -> GroupsByRanks:
-        """`new_groups` with the run's timeout."""
+        """More groups of this run, with its timeout; see `groups.new_groups`. Collective over the world."""
         return new_groups(families, self.timeout, sms)
 
     def sum(self, values: torch.Tensor, what: str) -> torch.Tensor:

@@ -1,8 +1,8 @@
-"""What a node's GPUs and NICs say of their links, by NVML and sysfs: the refinement of a topology. Imports no torch.
+"""The links of a node's GPUs and NICs, from NVML and sysfs, which refine a topology. Imports no torch.
 
 A GPU is known by its PCI bus id, never by its index: CUDA_VISIBLE_DEVICES and NVML number differently. Its NIC is the
 one that shares the longest PCI path with it, which is what NCCL's rail optimisation needs to hold. Without a driver
-the answer is empty and says so; nothing here fails a run.
+the result is empty and states why; nothing here fails a run.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dryvine.comm.topology import Link, Topology, TopologyConfig, speed
 
+V = TypeVar("V")
 SPEED_FIELD = "NVML_FI_DEV_NVLINK_SPEED_MBPS_COMMON"
 
 
@@ -42,7 +43,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Hardware:
-    """One node's devices; `trouble` says why there is none."""
+    """One node's devices; `trouble` states why there are no GPUs."""
 
     gpus: tuple[Gpu, ...] = ()
     nics: tuple[Nic, ...] = ()
@@ -56,31 +57,37 @@ def short(bus_id: str) -> str:
 
 def probe(sysfs: Path = Path("/sys")) -> Hardware:
     """Ask NVML and sysfs about this node."""
-    found = nics(sysfs)
+    devices = nics(sysfs)
     try:
         import pynvml
 
         pynvml.nvmlInit()
     except ImportError:
-        return Hardware(nics=found, trouble="nvidia-ml-py is not installed: GPU links unknown")
+        return Hardware(nics=devices, trouble="nvidia-ml-py is not installed: GPU links unknown")
     except pynvml.NVMLError as error:
-        return Hardware(nics=found, trouble=f"no NVIDIA driver ({error}): GPU links unknown")
+        return Hardware(nics=devices, trouble=f"no NVIDIA driver ({error}): GPU links unknown")
     try:
         handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        return Hardware(tuple(_gpu(pynvml, handle, found, sysfs) for handle in handles), found)
+        return Hardware(tuple(_gpu(pynvml, handle, devices, sysfs) for handle in handles), devices)
     finally:
         pynvml.nvmlShutdown()
 
 
-def _gpu(nvml: Any, handle: Any, found: Sequence[Nic], sysfs: Path) -> Gpu:
+def _gpu(nvml: Any, handle: object, devices: Sequence[Nic], sysfs: Path) -> Gpu:
     bus_id = short(_text(nvml.nvmlDeviceGetPciInfo(handle).busId))
     links = _nvlinks(nvml, handle)
-    each = _asked(nvml, lambda: nvml.nvmlDeviceGetFieldValues(handle, [getattr(nvml, SPEED_FIELD)])[0].value.uiVal, 0)
+
+    def speed_of_a_link() -> int:
+        megabytes: int = nvml.nvmlDeviceGetFieldValues(handle, [getattr(nvml, SPEED_FIELD)])[0].value.uiVal
+        return megabytes
+
+    gigabytes = links * _asked(nvml, speed_of_a_link, 0) / 1000
     name = _text(nvml.nvmlDeviceGetName(handle))
-    return Gpu(bus_id, name, links, links * each / 1000, _clique(nvml, handle), nearest(bus_id, found, sysfs))
+    return Gpu(bus_id, name, links, gigabytes, _clique(nvml, handle), nearest(bus_id, devices, sysfs))
 
 
-def _nvlinks(nvml: Any, handle: Any) -> int:
+def _nvlinks(nvml: Any, handle: object) -> int:
+    """How many of the GPU's links are active."""
     states = (
         _asked(nvml, lambda link=link: nvml.nvmlDeviceGetNvLinkState(handle, link), 0)  # type: ignore[misc]
         for link in range(nvml.NVML_NVLINK_MAX_LINKS)
@@ -88,16 +95,16 @@ def _nvlinks(nvml: Any, handle: Any) -> int:
     return sum(1 for state in states if state)
 
 
-def _clique(nvml: Any, handle: Any) -> str:
+def _clique(nvml: Any, handle: object) -> str:
     """Cluster UUID and clique of a multi-node NVLink fabric (NVL72); empty where there is none."""
     info = nvml.c_nvmlGpuFabricInfoV_t()
-    asked = _asked(nvml, lambda: nvml.nvmlDeviceGetGpuFabricInfoV(handle, nvml.byref(info)), "none")
+    _asked(nvml, lambda: nvml.nvmlDeviceGetGpuFabricInfoV(handle, nvml.byref(info)), None)  # fills `info` if it can
     uuid = bytes(info.clusterUuid)
-    return f"{uuid.hex()}/{info.cliqueId}" if asked != "none" and any(uuid) else ""
+    return f"{uuid.hex()}/{info.cliqueId}" if any(uuid) else ""
 
 
-def _asked(nvml: Any, question: Callable[[], Any], otherwise: Any) -> Any:
-    """What this GPU or driver cannot answer counts as absent."""
+def _asked(nvml: Any, question: Callable[[], V], otherwise: V) -> V:
+    """The answer, or `otherwise` where this GPU or driver has none."""
     try:
         return question()
     except (nvml.NVMLError, AttributeError):
@@ -110,7 +117,7 @@ def _text(value: str | bytes) -> str:
 
 def nics(sysfs: Path) -> tuple[Nic, ...]:
     """RDMA devices with an active first port, by name."""
-    found = []
+    devices = []
     for device in sorted((sysfs / "class/infiniband").glob("*")):
         port = device / "ports/1"
         try:
@@ -120,18 +127,19 @@ def nics(sysfs: Path) -> tuple[Nic, ...]:
             continue
         if active:
             kind = "InfiniBand" if layer == "InfiniBand" else "RoCE"
-            found.append(Nic(device.name, kind, float(rate.split()[0]) / 8, os.path.realpath(device / "device")))
-    return tuple(found)
+            gigabytes = float(rate.split()[0]) / 8  # from Gbit/s
+            devices.append(Nic(device.name, kind, gigabytes, os.path.realpath(device / "device")))
+    return tuple(devices)
 
 
-def nearest(bus_id: str, found: Sequence[Nic], sysfs: Path) -> Nic | None:
+def nearest(bus_id: str, devices: Sequence[Nic], sysfs: Path) -> Nic | None:
     """The NIC with the longest PCI path in common with the GPU; the first by name where several are as near."""
     gpu = os.path.realpath(sysfs / "bus/pci/devices" / bus_id)
 
     def shared(nic: Nic) -> int:
         return len(os.path.commonpath([gpu, nic.path]))
 
-    return max(found, key=shared, default=None)
+    return max(devices, key=shared, default=None)
 
 
 def refined(topology: Topology, hardware: Hardware, config: TopologyConfig | None = None) -> Topology:
@@ -157,4 +165,4 @@ def merged(topology: Topology, cliques: Sequence[str]) -> Topology:
     if len(by_clique) == len(topology.nodes):
         return topology
     nodes = tuple(tuple(sorted(ranks)) for ranks in by_clique.values())
-    return replace(topology, nodes=nodes, found=f"{topology.found}, merged by NVLink fabric")
+    return replace(topology, nodes=nodes, source=f"{topology.source}, merged by NVLink fabric")

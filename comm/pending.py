@@ -1,4 +1,7 @@
-"""What is under way: a result that a caller may start now and wait for later."""
+"""A result under way: started now, waited for later.
+
+torch's `Work` and `Future` do as much for one collective; a dispatch is several, with tensor math between them.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,9 @@ V = TypeVar("V", covariant=True)
 
 
 class Pending(Generic[V]):
-    """A result under way. `wait` may be called once; it gives the result, finished on this stream or thread.
+    """`wait` may be called once; it returns the result, finished on this stream or thread.
 
-    `ready` tells whether `wait` would return at once, so that whoever waits may do something useful meanwhile.
+    `ready` is whether `wait` would return at once, so that the caller may do something useful in the meantime.
     """
 
     def __init__(self, finish: Callable[[], V], ready: Callable[[], bool] = lambda: True) -> None:
@@ -22,7 +25,7 @@ class Pending(Generic[V]):
         return self._finish()
 
     def then(self, make: Callable[[V], U]) -> Pending[U]:
-        """What `make` makes of the result, made in `wait`."""
+        """`make` applied to the result, in `wait`."""
         return Pending(lambda: make(self.wait()), self.ready)
 
     @staticmethod

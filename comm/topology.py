@@ -1,11 +1,11 @@
-"""Who shares a node, and over what ranks talk: Topology, and how it is found. Imports no torch.
+"""Which ranks share a node, and over which links they talk: Topology, and how it is found. Imports no torch.
 
 A topology is the tuple of nodes, each a tuple of ranks; a rank's place in its node is its rail, and ranks on one rail
 reach each other without crossing the node (one NIC per GPU in the machines this is for). Nodes may be uneven: a rank
 whose rail a smaller node lacks wraps round to one that it has. Everything else (peers, groups, bytes) is derived.
 
-It is found in a fixed order: the config, torchrun's environment, SLURM's, MPI's. Guessing from host names instead
-would need a collective before there is a group, and fails in containers, which all have names of their own.
+Sources are tried in a fixed order: the config, torchrun's environment, SLURM's, MPI's. Guessing from host names instead
+would need a collective before there is a group, and fails in containers, where every process has its own host name.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ INFINIBAND = Link("InfiniBand", 50.0)
 
 
 class TopologyConfig(BaseModel, frozen=True, extra="forbid"):
-    """`[comm.topology]`: leave empty to have it found."""
+    """`[comm.topology]`: what is left empty is found."""
 
     nodes: tuple[int, ...] = Field(default=(), description="ranks on each node, e.g. [8, 8]; empty: found")
     intra: str = Field(default="", description="kind of link inside a node; empty: found")
@@ -50,7 +50,7 @@ class Topology:
     nodes: tuple[tuple[int, ...], ...]
     intra: Link = LOOPBACK
     inter: Link = ETHERNET
-    found: str = "given"
+    source: str = "given"
 
     @property
     def ranks(self) -> int:
@@ -67,7 +67,8 @@ class Topology:
         return self.nodes[self.node_of(rank)].index(rank)
 
     def proxy(self, rank: int, node: int) -> int:
-        """The rank on `node` that takes in what `rank` sends there: that of its rail, or one that stands in."""
+        """The rank on `node` that receives what `rank` sends there: the one on its rail, or its stand-in on a smaller
+        node."""
         members = self.nodes[node]
         return rank if rank in members else members[self.rail_of(rank) % len(members)]
 
@@ -78,6 +79,7 @@ class Topology:
 
     def rails(self) -> tuple[tuple[int, ...], ...]:
         """Ranks that exchange rows between nodes, as disjoint groups: one per rail, merged where nodes are uneven."""
+        # Union of every rank with its proxies, until no group changes.
         group = list(range(self.ranks))
         for rank in range(self.ranks):
             for node in range(len(self.nodes)):
@@ -98,23 +100,23 @@ class Topology:
         return replace(self, nodes=tuple(node for node in nodes if node))
 
 
-def by_sizes(sizes: Sequence[int], found: str = "given") -> Topology:
+def by_sizes(sizes: Sequence[int], source: str = "given") -> Topology:
     """Consecutive ranks fill node after node, as every launcher's block order does."""
     first = [sum(sizes[:n]) for n in range(len(sizes))]
-    return Topology(tuple(tuple(range(f, f + size)) for f, size in zip(first, sizes, strict=True)), found=found)
+    return Topology(tuple(tuple(range(f, f + size)) for f, size in zip(first, sizes, strict=True)), source=source)
 
 
 def discover(world: int, config: TopologyConfig, env: Mapping[str, str]) -> Topology:
-    """Config, then torchrun, SLURM and MPI by their environment, else one node. Raises ValueError with the mend."""
-    found = _nodes(world, config, env)
-    if found.ranks != world:
+    """Config, then torchrun, SLURM and MPI by their environment, else one node. Raises ValueError with the fix."""
+    topology = _nodes(world, config, env)
+    if topology.ranks != world:
         raise ValueError(
-            f"topology by {found.found}: {found.ranks} ranks on {len(found.nodes)} nodes, but the run has {world}; "
-            "set comm.topology.nodes to the ranks on each node, e.g. [8, 8]"
+            f"topology by {topology.source}: {topology.ranks} ranks on {len(topology.nodes)} nodes, but the run has "
+            f"{world}; set comm.topology.nodes to the ranks on each node, e.g. [8, 8]"
         )
-    intra, inter = Link(config.intra or found.intra.kind, 0), Link(config.inter or found.inter.kind, 0)
+    intra, inter = Link(config.intra or topology.intra.kind, 0), Link(config.inter or topology.inter.kind, 0)
     return replace(
-        found,
+        topology,
         intra=intra._replace(gigabytes=config.intra_gigabytes or speed(intra.kind)),
         inter=inter._replace(gigabytes=config.inter_gigabytes or speed(inter.kind)),
     )
@@ -122,15 +124,15 @@ def discover(world: int, config: TopologyConfig, env: Mapping[str, str]) -> Topo
 
 def speed(kind: str) -> float:
     """GB/s each way that a rank can use of a kind of link; 1.0 for one this table does not know."""
-    known = (LOOPBACK, ETHERNET, NVLINK_H800, INFINIBAND, Link("PCIe", 25.0), Link("RoCE", 50.0))
-    return {link.kind.lower(): link.gigabytes for link in known}.get(kind.lower(), 1.0)
+    table = (LOOPBACK, ETHERNET, NVLINK_H800, INFINIBAND, Link("PCIe", 25.0), Link("RoCE", 50.0))
+    return {link.kind.lower(): link.gigabytes for link in table}.get(kind.lower(), 1.0)
 
 
 def _nodes(world: int, config: TopologyConfig, env: Mapping[str, str]) -> Topology:
     if config.nodes:
         return by_sizes(config.nodes, "comm.topology.nodes")
     if "LOCAL_WORLD_SIZE" in env:
-        return _torchrun(world, int(env["LOCAL_WORLD_SIZE"]))
+        return _equal(world, int(env["LOCAL_WORLD_SIZE"]), "torchrun (LOCAL_WORLD_SIZE)")
     if "SLURM_TASKS_PER_NODE" in env and world > 1:
         return _slurm(env)
     for name in ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"):
@@ -139,17 +141,13 @@ def _nodes(world: int, config: TopologyConfig, env: Mapping[str, str]) -> Topolo
     return by_sizes([world], "default: one node")
 
 
-def _torchrun(world: int, local: int) -> Topology:
-    return _equal(world, local, "torchrun (LOCAL_WORLD_SIZE)")
-
-
-def _equal(world: int, local: int, found: str) -> Topology:
+def _equal(world: int, local: int, source: str) -> Topology:
     if world % local:
         raise ValueError(
-            f"topology by {found}: {world} ranks do not fill nodes of {local}; nodes are uneven, so set "
+            f"topology by {source}: {world} ranks do not fill nodes of {local}; nodes are uneven, so set "
             "comm.topology.nodes to the ranks on each, e.g. [8, 4]"
         )
-    return by_sizes([local] * (world // local), found)
+    return by_sizes([local] * (world // local), source)
 
 
 def _slurm(env: Mapping[str, str]) -> Topology:
@@ -159,20 +157,21 @@ def _slurm(env: Mapping[str, str]) -> Topology:
         sizes += [int(size)] * int(times or 1)
     if not env.get("SLURM_DISTRIBUTION", "block").startswith("cyclic"):
         return by_sizes(sizes, "SLURM (SLURM_TASKS_PER_NODE)")
+    # The node of each rank: the first rank of every node, then the second of every node that has one, ...
     turns = [n for turn in range(max(sizes)) for n, size in enumerate(sizes) if turn < size]
     nodes = tuple(tuple(r for r, n in enumerate(turns) if n == node) for node in range(len(sizes)))
-    return Topology(nodes, found="SLURM (SLURM_TASKS_PER_NODE, cyclic)")
+    return Topology(nodes, source="SLURM (SLURM_TASKS_PER_NODE, cyclic)")
 
 
 def by_mpi() -> Topology:
-    """Ask MPI itself which ranks share memory. Collective over MPI.COMM_WORLD; importing mpi4py calls MPI_Init."""
+    """Ask MPI which ranks share memory. Collective over MPI.COMM_WORLD; importing mpi4py calls MPI_Init."""
     from mpi4py import MPI
 
     world = MPI.COMM_WORLD
     node = world.Split_type(MPI.COMM_TYPE_SHARED)
     roots = world.allgather(node.bcast(world.rank))
     nodes = (tuple(r for r, root in enumerate(roots) if root == first) for first in sorted(set(roots)))
-    return Topology(tuple(nodes), found="MPI (Split_type SHARED)")
+    return Topology(tuple(nodes), source="MPI (Split_type SHARED)")
 
 
 class GroupLimit(NamedTuple):
@@ -189,10 +188,12 @@ def mismatch(topology: Topology, experts: int, routing: GroupLimit, row_bytes: i
     a group that straddles nodes lets one group cost several crossings.
     """
     per_rank, per_group = experts // topology.ranks, experts // routing.groups
+    # How many nodes each group lies on.
     spans = [
         len({topology.node_of(e // per_rank) for e in range(g * per_group, (g + 1) * per_group)})
         for g in range(routing.groups)
     ]
+    # The groups that a token may use, if they are those that lie on the most nodes.
     worst = min(sum(sorted(spans)[-routing.limit :]), len(topology.nodes))
     best = min(routing.limit, len(topology.nodes))
     if worst <= best:

@@ -1,8 +1,8 @@
 """Stage-to-stage messages over torch.distributed, one communicator per channel.
 
-A send is posted and held until it has left, a receive is posted as early as the schedule knows of it and waited for
-when its op starts. One communicator for everything would be simpler and would let a late gradient hold up an activation
-that is already there.
+A send is posted and its tensors held until they have left; a receive is posted as early as the schedule knows of it and
+waited for when its op starts. One communicator for everything would be simpler and would let a late gradient hold up an
+activation that is already there.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Wire(Protocol):
     def send(
         self, tensors: tuple[Tensor, ...], target: int, channel: tuple[int, str], label: str = ""
     ) -> Pending[None]:
-        """Start sending to pipeline rank `target`; what is pending holds the tensors until they have left. `label` says
+        """Start sending to pipeline rank `target`; the Pending holds the tensors until they have left. `label` says
         in errors whose tensors they are (stage, microbatch)."""
         ...
 
@@ -42,8 +42,8 @@ class Wire(Protocol):
 class ReceiveBuffers:
     """Receive buffers that are used again as soon as no tensor refers to their memory.
 
-    Asking the storage, and not the schedule, makes reuse right whatever a stage does with its input: keeps it for W,
-    hands it on, sends it. What the pool holds is the most that was ever in use at once, which a schedule fixes (see
+    Asking the storage, and not the schedule, makes reuse right whatever a stage does with its input: saves it for W,
+    passes it on, sends it. The blocks held are the most that were ever in use at once, which a schedule fixes (see
     `Executor`). A fresh `torch.empty` per message pages in its memory each time on a CPU: five times the cost
     for a state of V3's size (4096 x 7168, BF16).
     """
@@ -59,7 +59,7 @@ class ReceiveBuffers:
         return (self._grow(size) if block is None else block)[:size].view(like.dtype).view(like.shape)
 
     def _grow(self, size: int) -> Tensor:
-        """One more block; a free one, which must have been too small, makes room for it."""
+        """One more block, in place of a free one if there is one, which must have been too small."""
         small = next((i for i, (_, memory) in enumerate(self.blocks) if _unused(memory)), len(self.blocks))
         block = torch.empty(size, dtype=torch.uint8, device=self.device)
         self.blocks[small : small + 1] = [(block, block.untyped_storage())]
@@ -67,14 +67,14 @@ class ReceiveBuffers:
 
 
 def _unused(memory: torch.UntypedStorage) -> bool:
-    """Whether only the pool refers to it: a block's tensor, and its storage."""
+    """Whether nothing else refers to it than `blocks`: the tensor, and the storage beside it."""
     return torch._C._storage_Use_Count(memory._cdata) == 2
 
 
 class P2PWire:
     """A `Wire` on isend and irecv. Tensors that are sent must not be written to afterwards.
 
-    The deadline is that of the process groups; with a `watch`, what breaks is told with the culprit's name.
+    The deadline is that of the process groups; with a `watch` a lost connection raises CommError with the culprit.
     """
 
     def __init__(self, mesh: Mesh, watch: Watch | None = None) -> None:

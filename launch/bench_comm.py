@@ -1,8 +1,8 @@
 """`dryvine bench comm`: dispatch and combine by backend, tokens and dtype, beside what the links could do.
 
-Each case is timed from a barrier until the last rank is done, and backends take turns round by round, so that what else
-the machine does falls on all of them. `plain` is one bare all_to_all_single of the bytes that the backend sends, with
-no permutation around it: what the transport gives when nobody sorts anything.
+Each case is timed from a barrier until the last rank is done, and backends take turns round by round, so that other
+work on the machine slows all of them alike. `plain` is one bare all_to_all_single of the bytes that the backend sends,
+with no permutation around it: what the transport can do.
 
 Logical bandwidth is rows x experts chosen x row bytes over time (what the model asked for); wire bandwidth is what was
 sent over links over time. A backend that sends each row once per node can have a logical bandwidth above its link's.
@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -27,10 +27,14 @@ if TYPE_CHECKING:
     from rich.table import Table
     from torch import Tensor, device
 
+    from dryvine.comm.dispatch.api import AnyDispatcher
+    from dryvine.comm.mesh import Mesh
+
 Names = Annotated[str, typer.Option(help="backends, by comma")]
 Nodes = Annotated[str, typer.Option(help="CPU ranks on each node, e.g. 2,2; under torchrun: found")]
 Tokens = Annotated[str, typer.Option(help="tokens per rank, by comma")]
 Dtypes = Annotated[str, typer.Option(help="bf16, fp8 (values and a scale per 128)")]
+PARTS = ("routing", "dispatch", "combine", "plain")
 Out = Annotated[Path | None, typer.Option(help="where the plot goes (.png or .svg)")]
 
 
@@ -44,24 +48,19 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Figure:
-    """What one case took, in seconds on the slowest rank (median), and the bytes that one rank sends on average."""
+class CommFigure:
+    """Seconds of one case on the slowest rank (median), by part, and bytes of one dispatch of this rank."""
 
-    backend: str
-    tokens: int
-    dtype: str
+    case: Case
     ranks: int
-    routing: float
-    dispatch: float
-    combine: float
-    plain: float  # a bare all_to_all_single of dispatch's bytes
+    seconds: dict[str, float]  # routing, dispatch, combine, and plain: a bare all_to_all_single of dispatch's bytes
     logical: int  # bytes that dispatch delivers
-    intra: int  # bytes that dispatch sends inside the node
-    inter: int  # bytes that dispatch sends between nodes
+    intra: int  # bytes that it sends inside the node
+    inter: int  # bytes that it sends between nodes
 
 
 @dataclass(frozen=True)
-class Shape:
+class CommShape:
     """What all cases share."""
 
     hidden: int
@@ -84,7 +83,7 @@ def comm(
     """Time dispatch and combine on CPU ranks of this machine, or on the ranks that torchrun started."""
     from rich.console import Console
 
-    shape = Shape(hidden, experts, top_k, rounds)
+    shape = CommShape(hidden, experts, top_k, rounds)
     cases = [Case(b, int(t), d) for d in dtypes.split(",") for t in tokens.split(",") for b in backends.split(",")]
     figures, topology = _under_torchrun(shape, cases) if "RANK" in os.environ else _here(shape, cases, nodes)
     if int(os.environ.get("RANK", 0)) == 0:
@@ -93,7 +92,7 @@ def comm(
             plot(figures, topology, out)
 
 
-def _here(shape: Shape, cases: list[Case], nodes: str) -> tuple[list[Figure], Topology]:
+def _here(shape: CommShape, cases: list[Case], nodes: str) -> tuple[list[CommFigure], Topology]:
     from dryvine.comm.host import MALLOC
     from dryvine.comm.local import run
 
@@ -103,7 +102,7 @@ def _here(shape: Shape, cases: list[Case], nodes: str) -> tuple[list[Figure], To
     return run(measure, topology.ranks, topology, shape, cases, deadline=3600)[0], topology
 
 
-def _under_torchrun(shape: Shape, cases: list[Case]) -> tuple[list[Figure], Topology]:
+def _under_torchrun(shape: CommShape, cases: list[Case]) -> tuple[list[CommFigure], Topology]:
     import torch
     import torch.distributed as dist
 
@@ -118,7 +117,7 @@ def _under_torchrun(shape: Shape, cases: list[Case]) -> tuple[list[Figure], Topo
     return figures, topology
 
 
-def measure(rank: int, topology: Topology, shape: Shape, cases: list[Case]) -> list[Figure]:
+def measure(rank: int, topology: Topology, shape: CommShape, cases: list[Case]) -> list[CommFigure]:
     """Run by every rank."""
     import torch
 
@@ -129,17 +128,17 @@ def measure(rank: int, topology: Topology, shape: Shape, cases: list[Case]) -> l
     place = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     mesh = make_mesh(1, 1, topology.ranks, 1, place, timedelta(seconds=600))
     names = dict.fromkeys(case.backend for case in cases)
-    made = {name: make_dispatcher(name, Setup(shape.experts, mesh, topology, top_k=shape.top_k)) for name in names}
-    figures = []
-    for case in cases:
-        figures.append(_measured(case, shape, made[case.backend], rank, topology.ranks, place))
-    return figures
+    dispatchers = {
+        name: make_dispatcher(name, Setup(shape.experts, mesh, topology, top_k=shape.top_k)) for name in names
+    }
+    return [_measured(case, shape, dispatchers[case.backend], mesh) for case in cases]
 
 
-def _measured(case: Case, shape: Shape, dispatcher: Any, rank: int, ranks: int, place: device) -> Figure:
+def _measured(case: Case, shape: CommShape, dispatcher: AnyDispatcher, mesh: Mesh) -> CommFigure:
     import torch
 
-    generator = torch.Generator().manual_seed(rank)
+    place = mesh.device
+    generator = torch.Generator().manual_seed(mesh.rank)
     chosen = torch.rand(case.tokens, shape.experts, generator=generator).topk(shape.top_k).indices.to(place)
     payload = _payload(case, shape.hidden, place)
     weights = torch.rand(case.tokens, shape.top_k, device=place)
@@ -147,31 +146,20 @@ def _measured(case: Case, shape: Shape, dispatcher: Any, rank: int, ranks: int, 
     back = torch.zeros(sum(handle.counts), shape.hidden, dtype=torch.bfloat16, device=place)
     dispatcher.meter.take()
     dispatcher.dispatch(payload, weights, handle).wait()
-    moved = dispatcher.meter.take()
-    took = _turns(
+    sent = dispatcher.meter.take()
+    intra, inter = sent.get("intra", 0), sent.get("inter", 0)
+    seconds = _turns(
         {
             "routing": lambda: dispatcher.plan_routing(chosen).wait(),
             "dispatch": lambda: dispatcher.dispatch(payload, weights, handle).wait(),
             "combine": lambda: dispatcher.combine(back, None, handle).wait(),
-            "plain": _plain((moved.get("intra", 0) + moved.get("inter", 0)) // ranks, ranks, place),
+            "plain": _plain((intra + inter) // mesh.size, mesh.size, place),
         },
         shape.rounds,
         place,
     )
-    row_bytes = sum(t[0].nbytes for t in payload)
-    return Figure(
-        backend=case.backend,
-        tokens=case.tokens,
-        dtype=case.dtype,
-        ranks=ranks,
-        routing=took["routing"],
-        dispatch=took["dispatch"],
-        combine=took["combine"],
-        plain=took["plain"],
-        logical=case.tokens * shape.top_k * row_bytes,
-        intra=moved.get("intra", 0),
-        inter=moved.get("inter", 0),
-    )
+    logical = case.tokens * shape.top_k * sum(t[0].nbytes for t in payload)
+    return CommFigure(case, mesh.size, seconds, logical, intra, inter)
 
 
 def _payload(case: Case, hidden: int, place: device) -> tuple[Tensor, ...]:
@@ -184,13 +172,13 @@ def _payload(case: Case, hidden: int, place: device) -> tuple[Tensor, ...]:
 
 
 def _plain(each: int, ranks: int, place: device) -> Callable[[], None]:
-    """As many bytes as a backend sends, dealt evenly, to every rank; the same on each rank by its own rank's figure."""
+    """An all-to-all of `each` bytes to every rank; of the largest `each`, so that all ranks exchange as many."""
     import torch
     import torch.distributed as dist
 
-    most = torch.tensor([each], device=place)
-    dist.all_reduce(most, op=dist.ReduceOp.MAX)
-    out = torch.zeros(int(most) * ranks // 8 + ranks, dtype=torch.int64, device=place)
+    largest = torch.tensor([each], device=place)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    out = torch.zeros(int(largest) * ranks // 8 + ranks, dtype=torch.int64, device=place)
     out = out[: len(out) // ranks * ranks]
     back = torch.empty_like(out)
 
@@ -200,7 +188,7 @@ def _plain(each: int, ranks: int, place: device) -> Callable[[], None]:
     return exchange
 
 
-def _turns(runs: dict[str, Callable[[], Any]], rounds: int, place: device) -> dict[str, float]:
+def _turns(runs: dict[str, Callable[[], object]], rounds: int, place: device) -> dict[str, float]:
     """Median seconds of each, one after the other in every round; the first round warms up."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds + 1):
@@ -209,7 +197,7 @@ def _turns(runs: dict[str, Callable[[], Any]], rounds: int, place: device) -> di
     return {name: statistics.median(taken[1:]) for name, taken in times.items()}
 
 
-def _timed(fn: Callable[[], Any], place: device) -> float:
+def _timed(fn: Callable[[], object], place: device) -> float:
     import torch
     import torch.distributed as dist
 
@@ -223,34 +211,36 @@ def _timed(fn: Callable[[], Any], place: device) -> float:
     return float(seconds)
 
 
-def table(figures: list[Figure], topology: Topology) -> Table:
+def table(figures: list[CommFigure], topology: Topology) -> Table:
     """One line per case; the last line is what the links could do."""
     from rich.table import Table
 
-    times = ("routing ms", "dispatch ms", "combine ms", "plain ms")
     rates = ("logical GB/s", f"{topology.intra.kind} GB/s", f"{topology.inter.kind} GB/s", "of plain")
-    made = Table("backend", "dtype", "tokens", "EP", *times, *rates)
+    made = Table("backend", "dtype", "tokens", "EP", *(f"{part} ms" for part in PARTS), *rates)
     for f in figures:
-        seconds = [f"{1000 * s:.1f}" for s in (f.routing, f.dispatch, f.combine, f.plain)]
-        rate = [f"{size / f.dispatch / 1e9:.2f}" for size in (f.logical, f.intra, f.inter)]
-        made.add_row(f.backend, f.dtype, str(f.tokens), str(f.ranks), *seconds, *rate, f"{f.plain / f.dispatch:.2f}")
+        times = [f"{1000 * f.seconds[part]:.1f}" for part in PARTS]
+        rate = [f"{size / f.seconds['dispatch'] / 1e9:.2f}" for size in (f.logical, f.intra, f.inter)]
+        of_plain = f"{f.seconds['plain'] / f.seconds['dispatch']:.2f}"
+        made.add_row(f.case.backend, f.case.dtype, str(f.case.tokens), str(f.ranks), *times, *rate, of_plain)
     limits = [f"{topology.intra.gigabytes:g}", f"{topology.inter.gigabytes:g}"]
     made.add_section()
     made.add_row("limit of the link", *[""] * 8, *limits, "1")
     return made
 
 
-def plot(figures: list[Figure], topology: Topology, out: Path) -> None:
+def plot(figures: list[CommFigure], topology: Topology, out: Path) -> None:
     """Time by tokens, and wire bandwidth with each link's limit."""
     from matplotlib.figure import Figure as Canvas
 
     canvas = Canvas(figsize=(11, 4.5), layout="constrained")
     left, right = canvas.subplots(1, 2)
-    for backend, dtype in dict.fromkeys((f.backend, f.dtype) for f in figures):
-        mine = sorted((f for f in figures if (f.backend, f.dtype) == (backend, dtype)), key=lambda f: f.tokens)
-        tokens = [f.tokens for f in mine]
-        left.plot(tokens, [1000 * (f.dispatch + f.combine) for f in mine], marker="o", label=f"{backend} {dtype}")
-        right.plot(tokens, [f.inter / f.dispatch / 1e9 for f in mine], marker="o", label=f"{backend} {dtype}")
+    for backend, dtype in dict.fromkeys((f.case.backend, f.case.dtype) for f in figures):
+        line = [f for f in figures if (f.case.backend, f.case.dtype) == (backend, dtype)]
+        line.sort(key=lambda f: f.case.tokens)
+        tokens, label = [f.case.tokens for f in line], f"{backend} {dtype}"
+        both = [1000 * (f.seconds["dispatch"] + f.seconds["combine"]) for f in line]
+        left.plot(tokens, both, marker="o", label=label)
+        right.plot(tokens, [f.inter / f.seconds["dispatch"] / 1e9 for f in line], marker="o", label=label)
     right.axhline(topology.inter.gigabytes, linestyle="--", color="grey", label=f"{topology.inter.kind} limit")
     left.set(xlabel="tokens per rank", ylabel="dispatch + combine, ms", xscale="log", yscale="log")
     right.set(xlabel="tokens per rank", ylabel="between nodes, GB/s per rank", xscale="log", yscale="log")

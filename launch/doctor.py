@@ -1,4 +1,5 @@
-"""`dryvine doctor`: what a run would find here. Who shares a node, over what ranks talk, and what would be chosen."""
+"""`dryvine doctor`: what a run would find on this host: which ranks share a node, over which links they talk, and which
+dispatcher would be chosen."""
 
 from __future__ import annotations
 
@@ -39,7 +40,7 @@ def doctor(
     count = world or int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
     config = TopologyConfig(nodes=tuple(int(n) for n in nodes.split(",") if n))
     topology = refined(discover(sum(config.nodes) or count, config, os.environ), hardware)
-    console.print(f"{topology.ranks} ranks on {len(topology.nodes)} nodes; found by {topology.found}")
+    console.print(f"{topology.ranks} ranks on {len(topology.nodes)} nodes; found by {topology.source}")
     console.print(table(topology))
     console.print(picture(topology))
     console.print(_devices(hardware))
@@ -55,7 +56,7 @@ def doctor(
 
 
 def table(topology: Topology) -> Table:
-    """A line per rank: its node, its rail, and whom it talks to over which link."""
+    """A line per rank: its node, its rail, and the ranks that it talks to over each link."""
     from rich.table import Table
 
     columns = ("rank", "node", "rail", f"over {topology.intra.kind}", f"over {topology.inter.kind}")
@@ -74,7 +75,7 @@ def speeds(topology: Topology) -> str:
 
 
 def picture(topology: Topology) -> str:
-    """Nodes as rows, rails as columns; a rank without a rail of its own on a smaller node says who stands in."""
+    """Nodes as rows, rails as columns; under a smaller node, where the rails end that it lacks."""
     widest = max(map(len, topology.nodes))
     cell = len(str(topology.ranks)) + 3
     lines = []
@@ -117,10 +118,12 @@ def _devices(hardware: Hardware) -> Table | str:
 
 
 def _warnings(topology: Topology, interface: str) -> list[str]:
-    found = []
+    warnings = []
     if not topology.even:
         sizes = [len(node) for node in topology.nodes]
-        found.append(f"nodes are uneven {sizes}: some rails end at one rank, which takes in more than the others")
+        warnings.append(f"nodes are uneven {sizes}: some rails end at one rank, which receives more than the others")
     if len(topology.nodes) > 1 and not interface and not Path("/sys/class/infiniband").exists():
-        found.append("GLOO_SOCKET_IFNAME is unset: gloo may bind to lo and hang; set it to the interface between nodes")
-    return found
+        warnings.append(
+            "GLOO_SOCKET_IFNAME is unset: gloo may bind to lo and hang; set it to the interface to other nodes"
+        )
+    return warnings

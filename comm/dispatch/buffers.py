@@ -1,7 +1,7 @@
 """Wire buffers that a CPU rank uses again.
 
 A fresh buffer costs more to map than a row costs to copy: the kernel zeroes each page at first touch, and gloo would
-touch them while the peer waits. GPUs need none of this, since torch's allocator there never gives memory back.
+touch them while the peer waits. GPUs need none of this, since torch's allocator there caches the memory itself.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from dryvine.comm.dispatch.payload import WORD
 
 
 class StagingBuffers:
-    """Buffers by size. What is taken and never given back is simply lost to the pool."""
+    """Free buffers by size. One that is taken and never given back is garbage like any tensor."""
 
-    def __init__(self, most: int = 16) -> None:
+    def __init__(self, limit: int = 16) -> None:
         self._free: list[Tensor] = []
-        self._most = most
+        self._limit = limit
 
     def take(self, rows: int, words: int, device: torch.device) -> Tensor:
         """An uninitialised buffer [rows, words]: the smallest free one that holds it without wasting half."""
@@ -45,6 +45,6 @@ class StagingBuffers:
         self.give(*taken)
 
     def give(self, *buffers: Tensor) -> None:
-        """Back for later; nobody may read them any more. The smallest are dropped when there are too many."""
-        whole = [torch.empty(0, dtype=WORD).set_(b.untyped_storage()) for b in buffers if b.device.type == "cpu"]
-        self._free = sorted([*self._free, *whole], key=Tensor.numel)[-self._most :]
+        """Make them free again: the caller must not read them any more. Beyond the limit the smallest are dropped."""
+        full = [torch.empty(0, dtype=WORD).set_(b.untyped_storage()) for b in buffers if b.device.type == "cpu"]
+        self._free = sorted([*self._free, *full], key=Tensor.numel)[-self._limit :]

@@ -21,6 +21,8 @@ from dryvine.comm.dispatch.setup import Setup
 from dryvine.comm.dispatch.single_rank import Local, SingleRank
 from dryvine.comm.pending import Pending
 
+Reader = Callable[[Tensor], tuple[Tensor, ...]]
+
 
 @dataclass(frozen=True)
 class FlatHandle:
@@ -31,7 +33,7 @@ class FlatHandle:
     receives: tuple[int, ...]  # rows from each rank
     order: RowOrder
     arrival: Arrival
-    sum: Sum  # of what came back, by token, in the order of its choices
+    sum: Sum  # of the rows that come back, by token, in the order of its choices
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -78,40 +80,40 @@ class Flat:
         payload = rows if pairs is None else (*rows, pairs.flatten())
         indexes = [handle.order.token] * len(rows) + [handle.order.pair] * (pairs is not None)
         wire = Format.of(payload)
-        finish = self._exchange(wire, payload, indexes, handle.sends, handle.receives, f"dispatch of {handle.label}")
-        return Pending(lambda: finish(lambda came: tuple(wire.unpack(came, handle.arrival.came))))
+        packed = self._packed(wire, payload, indexes)
 
-    def _exchange(
-        self,
-        wire: Format,
-        payload: Sequence[Tensor],
-        indexes: Sequence[Tensor],
-        sends: Sequence[int],
-        receives: Sequence[int],
-        what: str,
-    ) -> Callable[[Callable[[Tensor], tuple[Tensor, ...]]], tuple[Tensor, ...]]:
-        """Start; gives a function that waits, lets its argument read what came, and takes the buffers back."""
-        device, alone = indexes[0].device, self.exchange.size == 1
-        packed = wire.pack(payload, indexes, self.buffers.take(sum(sends), wire.words, device))
-        into = None if alone else self.buffers.take(sum(receives), wire.words, device)
-        coming = self.exchange.start(packed, sends, receives, into, what)
+        def read(arrived: Tensor) -> tuple[Tensor, ...]:
+            return tuple(wire.unpack(arrived, handle.arrival.order))
 
-        def finish(read: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-            came = coming.wait()
-            result = read(came)
-            self.buffers.give(packed, *([] if alone else [came]))
-            return result
-
-        return finish
+        return self._exchange(packed, handle.sends, handle.receives, read, f"dispatch of {handle.label}")
 
     def combine(self, rows: Tensor, pairs: Tensor | None, handle: FlatHandle) -> Pending[tuple[Tensor, ...]]:
         payload = (rows,) if pairs is None else (rows, pairs)
         wire = Format.of(payload)
-        indexes = [handle.arrival.back] * len(payload)
-        finish = self._exchange(wire, payload, indexes, handle.receives, handle.sends, f"combine of {handle.label}")
+        packed = self._packed(wire, payload, [handle.arrival.back] * len(payload))
 
-        def read(came: Tensor) -> tuple[Tensor, ...]:
-            back, *weights = wire.unpack(came)
+        def read(arrived: Tensor) -> tuple[Tensor, ...]:
+            back, *weights = wire.unpack(arrived)
             return (handle.sum(back), *(w[handle.order.place] for w in weights))
 
-        return Pending(lambda: finish(read))
+        return self._exchange(packed, handle.receives, handle.sends, read, f"combine of {handle.label}")
+
+    def _packed(self, wire: Format, payload: Sequence[Tensor], indexes: Sequence[Tensor]) -> Tensor:
+        space = self.buffers.take(len(indexes[0]), wire.words, indexes[0].device)
+        return wire.pack(payload, indexes, space)
+
+    def _exchange(
+        self, packed: Tensor, sends: Sequence[int], receives: Sequence[int], read: Reader, what: str
+    ) -> Pending[tuple[Tensor, ...]]:
+        """Send wire rows; the result is what `read` makes of those that arrive, in tensors of its own."""
+        alone = self.exchange.size == 1  # what arrives is then what was sent
+        into = None if alone else self.buffers.take(sum(receives), packed.shape[1], packed.device)
+        coming = self.exchange.start(packed, sends, receives, into, what)
+
+        def finish() -> tuple[Tensor, ...]:
+            arrived = coming.wait()
+            result = read(arrived)
+            self.buffers.give(packed, *([] if alone else [arrived]))
+            return result
+
+        return Pending(finish)

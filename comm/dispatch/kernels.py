@@ -1,8 +1,8 @@
 """Rows moved, summed and put in order by Triton: what `routing` and `payload` define in torch, for tensors on a GPU.
 
 torch's `embedding_bag` sums the rows of a token at a fifth of the memory's speed (614 us for 32768 rows of V3's hidden
-size, where 125 would do), its gathers read an index and leave holes to a second kernel, and a stable argsort of 64-bit
-keys is eight passes; a layout made of them is fifty launches that the host cannot issue as fast as they run.
+size, where 125 would do), its gathers leave the zeros to a second kernel, and a stable argsort of 64-bit keys is eight
+passes; a routing made of them is fifty launches, which the host cannot issue as fast as they run.
 
 Every result has the bits of its definition: sums start at +0 and add in FP32 in the order of `source`, one after the
 other, and are rounded once; the sort counts and is stable, without atomics. Imported only where rows are on a GPU.
@@ -23,11 +23,16 @@ from torch import Tensor
 from dryvine.comm.dispatch.payload import Column
 from dryvine.comm.dispatch.routing import RowOrder, padded
 
-BLOCK = 128  # pairs a program sorts, and experts it looks at a time: 128 x 128 comparisons fit in registers
-PART = 32  # experts that a pair's place looks at a time, to keep registers for a second block
-TILE = 1024  # elements a program moves or sums: of BF16, one load of 16 bytes for each thread and addend
-VECTOR = 16  # bytes of the widest load
-UNITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}  # what rows are copied as
+# Pairs that a program sorts, and experts that it compares them with at a time: 128 x 128 comparisons fit in registers.
+BLOCK = 128
+# Experts that `place_kernel` adds up at a time: fewer, so that registers are left for a second block on the SM.
+PART = 32
+# Elements that a program moves or sums: of BF16, one load of 16 bytes for each thread and addend.
+TILE = 1024
+# Bytes of the widest load.
+VECTOR = 16
+# The integers as which rows are copied, by size in bytes.
+UNITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
 
 # ---- rows
@@ -47,6 +52,7 @@ def gather_kernel(rows, index, out, R, width, row_stride, out_stride,
                   VEC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
     r, c, inside = tile(R, width, VEC, ROWS, COLS)
     at = tl.load(index + r, mask=r < R, other=-1)
+    # A negative index loads nothing, so that its row is stored as zeros.
     there = inside & (at >= 0)[:, None]
     v = tl.load(rows + at[:, None] * (row_stride * VEC) + c[None, :], mask=there, other=0)
     tl.store(out + r[:, None] * (out_stride * VEC) + c[None, :], v, mask=inside)
@@ -70,11 +76,11 @@ def sum_kernel(rows, source, begin, out, R, width, row_stride, out_stride,
 
 def _vector(*tensors: Tensor) -> int:
     """Bytes, at most 16, that the rows [N, C] of all of these are whole multiples of, and start on multiples of."""
-    found = VECTOR
+    width = VECTOR
     for t in tensors:
         size = t.element_size()
-        found = gcd(found, t.data_ptr(), t.stride(0) * size, t.shape[1] * size)
-    return found
+        width = gcd(width, t.data_ptr(), t.stride(0) * size, t.shape[1] * size)
+    return width
 
 
 def _shape(rows: int, width: int) -> tuple[tuple[int], int, int]:
@@ -87,7 +93,8 @@ def _shape(rows: int, width: int) -> tuple[tuple[int], int, int]:
 def _flat(rows: Tensor) -> Tensor:
     """[N, C] with unit stride within a row."""
     flat = rows if rows.dim() == 2 else rows.reshape(len(rows), rows.shape[1:].numel())
-    if flat.shape[1] == 1:  # torch gives such a dimension any stride
+    if flat.shape[1] == 1:
+        # The stride of such a dimension is arbitrary in torch.
         return flat.as_strided(flat.shape, (flat.stride(0), 1))
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
@@ -142,9 +149,11 @@ def tally_kernel(expert, tallies, P, B, E, K: tl.constexpr, BLOCK: tl.constexpr)
     block, part = tl.program_id(0), tl.program_id(1)
     p = block * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(expert + p, mask=p < P, other=-1).to(tl.int32)
+    # One column of comparisons per expert of this part; their sum is its tally.
     e = part * BLOCK + tl.arange(0, BLOCK)
     tl.store(tallies + e * B + block, tl.sum((x[:, None] == e[None, :]).to(tl.int32), 0), mask=e < E)
     if part == 0:
+        # Each pair against the pairs of its token that lie up to K - 1 places before it.
         again = tl.zeros([BLOCK], tl.int32)
         for back in tl.static_range(1, K):
             before = tl.load(expert + p - back, mask=(p < P) & (p % K >= back), other=-2).to(tl.int32)
@@ -154,7 +163,7 @@ def tally_kernel(expert, tallies, P, B, E, K: tl.constexpr, BLOCK: tl.constexpr)
 
 @triton.jit
 def scan_kernel(tallies, message, B, E, X, CHUNK: tl.constexpr):
-    """Each row of `tallies` becomes what came before each block; its sum goes into the message."""
+    """Each row of `tallies` becomes what lies before each block; its sum goes into the message."""
     e = tl.program_id(0)
     total = tl.full((), 0, tl.int32)
     for first in range(0, B, CHUNK):
@@ -163,6 +172,7 @@ def scan_kernel(tallies, message, B, E, X, CHUNK: tl.constexpr):
         tl.store(tallies + e * B + b, tl.cumsum(n, 0) - n + total, mask=b < B)
         total += tl.sum(n, 0)
     if e < E:
+        # The place of expert e in the message to its rank, which has X experts and the refusal.
         tl.store(message + e // X * (X + 1) + e % X, total)
     else:
         for w in range(0, E // X):
@@ -177,11 +187,14 @@ def place_kernel(expert, tallies, message, pair, token, place, P, B, E, X, K,
     i = tl.arange(0, BLOCK)
     p = block * BLOCK + i
     x = tl.load(expert + p, mask=p < P, other=E).to(tl.int32)
+    # Pairs of the same expert earlier in this block.
     at = tl.sum(((x[:, None] == x[None, :]) & (i[None, :] < i[:, None])).to(tl.int32), 1)
+    # All pairs of lower experts.
     for first in range(0, E, PART):
         e = first + tl.arange(0, PART)
         n = tl.load(message + e // X * (X + 1) + e % X, mask=e < E, other=0).to(tl.int32)
         at += tl.sum(tl.where(e[None, :] < x[:, None], n[None, :], 0), 1)
+    # Pairs of the same expert in earlier blocks.
     at += tl.load(tallies + x * B + block, mask=p < P, other=0)
     tl.store(place + p, at, mask=p < P)
     tl.store(pair + at, p, mask=p < P)
@@ -213,14 +226,16 @@ def stable_order(keys: Tensor, below: int) -> Tensor:
 
 
 @triton.jit
-def arrive_kernel(message, came, back, W, X, alignment, WIDE: tl.constexpr, HIGH: tl.constexpr, BLOCK: tl.constexpr):
-    """Program (w, x) writes both ways between the rows that came from rank w for expert x and their result rows."""
+def arrive_kernel(message, order, back, W, X, alignment, WIDE: tl.constexpr, HIGH: tl.constexpr, BLOCK: tl.constexpr):
+    """Program (w, x) writes both ways between the rows that arrive from rank w for expert x and their result rows."""
     source, mine = tl.program_id(0) // X, tl.program_id(0) % X
     w, x, xs = tl.arange(0, WIDE)[:, None], tl.arange(0, HIGH)[None, :], tl.arange(0, HIGH)
     n = tl.load(message + w * (X + 1) + x, mask=(w < W) & (x < X), other=0).to(tl.int32)
+    # Results of this expert lie from `begin` to `end`, padding included.
     padded = tl.cdiv(tl.sum(n, 0), alignment) * alignment
     begin = tl.sum(tl.where(xs < mine, padded, 0), 0)
     end = begin + tl.sum(tl.where(xs == mine, padded, 0), 0)
+    # What arrives lies by (rank, expert), results by (expert, rank).
     before = tl.where((w < source) | ((w == source) & (x < mine)), n, 0)
     from_ = tl.sum(tl.sum(before, 1), 0)
     to = begin + tl.sum(tl.sum(tl.where((w < source) & (x == mine), n, 0), 1), 0)
@@ -229,19 +244,20 @@ def arrive_kernel(message, came, back, W, X, alignment, WIDE: tl.constexpr, HIGH
     for first in range(0, count, BLOCK):
         j = first + i
         tl.store(back + from_ + j, to + j, mask=j < count)
-        tl.store(came + to + j, from_ + j, mask=j < count)
+        tl.store(order + to + j, from_ + j, mask=j < count)
     if source == W - 1:
+        # The last rank's program also marks the padding behind its rows.
         for hole in range(to + count, end, BLOCK):
-            tl.store(came + hole + i, tl.full([BLOCK], -1, tl.int64), mask=hole + i < end)
+            tl.store(order + hole + i, tl.full([BLOCK], -1, tl.int64), mask=hole + i < end)
 
 
 def arrive(message: Tensor, used: Sequence[int], alignment: int) -> tuple[Tensor, Tensor]:
     """One launch."""
     ranks, share = message.shape[0], message.shape[1] - 1
-    came = torch.empty(sum(padded(used, alignment)), dtype=torch.int64, device=message.device)
+    order = torch.empty(sum(padded(used, alignment)), dtype=torch.int64, device=message.device)
     back = torch.empty(sum(used), dtype=torch.int64, device=message.device)
     wide, high = triton.next_power_of_2(ranks), triton.next_power_of_2(share)
     arrive_kernel[(ranks * share,)](
-        message.contiguous(), came, back, ranks, share, alignment, wide, high, 256, num_warps=4
+        message.contiguous(), order, back, ranks, share, alignment, wide, high, 256, num_warps=4
     )
-    return came, back
+    return order, back

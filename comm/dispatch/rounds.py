@@ -77,8 +77,8 @@ class InRounds(Generic[H]):
         rows_by_round = zip(*(t.split(handle.tokens) for t in rows), strict=True)
         pairs_by_round = [None] * len(handle.tokens) if pairs is None else pairs.split(handle.tokens)
         for part, some, inner, place in zip(rows_by_round, pairs_by_round, handle.handles, handle.places, strict=True):
-            for whole, piece in zip(out, self.inner.dispatch(part, some, inner).wait(), strict=True):
-                whole.index_copy_(0, place, piece)
+            for full, piece in zip(out, self.inner.dispatch(part, some, inner).wait(), strict=True):
+                full.index_copy_(0, place, piece)
         return tuple(out)
 
     def combine(self, rows: Tensor, pairs: Tensor | None, handle: RoundsHandle[H]) -> Pending[tuple[Tensor, ...]]:

@@ -144,10 +144,10 @@ def padded(used: Sequence[int], alignment: int) -> tuple[int, ...]:
 
 @kernel_in(KERNELS)
 def arrive(message: Tensor, used: Sequence[int], alignment: int) -> tuple[Tensor, Tensor]:
-    """`Arrival.came` and `Arrival.back`, from what every rank told this one and the rows of each of its experts."""
+    """`order` and `back` of an `Arrival`, from what every rank told this one and the rows of each of its experts."""
     padding = Padding.of(used, alignment, message.device)
-    came = transposed(message[:, :-1], sum(used))
-    return padding.fill(came), padding.place[invert(came)]
+    order = transposed(message[:, :-1], sum(used))
+    return padding.fill(order), padding.place[invert(order)]
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ class Arrival:
     """Rows that arrive by (source rank, local expert), and the result, which has them by (expert, rank) and padded."""
 
     counts: tuple[int, ...]  # result rows of each local expert, with padding
-    came: Tensor  # [R] position at which each result row arrived; -1 for padding
+    order: Tensor  # [R] the position among them of each result row; -1 for padding
     back: Tensor  # [rows that arrive] the result row of each
 
     @staticmethod

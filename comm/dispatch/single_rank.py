@@ -1,8 +1,8 @@
 """A group of one rank, where nothing travels: rows are gathered once into the experts' order and summed from it.
 
-`flat` would give the same bits, and does all this twice: into a send buffer, out of what "came"; back, and then summed.
-With one rank the order in which pairs are sent is the order in which experts want them, so one index serves both ways.
-`fake`, whose other ranks are imagined, places its rows likewise.
+`flat` has the same bits but gathers twice: into a send buffer, and out of the receive buffer; and back in the same way.
+With one rank the order in which pairs are sent is the order in which experts take them, so one index serves both ways.
+`fake`, whose other ranks do not exist, places its rows likewise.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dryvine.comm.pending import Pending
 
 @dataclass(frozen=True)
 class Local:
-    """Where the rows of a rank go that sends none: the handle of `SingleRank`."""
+    """Where rows go within a rank: the handle of `SingleRank`."""
 
     counts: tuple[int, ...]  # rows of each expert, with padding
     used: tuple[int, ...]  # of which real
@@ -37,7 +37,7 @@ class Local:
         if all(n % alignment == 0 for n in used):
             return Local(used, used, order.pair, order.token, order.place, Sum.even(order.place))
         arrival = Arrival.of(order.message, host, alignment)
-        pair, token = (torch.where(arrival.came < 0, -1, index[arrival.came]) for index in (order.pair, order.token))
+        pair, token = (torch.where(arrival.order < 0, -1, index[arrival.order]) for index in (order.pair, order.token))
         place = arrival.back[order.place]
         return Local(arrival.counts, used, pair, token, place, Sum.even(place))
 
@@ -50,7 +50,8 @@ class Local:
 
 
 class SingleRank:
-    """`Dispatcher` of a single rank, which holds all experts. Its copies are counted as flat's to itself are."""
+    """`Dispatcher` of a single rank, which holds all experts. Its copies are counted like those that flat
+    sends to itself."""
 
     def __init__(self, experts: int, alignment: int = 1, meter: Meter | None = None) -> None:
         self.experts, self.alignment, self.meter = experts, alignment, meter or Meter()

@@ -6,7 +6,7 @@ Then the expert numbers themselves make the two hops, and the permutations follo
 hop, one after the other, would stop the host at each.)
 
 Legend: T tokens, K choices each; W ranks, N nodes, L ranks a node (the largest), X experts a rank, C chunks of tokens.
-A stage is a delivery inside the node: stage 0 the node's own tokens, stage c + 1 what came from outside in chunk c.
+A stage is a delivery inside the node: stage 0 the own tokens of the node, stage c + 1 those that crossed in chunk c.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from dryvine.comm.dispatch.exchange import Exchange
 from dryvine.comm.dispatch.hop_groups import HopGroups
 from dryvine.comm.dispatch.reach import Reach, nodes_of_ranks, reach
 from dryvine.comm.dispatch.routing import Sum
+from dryvine.comm.pending import Pending
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,20 @@ class Leg:
     sends: tuple[int, ...]
     receives: tuple[int, ...]
 
+    @property
+    def sent(self) -> int:
+        return sum(self.sends)
+
+    @property
+    def received(self) -> int:
+        return sum(self.receives)
+
+    def there(self, exchange: Exchange, rows: Tensor, into: Tensor, what: str) -> Pending[Tensor]:
+        return exchange.start(rows, self.sends, self.receives, into, what)
+
+    def back(self, exchange: Exchange, rows: Tensor, into: Tensor, what: str) -> Pending[Tensor]:
+        return exchange.start(rows, self.receives, self.sends, into, what)
+
 
 @dataclass(frozen=True)
 class TwoHopHandle:
@@ -43,12 +58,16 @@ class TwoHopHandle:
     hop1: tuple[Leg, ...]
     hop2: tuple[Leg, ...]
     copies: Copies
-    node_sums: tuple[Sum, ...]  # per chunk: rows back from the node's ranks -> rows that came over
+    node_sums: tuple[Sum, ...]  # per chunk: rows back from the node's ranks -> rows that crossed
     token_sum: Sum  # rows back from this node's ranks and from other nodes -> tokens
 
     @property
     def counts(self) -> tuple[int, ...]:
         return self.copies.counts
+
+    def stages(self, arrived: Tensor) -> list[tuple[Leg, Tensor]]:
+        """Each leg of hop 2 with its part of the rows that arrive, [M, ...]."""
+        return list(zip(self.hop2, arrived.split([leg.received for leg in self.hop2]), strict=True))
 
 
 @dataclass(frozen=True)
@@ -131,11 +150,11 @@ class Planner:
     def plan(self, experts_TK: Tensor, counted: Counted, theirs: Tensor, label: str) -> TwoHopHandle:
         """`theirs` is what every rank told this one, [W, sum of widths]. Raises ValueError where a rank refuses."""
         read = routing.read(counted.message, theirs)  # the one host read of a forward dispatch
-        ours, told = ([Counts(row, self._widths, self.widest) for row in side.tolist()] for side in read)
-        routing.refuse([rank for rank, counts in enumerate(told) if counts.refused])
-        hop1 = self._hop1(counted.hit, ours, told)
+        to_rank, from_rank = ([Counts(row, self._widths, self.widest) for row in side.tolist()] for side in read)
+        routing.refuse([rank for rank, counts in enumerate(from_rank) if counts.refused])
+        hop1 = self._hop1(counted.hit, to_rank, from_rank)
         crossed = self._cross(experts_TK, hop1, label)
-        hop2 = self._hop2(counted.hit, crossed, ours, told)
+        hop2 = self._hop2(counted.hit, crossed, to_rank, from_rank)
         arrived_MK = self._deliver([experts_TK, *crossed], hop2, label)
         most = experts_TK.shape[1]  # a token's experts are on no more ranks than that, nor on more nodes
         node_sums = (
@@ -144,62 +163,64 @@ class Planner:
         )
         back = torch.cat([hop2[0].index, *(leg.index for leg in hop1)])
         token_sum = Sum.plan(*sort_pair(back), len(experts_TK), most)
-        return TwoHopHandle(label, hop1, hop2, self._copies(arrived_MK, told), tuple(node_sums), token_sum)
+        return TwoHopHandle(label, hop1, hop2, self._copies(arrived_MK, from_rank), tuple(node_sums), token_sum)
 
-    def _hop1(self, hit: Reach, ours: list[Counts], told: list[Counts]) -> tuple[Leg, ...]:
+    def _hop1(self, hit: Reach, to_rank: list[Counts], from_rank: list[Counts]) -> tuple[Leg, ...]:
         """Tokens of each chunk to the proxies on the nodes that they reach."""
         legs = []
         for chunk, (low, high) in enumerate(self.bounds(len(hit.nodes))):
-            sends = tuple(ours[p].node[chunk] if p in self.proxies else 0 for p in self.rail)
-            receives = tuple(told[s].node[chunk] if s in self.clients[self.me] else 0 for s in self.rail)
+            sends = tuple(to_rank[p].node[chunk] if p in self.proxies else 0 for p in self.rail)
+            receives = tuple(from_rank[s].node[chunk] if s in self.clients[self.me] else 0 for s in self.rail)
             # Positions in [proxies, tokens of the chunk], so by proxy, then token.
             reach_NT = hit.nodes[low:high].index_select(1, self.proxied_N).T
             legs.append(Leg(routing.where(reach_NT, sum(sends)) % max(1, high - low) + low, sends, receives))
         return tuple(legs)
 
     def _cross(self, experts_TK: Tensor, hop1: Sequence[Leg], label: str) -> list[Tensor]:
-        """Hop 1 of the expert numbers, all chunks in one exchange: what came, [rows, K] by source, per chunk."""
+        """Hop 1 of the expert numbers, all chunks in one exchange: what arrives per chunk, [rows, K] by source."""
         if not hop1:
             return []
         going = experts_TK[torch.cat([leg.index for leg in hop1])]
         crossed = relay(going, hop1, self.inter, f"routing hop 1 of {label}")
-        return list(crossed.split([sum(leg.receives) for leg in hop1]))
+        return list(crossed.split([leg.received for leg in hop1]))
 
-    def _hop2(self, hit: Reach, crossed: Sequence[Tensor], ours: list[Counts], told: list[Counts]) -> tuple[Leg, ...]:
+    def _hop2(
+        self, hit: Reach, crossed: Sequence[Tensor], to_rank: list[Counts], from_rank: list[Counts]
+    ) -> tuple[Leg, ...]:
         """Stage 0: this rank's tokens to the ranks of its node; stage c + 1: what crossed to it in chunk c."""
-        own = tuple(ours[q].own for q in self.node)
+        own = tuple(to_rank[q].own for q in self.node)
         token = routing.where(hit.ranks.index_select(1, self.node_L).T, sum(own)) % max(1, len(hit.ranks))
-        legs = [Leg(token, own, tuple(told[p].own for p in self.node))]
+        legs = [Leg(token, own, tuple(from_rank[p].own for p in self.node))]
         for chunk, rows in enumerate(crossed):
-            sends = tuple(self._handed_on(told, chunk, self.me, place) for place in range(len(self.node)))
-            receives = tuple(self._handed_on(told, chunk, p, self.place_in_node) for p in self.node)
+            sends = tuple(self._handed_on(from_rank, chunk, self.me, place) for place in range(len(self.node)))
+            receives = tuple(self._handed_on(from_rank, chunk, p, self.place_in_node) for p in self.node)
             needs_LM = torch.stack([(rows // self.share == q).any(1) for q in self.node])
             legs.append(Leg(routing.where(needs_LM, sum(sends)) % max(1, len(rows)), sends, receives))
         return tuple(legs)
 
-    def _handed_on(self, told: list[Counts], chunk: int, proxy: int, place: int) -> int:
+    def _handed_on(self, from_rank: list[Counts], chunk: int, proxy: int, place: int) -> int:
         """Rows of a chunk that `proxy` hands on to the rank at `place` in this node."""
-        return sum(told[client].ranks[chunk][place] for client in self.clients[proxy])
+        return sum(from_rank[client].ranks[chunk][place] for client in self.clients[proxy])
 
     def _deliver(self, held: Sequence[Tensor], hop2: Sequence[Leg], label: str) -> Tensor:
         """Hop 2 of the expert numbers, all stages in one exchange: what arrived, [M, K], by stage, then rank."""
         going = torch.cat([rows[leg.index] for rows, leg in zip(held, hop2, strict=True)])
         return relay(going, hop2, self.intra, f"routing hop 2 of {label}")
 
-    def _sources(self, told: list[Counts], device: torch.device) -> Tensor:
+    def _sources(self, from_rank: list[Counts], device: torch.device) -> Tensor:
         """The rank that each arrived row started from, [M], in order of arrival."""
-        runs = [(p, told[p].own) for p in self.node]
+        runs = [(p, from_rank[p].own) for p in self.node]
         for chunk in range(self.chunks):
-            runs += [(s, told[s].ranks[chunk][self.place_in_node]) for p in self.node for s in self.clients[p]]
+            runs += [(s, from_rank[s].ranks[chunk][self.place_in_node]) for p in self.node for s in self.clients[p]]
         ranks, lengths = routing.upload(runs, device).T
         return torch.repeat_interleave(ranks, lengths, output_size=sum(length for _, length in runs))
 
-    def _copies(self, arrived_MK: Tensor, told: list[Counts]) -> Copies:
+    def _copies(self, arrived_MK: Tensor, from_rank: list[Counts]) -> Copies:
         """Results lie by expert, then source rank, then token; per source, rows arrive in token order."""
-        used = [sum(column) for column in zip(*(counts.experts for counts in told), strict=True)]
-        source_M1 = self._sources(told, arrived_MK.device)[:, None]
-        keys = self.share * len(told)
-        key_MK = (arrived_MK % self.share) * len(told) + source_M1
+        used = [sum(column) for column in zip(*(counts.experts for counts in from_rank), strict=True)]
+        source_M1 = self._sources(from_rank, arrived_MK.device)[:, None]
+        keys = self.share * len(from_rank)
+        key_MK = (arrived_MK % self.share) * len(from_rank) + source_M1
         return Copies.of(torch.where(arrived_MK // self.share == self.me, key_MK, keys), keys, used, self.alignment)
 
 

@@ -2,8 +2,8 @@
 
 A two-hop dispatch has work between its collectives (wait for a chunk, sort it, send it on). Done in `wait` it would
 leave the wire idle until the caller comes back; done in the call it would make the caller wait for the first hop. On a
-GPU a stream of its own queues all of it at once; gloo has no queue, so one thread stands in for it. One thread, first
-come first served, so the collectives of every rank keep the order in which the dispatcher was called.
+GPU a stream of its own queues all of it at once; gloo has no queue, so a thread takes its place. It is one thread with
+a first-in-first-out queue, so the collectives of every rank keep the order in which the dispatcher was called.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ V = TypeVar("V")
 
 
 class Worker:
-    """`run` starts a step; the step's tensors may be used after `wait`, by the stream that waited."""
+    """Runs steps one after the other; a step's tensors may be used after `wait`, by the stream that waited."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -29,10 +29,10 @@ class Worker:
         self._thread = ThreadPoolExecutor(1, "comm", torch.set_num_threads, (torch.get_num_threads(),))
 
     def run(self, step: Callable[[], V]) -> Pending[V]:
-        """`step` must hold (close over) the tensors that it reads."""
+        """Start `step`, which must hold (close over) the tensors that it reads."""
         if self._stream is None:
-            under_way = self._thread.submit(torch.no_grad()(step))
-            return Pending(under_way.result, under_way.done)
+            future = self._thread.submit(torch.no_grad()(step))
+            return Pending(future.result, future.done)
         return self._on_stream(self._stream, step)
 
     @staticmethod
@@ -47,8 +47,8 @@ class Worker:
             current.wait_event(event)
             for tensor in value if isinstance(value, tuple) else ():
                 if isinstance(tensor, Tensor):
-                    tensor.record_stream(current)  # allocated on the worker's stream
+                    tensor.record_stream(current)  # since it was allocated on the worker's stream
             return value
 
-        # `step` is held until then: the tensors it reads must not be given to others while the worker uses them.
+        # The Pending holds `step` until then: the tensors it reads must not be reused while the worker's stream does.
         return Pending(lambda held=step: finish())  # type: ignore[misc]

@@ -89,7 +89,7 @@ def test_order_and_arrival(tokens: int, ranks: int) -> None:
         assert torch.equal(getattr(ours, name).cpu(), tensor), name
     came, theirs = Arrival.of(ours.message, defined.message, 128), Arrival.of(defined.message, defined.message, 128)
     assert came.counts == theirs.counts
-    assert torch.equal(came.came.cpu(), theirs.came)
+    assert torch.equal(came.order.cpu(), theirs.order)
     assert torch.equal(came.back.cpu(), theirs.back)
 
 

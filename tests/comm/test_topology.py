@@ -34,7 +34,7 @@ NONE = TopologyConfig()
 def test_found_by_environment(world: int, env: dict[str, str], nodes: tuple[tuple[int, ...], ...], found: str) -> None:
     topology = discover(world, NONE, env)
     assert topology.nodes == nodes
-    assert found in topology.found
+    assert found in topology.source
 
 
 def test_config_comes_first() -> None:

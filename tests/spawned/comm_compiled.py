@@ -9,7 +9,7 @@ from typing import Any
 from dryvine.comm.dispatch import kernels
 from tests.support.compile import compile_for_hopper
 
-POINTERS = {"rows", "out", "index", "source", "begin", "expert", "message", "pair", "token", "place", "came", "back"}
+POINTERS = {"rows", "out", "index", "source", "begin", "expert", "message", "pair", "token", "place", "order", "back"}
 
 
 def compile_one(kernel: Any, constants: dict[str, Any], warps: int, **types: str) -> dict[str, Any]:

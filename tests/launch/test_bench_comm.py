@@ -1,0 +1,35 @@
+"""`dryvine bench comm` on two CPU ranks: a line per case, with bytes worked out by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dryvine.comm.local import run
+from dryvine.comm.topology import by_sizes
+from dryvine.launch.bench_comm import PARTS, Case, CommShape, comm, measure
+
+
+def test_bytes_are_those_of_one_dispatch() -> None:
+    """Each rank has 2 experts and every token chooses all 4, so half of its rows cross: 2 rows, 8 bytes of weight."""
+    cases = [Case("flat", 6, "bf16"), Case("hierarchical", 6, "bf16"), Case("flat", 6, "fp8")]
+    figures = run(measure, 2, by_sizes([1, 1]), CommShape(hidden=128, experts=4, top_k=4, rounds=1), cases)[0]
+    assert [f.case for f in figures] == cases
+    flat, two_hop, fp8 = figures
+    assert (flat.intra, flat.inter, flat.logical) == (0, 6 * 2 * (256 + 8), 6 * 4 * 256)
+    assert (two_hop.intra, two_hop.inter) == (0, 6 * (256 + 16))  # once, with all four weights
+    assert (fp8.inter, fp8.logical) == (6 * 2 * (128 + 8 + 8), 6 * 4 * (128 + 4))
+    assert all(set(f.seconds) == set(PARTS) and min(f.seconds.values()) > 0 for f in figures)
+
+
+def test_the_command_prints_a_line_per_case(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    out = tmp_path / "comm.svg"
+    comm(nodes="1,1", tokens="4", dtypes="bf16", hidden=128, experts=4, top_k=2, rounds=1, out=out)
+    printed = capsys.readouterr().out
+    assert "hierarchical" in printed
+    assert "limit of the link" in printed
+    assert out.read_text().startswith("<?xml")
