@@ -11,7 +11,8 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from types import ModuleType
+from typing import TypeVar
 
 from dryvine.comm.topology import Link, Topology, TopologyConfig, speed
 
@@ -73,7 +74,7 @@ def probe(sysfs: Path = Path("/sys")) -> Hardware:
         pynvml.nvmlShutdown()
 
 
-def _gpu(nvml: Any, handle: object, devices: Sequence[Nic], sysfs: Path) -> Gpu:
+def _gpu(nvml: ModuleType, handle: object, devices: Sequence[Nic], sysfs: Path) -> Gpu:
     bus_id = short(_text(nvml.nvmlDeviceGetPciInfo(handle).busId))
     links = _nvlinks(nvml, handle)
 
@@ -86,7 +87,7 @@ def _gpu(nvml: Any, handle: object, devices: Sequence[Nic], sysfs: Path) -> Gpu:
     return Gpu(bus_id, name, links, gigabytes, _clique(nvml, handle), nearest(bus_id, devices, sysfs))
 
 
-def _nvlinks(nvml: Any, handle: object) -> int:
+def _nvlinks(nvml: ModuleType, handle: object) -> int:
     """How many of the GPU's links are active."""
     states = (
         _asked(nvml, lambda link=link: nvml.nvmlDeviceGetNvLinkState(handle, link), 0)  # type: ignore[misc]
@@ -95,7 +96,7 @@ def _nvlinks(nvml: Any, handle: object) -> int:
     return sum(1 for state in states if state)
 
 
-def _clique(nvml: Any, handle: object) -> str:
+def _clique(nvml: ModuleType, handle: object) -> str:
     """Cluster UUID and clique of a multi-node NVLink fabric (NVL72); empty where there is none."""
     info = nvml.c_nvmlGpuFabricInfoV_t()
     _asked(nvml, lambda: nvml.nvmlDeviceGetGpuFabricInfoV(handle, nvml.byref(info)), None)  # fills `info` if it can
@@ -103,7 +104,7 @@ def _clique(nvml: Any, handle: object) -> str:
     return f"{uuid.hex()}/{info.cliqueId}" if any(uuid) else ""
 
 
-def _asked(nvml: Any, question: Callable[[], V], otherwise: V) -> V:
+def _asked(nvml: ModuleType, question: Callable[[], V], otherwise: V) -> V:
     """The answer, or `otherwise` where this GPU or driver has none."""
     try:
         return question()

@@ -39,14 +39,14 @@ class _Port(ABC):
     buffer: Any
 
     @abstractmethod
-    def plan_routing(self, rows: Tensor, experts_TK: Tensor, experts: int) -> tuple[Tensor, list[int], Any]:
+    def plan_routing(self, rows: Tensor, experts_TK: Tensor, experts: int) -> tuple[Tensor, list[int], object]:
         """Local expert numbers of the arrived rows ([M, K], -1 where elsewhere), rows per expert, DeepEP's handle."""
 
-    def dispatch(self, rows: Tensor, handle: Any) -> Tensor:
+    def dispatch(self, rows: Tensor, handle: object) -> Tensor:
         arrived: Tensor = self.buffer.dispatch(rows, handle=handle)[0]
         return arrived
 
-    def combine(self, rows: Tensor, weights_MK: Tensor | None, handle: Any) -> tuple[Tensor, Tensor | None]:
+    def combine(self, rows: Tensor, weights_MK: Tensor | None, handle: object) -> tuple[Tensor, Tensor | None]:
         summed, weights, _ = self.buffer.combine(rows, handle, topk_weights=weights_MK)
         return summed, weights
 
@@ -60,7 +60,7 @@ class _V1(_Port):
         rdma = max(c.get_rdma_buffer_size_hint(setup.row_bytes, group.size()) for c in configs)
         self.buffer = module.Buffer(group, nvl, rdma)
 
-    def plan_routing(self, rows: Tensor, experts_TK: Tensor, experts: int) -> tuple[Tensor, list[int], Any]:
+    def plan_routing(self, rows: Tensor, experts_TK: Tensor, experts: int) -> tuple[Tensor, list[int], object]:
         per_rank, per_node, per_expert, in_rank, _ = self.buffer.get_dispatch_layout(experts_TK, experts)
         _, chosen, _, counts, handle, _ = self.buffer.dispatch(
             rows,
@@ -82,7 +82,7 @@ class _V2(_Port):
         sizes = {"num_max_tokens_per_rank": setup.tokens, "hidden": setup.row_bytes // 2, "num_topk": setup.top_k}
         self.buffer = kind(group, **sizes, deterministic=True)
 
-    def plan_routing(self, rows: Tensor, experts_TK: Tensor, experts: int) -> tuple[Tensor, list[int], Any]:
+    def plan_routing(self, rows: Tensor, experts_TK: Tensor, experts: int) -> tuple[Tensor, list[int], object]:
         _, chosen, _, handle, _ = self.buffer.dispatch(rows, topk_idx=experts_TK, num_experts=experts)
         return chosen, list(handle.num_recv_tokens_per_expert_list), handle
 
@@ -103,7 +103,7 @@ def probe() -> tuple[str, str]:
 class DeepEPHandle:
     """DeepEP's handle, and the copies per expert made after arrival."""
 
-    theirs: Any
+    theirs: object
     copies: Copies
     rows: tuple[int, ...]  # of a dispatch, over each of `Route.links`
 
