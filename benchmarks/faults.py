@@ -46,8 +46,8 @@ FAULTS = {
 }
 LAYOUTS = {
     "pp 2, dualpipe": ("parallel.pp=2", "parallel.ep=1"),
-    "ep 2": ("parallel.pp=1", "parallel.ep=2", 'parallel.schedule="1f1b"'),
-    "dp 2": ("parallel.pp=1", "parallel.ep=1", "parallel.dp=2", 'parallel.schedule="1f1b"'),
+    "ep 2": ("parallel.pp=1", "parallel.ep=2", "parallel.schedule=one_f_one_b"),
+    "dp 2": ("parallel.pp=1", "parallel.ep=1", "parallel.dp=2", "parallel.schedule=one_f_one_b"),
 }
 STEPS, CHECKPOINT, LOST_AFTER = 40, 10, 15
 
@@ -132,9 +132,10 @@ def training(run: Run, layout: str, name: str) -> tuple[tuple[str, ...], Path]:
     settings = (
         f"run.steps={STEPS}", f"run.checkpoint_every={CHECKPOINT}", f'run.device="{run.device}"', f'run.name="{name}"',
         f'run.out="{run.out}"', f"comm.deadline={run.deadline}", "run.eval_every=1000", "batch.sequences=8",
+        "data.source=stdlib", "data.vocab_size=320",
     )  # fmt: skip
     start = "from dryvine.launch.cli import main; main()"
-    words = (sys.executable, "-c", start, "train", "configs/tiny_cpu.toml", *settings, *LAYOUTS[layout])
+    words = (sys.executable, "-c", start, "train", "tests/tiny.toml", *settings, *LAYOUTS[layout])
     return words, run.out / name
 
 
