@@ -29,9 +29,9 @@ def places(rank: int) -> dict[str, Any]:
         "channels": (set(members), len({id(group) for group in mesh.channels.values()})),
         "neighbours": (mesh.global_rank(0), mesh.global_rank(1)),
         "more": {ranks: dist.get_process_group_ranks(group) for ranks, group in mesh.new_groups(families).items()},
-        "sum": mesh.sum(torch.tensor([rank])).item(),
-        "max": mesh.max(torch.tensor([rank])).item(),
-        "gather": mesh.gather(str(rank)),
+        "sum": mesh.sum(torch.tensor([rank]), "ranks").item(),
+        "max": mesh.max(torch.tensor([rank]), "ranks").item(),
+        "gather": mesh.gather(str(rank), "ranks"),
         "copies": (mesh.ranks([1, 0]), mesh.ranks([1], ep_rank=1)),
     }
 
@@ -53,15 +53,15 @@ def test_places_and_groups_of_a_mesh() -> None:
 def test_one_process_has_no_groups() -> None:
     mesh = make_mesh(1, 1, 1, 1, CPU, MINUTE)
     assert (mesh.experts, mesh.channels, mesh.sms) == (None, {}, None)
-    assert mesh.gather("x") == ["x"]
-    assert mesh.sum(torch.tensor([3])).item() == 3
+    assert mesh.gather("x", "ranks") == ["x"]
+    assert mesh.sum(torch.tensor([3]), "ranks").item() == 3
 
 
 def slices(rank: int) -> tuple[list[float], list[float]]:
     """Rank r has r + 1 times 0..5."""
     part, every = torch.zeros(2), torch.zeros(6)
-    reduce_scatter(part, torch.arange(6.0) * (rank + 1), dist.group.WORLD)
-    all_gather(every, part, dist.group.WORLD)
+    reduce_scatter(part, torch.arange(6.0) * (rank + 1), dist.group.WORLD, None, "slices")
+    all_gather(every, part, dist.group.WORLD, None, "slices")
     return part.tolist(), every.tolist()
 
 
