@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
+import weakref
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,14 @@ from dryvine.comm import local
 from dryvine.comm.pending import Pending
 from dryvine.comm.wire import ReceiveBuffers
 from dryvine.parallel import overlap
-from dryvine.parallel.executor import Batch, EdgeWire, Executor
+from dryvine.parallel.executor import Batch, EdgeWire, Executor, Played
 from dryvine.parallel.flow_control import AHEAD, SendQueue, most_under_way, posts, queue, rank_program
 from dryvine.parallel.overlap import ORDERS
 from dryvine.parallel.schedule.check import check
 from dryvine.parallel.schedule.ir import Op, Program, Schedule, Slot
 from dryvine.parallel.schedule.lower import forward_only, lower
 from dryvine.parallel.schedule.rules import ScheduleError
+from dryvine.parallel.schedule.simulate import simulate
 from dryvine.parallel.schedule.table import SCHEDULES, build
 from dryvine.parallel.stage import Compute, Flight, Outcome, Stage, StepResult
 from dryvine.parallel.streams import CpuStreams
@@ -301,6 +303,73 @@ def test_sends_to_a_late_rank_are_held_within_the_bound() -> None:
     executor.run(Batch([torch.empty(0)] * 16, 1.0))
     assert wire.under_way == 0
     assert wire.peak <= max(program.limits.values()) + 1 < 6
+
+
+# ---- what a run holds and reports
+
+
+@dataclass
+class Watched:
+    """A phase that makes nothing except a loss, the number of its microbatch, and watches the flights it has seen."""
+
+    name: str = "dense"
+    layer: str = "layers.0"
+    stream: Any = "compute"
+    flights: list[weakref.ref[Flight]] = field(default_factory=list)
+    most: int = 0  # alive at once
+
+    def forward(self, state: Any, flight: Flight) -> Pending[Any]:
+        self.flights.append(weakref.ref(flight))
+        self.most = max(self.most, sum(flight() is not None for flight in self.flights))
+        flight.losses["loss"] = torch.tensor(float(flight.microbatch))
+        return Pending.done(())
+
+    def backward(self, grads: Any, flight: Flight) -> StepResult:
+        return StepResult(Pending.done(()), [])
+
+
+class Exposed(CpuStreams):
+    def exposed(self) -> float:
+        return 1.5
+
+
+def run_alone(schedule: Schedule, rank: int, training: bool = True) -> tuple[Watched, Played]:
+    """One rank's part, with others that never make it wait."""
+    watched = Watched()
+    stages = {stage: Stage(stage, [watched]) for stage in schedule.stages_of(rank)}
+    program, wire = rank_program(lower(schedule), rank), EdgeWire(Deaf(), lambda edge: ())
+    batch = Batch([torch.empty(0)] * schedule.microbatches, 1.0, training)
+    return watched, Executor(program, stages, wire, Exposed, ORDERS["cpu"]).run(batch)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_flights_are_held_as_long_as_simulated(name: str) -> None:
+    schedule = build(name, 4, 8)
+    timeline = simulate(schedule)
+    for rank in range(4):
+        watched, _ = run_alone(schedule, rank)
+        assert watched.most == timeline.held(rank)
+        assert not any(flight() for flight in watched.flights)
+        watched, _ = run_alone(forward_only(schedule), rank, training=False)
+        assert watched.most == 1
+
+
+@pytest.mark.parametrize("name", ["one_f_one_b", "dualpipe"])
+def test_a_run_reports_losses_with_their_microbatches_in_order(name: str) -> None:
+    schedule = build(name, 4, 8)
+    _, played = run_alone(schedule, 1)
+    order = [op.microbatch for op in schedule.ops(1) if op.kind == "F"]
+    assert played.microbatches == {"loss": order}
+    assert [float(loss) for loss in played.losses["loss"]] == order
+    assert tuple(slot for slot, _, _ in played.timeline) == schedule.ranks[1]
+    assert played.started <= played.timeline[0][1] <= played.timeline[-1][2] <= played.ended
+    assert played.exposed == 1.5
+
+
+def test_idle_is_the_time_between_slots() -> None:
+    slot = (Op("F", 0, 0),)
+    played = Played(timeline=[(slot, 11.0, 12.0), (slot, 14.0, 16.0)], started=10.5, ended=17.0)
+    assert played.idle == 6.5 - 3
 
 
 # ---- receive buffers
