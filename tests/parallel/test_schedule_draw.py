@@ -24,6 +24,7 @@ from dryvine.parallel.schedule.draw.text import lines, text
 from dryvine.parallel.schedule.draw.trace import as_trace
 from dryvine.parallel.schedule.ir import Op
 from dryvine.parallel.schedule.notation import from_csv
+from dryvine.parallel.schedule.search.search import Effort, Found, Problem
 from dryvine.parallel.schedule.simulate import Timeline, simulate
 from dryvine.parallel.schedule.table import build
 
@@ -148,7 +149,7 @@ def test_html_table_and_hover_by_hand():
 
 
 def test_pictures_on_one_page_share_a_scale_and_their_axes_fit_the_cells():
-    slow = simulate(lopsided().schedule, Costs(F=2, I=2, W=2, pairs={"BF": 4}))
+    slow = simulate(lopsided().schedule, Costs(F=20, I=20, W=20, pairs={"BF": 40}))
     pictures = [ET.fromstring(svg(t, [lopsided(), slow], "t-")) for t in (lopsided(), slow)]
     for root, timeline in zip(pictures, (lopsided(), slow), strict=True):
         (track, *_) = (r for r in root.iter(f"{SVG}rect") if r.attrib.get("class") == "track")
@@ -156,7 +157,7 @@ def test_pictures_on_one_page_share_a_scale_and_their_axes_fit_the_cells():
         last = next(r for r in root.iter(f"{SVG}rect") if r.attrib.get("id") == "t-0B1")
         assert float(last.attrib["x"]) == pytest.approx(left + timeline.cells[0][3].start * unit, abs=0.01)
         ticks = [t for t in root.iter(f"{SVG}text") if t.attrib["class"] == "dim time"]
-        assert [float(t.text) for t in ticks] == list(range(17))
+        assert [float(t.text) for t in ticks] == list(range(0, 161, 10))
         assert all(float(t.attrib["x"]) == pytest.approx(left + float(t.text) * unit, abs=0.01) for t in ticks)
 
 
@@ -191,6 +192,29 @@ def test_html_stands_alone_and_compares():
     assert "needs" in ops["t1-0F0"]
     spans = re.findall(r"<tr><td>\w+</td><td[^>]*>([\d.]+)</td>", page)
     assert spans == ["26", "27", "33"]  # one model for all: a V's stages are half as long
+
+
+def test_chunks_of_a_comparison_are_for_those_that_take_a_choice():
+    sizes = ("--pp", "4", "--microbatches", "8", "--format", "json")
+    found = json.loads(run("interleaved", "dualpipe", "zbv", "--chunks", "3", *sizes).stdout)
+    assert [(each["name"], each["stages"]) for each in found] == [("interleaved", 12), ("dualpipe", 4), ("zbv", 8)]
+    alone = run("dualpipe", "--chunks", "3", *sizes)
+    assert (alone.exit_code, "cannot run pp=4, microbatches=8, chunks=3" in alone.stderr) == (2, True)
+
+
+def test_search_asks_for_what_the_options_say_and_is_shown_first(monkeypatch):
+    asked = []
+
+    def fake(problem, effort):
+        asked.append((problem, effort))
+        return Found(lopsided(), simulate(build("gpipe", 2, 2)), 7.5)
+
+    monkeypatch.setattr("dryvine.launch.schedule_cli.search", fake)
+    options = ("--memory", "6", "--steps", "700", "--exact", "1.5", "--costs", "W=0.5", "--format", "json")
+    result = run("dualpipe", "search", "--pp", "4", "--microbatches", "8", *options)
+    assert asked == [(Problem(4, 8, Costs(W=0.5), 6), Effort(700, exact_seconds=1.5))]
+    assert [each["name"] for each in json.loads(result.stdout)] == ["file", "dualpipe"]
+    assert result.stderr == "search: span 8 (gpipe 9), bound 7.5\n"
 
 
 def test_csv_out_and_in_again(tmp_path):
