@@ -121,11 +121,6 @@ class CopyWire:
         self._queues = {line: links.queue() for line in rings if line.source == rank}
         self._numbers: Counter[tuple[Line, str]] = Counter()  # of messages, by line, sent and received
 
-    def waits(self) -> list[int]:
-        """The words that this rank's queues may wait for."""
-        flags = [ring.flag for line, ring in self.rings.items() if line.target == self.rank]
-        return flags + [ring.credit for line, ring in self.rings.items() if line.source == self.rank]
-
     def send(self, tensors: tuple[Tensor, ...], target: int, channel: Channel, label: str = "") -> Pending[None]:
         line = Line(self.rank, target, channel)
         ring, queue, number = self.rings[line], self._queues[line], self._next(line, "sent")

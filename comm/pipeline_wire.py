@@ -20,7 +20,6 @@ from dryvine.comm.copy_wire import CopyWire, Line, layout_rings, slot_bytes
 from dryvine.comm.mesh import Channel, Mesh
 from dryvine.comm.pending import Pending
 from dryvine.comm.topology import Topology, by_sizes
-from dryvine.comm.watch import Watch
 from dryvine.comm.wire import P2PWire, Wire
 
 
@@ -45,7 +44,7 @@ class ByPeer:
 
 
 def make_wire(
-    mesh: Mesh, topology: Topology | None, slots: Mapping[Line, int], like: tuple[Tensor, ...], watch: Watch | None
+    mesh: Mesh, topology: Topology | None, slots: Mapping[Line, int], like: tuple[Tensor, ...]
 ) -> tuple[Wire, str]:
     """This rank's wire, and a line that says what carries messages. `slots` are those of each line of a pipeline
     (`flow_control.slots_by_line`), `like` the largest message, `topology` the world's (None: one node). Collective.
@@ -53,15 +52,15 @@ def make_wire(
     When it returns, every communicator that messages will use is connected.
     """
     if mesh.pp == 1 or mesh.device.type == "cpu":
-        return P2PWire(mesh, watch), "gloo"
+        return P2PWire(mesh), "gloo"
     families = _families(mesh, topology or by_sizes([mesh.size]))
     groups = mesh.new_groups(families)
     (family,) = (family for family in families if mesh.rank in family)
     near = tuple(rank // mesh.data_ranks for rank in family)
-    inside = _copy_wire(mesh, near, groups[family], slots, slot_bytes(like), watch) if len(near) > 1 else None
+    inside = _copy_wire(mesh, near, groups[family], slots, slot_bytes(like)) if len(near) > 1 else None
     by_copy = frozenset(near) if inside else frozenset[int]()
     connect(mesh, [line for line in slots if not by_copy >= {line.source, line.target}])
-    outside = P2PWire(mesh, watch)
+    outside = P2PWire(mesh)
     if inside is None:
         why = "no memory that the node's GPUs could share" if len(near) > 1 else "no stage shares a node with the next"
         return outside, f"NCCL: {why}"
@@ -84,17 +83,17 @@ def _copy_wire(
     group: dist.ProcessGroup,
     slots: Mapping[Line, int],
     size: int,
-    watch: Watch | None,
 ) -> CopyWire | None:
     inside = {line: count for line, count in slots.items() if line.source in near and line.target in near}
     rings, memory = layout_rings(inside, size)
     links = open_links(near, group, memory, 2 * len(rings), mesh.device)
     if links is None:
         return None
-    wire = CopyWire(mesh.pp_rank, links, rings, size, watch.expect if watch else _unwatched, mesh.global_rank)
-    if watch:
-        # A process whose stream waits cannot exit: the driver holds it for most of a minute.
-        watch.before_exit(lambda: links.words.fulfil(wire.waits()))
+    wire = CopyWire(mesh.pp_rank, links, rings, size, mesh.watch.expect if mesh.watch else _unwatched, mesh.global_rank)
+    if mesh.watch:
+        # A process whose stream waits cannot exit: the driver holds it for most of a minute. All words, since a rank
+        # that was killed has no hook of its own.
+        mesh.watch.before_exit(lambda: links.words.fulfil(range(2 * len(rings))))
     return wire
 
 

@@ -17,7 +17,6 @@ from torch import Tensor
 from dryvine.comm.mesh import Channel, Mesh
 from dryvine.comm.pending import Pending
 from dryvine.comm.posted import Posted
-from dryvine.comm.watch import Watch
 
 NAMES = {"down": "activations", "up": "gradients"}
 
@@ -74,11 +73,11 @@ def _unused(memory: torch.UntypedStorage) -> bool:
 class P2PWire:
     """A `Wire` on isend and irecv. Tensors that are sent must not be written to afterwards.
 
-    The deadline is that of the process groups; with a `watch` a lost connection raises CommError with the culprit.
+    With the mesh's watch each has its deadline, and a lost connection raises CommError with the culprit.
     """
 
-    def __init__(self, mesh: Mesh, watch: Watch | None = None) -> None:
-        self.mesh, self.watch = mesh, watch
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh = mesh
         self.buffers = ReceiveBuffers(mesh.device)
 
     def send(self, tensors: tuple[Tensor, ...], target: int, channel: Channel, label: str = "") -> Pending[None]:
@@ -89,7 +88,7 @@ class P2PWire:
         def post() -> list[dist.Work | None]:
             return [dist.isend(tensor, peer, group=group) for tensor in held]
 
-        posted = Posted(self.watch, what, ((peer, 0),), post, self.mesh.device.type == "cuda")
+        posted = Posted(self.mesh.watch, what, ((peer, 0),), post, self.mesh.device.type == "cuda")
 
         def finish() -> None:
             posted.wait()
@@ -108,7 +107,7 @@ class P2PWire:
         def post() -> list[dist.Work | None]:
             return [dist.irecv(buffer, peer, group=group) for buffer in buffers]
 
-        posted = Posted(self.watch, what, due, post, self.mesh.device.type == "cuda")
+        posted = Posted(self.mesh.watch, what, due, post, self.mesh.device.type == "cuda")
 
         def finish() -> tuple[Tensor, ...]:
             posted.wait()

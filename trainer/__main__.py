@@ -55,7 +55,7 @@ def run(plan: RunPlan, data: Data, device: torch.device, topology: Topology) -> 
     def body(watch: Watch | None) -> int:
         mesh = replace(mesh_of(plan, device), watch=watch)
         try:
-            train(plan, mesh, data, topology, watch)
+            train(plan, mesh, data, topology)
         except Diverged as error:
             if mesh.rank == 0:  # all ranks have the same message
                 print(f"dryvine: {error}", file=sys.stderr)

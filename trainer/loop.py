@@ -19,7 +19,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from dryvine.comm.mesh import Mesh
 from dryvine.comm.topology import Topology
-from dryvine.comm.watch import Watch
 from dryvine.parallel.executor import Played
 from dryvine.trainer import checkpoint
 from dryvine.trainer.config import RunConfig
@@ -56,10 +55,10 @@ class Stop:
                 signal.signal(number, handler)
 
 
-def train(plan: RunPlan, mesh: Mesh, data: Data, topology: Topology | None = None, watch: Watch | None = None) -> None:
+def train(plan: RunPlan, mesh: Mesh, data: Data, topology: Topology | None = None) -> None:
     """Train to `run.steps`, from the newest checkpoint of the run folder if it has one. Raises Diverged. Collective."""
     config, run = plan.config, plan.config.run
-    rig = make_rig(plan, mesh, data, topology, watch)
+    rig = make_rig(plan, mesh, data, topology)
     console = Console(quiet=mesh.rank != 0)
     done = resume(rig, console)
     if mesh.device.type == "cuda":

@@ -18,7 +18,6 @@ from dryvine.comm.dispatch.setup import Setup
 from dryvine.comm.mesh import Mesh, make_mesh
 from dryvine.comm.pipeline_wire import make_wire
 from dryvine.comm.topology import Topology
-from dryvine.comm.watch import Watch
 from dryvine.comm.world import timeout
 from dryvine.parallel.executor import EdgeWire, Executor
 from dryvine.parallel.flow_control import rank_program, slots_by_line
@@ -89,13 +88,10 @@ def mesh_of(plan: RunPlan, device: torch.device) -> Mesh:
     return make_mesh(p.pp, p.dp, p.ep, len(plan.schedule.routes), device, timeout(comm.deadline, device), comm.sms)
 
 
-def make_rig(
-    plan: RunPlan, mesh: Mesh, data: Data, topology: Topology | None = None, watch: Watch | None = None
-) -> Rig:
-    """Build this rank's stages and state, with the weights of `run.seed`. `topology` None is one node; without `watch`
-    a wait has torch's own deadline. Collective."""
+def make_rig(plan: RunPlan, mesh: Mesh, data: Data, topology: Topology | None = None) -> Rig:
+    """Build this rank's stages and state, with the weights of `run.seed`. `topology` None is one node. Collective."""
     config = plan.config
-    dispatcher = _dispatcher(config, mesh, topology, watch)
+    dispatcher = _dispatcher(config, mesh, topology)
     fp8 = FP8(config.fp8, *choose(config.fp8, mesh, config.run.folder)) if config.fp8.fp8 else None
     spec = Spec(config.model, DTYPES[config.run.dtype], mesh.device, mesh.ep_rank, mesh.ep, fp8)
     model = Model(spec, plan.blocks_of(mesh.pp_rank), dispatcher)
@@ -103,7 +99,7 @@ def make_rig(
     optimizer = Optimizer(Zero(dict(model.named_parameters()), mesh), config.optim)
     state = _boundary(config)
     slots = slots_by_line([*plan.training.values(), plan.validation])
-    wire, carrier = make_wire(mesh, topology, slots, state, watch)
+    wire, carrier = make_wire(mesh, topology, slots, state)
     messages = EdgeWire(wire, lambda edge: state)
     return Rig(plan, mesh, model, optimizer, data, dispatcher, messages, carrier, make_streams(mesh.device), fp8)
 
@@ -114,13 +110,12 @@ def _boundary(config: Config) -> tuple[torch.Tensor]:
     return (torch.empty(tokens, config.model.hidden, dtype=DTYPES[config.run.dtype], device="meta"),)
 
 
-def _dispatcher(config: Config, mesh: Mesh, topology: Topology | None, watch: Watch | None) -> AnyDispatcher:
+def _dispatcher(config: Config, mesh: Mesh, topology: Topology | None) -> AnyDispatcher:
     comm, shape = config.comm, config.model
     setup = Setup(
         experts=shape.routed,
         mesh=mesh,
         topology=topology,
-        watch=watch,
         chunks=comm.chunks,
         top_k=shape.top_k,
         tokens=config.parallel.microbatch_sequences * config.data.seq_len,

@@ -53,7 +53,7 @@ def body(watch: Watch, operation: str, fault: str, device: torch.device, folder:
     pipeline = operation in ("receive", "receive NCCL")
     layout = (2, 1, 1) if pipeline else (1, 1, 2)
     mesh = replace(make_mesh(*layout, 1, device, hour), watch=watch)
-    step = OPERATIONS[operation](mesh, watch)
+    step = OPERATIONS[operation](mesh)
     square = torch.rand(512, 512, device=device)
     for number in range(STEPS):
         for microbatch in range(MICROBATCHES):
@@ -81,16 +81,16 @@ def note(folder: Path) -> None:
     (folder / "down").write_text(str(time.time()))
 
 
-def receive(mesh: Mesh, watch: Watch) -> Step:
+def receive(mesh: Mesh) -> Step:
     """Rank 0 waits for a message of rank 1, by whatever carries messages here."""
     state = torch.empty(512, HIDDEN, device="meta")
-    wire, _ = make_wire(mesh, None, {Line(1, 0, CHANNEL): 3}, (state,), watch)
+    wire, _ = make_wire(mesh, None, {Line(1, 0, CHANNEL): 3}, (state,))
     return _messages(mesh, wire, state)
 
 
-def receive_nccl(mesh: Mesh, watch: Watch) -> Step:
+def receive_nccl(mesh: Mesh) -> Step:
     connect(mesh, [Line(1, 0, CHANNEL)])
-    return _messages(mesh, P2PWire(mesh, watch), torch.empty(512, HIDDEN, device="meta"))
+    return _messages(mesh, P2PWire(mesh), torch.empty(512, HIDDEN, device="meta"))
 
 
 def _messages(mesh: Mesh, wire: Wire, state: torch.Tensor) -> Step:
@@ -104,9 +104,9 @@ def _messages(mesh: Mesh, wire: Wire, state: torch.Tensor) -> Step:
     return step
 
 
-def exchange(mesh: Mesh, watch: Watch) -> Step:
+def exchange(mesh: Mesh) -> Step:
     """An expert layer's routing, dispatch and combine; the rank is lost before its combine."""
-    dispatcher = build(Setup(4, mesh, watch=watch))
+    dispatcher = build(Setup(4, mesh))
     experts = torch.arange(4, device=mesh.device).expand(512, 4)
     rows = torch.ones(512, HIDDEN, device=mesh.device)
 
@@ -119,7 +119,7 @@ def exchange(mesh: Mesh, watch: Watch) -> Step:
     return step
 
 
-def reduction(mesh: Mesh, watch: Watch) -> Step:
+def reduction(mesh: Mesh) -> Step:
     """Gradients over the copies, then the norm over the world."""
     whole = torch.ones(1 << 20, device=mesh.device)
     part = torch.empty(1 << 19, device=mesh.device)
@@ -128,7 +128,7 @@ def reduction(mesh: Mesh, watch: Watch) -> Step:
 
     def step(label: str, may_lose: Callable[[], None]) -> None:
         may_lose()
-        reduce_scatter(part, whole, group, watch, f"sum of the gradients of {label}")
+        reduce_scatter(part, whole, group, mesh.watch, f"sum of the gradients of {label}")
         mesh.sum(part.square().sum(), "gradient norms")
 
     return step

@@ -19,13 +19,17 @@ class Setup:
     experts: int  # of a layer, over all ranks, which hold them in equal, contiguous shares
     mesh: Mesh | None = None  # None: this process alone
     topology: Topology | None = None  # the world's; None: one node
-    watch: Watch | None = None  # None: torch's own deadlines
     chunks: int = 4  # parts in which tokens cross nodes
     alignment: int = 1  # each expert's rows are padded to a multiple
     top_k: int = 8
     tokens: int = 4096  # most that a rank dispatches at once
     row_bytes: int = 0  # of the widest row that travels
     meter: Meter = field(default_factory=Meter)
+
+    @property
+    def watch(self) -> Watch | None:
+        """None: torch's own deadlines."""
+        return self.mesh.watch if self.mesh else None
 
     @property
     def rank(self) -> int:

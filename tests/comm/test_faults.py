@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -31,9 +32,9 @@ def rank_main(rank: int, folder: Path, how: str, when: str) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / "store"), 4)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=4, timeout=HOUR)
-    mesh = make_mesh(1, 1, 4, 1, torch.device("cpu"), HOUR)
     watch = watch_world(DEADLINE)
-    dispatcher = build(Setup(8, mesh, by_sizes([2, 2]), watch))
+    mesh = replace(make_mesh(1, 1, 4, 1, torch.device("cpu"), HOUR), watch=watch)
+    dispatcher = build(Setup(8, mesh, by_sizes([2, 2])))
     try:
         for microbatch in range(100):
             lose = how if rank == 2 and microbatch == 3 else ""

@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def on_ranks(world: int, main: Callable[..., None], folder: Path, *args: object)
 def rank_main(rank: int, folder: Path, how: str) -> None:
     start(folder, rank, 2)
     mesh = make_mesh(2, 1, 1, 1, CPU, DEADLINE)
-    wire = P2PWire(mesh, watch_world(DEADLINE.total_seconds()))
+    wire = P2PWire(replace(mesh, watch=watch_world(DEADLINE.total_seconds())))
     if rank == 1:
         wire.send((torch.ones(4),), 0, (0, "up")).wait()
         os.kill(os.getpid(), {"kill": 9, "stop": 19}[how])
@@ -69,11 +70,11 @@ def test_a_lost_neighbour_is_named_with_what_it_owed(tmp_path: Path, how: str) -
 
 
 def wire_send(mesh: Mesh, watch: Watch) -> None:
-    P2PWire(mesh, watch).send((torch.ones(4),), 1, (0, "down"))
+    P2PWire(replace(mesh, watch=watch)).send((torch.ones(4),), 1, (0, "down"))
 
 
 def wire_receive(mesh: Mesh, watch: Watch) -> None:
-    P2PWire(mesh, watch).receive((torch.empty(4),), 1, (0, "up"))
+    P2PWire(replace(mesh, watch=watch)).receive((torch.empty(4),), 1, (0, "up"))
 
 
 def exchange(mesh: Mesh, watch: Watch) -> None:
@@ -123,7 +124,7 @@ def second_pipeline(rank: int, folder: Path) -> None:
         os.kill(os.getpid(), 19)
     try:
         if rank == 1:
-            P2PWire(mesh, watch).receive((torch.empty(4),), 1, (0, "up")).wait()
+            P2PWire(replace(mesh, watch=watch)).receive((torch.empty(4),), 1, (0, "up")).wait()
         else:
             time.sleep(20)
     except CommError as error:
