@@ -1,13 +1,14 @@
 """The order inside a pair: two microbatches' phases woven so that one's communication runs under the other's compute.
 
-An op is a track: units (one per layer) of named steps. A comm step starts its all-to-all and comes back; the next step
-of its track waits for it. So the order in which steps are called is the overlap, and the tables below are all there is
-to decide. For F&B it is DeepSeek-V3's (arXiv 2412.19437, figure 4): combine(B) runs under attention(F), dispatch(F)
+An op is a track: units (one per layer) of named steps. A comm step starts its all-to-all and returns; the next step of
+its track waits for it. So the order in which steps are called determines the overlap, and the tables below determine
+that order. For F&B it is DeepSeek-V3's (arXiv 2412.19437, figure 4): combine(B) runs under attention(F), dispatch(F)
 under experts(B), dispatch(B) under experts(W) and experts(F), combine(F) under attention(B) and attention(W). Weight
 gradients have no row: `Streams` runs them where compute would wait. Whatever the order, each track runs the same steps
 on the same data, and each weight sums its gradients in the same order: the bits do not change.
 
-Phases without a row of their own (embed, dense, head) take attention's place.
+A scheduler that picks whatever step is ready would need no tables; but then the order would depend on timing, differ
+between ranks, and deadlock on collectives. Phases without a row of their own (embed, dense, head) take attention's.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from dryvine.parallel.wgrad import Closure
 FORWARD = ("attention", "routing", "dispatch", "experts", "combine")
 ROUND = 2 * len(FORWARD)  # places in the round of a unit
 
-Row = tuple[int, str]  # (track, phase)
-PairOrder = dict[Row, int]  # by the kinds of a pair: a row's place in the round of its unit
+TrackPhase = tuple[int, str]  # 0 or 1, and the row's name
+PairOrder = dict[TrackPhase, int]  # its place in the round of its unit, of ROUND places
 
 
-def _round(*rows: Row, early: str = "") -> PairOrder:
+def _round(*rows: TrackPhase, early: str = "") -> PairOrder:
     """Rows in order. A phase that is `early` is the next unit's, and so starts a round before its own."""
     return {row: place - (ROUND if row[1] == early else 0) for place, row in enumerate(rows)}
 
@@ -39,9 +40,9 @@ def _both(*pieces: Sequence[str], early: str = "") -> PairOrder:
     return _round(*((track, phase) for piece in pieces for track in (0, 1) for phase in piece), early=early)
 
 
-# On a GPU a step returns before it has run, so the host queues the other track's compute before it waits for counts in
-# routing(F); on a CPU compute is what the host does, so dispatch(F) must be under way before, and weight gradients run
-# while counts travel.
+# Track 0 is F, track 1 is B; the tables differ in when routing(F) stands. On a GPU a step returns before it has run, so
+# the host queues experts(B) before it waits for counts in routing(F). On a CPU the host itself computes, so dispatch(F)
+# must have left before experts(B), and weight gradients run while counts travel.
 FB_HOST = _round(
     (1, "combine"),
     (0, "attention"),
@@ -74,6 +75,8 @@ ORDERS: dict[str, dict[str, PairOrder]] = {
 
 
 class Step(NamedTuple):
+    """A phase's forward or backward, bound to its flight."""
+
     phase: str  # a row: attention | routing | dispatch | experts | combine
     stream: StreamName
     run: Run
@@ -90,7 +93,7 @@ class Track:
 
 
 def forward(stage: Stage, flight: Flight, state: State) -> Track:
-    """F of one microbatch. The baton ends with the state for the next stage."""
+    """F of one microbatch. Its baton ends with the state for the next stage."""
 
     def step(phase: Phase) -> Step:
         def run(state: Grads) -> StepResult:
@@ -114,19 +117,20 @@ def backward(stage: Stage, flight: Flight, grads: Grads, split: bool) -> Track:
 
         return Step(_row(phase), phase.stream, run)
 
-    # Routing has nothing to do backward, and on a stream even nothing waits for what was queued before it.
+    # Routing has nothing to do backward, and in a stream even an empty step waits for all that was queued before it.
     units = [[step(phase) for phase in reversed(unit) if phase.name != "routing"] for unit in reversed(_units(stage))]
     return Track("B", Baton(Pending.done(grads)), units)
 
 
 def weights(flight: Flight) -> Track:
-    """W of one microbatch: what its I left, in the order in which I made it."""
+    """W of one microbatch: the weight gradients that its I left, in the order in which I made them."""
     left, flight.wgrads = flight.wgrads, deque()
     return Track("W", Baton(Pending.done(())), closures=left)
 
 
 def play(tracks: Sequence[Track], streams: Streams, order: dict[str, PairOrder] | None) -> list[State]:
-    """Run one op, or a pair woven by `order`, and return what each track ends with. None runs a pair one by one."""
+    """Run one op, or a pair woven by `order`. Without an order a pair's ops run one by one, each message waited for
+    before the next step. Returns what each track ends with."""
     if order is None and len(tracks) > 1:
         return [end for track in tracks for end in play([track], streams, order)]
     for track in tracks:
@@ -135,7 +139,8 @@ def play(tracks: Sequence[Track], streams: Streams, order: dict[str, PairOrder] 
     for track, step in _woven(tracks, order or {}):
         streams.step(step.stream, track.baton, step.run)
         if order is None:
-            streams.meet()  # nothing hides anything
+            # No step runs beside another.
+            streams.meet()
     # What crosses a stage's border has a gradient, so no place of it is None.
     ends = [cast(State, streams.take(track.baton)) for track in tracks]
     streams.meet()
@@ -143,8 +148,9 @@ def play(tracks: Sequence[Track], streams: Streams, order: dict[str, PairOrder] 
 
 
 def _woven(tracks: Sequence[Track], order: dict[str, PairOrder]) -> Iterable[tuple[Track, Step]]:
-    """Unit by unit in the order of the pair's table; the longer track ends alone, and so does an op without partner."""
-    movers = sorted((t for t in tracks if t.kind != "W"), key=lambda t: t.kind == "B")  # F first; W has no steps
+    """The steps of both tracks, unit by unit in the order of the pair's table; the longer track ends alone."""
+    # F first, as in the tables; W has no steps.
+    movers = sorted((t for t in tracks if t.kind != "W"), key=lambda t: t.kind == "B")
     place = order[movers[0].kind + movers[1].kind] if len(movers) == 2 else {}
     steps = [
         (ROUND * number + place.get((n, step.phase), 0), track, step)
@@ -156,7 +162,7 @@ def _woven(tracks: Sequence[Track], order: dict[str, PairOrder]) -> Iterable[tup
 
 
 def _units(stage: Stage) -> list[list[Phase]]:
-    """Cut a stage where the layer changes, or where a phase's row comes before the last one's (MTP's own head)."""
+    """A stage's phases, cut where the layer changes and where a row comes before the last one's (MTP's own head)."""
     units: list[list[Phase]] = []
     for phase in stage.phases:
         last = units[-1][-1] if units else None

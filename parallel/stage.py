@@ -5,21 +5,22 @@ of its own, and dW apart from dX (`StepResult.closures`), so that a pair of micr
 phase (DeepSeek-V3, arXiv 2412.19437, section 3.2.1) and a schedule can put W anywhere. Hooks or threads inside one big
 autograd graph could do the same, but neither composes with recompute nor can be proven to run in a drawn order.
 
-Between phases travels a tuple of tensors, the state. What it holds is agreed between neighbours:
+Between phases travels a tuple of tensors, the state:
 
     embed      ()                                    -> (x,)                  x [N, H]: N tokens of a microbatch
     attention  (x,)                                  -> (x, rows, weights, experts)   or -> (x,) in a dense layer
-    routing    (x, rows [N,H], weights [N,K], experts [N,K]) -> the same, once it is known which rank gets what
+    routing    (x, rows [N,H], weights [N,K], experts [N,K]) -> the same, once every rank knows what it will receive
     dispatch   (x, rows [N,H], weights [N,K], experts [N,K]) -> (x, *sent rows [R,..], weights [R])
     experts    (x, *sent rows [R,..], weights [R])   -> (x, rows [R,H])
     combine    (x, rows [R,H])                       -> (x + sum of each token's rows,)
     head       (x,)                                  -> () or (x,), and a loss
 
-A backward gets the gradients of a phase's outputs in the same places (None for integers) and gives those of its inputs.
+A backward takes the gradients of a phase's outputs, in the same places (None for integers), and returns those of its
+inputs. N tokens of a microbatch, H hidden size, K experts per token, R rows that this rank's experts receive.
 
-Sent rows are what a `Codec` makes of rows for a dispatch: they themselves, or FP8 values and scales. The backward of
-combine is a dispatch and sends so too: it gives (dx, *sent drows [R,..]). What combine carries is added up on its way,
-and so is rows [R,H] in the run's dtype whatever was sent; experts' gradients are (dx, drows [R,H], dweights [R]).
+Sent rows are what a `Codec` makes of rows for a dispatch: the rows themselves, or FP8 values and scales. The backward
+of combine is a dispatch too and returns (dx, *sent drows [R,..]). Combine sums rows on their way, so it always carries
+rows [R,H] in the run's dtype; the gradients that experts return are (dx, drows [R,H], dweights [R]).
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ Grads = tuple[Tensor | None, ...]
 class Flight:
     """One microbatch in one stage, from the start of its F to the end of its W.
 
-    `loss_scale` seeds the backward of every loss, so that gradients are those of the mean over the global batch.
-    `training=False` saves nothing.
+    `loss_scale` is the gradient of every loss, so that gradients are those of the mean over the global batch. With
+    `training=False` nothing is saved for a backward.
     """
 
     tokens: Tensor  # int64 [sequences, T + 1 + mtp_depth]: inputs, and what they are to predict
@@ -62,27 +63,27 @@ class Flight:
 
 
 class Outcome(NamedTuple):
-    """What a compute function gives: the next state, and losses that start their own gradient here."""
+    """What a compute function returns: the next state, and losses, whose gradients start here."""
 
     state: State
     losses: dict[str, Tensor]
 
 
 class StepResult(NamedTuple):
-    """What a step leaves: a phase's backward, or its forward, which has a value alone.
+    """What a phase's backward returns; a forward step has a value alone.
 
-    `value` may be under way still; the rest is known at once. Whoever gets a result owns its closures and what it
-    spent: their memory is freed when the last of them is dropped.
+    `value` may still be under way; the rest is known at once. The caller owns `closures` and `spent`: their memory is
+    freed when it drops them.
     """
 
     value: Pending[Grads]  # gradients of the phase's inputs; of a forward, the next state
-    closures: list[Closure]  # weight gradients, to be run in this order, some time
-    spent: Sequence[object] = ()  # what the step has read and no later one reads: it may be another stream's memory
+    closures: list[Closure]  # weight gradients, to be run later, in this order
+    spent: Sequence[object] = ()  # what the step has read and no later step reads: it may be another stream's memory
 
 
 class Phase(Protocol):
-    """A step of a stage, known by its identity. `stream` says which resource it uses; a comm phase returns before its
-    result has arrived."""
+    """A step of a stage; `Flight.saved` knows it by its identity. `stream` says which resource it uses; a comm phase
+    returns before its result has arrived."""
 
     name: str  # attention | routing | dispatch | experts | combine | embed | dense | head | ...
     layer: str  # the block it belongs to, e.g. layers.3
@@ -122,7 +123,7 @@ class Compute:
             out, losses = self.function(leaves, flight)
         flight.losses.update({name: loss.detach() for name, loss in losses.items()})
         if flight.training:
-            # Edges, not tensors: what the next phase has consumed is free, and the graph is still to be found.
+            # Edges, not tensors: they lead to the graph, and leave the outputs' memory to the next phase to free.
             edges = tuple(get_gradient_edge(t) if t.requires_grad else None for t in out)
             flight.saved[self] = _Graph(leaves, edges, tuple(losses.values()))
         return Pending.done(state[: self.through] + tuple(t.detach() for t in out))
@@ -142,9 +143,10 @@ S = TypeVar("S")
 
 
 class Explicit(Generic[S]):
-    """Arithmetic whose backward is a function too, for inputs that autograd cannot serve: the gradient of rows that
-    came as FP8 values and scales is one tensor of another dtype. `forward` returns the next state and what `backward`
-    needs; `backward` makes of that and the outputs' gradients the inputs'. The first `through` pass untouched."""
+    """Arithmetic with a backward of its own, for inputs whose gradients autograd cannot represent: rows that arrived as
+    FP8 values and scales have a gradient of one tensor, in another dtype. `forward` returns the next state and what
+    `backward` needs; `backward` takes that and the outputs' gradients and returns the inputs' gradients. The state's
+    first `through` tensors pass untouched."""
 
     stream: StreamName = "compute"
 
@@ -176,14 +178,14 @@ class Explicit(Generic[S]):
 
 
 class Codec(Protocol):
-    """What rows are while a dispatch carries them. One object for all layers; both calls run in the comm stream."""
+    """The form of rows in a dispatch. One object serves all layers; both methods run in the comm stream."""
 
     def encode(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """Rows [N, H] to tensors [N, ..] of any dtype, row by row: done once a token, before copies are made."""
+        """Rows [N, H] to tensors [N, ..] of any dtype, row by row: once per token, before it is copied per expert."""
         ...
 
     def decode(self, sent: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """What arrived, to what experts take."""
+        """The tensors [R, ..] that arrived, to those that experts take."""
         ...
 
 
@@ -201,8 +203,8 @@ AS_IS = AsIs()
 
 
 class Routing:
-    """Tells every rank how many rows will come. Apart from dispatch, so that somebody may compute until counts are
-    here: they take the link's latency and the slowest rank's lag, whatever their size. Nothing to do backward."""
+    """Tells every rank how many rows it will receive. Apart from dispatch, so that other work can run until the counts
+    are here: they take the link's latency and the slowest rank's lag, whatever their size. Nothing to do backward."""
 
     name = "routing"
     stream: StreamName = "comm"
@@ -226,8 +228,7 @@ class Routing:
 class Dispatch:
     """Tokens to the experts they chose, by the handle of `Routing`. Its backward is `combine` with the same handle.
 
-    Encoding is its first step, on the stream that sends: compute has no reader for the encoded rows, and is what a pair
-    waits for."""
+    Rows are encoded in the comm stream: compute does not read the encoded rows, and is the busier stream of a pair."""
 
     name = "dispatch"
     stream: StreamName = "comm"

@@ -1,13 +1,14 @@
-"""Where a stage's work goes: compute, communication, and weight gradients, side by side as far as the device can.
+"""Where a stage's work runs: compute, communication and weight gradients side by side, as far as the device can.
 
-On a GPU each is a stream. A step waits for the event of the step that made its input, and for nothing else, so an
-all-to-all that is called after an expert GEMM does not queue behind it; the host never waits but for the receive counts
-of a layout. On a CPU compute runs in the caller, an all-to-all runs in gloo's threads, and weight gradients
-fill the caller's waits for it, first come first served, so their sums keep their order and the bits do not depend on
-how long a message took.
+On a GPU each is a CUDA stream. A step waits for the event of the step that made its input and for nothing else, so an
+all-to-all that is called after an expert GEMM does not queue behind it; the host waits only for the receive counts of
+a routing. On a CPU, compute runs in the caller, an all-to-all runs in gloo's threads, and weight gradients fill the
+caller's waits for it. They run in the order in which they were made, so the bits do not depend on how long a message
+took.
 
 Tensors made in one stream and read in another are held until the streams meet at the end of a slot. `record_stream`
-would do that for each, and leaves the allocator to find out when, at the price of memory that nobody can predict.
+on each tensor would be the alternative; the allocator then polls events to find out when memory is free, and the peak
+is no longer determined by the schedule.
 """
 
 from __future__ import annotations
@@ -25,68 +26,70 @@ from dryvine.comm.pending import Pending
 from dryvine.parallel.stage import Grads, StepResult, StreamName
 from dryvine.parallel.wgrad import Closure
 
-Run = Callable[[Grads], StepResult]
-EventPair = tuple[torch.cuda.Event, torch.cuda.Event]
+Run = Callable[[Grads], StepResult]  # a step: of a state in a forward, of gradients in a backward
+EventPair = tuple[torch.cuda.Event, torch.cuda.Event]  # the start and the end of an interval on a stream
 
 
 @dataclass
 class Baton:
-    """The value that goes from step to step of one op, and what the next step must wait for."""
+    """The value that passes from step to step of one op, and what the next step must wait for."""
 
     value: Pending[Grads]
-    stream: StreamName = "compute"  # that made it
-    event: torch.cuda.Event | None = None
+    stream: StreamName = "compute"  # the stream that made it
+    event: torch.cuda.Event | None = None  # when it was made; None for the op's input
 
 
 class Streams(Protocol):
-    """One object per run of a schedule, so that what it measures is that run's."""
+    """The streams of one run of a schedule, and what was measured on them in that run."""
 
     def step(self, name: StreamName, baton: Baton, run: Run) -> None:
-        """Call `run` on the baton's value in stream `name`, and put the result's value into the baton. What the step
-        spent is held as long as another stream may use it, and its weight gradients may run from now on."""
+        """Call `run` on the baton's value in stream `name`, and put the result's value into the baton.
+
+        What the step spent is held as long as another stream may use it. Its weight gradients may run from now on.
+        """
         ...
 
     def later(self, closures: list[Closure]) -> None:
-        """Weight gradients of W, which may run from now on, until `meet`, in the order given. Their inputs have been
-        held since an earlier slot, so haste saves no memory. They belong to the streams now."""
+        """Take over one phase's weight gradients of a W, to be run before `meet` returns, in the order given. Their
+        inputs have been held since an earlier slot, so running them early saves no memory."""
         ...
 
     def take(self, baton: Baton) -> Grads:
-        """The baton's value, usable in the compute stream."""
+        """The baton's value, ready to be used in the compute stream."""
         ...
 
     def meet(self) -> None:
-        """End of a slot: all three streams are done with what the others made."""
+        """End a slot: no stream runs on before all have done what they were given, and held memory is released."""
         ...
 
     def mark(self) -> None:
-        """Note the time now, as compute sees it. On a GPU now is when the device gets there."""
+        """Record the current time of the compute stream; on a GPU, the time when the device gets here."""
         ...
 
     def marks(self) -> list[float]:
-        """What `mark` noted, in seconds of this host's `time.perf_counter`. On a GPU this waits for the device."""
+        """The times that `mark` recorded, in seconds of this host's `time.perf_counter`. Waits for the device."""
         ...
 
     def exposed(self) -> float:
-        """Seconds so far in which nothing was computed because a message was waited for. On a GPU this waits for the
-        device."""
+        """Seconds so far in which compute waited for a message and nothing else ran. Waits for the device."""
         ...
 
 
 @dataclass
 class CpuStreams:
-    """Weight gradients run while compute would wait, first come first served. Of those that a slot makes itself, at
-    most `LAG` steps' worth are held back, to bound memory; those that W brings were held anyway."""
+    """Weight gradients run while compute would wait, oldest first. Of those that a slot makes itself, at most `LAG`
+    steps' worth are held back, to bound memory; those that W brings were in memory already."""
 
-    waited: float = 0.0
-    fillers: deque[deque[Closure]] = field(default_factory=deque)
+    waited: float = 0.0  # seconds
+    fillers: deque[deque[Closure]] = field(default_factory=deque)  # of one step each
     made: int = 0  # how many of the fillers, counted from the last, this slot has made
     noted: list[float] = field(default_factory=list)
 
     LAG = 2  # compute steps whose weight gradients may still be waiting: about one layer
 
     def step(self, name: StreamName, baton: Baton, run: Run) -> None:
-        while name == "compute" and self.made > self.LAG:  # not before a comm step: it would start late
+        # Not before a comm step: its message would leave late.
+        while name == "compute" and self.made > self.LAG:
             self._fill()
         result = run(self.take(baton))
         baton.value, baton.stream = result.value, name
@@ -134,12 +137,12 @@ class CudaStreams:
     """Three streams. What a step read is held until `meet`, whichever stream made it.
 
     Weight gradients that W brings are dealt out, one phase's for each message that compute waits for, from the moment
-    when it starts to wait. All at once they would share the device with compute that is not waiting, and be over when
-    it does.
+    when it starts to wait. All at once they would share the device with compute that is not waiting, and would have
+    ended when it does wait.
 
-    Waits are pairs of events on the compute stream. Its time between them is exposed but for what the weight gradients'
-    stream covers. A comm step stands between such a pair too: in routing the host waits for counts, and what compute
-    has left to do meanwhile only the device knows.
+    `waits` are intervals of the compute stream in which it waits, `fills` those of the weight gradients' stream in
+    which it works. Time is exposed where a wait lies outside all fills. Each comm step counts as a wait of compute too:
+    in a routing the host waits for counts, and only the device knows whether compute had work left meanwhile.
     """
 
     def __init__(self, device: torch.device, side: SideStreams) -> None:
@@ -160,7 +163,8 @@ class CudaStreams:
             self.held.append(value)
             result = run(value)
             self.held.extend(result.spent)
-            made = result.value.wait()  # queues; the host goes on
+            # A wait of the stream, not of the host.
+            made = result.value.wait()
         baton.value, baton.stream, baton.event = Pending.done(made), name, stream.record_event()
         if result.closures:
             self._fill(result.closures)
@@ -169,7 +173,7 @@ class CudaStreams:
         self.dealt.append(closures)
 
     def _fill(self, closures: list[Closure]) -> None:
-        """Run them as soon as compute has done what it has been given so far."""
+        """Run weight gradients in their stream, after all that compute has been given so far."""
         self.side.wgrad.wait_stream(self.compute)
         with torch.cuda.stream(self.side.wgrad), self._timed(self.fills, self.side.wgrad):
             for closure in closures:
@@ -188,7 +192,7 @@ class CudaStreams:
         with self._timed(self.waits, self.compute):
             self.compute.wait_stream(self.side.comm)
         self.compute.wait_stream(self.side.wgrad)
-        # Only now: comm would take back memory that wgrad reads if it had not waited for both.
+        # Only after compute has waited for both: what is released below may be comm's memory that wgrad still reads.
         self.side.comm.wait_stream(self.compute)
         self.side.wgrad.wait_stream(self.compute)
         self.held.clear()
@@ -197,7 +201,7 @@ class CudaStreams:
         self.noted.append(_record(self.compute))
 
     def marks(self) -> list[float]:
-        """By their distance from an event whose time the host knows: one it has just waited for."""
+        # Events give distances only: measure from one whose time the host knows, as it has just waited for it.
         last = _record(self.compute)
         last.synchronize()
         now = time.perf_counter()
@@ -218,7 +222,7 @@ class CudaStreams:
         spans.append((before, _record(stream)))
 
     def _enter(self, stream: torch.cuda.Stream, name: StreamName, baton: Baton) -> None:
-        """Wait for the baton's step if it was in the other stream."""
+        """Make `stream` wait for the step that made the baton's value, if that was in the other stream."""
         if baton.stream == name:
             return
         if baton.event is None:
@@ -236,14 +240,15 @@ class CudaStreams:
 
 
 def uncovered(waits: Sequence[tuple[float, float]], covers: Sequence[tuple[float, float]]) -> float:
-    """How much of `waits` lies outside `covers`. Both are spans (start, end) that do not overlap, in order of time."""
+    """How much time of `waits` lies outside `covers`. Both are intervals (start, end), disjoint and in order."""
     total, n = 0.0, 0
     for start, end in waits:
         total += end - start
         while n < len(covers) and covers[n][0] < end:
             total -= max(0.0, min(end, covers[n][1]) - max(start, covers[n][0]))
             n += 1
-        n = max(n - 1, 0)  # the last may reach into the next wait
+        # The last cover may reach into the next wait.
+        n = max(n - 1, 0)
     return total
 
 
@@ -255,14 +260,14 @@ def _record(stream: torch.cuda.Stream) -> torch.cuda.Event:
 
 @dataclass(frozen=True)
 class SideStreams:
-    """The two streams beside compute. Communication goes first where both have work: others wait for it."""
+    """The two streams beside compute. Communication has the higher priority: others wait for its messages."""
 
     comm: torch.cuda.Stream
     wgrad: torch.cuda.Stream
 
 
 def make_streams(device: torch.device) -> Callable[[], Streams]:
-    """A maker of streams for each run on `device`; the streams are made once."""
+    """A function that returns the `Streams` of a new run on `device`. CUDA streams are created once and reused."""
     if device.type == "cpu":
         return CpuStreams
     side = SideStreams(torch.cuda.Stream(device, priority=-1), torch.cuda.Stream(device))

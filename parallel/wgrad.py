@@ -1,8 +1,8 @@
-"""Weight gradients as closures: a Linear's backward computes dX and puts dW here, to be run later.
+"""Weight gradients as closures: a Linear's backward computes dX and puts the computation of dW here, to be run later.
 
 Zero-bubble and DualPipe schedules need dX as early as possible and dW whenever the rank would idle. Splitting the
 autograd graph for that (torch's `stage_backward_input` / `stage_backward_weight`) runs custom autograd functions
-twice and grows quadratically with depth; a closure costs one append.
+twice and takes time quadratic in depth; a closure costs one append.
 """
 
 from __future__ import annotations
