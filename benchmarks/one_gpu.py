@@ -130,14 +130,14 @@ class Running:
         self.process.wait()
 
 
-def play(jobs: Iterable[Job], together: bool, at: float, out: Path, console: Console) -> list[Done]:
-    """Run the jobs, all at once or one by one, until `at`; a job whose tool is missing is not started. However this
+def play(jobs: Iterable[Job], at_once: int, at: float, out: Path, console: Console) -> list[Done]:
+    """Run the jobs, `at_once` side by side, until `at`; a job whose tool is missing is not started. However this
     ends, no process is left."""
     results: list[Done] = []
     waiting, running = deque(jobs), list[Running]()
     try:
         while waiting or running:
-            while waiting and (together or not running):
+            while waiting and len(running) < at_once:
                 job = waiting.popleft()
                 if job.under and not shutil.which(job.under[0]):
                     results.append(Done(job, "not run", 0.0, [f"{job.under[0]} is not on PATH"]))
@@ -185,7 +185,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # runs `finally`
     console = Console(width=160)
     console.print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; whole output in {out}")
-    results = play(checks(out), True, at, out, console) + play(TIMES, False, at, out, console)
+    results = play(checks(out), 8, at, out, console) + play(TIMES, 1, at, out, console)
     console.print(table(results))
     return 0 if all(done.outcome == "right" for done in results) else 1
 

@@ -134,7 +134,7 @@ def test_one_gpu_tells_what_was_right_wrong_and_late(tmp_path: Path) -> None:
         one_gpu.Job("late", ("-c", child), 3, "child"),
         one_gpu.Job("absent", ("-c", ""), 30, "", ("no-such-tool",)),
     ]
-    found = {d.job.name: d for d in one_gpu.play(jobs, True, time.monotonic() + 60, tmp_path, Console(quiet=True))}
+    found = {d.job.name: d for d in one_gpu.play(jobs, 9, time.monotonic() + 60, tmp_path, Console(quiet=True))}
     assert {name: done.outcome for name, done in found.items()} == {
         "good": "right", "bad": "exit 1", "late": "out of time", "absent": "not run",
     }  # fmt: skip
