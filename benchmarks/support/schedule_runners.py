@@ -206,10 +206,10 @@ class Idle:
 class Nowhere:
     """A wire with no other end: what is received is the meta tensors asked for."""
 
-    def send(self, tensors: State, target: int, channel: Channel) -> Pending[None]:
+    def send(self, tensors: State, target: int, channel: Channel, label: str = "") -> Pending[None]:
         return Pending.done(None)
 
-    def receive(self, like: State, source: int, channel: Channel) -> Pending[State]:
+    def receive(self, like: State, source: int, channel: Channel, label: str = "") -> Pending[State]:
         return Pending.done(like)
 
 

@@ -278,7 +278,7 @@ class Deaf:
     def __init__(self) -> None:
         self.under_way = self.peak = 0
 
-    def send(self, tensors: Any, target: int, channel: Any) -> Pending[None]:
+    def send(self, tensors: Any, target: int, channel: Any, label: str = "") -> Pending[None]:
         self.under_way += 1
         self.peak = max(self.peak, self.under_way)
 
@@ -287,7 +287,7 @@ class Deaf:
 
         return Pending(gone, lambda: False)
 
-    def receive(self, like: Any, source: int, channel: Any) -> Pending[Any]:
+    def receive(self, like: Any, source: int, channel: Any, label: str = "") -> Pending[Any]:
         return Pending.done(tuple(torch.zeros(t.shape) for t in like))
 
 

@@ -103,11 +103,11 @@ class Log:
     sent: list[str] = field(default_factory=list)
     received: list[str] = field(default_factory=list)
 
-    def send(self, tensors: Any, target: int, channel: tuple[int, str]) -> Pending[None]:
+    def send(self, tensors: Any, target: int, channel: tuple[int, str], label: str = "") -> Pending[None]:
         self.sent.append(channel[1])
         return Pending.done(None)
 
-    def receive(self, like: Any, source: int, channel: tuple[int, str]) -> Pending[Any]:
+    def receive(self, like: Any, source: int, channel: tuple[int, str], label: str = "") -> Pending[Any]:
         self.received.append(channel[1])
         return Pending.done(())
 
