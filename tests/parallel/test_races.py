@@ -13,14 +13,15 @@ import pytest
 import torch
 
 from dryvine.comm import wire
-from dryvine.comm.mesh import make_mesh
+from dryvine.comm.copy_wire import CopyWire, Line, layout_rings, slot_bytes
+from dryvine.comm.mesh import Mesh, make_mesh
 from dryvine.comm.pending import Pending
-from dryvine.comm.wire import P2PWire
+from dryvine.comm.wire import P2PWire, Wire
 from dryvine.parallel import executor, streams
 from dryvine.parallel.executor import Batch, EdgeWire, Executor
-from dryvine.parallel.flow_control import rank_program
+from dryvine.parallel.flow_control import channel, rank_program
 from dryvine.parallel.overlap import ORDERS
-from dryvine.parallel.schedule.ir import Schedule
+from dryvine.parallel.schedule.ir import Program, Schedule
 from dryvine.parallel.schedule.lower import lower
 from dryvine.parallel.schedule.table import SCHEDULES, build
 from dryvine.parallel.stage import Compute, Flight, Grads, Outcome, Stage, State, StepResult, StreamName
@@ -36,6 +37,7 @@ from tests.support.rig import rig_of
 
 Tiny = Callable[..., Config]
 Kind = type[CudaStreams]
+MakeWire = Callable[[support.Races, Mesh, Program], Wire]
 CPU = torch.device("cpu")
 FP8 = ("run.dtype=bf16", "fp8.preset=deepseek_v3")
 RECOMPUTE = ('model.recompute=["norm", "mla_up", "swiglu"]',)
@@ -88,29 +90,48 @@ def toy_stage(number: int, last: int, names: Sequence[str], wgrad: WGrad) -> Sta
     return Stage(number, [*first, *map(phase, names), *end])
 
 
-def toy_races(schedule: Schedule, rank: int, names: Sequence[str], overlap: bool, kind: Kind) -> Counter[str]:
+STATE = (torch.empty(3, 4, device="meta"),)
+
+
+def nccl(races: support.Races, mesh: Mesh, program: Program) -> Wire:
+    return P2PWire(mesh)
+
+
+def by_copy_engine(races: support.Races, mesh: Mesh, program: Program) -> Wire:
+    edges = [edge for steps in program.ranks for step in steps for edge in step.sends]
+    size = slot_bytes(STATE)
+    rings, _ = layout_rings({Line(edge.source, edge.target, channel(edge)): 1 for edge in edges}, size)
+    links = support.Neighbours(races, mesh.rank, rings, size)
+    return CopyWire(mesh.rank, links, rings, size, lambda *_: None, mesh.global_rank)
+
+
+def toy_races(
+    schedule: Schedule, rank: int, names: Sequence[str], overlap: bool, kind: Kind, make_wire: MakeWire
+) -> Counter[str]:
     """What goes wrong on `rank` in one run of a schedule on toys."""
     with pytest.MonkeyPatch.context() as patch:
         races = support.watch(patch, rank, kind)
         mesh = make_mesh(len(schedule.ranks), 1, 1, len(schedule.routes), CPU, timedelta(seconds=9))
         wgrad = WGrad()
         stages = {s: toy_stage(s, schedule.stages - 1, names, wgrad) for s in schedule.stages_of(rank)}
-        shape = (torch.empty(3, 4, device="meta"),)
-        edges = EdgeWire(P2PWire(mesh), lambda edge: shape)
+        program = lower(schedule)
+        edges = EdgeWire(make_wire(races, mesh, program), lambda edge: STATE)
         order = ORDERS["cpu"] if overlap else None
-        runner = Executor(rank_program(lower(schedule), rank), stages, edges, make_streams(CPU), order)
+        runner = Executor(rank_program(program, rank), stages, edges, make_streams(CPU), order)
         with races:
             played = runner.run(Batch([torch.rand(3, 4) for _ in range(schedule.microbatches)], 1.0))
             [loss.double() for losses in played.losses.values() for loss in losses]
     return races.found
 
 
-def pipeline_races(schedule: Schedule, overlap: bool = True, kind: Kind = CudaStreams) -> Counter[str]:
+def pipeline_races(
+    schedule: Schedule, overlap: bool = True, kind: Kind = CudaStreams, make_wire: MakeWire = nccl
+) -> Counter[str]:
     """What goes wrong on any rank, with stages that begin and end in either stream."""
     found: Counter[str] = Counter()
     for names in STAGES.values():
         for rank in range(len(schedule.ranks)):
-            found += toy_races(schedule, rank, names, overlap, kind)
+            found += toy_races(schedule, rank, names, overlap, kind, make_wire)
     return found
 
 
@@ -123,6 +144,11 @@ def named(name: str, pp: int) -> Schedule:
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_no_message_races_a_stream(name: str, pp: int, overlap: bool) -> None:
     assert not pipeline_races(named(name, pp), overlap)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_no_message_by_copy_engine_races_a_stream(name: str) -> None:
+    assert not pipeline_races(named(name, 2), make_wire=by_copy_engine)
 
 
 # ---- training steps
@@ -277,7 +303,7 @@ def test_a_received_message_that_comm_reads_too_early_is_found(name: str) -> Non
 @pytest.mark.parametrize(
     ("module", "name", "broken", "words"),
     [
-        (wire, "_wait", lambda works: None, "does not wait for group"),
+        (support.Work, "wait", lambda work: True, "does not wait for group"),
         (wire, "_unused", lambda memory: True, "irecv in group"),
         (executor, "_let_go", lambda leaving, limit: leaving.clear(), "may be given what group"),
     ],
@@ -288,6 +314,22 @@ def test_messages_that_would_race_are_found(
 ) -> None:
     monkeypatch.setattr(module, name, broken)
     found = pipeline_races(named("dualpipe", 4))
+    assert any(words in fault for fault in found), found
+
+
+@pytest.mark.parametrize(
+    ("name", "broken", "words"),
+    [
+        ("after_caller", lambda queue: None, "does not wait for compute"),
+        ("write", support.Queue.write_at_once, "writes over what compute may still read"),
+    ],
+    ids=["sent before it is made", "given back before it is read"],
+)
+def test_messages_by_copy_engine_that_would_race_are_found(
+    monkeypatch: pytest.MonkeyPatch, name: str, broken: Any, words: str
+) -> None:
+    monkeypatch.setattr(support.Queue, name, broken)
+    found = pipeline_races(named("dualpipe", 2), make_wire=by_copy_engine)
     assert any(words in fault for fault in found), found
 
 

@@ -14,6 +14,8 @@ Messages are modelled on torch's ProcessGroupNCCL. Each communicator has a strea
 makes the stream that calls it wait, not the host. `is_completed` tells the host that a message is over, so that
 whatever is queued from then on comes after it; here a coin decides whether it is.
 
+Messages by copy engine (`CopyWire`) are modelled too: a peer writes a slot when the event of the credit for it lets it.
+
 `torch.cuda._sanitizer` finds the first two faults, on a GPU, and not the third, which is the caching allocator's.
 """
 
@@ -34,6 +36,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from dryvine.comm.copy_wire import Line, Ring
+from dryvine.comm.pending import Pending
 from dryvine.parallel import streams
 from dryvine.parallel.overlap import ORDERS
 
@@ -120,6 +124,8 @@ class Races(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func.is_view:
+            return func(*args, **kwargs)  # touches no memory
         self._reuse(str(func))
         out = func(*args, **kwargs)
         written = _written(func, args, kwargs)
@@ -135,6 +141,11 @@ class Races(TorchDispatchMode):
         alive, name = StorageWeakRef(tensor.untyped_storage()), self.here.name
         made_by = f"{op} {tuple(tensor.shape)}"
         self.memory[alive.cdata] = Memory(alive, name, made_by, (name, self.here.clock[name]))
+
+    def made_before(self, tensor: Tensor, name: str) -> None:
+        """Watch memory that was there before the watch began."""
+        alive = StorageWeakRef(tensor.untyped_storage())
+        self.memory[alive.cdata] = Memory(alive, "compute", name, ("compute", 0))
 
     def use(self, tensor: Tensor, op: str, write: bool) -> None:
         """The op that this stream has counted last reads or writes `tensor`."""
@@ -253,6 +264,87 @@ class Nccl:
 
     def all_gather_object(self, out: list[Any], value: Any) -> None:
         out[:] = [value] * len(out)
+
+
+@dataclass
+class Queue:
+    """Work in a stream that reaches the memory of peers, for `CopyWire`."""
+
+    links: Neighbours
+    stream: Stream
+
+    def after_caller(self) -> None:
+        self.stream.wait_stream(self.links.races.here)
+
+    def wait(self, word: int, value: int) -> None:
+        if (line := self.links.flags.get(word)) and line.target == self.links.rank:
+            self.stream.wait_stream(self.links.fill(line, value - 1))
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        with self.links.races.on(self.stream):
+            target.copy_(source)
+
+    def write(self, word: int, value: int) -> None:
+        self.links.writes[word, value] = self.stream.record_event()
+
+    def write_at_once(self, word: int, value: int) -> None:
+        """`write`, as if it did not wait for what was queued before."""
+        self.links.writes[word, value] = Event(self.links.races)
+
+    def here(self) -> Pending[None]:
+        work = Work(self.links.races, self.stream.record_event(), self.links.coin)
+        return Pending(lambda: work.races.here.wait_event(work.event), work.is_completed)
+
+
+class Slots:
+    """A rank's memory. Each slot is a storage of its own, since slots are what streams race for."""
+
+    def __init__(self, races: Races) -> None:
+        self.races = races
+        self.slots: dict[int, Tensor] = {}
+
+    def __getitem__(self, place: slice) -> Tensor:
+        if place.start not in self.slots:
+            with torch.utils._python_dispatch._disable_current_modes():
+                self.slots[place.start] = torch.zeros(1024, dtype=torch.uint8)
+            self.races.made_before(self.slots[place.start], f"the slot at {place.start}")
+        return self.slots[place.start][: place.stop - place.start]
+
+
+class Neighbours:
+    """`Links` of one rank to peers that give credit at once, and fill a slot as soon as they have credit for it."""
+
+    words: Any = None
+
+    def __init__(self, races: Races, rank: int, rings: dict[Line, Ring], slot_bytes: int) -> None:
+        self.races, self.rank, self.rings, self.slot_bytes = races, rank, rings, slot_bytes
+        self.coin = random.Random(rank)
+        self.flags = {ring.flag: line for line, ring in rings.items()}
+        self.memories: defaultdict[int, Slots] = defaultdict(lambda: Slots(races))
+        self.writes: dict[tuple[int, int], Event] = {}  # (word, value) -> when it was written
+        self.queues = 0
+        # Not among this process's streams: what its host has waited for, no other process has.
+        self.peers: dict[Line, Stream] = {line: Stream(races, f"peer on {line}", Clock()) for line in rings}
+
+    def memory(self, rank: int) -> Any:
+        return self.memories[rank]
+
+    def queue(self) -> Queue:
+        self.queues += 1
+        return Queue(self, self.races.stream(f"line {self.queues}"))
+
+    def caller(self) -> Queue:
+        return Queue(self, self.races.here)
+
+    def fill(self, line: Line, number: int) -> Stream:
+        """The peer's stream, after it has copied message `number` of a line into its slot."""
+        ring, peer = self.rings[line], self.peers[line]
+        if number >= ring.slots:
+            peer.wait_event(self.writes[ring.credit, number - ring.slots + 1])
+        start = ring.start + number % ring.slots * self.slot_bytes
+        with self.races.on(peer):
+            self.memory(line.target)[start : start + self.slot_bytes].fill_(0)
+        return peer
 
 
 def watch(
