@@ -212,6 +212,34 @@ def test_each_wait_gets_a_phase_of_what_w_brings(monkeypatch: pytest.MonkeyPatch
     assert ran == [*before, "W1 in wgrad", *after, "W2 in wgrad", "W3 in wgrad"]
 
 
+class Timed(support.Event):
+    """An event that the device reaches at a given time."""
+
+    at = iter(())
+
+    def record(self, stream: Any) -> None:
+        self.ms = next(Timed.at)
+
+    def elapsed_time(self, other: Any) -> float:
+        return other.ms - self.ms
+
+
+def test_times_of_the_device_are_seconds_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    watched = support.watch(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: Timed(watched))
+    monkeypatch.setattr(streams.time, "perf_counter", lambda: 100.0)
+    # Its start, two marks, now; then a wait from 1 s to 3 s, of which weight gradients fill half a second, and now.
+    monkeypatch.setattr(Timed, "at", iter([0.0, 1000.0, 3000.0, 4000.0, 1000.0, 3000.0, 2000.0, 2500.0, 5000.0]))
+    ours: Any = make_streams(CPU)()
+    ours.mark()
+    ours.mark()
+    assert ours.marks() == [97.0, 99.0]
+    for spans in (ours.waits, ours.fills):
+        with ours._timed(spans, ours.compute):
+            pass
+    assert ours.exposed() == 1.5
+
+
 # ---- what would race is found
 
 

@@ -166,6 +166,16 @@ def test_a_weight_gradient_is_let_go_as_soon_as_it_has_run(world: World, split: 
     assert seen == [6, 5, 4, 3, 2, 1]
 
 
+def test_what_w_brought_runs_before_what_the_slot_must_not_hold_back(world: World) -> None:
+    cpu, held = CpuStreams(), baton()
+    cpu.later(world.weights("w0"))
+    cpu.later(world.weights("w1"))
+    for n in range(CpuStreams.LAG + 1):
+        leave(cpu, world.weights(f"own{n}"))
+    cpu.step("compute", held, world.compute("next"))
+    assert world.log == ["w0", "w1", "own0", "next"]
+
+
 @pytest.mark.parametrize("when", ["waiting", "meet", "beyond"])
 def test_what_a_weight_gradient_raises_is_raised_where_it_runs(world: World, when: str) -> None:
     def broken() -> None:

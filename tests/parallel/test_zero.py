@@ -24,6 +24,7 @@ WHOLE = {
     "first": ((5,), (0,)),
     "last.experts": ((2, 3), (1,)),  # one on each ep rank of the last stage: a single copy
     "last.half": ((2, 2), (1,)),  # BF16
+    "last": ((3,), (1,)),
 }
 
 
@@ -175,6 +176,6 @@ def test_every_copy_gets_the_new_values_in_its_dtype(reports: list[Report]) -> N
 
 
 def test_dtypes_and_copies_do_not_mix(reports: list[Report]) -> None:
-    """What both stages hold, and their experts; then the first stage's own; or the last's own experts, and in BF16."""
-    assert [len(report.dtypes) for report in reports] == [3, 3, 4, 4]
+    """What both stages hold, and experts; then the first stage's own; or the last's own, its experts, and in BF16."""
+    assert [len(report.dtypes) for report in reports] == [3, 3, 5, 5]
     assert [report.dtypes.count(torch.bfloat16) for report in reports] == [0, 0, 1, 1]
