@@ -214,6 +214,24 @@ def stands_still(log: list[tuple[int, int, str]], names: list[str], order: str) 
     return max(free.values()) - computed
 
 
+def test_a_stage_is_cut_into_layers() -> None:
+    """And before MTP's own head, which shares the block's name but comes after its combine."""
+    phases = [("embed", "embed"), ("dense", "layers.0"), ("dense", "layers.1")]
+    phases += [(name, layer) for layer in ("layers.2", "mtp.0") for name in MOE] + [("head", "mtp.0")]
+    stage = Stage(0, [Traced(name, at, "compute", [], 0, i) for i, (name, at) in enumerate(phases)])
+    made = overlap.forward(stage, Flight(torch.empty(0), 1.0), ())
+    rows = [[step.phase for step in unit] for unit in made.units]
+    assert rows == [["attention"], ["attention"], ["attention"], [*MOE], [*MOE], ["attention"]]
+
+
+@pytest.mark.parametrize(("kinds", "row"), [("FB", "experts"), ("FF", "attention")])
+def test_a_device_has_the_other_tracks_compute_before_its_host_waits_for_counts(kinds: str, row: str) -> None:
+    stage = [(name, "layers.0") for name in MOE]
+    log, _ = trace(kinds, [stage, stage], "cuda")
+    started = [(track, MOE[step]) for track, step, what in log if what == "start"]
+    assert started.index((1, row)) < started.index((0, "routing"))
+
+
 @pytest.mark.parametrize("order", ["cpu", "cuda"])
 @pytest.mark.parametrize(("kinds", "exposed"), [("FB", 0), ("FF", 1), ("BB", 1)])
 def test_every_message_of_a_pair_runs_under_the_other_track(kinds: str, exposed: int, order: str) -> None:

@@ -201,6 +201,7 @@ class Link:
     rows: float = 2.0
 
     def plan_routing(self, experts: torch.Tensor, label: str = "") -> Pending[Any]:
+        assert label == "0, microbatch 7"
         return self.world.message("routing", self.counts, "a handle")
 
     def dispatch(self, rows: tuple[torch.Tensor, ...], pairs: Any, handle: Any) -> Pending[Any]:
@@ -238,8 +239,12 @@ def layer(world: World, wgrad: WGrad) -> Stage:
 X = torch.ones(1, 1)
 
 
+def new_flight() -> Flight:
+    return Flight(torch.empty(0), 1.0, microbatch=7)
+
+
 def in_flight(stage: Stage) -> Flight:
-    flight = Flight(torch.empty(0), 1.0)
+    flight = new_flight()
     overlap.play([overlap.forward(stage, flight, (X,))], CpuStreams(), None)
     return flight
 
@@ -247,7 +252,7 @@ def in_flight(stage: Stage) -> Flight:
 def test_the_wait_for_a_routing_is_filled_and_what_is_left_of_it_is_exposed(world: World) -> None:
     stage, cpu = layer(world, WGrad()), CpuStreams()
     cpu.later(world.weights("w0", "w1"))
-    overlap.play([overlap.forward(stage, Flight(torch.empty(0), 1.0), (X,))], cpu, overlap.ORDERS["cpu"])
+    overlap.play([overlap.forward(stage, new_flight(), (X,))], cpu, overlap.ORDERS["cpu"])
     expected = ["attention", "routing leaves", "w0", "w1", "routing is here", "dispatch leaves", "dispatch is here"]
     assert world.log == [*expected, "experts", "combine leaves", "combine is here"]
     assert cpu.exposed() == 1 + 2 + 2
@@ -257,7 +262,7 @@ def test_without_an_order_ops_run_one_by_one_and_hide_nothing(world: World) -> N
     stage = layer(world, WGrad())
     behind, cpu = in_flight(stage), CpuStreams()
     world.log.clear()
-    new = overlap.forward(stage, Flight(torch.empty(0), 1.0), (X,))
+    new = overlap.forward(stage, new_flight(), (X,))
     overlap.play([new, overlap.backward(stage, behind, (X,), split=False)], cpu, None)
     messages = [entry for entry in world.log if "leaves" in entry or "is here" in entry]
     sent = ["routing", "dispatch", "combine", "dispatch", "combine"]  # by F, and by B as backward of combine, dispatch
@@ -272,7 +277,7 @@ def test_a_pair_hides_what_it_can_with_the_same_weight_gradients(world: World) -
     stage = layer(world, WGrad())
     behind, cpu = in_flight(stage), CpuStreams()
     world.log.clear()
-    new = overlap.forward(stage, Flight(torch.empty(0), 1.0), (X,))
+    new = overlap.forward(stage, new_flight(), (X,))
     overlap.play([new, overlap.backward(stage, behind, (X,), split=False)], cpu, overlap.ORDERS["cpu"])
     assert world.log[:3] == ["dispatch leaves", "attention", "routing leaves"]  # combine(B) is a dispatch
     assert [entry for entry in world.log if entry.startswith("W")] == ["W of experts", "W of attention"]
