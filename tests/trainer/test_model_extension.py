@@ -15,7 +15,7 @@ from tests.support.model import random_tokens, tiny, train, whole
 
 NEW_FILE = '''
 from torch import Tensor, nn
-from dryvine.trainer.model.layers import linear
+from dryvine.trainer.model.linear import linear
 
 class Mixer(nn.Module):
     """Each token sees the one before it."""
