@@ -25,7 +25,7 @@ class Mixer(nn.Module):
         self.weight = spec.weight(spec.shape.hidden, spec.shape.hidden)
 
     def forward(self, x_NH: Tensor, sequences: int) -> Tensor:
-        before = self.norm(x_NH).unflatten(0, (sequences, -1)).roll(1, 1).flatten(0, 1)
+        before = self.norm(x_NH).x.unflatten(0, (sequences, -1)).roll(1, 1).flatten(0, 1)
         return x_NH + linear(before, self.weight)
 
 def mixer(rank, name):
