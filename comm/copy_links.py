@@ -46,7 +46,7 @@ class DeviceLinks:
     `mapping` keeps it mapped: views of it, which is what `memory` returns, do not.
     """
 
-    def __init__(self, near: tuple[int, ...], mapping: Mapping, words: Words, device: torch.device) -> None:
+    def __init__(self, near: tuple[int, ...], mapping: NodeMemory, words: Words, device: torch.device) -> None:
         self.mapping, self.words, self.device = mapping, words, device
         self.memories = dict(zip(near, mapping.views, strict=True))
 
@@ -75,7 +75,7 @@ def open_links(
     return DeviceLinks(near, mapping, shared, device)
 
 
-class Mapping(NamedTuple):
+class NodeMemory(NamedTuple):
     """This rank's memory, torch's handle of all ranks' memories, and each as a uint8 tensor, by group rank."""
 
     own: Tensor
@@ -83,7 +83,7 @@ class Mapping(NamedTuple):
     views: list[Tensor]
 
 
-def _rendezvous(group: dist.ProcessGroup, size: int, device: torch.device) -> Mapping | None:
+def _rendezvous(group: dist.ProcessGroup, size: int, device: torch.device) -> NodeMemory | None:
     import torch.distributed._symmetric_memory as symmetric
 
     try:
@@ -91,4 +91,4 @@ def _rendezvous(group: dist.ProcessGroup, size: int, device: torch.device) -> Ma
         handle = symmetric.rendezvous(own, group.group_name)
     except RuntimeError:
         return None
-    return Mapping(own, handle, [handle.get_buffer(r, (size,), torch.uint8) for r in range(group.size())])
+    return NodeMemory(own, handle, [handle.get_buffer(r, (size,), torch.uint8) for r in range(group.size())])

@@ -19,6 +19,8 @@ from typing import NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 
+from dryvine.comm.world import backend, prepare
+
 R = TypeVar("R")
 
 
@@ -92,12 +94,13 @@ class _World(NamedTuple):
     device: str
 
     def join(self) -> None:
-        backend = "gloo"
         if self.device == "cuda":
+            prepare(os.environ)
             torch.cuda.set_device(self.rank)
-            backend = "cpu:gloo,cuda:nccl"
         store, timeout = dist.FileStore(f"{self.folder}/store", self.size), timedelta(seconds=self.deadline)
-        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=timeout)
+        dist.init_process_group(
+            backend(self.device), store=store, rank=self.rank, world_size=self.size, timeout=timeout
+        )
 
 
 def _rank(pipe: Connection, world: _World, fn: Callable[..., object], args: tuple[object, ...]) -> None:

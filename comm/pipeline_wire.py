@@ -64,9 +64,8 @@ def make_wire(
     if inside is None:
         why = "no memory that the node's GPUs could share" if len(near) > 1 else "no stage shares a node with the next"
         return outside, f"NCCL: {why}"
-    return ByPeer(by_copy, inside, outside), "copy engines inside a node" + (
-        ", NCCL between nodes" if len(near) < mesh.pp else ""
-    )
+    between = ", NCCL between nodes" if len(near) < mesh.pp else ""
+    return ByPeer(by_copy, inside, outside), f"copy engines inside a node{between}"
 
 
 def _families(mesh: Mesh, topology: Topology) -> list[tuple[int, ...]]:

@@ -62,7 +62,8 @@ def share_words(group: dist.ProcessGroup, count: int, device: torch.device) -> W
 def _create(count: int) -> Path | None:
     try:
         number, name = tempfile.mkstemp(prefix="dryvine-words-", dir="/dev/shm")
-        os.ftruncate(number, count * 4)
+        # Allocated now: a sparse file in a full /dev/shm would end the process at its first write.
+        os.posix_fallocate(number, 0, count * 4)
         os.close(number)
     except OSError:
         return None

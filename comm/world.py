@@ -33,6 +33,11 @@ def prepare(environment: MutableMapping[str, str]) -> None:
         environment.setdefault(name, value)
 
 
+def backend(device: str) -> str:
+    """Of a process group whose tensors lie on `device` ("cpu" or "cuda"); objects always travel over gloo."""
+    return "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
+
+
 def timeout(deadline: float, device: torch.device) -> timedelta:
     """Of process groups. gloo's is the deadline itself: its waits for messages cannot be cut short by anything else."""
     return timedelta(seconds=deadline + (LATER if device.type == "cuda" else 0.0))
@@ -41,8 +46,7 @@ def timeout(deadline: float, device: torch.device) -> timedelta:
 def in_world(body: Callable[[Watch], int], deadline: float, device: torch.device) -> int:
     """Call `body` as one rank of those that the launcher started. Returns its exit code, or ends the process if it
     raises."""
-    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=timeout(deadline, device))
+    dist.init_process_group(backend(device.type), timeout=timeout(deadline, device))
     watch = watch_world(deadline, device)
     try:
         code = body(watch)

@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dryvine.comm import local
+from dryvine.comm.world import backend, prepare
 from dryvine.parallel.config import ParallelConfig
 from dryvine.trainer.config import Config
 from dryvine.trainer.data.splits import open_data
@@ -87,8 +88,9 @@ def _world(device: str) -> Iterator[int]:
         yield 0
         return
     if device == "cuda":
+        prepare(os.environ)
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl")
+    dist.init_process_group(backend(device))
     yield dist.get_rank()
     dist.destroy_process_group()
 

@@ -102,7 +102,7 @@ def post_to_the_dead(rank: int, folder: Path, what: str) -> None:
     time.sleep(0.5)
     try:
         for _ in range(3):
-            POSTS[what][0](mesh, watch)  # a message to a neighbour is only posted, nobody waits for it
+            POSTS[what][0](mesh, watch)  # a message to a neighbour is only posted: no rank waits for it
             time.sleep(0.2)
     except CommError as error:
         (folder / "error").write_text(str(error))

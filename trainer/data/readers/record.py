@@ -52,7 +52,7 @@ def broken_record(line: int, byte: int, reason: str) -> Record:
 
 
 def reason_of(error: Exception) -> str:
-    """The reason that quarantine.jsonl gives for a decoding error."""
+    """The reason that quarantine.jsonl records for a decoding error."""
     if isinstance(error, json.JSONDecodeError):
         return f"not JSON: {error.msg}, column {error.colno}"
     if isinstance(error, UnicodeEncodeError):

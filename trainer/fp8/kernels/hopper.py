@@ -58,7 +58,7 @@ def _fill(turn, a_desc, b_desc, a_bufs, b_bufs, full, empty, m0, n0, k0, SUB: gl
     """Start the loads of one 128 of K into the next stage, once both warpgroups are done with it."""
     stage = turn % STAGES
     # A barrier's phase flips each time it completes: its bit is the parity of the rounds through all stages. In the
-    # first round nobody has emptied a stage yet, and the wait for the phase before returns at once.
+    # first round no program has emptied a stage yet, and the wait for the phase before returns at once.
     mbarrier.wait(empty.index(stage), ((turn // STAGES) & 1) ^ 1)
     # `full` completes when all bytes of the stage have arrived: 128 x 128 of A, and of B the width of the tile.
     bar = full.index(stage)
