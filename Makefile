@@ -1,10 +1,10 @@
-# make setup | train | test | check. PYTHON names the interpreter that makes .venv; TORCH a torch requirement.
+# make setup | train | test | test-long | prove | lint | check. PYTHON names the interpreter that makes .venv; TORCH a torch requirement.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup setup-test train test lint types check
+.PHONY: setup setup-test train test test-long prove lint types check
 
 setup: .venv/.setup
 setup-test: .venv/.setup-test
@@ -26,7 +26,15 @@ train: setup
 	$(BIN)/dryvine train configs/tiny_cpu.toml
 
 test: setup-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not long"
+
+# What takes long, with reduced counts.
+test-long: setup-test
+	$(BIN)/python -m pytest -m long --timeout 1200
+
+# The same with the full counts of the proofs, by hand and in parts: make prove ONLY=tests/trainer/test_chaos.py
+prove: setup-test
+	$(BIN)/python -m pytest -m long --timeout 10800 --prove -v $(ONLY)
 
 # Type checkers look for a folder called dryvine; links stand in for it.
 types:

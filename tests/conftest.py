@@ -15,6 +15,18 @@ from dryvine.trainer.data.inputs import match_files
 from dryvine.trainer.data.spec import BuildSpec
 
 HERE = Path(__file__).parent
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--prove", action="store_true", help="full counts (`make prove`): hours, run by hand in parts")
+
+
+@pytest.fixture(scope="session")
+def count(pytestconfig: pytest.Config) -> Callable[[int, int], int]:
+    """`count(5, 40)`: 5 repetitions in `make test` and `make test-long`, 40 in `make prove`."""
+    return lambda reduced, full: full if pytestconfig.getoption("--prove") else reduced
+
+
 local.preload("dryvine.trainer.verify", "dryvine.trainer.loop", "matplotlib.pyplot")  # what ranks of tests import
 
 
