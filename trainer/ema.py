@@ -1,9 +1,9 @@
-"""A moving average of the parameters, in CPU memory, updated beside the next step (arXiv 2412.19437, 3.2.3).
+"""A moving average of the parameters, in CPU memory, updated during the next step (arXiv 2412.19437, 3.2.3).
 
-Each rank averages the FP32 masters that it owns, so the average is sharded, checkpointed and published as they are. A
-copy of the masters leaves on a stream of its own, and a host thread blends it in; the optimizer waits for that copy
-before it changes the masters again, and for nothing else. Averaging on the GPU would cost four bytes a parameter there.
-The copy costs as many again on the host, and what is averaged are the masters, not the weights rounded to BF16.
+Each rank averages the FP32 masters that it owns, so the average is sharded, checkpointed and published as they are. The
+masters are copied to the host on a stream of their own, and a host thread blends the copy in; the optimizer waits for
+that copy before it changes the masters again, and for nothing else. Averaging on the GPU would cost four bytes per
+parameter there; the copy costs as many again on the host.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Ema:
     """average <- decay * average + (1 - decay) * master, after each update; started from the masters."""
 
     def __init__(self, masters: Sequence[Tensor], decay: float) -> None:
-        """`masters`: FP32, of any device; they are read as they are after each update."""
+        """`masters` are FP32, on any one device."""
         self.masters, self.decay = masters, decay
         cuda = bool(masters) and masters[0].is_cuda
         self._stream = torch.cuda.Stream(masters[0].device) if cuda else None
@@ -31,29 +31,30 @@ class Ema:
 
     @property
     def averages(self) -> list[Tensor]:
-        """The average of each master, on the CPU and up to date. Raises what went wrong in the thread."""
+        """The average of each master, on the CPU and up to date. Raises what the thread raised."""
         self.join()
         return self._averages
 
     def restart(self) -> None:
-        """Start anew from the masters."""
+        """Start again from the masters."""
         for average, master in zip(self.averages, self.masters, strict=True):
             average.copy_(master)
 
     def join(self) -> None:
-        """Wait until the last update is in. Raises what went wrong in the thread."""
+        """Wait until the last update is blended in. Raises what the thread raised."""
         blend, self._blend = self._blend, None
         if blend is not None:
             blend.result()
 
     def before_update(self) -> None:
-        """The masters are about to change: the copy of the old ones must have left. Does not stop the host."""
+        """Call before the masters change. Makes the GPU's stream, not the host, wait until they have been copied."""
         if self._copied is not None:
             torch.cuda.current_stream().wait_event(self._copied)
 
     def after_update(self) -> None:
         """Take the masters as they are now, and blend them in later."""
-        self.join()  # the copies are about to be written over
+        # The thread may still be reading the copies of the step before.
+        self.join()
         if self._stream is None:
             self._copy()
         else:
@@ -61,13 +62,13 @@ class Ema:
             with torch.cuda.stream(self._stream):
                 self._copy()
                 self._copied = self._stream.record_event()
-        self._blend = self._worker.submit(self._into, self._copied)
+        self._blend = self._worker.submit(self._blend_in, self._copied)
 
     def _copy(self) -> None:
         for copy, master in zip(self._copies, self.masters, strict=True):
             copy.copy_(master, non_blocking=True)
 
-    def _into(self, copied: torch.cuda.Event | None) -> None:
+    def _blend_in(self, copied: torch.cuda.Event | None) -> None:
         if copied is not None:
             copied.synchronize()
         with torch.no_grad():

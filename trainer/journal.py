@@ -1,10 +1,10 @@
-"""The run folder: what a run was, and what it measured. Written by rank 0 alone.
+"""The run folder: what a run was, and what it measured. Only rank 0 writes it.
 
 config.toml      as resolved; `dryvine train` runs it again
 skipped.jsonl    a line per step that updated nothing: its data, and what was not finite on which rank
 commit.txt       the code's git commit, with `+` if the tree had changes
 metrics.jsonl    a row per step; a figure not known at a step is null
-events.out...    the same for TensorBoard
+events.out...    the same figures for TensorBoard
 schedule.svg     what ran, as simulated
 loss.png         training and validation loss
 checkpoints/
@@ -28,7 +28,8 @@ from dryvine.parallel.schedule.ir import Schedule
 from dryvine.parallel.schedule.simulate import simulate
 from dryvine.trainer.config import Config, ConfigError, dump, load
 
-PRICE = Costs.parse("F=1,I=1,W=1,FB=2.4")  # a pair takes about three quarters of its parts (ISCA 2025, table 4)
+# For schedule.svg: a pair takes about three quarters of the time of its parts (ISCA 2025, table 4).
+COSTS = Costs.parse("F=1,I=1,W=1,FB=2.4")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +70,7 @@ class Journal:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "config.toml").write_text(dump(config))
         (self.folder / "commit.txt").write_text(commit() + "\n")
-        (self.folder / "schedule.svg").write_text(svg(simulate(schedule, PRICE)))
+        (self.folder / "schedule.svg").write_text(svg(simulate(schedule, COSTS)))
         rows = [row for row in read(self.folder) if row["step"] <= resume_step]
         self._lines = (self.folder / "metrics.jsonl").open("w")
         self._lines.writelines(json.dumps(row) + "\n" for row in rows)
@@ -90,8 +91,11 @@ class Journal:
         plot(self.folder)
 
 
-def read(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run folder's metrics.jsonl, in order; none if it has none."""
+Figures = dict[str, Any]  # a row of metrics.jsonl: numbers, and None where a figure is not known
+
+
+def read(folder: Path) -> list[Figures]:
+    """The rows of a run folder's metrics.jsonl, in order; none if it has no such file."""
     path = folder / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 

@@ -1,15 +1,15 @@
-"""A step whose gradients are not finite: who is to blame, and when a run has had enough.
+"""A step whose gradients are not finite: which rank and tensor it came from, and when the run has to end.
 
-The norm is summed over all ranks, so all of them skip together and nothing needs to be agreed on. Blame is looked for
-only then, in what a rank still has of its own: its losses, its weights, and its gradients before they were summed with
-other copies, after which every copy would look guilty. Dividing a loss scale instead, as FP16 trainers do, mends
-overflow alone; with BF16's range a gradient that is not finite is bad data, a bad kernel or a bad chip.
+The norm is summed over all ranks, so all of them skip the update together and need no agreement. The search starts only
+then, in what a rank still has of its own: its losses, its weights, and its gradients before they were summed with those
+of other copies, after which every copy would have the NaN. Lowering a loss scale instead, as FP16 trainers do, helps
+against overflow only; with BF16's range a gradient that is not finite is bad data, a bad kernel or a bad chip.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,11 +28,11 @@ class Diverged(RuntimeError):
 
 @dataclass(frozen=True)
 class Blame:
-    """What is not finite on a rank. A bad weight or a bad loss spoils every gradient that it reaches, so weights and
-    losses, where there are any, are nearer to the cause."""
+    """What is not finite on a rank. A bad weight or loss makes every gradient that it reaches bad, so weights and
+    losses, if any are named, are nearer to the cause."""
 
     weights: list[str]
-    losses: list[str]  # "balance.layers.4 of microbatches 0 3", in the order of the forward: the fault is before it
+    losses: list[str]  # "balance.layers.4 of microbatches 0 3", in forward order: the fault is before the first
     gradients: list[str]  # this rank's own, before the sum
     sums: list[str]  # of gradients that are finite on every rank: FP32 overflowed
 
@@ -67,19 +67,20 @@ class NonfiniteStep:
 
 
 def blame(point: Point, played: Played, zero: Zero, mesh: Mesh) -> NonfiniteStep:
-    """Ask every rank what of it is not finite, after a reduction whose norm was not. Collective."""
-    found = _ask(mesh, _own(played, zero))
-    if not found:
+    """What is not finite on which rank, after a reduction whose norm was not. Collective."""
+    by_rank = _gather(mesh, _own(played, zero))
+    if not by_rank:
+        # Every rank's own gradients are finite: their sum has overflowed.
         sums = culprits((piece.name, piece.grad) for piece in zero.pieces())
-        found = _ask(mesh, Blame([], [], [], sums))
-    return NonfiniteStep(point.step + 1, point.first, point.sequences, found)
+        by_rank = _gather(mesh, Blame([], [], [], sums))
+    return NonfiniteStep(point.step + 1, point.first, point.sequences, by_rank)
 
 
 def diverged_line(steps: Sequence[NonfiniteStep]) -> str:
     """The line that a run ends with after `steps` in a row."""
     return (
         f"{len(steps)} steps in a row were skipped, nothing after step {steps[0].step - 1} is in the weights; "
-        f"the last: {steps[-1]}; lower optim.lr, mend or leave out what is named (skipped.jsonl has every name), or "
+        f"the last: {steps[-1]}; lower optim.lr, fix or leave out what is named (skipped.jsonl has every name), or "
         f"raise optim.skips; the same command goes on from the last checkpoint"
     )
 
@@ -90,11 +91,13 @@ def _own(played: Played, zero: Zero) -> Blame:
         name: [m for m, loss in zip(played.microbatches[name], of, strict=True) if not bool(loss.isfinite())]
         for name, of in played.losses.items()
     }
-    said = [f"{name} of microbatches {' '.join(map(str, bad))}" for name, bad in losses.items() if bad]
+    bad_losses = [f"{name} of microbatches {' '.join(map(str, bad))}" for name, bad in losses.items() if bad]
     grads = culprits((member.name, member.grad) for member in members)
-    return Blame(culprits((member.name, member.parameter.detach()) for member in members), said, grads, [])
+    return Blame(culprits((member.name, member.parameter.detach()) for member in members), bad_losses, grads, [])
 
 
-def _ask(mesh: Mesh, own: Blame) -> dict[int, Blame]:
-    every: Iterable[object] = mesh.gather(own, "what is not finite")
-    return {rank: theirs for rank, theirs in enumerate(every) if isinstance(theirs, Blame) and theirs}
+def _gather(mesh: Mesh, own: Blame) -> dict[int, Blame]:
+    """Of the ranks that have anything to report."""
+    return {
+        rank: one for rank, one in enumerate(mesh.gather(own, "what is not finite")) if isinstance(one, Blame) and one
+    }

@@ -1,20 +1,18 @@
-"""What a run ends with: one short table."""
+"""The table that a run ends with."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import median
-from typing import Any
 
 from rich.table import Table
 
 from dryvine.trainer.config import Config
+from dryvine.trainer.journal import Figures
 
-Figures = Sequence[dict[str, Any]]
 
-
-def final_table(config: Config, rows: Figures) -> Table:
-    """The run in ten lines. Rates are medians over steps, so that the first step's warm-up does not colour them."""
+def final_table(config: Config, rows: Sequence[Figures]) -> Table:
+    """The run in ten lines. Rates are medians over steps, so that the first step's warm-up does not count."""
     p = config.parallel
     table = Table(title=config.run.name, show_header=False)
     table.add_row("layout", f"pp {p.pp} x dp {p.dp} x ep {p.ep}, {p.schedule}, overlap {p.overlap}, {config.run.dtype}")
@@ -35,14 +33,14 @@ def final_table(config: Config, rows: Figures) -> Table:
     return table
 
 
-def _known(rows: Figures, name: str) -> list[float]:
+def _known(rows: Sequence[Figures], name: str) -> list[float]:
     return [value for row in rows if (value := row.get(name)) is not None]
 
 
-def _first_last(rows: Figures, name: str) -> str:
+def _first_last(rows: Sequence[Figures], name: str) -> str:
     known = _known(rows, name)
     return f"{known[0]:.3f} -> {known[-1]:.3f}"
 
 
-def _median(rows: Figures, name: str) -> float:
+def _median(rows: Sequence[Figures], name: str) -> float:
     return median(_known(rows, name))

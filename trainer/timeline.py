@@ -1,13 +1,15 @@
-"""What ran, over what was drawn: the measured timeline of one step and the simulation at its own mean costs.
+"""The measured timeline of one step, drawn over the simulation of its schedule at the measured mean costs.
 
-The costs are means of the measured slots, so a difference between the two pictures is never a wrong guess of the
-costs: it is jitter, a late message, or ranks that do not work at the same speed.
+With the costs taken from the run itself, a difference between the two pictures is never a wrong guess of the costs: it
+is jitter, a late message, or ranks that differ in speed.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from statistics import mean
 
@@ -31,26 +33,22 @@ def measured(schedule: Schedule, played: Played, mesh: Mesh) -> Timeline | None:
     return replace(simulated.measured(schedule, pipeline), label="measured, ms")
 
 
-def costs(timeline: Timeline) -> Costs:
+def slot_costs(timeline: Timeline) -> Costs:
     """The mean time of each kind of slot."""
-    found: dict[str, list[float]] = {}
-    for cell in (cell for row in timeline.cells for cell in row):
-        found.setdefault("".join(sorted(op.kind for op in cell.slot)), []).append(cell.end - cell.start)
-    means = {kinds: mean(times) for kinds, times in found.items()}
-    return Costs(
-        F=means.get("F", 0.0),
-        I=means.get("I", 0.0),
-        W=means.get("W", 0.0),
-        B=means.get("B"),
-        pairs={kinds: time for kinds, time in means.items() if kinds in PAIRS},
-    )
+    times: defaultdict[str, list[float]] = defaultdict(list)
+    for cell in chain(*timeline.cells):
+        times["".join(sorted(op.kind for op in cell.slot))].append(cell.end - cell.start)
+    means = {kinds: mean(some) for kinds, some in times.items()}
+    pairs = {kinds: time for kinds, time in means.items() if kinds in PAIRS}
+    forward, inputs, weights = (means.get(kind, 0.0) for kind in "FIW")
+    return Costs(F=forward, I=inputs, W=weights, B=means.get("B"), pairs=pairs)
 
 
 def write(path: Path, timeline: Timeline) -> Sequence[Timeline]:
-    """Draw the measured timeline and its simulation on one page, and give both."""
-    price = costs(timeline)
-    ideal = replace(simulated.simulate(timeline.schedule, price), label="simulated at the measured mean costs, ms")
-    named = {"F": price.F, "B": price.B, "I": price.I, "W": price.W, **price.pairs}
-    said = ", ".join(f"{kind} {time:.1f}" for kind, time in named.items() if time)
-    path.write_text(as_html([timeline, ideal], f"mean times in ms: {said}"))
+    """Draw the measured timeline and its simulation on one page. Returns both."""
+    costs = slot_costs(timeline)
+    ideal = replace(simulated.simulate(timeline.schedule, costs), label="simulated at the measured mean costs, ms")
+    named = {"F": costs.F, "B": costs.B, "I": costs.I, "W": costs.W, **costs.pairs}
+    listed = ", ".join(f"{kind} {time:.1f}" for kind, time in named.items() if time)
+    path.write_text(as_html([timeline, ideal], f"mean times in ms: {listed}"))
     return timeline, ideal

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from dryvine.trainer import verify
 from dryvine.trainer.config import Config
+from dryvine.trainer.deviations import Run
 from dryvine.trainer.fp8.choose import CannotRun, check
 from dryvine.trainer.fp8.recipe import preset
 
@@ -22,7 +23,7 @@ def layout(tiny: Tiny, pp: int, ep: int, schedule: str, *more: str) -> Config:
     return tiny('run.out="unused"', f"parallel.pp={pp}", f"parallel.ep={ep}", f"parallel.schedule={schedule}", *more)
 
 
-def apart(one: verify.Run, other: verify.Run) -> dict[str, float]:
+def apart(one: Run, other: Run) -> dict[str, float]:
     """Of each gradient of the last step, relative."""
 
     def relative(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:

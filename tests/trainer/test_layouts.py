@@ -10,6 +10,7 @@ import pytest
 
 from dryvine.trainer import verify
 from dryvine.trainer.config import Config
+from dryvine.trainer.deviations import Run, deviations
 
 Tiny = Callable[..., Config]
 
@@ -22,7 +23,7 @@ LAYOUTS = [
 
 
 @cache
-def _alone(config: Config) -> verify.Run:
+def _alone(config: Config) -> Run:
     return verify.play(config)
 
 
@@ -34,14 +35,14 @@ def layout(tiny: Tiny, pp: int, ep: int, dp: int, schedule: str, *more: str) -> 
 @pytest.mark.parametrize(("pp", "ep", "dp", "schedule"), LAYOUTS)
 def test_layout_trains_like_one_process(tiny: Tiny, pp: int, ep: int, dp: int, schedule: str) -> None:
     config = layout(tiny, pp, ep, dp, schedule)
-    found = verify.deviations(_alone(verify.alone(config)), verify.play(config))
+    found = deviations(_alone(verify.alone(config)), verify.play(config))
     assert {d.kind.split()[0] for d in found} == {"loss", "gradient", "weight"}
     assert not [d for d in found if not d.fine]
 
 
 def test_a_dispatch_in_rounds_trains_like_one_process(tiny: Tiny) -> None:
     config = layout(tiny, 1, 2, 1, "dualpipev", "comm.imbalance=1.01")
-    found = verify.deviations(_alone(verify.alone(config)), verify.play(config))
+    found = deviations(_alone(verify.alone(config)), verify.play(config))
     assert not [d for d in found if not d.fine]
 
 
@@ -65,5 +66,5 @@ def test_a_missing_gradient_would_be_seen(tiny: Tiny) -> None:
     name = "layers.3.experts.down"
     broken = {**run.grads, name: run.grads[name].copy()}
     broken[name][: broken[name].size // 8] = 0
-    found = verify.deviations(run, verify.Run(run.losses, run.norms, broken, run.weights))
+    found = deviations(run, Run(run.losses, run.norms, broken, run.weights))
     assert [d.where for d in found if not d.fine] == [name]

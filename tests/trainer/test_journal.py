@@ -1,0 +1,129 @@
+"""The run folder by itself: rows that a resumed run makes again, TensorBoard, the commit, the table at the end."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dryvine.trainer import journal
+from dryvine.trainer.config import Config, ConfigError
+from dryvine.trainer.journal import Journal, MetricsRow
+from dryvine.trainer.report import final_table
+from dryvine.trainer.run_plan import make_plan
+
+Tiny = Callable[..., Config]
+
+
+def row(step: int, **changes: float | None) -> MetricsRow:
+    base = MetricsRow(
+        step=step, tokens=step * 512, loss=6.0 - step, lr=1e-3, grad_norm=1.0, tokens_per_second=100.0 * step**2,
+        bubble=0.25, overlapped_share=0.5, exposed_comm_ms=10.0, exposed_comm_share=0.125, slowest_rank_ms=3.0,
+        mtp_loss=None, balance_loss=None, load_imbalance=1.0, rank_imbalance=1.0, mbytes_inside_nodes=0.0,
+        mbytes_between_nodes=0.0, fp8_bad_tiles=None, fp8_floored_share=None, seconds=1.0,
+    )  # fmt: skip
+    return replace(base, **changes)  # type: ignore[arg-type]
+
+
+def written(config: Config, *rows: MetricsRow, resume_step: int = 0) -> None:
+    open_folder = Journal(config, make_plan(config).schedule, resume_step)
+    for one in rows:
+        open_folder.write(one)
+    open_folder.close()
+
+
+def scalars(folder: Path, name: str) -> list[tuple[int, float]]:
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(name)]
+
+
+def table(config: Config, rows: list[journal.Figures]) -> list[tuple[str, str]]:
+    names, values = (list(column.cells) for column in final_table(config, rows).columns)
+    return list(zip(map(str, names), map(str, values), strict=True))
+
+
+def test_a_resumed_run_replaces_the_rows_after_its_checkpoint(tiny: Tiny) -> None:
+    config = tiny()
+    written(config, row(1), row(2), row(3))
+    written(config, row(3, loss=9.0), row(4), resume_step=2)
+    assert [(r["step"], r["loss"]) for r in journal.read(config.run.folder)] == [(1, 5.0), (2, 4.0), (3, 9.0), (4, 2.0)]
+    assert scalars(config.run.folder, "loss") == [(1, 5.0), (2, 4.0), (3, 9.0), (4, 2.0)]
+
+
+def test_what_is_not_finite_or_not_known_is_null(tiny: Tiny) -> None:
+    config = tiny()
+    written(config, row(1), row(2, loss=math.nan, grad_norm=math.inf))
+    text = (config.run.folder / "metrics.jsonl").read_text()
+    assert "NaN" not in text
+    assert "Infinity" not in text
+    last = journal.read(config.run.folder)[-1]
+    assert (last["loss"], last["grad_norm"], last["mtp_loss"], last["lr"]) == (None, None, None, 1e-3)
+    assert scalars(config.run.folder, "loss") == [(1, 5.0)]
+
+
+def test_the_keys_of_a_row_are_those_that_others_read(tiny: Tiny) -> None:
+    """And their order. What reads metrics.jsonl outside this repository knows these names."""
+    config = tiny()
+    written(config, row(1))
+    assert " ".join(json.loads((config.run.folder / "metrics.jsonl").read_text())) == (
+        "step tokens loss val_loss val_loss_ema lr grad_norm skipped tokens_per_second bubble overlapped_share "
+        "exposed_comm_ms exposed_comm_share slowest_rank_ms mtp_loss balance_loss load_imbalance rank_imbalance "
+        "mbytes_inside_nodes mbytes_between_nodes fp8_bad_tiles fp8_floored_share seconds"
+    )
+
+
+@pytest.mark.parametrize(
+    ("table", "change"),
+    [("model", "model.layers=7"), ("data", "data.seq_len=16"), ("batch", "batch.sequences=8")],
+)
+def test_a_folder_of_another_run_is_refused(tiny: Tiny, table: str, change: str) -> None:
+    written(tiny())
+    with pytest.raises(ConfigError, match=rf"another \[{table}\] table"):
+        journal.same_run(tiny(change))
+    journal.same_run(tiny("parallel.ep=2", "optim.lr=1", "run.steps=9"))
+
+
+def test_the_commit_has_a_plus_if_files_were_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*words: str) -> str:
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b")
+        done = subprocess.run(("git", *identity, *words), cwd=tmp_path, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    monkeypatch.setattr(journal, "__file__", str(tmp_path / "journal.py"))
+    assert journal.commit() == "unknown"
+    git("init", "-q")
+    (tmp_path / "a").write_text("one")
+    git("add", "a")
+    git("commit", "-qm", "a")
+    (tmp_path / "untracked").write_text("")
+    assert journal.commit() == git("rev-parse", "HEAD")
+    (tmp_path / "a").write_text("two")
+    assert journal.commit() == git("rev-parse", "HEAD") + "+"
+
+
+def test_the_table_has_first_and_last_losses_and_median_rates(tiny: Tiny) -> None:
+    rows = [vars(row(step, val_loss=None if step == 2 else 7.0 - step)) for step in (1, 2, 3)]
+    text = table(tiny(), rows)
+    for line in (
+        ("steps", "3"),
+        ("tokens", "1,536"),
+        ("loss", "5.000 -> 3.000"),
+        ("validation loss", "6.000 -> 4.000"),
+        ("tokens/s", "400"),
+        ("bubble, worst rank", "25.0%"),
+        ("overlapped forwards", "50.0%"),
+        ("exposed all-to-all", "10 ms (12.5%)"),
+        ("wait for the slowest rank", "3 ms"),
+    ):
+        assert line in text
+    assert "averaged" not in str(text)
+    assert ("the same of averaged weights", "5.500 -> 5.500") in table(
+        tiny("optim.ema=0.5"), [r | {"val_loss_ema": 5.5} for r in rows]
+    )
