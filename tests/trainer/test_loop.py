@@ -19,10 +19,11 @@ from dryvine.trainer.step import StepOutcome, train_step
 from tests.support.rig import rig_of, train_on
 
 Tiny = Callable[..., Config]
+SMALL = ("model.layers=2", "batch.sequences=2", "run.checkpoint_every=9")
 
 
 def test_it_validates_the_first_and_last_step_and_every_so_many(tiny: Tiny) -> None:
-    config = tiny("run.steps=5", "run.eval_every=2", "run.checkpoint_every=2", "run.keep_checkpoints=9")
+    config = tiny(*SMALL, "run.steps=5", "run.eval_every=2", "run.checkpoint_every=2", "run.keep_checkpoints=9")
     train_on(0, config)
     rows = journal.read(config.run.folder)
     assert [row["step"] for row in rows if row["val_loss"] is not None] == [1, 2, 4, 5]
@@ -32,7 +33,7 @@ def test_it_validates_the_first_and_last_step_and_every_so_many(tiny: Tiny) -> N
 
 
 def test_a_timeline_is_drawn_of_the_step_that_is_asked_for(tiny: Tiny) -> None:
-    config, drawn = tiny("run.steps=3", "run.timeline_step=2"), []
+    config, drawn = tiny(*SMALL, "run.steps=3", "run.timeline_step=2"), []
 
     def step(rig: Rig, point: Point) -> StepOutcome:
         drawn.append((config.run.folder / "timeline.html").exists())
@@ -44,7 +45,7 @@ def test_a_timeline_is_drawn_of_the_step_that_is_asked_for(tiny: Tiny) -> None:
 
 
 def test_a_resumed_run_that_is_done_does_nothing_more(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
-    config = tiny("run.steps=2", "run.checkpoint_every=9")
+    config = tiny(*SMALL, "run.steps=2")
     train_on(0, config)
     before = journal.read(config.run.folder)
     with mock.patch.object(loop, "train_step", mock.Mock(side_effect=AssertionError)):
@@ -54,7 +55,7 @@ def test_a_resumed_run_that_is_done_does_nothing_more(tiny: Tiny, capsys: pytest
 
 
 def test_a_resumed_run_publishes_the_weights_that_it_loads(tiny: Tiny) -> None:
-    config = tiny("run.steps=1", "optim.lr=0.1")
+    config = tiny(*SMALL, "run.steps=1", "optim.lr=0.1")
     train_on(0, config)
     rig, fresh = rig_of(config), rig_of(config)
     assert loop.resume(rig, mock.Mock()) == 1

@@ -20,12 +20,11 @@ def _lines(rank: int, config: Config, sizes: list[int], steps_done: int) -> list
 
 def test_one_process_has_little_to_say(tiny: Tiny) -> None:
     config = tiny()
-    (lines,) = local.run(_lines, 1, config, [1], 0, deadline=100)
+    lines = _lines(0, config, [1], 0)
     assert lines[0] == "comm.dispatcher: auto takes flat: one expert-parallel rank: nothing travels"
     assert lines[1].startswith("activations kept for backwards: at most ")
     assert len(lines) == 2
-    (lines,) = local.run(_lines, 1, config, [1], 4, deadline=100)
-    assert lines[2] == f"resuming {config.run.folder} after step 4"
+    assert _lines(0, config, [1], 4)[2] == f"resuming {config.run.folder} after step 4"
     assert not [line for line in startup_lines(rig_of(config), None, 0) if "comm.dispatcher" in line]
 
 
