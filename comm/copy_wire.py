@@ -20,26 +20,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from dryvine.comm.integers import round_up
-from dryvine.comm.mesh import Channel
+from dryvine.comm.lines import Channel, Line
 from dryvine.comm.pending import Pending
 from dryvine.comm.wire import describe
 from dryvine.comm.words import Words
 
 ALIGNMENT = 256  # bytes, of each tensor in a slot
-
-
-class Line(NamedTuple):
-    """What leaves a pipeline rank on one channel for another arrives there in the same order."""
-
-    source: int
-    target: int
-    channel: Channel
 
 
 class Queue(Protocol):

@@ -18,13 +18,12 @@ import torch.distributed as dist
 
 from dryvine.comm.collectives import all_reduce, barrier
 from dryvine.comm.groups import GroupsByRanks, new_groups
+from dryvine.comm.lines import Channel
 from dryvine.comm.watch import Watch, naming
 
 # Of a GPU, for one pipeline message over NCCL. 2 carry 62 GB/s each way between two H100s, more than a network card;
 # a receive that is posted early spins on all that it has.
 MESSAGE_SMS = 2
-
-Channel = tuple[int, str]  # (route, "down" | "up")
 
 
 @dataclass(frozen=True)

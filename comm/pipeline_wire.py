@@ -16,8 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dryvine.comm.copy_links import open_links
-from dryvine.comm.copy_wire import CopyWire, Line, layout_rings, slot_bytes
-from dryvine.comm.mesh import Channel, Mesh
+from dryvine.comm.copy_wire import CopyWire, layout_rings, slot_bytes
+from dryvine.comm.lines import Channel, Line
+from dryvine.comm.mesh import Mesh
 from dryvine.comm.pending import Pending
 from dryvine.comm.topology import Topology, by_sizes
 from dryvine.comm.wire import P2PWire, Wire

@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dryvine.comm.mesh import Channel, Mesh
+from dryvine.comm.lines import Channel
+from dryvine.comm.mesh import Mesh
 from dryvine.comm.pending import Pending
 from dryvine.comm.posted import Posted
 

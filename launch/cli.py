@@ -11,6 +11,7 @@ from rich.console import Console
 
 from dryvine.launch import bench_comm, data_cli
 from dryvine.launch.doctor import doctor
+from dryvine.launch.plan_cli import plan
 from dryvine.launch.schedule_cli import schedule
 
 app = typer.Typer(
@@ -24,6 +25,7 @@ bench.command("comm")(bench_comm.comm)
 app.add_typer(data_cli.app, name="data")
 app.add_typer(bench, name="bench")
 app.command()(doctor)
+app.command()(plan)
 app.command()(schedule)
 
 ConfigFile = Annotated[Path, typer.Argument(help="a TOML file, see configs/", show_default=False)]

@@ -11,8 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
 
-from dryvine.comm.copy_wire import Line
-from dryvine.comm.mesh import Channel
+from dryvine.comm.lines import Channel, Line
 from dryvine.parallel.schedule.ir import Edge, Program, ProgramStep
 from dryvine.parallel.schedule.simulate import Timeline, simulate
 

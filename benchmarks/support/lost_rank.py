@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 
 from dryvine.comm.collectives import reduce_scatter
-from dryvine.comm.copy_wire import Line
 from dryvine.comm.dispatch.flat import build
 from dryvine.comm.dispatch.setup import Setup
+from dryvine.comm.lines import Line
 from dryvine.comm.mesh import Mesh, make_mesh
 from dryvine.comm.pipeline_wire import connect, make_wire
 from dryvine.comm.watch import Watch

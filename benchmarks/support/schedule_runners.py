@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from dryvine.comm.mesh import Channel, make_mesh
+from dryvine.comm.lines import Channel
+from dryvine.comm.mesh import make_mesh
 from dryvine.comm.pending import Pending
 from dryvine.comm.wire import P2PWire
 from dryvine.parallel.executor import Batch, EdgeWire, Executor

@@ -7,6 +7,8 @@ that checks a config has no torch. (A dict of functions would need a second list
 
 from __future__ import annotations
 
+from dryvine.comm.topology import Topology
+
 BACKENDS: dict[str, str] = {
     "flat": "dryvine.comm.dispatch.flat",
     "hierarchical": "dryvine.comm.dispatch.hierarchical",
@@ -22,3 +24,8 @@ def check_name(name: str) -> str:
     if name != AUTO and name not in BACKENDS:
         raise ValueError(f"{name!r}: no such dispatcher; choose {AUTO} or one of {', '.join(BACKENDS)}")
     return name
+
+
+def automatic(group: Topology) -> str:
+    """What `auto` takes for an expert-parallel group: two hops as soon as it spans nodes."""
+    return "flat" if len(group.nodes) == 1 else "hierarchical"

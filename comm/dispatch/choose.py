@@ -9,7 +9,7 @@ from math import comb
 
 from dryvine.comm.dispatch import deepep
 from dryvine.comm.dispatch.api import AnyDispatcher
-from dryvine.comm.dispatch.backends import AUTO, BACKENDS, check_name
+from dryvine.comm.dispatch.backends import AUTO, BACKENDS, automatic, check_name
 from dryvine.comm.dispatch.rounds import InRounds
 from dryvine.comm.dispatch.setup import Setup
 from dryvine.comm.topology import Topology
@@ -30,17 +30,18 @@ def make_dispatcher(name: str, setup: Setup, imbalance: float = 0.0) -> AnyDispa
 
 def pick(topology: Topology, top_k: int, experts: int) -> tuple[str, str]:
     """What `auto` takes for an expert-parallel group, and why, in one line."""
+    name = automatic(topology)
     if topology.ranks == 1:
-        return "flat", "one expert-parallel rank: nothing travels"
+        return name, "one expert-parallel rank: nothing travels"
     if len(topology.nodes) == 1:
         return (
-            "flat",
+            name,
             f"one node of {topology.ranks} ranks: no crossing to save, and one hop is quicker than a plan for two",
         )
     crossings = expected_crossings(topology, top_k, experts)
     version = deepep.probe()[0]
     also = f"; DeepEP {version} is installed and can be asked for" if version else ""
-    return "hierarchical", (
+    return name, (
         f"{len(topology.nodes)} nodes: a token crosses {topology.inter.kind} {crossings.once:.2f} times, "
         f"with flat {crossings.each:.2f} times{also}"
     )

@@ -10,10 +10,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from dryvine.parallel.schedule.costs import Costs
 from dryvine.parallel.schedule.ir import Op, Schedule, Slot
+
+
+class Prices(Protocol):
+    """What a simulation needs of costs: `Costs`, or prices that differ from stage to stage."""
+
+    @property
+    def P2P(self) -> float: ...
+
+    def slot(self, slot: Slot) -> float: ...
 
 
 class Cell(NamedTuple):
@@ -93,9 +102,9 @@ def measured(schedule: Schedule, times: Sequence[Sequence[tuple[float, float]]])
     return Timeline(schedule, cells, "measured")
 
 
-def simulate(schedule: Schedule, costs: Costs | None = None) -> Timeline:
+def simulate(schedule: Schedule, costs: Prices | None = None) -> Timeline:
     """Run a checked schedule without a machine; `costs` are F = I = W = 1 and no pair hides anything if not given."""
-    costs = costs or Costs()
+    costs = Costs() if costs is None else costs
     ended: dict[Op, float] = {}
     cells: list[list[Cell]] = [[] for _ in schedule.ranks]
     waiting = set(range(len(schedule.ranks)))
@@ -107,7 +116,7 @@ def simulate(schedule: Schedule, costs: Costs | None = None) -> Timeline:
     return Timeline(schedule, tuple(map(tuple, cells)))
 
 
-def _run(schedule: Schedule, rank: int, done: list[Cell], ended: dict[Op, float], costs: Costs) -> Iterator[Cell]:
+def _run(schedule: Schedule, rank: int, done: list[Cell], ended: dict[Op, float], costs: Prices) -> Iterator[Cell]:
     """Append to `done` every slot of the rank that can run by now."""
     for slot in schedule.ranks[rank][len(done) :]:
         ready = _ready(schedule, rank, slot, ended, costs.P2P)

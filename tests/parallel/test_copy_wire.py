@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from dryvine.comm import local
-from dryvine.comm.copy_wire import CopyWire, Line, layout_rings, slot_bytes
+from dryvine.comm.copy_wire import CopyWire, layout_rings, slot_bytes
+from dryvine.comm.lines import Line
 from dryvine.comm.pipeline_wire import connection_order
 from dryvine.comm.words import share_words
 from dryvine.parallel.flow_control import line, posts, slots_by_line

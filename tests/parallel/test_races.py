@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from dryvine.comm import wire
-from dryvine.comm.copy_wire import CopyWire, Line, layout_rings, slot_bytes
+from dryvine.comm.copy_wire import CopyWire, layout_rings, slot_bytes
+from dryvine.comm.lines import Line
 from dryvine.comm.mesh import Mesh, make_mesh
 from dryvine.comm.pending import Pending
 from dryvine.comm.wire import P2PWire, Wire

@@ -36,7 +36,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dryvine.comm.copy_wire import Line, Ring
+from dryvine.comm.copy_wire import Ring
+from dryvine.comm.lines import Line
 from dryvine.comm.pending import Pending
 from dryvine.parallel import streams
 from dryvine.parallel.overlap import ORDERS

@@ -1,0 +1,95 @@
+"""What a GPU, its node and its network can do: a TOML file a kind, in `machines/` or the user's own.
+
+Rates of kernels are what published or measured kernels reach at the sizes of a large MoE, and each file says from where
+it has each number. They are never set so that a run's time comes out: a prediction that was fitted says nothing about
+the next run. One efficiency for everything, the usual shortcut, hides that weight gradients in FP8 run at a third of
+the speed of the other products, which is what decides DeepSeek-V3's step.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from functools import cached_property
+from pathlib import Path
+
+from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, ValidationError
+
+from dryvine.comm.topology import Link, Topology, by_sizes
+from dryvine.trainer.config import ConfigError
+
+FOLDER = Path(__file__).parent / "machines"
+# Peak rates, and what kernels make of them, are in FLOP/s and bytes/s once they are read.
+TERA, GIGA = 1e12, 1e9
+
+
+class KernelRates(BaseModel, frozen=True, extra="forbid"):
+    """TFLOPS that kernels reach when they have the whole device. A product's sums and operands are the recipe's."""
+
+    fp32: PositiveFloat  # products of a run in FP32
+    bf16: PositiveFloat  # dense products, F, I and W
+    bf16_grouped: PositiveFloat  # of experts
+    fp8: PositiveFloat  # dense products, F and I
+    fp8_grouped: PositiveFloat
+    fp8_wgrad: PositiveFloat  # 1x128 tiles both ways, added to FP32
+    attention: PositiveFloat  # causal core, forward; the masked half is not counted
+    attention_backward: PositiveFloat
+
+
+class Machine(BaseModel, frozen=True, extra="forbid"):
+    """A kind of machine. `dollars` is for an hour of one GPU."""
+
+    name: str
+    gpus_per_node: PositiveInt = 8
+    memory_gb: PositiveFloat  # of one GPU, 10^9 bytes
+    reserved_gb: float = Field(default=2.0, ge=0)  # CUDA's context, NCCL's buffers, cuBLAS's workspaces
+    peak_bf16: PositiveFloat  # TFLOPS, dense: what MFU is measured against
+    memory_bandwidth: PositiveFloat  # GB/s
+    streaming: float = Field(gt=0, le=1)  # share of it that elementwise kernels reach
+    intra: Link  # inside a node, GB/s a GPU and way that messages reach
+    inter: Link  # between nodes
+    latency_us: PositiveFloat = 20.0  # of one all-to-all or message, without its bytes
+    sms: PositiveInt
+    comm_sms: int = Field(default=0, ge=0)  # taken from arithmetic while an all-to-all runs beside it
+    casts: float = Field(ge=0, lt=1)  # share of FP8's arithmetic time that goes into casts and transposes
+    tflops: KernelRates
+    dollars: float = Field(default=2.0, ge=0)
+    cuda: bool = True
+
+    @cached_property
+    def beside_comm(self) -> float:
+        """How much longer arithmetic takes while an all-to-all has its SMs."""
+        return self.sms / (self.sms - self.comm_sms)
+
+    @property
+    def usable_bytes(self) -> float:
+        return (self.memory_gb - self.reserved_gb) * GIGA
+
+    def topology(self, ranks: int) -> Topology:
+        """Nodes filled one after the other."""
+        full, rest = divmod(ranks, self.gpus_per_node)
+        sizes = [self.gpus_per_node] * full + ([rest] if rest else [])
+        made = by_sizes(sizes, self.name)
+        return Topology(made.nodes, self.intra, self.inter, self.name)
+
+
+def names() -> list[str]:
+    """The kinds that come with the package."""
+    return sorted(path.stem for path in FOLDER.glob("*.toml"))
+
+
+def load_hardware(name: str) -> Machine:
+    """By name, or from a TOML file. Raises ConfigError with the fix."""
+    path = Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
+    try:
+        return Machine.model_validate(tomllib.loads(path.read_text()))
+    except FileNotFoundError:
+        near = difflib.get_close_matches(name, names(), n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names())}, or a TOML file of your own"
+        raise ConfigError(f"hardware {name!r}: no such kind; {hint}") from None
+    except ValidationError as error:
+        # A misspelt key explains the one that is then missing.
+        first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+        raise ConfigError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg'].lower()}") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as TOML: {error}") from None

@@ -1,0 +1,105 @@
+"""What each pipeline rank's memory holds at the step's fullest moment, by kind, before anything is built.
+
+Weights, sums, masters and moments follow from ZeRO's buckets and are exact; activations are `trainer.activations` under
+the run's schedule. Ranks of one pipeline rank differ by padding only, so one of them stands for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from dryvine.comm.integers import ceil_div, round_up
+from dryvine.launch.plan.shards import BucketSize, buckets, held
+from dryvine.launch.plan.traffic import Dispatching
+from dryvine.launch.plan.transients import transients
+from dryvine.parallel.flow_control import AHEAD, posts
+from dryvine.parallel.schedule.ir import ProgramStep
+from dryvine.trainer.activations import DTYPE_BYTES, microbatch_size, most_held, stage_bytes
+from dryvine.trainer.model.parameters import ParameterSize
+from dryvine.trainer.run_plan import RunPlan
+from dryvine.trainer.tensors.tiles import TILE
+
+# Kinds, in the order of tables.
+WEIGHTS, COPIES, SUMS, SHARDS = "weights", "FP8 copies of weights", "gradient sums", "summed gradient shards"
+MASTERS, MOMENTS, GATES = "FP32 masters", "AdamW moments", "gate biases and loads"
+ACTIVATIONS, MESSAGES, STAGING, TRANSIENT = "activations", "pipeline messages", "dispatch buffers", "temporaries"
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes by kind of one pipeline rank."""
+
+    rank: int
+    kinds: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.kinds.values())
+
+
+def memory(plan: RunPlan, sent: Dispatching, cuda: bool) -> list[RankMemory]:
+    """Of every pipeline rank. `sent`: what its dispatcher moves."""
+    return [RankMemory(rank, _kinds(plan, rank, mine, sent, cuda)) for rank, mine in enumerate(buckets(plan))]
+
+
+def _kinds(plan: RunPlan, rank: int, mine: list[BucketSize], sent: Dispatching, cuda: bool) -> dict[str, int]:
+    config = plan.config
+    kinds = state(plan, mine)
+    if config.fp8.fp8:
+        kinds[COPIES] = sum(_copies(one, config.parallel.ep) for one in held(plan, rank).values())
+    kinds[GATES] = 12 * config.model.routed * _moe_blocks(plan, rank)
+    kinds[ACTIVATIONS] = most_held(plan.schedule, rank, stage_bytes(plan, cuda))
+    boundary = microbatch_size(config, cuda).tokens * config.model.hidden * DTYPE_BYTES[config.run.dtype]
+    kinds[MESSAGES] = boundary * _most_messages(plan.training[config.batch.sequences].ranks[rank])
+    kinds[STAGING] = staging(sent) if _moe_blocks(plan, rank) else 0
+    kinds[TRANSIENT] = transients(plan, rank, mine, cuda)
+    return kinds
+
+
+def state(plan: RunPlan, mine: Iterable[BucketSize], index: int = 0) -> dict[str, int]:
+    """What outlives a step, of a rank that is copy `index` of each bucket."""
+    optim, wide = plan.config.optim, DTYPE_BYTES[plan.config.run.dtype]
+    mine = list(mine)
+    return {
+        WEIGHTS: wide * sum(b.padded for b in mine),
+        SUMS: 4 * sum(b.padded for b in mine),
+        # Where there is one copy, its sums are the shard.
+        SHARDS: 4 * sum(b.shard for b in mine if b.copies > 1),
+        MASTERS: 4 * sum(b.shard for b in mine),
+        MOMENTS: 2 * DTYPE_BYTES[optim.moments] * sum(b.owned(index) for b in mine),
+    }
+
+
+def _copies(parameter: ParameterSize, ep: int) -> int:
+    """Blocks for Fprop and for Dgrad, a byte an element, and FP32 scales of 128x128."""
+    if not parameter.linear:
+        return 0
+    rows, cols = parameter.shape[-2:]
+    elements = parameter.elements(ep)
+    matrices = elements // (rows * cols)
+    scales = [ceil_div(a, TILE) * round_up(ceil_div(b, TILE), 4) for a, b in ((rows, cols), (cols, rows))]
+    return 2 * elements + 4 * matrices * sum(scales)
+
+
+def _moe_blocks(plan: RunPlan, rank: int) -> int:
+    """Gates that a rank holds."""
+    return sum(name.endswith("gate.weight") for name in held(plan, rank))
+
+
+def _most_messages(steps: tuple[ProgramStep, ...]) -> int:
+    """The most messages at once that a rank has room for: receives posted, and sends of the slot before that may not
+    have left."""
+    now = most = 0
+    before = 0
+    for step, edges in zip(steps, posts(steps, AHEAD), strict=True):
+        now += len(edges)
+        most = max(most, now + before)
+        now -= len(step.receives)
+        before = len(step.sends)
+    return most
+
+
+def staging(sent: Dispatching) -> int:
+    """Wire rows on both sides of the widest all-to-all."""
+    return 2 * max(sum(b.values()) for b in (sent.dispatch, sent.combine, sent.dispatch_backward))

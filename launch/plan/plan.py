@@ -1,0 +1,274 @@
+"""What a run will take, from its config and a machine: memory, bytes, seconds, money, before any of it is paid for.
+
+The schedule that is simulated is the one that would run. What the model of a step leaves out (ranks that wait for a
+slower one, checkpoints, validation, restarts) is not hidden in an efficiency: see docs/planning.md for how far each
+line was from what was measured.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import mean
+
+from dryvine.launch.plan import traffic
+from dryvine.launch.plan.hardware import GIGA, TERA, Machine
+from dryvine.launch.plan.memory import RankMemory, memory
+from dryvine.launch.plan.shards import BucketSize, buckets
+from dryvine.launch.plan.times import PhaseTimes, StagePrices, roofline
+from dryvine.launch.plan.traffic import Dispatching, LinkBytes
+from dryvine.launch.plan.work import tasks
+from dryvine.parallel.schedule.simulate import Timeline, simulate
+from dryvine.trainer.activations import DTYPE_BYTES, microbatch_size
+from dryvine.trainer.config import Config
+from dryvine.trainer.model.shape import blocks
+from dryvine.trainer.run_plan import RunPlan
+
+MAIN_KINDS = ("embed", "dense", "moe", "head")  # MFU counts the main model, as DeepSeek does
+DAY = 86400.0
+HOUR = 3600.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a plan says; texts and pages only lay it out. Seconds are of a full step."""
+
+    run: RunPlan
+    machine: Machine
+    sent: Dispatching
+    ranks: list[RankMemory]
+    times: dict[str, PhaseTimes]  # seconds of the phases of every kind of block
+    prices: StagePrices
+    timeline: Timeline  # seconds
+    reduce_seconds: float  # sums of gradients over their copies
+    update_seconds: float  # AdamW
+    gather_seconds: float  # new weights to all copies
+    gradient_bytes: LinkBytes  # a rank's, of both, a step
+    source: str  # of the times of phases
+
+    @property
+    def config(self) -> Config:
+        return self.run.config
+
+    @property
+    def world(self) -> int:
+        return self.config.parallel.world
+
+    # -- a step
+
+    @property
+    def optimizer_seconds(self) -> float:
+        return self.reduce_seconds + self.update_seconds + self.gather_seconds
+
+    @property
+    def step_seconds(self) -> float:
+        return self.timeline.span + self.optimizer_seconds
+
+    @property
+    def tokens(self) -> int:
+        """Of a full step."""
+        return self.config.batch.sequences * self.config.data.seq_len
+
+    @property
+    def bubble_seconds(self) -> float:
+        """The mean over pipeline ranks of the time in which a rank has nothing to run."""
+        return mean(self.timeline.idle(rank) for rank in range(len(self.timeline.cells)))
+
+    @property
+    def exposed_seconds(self) -> float:
+        """The mean over pipeline ranks of the time in which all-to-alls run beside no arithmetic."""
+        return mean(sum(self.prices.exposed(cell.slot) for cell in row) for row in self.timeline.cells)
+
+    @property
+    def overlapped_share(self) -> float:
+        """Of all forwards, those in a pair that is woven."""
+        return self.timeline.overlapped_share if self.prices.overlap else 0.0
+
+    @cached_property
+    def by_kind(self) -> dict[str, float]:
+        """Seconds of slots by their ops ("BF": pairs), the mean over pipeline ranks."""
+        found: dict[str, float] = {}
+        for cell in (cell for row in self.timeline.cells for cell in row):
+            kinds = "".join(sorted(op.kind for op in cell.slot))
+            found[kinds] = found.get(kinds, 0.0) + (cell.end - cell.start) / len(self.timeline.cells)
+        return found
+
+    # -- a run
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.step_seconds
+
+    @property
+    def tokens_per_day(self) -> float:
+        return DAY * self.tokens_per_second
+
+    @cached_property
+    def token_budget(self) -> int:
+        """Tokens of all steps of the run."""
+        return round(sum(tokens for _, tokens in budget(self.config)))
+
+    @cached_property
+    def run_seconds(self) -> float:
+        """Of all steps: those of a ramp's smaller batches have the same bubble and optimizer with fewer tokens."""
+        full = self.config.batch.sequences
+        slope = self._seconds_of(full) - self._seconds_of(min(self.config.batch.sizes()))
+        width = full - min(self.config.batch.sizes())
+        per_sequence = slope / width if width else 0.0
+        return sum(
+            tokens / (sequences * self.config.data.seq_len) * (self.step_seconds - (full - sequences) * per_sequence)
+            for sequences, tokens in budget(self.config)
+        )
+
+    def _seconds_of(self, sequences: int) -> float:
+        return simulate(self.run.training[sequences].schedule, self.prices).span
+
+    @property
+    def gpu_hours(self) -> float:
+        return self.run_seconds * self.world / HOUR
+
+    @property
+    def dollars(self) -> float:
+        return self.gpu_hours * self.machine.dollars
+
+    # -- use of the machine
+
+    @property
+    def flop_per_token(self) -> tuple[float, float]:
+        """Of the main model, forward and backward: attention's masked half left out, and counted."""
+        c = self.config
+        causal = sum(b.cost for b in blocks(c.model, c.data.seq_len) if b.kind in MAIN_KINDS)
+        masked = c.model.layers * c.model.heads * (c.model.qk_dim + c.model.v_dim) * c.data.seq_len
+        return 3 * causal, 3 * (causal + masked)
+
+    @property
+    def mfu(self) -> tuple[float, float]:
+        """Of the machine's dense BF16 peak, causal and not."""
+        rate = self.tokens_per_second / self.world / (self.machine.peak_bf16 * TERA)
+        causal, whole = self.flop_per_token
+        return causal * rate, whole * rate
+
+    @property
+    def fullest(self) -> RankMemory:
+        return max(self.ranks, key=lambda rank: rank.total)
+
+    @property
+    def fits(self) -> bool:
+        return self.fullest.total <= self.machine.usable_bytes
+
+    @property
+    def dispatch_bytes(self) -> LinkBytes:
+        """A rank's all-to-alls of a step by link class, of the rank that sends most."""
+        layers = max(self._moe_forwards(rank) for rank in range(self.config.parallel.pp))
+        return Counter({link: size * layers for link, size in self.sent.all.items()})
+
+    def _moe_forwards(self, rank: int) -> int:
+        """MoE layers that a rank's microbatches pass in a step."""
+        kinds = {block.name: block.kind for block in blocks(self.config.model)}
+        moe = {
+            s: len([n for n in names if kinds[n] in ("moe", "mtp")]) for s, names in self.run.blocks_of(rank).items()
+        }
+        return sum(moe[op.stage] for op in self.run.schedule.ops(rank) if op.kind == "F")
+
+
+def budget(config: Config) -> list[tuple[int, float]]:
+    """(sequences, tokens) of the run's steps by batch size, ascending; a ramp's sizes share its tokens evenly."""
+    sizes, steps, seq_len = config.batch.sizes(), config.run.steps, config.data.seq_len
+    found: list[tuple[int, float]] = []
+    for sequences in sizes[:-1]:
+        count = min(steps, -(-(config.batch.ramp_tokens or 0) // len(sizes) // (sequences * seq_len)))
+        found.append((sequences, float(count * sequences * seq_len)))
+        steps -= count
+    return [*found, (sizes[-1], float(steps * sizes[-1] * seq_len))]
+
+
+def roofline_times(config: Config, machine: Machine) -> dict[str, PhaseTimes]:
+    """Seconds of the phases of every kind of block."""
+    size = microbatch_size(config, machine.cuda)
+    kinds = dict.fromkeys(block.kind for block in blocks(config.model))
+    every = {kind: tasks(config.model, config.fp8, kind, size, config.data.seq_len) for kind in kinds}
+    return {kind: roofline(work, machine, config.fp8.fp8) for kind, work in every.items()}
+
+
+def make(run: RunPlan, machine: Machine, times: dict[str, PhaseTimes] | None = None, source: str = "") -> Plan:
+    """The plan of a run on a machine; `times` of phases as measured, else by roofline."""
+    config = run.config
+    topology = machine.topology(config.parallel.world)
+    sent = traffic.dispatching(config, topology)
+    kinds = {block.name: block.kind for block in blocks(config.model)}
+    by_kind = roofline_times(config, machine) if times is None else times
+    prices = StagePrices(
+        tuple(tuple(by_kind[kinds[name]] for name in names) for names in run.blocks),
+        traffic.messages(sent, machine),
+        config.parallel.overlap == "on",
+        machine.beside_comm,
+        _message_seconds(config, machine),
+    )
+    shards = buckets(run)
+    gradients = [_gradient_bytes(run, mine, machine) for mine in shards]
+    worst = max(gradients, key=lambda sent: traffic.seconds(sent, machine))
+    wide = DTYPE_BYTES[config.run.dtype]
+    return Plan(
+        run=run,
+        machine=machine,
+        sent=sent,
+        ranks=memory(run, sent, machine.cuda),
+        times=by_kind,
+        prices=prices,
+        timeline=simulate(run.schedule, prices),
+        reduce_seconds=traffic.seconds(worst, machine),
+        update_seconds=max(_update_seconds(config, mine, machine) for mine in shards),
+        gather_seconds=traffic.seconds(_scaled(worst, wide / 4), machine),
+        gradient_bytes=_scaled(worst, 1 + wide / 4),
+        source=source or f"roofline of {machine.name}",
+    )
+
+
+def _message_seconds(config: Config, machine: Machine) -> float:
+    """A stage's output to the next rank of the pipeline, which is dp x ep ranks away."""
+    p = config.parallel
+    if p.pp == 1:
+        return 0.0
+    size = p.microbatch_sequences * config.data.seq_len * config.model.hidden * DTYPE_BYTES[config.run.dtype]
+    link = machine.intra if p.world <= machine.gpus_per_node else machine.inter
+    return size / (link.gigabytes * GIGA) + machine.latency_us * 1e-6
+
+
+def _gradient_bytes(run: RunPlan, mine: Iterable[BucketSize], machine: Machine) -> LinkBytes:
+    """FP32 sums of a reduce-scatter as rings do it: all but the own node's part crosses nodes, once for all members of
+    a node, and the rest stays inside."""
+    p, total = run.config.parallel, Counter[str]()
+    for bucket in mine:
+        together = bucket.copies if p.world <= machine.gpus_per_node else _in_node(bucket, run, machine)
+        nodes = bucket.copies / together
+        size = 4 * bucket.padded
+        total["inter"] += round(size * (nodes - 1) / nodes / together)
+        total["intra"] += round(size * (together - 1) / together)
+    return total  # type: ignore[return-value]
+
+
+def _in_node(bucket: BucketSize, run: RunPlan, machine: Machine) -> int:
+    """How many of a bucket's copies share a node."""
+    p = run.config.parallel
+    in_node = min(machine.gpus_per_node, p.world)
+    ranks = [
+        (home * p.dp + d) * p.ep + e
+        for home in bucket.homes
+        for d in range(p.dp)
+        for e in (range(1) if bucket.one_slice else range(p.ep))
+    ]
+    first = ranks[0] // in_node
+    return max(1, sum(rank // in_node == first for rank in ranks))
+
+
+def _scaled(sent: LinkBytes, factor: float) -> LinkBytes:
+    return Counter({link: round(size * factor) for link, size in sent.items()})
+
+
+def _update_seconds(config: Config, mine: Iterable[BucketSize], machine: Machine) -> float:
+    """Memory traffic of the norm, the clip and AdamW: gradient three times, master and moments read and written."""
+    per_element = 4 * 5 + 4 * 2 + 2 * 2 * DTYPE_BYTES[config.optim.moments]
+    owned = sum(bucket.owned() for bucket in mine)
+    return owned * per_element / (machine.memory_bandwidth * machine.streaming * GIGA)

@@ -1,0 +1,48 @@
+"""Memory that comes and goes within a step: the largest sum of tensors that no microbatch keeps.
+
+Three moments can be the fullest: inside a block's backward, where gradients of what it kept are made; in the loss; in
+the optimizer, when all activations are gone. What counts is how much a moment needs above the activations held then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from dryvine.launch.plan.shards import BucketSize
+from dryvine.trainer.activations import DTYPE_BYTES, microbatch_size, most_held, stage_bytes
+from dryvine.trainer.model.shape import Shape, blocks
+from dryvine.trainer.run_plan import RunPlan
+
+
+def transients(plan: RunPlan, rank: int, mine: Iterable[BucketSize], cuda: bool) -> int:
+    """Bytes above the most that flights of the rank keep."""
+    held = most_held(plan.schedule, rank, stage_bytes(plan, cuda))
+    return max(_in_blocks(plan, rank, cuda), _in_optimizer(mine, cuda) - held, 0)
+
+
+def _in_blocks(plan: RunPlan, rank: int, cuda: bool) -> int:
+    """Of the block that needs most."""
+    config = plan.config
+    size, kinds = microbatch_size(config, cuda), {block.name: block.kind for block in blocks(config.model)}
+    mine = {kinds[name] for names in plan.blocks_of(rank).values() for name in names}
+    return max(_in_block(config.model, kind, size.tokens, DTYPE_BYTES[config.run.dtype]) for kind in mine)
+
+
+def _in_block(s: Shape, kind: str, tokens: int, wide: int) -> int:
+    """Gradients of the widest tensors that are alive together in the backward of such a block: of gate and up and of
+    their product in FFNs, of queries, keys and values in attention."""
+    attention = tokens * s.heads * (3 * s.qk_dim + 2 * s.v_dim + s.nope_dim)
+    ffn = {
+        "embed": tokens * s.hidden,
+        "dense": 3 * tokens * s.ffn,
+        "moe": tokens * s.top_k * (3 * s.expert_ffn + s.hidden),
+        "head": 2 * tokens * s.hidden,
+        "mtp": tokens * s.top_k * (3 * s.expert_ffn + s.hidden),
+    }[kind]
+    return wide * max(ffn, attention if kind in ("dense", "moe", "mtp") else 0) + wide * 2 * tokens * s.hidden
+
+
+def _in_optimizer(mine: Iterable[BucketSize], cuda: bool) -> int:
+    """A CPU takes norms of FP64 copies, a part of the shards at a time (`zero.NORM_PART`)."""
+    part = 1 << 24
+    return 0 if cuda else 8 * max(min(part, bucket.shard) for bucket in mine)
