@@ -21,6 +21,7 @@ from dryvine.comm.lines import Channel, Line
 from dryvine.comm.mesh import Mesh
 from dryvine.comm.pending import Pending
 from dryvine.comm.topology import Topology, by_sizes
+from dryvine.comm.watch import naming
 from dryvine.comm.wire import P2PWire, Wire
 
 
@@ -101,11 +102,14 @@ def connect(mesh: Mesh, lines: Iterable[Line]) -> None:
     """Send one element along each line of this rank's pipeline, one line after the other in one order on all ranks."""
     element = torch.zeros(1, device=mesh.device)
     for source, target, channel in connection_order(lines):
-        group = mesh.channels[channel, target > source]
-        if mesh.pp_rank == source:
-            dist.send(element, mesh.global_rank(target), group=group)
-        elif mesh.pp_rank == target:
-            dist.recv(element, mesh.global_rank(source), group=group)
+        if mesh.pp_rank not in (source, target):
+            continue
+        group, peer = mesh.channels[channel, target > source], mesh.global_rank(source + target - mesh.pp_rank)
+        with naming(mesh.watch, f"connecting to rank {peer}", ((peer, 0),), on_device=mesh.device.type == "cuda"):
+            if mesh.pp_rank == source:
+                dist.send(element, peer, group=group)
+            else:
+                dist.recv(element, peer, group=group)
 
 
 def connection_order(lines: Iterable[Line]) -> list[Line]:

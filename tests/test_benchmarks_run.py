@@ -15,7 +15,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import one_gpu
+from benchmarks import faults, one_gpu
 from benchmarks.support import kernel_times
 from benchmarks.support.census import Census
 
@@ -151,3 +151,10 @@ def test_every_job_on_one_gpu_names_files_that_exist() -> None:
     for job in jobs:
         assert all((one_gpu.ROOT / word).exists() for word in job.words if re.search(r"\.(py|toml)$", word)), job.name
     assert len({job.name for job in jobs}) == len(jobs)
+
+
+def test_a_rank_that_is_stopped_is_named_and_ended_with_its_launcher(tmp_path: Path) -> None:
+    found = faults.operation(faults.Run("cpu", 3.0, tmp_path), "reduction", "stop")
+    assert found.named
+    assert found.code == 1
+    assert found.late < faults.GRACE
