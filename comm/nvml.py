@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
@@ -17,7 +18,8 @@ from typing import TypeVar
 from dryvine.comm.topology import Link, Topology, TopologyConfig, speed
 
 V = TypeVar("V")
-SPEED_FIELD = "NVML_FI_DEV_NVLINK_SPEED_MBPS_COMMON"
+# Of a link, in MB/s: the first that the driver answers. Virtual machines know the second one alone.
+SPEED_FIELDS = ("NVML_FI_DEV_NVLINK_SPEED_MBPS_COMMON", "NVML_FI_DEV_NVLINK_GET_SPEED")
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,12 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Hardware:
-    """One node's devices; `trouble` states why there are no GPUs."""
+    """One node's devices; `trouble` states why there are no GPUs, `nvlinked` whether NVLink joins each pair of them."""
 
     gpus: tuple[Gpu, ...] = ()
     nics: tuple[Nic, ...] = ()
     trouble: str = ""
+    nvlinked: bool = True
 
 
 def short(bus_id: str) -> str:
@@ -69,7 +72,8 @@ def probe(sysfs: Path = Path("/sys")) -> Hardware:
         return Hardware(nics=devices, trouble=f"no NVIDIA driver ({error}): GPU links unknown")
     try:
         handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        return Hardware(tuple(_gpu(pynvml, handle, devices, sysfs) for handle in handles), devices)
+        gpus = tuple(_gpu(pynvml, handle, devices, sysfs) for handle in handles)
+        return Hardware(gpus, devices, nvlinked=_nvlinked(pynvml, handles))
     finally:
         pynvml.nvmlShutdown()
 
@@ -77,14 +81,31 @@ def probe(sysfs: Path = Path("/sys")) -> Hardware:
 def _gpu(nvml: ModuleType, handle: object, devices: Sequence[Nic], sysfs: Path) -> Gpu:
     bus_id = short(_text(nvml.nvmlDeviceGetPciInfo(handle).busId))
     links = _nvlinks(nvml, handle)
-
-    def speed_of_a_link() -> int:
-        megabytes: int = nvml.nvmlDeviceGetFieldValues(handle, [getattr(nvml, SPEED_FIELD)])[0].value.uiVal
-        return megabytes
-
-    gigabytes = links * _asked(nvml, speed_of_a_link, 0) / 1000
+    gigabytes = links * _megabytes_of_a_link(nvml, handle) / 1000
     name = _text(nvml.nvmlDeviceGetName(handle))
     return Gpu(bus_id, name, links, gigabytes, _clique(nvml, handle), nearest(bus_id, devices, sysfs))
+
+
+def _megabytes_of_a_link(nvml: ModuleType, handle: object) -> int:
+    """Each way, a second; 0 where the driver answers none of the fields."""
+
+    def field(name: str) -> int:
+        answer = nvml.nvmlDeviceGetFieldValues(handle, [getattr(nvml, name)])[0]
+        return 0 if answer.nvmlReturn else int(answer.value.uiVal)  # a field fails by itself, without an exception
+
+    return next(filter(None, (_asked(nvml, lambda name=name: field(name), 0) for name in SPEED_FIELDS)), 0)  # type: ignore[misc]
+
+
+def _nvlinked(nvml: ModuleType, handles: Sequence[object]) -> bool:
+    """Whether each pair can use NVLink. Asked of the driver: the device at a link's far end, which would tell too, is
+    hidden from a virtual machine."""
+
+    def joined(one: object, other: object) -> bool:
+        status: int = nvml.nvmlDeviceGetP2PStatus(one, other, nvml.NVML_P2P_CAPS_INDEX_NVLINK)
+        return status == nvml.NVML_P2P_STATUS_OK
+
+    pairs = combinations(handles, 2)
+    return all(_asked(nvml, lambda pair=pair: joined(*pair), True) for pair in pairs)  # type: ignore[misc]
 
 
 def _nvlinks(nvml: ModuleType, handle: object) -> int:
@@ -147,7 +168,7 @@ def refined(topology: Topology, hardware: Hardware, config: TopologyConfig | Non
     """Link kinds and speeds as the hardware reports them; a link that `config` sets, or that the hardware does not
     have, stays as it is."""
     given = config or TopologyConfig()
-    fastest = max((gpu.nvlink_gigabytes for gpu in hardware.gpus), default=0.0)
+    fastest = max((gpu.nvlink_gigabytes for gpu in hardware.gpus), default=0.0) if hardware.nvlinked else 0.0
     if hardware.gpus and not (given.intra or given.intra_gigabytes):
         topology = replace(topology, intra=Link("NVLink", fastest) if fastest else Link("PCIe", speed("PCIe")))
     if hardware.nics and not (given.inter or given.inter_gigabytes):

@@ -87,7 +87,7 @@ def comm(
     cases = [Case(b, int(t), d) for d in dtypes.split(",") for t in tokens.split(",") for b in backends.split(",")]
     figures, topology = _under_torchrun(shape, cases) if "RANK" in os.environ else _here(shape, cases, nodes)
     if int(os.environ.get("RANK", 0)) == 0:
-        Console(highlight=False).print(table(figures, topology))
+        Console(highlight=False).print(times(figures), rates(figures, topology))
         if out:
             plot(figures, topology, out)
 
@@ -107,10 +107,11 @@ def _under_torchrun(shape: CommShape, cases: list[Case]) -> tuple[list[CommFigur
     import torch.distributed as dist
 
     from dryvine.comm.nvml import probe, refined
+    from dryvine.comm.world import backend
 
     if cuda := torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if cuda else "gloo")
+    dist.init_process_group(backend("cuda" if cuda else "cpu"))
     topology = refined(discover(dist.get_world_size(), TopologyConfig(), os.environ), probe())
     figures = measure(dist.get_rank(), topology, shape, cases)
     dist.destroy_process_group()
@@ -211,20 +212,28 @@ def _timed(fn: Callable[[], object], place: device) -> float:
     return float(seconds)
 
 
-def table(figures: list[CommFigure], topology: Topology) -> Table:
-    """One line per case; the last line is what the links could do."""
+def times(figures: list[CommFigure]) -> Table:
+    """A row per case: milliseconds of each part, and dispatch beside a plain all-to-all of its bytes."""
     from rich.table import Table
 
-    rates = ("logical GB/s", f"{topology.intra.kind} GB/s", f"{topology.inter.kind} GB/s", "of plain")
-    made = Table("backend", "dtype", "tokens", "EP", *(f"{part} ms" for part in PARTS), *rates)
+    made = Table("backend", "dtype", "tokens", "EP", *PARTS, "of plain", title="milliseconds")
     for f in figures:
-        times = [f"{1000 * f.seconds[part]:.1f}" for part in PARTS]
-        rate = [f"{size / f.seconds['dispatch'] / 1e9:.2f}" for size in (f.logical, f.intra, f.inter)]
+        parts = [f"{1000 * f.seconds[part]:.1f}" for part in PARTS]
         of_plain = f"{f.seconds['plain'] / f.seconds['dispatch']:.2f}"
-        made.add_row(f.case.backend, f.case.dtype, str(f.case.tokens), str(f.ranks), *times, *rate, of_plain)
-    limits = [f"{topology.intra.gigabytes:g}", f"{topology.inter.gigabytes:g}"]
+        made.add_row(f.case.backend, f.case.dtype, str(f.case.tokens), str(f.ranks), *parts, of_plain)
+    return made
+
+
+def rates(figures: list[CommFigure], topology: Topology) -> Table:
+    """A row per case: GB/s of dispatch; the last row is what the links could do."""
+    from rich.table import Table
+
+    made = Table("backend", "dtype", "tokens", "logical", topology.intra.kind, topology.inter.kind, title="GB/s a rank")
+    for f in figures:
+        rate = [f"{size / f.seconds['dispatch'] / 1e9:.2f}" for size in (f.logical, f.intra, f.inter)]
+        made.add_row(f.case.backend, f.case.dtype, str(f.case.tokens), *rate)
     made.add_section()
-    made.add_row("limit of the link", *[""] * 8, *limits, "1")
+    made.add_row("limit", "", "", "", f"{topology.intra.gigabytes:g}", f"{topology.inter.gigabytes:g}")
     return made
 
 

@@ -27,7 +27,7 @@ from dryvine.trainer.journal import Journal, MetricsRow, read
 from dryvine.trainer.metrics import metrics_row, reduce_figures
 from dryvine.trainer.nonfinite import Diverged, NonfiniteStep, blame, diverged_line
 from dryvine.trainer.ramps import Point, points
-from dryvine.trainer.rehearse import rehearse
+from dryvine.trainer.rehearse import rehearse, report_loads
 from dryvine.trainer.report import final_table
 from dryvine.trainer.rig import Rig, make_rig
 from dryvine.trainer.run_plan import RunPlan
@@ -63,6 +63,7 @@ def train(plan: RunPlan, mesh: Mesh, data: Data, topology: Topology | None = Non
     done = resume(rig, console)
     if mesh.device.type == "cuda":
         rehearse(rig)
+        report_loads(mesh.rank)
     for line in startup_lines(rig, topology, done):
         console.print(line)
     journal = Journal(config, plan.schedule, done) if mesh.rank == 0 else None

@@ -6,12 +6,17 @@ cuBLAS in a stream, and for an allocator that must give memory back before it ca
 own part of a step against a wire that answers at once. An expert-parallel group plays it together: its ranks run the
 same program in the same order, so none of them waits for what another has yet to load.
 
+What is loaded later all the same is reported by name: sizes that depend on a routing must not choose a kernel, so those
+arguments are marked `do_not_specialize` where Triton would compile a variant for each multiple of 16.
+
 Eager loading (CUDA_MODULE_LOADING=EAGER) covers neither Triton's kernels nor cuBLAS, and takes seconds on every start.
 """
 
 from __future__ import annotations
 
+import sys
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -57,3 +62,18 @@ def rehearse(rig: Rig) -> None:
     rig.dispatcher.meter.take()
     if rig.fp8 is not None:
         deque(rig.fp8.guard.take(rig.model.named_parameters()), maxlen=0)
+
+
+def report_loads(rank: int) -> None:
+    """Write a line to stderr for every Triton kernel that is loaded from now on. For processes with a GPU."""
+    from triton import knobs  # not installed where there is no GPU
+
+    knobs.runtime.kernel_load_start_hook.add(_reporter(rank))
+
+
+def _reporter(rank: int) -> Callable[[object, object, str, object, str], None]:
+    def report(module: object, function: object, name: str, metadata: object, key: str) -> None:
+        why = "no rehearsed step had these sizes, and loading waits for the device, which may wait for a peer"
+        print(f"warning: rank {rank} loads the kernel {name} in the middle of the run: {why}", file=sys.stderr)
+
+    return report

@@ -25,7 +25,7 @@ from dryvine.trainer.config import Config
 from dryvine.trainer.data.splits import open_data
 from dryvine.trainer.deviations import Deviation, Part, Run, assembled, deviations, table
 from dryvine.trainer.ramps import gradient_scale, points
-from dryvine.trainer.rehearse import rehearse
+from dryvine.trainer.rehearse import rehearse, report_loads
 from dryvine.trainer.rig import make_rig, mesh_of
 from dryvine.trainer.run_plan import RunPlan, make_plan
 from dryvine.trainer.step import accumulate, balance, update
@@ -127,6 +127,7 @@ def _rank(rank: int, plan: RunPlan, steps: int, device: str) -> RankRun:
     rig = make_rig(plan, mesh_of(plan, where), open_data(config))
     if device == "cuda":
         rehearse(rig)
+        report_loads(rank)
     losses, norms, grads = [], [], {}
     for point in islice(points(config.batch, config.data.seq_len), steps):
         played = accumulate(rig, point)

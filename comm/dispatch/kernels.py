@@ -47,7 +47,7 @@ def tile(R, width, VEC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     return r, c, (r < R)[:, None] & (c < width * VEC)[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["index", "R"])
 def gather_kernel(rows, index, out, R, width, row_stride, out_stride,
                   VEC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
     r, c, inside = tile(R, width, VEC, ROWS, COLS)
@@ -58,7 +58,7 @@ def gather_kernel(rows, index, out, R, width, row_stride, out_stride,
     tl.store(out + r[:, None] * (out_stride * VEC) + c[None, :], v, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["source", "begin", "R"])
 def sum_kernel(rows, source, begin, out, R, width, row_stride, out_stride,
                VEC: tl.constexpr, MOST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
     """Unrolled, so that the loads of all addends are in flight before the first is added."""
@@ -143,7 +143,7 @@ def sum_rows(rows: Tensor, source: Tensor, begin: Tensor, most: int, out: Tensor
 # ---- order
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["expert", "P", "B"])
 def tally_kernel(expert, tallies, P, B, E, K: tl.constexpr, BLOCK: tl.constexpr):
     """`tallies` int32 [E + 1, B]: pairs of each block for each expert, and whether a token in it chose one twice."""
     block, part = tl.program_id(0), tl.program_id(1)
@@ -161,7 +161,7 @@ def tally_kernel(expert, tallies, P, B, E, K: tl.constexpr, BLOCK: tl.constexpr)
         tl.store(tallies + E * B + block, tl.max(again, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def scan_kernel(tallies, message, B, E, X, CHUNK: tl.constexpr):
     """Each row of `tallies` becomes what lies before each block; its sum goes into the message."""
     e = tl.program_id(0)
@@ -179,7 +179,7 @@ def scan_kernel(tallies, message, B, E, X, CHUNK: tl.constexpr):
             tl.store(message + w * (X + 1) + X, (total > 0).to(tl.int64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["expert", "P", "B"])
 def place_kernel(expert, tallies, message, pair, token, place, P, B, E, X, K,
                  BLOCK: tl.constexpr, PART: tl.constexpr):  # fmt: skip
     """A pair goes behind all pairs of lower experts, of its own in earlier blocks, and of its own earlier here."""

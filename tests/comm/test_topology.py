@@ -116,8 +116,9 @@ class NVMLError(Exception):
     pass
 
 
-def fake_nvml(clique: bytes) -> Any:
-    """NVML of two H100s with 18 links of 25 GB/s; what it answers has the shape of nvidia-ml-py's."""
+def fake_nvml(clique: bytes, virtual: bool = False, joined: int = 0) -> Any:
+    """NVML of two H100s with 18 links of 25 GB/s; what it answers has the shape of nvidia-ml-py's. In a virtual machine
+    the common field of the speed is not supported, and the other one says 26562 MB/s."""
     module: Any = ModuleType("pynvml")
     buses = ["00000000:1B:00.0", "00000000:9B:00.0"]
 
@@ -129,17 +130,25 @@ def fake_nvml(clique: bytes) -> Any:
     def fabric(handle: int, info: Any) -> None:
         info.clusterUuid, info.cliqueId = clique, 7
 
+    def field(handle: int, fields: list[int]) -> list[Any]:
+        megabytes = {1: 0 if virtual else 25000, 2: 26562}[fields[0]]
+        return [SimpleNamespace(nvmlReturn=0 if megabytes else 3, value=SimpleNamespace(uiVal=megabytes or 777))]
+
     module.__dict__.update(
         NVMLError=NVMLError,
         NVML_NVLINK_MAX_LINKS=36,
         NVML_FI_DEV_NVLINK_SPEED_MBPS_COMMON=1,
+        NVML_FI_DEV_NVLINK_GET_SPEED=2,
+        NVML_P2P_CAPS_INDEX_NVLINK=2,
+        NVML_P2P_STATUS_OK=0,
+        nvmlDeviceGetP2PStatus=lambda one, other, index: joined,
         nvmlInit=lambda: None,
         nvmlShutdown=lambda: None,
         nvmlDeviceGetCount=lambda: 2,
         nvmlDeviceGetHandleByIndex=lambda i: i,
         nvmlDeviceGetName=lambda h: "NVIDIA H100",
         nvmlDeviceGetPciInfo=lambda h: SimpleNamespace(busId=buses[h]),
-        nvmlDeviceGetFieldValues=lambda h, f: [SimpleNamespace(value=SimpleNamespace(uiVal=25000))],
+        nvmlDeviceGetFieldValues=field,
         nvmlDeviceGetNvLinkState=state,
         c_nvmlGpuFabricInfoV_t=lambda: SimpleNamespace(clusterUuid=bytes(16), cliqueId=0),
         byref=lambda info: info,
@@ -160,6 +169,18 @@ def test_nvml_refines_links_and_finds_each_gpu_its_nic(tmp_path: Path, monkeypat
     topology = refined(by_sizes([2, 2]), hardware)
     assert topology.intra == ("NVLink", 450.0)
     assert topology.inter == ("InfiniBand", 50.0)
+
+
+def test_a_virtual_machine_has_nvlink_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(bytes(16), virtual=True))
+    hardware = probe(tmp_path)
+    assert [gpu.nvlink_gigabytes for gpu in hardware.gpus] == pytest.approx([18 * 26.562] * 2)
+    assert refined(by_sizes([2]), hardware).intra.kind == "NVLink"
+
+
+def test_gpus_whose_links_lead_elsewhere_talk_over_pcie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(bytes(16), joined=5))
+    assert refined(by_sizes([2]), probe(tmp_path)).intra == ("PCIe", 25.0)
 
 
 def test_what_the_config_says_of_a_link_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from dryvine.comm.dispatch.single_rank import SingleRank
 from dryvine.comm.topology import by_sizes
 from tests.comm.test_dispatch_hypothesis import Boards, on_ranks, there_and_back
 from tests.support.interpreter import right_casts
+from tests.support.specialisations import recorded
 
 FUNCTIONS: list[Any] = [
     routing.by_expert,
@@ -206,6 +207,32 @@ def test_a_layers_journey(native: Any, name: str, sizes: list[int], alignment: i
 
     for ours, defined in zip(*both(native, journey), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ours, defined, strict=True))
+
+
+@pytest.mark.parametrize("name", ["flat", "hierarchical"])
+def test_no_routing_needs_a_kernel_of_its_own(native: Any, name: str) -> None:
+    """A kernel that is first loaded in the middle of a run waits for the device, which may wait for a peer."""
+    native(True)
+    sizes, experts, boards = [2, 1], 6, Boards(by_sizes([2, 1]))
+
+    def layer(seed: int) -> None:
+        def one(rank: int) -> None:
+            extra = () if name == "flat" else (2,)
+            dispatcher = getattr(boards, name)(rank, experts, 4, *extra)
+            generator = torch.Generator().manual_seed(seed)
+            skew = torch.rand(experts, generator=generator) * 3
+            chosen = (torch.rand(20, experts, generator=generator) + skew).argsort(dim=1)[:, :3].contiguous()
+            rows, grads = torch.randn(2, 20, 24).bfloat16()
+            there_and_back(dispatcher, chosen, rows, torch.rand(20, 3).bfloat16(), grads)
+
+        on_ranks(sum(sizes), one)
+
+    with recorded() as rehearsed:
+        layer(0)
+    with recorded() as later:
+        for seed in range(1, 4):
+            layer(seed)
+    assert not [variant[0] for variant in later - rehearsed]
 
 
 def test_fake(native: Any) -> None:

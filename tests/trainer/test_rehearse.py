@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from dryvine.comm import local
 from dryvine.trainer.config import Config
-from dryvine.trainer.rehearse import rehearse
+from dryvine.trainer.rehearse import rehearse, report_loads
 from tests.support.rig import go, rig_of
 
 FP8 = ("fp8.preset=deepseek_v3", "run.dtype=bf16")
@@ -37,3 +37,12 @@ def test_a_rehearsed_run_has_the_same_bits(tiny: Callable[..., Config], extra: t
         assert losses_after == losses
         assert not counted
         assert all(np.array_equal(state_after[name], tensor) for name, tensor in state.items())
+
+
+def test_a_kernel_loaded_after_the_rehearsal_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    knobs = pytest.importorskip("triton.knobs", reason="triton is for Linux only")
+    hooks = knobs.runtime.kernel_load_start_hook
+    report_loads(3)
+    hooks(None, None, "gather_kernel", {}, "key")
+    hooks.remove(hooks.calls[-1])
+    assert "rank 3 loads the kernel gather_kernel in the middle of the run" in capsys.readouterr().err

@@ -36,7 +36,7 @@ ROWS = 32
 TRANSPOSE_WORDS = 16
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "s_stride"])
 def rows_kernel(x, q, s, R, C, x_stride, s_stride, UE8M0: tl.constexpr, ROWS: tl.constexpr):
     """ROWS tiles of 1x128 to a program."""
     b = tl.program_id(0)
@@ -55,7 +55,7 @@ def fourth(x, first, end, c, C):
     return tl.load(x + r.to(tl.int64)[:, None] * C + c[None, :], mask=keep, other=0.0).to(tl.float32), r
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "s_stride"])
 def columns_kernel(x, q, s, qt, st, table, R, C, P, s_stride, st_stride, ROWS_TOO: tl.constexpr, GROUPED: tl.constexpr,
                    UE8M0: tl.constexpr):  # fmt: skip
     """A block of 128x128 of one expert's rows to a program: by columns, and with ROWS_TOO by rows from one load."""
@@ -84,7 +84,7 @@ def some_rows(x, xs, r, end, c, C, b, xs_stride):
     return v * tl.load(xs + b * xs_stride + r, mask=r < end, other=0.0)[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "xs_stride"])
 def transpose_kernel(x, xs, qt, st, table, R, C, P, xs_stride, st_stride, GROUPED: tl.constexpr, UE8M0: tl.constexpr,
                 WORDS: tl.constexpr):  # fmt: skip
     """FP8 by rows to FP8 by columns. The 16 KiB of a block are read a second time, from L1, once their scales are
@@ -163,7 +163,7 @@ def e5m6_code(y):
     return (half.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) >> 4
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "s_stride"])
 def pack_kernel(x, high, low, s, R, C, s_stride, ROWS: tl.constexpr):
     """ROWS tiles of 1x128 to a program, in halves of 64 columns whose low bits share bytes."""
     b = tl.program_id(0)
@@ -191,7 +191,7 @@ def e5m6_value(code):
     return (code << 4).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "s_stride"])
 def unpack_kernel(high, low, s, x, R, C, s_stride, ROWS: tl.constexpr):
     """`pack_kernel` backwards."""
     b = tl.program_id(0)

@@ -30,7 +30,7 @@ from dryvine.trainer.tensors.tiles import TILE, ScaleFormat, blocks
 ROWS = 16  # to a program of `swiglu_kernel`
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "s_stride", "ks_stride"])
 def swiglu_kernel(h, weights, q, s, saved, ks, R, F, s_stride, ks_stride, WEIGHTED: tl.constexpr, UE8M0: tl.constexpr,
                   ROWS: tl.constexpr):  # fmt: skip
     """128 columns of gate and the same of up to a program: three tiles a row leave, the product's and both inputs'."""
@@ -75,7 +75,7 @@ def some_rows(dy, saved, ks, weights, dw, r, end, c, b, F, ks_stride, WEIGHTED: 
     return y, d * up * (sig * (gate * (1.0 - sig) + 1.0)), d * silu
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "ks_stride", "s_stride"])
 def swiglu_backward_kernel(dy, saved, ks, weights, q, s, qt, st, act, acts, dw, table, R, F, P, ks_stride, s_stride,
                            st_stride, act_stride, WEIGHTED: tl.constexpr, UE8M0: tl.constexpr,
                            WORDS: tl.constexpr):  # fmt: skip

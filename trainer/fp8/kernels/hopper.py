@@ -139,7 +139,7 @@ def _product_sums(HALF: gl.constexpr, a_bufs, b_bufs, full, empty, c, sa, sb, ta
             gl.store(c_at + SUB * i, gl.convert_layout(sums[i].to(c.dtype.element_ty), out), mask=keep)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["M", "num_m", "sa_stride"])
 def product_kernel(a_desc, b_desc, c, sa, sb, table, M, N, K, num_m, sa_stride, sb_expert, sb_row, c_stride,
                    GROUPED: gl.constexpr, GROUP_M: gl.constexpr, SUB: gl.constexpr,
                    COUNT: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr):  # fmt: skip
