@@ -216,11 +216,11 @@ def times(figures: list[CommFigure]) -> Table:
     """A row per case: milliseconds of each part, and dispatch beside a plain all-to-all of its bytes."""
     from rich.table import Table
 
-    made = Table("backend", "dtype", "tokens", "EP", *PARTS, "of plain", title="milliseconds")
+    made = Table("backend", "dtype", "tokens", *PARTS, "of plain", title=f"ms, EP {figures[0].ranks}", padding=(0, 0))
     for f in figures:
         parts = [f"{1000 * f.seconds[part]:.1f}" for part in PARTS]
         of_plain = f"{f.seconds['plain'] / f.seconds['dispatch']:.2f}"
-        made.add_row(f.case.backend, f.case.dtype, str(f.case.tokens), str(f.ranks), *parts, of_plain)
+        made.add_row(f.case.backend, f.case.dtype, str(f.case.tokens), *parts, of_plain)
     return made
 
 
