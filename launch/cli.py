@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from dryvine.launch import bench_comm, data_cli
+from dryvine.launch import bench_comm, checkpoint_cli, data_cli
 from dryvine.launch.doctor import doctor
 from dryvine.launch.plan_cli import plan
 from dryvine.launch.schedule_cli import schedule
@@ -23,6 +23,7 @@ app = typer.Typer(
 bench = typer.Typer(no_args_is_help=True, help="Measure this machine.")
 bench.command("comm")(bench_comm.comm)
 app.add_typer(data_cli.app, name="data")
+app.add_typer(checkpoint_cli.app, name="checkpoint")
 app.add_typer(bench, name="bench")
 app.command()(doctor)
 app.command()(plan)

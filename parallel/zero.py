@@ -39,7 +39,12 @@ class Piece(NamedTuple):
     in_shard: slice  # where they are in any tensor that is sharded like the master
     master: Tensor  # FP32, a view of the bucket's master
     grad: Tensor  # FP32, a view of the bucket's summed gradient
-    matrix: bool  # has two dimensions or more: weight decay applies
+    shape: tuple[int, ...]  # of the whole parameter, all experts in
+
+    @property
+    def matrix(self) -> bool:
+        """Two dimensions or more: weight decay applies."""
+        return len(self.shape) > 1
 
 
 class Member(NamedTuple):
@@ -47,6 +52,7 @@ class Member(NamedTuple):
 
     name: str
     first: int  # its first element, counted in the whole parameter: an expert slice does not start at 0
+    shape: tuple[int, ...]  # of the whole parameter
     parameter: nn.Parameter
     grad: Tensor  # FP32, in the parameter's shape: its `main_grad`
 
@@ -71,13 +77,13 @@ class Bucket:
 
     def pieces(self) -> Iterator[Piece]:
         own, at = self.own, 0
-        for name, first, parameter, _ in self.members:
+        for name, first, shape, parameter, _ in self.members:
             end = at + parameter.numel()
             low, high = max(at, own.start), min(end, own.stop)
             if low < high:
                 inside = slice(low - own.start, high - own.start)
                 master, grad = self.master[inside], self.grad_shard[inside]
-                yield Piece(name, first + low - at, inside, master, grad, parameter.dim() > 1)
+                yield Piece(name, first + low - at, inside, master, grad, shape)
             at = end
 
     def reduce(self, watch: Watch | None, what: str) -> None:
@@ -166,20 +172,23 @@ def _bucket(
     bucket = Bucket(group, ranks.index(mesh.rank), [], values, grads, master, shard)
     at = 0
     for name, parameter in parameters.items():
-        bucket.members.append(_move(name, parameter, bucket, at, mesh.ep_rank))
+        bucket.members.append(_move(name, parameter, bucket, at, mesh))
         at += parameter.numel()
     master.copy_(values[bucket.own])
     return bucket
 
 
-def _move(name: str, parameter: nn.Parameter, bucket: Bucket, at: int, ep_rank: int) -> Member:
+def _move(name: str, parameter: nn.Parameter, bucket: Bucket, at: int, mesh: Mesh) -> Member:
     """Move a parameter into a bucket, to element `at`, and make its `main_grad` a view too."""
     place = slice(at, at + parameter.numel())
     bucket.values[place] = parameter.detach().flatten()
     parameter.data = bucket.values[place].view(parameter.shape)
     grad = bucket.grads[place].view(parameter.shape)
     parameter.main_grad = grad  # type: ignore[attr-defined]
-    return Member(name, ep_rank * parameter.numel() if _is_expert(parameter) else 0, parameter, grad)
+    if not _is_expert(parameter):
+        return Member(name, 0, tuple(parameter.shape), parameter, grad)
+    experts, *of_one = parameter.shape
+    return Member(name, mesh.ep_rank * parameter.numel(), (mesh.ep * experts, *of_one), parameter, grad)
 
 
 def _is_expert(parameter: nn.Parameter) -> bool:

@@ -16,6 +16,7 @@ from dryvine.comm.nvml import probe, refined
 from dryvine.comm.topology import Topology, discover
 from dryvine.comm.watch import Watch
 from dryvine.comm.world import in_world, prepare
+from dryvine.trainer.checkpoint.manifest import CheckpointError
 from dryvine.trainer.config import Config, ConfigError, check_world
 from dryvine.trainer.data.config import DataError
 from dryvine.trainer.data.splits import Data, open_data
@@ -37,11 +38,11 @@ def main(words: Sequence[str]) -> int:
         plan = load_plan(words[0], words[1:])
         config = plan.config
         check_world(config, world)
-        same_run(config)
         device = _device(config, local_rank)
         check(config.fp8, device, (config.model.ffn, config.model.expert_ffn))
         topology = _topology(config, world, device)
         data = open_data(config)
+        same_run(config, data.identity)
     except (ConfigError, DataError, CannotRun) as error:
         if local_rank == 0:  # of each host: hosts may differ in what they lack
             print(f"dryvine: {error}", file=sys.stderr)
@@ -56,7 +57,7 @@ def run(plan: RunPlan, data: Data, device: torch.device, topology: Topology) -> 
         mesh = replace(mesh_of(plan, device), watch=watch)
         try:
             train(plan, mesh, data, topology)
-        except Diverged as error:
+        except (CheckpointError, Diverged) as error:
             if mesh.rank == 0:  # all ranks have the same message
                 print(f"dryvine: {error}", file=sys.stderr)
             return 1

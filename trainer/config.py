@@ -42,7 +42,9 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
     hardware: str | None = None  # what it is meant for: a name or file that `dryvine plan` takes
     out: str = "runs"
     checkpoint_every: Positive = 1000
-    keep_checkpoints: Positive = 2
+    keep_checkpoints: Positive = 2  # the newest so many
+    keep_every: Positive | None = None  # and for ever those of steps that this divides
+    on_damage: Literal["stop", "previous"] = "stop"  # the newest checkpoint is damaged: end, or take the one before
     eval_every: Positive = 100
     eval_batches: Positive = 1
     timeline_step: Positive | None = None  # draw this step's measured timeline over the simulated one

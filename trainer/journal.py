@@ -26,7 +26,11 @@ from dryvine.parallel.schedule.costs import Costs
 from dryvine.parallel.schedule.draw.svg import svg
 from dryvine.parallel.schedule.ir import Schedule
 from dryvine.parallel.schedule.simulate import simulate
+from dryvine.trainer.checkpoint import run_folder
+from dryvine.trainer.checkpoint.manifest import CheckpointError
+from dryvine.trainer.checkpoint.reader import open_checkpoint
 from dryvine.trainer.config import Config, ConfigError, dump, load
+from dryvine.trainer.data.identity import UNKNOWN, DataIdentity
 
 # For schedule.svg: a pair takes about three quarters of the time of its parts (ISCA 2025, table 4).
 COSTS = Costs.parse("F=1,I=1,W=1,FB=2.4")
@@ -60,6 +64,7 @@ class MetricsRow:
     fp8_bad_tiles: float | None  # of this step, if it was counted (fp8.guard_every): held a NaN or an infinity
     fp8_floored_share: float | None  # tiles so small that all of their values lost precision
     seconds: float
+    checkpoint_stall_ms: float | None = None  # for which training stood still after this step, rank 0
 
 
 class Journal:
@@ -138,15 +143,35 @@ def commit() -> str:
         return "unknown"
 
 
-def same_run(config: Config) -> None:
-    """Raise ConfigError if the run folder holds a run that computes something else than `config` would."""
+def same_run(config: Config, identity: DataIdentity) -> None:
+    """Raise ConfigError if the run folder holds a run that computes something else than `config` would. The same tokens
+    may have moved: what counts is their `identity`, where a checkpoint knows it, and not their path."""
     path = config.run.folder / "config.toml"
     if not path.exists():
         return
     before = load(path)
+    known = _identity_of(config.run.folder)
+    for name, ours, theirs in zip(identity._fields, identity, known, strict=True):
+        if theirs is not None and ours is not None and ours != theirs:
+            raise ConfigError(
+                f"{config.run.folder}: the {name} of this run is not what it was: {config.data.source} was made anew; "
+                f"put the dataset back that the run began with, or set run.name for a new run"
+            )
+    moved = {"source": before.data.source, "dir": before.data.dir} if known.data is not None else {}
+    unmoved = config.model_copy(update={"data": config.data.model_copy(update=moved)})
     for table in ("model", "data", "batch"):
-        if getattr(before, table) != getattr(config, table):
+        if getattr(before, table) != getattr(unmoved, table):
             raise ConfigError(
                 f"{config.run.folder}: holds a run with another [{table}] table; set run.name for a new run, "
                 f"or go on with {path}"
             )
+
+
+def _identity_of(folder: Path) -> DataIdentity:
+    """What the run read up to its newest checkpoint. Whether that is damaged is found later."""
+    newest = run_folder.newest(folder)
+    try:
+        manifest = open_checkpoint(newest).manifest if newest else None
+    except CheckpointError:
+        manifest = None
+    return DataIdentity(manifest.data, manifest.tokenizer) if manifest else UNKNOWN

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -20,7 +19,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from dryvine.comm.mesh import Mesh
 from dryvine.comm.topology import Topology
 from dryvine.parallel.executor import Played
-from dryvine.trainer import checkpoint
+from dryvine.trainer.checkpoint.load import load, newest_sound
+from dryvine.trainer.checkpoint.save import Keep, Saver
 from dryvine.trainer.config import RunConfig
 from dryvine.trainer.data.splits import Data
 from dryvine.trainer.journal import Journal, MetricsRow, read
@@ -55,8 +55,9 @@ class Stop:
                 signal.signal(number, handler)
 
 
-def train(plan: RunPlan, mesh: Mesh, data: Data, topology: Topology | None = None) -> None:
-    """Train to `run.steps`, from the newest checkpoint of the run folder if it has one. Raises Diverged. Collective."""
+def train(plan: RunPlan, mesh: Mesh, data: Data, topology: Topology | None = None) -> bool:
+    """Train to `run.steps`, from the newest checkpoint of the run folder if it has one. Returns False if a signal
+    stopped it before, after a save. Raises Diverged and CheckpointError. Collective."""
     config, run = plan.config, plan.config.run
     rig = make_rig(plan, mesh, data, topology)
     console = Console(quiet=mesh.rank != 0)
@@ -66,28 +67,43 @@ def train(plan: RunPlan, mesh: Mesh, data: Data, topology: Topology | None = Non
         report_loads(mesh.rank)
     for line in startup_lines(rig, topology, done):
         console.print(line)
+    saver = Saver(run.folder, Keep(run.keep_checkpoints, run.keep_every), mesh, data.identity)
     journal = Journal(config, plan.schedule, done) if mesh.rank == 0 else None
+    try:
+        stopped = _steps(rig, saver, journal, console, done)
+    finally:
+        if journal:
+            journal.close()
+    if stopped is not None:
+        console.print(f"stopped by a signal after step {stopped}; the same command goes on from there")
+    elif journal:
+        console.print(final_table(config, read(run.folder)))
+    return stopped is None
+
+
+def _steps(rig: Rig, saver: Saver, journal: Journal | None, console: Console, done: int) -> int | None:
+    """Every step after the first `done`, to the last checkpoint's end. Returns the step at which a signal stopped it,
+    None if all are done."""
+    config, run = rig.config, rig.config.run
     nonfinite: list[NonfiniteStep] = []  # in a row, up to now
+    stopped_at = None
     with Stop().on_signals() as stop, _progress(console) as bar:
         task = bar.add_task(run.name, total=run.steps, completed=done, loss=float("nan"))
         for point in islice(points(config.batch, config.data.seq_len), done, run.steps):
-            step = one_step(rig, point, stop, len(nonfinite))
+            step = one_step(rig, point, stop, len(nonfinite), saver.busy)
             nonfinite = [*nonfinite, step.nonfinite] if step.nonfinite else []
-            _record(step, console, journal)
             if len(nonfinite) == config.optim.skips:
+                _record(step, None, console, journal)
                 break
+            _save_and_record(rig, saver, step, console, journal)
             bar.update(task, advance=1, loss=step.row.loss)
-            if step.stop or step.row.step % run.checkpoint_every == 0 or step.row.step == run.steps:
-                save(rig, step.row.step)
-            if step.stop:
-                console.print(f"stopped by a signal after step {step.row.step}; the same command goes on from there")
+            if step.stop and step.row.step < run.steps:
+                stopped_at = step.row.step
                 break
-    if journal:
-        journal.close()
+        saver.close()
     if len(nonfinite) == config.optim.skips:
         raise Diverged(diverged_line(nonfinite))
-    if journal:
-        console.print(final_table(config, read(run.folder)))
+    return stopped_at
 
 
 @dataclass(frozen=True)
@@ -97,31 +113,41 @@ class LoopStep:
     row: MetricsRow
     nonfinite: NonfiniteStep | None  # the step updated nothing
     stop: bool  # a signal asked a rank to stop
+    saving: bool  # a rank still writes its part of a checkpoint
 
 
-def one_step(rig: Rig, point: Point, stop: Stop, nonfinite_before: int = 0) -> LoopStep:
+def one_step(rig: Rig, point: Point, stop: Stop, nonfinite_before: int = 0, saving: bool = False) -> LoopStep:
     """Train, measure, and validate if it is time. `nonfinite_before`: how many steps just before this one updated
-    nothing. Collective."""
+    nothing; `saving`: this rank still writes a checkpoint. Collective."""
     started = time.perf_counter()
     outcome = train_step(rig, point)
     seconds = time.perf_counter() - started
     nonfinite = None if outcome.finite else blame(point, outcome.played, rig.optimizer.zero, rig.mesh)
     if point.step + 1 == rig.config.run.timeline_step:
         _draw_timeline(rig, point, outcome.played)
-    figures = reduce_figures(rig, outcome.played, seconds, stop.asked)
+    figures = reduce_figures(rig, outcome.played, seconds, stop.asked, saving)
     row = replace(metrics_row(rig, point, outcome, figures), skipped=nonfinite_before + 1 if nonfinite else 0)
     if _validates(rig.config.run, row.step):
         row = replace(row, val_loss=evaluate(rig), val_loss_ema=evaluate_average(rig))
-    return LoopStep(row, nonfinite, figures.stop)
+    return LoopStep(row, nonfinite, figures.stop, figures.saving)
 
 
 def _validates(run: RunConfig, step: int) -> bool:
     return step in (1, run.steps) or step % run.eval_every == 0
 
 
-def _record(step: LoopStep, console: Console, journal: Journal | None) -> None:
+def _save_and_record(rig: Rig, saver: Saver, step: LoopStep, console: Console, journal: Journal | None) -> None:
+    stalled = None
+    try:
+        stalled = save_if_due(rig, saver, step)
+    finally:  # what a save raises ends the run: the last row tells why
+        _record(step, stalled, console, journal)
+
+
+def _record(step: LoopStep, stalled: float | None, console: Console, journal: Journal | None) -> None:
+    """`stalled`: milliseconds that a checkpoint took of the training."""
     if journal:
-        journal.write(step.row)
+        journal.write(replace(step.row, checkpoint_stall_ms=stalled))
     if step.nonfinite:
         console.print(str(step.nonfinite), markup=False)
         if journal:
@@ -133,22 +159,34 @@ def _draw_timeline(rig: Rig, point: Point, played: Played) -> None:
         write(rig.config.run.folder / "timeline.html", timeline)
 
 
-def save(rig: Rig, step: int) -> Path:
-    run = rig.config.run
-    return checkpoint.save(run.folder, step, rig.optimizer.state(), rig.model.buffers, run.keep_checkpoints, rig.mesh)
+def save_if_due(rig: Rig, saver: Saver, step: LoopStep) -> float | None:
+    """Begin the checkpoint of this step if it is to have one, and finish the one before once all ranks have written
+    theirs. Returns the milliseconds for which training stood still, None if there was nothing to do. Collective."""
+    run, started = rig.config.run, time.perf_counter()
+    due = step.stop or step.row.step % run.checkpoint_every == 0 or step.row.step == run.steps
+    if due:
+        saver.begin(step.row.step, rig.state())
+    elif saver.pending and not step.saving:
+        saver.finish()
+    else:
+        return None
+    return 1e3 * (time.perf_counter() - started)
 
 
 def resume(rig: Rig, console: Console) -> int:
     """Load the newest checkpoint of the run folder, if any. Returns the steps done. Collective."""
-    newest = checkpoint.latest(rig.config.run.folder)
-    if newest is None:
+    run = rig.config.run
+    found = newest_sound(run.folder, rig.mesh, run.on_damage)
+    for damaged in found.passed_over:
+        console.print(f"passed over, and set aside: {damaged}", markup=False)
+    if found.reader is None:
         return 0
-    loaded = checkpoint.load(newest, rig.optimizer.state(), rig.model.buffers, rig.mesh, optional=("ema",))
+    loaded = load(found.reader, rig.state(), rig.mesh, optional=("ema",))
     rig.publish()
     if rig.optimizer.ema and "ema" in loaded.missing:
         rig.optimizer.ema.restart()
         start = f"optim.ema starts from the weights of step {loaded.step}"
-        console.print(f"{newest} has no average of the weights: {start}")
+        console.print(f"{found.reader.path} has no average of the weights: {start}")
     return loaded.step
 
 

@@ -40,6 +40,7 @@ class Maxima(NamedTuple):
     """Of one rank, or the largest of all."""
 
     stop: float  # 1 if a signal asked the rank to stop
+    saving: float  # 1 if the rank still writes a checkpoint
     idle_share: float  # of the time played
     played: float
     seconds: float  # of the step
@@ -59,6 +60,11 @@ class StepFigures:
         return self.maxima.stop > 0
 
     @property
+    def saving(self) -> bool:
+        """Whether any rank still writes its part of a checkpoint."""
+        return self.maxima.saving > 0
+
+    @property
     def mean_exposed(self) -> float:
         return self.sums.exposed / self.ranks
 
@@ -68,11 +74,11 @@ class StepFigures:
         return self.maxima.played - self.sums.played / self.ranks
 
 
-def reduce_figures(rig: Rig, played: Played, seconds: float, stop: bool) -> StepFigures:
-    """The figures of a step that took this rank `seconds`. Starts the counts of bytes and FP8 tiles anew.
-    Collective."""
+def reduce_figures(rig: Rig, played: Played, seconds: float, stop: bool, saving: bool = False) -> StepFigures:
+    """The figures of a step that took this rank `seconds`, whether it is to `stop`, and whether it is still `saving`.
+    Starts the counts of bytes and FP8 tiles anew. Collective."""
     sums = _own_sums(rig, played)
-    maxima = Maxima(float(stop), played.idle / sums.played, sums.played, seconds)
+    maxima = Maxima(float(stop), float(saving), played.idle / sums.played, sums.played, seconds)
     mesh = rig.mesh
     return StepFigures(
         Sums(*mesh.sum(_tensor(sums, mesh), "figures").tolist()),

@@ -106,6 +106,10 @@ class Optimizer:
             maximize=False,
         )
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Whole shapes of the parameters that this rank has pieces of."""
+        return {piece.name: piece.shape for piece in self.pieces}
+
     def state(self) -> dict[tuple[str, int], dict[str, Tensor]]:
         """(parameter, first element) -> master, exp_avg, exp_avg_sq and step of each piece, and ema if averages are
         kept. The tensors are live: what is loaded into them is the new state."""

@@ -25,6 +25,7 @@ from dryvine.parallel.overlap import ORDERS
 from dryvine.parallel.schedule.ir import Program
 from dryvine.parallel.streams import Streams, make_streams
 from dryvine.parallel.zero import Zero
+from dryvine.trainer.checkpoint.state import RunState
 from dryvine.trainer.config import Config
 from dryvine.trainer.data.splits import Data
 from dryvine.trainer.fp8.choose import choose
@@ -73,6 +74,10 @@ class Rig:
         """Runs this rank's part of `program` against `wire`."""
         order = ORDERS[self.mesh.device.type] if self.config.parallel.overlap == "on" else None
         return Executor(rank_program(program, self.mesh.pp_rank), self.model.stages, wire, self.streams, order)
+
+    def state(self) -> RunState:
+        """What a checkpoint stores of this rank, live."""
+        return RunState(self.optimizer.state(), self.model.buffers, self.optimizer.shapes())
 
     def publish(self, shards: Sequence[torch.Tensor] | None = None) -> None:
         """Set every copy of the weights from the FP32 masters, or from `shards`, one per bucket. Collective."""

@@ -9,7 +9,8 @@ from collections.abc import Callable
 import pytest
 
 from dryvine.comm import local
-from dryvine.trainer import checkpoint, journal
+from dryvine.trainer import journal
+from dryvine.trainer.checkpoint import run_folder
 from dryvine.trainer.config import Config, ConfigError
 from tests.support.rig import train_on
 
@@ -71,7 +72,7 @@ def test_a_signal_to_one_rank_saves_and_stops_all(tiny: Tiny) -> None:
     config = tiny(*DUALPIPE)
     stopped = run(named(config, "parts"), interrupt_at=2)
     assert [row["step"] for row in stopped] == [1, 2]
-    newest = checkpoint.latest(named(config, "parts").run.folder)
+    newest = run_folder.newest(named(config, "parts").run.folder)
     assert newest
     assert newest.name == "step-00000002"
     assert run(named(config, "parts")) == run(named(config, "whole"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dryvine.trainer.config import Config
+from dryvine.trainer.data.identity import UNKNOWN, DataIdentity, identify
 from dryvine.trainer.data.prepare import prepare
 from dryvine.trainer.data.source import TokenSource
 
@@ -13,6 +14,7 @@ from dryvine.trainer.data.source import TokenSource
 class Data:
     train: TokenSource
     val: TokenSource
+    identity: DataIdentity = UNKNOWN
 
 
 def open_data(config: Config) -> Data:
@@ -20,5 +22,5 @@ def open_data(config: Config) -> Data:
     folder = prepare(config.data)
     # The next token of each position, and one more for each depth of multi-token prediction.
     extra = 1 + config.model.mtp_depth
-    splits = (TokenSource(folder, s, config.data.seq_len, extra, config.run.seed) for s in ("train", "val"))
-    return Data(*splits)
+    train, val = (TokenSource(folder, s, config.data.seq_len, extra, config.run.seed) for s in ("train", "val"))
+    return Data(train, val, identify((train.packed, val.packed), train.packed.dataset.tokenizer_sha256))

@@ -1,0 +1,166 @@
+"""Loading into any layout: every rank reads the parts of stored pieces that overlap its own.
+
+Nothing is loaded before all of the checkpoint is known to be sound and of this model: ranks share the files out among
+them, compare every checksum, and tell each other. The price is that most bytes are read twice, the second time mostly
+from the page cache.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple, cast
+
+from torch import Tensor
+
+from dryvine.comm.mesh import Mesh
+from dryvine.trainer.checkpoint import run_folder
+from dryvine.trainer.checkpoint.manifest import CheckpointError, Manifest, StoredTensor
+from dryvine.trainer.checkpoint.reader import CheckpointReader, open_checkpoint
+from dryvine.trainer.checkpoint.state import RunState
+
+OnDamage = Literal["stop", "previous"]
+OF_ANOTHER_MODEL = (
+    "the checkpoint is of another model; set run.name to begin a new run, "
+    "or go back to the [model] table in the run folder's config.toml"
+)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    step: int
+    missing: frozenset[str]  # the optional fields that are not stored
+
+
+class NewestSound(NamedTuple):
+    reader: CheckpointReader | None
+    passed_over: list[str]  # why, of each damaged checkpoint that was set aside
+
+
+class _Read(NamedTuple):
+    """A part of a stored tensor, and where it goes."""
+
+    tensor: StoredTensor
+    part: slice
+    to: Tensor
+
+
+def newest_sound(folder: Path, mesh: Mesh, on_damage: OnDamage) -> NewestSound:
+    """The newest checkpoint of a run folder, all of it verified. A damaged one raises CheckpointError, or with
+    "previous" is set aside and the one before is taken. Collective."""
+    passed_over: list[str] = []
+    while path := cast(list[Path | None], mesh.gather(run_folder.newest(folder), "the newest checkpoint"))[0]:
+        try:
+            return NewestSound(verified(path, mesh), passed_over)
+        except CheckpointError as error:
+            before = cast(list[list[Path]], mesh.gather(run_folder.complete(folder)[:-1], "checkpoints"))[0]
+            if on_damage == "stop" or not before:
+                raise CheckpointError(f"{error}; {_way_out(before)}") from None
+            passed_over.append(str(error))
+            if mesh.rank == 0:
+                run_folder.set_aside(path)
+                run_folder.point_to(before[-1])
+            mesh.barrier("setting a damaged checkpoint aside")
+    return NewestSound(None, passed_over)
+
+
+def verified(path: Path, mesh: Mesh) -> CheckpointReader:
+    """Open a checkpoint and compare every byte with its checksum. Raises CheckpointError, on all ranks the same.
+    Collective."""
+    reader, own = None, ""
+    try:
+        reader = open_checkpoint(path)
+        names = sorted(reader.manifest.files)[mesh.rank :: mesh.size]
+        own = next((wrong for name in names for wrong in reader.damage(name)), "")
+    except CheckpointError as error:
+        own = str(error)
+    _raise_first(mesh, own)
+    assert reader is not None
+    return reader
+
+
+def load(reader: CheckpointReader, state: RunState, mesh: Mesh, optional: Collection[str] = ()) -> Loaded:
+    """Fill `state` in place from a checkpoint of any layout, and of FP32 or BF16 moments. A field named in `optional`
+    stays as it is if the checkpoint does not have it. Raises CheckpointError, on all ranks, before anything is filled.
+    Collective."""
+    missing = frozenset(optional) - {tensor.field for tensor in reader.manifest.tensors}
+    reads: list[_Read] = []
+    own = next(_other_shapes(reader.manifest, state), "")
+    try:
+        reads = [] if own else [*_piece_reads(reader.manifest, state, missing), *_buffer_reads(reader.manifest, state)]
+    except CheckpointError as error:
+        own = str(error)
+    _raise_first(mesh, f"{reader.path}: {own}; {OF_ANOTHER_MODEL}" if own else "")
+    every = cast(list[list[str]], mesh.gather(list(state.shapes), "names of parameters"))
+    if extra := set(reader.manifest.parameters).difference(*every):
+        raise CheckpointError(f"{reader.path}: holds {min(extra)}, which this model has not; {OF_ANOTHER_MODEL}")
+    for tensor, part, to in reads:
+        to.copy_(reader.read(tensor, part))
+    return Loaded(reader.manifest.step, missing)
+
+
+def _raise_first(mesh: Mesh, own: str) -> None:
+    """Raise on all ranks what is wrong on any of them."""
+    if wrong := next((said for said in mesh.gather(own, "what is wrong with a checkpoint") if said), None):
+        raise CheckpointError(str(wrong))
+
+
+def _way_out(before: list[Path]) -> str:
+    if not before:
+        return "there is no checkpoint before it: restore it from a copy, or delete it to begin anew"
+    return f'restore it from a copy, or set run.on_damage="previous" to go on from {before[-1].name}'
+
+
+def _other_shapes(manifest: Manifest, state: RunState) -> Iterator[str]:
+    for name, shape in state.shapes.items():
+        stored = manifest.parameters.get(name)
+        if stored is None:
+            yield f"does not hold {name}"
+        elif stored != (shape if manifest.format > 1 else (math.prod(shape),)):
+            yield f"{name} is of {list(stored)} there and {list(shape)} here"
+
+
+def _piece_reads(manifest: Manifest, state: RunState, missing: Collection[str]) -> Iterator[_Read]:
+    stored = manifest.pieces()
+    for (name, first), fields in state.pieces.items():
+        size = fields["master"].numel()
+        for field, live in fields.items():
+            if field not in missing:
+                pieces = stored.get((name, field), [])
+                sizes = {piece.first: piece.elements for piece in stored.get((name, "master"), [])}
+                yield from _overlaps(_Wanted(name, field, first, size), pieces, sizes, live)
+
+
+class _Wanted(NamedTuple):
+    """Elements of a parameter."""
+
+    name: str
+    field: str
+    first: int
+    size: int
+
+
+def _overlaps(
+    wanted: _Wanted, pieces: Iterable[StoredTensor], sizes: Mapping[int, int], live: Tensor
+) -> Iterator[_Read]:
+    """The parts of stored pieces that hold the wanted elements; together they must hold them all. A field without
+    dimensions is that of any piece that overlaps; `sizes` are those of the pieces."""
+    found, end = 0, wanted.first + wanted.size
+    for piece in pieces:
+        low, high = max(piece.first, wanted.first), min(piece.first + sizes[piece.first], end)
+        if low < high:
+            found += high - low
+            part = slice(low - piece.first, high - piece.first)
+            yield _Read(piece, part, live[low - wanted.first : high - wanted.first] if live.dim() else live)
+    if found != wanted.size:
+        raise CheckpointError(f"does not hold {wanted.name}, elements {wanted.first} to {end}, {wanted.field}")
+
+
+def _buffer_reads(manifest: Manifest, state: RunState) -> Iterator[_Read]:
+    stored = manifest.buffers()
+    for name, live in state.buffers.items():
+        if name not in stored or stored[name].shape != tuple(live.shape):
+            raise CheckpointError(f"does not hold {name} of {list(live.shape)}")
+        yield _Read(stored[name], slice(None), live)
