@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dryvine.trainer import journal
 from dryvine.trainer.config import Config, ConfigError
+from dryvine.trainer.data.identity import UNKNOWN
 from dryvine.trainer.journal import Journal, MetricsRow
 from dryvine.trainer.report import final_table
 from dryvine.trainer.run_plan import make_plan
@@ -75,7 +76,7 @@ def test_the_keys_of_a_row_are_those_that_others_read(tiny: Tiny) -> None:
     assert " ".join(json.loads((config.run.folder / "metrics.jsonl").read_text())) == (
         "step tokens loss val_loss val_loss_ema lr grad_norm skipped tokens_per_second bubble overlapped_share "
         "exposed_comm_ms exposed_comm_share slowest_rank_ms mtp_loss balance_loss load_imbalance rank_imbalance "
-        "mbytes_inside_nodes mbytes_between_nodes fp8_bad_tiles fp8_floored_share seconds"
+        "mbytes_inside_nodes mbytes_between_nodes fp8_bad_tiles fp8_floored_share seconds checkpoint_stall_ms"
     )
 
 
@@ -86,8 +87,8 @@ def test_the_keys_of_a_row_are_those_that_others_read(tiny: Tiny) -> None:
 def test_a_folder_of_another_run_is_refused(tiny: Tiny, table: str, change: str) -> None:
     written(tiny())
     with pytest.raises(ConfigError, match=rf"another \[{table}\] table"):
-        journal.same_run(tiny(change))
-    journal.same_run(tiny("parallel.ep=2", "optim.lr=1", "run.steps=9"))
+        journal.same_run(tiny(change), UNKNOWN)
+    journal.same_run(tiny("parallel.ep=2", "optim.lr=1", "run.steps=9"), UNKNOWN)
 
 
 def test_the_commit_has_a_plus_if_files_were_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from dryvine.trainer import journal, loop
+from dryvine.trainer.checkpoint import run_folder
 from dryvine.trainer.config import Config
 from dryvine.trainer.loop import Stop
 from dryvine.trainer.ramps import Point
@@ -28,8 +29,7 @@ def test_it_validates_the_first_and_last_step_and_every_so_many(tiny: Tiny) -> N
     rows = journal.read(config.run.folder)
     assert [row["step"] for row in rows if row["val_loss"] is not None] == [1, 2, 4, 5]
     assert all(row["val_loss_ema"] is None for row in rows)
-    saved = sorted(path.name for path in (config.run.folder / "checkpoints").iterdir())
-    assert saved == [f"step-{step:08d}" for step in (2, 4, 5)]
+    assert [run_folder.step_of(path) for path in run_folder.complete(config.run.folder)] == [2, 4, 5]
 
 
 def test_a_timeline_is_drawn_of_the_step_that_is_asked_for(tiny: Tiny) -> None:

@@ -12,6 +12,7 @@ from dryvine.comm import local
 from dryvine.trainer import journal
 from dryvine.trainer.checkpoint import run_folder
 from dryvine.trainer.config import Config, ConfigError
+from dryvine.trainer.data.identity import UNKNOWN
 from tests.support.rig import train_on
 
 Tiny = Callable[..., Config]
@@ -84,14 +85,14 @@ def test_a_half_written_checkpoint_is_never_read_and_old_ones_go(tiny: Tiny) -> 
     rows = run(config)
     assert rows[-1]["step"] == 6
     kept = sorted(p.name for p in (config.run.folder / "checkpoints").iterdir())
-    assert kept == ["step-00000005", "step-00000006", "step-00000099.part"]
+    assert kept == ["latest", "step-00000005", "step-00000006"]
 
 
 def test_a_run_folder_is_not_shared_by_two_models(tiny: Tiny) -> None:
     run(tiny("run.steps=1"))
     with pytest.raises(ConfigError, match=r"another \[model\] table; set run.name"):
-        journal.same_run(tiny("model.layers=7"))
-    journal.same_run(tiny("optim.lr=1", "run.steps=9"))
+        journal.same_run(tiny("model.layers=7"), UNKNOWN)
+    journal.same_run(tiny("optim.lr=1", "run.steps=9"), UNKNOWN)
 
 
 def test_the_run_folder_holds_what_it_promises(tiny: Tiny) -> None:
