@@ -10,12 +10,14 @@ from dryvine.comm.dispatch.backends import check_name
 from dryvine.comm.topology import TopologyConfig
 
 
-class CommConfig(BaseModel, frozen=True, extra="forbid"):
+class CommConfig(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     """How tokens reach their experts. `dispatcher` is auto, or a name in `comm.dispatch.backends.BACKENDS`."""
 
     dispatcher: Annotated[str, AfterValidator(check_name)] = "auto"
     chunks: int = Field(default=4, ge=1, description="parts in which tokens cross nodes, so that both hops run at once")
-    deadline: float = Field(default=600.0, gt=0, description="seconds until a wait for other ranks fails the run")
+    deadline: float = Field(
+        default=600.0, gt=0, le=1e6, description="seconds until a wait for other ranks fails the run"
+    )
     imbalance: float = Field(
         default=0.0, ge=0, description="dispatch in rounds beyond this times the mean load; 0: never"
     )

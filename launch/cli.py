@@ -34,8 +34,15 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="table.key=value ...
 
 
 @app.command()
-def train(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Train on this machine: in this process if the layout has one rank, else by torchrun."""
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    max_restarts: Annotated[
+        int, typer.Option(min=0, help="Start again so often what fails, from its newest save.")
+    ] = 0,
+) -> None:
+    """Train on this machine: in this process if the layout has one rank and is not to be started again, else in one
+    process per rank. Exit code 0: finished; 1: a fault; 2: refused; 3: diverged; 75: stopped by a signal and saved."""
     from dryvine.trainer.data.prepare import prepare
     from dryvine.trainer.run_plan import load_plan
 
@@ -43,13 +50,13 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
     with data_cli.progress_bar(Console(stderr=True)) as on_progress:
         prepare(resolved.data, on_progress)
     world, words = resolved.parallel.world, [str(config), *(overrides or ())]
-    if world == 1:
+    if world == 1 and not max_restarts:
         from dryvine.trainer.__main__ import main as rank_main
 
         raise typer.Exit(rank_main(words))
-    from dryvine.launch.spawn import spawn
+    from dryvine.launch.spawn import Launch, spawn
 
-    raise typer.Exit(spawn(world, words))
+    raise typer.Exit(spawn(Launch(world, words, resolved.comm.deadline), max_restarts))
 
 
 @app.command()

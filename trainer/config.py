@@ -34,7 +34,8 @@ class ConfigError(ValueError):
 class RunConfig(BaseModel, frozen=True, extra="forbid"):
     """The `[run]` table: what to do, how long, and where the results go."""
 
-    name: Annotated[str, Field(pattern=r"^[\w.-]+$")]
+    # No path, no option of a command, and no `.` or `..`, which would be folders of other runs.
+    name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
     steps: Positive
     seed: int = 0
     dtype: Literal["fp32", "bf16"] = "bf16"

@@ -30,6 +30,7 @@ from dryvine.trainer.checkpoint import run_folder
 from dryvine.trainer.checkpoint.manifest import CheckpointError
 from dryvine.trainer.checkpoint.reader import open_checkpoint
 from dryvine.trainer.config import Config, ConfigError, dump, load
+from dryvine.trainer.data.atomic import CannotWrite, write_atomically
 from dryvine.trainer.data.identity import UNKNOWN, DataIdentity
 
 # For schedule.svg: a pair takes about three quarters of the time of its parts (ISCA 2025, table 4).
@@ -73,36 +74,56 @@ class Journal:
     def __init__(self, config: Config, schedule: Schedule, resume_step: int) -> None:
         self.folder = config.run.folder
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "config.toml").write_text(dump(config))
-        (self.folder / "commit.txt").write_text(commit() + "\n")
-        (self.folder / "schedule.svg").write_text(svg(simulate(schedule, COSTS)))
-        rows = [row for row in read(self.folder) if row["step"] <= resume_step]
-        self._lines = (self.folder / "metrics.jsonl").open("w")
-        self._lines.writelines(json.dumps(row) + "\n" for row in rows)
-        self._lines.flush()
+        rows = "".join(json.dumps(row) + "\n" for row in read(self.folder) if row["step"] <= resume_step)
+        for name, content in {
+            "config.toml": dump(config),
+            "commit.txt": commit() + "\n",
+            "schedule.svg": svg(simulate(schedule, COSTS)),
+            "metrics.jsonl": rows,
+        }.items():
+            with CannotWrite.naming(self.folder / name):
+                write_atomically(self.folder / name, content)
+        self._metrics = self.folder / "metrics.jsonl"
+        self._lines = self._metrics.open("a")
         self._board = SummaryWriter(str(self.folder), purge_step=resume_step + 1)
 
     def write(self, row: MetricsRow) -> None:
         figures = {name: value if value is None or math.isfinite(value) else None for name, value in vars(row).items()}
-        self._lines.write(json.dumps(figures) + "\n")
-        self._lines.flush()
-        for name, value in figures.items():
-            if value is not None and name != "step":
-                self._board.add_scalar(name, value, row.step)
+        with CannotWrite.naming(self._metrics):
+            self._lines.write(json.dumps(figures) + "\n")
+            self._lines.flush()
+        with CannotWrite.naming(self.folder / "events.out.tfevents"):
+            for name, value in figures.items():
+                if value is not None and name != "step":
+                    self._board.add_scalar(name, value, row.step)
 
     def close(self) -> None:
-        self._lines.close()
-        self._board.close()
-        plot(self.folder)
+        with CannotWrite.naming(self._metrics):
+            self._lines.close()
+        with CannotWrite.naming(self.folder / "events.out.tfevents"):
+            self._board.close()
+        with CannotWrite.naming(self.folder / "loss.png"):
+            plot(self.folder)
 
 
 Figures = dict[str, Any]  # a row of metrics.jsonl: numbers, and None where a figure is not known
 
 
 def read(folder: Path) -> list[Figures]:
-    """The rows of a run folder's metrics.jsonl, in order; none if it has no such file."""
+    """The rows of a run folder's metrics.jsonl, in order; none if it has no such file. A last row that a dead run has
+    left half-written is left out; any other that is no row raises ConfigError."""
     path = folder / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    rows: list[Figures] = []
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            if number < len(lines):
+                raise ConfigError(
+                    f"{path}, line {number}: not a row of figures; restore the file, or delete the line"
+                ) from None
+    return rows
 
 
 def plot(folder: Path) -> None:
@@ -149,6 +170,7 @@ def same_run(config: Config, identity: DataIdentity) -> None:
     path = config.run.folder / "config.toml"
     if not path.exists():
         return
+    read(config.run.folder)  # what it raises is said before any GPU is held
     before = load(path)
     known = _identity_of(config.run.folder)
     for name, ours, theirs in zip(identity._fields, identity, known, strict=True):

@@ -1,15 +1,13 @@
 """The training loop: resume, step, measure, validate, save, leave cleanly.
 
-SIGINT and SIGTERM only set a flag. All ranks agree on it at the end of a step, inside the one reduction that the
+Signals only set a flag (`stop.py`). All ranks agree on it at the end of a step, inside the one reduction that the
 metrics need anyway, then save and leave; a rank that left on its own would hang the others in their next collective.
 """
 
 from __future__ import annotations
 
-import signal
+import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -33,26 +31,8 @@ from dryvine.trainer.rig import Rig, make_rig
 from dryvine.trainer.run_plan import RunPlan
 from dryvine.trainer.startup import startup_lines
 from dryvine.trainer.step import evaluate, evaluate_average, train_step
+from dryvine.trainer.stop import Stop
 from dryvine.trainer.timeline import measured, write
-
-
-@dataclass
-class Stop:
-    """Set by a signal; the loop looks at it between steps."""
-
-    asked: bool = False
-
-    @contextmanager
-    def on_signals(self) -> Iterator[Stop]:
-        def ask(number: int, frame: object) -> None:
-            self.asked = True
-
-        before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def train(plan: RunPlan, mesh: Mesh, data: Data, topology: Topology | None = None) -> bool:
@@ -70,23 +50,26 @@ def train(plan: RunPlan, mesh: Mesh, data: Data, topology: Topology | None = Non
     saver = Saver(run.folder, Keep(run.keep_checkpoints, run.keep_every), mesh, data.identity)
     journal = Journal(config, plan.schedule, done) if mesh.rank == 0 else None
     try:
-        stopped = _steps(rig, saver, journal, console, done)
+        last = _steps(rig, saver, journal, console, done)
     finally:
         if journal:
             journal.close()
-    if stopped is not None:
-        console.print(f"stopped by a signal after step {stopped}; the same command goes on from there")
-    elif journal:
+    if last and last.step < run.steps:
+        console.print(f"stopped by a signal after step {last.step}; the same command goes on from there")
+        return False
+    if journal:
         console.print(final_table(config, read(run.folder)))
-    return stopped is None
+    if last and not math.isfinite(last.loss + (last.val_loss or 0.0)):
+        raise Diverged(f"step {last.step}, the last, has a loss that is not finite; lower optim.lr")
+    return True
 
 
-def _steps(rig: Rig, saver: Saver, journal: Journal | None, console: Console, done: int) -> int | None:
-    """Every step after the first `done`, to the last checkpoint's end. Returns the step at which a signal stopped it,
-    None if all are done."""
+def _steps(rig: Rig, saver: Saver, journal: Journal | None, console: Console, done: int) -> MetricsRow | None:
+    """Every step after the first `done`, or up to a signal, to the last checkpoint's end. Returns the row of the last;
+    None if there was none left."""
     config, run = rig.config, rig.config.run
     nonfinite: list[NonfiniteStep] = []  # in a row, up to now
-    stopped_at = None
+    step = None
     with Stop().on_signals() as stop, _progress(console) as bar:
         task = bar.add_task(run.name, total=run.steps, completed=done, loss=float("nan"))
         for point in islice(points(config.batch, config.data.seq_len), done, run.steps):
@@ -97,13 +80,12 @@ def _steps(rig: Rig, saver: Saver, journal: Journal | None, console: Console, do
                 break
             _save_and_record(rig, saver, step, console, journal)
             bar.update(task, advance=1, loss=step.row.loss)
-            if step.stop and step.row.step < run.steps:
-                stopped_at = step.row.step
+            if step.stop:
                 break
         saver.close()
     if len(nonfinite) == config.optim.skips:
         raise Diverged(diverged_line(nonfinite))
-    return stopped_at
+    return step.row if step else None
 
 
 @dataclass(frozen=True)

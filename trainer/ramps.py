@@ -12,9 +12,10 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import BaseModel, Field, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]  # of a running mean
 
 
-class Segment(BaseModel, frozen=True, extra="forbid"):
+class Segment(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     """A part of the learning-rate plan, `length` units (optim.plan_unit) long, that ends at `to` times optim.lr."""
 
     shape: Literal["linear", "cosine", "constant"]
@@ -22,18 +23,18 @@ class Segment(BaseModel, frozen=True, extra="forbid"):
     to: Annotated[float, Field(ge=0)]
 
 
-class OptimConfig(BaseModel, frozen=True, extra="forbid"):
+class OptimConfig(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     """DeepSeek-V3's values by default (arXiv 2412.19437, section 4.2). After its last segment the rate stays."""
 
     lr: Annotated[float, Field(gt=0)] = 2.2e-4
     plan: tuple[Segment, ...] = (Segment(shape="linear", length=2000, to=1.0),)
     plan_unit: Literal["steps", "tokens"] = "steps"
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.1
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
     clip: Annotated[float, Field(gt=0)] = 1.0
     moments: Literal["fp32", "bf16"] = "fp32"  # the published run has BF16, with FP32 masters
-    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0  # decay of an average of the parameters, kept on the CPU; 0: none
+    ema: Decay = 0.0  # decay of an average of the parameters, kept on the CPU; 0: none
     # Nonfinite steps in a row that end a run. One is bad data or a flipped bit; three, on other data each, are bad
     # weights.
     skips: Positive = 3

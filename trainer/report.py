@@ -38,8 +38,9 @@ def _known(rows: Sequence[Figures], name: str) -> list[float]:
 
 
 def _first_last(rows: Sequence[Figures], name: str) -> str:
+    """The first and the last that are finite; others are null in the rows."""
     known = _known(rows, name)
-    return f"{known[0]:.3f} -> {known[-1]:.3f}"
+    return f"{known[0]:.3f} -> {known[-1]:.3f}" if known else "at no step finite"
 
 
 def _median(rows: Sequence[Figures], name: str) -> float:

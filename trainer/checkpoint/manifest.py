@@ -26,6 +26,10 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be read, cannot be written, or does not have what this run needs."""
 
 
+class CannotSave(CheckpointError):
+    """A checkpoint that could not be written; those before it are as they were."""
+
+
 class StoredTensor(BaseModel, frozen=True, extra="forbid"):
     """One field of one piece of a parameter, or a buffer."""
 

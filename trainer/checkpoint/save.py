@@ -22,7 +22,7 @@ from torch import Tensor
 from dryvine.comm.mesh import Mesh
 from dryvine.trainer.checkpoint import run_folder
 from dryvine.trainer.checkpoint.files import Place, Written, damage, sync, write_file
-from dryvine.trainer.checkpoint.manifest import BUFFER, NAME, CheckpointError, Manifest, Size, render
+from dryvine.trainer.checkpoint.manifest import BUFFER, NAME, CannotSave, Manifest, Size, render
 from dryvine.trainer.checkpoint.state import RunState
 from dryvine.trainer.data.identity import UNKNOWN, DataIdentity
 from dryvine.trainer.nonfinite import Diverged
@@ -85,7 +85,7 @@ class Saver:
 
     def finish(self) -> Path | None:
         """Wait until every rank has written and verified its part, then make it the newest checkpoint. Returns its
-        folder, or None if none was begun. Collective; on all ranks raises CheckpointError if it could not be written,
+        folder, or None if none was begun. Collective; on all ranks raises CannotSave if it could not be written,
         Diverged if it holds what is not finite. Then it is gone, and the ones before are as they were."""
         if self._writing is None:
             return None
@@ -99,7 +99,7 @@ class Saver:
         if nonfinite:
             raise Diverged(_nonfinite_line(self._step, nonfinite, run_folder.newest(self.folder)))
         if error:
-            raise CheckpointError(error)
+            raise CannotSave(error)
         return run_folder.named(self.folder, self._step)
 
     def close(self) -> None:

@@ -3,8 +3,25 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+
+class CannotWrite(OSError):
+    """A file cannot be written: one line with its name, the reason, and what to do."""
+
+    @staticmethod
+    @contextmanager
+    def naming(path: Path) -> Iterator[None]:
+        """Raise it for an OSError inside, which is of `path`."""
+        try:
+            yield
+        except OSError as error:
+            raise CannotWrite(
+                f"{path}: {error.strerror or error}; mend that, and the same command goes on from the newest checkpoint"
+            ) from None
 
 
 def open_temporary(path: Path) -> BinaryIO:

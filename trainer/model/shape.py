@@ -12,19 +12,19 @@ from typing import Literal, NamedTuple
 from pydantic import BaseModel, Field, PositiveInt, model_validator
 
 
-class Yarn(BaseModel, frozen=True, extra="forbid"):
+class Yarn(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     """YaRN (arXiv 2309.00071) on the rope dimensions: pairs that turn fewer than `alpha` times over `original`
     positions are slowed by `factor`, those that turn more than `beta` times are kept, and a ramp lies between."""
 
     factor: float = Field(gt=1)
-    alpha: float = 1.0
-    beta: float = 32.0
+    alpha: float = Field(default=1.0, gt=0)
+    beta: float = Field(default=32.0, gt=0)
     original: PositiveInt = 4096  # the context length trained before the extension
     mscale: float = 1.0  # rotated parts are scaled by m(mscale) / m(mscale_all_dim), m(a) = 0.1 a ln(factor) + 1
     mscale_all_dim: float = 1.0  # the softmax is scaled by m(mscale_all_dim) squared
 
 
-class Shape(BaseModel, frozen=True, extra="forbid"):
+class Shape(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     """Architecture and its own training terms (arXiv 2412.19437, sections 2 and 4.2). Lengths are in elements."""
 
     layers: PositiveInt
@@ -48,7 +48,7 @@ class Shape(BaseModel, frozen=True, extra="forbid"):
     route_scale: float = Field(default=1.0, gt=0)
     vocab: PositiveInt
     max_position: PositiveInt
-    rope_theta: float = 10000.0
+    rope_theta: float = Field(default=10000.0, gt=0)
     yarn: Yarn | None = None
     mtp_depth: int = Field(default=0, ge=0)
     mtp_weight: float = Field(default=0.3, ge=0)  # lambda of equation 25, shared evenly by the depths
