@@ -73,7 +73,7 @@ def _open(path: Path) -> CheckpointReader:
 
 
 def _cells(row: Listed, newest: bool) -> tuple[str, ...]:
-    size, when = f"{row.bytes / 1e9:,.3f} GB", f"{row.written:%Y-%m-%d %H:%M:%S}"
+    size, when = f"{row.bytes / 1e9:,.3f} GB", f"{row.written:%m-%d %H:%M:%S}"
     if row.manifest is None:
         return row.path.name, "?", "?", "?", size, when, "[red]damaged"
     count, files = len(row.manifest.parameters), len(row.manifest.files)

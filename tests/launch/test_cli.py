@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+from dryvine.trainer.checkpoint import run_folder
+
 TINY = str(Path(__file__).parents[1] / "tiny.toml")
 DUALPIPE = ("parallel.pp=2", "parallel.schedule=dualpipe")
 
@@ -32,7 +34,7 @@ def test_train_launches_ranks_and_ends_with_the_table(corpus: Path, tmp_path: Pa
     assert (tmp_path / "tiny" / "checkpoints" / "step-00000002").is_dir()
 
 
-def test_a_signal_to_the_launcher_saves_and_exits_cleanly(corpus: Path, tmp_path: Path) -> None:
+def test_a_signal_to_the_launcher_saves_and_says_so(corpus: Path, tmp_path: Path) -> None:
     words = command("train", TINY, *DUALPIPE, *given(corpus, tmp_path), "run.steps=100000", "run.eval_every=100000")
     rows = tmp_path / "tiny" / "metrics.jsonl"
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -41,10 +43,22 @@ def test_a_signal_to_the_launcher_saves_and_exits_cleanly(corpus: Path, tmp_path
             time.sleep(0.2)
         process.send_signal(signal.SIGTERM)
         out, errors = process.communicate(timeout=100)
-    assert process.returncode == 0, errors
+    assert process.returncode == 75, errors
     assert "the same command goes on from there" in out
     assert "Traceback" not in errors
-    assert len(list((tmp_path / "tiny" / "checkpoints").iterdir())) == 1
+    assert len(run_folder.complete(tmp_path / "tiny")) == 1
+
+
+def test_ctrl_c_while_ranks_start_ends_at_once_and_not_with_0(corpus: Path, tmp_path: Path) -> None:
+    words = command("train", TINY, *DUALPIPE, *given(corpus, tmp_path))
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        while process.poll() is None and len(children.read_text().split()) < 2:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=25)
+    assert process.returncode == 128 + signal.SIGINT, errors
+    assert "Traceback" not in errors
 
 
 def test_verify_says_what_deviates_and_by_how_much(corpus: Path, tmp_path: Path) -> None:

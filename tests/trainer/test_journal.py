@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dryvine.trainer import journal
 from dryvine.trainer.config import Config, ConfigError
+from dryvine.trainer.data.atomic import CannotWrite
 from dryvine.trainer.data.identity import UNKNOWN
 from dryvine.trainer.journal import Journal, MetricsRow
 from dryvine.trainer.report import final_table
@@ -128,3 +129,43 @@ def test_the_table_has_first_and_last_losses_and_median_rates(tiny: Tiny) -> Non
     assert ("the same of averaged weights", "5.500 -> 5.500") in table(
         tiny("optim.ema=0.5"), [r | {"val_loss_ema": 5.5} for r in rows]
     )
+
+
+@pytest.mark.parametrize("tail", ['{"step": 3, "lo', '{"step": 3, "lo\n', "\0\0\0\0", "\xff"])
+def test_a_torn_last_row_is_dropped_and_the_run_goes_on(tiny: Tiny, tail: str) -> None:
+    """As a full disk or a lost host leaves it."""
+    config = tiny()
+    written(config, row(1), row(2))
+    path = config.run.folder / "metrics.jsonl"
+    path.write_bytes(path.read_bytes() + tail.encode("latin-1"))
+    assert [r["step"] for r in journal.read(config.run.folder)] == [1, 2]
+    written(config, row(3), resume_step=2)
+    assert [r["step"] for r in journal.read(config.run.folder)] == [1, 2, 3]
+
+
+def test_a_damaged_row_in_the_middle_is_named_before_a_run_begins(tiny: Tiny) -> None:
+    config = tiny()
+    written(config, row(1), row(2), row(3))
+    path = config.run.folder / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], lines[1][:20], lines[2]]))
+    with pytest.raises(ConfigError, match=r"metrics.jsonl, line 2: not a row of figures; restore"):
+        journal.same_run(config, UNKNOWN)
+
+
+def test_a_row_that_cannot_be_written_names_its_file(tiny: Tiny) -> None:
+    config = tiny()
+    open_folder = Journal(config, make_plan(config).schedule, 0)
+    open_folder._lines.close()
+    open_folder._lines = open("/dev/full", "w")  # noqa: SIM115
+    with pytest.raises(CannotWrite, match=r"metrics.jsonl: No space left on device; mend that"):
+        open_folder.write(row(1))
+    with pytest.raises(CannotWrite):
+        open_folder.close()
+
+
+def test_a_run_without_a_finite_loss_ends_with_a_table_that_says_so(tiny: Tiny) -> None:
+    rows = [vars(row(step)) | {"loss": None, "val_loss": None} for step in (1, 2)]
+    text = table(tiny(), rows)
+    assert ("loss", "at no step finite") in text
+    assert ("validation loss", "at no step finite") in text
