@@ -17,7 +17,15 @@ from tests.support.rig import train_on
 
 Tiny = Callable[..., Config]
 DUALPIPE = ("parallel.pp=2", "parallel.schedule=dualpipe")
-TIMES = ("seconds", "slowest_rank_ms", "tokens_per_second", "bubble", "exposed_comm_ms", "exposed_comm_share")
+TIMES = (
+    "seconds",
+    "checkpoint_stall_ms",
+    "slowest_rank_ms",
+    "tokens_per_second",
+    "bubble",
+    "exposed_comm_ms",
+    "exposed_comm_share",
+)
 
 
 def run(config: Config, interrupt_at: int | None = None) -> list[dict[str, float | None]]:
