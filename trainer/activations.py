@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from dryvine.parallel.schedule.ir import Schedule
 from dryvine.trainer.config import Config
-from dryvine.trainer.model.memory import MicrobatchSize, saved_bytes
+from dryvine.trainer.model.memory import MicrobatchSize, deferred_bytes, saved_bytes
 from dryvine.trainer.run_plan import RunPlan
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2}
@@ -29,19 +29,28 @@ def stage_bytes(plan: RunPlan, cuda: bool) -> dict[int, int]:
     return {stage: saved_bytes(config.model, config.fp8, names, size) for stage, names in enumerate(plan.blocks)}
 
 
-def most_held(schedule: Schedule, rank: int, sizes: Mapping[int, int]) -> int:
-    """Bytes of all flights that the rank holds at once: from the start of F to the end of B or W. A pair holds both."""
+def left_bytes(plan: RunPlan, cuda: bool) -> dict[int, int]:
+    """Bytes that a microbatch keeps in each stage from its I to its W, beside those of `stage_bytes`."""
+    config, size = plan.config, microbatch_size(plan.config, cuda)
+    return {stage: deferred_bytes(config.model, config.fp8, names, size) for stage, names in enumerate(plan.blocks)}
+
+
+def most_held(schedule: Schedule, rank: int, sizes: Mapping[int, int], left: Mapping[int, int] | None = None) -> int:
+    """Bytes of all flights that the rank holds at once: `sizes` from the start of F to the end of B or W, and what an I
+    has `left` until its W. A pair holds both."""
     now = most = 0
     for slot in schedule.ranks[rank]:
         now += sum(sizes[op.stage] for op in slot if op.kind == "F")
+        now += sum(left[op.stage] for op in slot if left and op.kind == "I")
         most = max(most, now)
         now -= sum(sizes[op.stage] for op in slot if op.kind in "BW")
+        now -= sum(left[op.stage] for op in slot if left and op.kind == "W")
     return most
 
 
 def activations(plan: RunPlan, cuda: bool) -> str:
     """A line for the start of a run: the most that microbatches in flight keep, and on which pipeline rank."""
-    sizes, ranks = stage_bytes(plan, cuda), plan.config.parallel.pp
-    held = [most_held(plan.schedule, rank, sizes) for rank in range(ranks)]
+    sizes, left, ranks = stage_bytes(plan, cuda), left_bytes(plan, cuda), plan.config.parallel.pp
+    held = [most_held(plan.schedule, rank, sizes, left) for rank in range(ranks)]
     rank = held.index(max(held))
     return f"activations kept for backwards: at most {held[rank] / 1e9:.3g} GB, on pipeline rank {rank} of {ranks}"

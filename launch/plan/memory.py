@@ -15,7 +15,7 @@ from dryvine.launch.plan.traffic import Dispatching
 from dryvine.launch.plan.transients import transients
 from dryvine.parallel.flow_control import AHEAD, posts
 from dryvine.parallel.schedule.ir import ProgramStep
-from dryvine.trainer.activations import DTYPE_BYTES, microbatch_size, most_held, stage_bytes
+from dryvine.trainer.activations import DTYPE_BYTES, left_bytes, microbatch_size, most_held, stage_bytes
 from dryvine.trainer.model.parameters import ParameterSize
 from dryvine.trainer.run_plan import RunPlan
 from dryvine.trainer.tensors.tiles import TILE
@@ -49,7 +49,7 @@ def _kinds(plan: RunPlan, rank: int, mine: list[BucketSize], sent: Dispatching, 
     if config.fp8.fp8:
         kinds[COPIES] = sum(_copies(one, config.parallel.ep) for one in held(plan, rank).values())
     kinds[GATES] = 12 * config.model.routed * _moe_blocks(plan, rank)
-    kinds[ACTIVATIONS] = most_held(plan.schedule, rank, stage_bytes(plan, cuda))
+    kinds[ACTIVATIONS] = most_held(plan.schedule, rank, stage_bytes(plan, cuda), left_bytes(plan, cuda))
     boundary = microbatch_size(config, cuda).tokens * config.model.hidden * DTYPE_BYTES[config.run.dtype]
     kinds[MESSAGES] = boundary * _most_messages(plan.training[config.batch.sequences].ranks[rank])
     kinds[STAGING] = staging(sent) if _moe_blocks(plan, rank) else 0

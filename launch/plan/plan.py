@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from statistics import mean
 
+from dryvine.comm.topology import by_sizes
 from dryvine.launch.plan import traffic
 from dryvine.launch.plan.hardware import GIGA, TERA, Machine
 from dryvine.launch.plan.memory import RankMemory, memory
@@ -161,7 +162,10 @@ class Plan:
     @property
     def dispatch_bytes(self) -> LinkBytes:
         """A rank's all-to-alls of a step by link class, of the rank that sends most."""
-        layers = max(self._moe_forwards(rank) for rank in range(self.config.parallel.pp))
+        return max(map(self.dispatch_bytes_of, range(self.config.parallel.pp)), key=lambda sent: sum(sent.values()))
+
+    def dispatch_bytes_of(self, pp_rank: int) -> LinkBytes:
+        layers = self._moe_forwards(pp_rank)
         return Counter({link: size * layers for link, size in self.sent.all.items()})
 
     def _moe_forwards(self, rank: int) -> int:
@@ -195,7 +199,8 @@ def roofline_times(config: Config, machine: Machine) -> dict[str, PhaseTimes]:
 def make(run: RunPlan, machine: Machine, times: dict[str, PhaseTimes] | None = None, source: str = "") -> Plan:
     """The plan of a run on a machine; `times` of phases as measured, else by roofline."""
     config = run.config
-    topology = machine.topology(config.parallel.world)
+    nodes = config.comm.topology.nodes
+    topology = by_sizes(nodes) if nodes else machine.topology(config.parallel.world)
     sent = traffic.dispatching(config, topology)
     kinds = {block.name: block.kind for block in blocks(config.model)}
     by_kind = roofline_times(config, machine) if times is None else times

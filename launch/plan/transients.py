@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from dryvine.launch.plan.shards import BucketSize
-from dryvine.trainer.activations import DTYPE_BYTES, microbatch_size, most_held, stage_bytes
+from dryvine.trainer.activations import DTYPE_BYTES, left_bytes, microbatch_size, most_held, stage_bytes
 from dryvine.trainer.model.shape import Shape, blocks
 from dryvine.trainer.run_plan import RunPlan
 
 
 def transients(plan: RunPlan, rank: int, mine: Iterable[BucketSize], cuda: bool) -> int:
     """Bytes above the most that flights of the rank keep."""
-    held = most_held(plan.schedule, rank, stage_bytes(plan, cuda))
+    held = most_held(plan.schedule, rank, stage_bytes(plan, cuda), left_bytes(plan, cuda))
     return max(_in_blocks(plan, rank, cuda), _in_optimizer(mine, cuda) - held, 0)
 
 

@@ -54,6 +54,28 @@ def saved_bytes(shape: Shape, recipe: Recipe, names: Iterable[str], size: Microb
     return sum(row.bytes for row in saved_tensors(shape, recipe, names, size))
 
 
+# What no weight gradient reads, so that I frees it.
+FREED = frozenset(
+    (
+        "queries, keys, values",
+        "log-sum-exp of scores",
+        "gate and up",
+        "order of rows, there and back",
+        "weights of rows",
+    )
+)
+
+
+def deferred_bytes(shape: Shape, recipe: Recipe, names: Iterable[str], size: MicrobatchSize) -> int:
+    """How much more a flight keeps from I to W than from F to I: gradients of every Linear's and norm's output, less
+    what I has freed. Those of the logits lie where the logits were."""
+    names = tuple(names)
+    kinds = {block.name: block.kind for block in blocks(shape)}
+    rules = _Rules(shape, recipe, size)
+    freed = sum(row.bytes for row in saved_tensors(shape, recipe, names, size) if row.what in FREED)
+    return max(0, sum(rules.left(kinds[name]) for name in names) - freed)
+
+
 Row = tuple[str, str, str, int]  # phase, what, reader, bytes
 
 
@@ -115,7 +137,29 @@ class _Rules:
         yield from self.moe(name)
         yield from self._head(depth)
 
+    def left(self, kind: str) -> int:
+        """Of one block, by its I."""
+        s, n, head = self.shape, self.size.tokens, self.in_dtype(self.size.tokens, self.shape.hidden)
+        if kind in ("embed", "head"):
+            return head
+        # FP8's FFNs keep no product of gate and up: its cast by columns is made in I.
+        extra = 1 if self.recipe.fp8 else 0
+        ffn = self._linears(n, (2 + extra) * s.ffn, s.hidden)
+        if kind != "dense":
+            shared = self._linears(n, (2 + extra) * s.shared * s.expert_ffn, s.hidden) if s.shared else 0
+            routed = self._linears(self.rows, (2 + extra) * s.expert_ffn, s.hidden)
+            ffn = shared + routed + 4 * n * s.routed
+        q = (s.heads * s.qk_dim,) if s.q_lora is None else (s.q_lora, s.heads * s.qk_dim)
+        kv = (s.kv_lora + s.rope_dim, s.heads * (s.nope_dim + s.v_dim))
+        norms = self.in_dtype(n, 2 * s.hidden + s.kv_lora + (s.q_lora or 0))
+        join = self._linears(n, s.hidden) + 3 * head if kind == "mtp" else 0
+        return ffn + self._linears(n, *q, *kv, s.hidden) + norms + join
+
     # -- parts
+
+    def _linears(self, rows: int, *outputs: int) -> int:
+        """Gradients of the outputs of Linears of the recipe, as their weight gradients read them."""
+        return sum(self.in_fp8(rows, width) if self.recipe.fp8 else self.in_dtype(rows, width) for width in outputs)
 
     def _tokens(self) -> int:
         """A copy where sequences are cut out of longer ones; one sequence alone is a view."""
