@@ -5,9 +5,7 @@ The schedule says which flights a rank holds at once, `model/memory.py` what eac
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from dryvine.parallel.schedule.ir import Schedule
+from dryvine.parallel.schedule.simulate import most_held
 from dryvine.trainer.config import Config
 from dryvine.trainer.model.memory import MicrobatchSize, deferred_bytes, saved_bytes
 from dryvine.trainer.run_plan import RunPlan
@@ -33,19 +31,6 @@ def left_bytes(plan: RunPlan, cuda: bool) -> dict[int, int]:
     """Bytes that a microbatch keeps in each stage from its I to its W, beside those of `stage_bytes`."""
     config, size = plan.config, microbatch_size(plan.config, cuda)
     return {stage: deferred_bytes(config.model, config.fp8, names, size) for stage, names in enumerate(plan.blocks)}
-
-
-def most_held(schedule: Schedule, rank: int, sizes: Mapping[int, int], left: Mapping[int, int] | None = None) -> int:
-    """Bytes of all flights that the rank holds at once: `sizes` from the start of F to the end of B or W, and what an I
-    has `left` until its W. A pair holds both."""
-    now = most = 0
-    for slot in schedule.ranks[rank]:
-        now += sum(sizes[op.stage] for op in slot if op.kind == "F")
-        now += sum(left[op.stage] for op in slot if left and op.kind == "I")
-        most = max(most, now)
-        now -= sum(sizes[op.stage] for op in slot if op.kind in "BW")
-        now -= sum(left[op.stage] for op in slot if left and op.kind == "W")
-    return most
 
 
 def activations(plan: RunPlan, cuda: bool) -> str:

@@ -28,8 +28,9 @@ from benchmarks.model.layer import CONFIG, EP, RECIPES, Mirror, Recipe, fill
 from benchmarks.support.census import Census
 from dryvine.comm.dispatch.flat import Flat
 from dryvine.comm.mesh import make_mesh
+from dryvine.parallel.schedule.simulate import most_held
 from dryvine.parallel.stage import Flight, Stage, State
-from dryvine.trainer.activations import most_held, stage_bytes
+from dryvine.trainer.activations import stage_bytes
 from dryvine.trainer.config import load
 from dryvine.trainer.fp8.choose import choose
 from dryvine.trainer.fp8.fp8 import FP8

@@ -16,7 +16,7 @@ from dryvine.comm import local
 from dryvine.comm.mesh import Mesh
 from dryvine.parallel.schedule import simulate
 from dryvine.parallel.schedule.simulate import Timeline
-from dryvine.trainer.activations import most_held, stage_bytes
+from dryvine.trainer.activations import stage_bytes
 from dryvine.trainer.config import Config
 from dryvine.trainer.data.splits import open_data
 from dryvine.trainer.metrics import reduce_figures
@@ -76,7 +76,7 @@ def _rank(rank: int, plan: RunPlan, sizes: tuple[int, ...]) -> tuple[dict[int, T
         torch.cuda.reset_peak_memory_stats()
     for size in sizes:
         found[size], first = _steps(rig, size, first)
-    predicted = most_held(plan.schedule, rig.mesh.pp_rank, stage_bytes(plan, cuda))
+    predicted = simulate.most_held(plan.schedule, rig.mesh.pp_rank, stage_bytes(plan, cuda))
     peak = torch.cuda.max_memory_allocated() if cuda else 0
     return found, Memory(peak, state, predicted)
 

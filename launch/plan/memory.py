@@ -15,7 +15,8 @@ from dryvine.launch.plan.traffic import Dispatching
 from dryvine.launch.plan.transients import transients
 from dryvine.parallel.flow_control import AHEAD, posts
 from dryvine.parallel.schedule.ir import ProgramStep
-from dryvine.trainer.activations import DTYPE_BYTES, left_bytes, microbatch_size, most_held, stage_bytes
+from dryvine.parallel.schedule.simulate import most_held
+from dryvine.trainer.activations import DTYPE_BYTES, left_bytes, microbatch_size, stage_bytes
 from dryvine.trainer.model.parameters import ParameterSize
 from dryvine.trainer.run_plan import RunPlan
 from dryvine.trainer.tensors.tiles import TILE

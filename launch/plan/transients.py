@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from dryvine.launch.plan.shards import BucketSize
-from dryvine.trainer.activations import DTYPE_BYTES, left_bytes, microbatch_size, most_held, stage_bytes
+from dryvine.parallel.schedule.simulate import most_held
+from dryvine.trainer.activations import DTYPE_BYTES, left_bytes, microbatch_size, stage_bytes
 from dryvine.trainer.model.shape import Shape, blocks
 from dryvine.trainer.run_plan import RunPlan
 

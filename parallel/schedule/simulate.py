@@ -7,9 +7,8 @@ also hold measured times: pictures and figures are the same for both.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import NamedTuple, Protocol
 
 from dryvine.parallel.schedule.costs import Costs
@@ -58,15 +57,8 @@ class Timeline:
         return self.bubble / self.span
 
     def held(self, rank: int) -> int:
-        """The most microbatch-chunks whose activations the rank holds at once: from F's start to the end of B or W.
-
-        I releases nothing: the weight gradients still need the inputs. The slot's forwards count before its backwards
-        free anything, as a pair holds both.
-        """
-        taken = [sum(op.kind == "F" for op in slot) for slot in self.schedule.ranks[rank]]
-        freed = [sum(op.kind in "BW" for op in slot) for slot in self.schedule.ranks[rank]]
-        after = accumulate(t - f for t, f in zip(taken, freed, strict=True))
-        return max((now + f for now, f in zip(after, freed, strict=True)), default=0)
+        """The most microbatch-chunks whose activations the rank holds at once."""
+        return most_held(self.schedule, rank, dict.fromkeys(range(self.schedule.stages), 1))
 
     @property
     def peak_activations(self) -> int:
@@ -89,6 +81,23 @@ class Timeline:
         bubble = f"bubble {self.bubble:.4g} ({self.bubble_fraction:.1%})"
         memory = f"{self.peak_activations} chunks held, {self.params_per_rank} stages a rank"
         return f"span {self.span:.6g}, {bubble}, {self.overlapped_share:.0%} of forwards overlapped, {memory}"
+
+
+def most_held(schedule: Schedule, rank: int, sizes: Mapping[int, int], left: Mapping[int, int] | None = None) -> int:
+    """The most that the rank holds at once of microbatches in flight: `sizes[stage]` from the start of F to the end of
+    B or W, and what an I has `left` until its W.
+
+    I releases nothing: the weight gradients still need the inputs. A slot's ops take before any of them frees, as a
+    pair holds both.
+    """
+    now = most = 0
+    for slot in schedule.ranks[rank]:
+        now += sum(sizes[op.stage] for op in slot if op.kind == "F")
+        now += sum(left[op.stage] for op in slot if left and op.kind == "I")
+        most = max(most, now)
+        now -= sum(sizes[op.stage] for op in slot if op.kind in "BW")
+        now -= sum(left[op.stage] for op in slot if left and op.kind == "W")
+    return most
 
 
 def measured(schedule: Schedule, times: Sequence[Sequence[tuple[float, float]]]) -> Timeline:

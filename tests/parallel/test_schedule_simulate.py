@@ -11,7 +11,7 @@ from dryvine.parallel.schedule.ir import Op
 from dryvine.parallel.schedule.makespan import Work, makespan
 from dryvine.parallel.schedule.notation import from_csv
 from dryvine.parallel.schedule.rules import ScheduleError
-from dryvine.parallel.schedule.simulate import measured, simulate
+from dryvine.parallel.schedule.simulate import measured, most_held, simulate
 from dryvine.parallel.schedule.table import build
 
 
@@ -50,6 +50,17 @@ def test_memory_counts_both_of_a_pair_and_keeps_inputs_until_w():
     assert simulate(from_csv(rows)).peak_activations == 2
     assert simulate(from_csv(rows.replace("(0F1;0B0)OVERLAP_F_B", "0B0,0F1"))).peak_activations == 2
     assert simulate(from_csv("0F0,0B0,0F1,0I1,0W1,0F2,0B2\n")).peak_activations == 1
+
+
+def test_what_is_held_has_the_size_of_its_stage():
+    """Rank 1 holds microbatch 0 of stage 1 until W, and that of stage 2 until B."""
+    schedule = from_csv("0F0,0F1,0B0,0B1\n1F0,2F0,2B0,1I0,1F1,1W0,2F1,2B1,1B1\n")
+    sizes = {0: 100, 1: 10, 2: 1}
+    assert most_held(schedule, 0, sizes) == 200
+    assert most_held(schedule, 1, sizes) == 20
+    assert most_held(schedule, 1, {0: 100, 1: 1, 2: 10}) == 11
+    # Between I and W there is what I has left; a second F is there at the same time.
+    assert most_held(schedule, 1, sizes, {0: 0, 1: 5, 2: 0}) == 25
 
 
 def test_ratio_of_overlapped_forwards():

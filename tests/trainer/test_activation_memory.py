@@ -13,8 +13,9 @@ from benchmarks.support.census import Census
 from dryvine.comm.dispatch.exchange import GroupExchange
 from dryvine.comm.dispatch.flat import Flat
 from dryvine.comm.dispatch.single_rank import SingleRank
+from dryvine.parallel.schedule.simulate import most_held
 from dryvine.parallel.stage import Flight, Stage, State
-from dryvine.trainer.activations import activations, most_held, stage_bytes
+from dryvine.trainer.activations import activations, microbatch_size, stage_bytes
 from dryvine.trainer.config import Config
 from dryvine.trainer.fp8.engines.emulate import Emulate
 from dryvine.trainer.fp8.fp8 import FP8
@@ -167,7 +168,21 @@ def test_fp8_rows_have_scales_of_four_rows_at_least() -> None:
 
 def test_a_run_holds_what_its_schedule_keeps_in_flight(tiny: Callable[..., Config]) -> None:
     plan = make_plan(tiny("parallel.pp=2", "parallel.schedule=one_f_one_b"))
-    first, second = stage_bytes(plan, cuda=False).values()
-    assert most_held(plan.schedule, 0, {0: first, 1: second}) == 2 * first
-    assert most_held(plan.schedule, 1, {0: first, 1: second}) == second
-    assert activations(plan, cuda=False).endswith("GB, on pipeline rank 0 of 2") == (2 * first > second)
+    sizes = stage_bytes(plan, cuda=False)
+    peak = 2 * sizes[0]
+    assert peak > sizes[1] == most_held(plan.schedule, 1, sizes)
+    said = f"activations kept for backwards: at most {peak / 1e9:.3g} GB, on pipeline rank 0 of 2"
+    assert activations(plan, cuda=False) == said
+
+
+@pytest.mark.parametrize(
+    ("overrides", "size"),
+    [
+        ((), MicrobatchSize(32, 1, 4, False, True)),
+        (("parallel.microbatch_sequences=2", "run.dtype=bf16"), MicrobatchSize(64, 2, 2, False, True)),
+        (("parallel.ep=2",), MicrobatchSize(32, 1, 4, False, False)),
+        (("comm.dispatcher=hierarchical",), MicrobatchSize(32, 1, 4, False, False)),
+    ],
+)
+def test_a_microbatch_of_a_run(tiny: Callable[..., Config], overrides: tuple[str, ...], size: MicrobatchSize) -> None:
+    assert microbatch_size(tiny(*overrides), cuda=False) == size
