@@ -76,14 +76,14 @@ def balance(rig: Rig, move: bool = True) -> Balance:
     if move:
         rig.model.update_biases(dict(zip(layers, loads, strict=True)), shape.bias_gamma)
     rig.model.reset_loads()
-    # An expert-parallel rank holds neighbouring experts.
-    by_rank = loads.view(len(layers), rig.mesh.ep, -1).sum(-1)
-    return Balance(worst_imbalance(loads), worst_imbalance(by_rank))
+    return imbalances(loads, rig.mesh.ep)
 
 
-def worst_imbalance(loads: torch.Tensor) -> float:
-    """Of loads [layers, n]: the busiest of n over their mean, in the layer where that is largest."""
-    return float((loads.max(dim=1).values * loads.shape[1] / loads.sum(dim=1)).max())
+def imbalances(loads: torch.Tensor, ep: int) -> Balance:
+    """Of loads [layers, experts], where each of `ep` ranks holds as many experts, neighbours."""
+    by_rank = loads.unflatten(1, (ep, -1)).sum(-1)
+    experts, ranks = ((n.max(dim=1).values * n.shape[1] / n.sum(dim=1)).max() for n in (loads, by_rank))
+    return Balance(float(experts), float(ranks))
 
 
 def evaluate(rig: Rig) -> float:

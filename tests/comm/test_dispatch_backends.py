@@ -24,7 +24,6 @@ from dryvine.comm.dispatch.flat import Flat
 from dryvine.comm.dispatch.meter import Meter
 from dryvine.comm.dispatch.rounds import InRounds, imbalance
 from dryvine.comm.dispatch.setup import Setup
-from dryvine.comm.dispatch.single_rank import SingleRank
 from dryvine.comm.local import run
 from dryvine.comm.mesh import Mesh, make_mesh
 from dryvine.comm.topology import by_sizes
@@ -196,15 +195,6 @@ def test_every_backend_is_a_module_and_a_name_in_the_config() -> None:
         assert "\ndef build(setup: Setup) -> " in Path(str(spec.origin)).read_text()
         assert CommConfig(dispatcher=name).dispatcher == name
     assert CommConfig().dispatcher == "auto"
-
-
-def test_a_new_backend_is_a_module_and_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    module: Any = ModuleType("mine")
-    module.build = lambda setup: SingleRank(setup.experts, setup.alignment, setup.meter)
-    monkeypatch.setitem(sys.modules, "mine", module)
-    monkeypatch.setitem(BACKENDS, "mine", "mine")
-    assert CommConfig(dispatcher="mine").dispatcher == "mine"
-    assert isinstance(make_dispatcher("mine", Setup(4)), SingleRank)
 
 
 class StandIn:

@@ -23,6 +23,7 @@ from dryvine.trainer.step import train_step
 from tests.support.rig import rig_of
 
 Tiny = Callable[..., Config]
+SMALL = ("model.layers=2", "batch.sequences=4")
 
 DISPATCHER = '''
 """Every rank gets the rows of all and keeps those of its experts; sums are made over all ranks."""
@@ -166,14 +167,15 @@ def close_to(reference: Stepped) -> tuple[float, float, set[str]]:
 
 def test_a_new_dispatcher_trains(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(BACKENDS, "mine", "everywhere")
-    config = tiny("comm.dispatcher=mine", "parallel.ep=2")
-    assert steps_with(tmp_path / "everywhere.py", DISPATCHER, config) == close_to(_step(0, tiny()))
+    config = tiny(*SMALL, "comm.dispatcher=mine", "parallel.ep=2")
+    assert steps_with(tmp_path / "everywhere.py", DISPATCHER, config) == close_to(_step(0, tiny(*SMALL)))
 
 
 def test_a_new_engine_trains(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It rounds as the emulation does, but for the order of FP32 additions."""
     monkeypatch.setitem(ENGINES, "mine", "exact:Exact")
-    mine, emulated = (tiny("run.dtype=bf16", "fp8.preset=deepseek_v3", f"fp8.gemm={e}") for e in ("mine", "emulate"))
+    fp8 = (*SMALL, "run.dtype=bf16", "fp8.preset=deepseek_v3")
+    mine, emulated = (tiny(*fp8, f"fp8.gemm={engine}") for engine in ("mine", "emulate"))
     loss, norm, moved = steps_with(tmp_path / "exact.py", ENGINE, mine)
     reference = _step(0, emulated)
     assert loss == pytest.approx(reference.loss, rel=1e-4)
@@ -182,12 +184,12 @@ def test_a_new_engine_trains(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_new_schedule_trains(tiny: Tiny, tmp_path: Path) -> None:
-    config = tiny("parallel.schedule=mine", "parallel.pp=2")
-    assert steps_with(tmp_path / "lifo.py", SCHEDULE, config) == close_to(_step(0, tiny()))
+    config = tiny(*SMALL, "parallel.schedule=mine", "parallel.pp=2")
+    assert steps_with(tmp_path / "lifo.py", SCHEDULE, config) == close_to(_step(0, tiny(*SMALL)))
 
 
 def test_a_new_kind_of_block_trains(tiny: Tiny, tmp_path: Path) -> None:
-    loss, norm, moved = steps_with(tmp_path / "mixer.py", BLOCK, tiny())
+    loss, norm, moved = steps_with(tmp_path / "mixer.py", BLOCK, tiny(*SMALL))
     assert 0 < norm < loss
     assert {"layers.0.weight", "layers.0.norm.weight"} <= moved
     assert "layers.0.attention.o.weight" not in moved

@@ -4,22 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
-from importlib import import_module
-from pathlib import Path
 
 import pytest
 import torch
 
-from dryvine.trainer.config import Config
-from dryvine.trainer.data.splits import open_data
 from dryvine.trainer.fp8.choose import CannotRun, check
 from dryvine.trainer.fp8.engines.names import ENGINES, make_engine
 from dryvine.trainer.fp8.recipe import Recipe, preset
-from dryvine.trainer.ramps import points
-from dryvine.trainer.rig import make_rig, mesh_of
-from dryvine.trainer.run_plan import make_plan
-from dryvine.trainer.step import accumulate
 
 # arXiv 2412.19437, section 3.3: tiles, online scales, promotion every 128 of K, E5M6 after attention, FP8 dispatch.
 DEEPSEEK_V3 = {
@@ -91,37 +82,3 @@ def test_widths_that_no_gpu_kernel_takes_are_refused_on_a_gpu_alone() -> None:
     check(preset("bf16"), cuda, (200,))
     with pytest.raises(CannotRun, match="FFN width 200 is not a multiple of 128"):
         check(recipe, cuda, (256, 200))
-
-
-ENGINE = """
-from dryvine.trainer.fp8.engines.emulate import Emulate
-
-CALLS = []
-
-class Mine(Emulate):
-    def single(self, a, b, dtype):
-        CALLS.append(dtype)
-        return super().single(a, b, dtype)
-"""
-
-
-def losses_of_a_step(config: Config) -> dict[str, list[float]]:
-    plan = make_plan(config)
-    rig = make_rig(plan, mesh_of(plan, torch.device("cpu")), open_data(config))
-    played = accumulate(rig, next(points(config.batch, config.data.seq_len)))
-    return {name: [float(loss) for loss in some] for name, some in played.losses.items()}
-
-
-def test_an_engine_is_a_file_and_a_line(
-    tiny: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One of a module that the tree does not have trains a step, with the bits of the engine that it is made of."""
-    (tmp_path / "an_engine_of_a_test.py").write_text(ENGINE)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(ENGINES, "mine", "an_engine_of_a_test:Mine")
-    mine, emulated = (
-        losses_of_a_step(tiny("run.dtype=bf16", "fp8.preset=deepseek_v3", f"fp8.gemm={gemm}"))
-        for gemm in ("mine", "emulate")
-    )
-    assert mine == emulated
-    assert len(import_module("an_engine_of_a_test").CALLS) > 100

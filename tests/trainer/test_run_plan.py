@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -55,6 +56,18 @@ def test_each_rank_gets_the_blocks_of_its_stages(tiny: Tiny) -> None:
     assert plan.blocks_of(0) == {0: plan.blocks[0], 3: plan.blocks[3]}
     assert plan.blocks_of(1) == {1: plan.blocks[1], 2: plan.blocks[2]}
     assert plan.blocks[3][-2:] == ("head", "mtp.0")
+
+
+def test_blocks_are_shared_out_by_what_they_cost(tiny: Tiny) -> None:
+    """A head and MTP over 100,000 words cost more than all layers together."""
+    plan = make_plan(tiny("parallel.pp=2", "model.vocab=100000"))
+    assert plan.blocks == (("embed", *(f"layers.{i}" for i in range(6))), ("head", "mtp.0"))
+
+
+def test_a_schedule_of_the_users_own_is_checked(tiny: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "mine.csv").write_text("0F0,0F1,0B0,0B1\n1F0,1B0,1F1\n")
+    with pytest.raises(ConfigError, match=r"parallel\.schedule: .*mine\.csv: rank 1, slot 2: 1F1 has no backward"):
+        make_plan(tiny("parallel.pp=2", "batch.sequences=2", f'parallel.schedule="file:{tmp_path}/mine.csv"'))
 
 
 def test_the_file_is_named_with_what_is_wrong_in_its_layout(tiny: Tiny) -> None:

@@ -18,7 +18,7 @@ from dryvine.trainer.data.splits import open_data
 from dryvine.trainer.model.initialise import initialise
 from dryvine.trainer.ramps import points
 from dryvine.trainer.rig import Rig
-from dryvine.trainer.step import evaluate, train_step, worst_imbalance
+from dryvine.trainer.step import accumulate, evaluate, imbalances, train_step
 from dryvine.trainer.tensors.weight import Weight
 from tests.support import reference_model
 from tests.support.rig import rig_of, train_on
@@ -144,9 +144,33 @@ def test_validation_is_the_mean_over_all_its_batches(tiny: Tiny, layout: tuple[s
     assert losses == pytest.approx([sum(parts) / 2] * len(losses), rel=1e-5)
 
 
+def test_validation_counts_no_load_and_makes_no_gradient(tiny: Tiny) -> None:
+    """Loads move the gate biases, and validation may not."""
+    rig = rig_of(tiny())
+    evaluate(rig)
+    assert not any(load.any() for load in rig.model.loads.values())
+    assert not any(bucket.grads.any() for bucket in rig.optimizer.zero.buckets)
+
+
+def test_a_step_starts_from_zero_gradients(tiny: Tiny) -> None:
+    rig = rig_of(tiny())
+    made = []
+    for _ in range(2):
+        accumulate(rig, next(points(rig.config.batch, rig.config.data.seq_len)))
+        made.append([bucket.grads.clone() for bucket in rig.optimizer.zero.buckets])
+    for first, second in zip(*made, strict=True):
+        torch.testing.assert_close(second, first, rtol=1e-5, atol=1e-6 * float(first.abs().max()))
+
+
 def test_the_imbalance_is_that_of_the_worst_layer() -> None:
-    assert worst_imbalance(torch.tensor([[4, 0], [2, 2]])) == 2.0
-    assert worst_imbalance(torch.tensor([[2, 2, 2, 2], [3, 1, 2, 2]])) == 1.5
+    assert imbalances(torch.tensor([[4, 0], [2, 2]]), 2) == (2.0, 2.0)
+    assert imbalances(torch.tensor([[2, 2, 2, 2], [3, 1, 2, 2]]), 1) == (1.5, 1.0)
+
+
+def test_a_rank_holds_neighbouring_experts() -> None:
+    assert imbalances(torch.tensor([[3, 1, 2, 2, 2, 2]]), 2) == (1.5, 1.0)
+    assert imbalances(torch.tensor([[3, 1, 2, 2, 2, 2]]), 3) == (1.5, 1.0)
+    assert imbalances(torch.tensor([[3, 3, 0, 2, 2, 2]]), 3) == (1.5, 1.5)
 
 
 def test_the_seed_reaches_the_order_of_the_data(tiny: Tiny) -> None:
