@@ -45,11 +45,10 @@ def test_equal_runs_do_not_deviate() -> None:
 
 
 def test_deviations_are_relative_to_one_process_in_the_l2_norm() -> None:
-    off = run().weights | {"layers.0.attention.o.weight": np.array([3.0, 4.5], np.float32)}
+    off = run().weights | {"layers.0.attention.o.weight": np.array([6.0, 8.0], np.float32)}
     found = by_kind(run(), run(weights=off, losses=(5.0, 5.0)))
-    assert found["weight layers.N.attention.o.weight"] == Deviation(
-        "weight layers.N.attention.o.weight", 0.1, "layers.0.attention.o.weight"
-    )
+    kind = "weight layers.N.attention.o.weight"
+    assert found[kind] == Deviation(kind, 1.0, "layers.0.attention.o.weight")
     assert found["loss"] == Deviation("loss", 0.25, "step 2")
     assert not found["loss"].fine
     assert found["gradient head.weight"].fine
