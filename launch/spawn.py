@@ -142,21 +142,24 @@ class _Attempt:
         return ExitCode.FAULT
 
 
-def _start(rank: int, launch: Launch, port: int) -> subprocess.Popen[bytes]:
-    """As torchrun would. In a process group of its own: a terminal's signals come by way of this process alone."""
-    world = str(launch.world)
-    environment = {
+def rank_environment(rank: int, world: int, port: int) -> dict[str, str]:
+    """What torchrun would set. `port` is that of the store."""
+    return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": world,
-        "LOCAL_WORLD_SIZE": world,
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",  # ranks connect to the store here, rank 0 makes none
-        PARENT: str(os.getpid()),
     }
+
+
+def _start(rank: int, launch: Launch, port: int) -> subprocess.Popen[bytes]:
+    """In a process group of its own: a terminal's signals come by way of this process alone."""
+    environment = os.environ | rank_environment(rank, launch.world, port) | {PARENT: str(os.getpid())}
     words = (sys.executable, "-m", "dryvine.trainer", *launch.words)
-    return subprocess.Popen(words, env=os.environ | environment, process_group=0)
+    return subprocess.Popen(words, env=environment, process_group=0)
 
 
 def _say(line: str) -> None:

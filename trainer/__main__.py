@@ -18,6 +18,7 @@ from dryvine.comm.nvml import probe, refined
 from dryvine.comm.topology import Topology, discover
 from dryvine.comm.watch import Watch
 from dryvine.comm.world import in_world, prepare
+from dryvine.trainer.begin import check_source
 from dryvine.trainer.checkpoint.manifest import CannotSave, CheckpointError
 from dryvine.trainer.config import Config, ConfigError, check_world
 from dryvine.trainer.data.atomic import CannotWrite
@@ -52,9 +53,10 @@ def main(words: Sequence[str]) -> int:
         topology = _topology(config, device)
         data = open_data(config)
         same_run(config, data.identity)
+        check_source(config)
         with RunLock(config.run.folder).held() if rank == 0 else nullcontext():
             return run(plan, data, device, topology)
-    except (ConfigError, DataError, CannotRun) as error:
+    except (ConfigError, DataError, CannotRun, CheckpointError) as error:
         if local_rank == 0:  # of each host: hosts may differ in what they lack
             _say(error)
         return ExitCode.REFUSED

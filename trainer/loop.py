@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from dryvine.comm.mesh import Mesh
 from dryvine.comm.topology import Topology
 from dryvine.parallel.executor import Played
-from dryvine.trainer.checkpoint.load import load, newest_sound
+from dryvine.trainer.begin import resume
 from dryvine.trainer.checkpoint.save import Keep, Saver
 from dryvine.trainer.config import RunConfig
 from dryvine.trainer.data.splits import Data
@@ -153,23 +153,6 @@ def save_if_due(rig: Rig, saver: Saver, step: LoopStep) -> float | None:
     else:
         return None
     return 1e3 * (time.perf_counter() - started)
-
-
-def resume(rig: Rig, console: Console) -> int:
-    """Load the newest checkpoint of the run folder, if any. Returns the steps done. Collective."""
-    run = rig.config.run
-    found = newest_sound(run.folder, rig.mesh, run.on_damage)
-    for damaged in found.passed_over:
-        console.print(f"passed over, and set aside: {damaged}", markup=False)
-    if found.reader is None:
-        return 0
-    loaded = load(found.reader, rig.state(), rig.mesh, optional=("ema",))
-    rig.publish()
-    if rig.optimizer.ema and "ema" in loaded.missing:
-        rig.optimizer.ema.restart()
-        start = f"optim.ema starts from the weights of step {loaded.step}"
-        console.print(f"{found.reader.path} has no average of the weights: {start}")
-    return loaded.step
 
 
 def _progress(console: Console) -> Progress:

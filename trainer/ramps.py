@@ -6,7 +6,7 @@ Both are pure functions of the step, so a resumed run needs no state except its 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BaseModel, Field, model_validator
@@ -23,6 +23,13 @@ class Segment(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     to: Annotated[float, Field(ge=0)]
 
 
+class Change(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
+    """A new value for what the model table sets, in steps that begin after so many tokens or more."""
+
+    after: Positive
+    to: Annotated[float, Field(ge=0)]
+
+
 class OptimConfig(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     """DeepSeek-V3's values by default (arXiv 2412.19437, section 4.2). After its last segment the rate stays."""
 
@@ -35,9 +42,20 @@ class OptimConfig(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     clip: Annotated[float, Field(gt=0)] = 1.0
     moments: Literal["fp32", "bf16"] = "fp32"  # the published run has BF16, with FP32 masters
     ema: Decay = 0.0  # decay of an average of the parameters, kept on the CPU; 0: none
+    # Late changes of model.mtp_weight and model.bias_gamma; V3: 0.1 after 10T tokens, and 0 after 14.3T.
+    mtp_weight_plan: tuple[Change, ...] = ()
+    bias_gamma_plan: tuple[Change, ...] = ()
     # Nonfinite steps in a row that end a run. One is bad data or a flipped bit; three, on other data each, are bad
     # weights.
     skips: Positive = 3
+
+    @model_validator(mode="after")
+    def _changes_differ(self) -> OptimConfig:
+        for name in ("mtp_weight_plan", "bias_gamma_plan"):
+            tokens = [change.after for change in getattr(self, name)]
+            if len(set(tokens)) < len(tokens):
+                raise ValueError(f"{name} has two changes after the same tokens; leave one out")
+        return self
 
     @model_validator(mode="after")
     def _moments_can_decay(self) -> OptimConfig:
@@ -119,6 +137,12 @@ def learning_rate(config: OptimConfig, point: Point) -> float:
             return config.lr * _blend(segment, share, position / segment.length)
         share, position = segment.to, position - segment.length
     return config.lr * share
+
+
+def changed(value: float, plan: Iterable[Change], point: Point) -> float:
+    """What `value` is at a step by `plan`, whose changes may be in any order."""
+    past = [change for change in plan if change.after <= point.tokens_before]
+    return max(past, key=lambda change: change.after).to if past else value
 
 
 def gradient_scale(point: Point) -> float:

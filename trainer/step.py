@@ -14,7 +14,7 @@ import torch
 from dryvine.parallel.executor import Batch, Played
 from dryvine.trainer.data.source import TokenSource
 from dryvine.trainer.model.shape import blocks
-from dryvine.trainer.ramps import Point, gradient_scale, learning_rate
+from dryvine.trainer.ramps import Point, changed, gradient_scale, learning_rate
 from dryvine.trainer.rig import Rig
 
 
@@ -43,13 +43,16 @@ def train_step(rig: Rig, point: Point) -> StepOutcome:
     finite = math.isfinite(norm)
     if finite:
         update(rig, point, norm)
-    return StepOutcome(played, norm, balance(rig, move=finite))
+    gamma = changed(rig.config.model.bias_gamma, rig.config.optim.bias_gamma_plan, point)
+    return StepOutcome(played, norm, balance(rig, gamma if finite else 0.0))
 
 
 def accumulate(rig: Rig, point: Point) -> Played:
     """Run the schedule over a step's sequences. Every main gradient then holds this rank's share of the sum, times
     `gradient_scale(point)`."""
+    config = rig.config
     rig.optimizer.zero.zero_grads()
+    rig.model.loss_weights.mtp = changed(config.model.mtp_weight, config.optim.mtp_weight_plan, point)
     if rig.fp8 is not None:
         every = rig.config.fp8.guard_every
         rig.fp8.guard.on = every > 0 and point.step % every == 0
@@ -65,16 +68,17 @@ def update(rig: Rig, point: Point, norm: float) -> None:
     rig.publish()
 
 
-def balance(rig: Rig, move: bool = True) -> Balance:
-    """Move every gate's bias by the load of the whole global batch (arXiv 2408.15664) if `move`, and count anew."""
+def balance(rig: Rig, gamma: float) -> Balance:
+    """Move every gate's bias by `gamma` after the load of the whole global batch (arXiv 2408.15664), and count
+    anew."""
     shape, own = rig.config.model, rig.model.loads
     layers = [block.name for block in blocks(shape) if block.kind in ("moe", "mtp")]
     if not layers:
         return Balance(1.0, 1.0)
     zeros = torch.zeros(shape.routed, dtype=torch.int64, device=rig.mesh.device)
     loads = rig.mesh.sum(torch.stack([own.get(layer, zeros) for layer in layers]), "expert loads")
-    if move:
-        rig.model.update_biases(dict(zip(layers, loads, strict=True)), shape.bias_gamma)
+    if gamma:
+        rig.model.update_biases(dict(zip(layers, loads, strict=True)), gamma)
     rig.model.reset_loads()
     return imbalances(loads, rig.mesh.ep)
 

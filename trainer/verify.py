@@ -136,7 +136,7 @@ def _rank(rank: int, plan: RunPlan, steps: int, device: str) -> RankRun:
         # Copied before the update, which clips them in place.
         grads = {(p.name, p.start): (p.grad / scale).cpu().numpy() for p in rig.optimizer.pieces}
         update(rig, point, norms[-1])
-        balance(rig)
+        balance(rig, config.model.bias_gamma)
         microbatches = plan.training[point.sequences].schedule.microbatches * rig.mesh.data_ranks
         losses.append(sum(float(loss) for some in played.losses.values() for loss in some) / microbatches)
     weights = {(p.name, p.start): p.master.cpu().numpy() for p in rig.optimizer.pieces}

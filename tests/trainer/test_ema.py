@@ -22,6 +22,7 @@ from tests.support.rig import go, rig_of, train_on
 Tiny = Callable[..., Config]
 Averages = dict[tuple[str, int], NDArray[np.float32]]
 TIMES = (
+    "checkpoint_stall_ms",
     "mbytes_inside_nodes",  # a validation's are in the next row: a run that stopped there has them in none
     "seconds",
     "slowest_rank_ms",

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from dryvine.trainer import journal, loop
+from dryvine.trainer.begin import resume
 from dryvine.trainer.checkpoint import run_folder
 from dryvine.trainer.config import Config
 from dryvine.trainer.loop import Stop
@@ -58,7 +59,7 @@ def test_a_resumed_run_publishes_the_weights_that_it_loads(tiny: Tiny) -> None:
     config = tiny(*SMALL, "run.steps=1", "optim.lr=0.1")
     train_on(0, config)
     rig, fresh = rig_of(config), rig_of(config)
-    assert loop.resume(rig, mock.Mock()) == 1
+    assert resume(rig, mock.Mock()) == 1
     for (name, weight), (_, initial) in zip(rig.model.named_parameters(), fresh.model.named_parameters(), strict=True):
         assert not torch.equal(weight, initial), name
     for bucket in rig.optimizer.zero.buckets:

@@ -9,7 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from dryvine.trainer.ramps import BatchConfig, OptimConfig, Point, Segment, gradient_scale, learning_rate, points
+from dryvine.trainer.ramps import (
+    BatchConfig,
+    Change,
+    OptimConfig,
+    Point,
+    Segment,
+    changed,
+    gradient_scale,
+    learning_rate,
+    points,
+)
 
 
 def at(step: int) -> Point:
@@ -74,3 +84,16 @@ def test_gradients_are_scaled_by_the_power_of_two_at_or_below_the_tokens(
     sequences: int, seq_len: int, scale: float
 ) -> None:
     assert gradient_scale(Point(0, 0, sequences, seq_len)) == scale
+
+
+def test_a_change_by_tokens_holds_from_the_step_that_begins_after_them() -> None:
+    """V3: lambda 0.3 for the first 10T tokens, then 0.1. Here 1000 and 3000, in any order."""
+    plan = (Change(after=3000, to=0.0), Change(after=1000, to=0.1))
+    values = [changed(0.3, plan, Point(0, first, 1, 1)) for first in (0, 999, 1000, 2999, 3000, 9000)]
+    assert values == [0.3, 0.3, 0.1, 0.1, 0.0, 0.0]
+    assert changed(0.3, (), Point(0, 9000, 1, 1)) == 0.3
+
+
+def test_two_changes_after_the_same_tokens_are_refused() -> None:
+    with pytest.raises(ValueError, match="mtp_weight_plan has two changes after the same tokens"):
+        OptimConfig(mtp_weight_plan=(Change(after=5, to=0.1), Change(after=5, to=0.2)))

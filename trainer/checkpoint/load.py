@@ -81,10 +81,16 @@ def verified(path: Path, mesh: Mesh) -> CheckpointReader:
     return reader
 
 
-def load(reader: CheckpointReader, state: RunState, mesh: Mesh, optional: Collection[str] = ()) -> Loaded:
+def load(
+    reader: CheckpointReader,
+    state: RunState,
+    mesh: Mesh,
+    optional: Collection[str] = (),
+    fix: str = OF_ANOTHER_MODEL,
+) -> Loaded:
     """Fill `state` in place from a checkpoint of any layout, and of FP32 or BF16 moments. A field named in `optional`
-    stays as it is if the checkpoint does not have it. Raises CheckpointError, on all ranks, before anything is filled.
-    Collective."""
+    stays as it is if the checkpoint does not have it. Raises CheckpointError, which ends with `fix`, on all ranks
+    before anything is filled. Collective."""
     missing = frozenset(optional) - {tensor.field for tensor in reader.manifest.tensors}
     reads: list[_Read] = []
     own = next(_other_shapes(reader.manifest, state), "")
@@ -92,10 +98,10 @@ def load(reader: CheckpointReader, state: RunState, mesh: Mesh, optional: Collec
         reads = [] if own else [*_piece_reads(reader.manifest, state, missing), *_buffer_reads(reader.manifest, state)]
     except CheckpointError as error:
         own = str(error)
-    _raise_first(mesh, f"{reader.path}: {own}; {OF_ANOTHER_MODEL}" if own else "")
+    _raise_first(mesh, f"{reader.path}: {own}; {fix}" if own else "")
     every = cast(list[list[str]], mesh.gather(list(state.shapes), "names of parameters"))
     if extra := set(reader.manifest.parameters).difference(*every):
-        raise CheckpointError(f"{reader.path}: holds {min(extra)}, which this model has not; {OF_ANOTHER_MODEL}")
+        raise CheckpointError(f"{reader.path}: holds {min(extra)}, which this model has not; {fix}")
     for tensor, part, to in reads:
         to.copy_(reader.read(tensor, part))
     return Loaded(reader.manifest.step, missing)

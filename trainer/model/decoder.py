@@ -18,7 +18,7 @@ from dryvine.parallel.stage import Stage
 from dryvine.trainer.model import phases
 from dryvine.trainer.model.gate import move_bias
 from dryvine.trainer.model.initialise import initialise
-from dryvine.trainer.model.phases import BlockBuilder, Wiring
+from dryvine.trainer.model.phases import BlockBuilder, LossWeights, Wiring
 from dryvine.trainer.model.shape import blocks
 from dryvine.trainer.model.spec import Spec
 from dryvine.trainer.tensors.weight import Weight
@@ -41,7 +41,8 @@ class Model:
     """
 
     def __init__(self, spec: Spec, stages: Mapping[int, tuple[str, ...]], dispatcher: AnyDispatcher) -> None:
-        rank = Wiring(spec, dispatcher)
+        self.loss_weights = LossWeights(spec.shape.mtp_weight)
+        rank = Wiring(spec, dispatcher, self.loss_weights)
         kinds = {block.name: block.kind for block in blocks(spec.shape)}
         self.stages = {
             number: Stage(number, [phase for name in names for phase in BLOCKS[kinds[name]](rank, name)])

@@ -47,12 +47,20 @@ from dryvine.trainer.tensors.quantized import Quantized
 M = TypeVar("M", bound=nn.Module)
 
 
+@dataclass
+class LossWeights:
+    """What losses are multiplied by in the steps to come; the training step sets it by plan."""
+
+    mtp: float  # shared evenly by the depths
+
+
 @dataclass(frozen=True)
 class Wiring:
     """What builders share on one rank. `root` holds the modules under their global names."""
 
     spec: Spec
     dispatcher: AnyDispatcher
+    weights: LossWeights
     root: nn.ModuleDict = field(default_factory=nn.ModuleDict)
     gates: dict[str, Gate] = field(default_factory=dict)  # by block
     wgrad: WGrad = field(default_factory=WGrad)
@@ -167,10 +175,10 @@ def _predict(rank: Wiring, name: str, norm: RMSNorm, depth: int) -> Phase:
     last = depth == shape.mtp_depth
     run = Head(norm, rank.projection(), again=last and "norm" in shape.recompute)
     loss_name = "loss" if depth == 0 else f"mtp.{depth - 1}"
-    weight = 1.0 if depth == 0 else shape.mtp_weight / shape.mtp_depth
 
     def predict(state: State, flight: Flight) -> Outcome:
         normed_NH, loss = run(state[0], rank.tokens(flight, depth + 1))
+        weight = 1.0 if depth == 0 else rank.weights.mtp / shape.mtp_depth
         return Outcome(() if last else (normed_NH,), {loss_name: loss * weight})
 
     return rank.compute("head", name, predict)

@@ -1,0 +1,90 @@
+"""Where a run's first step finds its state: in its own newest checkpoint, in another run, or in its seed.
+
+A run that goes on (`resume`) must be the same run: same model, same data, as if it had never stopped. A run that begins
+from another (`run.init_from`) is a new one with its own folder, data order and step 0: a longer context, other data, or
+another batch is what it is for, so only the model's shapes must agree, and what differs is said.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+from rich.console import Console
+
+from dryvine.trainer.checkpoint import run_folder
+from dryvine.trainer.checkpoint.load import load, newest_sound, verified
+from dryvine.trainer.checkpoint.reader import open_checkpoint
+from dryvine.trainer.checkpoint.state import RunState
+from dryvine.trainer.config import Config, dump
+from dryvine.trainer.rig import Rig
+
+NO_MATTER = {"run.name", "run.out", "run.steps", "run.init_from", "run.init_optimizer"}  # of what a run computes
+
+
+def resume(rig: Rig, console: Console) -> int:
+    """Load the newest checkpoint of the run folder, or what `run.init_from` names if there is none. Returns the steps
+    done. Raises CheckpointError. Collective."""
+    run = rig.config.run
+    found = newest_sound(run.folder, rig.mesh, run.on_damage)
+    for damaged in found.passed_over:
+        console.print(f"passed over, and set aside: {damaged}", markup=False)
+    if found.reader is None:
+        if run.init_from is not None:
+            _begin_from(rig, Path(run.init_from), console)
+        return 0
+    loaded = load(found.reader, rig.state(), rig.mesh, optional=("ema",))
+    rig.publish()
+    if rig.optimizer.ema and "ema" in loaded.missing:
+        rig.optimizer.ema.restart()
+        start = f"optim.ema starts from the weights of step {loaded.step}"
+        console.print(f"{found.reader.path} has no average of the weights: {start}")
+    return loaded.step
+
+
+def check_source(config: Config) -> None:
+    """Raise CheckpointError if a new run cannot begin from what `run.init_from` names. Reads its index only."""
+    if config.run.init_from is not None and run_folder.newest(config.run.folder) is None:
+        open_checkpoint(Path(config.run.init_from))
+
+
+def _begin_from(rig: Rig, source: Path, console: Console) -> None:
+    """`source`: a checkpoint, or a run folder for its newest as rank 0 sees it."""
+    paths = cast(list[Path], rig.mesh.gather(run_folder.newest(source) or source, "the checkpoint to begin from"))
+    reader = verified(paths[0], rig.mesh)
+    state, everything = rig.state(), rig.config.run.init_optimizer
+    fix = "run.init_from needs a checkpoint of this [model] table's shapes"
+    loaded = load(reader, state if everything else _weights(state), rig.mesh, ("ema",), fix)
+    rig.publish()
+    if rig.optimizer.ema and (not everything or "ema" in loaded.missing):
+        rig.optimizer.ema.restart()
+    what = "weights and optimizer" if everything else "weights"
+    console.print(f"begins with the {what} of {reader.path}, after {loaded.step} steps", markup=False)
+    for line in differences(reader.path.parent.parent / "config.toml", rig.config):
+        console.print(f"  {line}", markup=False)
+
+
+def _weights(state: RunState) -> RunState:
+    return replace(state, pieces={place: {"master": fields["master"]} for place, fields in state.pieces.items()})
+
+
+def differences(path: Path, config: Config) -> Iterator[str]:
+    """What a run computes differently from the one whose config.toml that is: a line per key."""
+    if not path.exists():
+        yield f"{path}: not there, so what changes is not known"
+        return
+    before, now = (dict(_flat(tomllib.loads(text))) for text in (path.read_text(), dump(config)))
+    for key in sorted((before.keys() | now.keys()) - NO_MATTER):
+        if before.get(key) != now.get(key):
+            yield f"{key}: {before.get(key, 'not set')} -> {now.get(key, 'not set')}"
+
+
+def _flat(tree: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
