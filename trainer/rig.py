@@ -103,7 +103,7 @@ def make_rig(plan: RunPlan, mesh: Mesh, data: Data, topology: Topology | None = 
     model.initialise(config.run.seed)
     optimizer = Optimizer(Zero(dict(model.named_parameters()), mesh), config.optim)
     state = _boundary(config)
-    slots = slots_by_line([*plan.training.values(), plan.validation])
+    slots = slots_by_line(plan.programs)
     wire, carrier = make_wire(mesh, topology, slots, state)
     messages = EdgeWire(wire, lambda edge: state)
     return Rig(plan, mesh, model, optimizer, data, dispatcher, messages, carrier, make_streams(mesh.device), fp8)

@@ -40,6 +40,11 @@ class RunPlan:
         """That of a full step, which the ramp ends at."""
         return self.training[self.config.batch.sequences].schedule
 
+    @property
+    def programs(self) -> tuple[Program, ...]:
+        """Every program that the run may play."""
+        return (*self.training.values(), self.validation)
+
     def blocks_of(self, pp_rank: int) -> dict[int, Blocks]:
         """The blocks of each stage that a pipeline rank holds, by the stage's number."""
         return {stage: self.blocks[stage] for stage in self.schedule.stages_of(pp_rank)}

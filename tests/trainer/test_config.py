@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -105,6 +106,11 @@ def test_extends_and_overrides_come_in_order(tmp_path: Path) -> None:
     (tmp_path / "base.toml").write_text('extends = "mine.toml"\n')
     with pytest.raises(ConfigError, match="extends itself"):
         load(tmp_path / "mine.toml")
+
+
+def test_what_was_left_to_defaults_is_written_too(tiny: Callable[..., Config]) -> None:
+    """A later version may have others, and the run folder must say what the run had."""
+    assert tomllib.loads(dump(tiny()))["optim"]["eps"] == 1e-8
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

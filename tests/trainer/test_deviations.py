@@ -14,7 +14,7 @@ from dryvine.trainer.deviations import Deviation, Run, assembled, deviations, ta
 from dryvine.trainer.ramps import points
 from dryvine.trainer.step import accumulate
 from dryvine.trainer.verify import alone, play
-from tests.support.rig import rig_of
+from tests.support.rig import go, rig_of
 
 Tiny = Callable[..., Config]
 
@@ -85,13 +85,23 @@ def test_pieces_must_cover_a_parameter_once() -> None:
 
 
 def test_what_is_played_are_the_true_gradients(tiny: Tiny) -> None:
-    config = alone(tiny("parallel.ep=2", "run.dtype=bf16"))
+    config = alone(tiny("parallel.ep=2", "run.dtype=bf16", "model.layers=2"))
     assert (config.parallel.world, config.run.dtype) == (1, "fp32")
     played, rig = play(config, steps=1), rig_of(config)
     losses = accumulate(rig, next(points(config.batch, config.data.seq_len))).losses
     assert played.losses == (pytest.approx(sum(float(loss) for some in losses.values() for loss in some) / 16),)
     norm = np.linalg.norm(np.concatenate([grad.astype(np.float64) for grad in played.grads.values()]))
     assert played.norms == (pytest.approx(norm),)
+
+
+def test_what_is_played_are_whole_steps(tiny: Tiny) -> None:
+    """With the weights that training has after them, gate biases that steer the routing included."""
+    config = alone(tiny("model.layers=2", "model.bias_gamma=0.5", "batch.sequences=4"))
+    weights, rig = play(config, steps=3).weights, rig_of(config)
+    go(rig, 3)
+    assert {piece.name for piece in rig.optimizer.pieces} == set(weights)
+    for piece in rig.optimizer.pieces:
+        np.testing.assert_array_equal(weights[piece.name], piece.master.numpy())
 
 
 def test_two_runs_of_one_layout_may_not_differ_at_all() -> None:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from matplotlib import pyplot
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dryvine.trainer import journal
@@ -81,6 +82,30 @@ def test_the_keys_of_a_row_are_those_that_others_read(tiny: Tiny) -> None:
     )
 
 
+def test_a_row_can_be_read_as_soon_as_it_is_written(tiny: Tiny) -> None:
+    """By whoever watches the run, and after it was killed."""
+    config = tiny()
+    open_folder = Journal(config, make_plan(config).schedule, 0)
+    open_folder.write(row(1))
+    assert [r["step"] for r in journal.read(config.run.folder)] == [1]
+    open_folder.close()
+
+
+def test_the_picture_has_both_losses_and_what_a_guess_would_lose(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as still_open:
+        still_open.setattr(pyplot, "close", lambda figure: None)
+        written(tiny(), row(1, val_loss=6.5, val_loss_ema=7.0), row(2), row(3, val_loss=3.5, val_loss_ema=4.0))
+    (axes,) = pyplot.gcf().axes
+    drawn = {str(line.get_label()): [float(y) for y in line.get_ydata()] for line in axes.lines}
+    pyplot.close("all")
+    assert drawn == {
+        "training": [5.0, 4.0, 3.0],
+        "validation": [6.5, 3.5],
+        "validation, averaged weights": [7.0, 4.0],
+        "uniform guess, ln(vocab) = 5.77": [math.log(320)] * 2,
+    }
+
+
 @pytest.mark.parametrize(
     ("table", "change"),
     [("model", "model.layers=7"), ("data", "data.seq_len=16"), ("batch", "batch.sequences=8")],
@@ -111,13 +136,14 @@ def test_the_commit_has_a_plus_if_files_were_changed(tmp_path: Path, monkeypatch
 
 
 def test_the_table_has_first_and_last_losses_and_median_rates(tiny: Tiny) -> None:
-    rows = [vars(row(step, val_loss=None if step == 2 else 7.0 - step)) for step in (1, 2, 3)]
+    rows = [vars(row(step, val_loss=None if step == 3 else 7.0 - step)) for step in (1, 2, 3)]
+    rows[1]["exposed_comm_ms"] = None
     text = table(tiny(), rows)
     for line in (
         ("steps", "3"),
         ("tokens", "1,536"),
         ("loss", "5.000 -> 3.000"),
-        ("validation loss", "6.000 -> 4.000"),
+        ("validation loss", "6.000 -> 5.000"),
         ("tokens/s", "400"),
         ("bubble, worst rank", "25.0%"),
         ("overlapped forwards", "50.0%"),

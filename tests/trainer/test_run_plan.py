@@ -8,6 +8,8 @@ from unittest import mock
 
 import pytest
 
+from dryvine.comm.copy_wire import Line
+from dryvine.parallel.flow_control import slots_by_line
 from dryvine.parallel.schedule.ir import Schedule
 from dryvine.parallel.schedule.rules import Sizes
 from dryvine.parallel.schedule.table import SCHEDULES
@@ -56,6 +58,14 @@ def test_each_rank_gets_the_blocks_of_its_stages(tiny: Tiny) -> None:
     assert plan.blocks_of(0) == {0: plan.blocks[0], 3: plan.blocks[3]}
     assert plan.blocks_of(1) == {1: plan.blocks[1], 2: plan.blocks[2]}
     assert plan.blocks[3][-2:] == ("head", "mtp.0")
+
+
+def test_messages_have_room_in_validation_too(tiny: Tiny) -> None:
+    """1F1B posts one forward at a time to rank 1 in training, and two at once in validation; one more is filled."""
+    plan = make_plan(tiny("parallel.pp=2"))
+    down = Line(0, 1, (0, "down"))
+    assert slots_by_line(plan.training.values())[down] == 2
+    assert slots_by_line(plan.programs)[down] == 3
 
 
 def test_blocks_are_shared_out_by_what_they_cost(tiny: Tiny) -> None:
