@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -197,10 +198,11 @@ def main() -> int:
     parser.add_argument("--deadline", type=float, default=8.0)
     parser.add_argument("--together", type=int, default=3, help="jobs at a time")
     parser.add_argument("--only", default="", help="jobs of `ops` whose name has this")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="a folder for every job's output, emptied first")
     given = parser.parse_args()
     out = given.out or Path(tempfile.mkdtemp(prefix="dryvine-faults-"))
-    out.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(out, ignore_errors=True)  # an earlier run's files say when its ranks were lost
+    out.mkdir(parents=True)
     run, sections = Run(given.device, given.deadline, out.resolve()), given.section or ["ops", "resume"]
     findings: list[Finding] = []
     with ThreadPoolExecutor(given.together) as pool:

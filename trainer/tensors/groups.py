@@ -53,7 +53,8 @@ class ExpertGroups:
     @cached_property
     def tables(self) -> tuple[Tensor, Tensor]:
         """int32 [B, 3]: (expert, first row, end of the expert's rows) of each block; int32 [X + 1]: `block_starts`.
-        One copy to the device for both."""
+        One copy to the device for both, the one of known length first: Triton compiles a kernel again for an address
+        that is no multiple of 16, so addresses must not depend on the counts."""
         ends = list(accumulate(self.counts))
         flat = [
             entry
@@ -61,5 +62,6 @@ class ExpertGroups:
             for first in range(end - count, end, TILE)
             for entry in (expert, first, end)
         ]
-        both = upload([*flat, *self.block_starts], self.device, torch.int32)
-        return both[: len(flat)].view(-1, 3), both[len(flat) :]
+        starts = self.block_starts
+        both = upload([*starts, *flat], self.device, torch.int32)
+        return both[len(starts) :].view(-1, 3), both[: len(starts)]
