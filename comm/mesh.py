@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import product
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -109,9 +110,16 @@ class Mesh:
         return out
 
 
-def make_mesh(
-    pp: int, dp: int, ep: int, routes: int, device: torch.device, timeout: timedelta, sms: int | None = None
-) -> Mesh:
+class Layout(NamedTuple):
+    """What a mesh is made of: pp x dp x ep ranks."""
+
+    pp: int = 1
+    dp: int = 1
+    ep: int = 1
+    routes: int = 1  # orders in which microbatches pass the pipeline ranks: 2 for DualPipe
+
+
+def make_mesh(layout: Layout, device: torch.device, timeout: timedelta, sms: int | None = None) -> Mesh:
     """Make every group of the run. Collective; the world must already be initialised unless it is one process.
 
     Each pipeline gets a communicator per route, direction and sense, so that activations never queue behind gradients,
@@ -120,6 +128,7 @@ def make_mesh(
     `sms` is how many SMs of a GPU the expert all-to-all may take at once. GEMMs are told to leave them free, for the
     whole process; scaled_mm on Hopper does, for others it is a hint. On a CPU it has no effect.
     """
+    pp, dp, ep, routes = layout
     size = pp * dp * ep
     rank = dist.get_rank() if size > 1 else 0
     budget = sms if device.type == "cuda" else None

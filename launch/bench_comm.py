@@ -124,10 +124,10 @@ def measure(rank: int, topology: Topology, shape: CommShape, cases: list[Case]) 
 
     from dryvine.comm.dispatch.choose import make_dispatcher
     from dryvine.comm.dispatch.setup import Setup
-    from dryvine.comm.mesh import make_mesh
+    from dryvine.comm.mesh import Layout, make_mesh
 
     place = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    mesh = make_mesh(1, 1, topology.ranks, 1, place, timedelta(seconds=600))
+    mesh = make_mesh(Layout(ep=topology.ranks), place, timedelta(seconds=600))
     names = dict.fromkeys(case.backend for case in cases)
     dispatchers = {
         name: make_dispatcher(name, Setup(shape.experts, mesh, topology, top_k=shape.top_k)) for name in names

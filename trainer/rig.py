@@ -15,7 +15,7 @@ from dryvine.comm.dispatch.api import AnyDispatcher
 from dryvine.comm.dispatch.choose import make_dispatcher
 from dryvine.comm.dispatch.payload import Format
 from dryvine.comm.dispatch.setup import Setup
-from dryvine.comm.mesh import Mesh, make_mesh
+from dryvine.comm.mesh import Layout, Mesh, make_mesh
 from dryvine.comm.pipeline_wire import make_wire
 from dryvine.comm.topology import Topology
 from dryvine.comm.world import timeout
@@ -90,7 +90,8 @@ class Rig:
 def mesh_of(plan: RunPlan, device: torch.device) -> Mesh:
     """The process groups of the plan's layout. Collective."""
     p, comm = plan.config.parallel, plan.config.comm
-    return make_mesh(p.pp, p.dp, p.ep, len(plan.schedule.routes), device, timeout(comm.deadline, device), comm.sms)
+    layout = Layout(p.pp, p.dp, p.ep, routes=len(plan.schedule.routes))
+    return make_mesh(layout, device, timeout(comm.deadline, device), comm.sms)
 
 
 def make_rig(plan: RunPlan, mesh: Mesh, data: Data, topology: Topology | None = None) -> Rig:

@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 from dryvine.comm.dispatch.choose import make_dispatcher
 from dryvine.comm.dispatch.setup import Setup
-from dryvine.comm.mesh import make_mesh
+from dryvine.comm.mesh import Layout, make_mesh
 from dryvine.comm.topology import Topology, by_sizes
 from tests.support import netns_bed
 
@@ -74,7 +74,7 @@ def plain(handle: Any, row_bytes: int) -> Callable[[], None]:
 
 def measure(rank: int, sizes: list[int], tokens: int, hidden: int, rounds: int) -> dict[str, Any]:
     topology = by_sizes(sizes)
-    mesh = make_mesh(1, 1, sum(sizes), 1, torch.device("cpu"), timedelta(seconds=600))
+    mesh = make_mesh(Layout(ep=sum(sizes)), torch.device("cpu"), timedelta(seconds=600))
     chosen, x = grouped(rank, tokens), torch.randn(tokens, hidden).bfloat16()
     weights = torch.rand(tokens, TOP_K)
     runs: dict[str, Callable[[], Any]] = {}

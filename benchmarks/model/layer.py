@@ -38,7 +38,7 @@ from benchmarks.support import kernel_times
 from benchmarks.support.census import Census
 from dryvine.comm.dispatch.flat import Flat
 from dryvine.comm.dispatch.meter import Meter
-from dryvine.comm.mesh import make_mesh
+from dryvine.comm.mesh import Layout, make_mesh
 from dryvine.comm.pending import Pending
 from dryvine.parallel.stage import Flight, Stage, State
 from dryvine.parallel.wgrad import Closure
@@ -187,7 +187,7 @@ def make_bench(recipe: Recipe, device: torch.device, tokens: int, recompute: boo
     shape = v3(device, recompute)
     fp8, engine = None, "products in BF16"
     if recipe != "bf16":
-        alone = make_mesh(1, 1, 1, 1, device, timedelta(seconds=60))
+        alone = make_mesh(Layout(), device, timedelta(seconds=60))
         products, engine = choose(preset(recipe), alone, folder)
         fp8 = FP8(preset(recipe), products, engine)
     dispatcher = Flat(Mirror(EP), shape.routed)

@@ -27,7 +27,7 @@ from rich.table import Table
 from benchmarks.model.layer import CONFIG, EP, RECIPES, Mirror, Recipe, fill
 from benchmarks.support.census import Census
 from dryvine.comm.dispatch.flat import Flat
-from dryvine.comm.mesh import make_mesh
+from dryvine.comm.mesh import Layout, make_mesh
 from dryvine.parallel.schedule.simulate import most_held
 from dryvine.parallel.stage import Flight, Stage, State
 from dryvine.trainer.activations import stage_bytes
@@ -118,7 +118,7 @@ def _allocated(device: torch.device) -> int:
 def make_bench(shape: Shape, recipe: Recipe, name: str, batch: MicrobatchSize, device: torch.device) -> Bench:
     fp8 = None
     if recipe != "bf16":
-        mesh = make_mesh(1, 1, 1, 1, device, timedelta(seconds=60))
+        mesh = make_mesh(Layout(), device, timedelta(seconds=60))
         with tempfile.TemporaryDirectory() as folder:
             fp8 = FP8(preset(recipe), *choose(preset(recipe), mesh, Path(folder)))
     spec = Spec(shape, torch.bfloat16, device, 0, EP, fp8)

@@ -26,7 +26,7 @@ from rich.table import Table
 
 from benchmarks.support.overlap_toys import Device, Nothing, Sleeper, Times, toy_flight, toy_stage
 from dryvine.comm import local
-from dryvine.comm.mesh import make_mesh
+from dryvine.comm.mesh import Layout, make_mesh
 from dryvine.comm.wire import P2PWire
 from dryvine.parallel import overlap as weave
 from dryvine.parallel.executor import Batch, EdgeWire, Executor
@@ -133,7 +133,7 @@ def host(device: torch.device, layers: int = 200) -> float:
 def step(rank: int, name: str, overlap: str, microbatches: int, layers: int, times: Times) -> tuple[float, float]:
     """Seconds of one step of a whole schedule on this rank, and those in which it stood still for the link."""
     schedule = build(name, RANKS, microbatches)
-    mesh = make_mesh(RANKS, 1, 1, len(schedule.routes), torch.device("cpu"), timedelta(seconds=100))
+    mesh = make_mesh(Layout(pp=RANKS, routes=len(schedule.routes)), torch.device("cpu"), timedelta(seconds=100))
     link, deep = Sleeper(), layers // schedule.stages  # one link a rank
     stages = {s: toy_stage(s, deep, times, link, schedule.stages) for s in schedule.stages_of(rank)}
     order = weave.ORDERS["cpu"] if overlap == "on" else None

@@ -22,7 +22,7 @@ from dryvine.comm.collectives import reduce_scatter
 from dryvine.comm.dispatch.flat import build
 from dryvine.comm.dispatch.setup import Setup
 from dryvine.comm.lines import Line
-from dryvine.comm.mesh import Mesh, make_mesh
+from dryvine.comm.mesh import Layout, Mesh, make_mesh
 from dryvine.comm.pipeline_wire import connect, make_wire
 from dryvine.comm.watch import Watch
 from dryvine.comm.wire import P2PWire, Wire
@@ -51,8 +51,8 @@ def main(words: list[str]) -> int:
 def body(watch: Watch, operation: str, fault: str, device: torch.device, folder: Path) -> int:
     hour = timeout(3600, device)  # torch's own must not be what ends the job
     pipeline = operation in ("receive", "receive NCCL")
-    layout = (2, 1, 1) if pipeline else (1, 1, 2)
-    mesh = replace(make_mesh(*layout, 1, device, hour), watch=watch)
+    layout = Layout(pp=2) if pipeline else Layout(ep=2)
+    mesh = replace(make_mesh(layout, device, hour), watch=watch)
     step = OPERATIONS[operation](mesh)
     square = torch.rand(512, 512, device=device)
     for number in range(STEPS):

@@ -23,7 +23,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from dryvine.comm.lines import Channel
-from dryvine.comm.mesh import make_mesh
+from dryvine.comm.mesh import Layout, make_mesh
 from dryvine.comm.pending import Pending
 from dryvine.comm.wire import P2PWire
 from dryvine.parallel.executor import Batch, EdgeWire, Executor
@@ -165,7 +165,9 @@ class Dryvine:
         self.schedule = build(name, sizes.ranks, sizes.microbatches)
         self.wgrad = WGrad()
         self.layers = {s: Slow(s, self.wgrad, pace) for s in self.schedule.stages_of(rank)}
-        mesh = make_mesh(sizes.ranks, 1, 1, len(self.schedule.routes), torch.device("cpu"), timedelta(seconds=600))
+        mesh = make_mesh(
+            Layout(pp=sizes.ranks, routes=len(self.schedule.routes)), torch.device("cpu"), timedelta(seconds=600)
+        )
         state = (torch.empty(ROWS, WIDTH, device="meta"),)
         stages = {s: self._stage(layer) for s, layer in self.layers.items()}
         wire = EdgeWire(P2PWire(mesh), lambda edge: state)

@@ -25,7 +25,7 @@ from dryvine.comm.dispatch.meter import Meter
 from dryvine.comm.dispatch.rounds import InRounds, imbalance
 from dryvine.comm.dispatch.setup import Setup
 from dryvine.comm.local import run
-from dryvine.comm.mesh import Mesh, make_mesh
+from dryvine.comm.mesh import Layout, Mesh, make_mesh
 from dryvine.comm.topology import by_sizes
 
 CPU, MINUTE = torch.device("cpu"), timedelta(seconds=60)
@@ -39,7 +39,7 @@ def draw(seed: int, tokens: int, experts: int, top_k: int) -> Tensor:
 def every_backend(rank: int, sizes: list[int], dtype: torch.dtype) -> dict[str, dict[str, int]]:
     """All that run here, over gloo, against flat: bitwise in dispatch, to rounding in combine."""
     world = sum(sizes)
-    mesh = make_mesh(1, 1, world, 1, CPU, MINUTE)
+    mesh = make_mesh(Layout(ep=world), CPU, MINUTE)
     chosen, noise = draw(rank, 30 * rank, 12, 3), torch.Generator().manual_seed(rank)
     rows, weights = torch.randn(30 * rank, 6, generator=noise).to(dtype), torch.rand(30 * rank, 3, generator=noise)
     seen, want = {}, None
@@ -67,7 +67,7 @@ def test_backends_agree_over_gloo(sizes: list[int], dtype: torch.dtype) -> None:
 
 
 def routed_alike(rank: int, name: str) -> dict[str, int]:
-    mesh = make_mesh(1, 1, 4, 1, CPU, MINUTE)
+    mesh = make_mesh(Layout(ep=4), CPU, MINUTE)
     dispatcher: Any = make_dispatcher(name, Setup(8, mesh, by_sizes([2, 2])))
     handle = dispatcher.plan_routing(draw(7, 40, 8, 3)).wait()
     dispatcher.meter.take()
@@ -134,7 +134,7 @@ def test_imbalance_is_the_busiest_over_the_mean() -> None:
 
 def counted(rank: int, name: str, factor: float) -> dict[str, dict[str, int]]:
     """What the caller's meter has seen after each call; every token goes to node 0."""
-    mesh = make_mesh(1, 1, 4, 1, CPU, MINUTE)
+    mesh = make_mesh(Layout(ep=4), CPU, MINUTE)
     setup = Setup(8, mesh, by_sizes([2, 2]))
     dispatcher = make_dispatcher(name, setup, factor)
     assert dispatcher.meter is setup.meter
@@ -160,7 +160,7 @@ def test_rounds_count_all_bytes_in_one_meter(name: str) -> None:
 
 
 def rounds_of_the_load(rank: int) -> dict[str, int]:
-    setup = Setup(8, make_mesh(1, 1, 4, 1, CPU, MINUTE), by_sizes([2, 2]))
+    setup = Setup(8, make_mesh(Layout(ep=4), CPU, MINUTE), by_sizes([2, 2]))
     make_dispatcher("flat", setup, 100.0).plan_routing(draw(rank, 24, 8, 2)).wait()
     return setup.meter.take()
 
@@ -260,7 +260,7 @@ def mesh_of(ranks: int) -> Mesh:
 def crossings(rank: int, sizes: list[int]) -> tuple[dict[str, int], dict[str, int]]:
     """(rows that hierarchical sends, rows that DeepEP's adapter counts) by link, for routing of this rank's own."""
     chosen, world = draw(rank, 40 + rank, 12, 4), sum(sizes)
-    setup = Setup(12, make_mesh(1, 1, world, 1, CPU, MINUTE), by_sizes(sizes))
+    setup = Setup(12, make_mesh(Layout(ep=world), CPU, MINUTE), by_sizes(sizes))
     real = make_dispatcher("hierarchical", setup)
     handle = real.plan_routing(chosen).wait()
     setup.meter.take()

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from dryvine.comm.dispatch.hierarchical import Hierarchical, build
 from dryvine.comm.dispatch.setup import Setup
-from dryvine.comm.mesh import make_mesh
+from dryvine.comm.mesh import Layout, make_mesh
 from dryvine.comm.topology import by_sizes
 from dryvine.comm.watch import CODE, CommError, watch_world
 
@@ -33,7 +33,7 @@ def rank_main(rank: int, folder: Path, how: str, when: str) -> None:
     store = dist.FileStore(str(folder / "store"), 4)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=4, timeout=HOUR)
     watch = watch_world(DEADLINE)
-    mesh = replace(make_mesh(1, 1, 4, 1, torch.device("cpu"), HOUR), watch=watch)
+    mesh = replace(make_mesh(Layout(ep=4), torch.device("cpu"), HOUR), watch=watch)
     dispatcher = build(Setup(8, mesh, by_sizes([2, 2])))
     try:
         for microbatch in range(100):

@@ -13,13 +13,13 @@ import torch.distributed as dist
 from dryvine.comm import clock
 from dryvine.comm.collectives import all_gather, reduce_scatter
 from dryvine.comm.local import RankFailed, run
-from dryvine.comm.mesh import make_mesh
+from dryvine.comm.mesh import Layout, make_mesh
 
 CPU, MINUTE = torch.device("cpu"), timedelta(seconds=60)
 
 
 def places(rank: int) -> dict[str, Any]:
-    mesh = make_mesh(2, 2, 2, 2, CPU, MINUTE)
+    mesh = make_mesh(Layout(2, 2, 2, 2), CPU, MINUTE)
     members = {key: dist.get_process_group_ranks(group) for key, group in mesh.channels.items()}
     families = [(0, 3), (1,), (2, 3, 7)]
     return {
@@ -51,7 +51,7 @@ def test_places_and_groups_of_a_mesh() -> None:
 
 
 def test_one_process_has_no_groups() -> None:
-    mesh = make_mesh(1, 1, 1, 1, CPU, MINUTE)
+    mesh = make_mesh(Layout(), CPU, MINUTE)
     assert (mesh.experts, mesh.channels, mesh.sms) == (None, {}, None)
     assert mesh.gather("x", "ranks") == ["x"]
     assert mesh.sum(torch.tensor([3]), "ranks").item() == 3
@@ -73,7 +73,7 @@ def test_slices_are_in_rank_order() -> None:
 
 def late(rank: int) -> float:
     """The clock of rank r is 100 r seconds ahead."""
-    mesh, now = make_mesh(1, 1, 3, 1, CPU, MINUTE), clock.time.perf_counter
+    mesh, now = make_mesh(Layout(ep=3), CPU, MINUTE), clock.time.perf_counter
     clock.time = SimpleNamespace(perf_counter=lambda: now() + 100 * rank)
     return clock.offset(mesh)
 

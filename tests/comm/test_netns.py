@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from dryvine.comm.dispatch.choose import make_dispatcher
 from dryvine.comm.dispatch.setup import Setup
-from dryvine.comm.mesh import make_mesh
+from dryvine.comm.mesh import Layout, make_mesh
 from dryvine.comm.topology import by_sizes
 from tests.support import netns_bed
 
@@ -38,7 +38,7 @@ def moved(fn: Any) -> int:
 
 def crossing(rank: int, sizes: list[int]) -> dict[str, int]:
     world = sum(sizes)
-    mesh = make_mesh(1, 1, world, 1, torch.device("cpu"), timedelta(seconds=60))
+    mesh = make_mesh(Layout(ep=world), torch.device("cpu"), timedelta(seconds=60))
     chosen = grouped(rank, TOKENS)
     bf16 = (torch.randn(TOKENS, HIDDEN).bfloat16(),)
     fp8 = (torch.zeros(TOKENS, HIDDEN, dtype=torch.uint8), torch.ones(TOKENS, HIDDEN // 128))

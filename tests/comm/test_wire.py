@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from dryvine.comm.dispatch.exchange import GroupExchange
-from dryvine.comm.mesh import Mesh, make_mesh
+from dryvine.comm.mesh import Layout, Mesh, make_mesh
 from dryvine.comm.watch import CommError, Watch, watch_world
 from dryvine.comm.wire import P2PWire
 
@@ -47,7 +47,7 @@ def on_ranks(world: int, main: Callable[..., None], folder: Path, *args: object,
 
 def rank_main(rank: int, folder: Path, how: str) -> None:
     start(folder, rank, 2)
-    mesh = make_mesh(2, 1, 1, 1, CPU, DEADLINE)
+    mesh = make_mesh(Layout(pp=2), CPU, DEADLINE)
     wire = P2PWire(replace(mesh, watch=watch_world(DEADLINE.total_seconds())))
     if rank == 1:
         wire.send((torch.ones(4),), 0, (0, "up")).wait()
@@ -91,7 +91,7 @@ POSTS = {
 
 def post_to_the_dead(rank: int, folder: Path, what: str) -> None:
     start(folder, rank, 2)
-    mesh = make_mesh(2, 1, 1, 1, CPU, DEADLINE)
+    mesh = make_mesh(Layout(pp=2), CPU, DEADLINE)
     watch = watch_world(DEADLINE.total_seconds())
     dist.barrier()
     if rank == 1:
@@ -118,7 +118,7 @@ def test_posting_to_a_rank_that_is_lost_names_it_too(tmp_path: Path, what: str) 
 def second_pipeline(rank: int, folder: Path) -> None:
     """World ranks 1 and 3 are the second of two pipelines; rank 3 is its second stage and is lost."""
     start(folder, rank, 4)
-    mesh = make_mesh(2, 2, 1, 1, CPU, DEADLINE)
+    mesh = make_mesh(Layout(pp=2, dp=2), CPU, DEADLINE)
     watch = watch_world(DEADLINE.total_seconds())
     if rank == 3:
         os.kill(os.getpid(), 19)

@@ -15,7 +15,7 @@ import torch
 from dryvine.comm import wire
 from dryvine.comm.copy_wire import CopyWire, layout_rings, slot_bytes
 from dryvine.comm.lines import Line
-from dryvine.comm.mesh import Mesh, make_mesh
+from dryvine.comm.mesh import Layout, Mesh, make_mesh
 from dryvine.comm.pending import Pending
 from dryvine.comm.wire import P2PWire, Wire
 from dryvine.parallel import executor, streams
@@ -112,7 +112,7 @@ def toy_races(
     """What goes wrong on `rank` in one run of a schedule on toys."""
     with pytest.MonkeyPatch.context() as patch:
         races = support.watch(patch, rank, kind)
-        mesh = make_mesh(len(schedule.ranks), 1, 1, len(schedule.routes), CPU, timedelta(seconds=9))
+        mesh = make_mesh(Layout(pp=len(schedule.ranks), routes=len(schedule.routes)), CPU, timedelta(seconds=9))
         wgrad = WGrad()
         stages = {s: toy_stage(s, schedule.stages - 1, names, wgrad) for s in schedule.stages_of(rank)}
         program = lower(schedule)

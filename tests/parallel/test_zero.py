@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dryvine.comm import local
-from dryvine.comm.mesh import Mesh, make_mesh
+from dryvine.comm.mesh import Layout, Mesh, make_mesh
 from dryvine.parallel import zero
 from dryvine.parallel.zero import Zero
 
@@ -78,7 +78,7 @@ def parameters(rank: int) -> dict[str, nn.Parameter]:
 
 
 def mesh_of(rank: int) -> Mesh:
-    return make_mesh(2, 1, 2, 1, CPU, timedelta(seconds=60))
+    return make_mesh(Layout(pp=2, ep=2), CPU, timedelta(seconds=60))
 
 
 def step(rank: int) -> Report:

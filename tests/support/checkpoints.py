@@ -12,14 +12,14 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from dryvine.comm.mesh import Mesh, make_mesh
+from dryvine.comm.mesh import Layout, Mesh, make_mesh
 from dryvine.trainer.checkpoint import run_folder
 from dryvine.trainer.checkpoint.save import Keep, Saver
 from dryvine.trainer.checkpoint.state import RunState
 
 
 def mesh(ranks: int = 1) -> Mesh:
-    return make_mesh(1, 1, ranks, 1, torch.device("cpu"), timedelta(seconds=60))
+    return make_mesh(Layout(ep=ranks), torch.device("cpu"), timedelta(seconds=60))
 
 
 def piece(first: float, size: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dryvine.comm.mesh import make_mesh
+from dryvine.comm.mesh import Layout, make_mesh
 from dryvine.comm.pending import Pending
 from dryvine.comm.wire import P2PWire, Wire
 from dryvine.parallel.executor import Batch, EdgeWire, Executor
@@ -139,9 +139,9 @@ class Toy:
         self.held = {n: Weight(w) for n, w in weights(self.schedule.stages).items() if int(n.split(".")[0]) in own}
         for weight in self.held.values():
             weight.queue = wgrad.put
-        routes = len(self.schedule.routes)
         if self.wire is None:
-            self.wire = P2PWire(make_mesh(len(self.schedule.ranks), 1, 1, routes, CPU, timedelta(seconds=60)))
+            layout = Layout(pp=len(self.schedule.ranks), routes=len(self.schedule.routes))
+            self.wire = P2PWire(make_mesh(layout, CPU, timedelta(seconds=60)))
         stages = {s: self._stage(s, wgrad) for s in own}
         order = ORDERS["cpu"] if self.woven else None
         program = rank_program(lower(self.schedule), self.rank)

@@ -17,7 +17,7 @@ from dryvine.comm.dispatch.choose import make_dispatcher
 from dryvine.comm.dispatch.payload import Format
 from dryvine.comm.dispatch.setup import Setup
 from dryvine.comm.local import run
-from dryvine.comm.mesh import make_mesh
+from dryvine.comm.mesh import Layout, make_mesh
 from dryvine.comm.topology import by_sizes
 from dryvine.parallel import overlap
 from dryvine.parallel.stage import AS_IS, Explicit, Flight, Grads, Stage, State, StepResult, StreamName
@@ -59,7 +59,7 @@ def faulty(rows: int, width: int, seed: int) -> Tensor:
 
 
 def arrives(rank: int, tokens: tuple[int, ...], width: int) -> None:
-    mesh, tiles = make_mesh(1, 1, len(tokens), 1, CPU, MINUTE), Tiles()
+    mesh, tiles = make_mesh(Layout(ep=len(tokens)), CPU, MINUTE), Tiles()
     rows, noise = faulty(tokens[rank], width, rank), torch.Generator().manual_seed(rank)
     weights = torch.rand(len(rows), 3, generator=noise)
     chosen = torch.rand(len(rows), 8, generator=noise).argsort(dim=1)[:, :3]
@@ -315,7 +315,7 @@ def tensors(tree: Any) -> list[Tensor]:
 
 
 def moved(rank: int, config: Config) -> int:
-    mesh = make_mesh(1, 1, 2, 1, CPU, MINUTE)
+    mesh = make_mesh(Layout(ep=2), CPU, MINUTE)
     rig = make_rig(make_plan(config), mesh, open_data(config), by_sizes([1, 1]))
     for point in islice(points(config.batch, config.data.seq_len), 1):
         accumulate(rig, point)

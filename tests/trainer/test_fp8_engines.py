@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dryvine.comm import local
-from dryvine.comm.mesh import Mesh, make_mesh
+from dryvine.comm.mesh import Layout, Mesh, make_mesh
 from dryvine.trainer.fp8 import casts
 from dryvine.trainer.fp8.choose import CHOICE_FILE, agree, choose
 from dryvine.trainer.fp8.engines import deep_gemm as deep_gemm_engine
@@ -197,7 +197,7 @@ def test_each_kind_of_product_goes_to_its_engine() -> None:
 
 
 def alone(rank: int = 0) -> Mesh:
-    return make_mesh(1, 1, 1, 1, CPU, timedelta(seconds=60))
+    return make_mesh(Layout(), CPU, timedelta(seconds=60))
 
 
 def timings(*rows: tuple[float, ...]) -> Times:
@@ -210,7 +210,7 @@ SHARED = dict(zip(KINDS, "bab", strict=True))
 
 
 def _rank(rank: int, folder: Path, able: tuple[str, ...]) -> list[tuple[dict[str, str], str]]:
-    mesh, asked = make_mesh(1, 1, 2, 1, CPU, timedelta(seconds=60)), []
+    mesh, asked = make_mesh(Layout(ep=2), CPU, timedelta(seconds=60)), []
 
     def measure(engines: Mapping[str, Engine], device: torch.device) -> Times:
         asked.append(tuple(engines))

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from dryvine.comm.mesh import make_mesh
+from dryvine.comm.mesh import Layout, make_mesh
 from dryvine.parallel.zero import Zero
 from dryvine.trainer import optim
 from dryvine.trainer.config import Config, ConfigError
@@ -32,7 +32,7 @@ def optimizer(config: OptimConfig) -> Optimizer:
     """Of a matrix, a vector, and nothing else."""
     torch.manual_seed(0)
     named = {"matrix": nn.Parameter(torch.randn(3, 5)), "vector": nn.Parameter(torch.randn(4))}
-    return Optimizer(Zero(named, make_mesh(1, 1, 1, 1, torch.device("cpu"), timedelta(seconds=9))), config)
+    return Optimizer(Zero(named, make_mesh(Layout(), torch.device("cpu"), timedelta(seconds=9))), config)
 
 
 @contextmanager

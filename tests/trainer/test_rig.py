@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dryvine.comm.dispatch.setup import Setup
+from dryvine.comm.mesh import Layout
 from dryvine.parallel.overlap import ORDERS
 from dryvine.trainer import rig
 from dryvine.trainer.config import Config
@@ -22,14 +23,14 @@ CPU = torch.device("cpu")
 
 
 def test_groups_are_made_of_the_layout_with_its_deadline_and_sms(tiny: Tiny) -> None:
-    layout = ("parallel.pp=2", "parallel.dp=3", "parallel.ep=4", "parallel.schedule=dualpipe", "batch.sequences=48")
+    ranks = ("parallel.pp=2", "parallel.dp=3", "parallel.ep=4", "parallel.schedule=dualpipe", "batch.sequences=48")
     with mock.patch.object(rig, "make_mesh") as made:
-        mesh_of(make_plan(tiny(*layout, "comm.deadline=7", "comm.sms=20")), CPU)
+        mesh_of(make_plan(tiny(*ranks, "comm.deadline=7", "comm.sms=20")), CPU)
     (given,) = made.call_args_list
+    layout, device, timeout, sms = given.args
     # DualPipe has two routes.
-    assert given.args[:5] == (2, 3, 4, 2, CPU)
-    assert given.args[6] == 20
-    assert timedelta(seconds=7) <= given.args[5] < timedelta(seconds=60)
+    assert (layout, device, sms) == (Layout(pp=2, dp=3, ep=4, routes=2), CPU, 20)
+    assert timedelta(seconds=7) <= timeout < timedelta(seconds=60)
 
 
 def test_a_dispatcher_has_room_for_the_widest_row_and_all_tokens_of_a_microbatch(tiny: Tiny) -> None:
