@@ -63,7 +63,8 @@ def test_the_update_is_adamw_in_fp64_to_rounding(moments: str, seed: int, size: 
     ours = optimizer(config)
     generator = torch.Generator().manual_seed(seed)
     with chunks_of(chunk):
-        for _ in range(4):
+        for updates in range(4):
+            assert all(float(of["step"]) == updates for of in ours.state().values())
             grads = [torch.randn(p.grad.shape, generator=generator) * size for p in ours.pieces]
             for piece, grad in zip(ours.pieces, grads, strict=True):
                 piece.grad.copy_(grad * SCALE)
@@ -93,6 +94,31 @@ def test_chunks_change_no_bit() -> None:
                 ours.update(RATE, 1.0, 1.0)
         made.append(torch.cat([t.flatten().double() for of in ours.state().values() for t in of.values()]))
     assert all(torch.equal(made[0], other) for other in made[1:])
+
+
+def test_a_chunk_is_full_and_no_fuller() -> None:
+    """19 elements: a matrix of 15 and a vector of 4."""
+    ours = optimizer(OptimConfig(moments="bf16"))
+    with chunks_of(7):
+        chunks = list(optim._chunks(list(zip(ours.pieces, ours.moments, strict=True))))
+    assert [[operands.master.numel() for operands in chunk] for chunk in chunks] == [[7], [7], [1, 4]]
+
+
+def test_the_average_is_told_before_the_masters_change_and_after() -> None:
+    """A GPU still copies the old ones then."""
+    ours = optimizer(OptimConfig(ema=0.5))
+    old = [bucket.master.clone() for bucket in ours.zero.buckets]
+    seen: dict[str, list[bool]] = {}
+
+    def told(when: str) -> Callable[[], None]:
+        return lambda: seen.update({when: [b.master.equal(o) for b, o in zip(ours.zero.buckets, old, strict=True)]})
+
+    ema = mock.Mock(before_update=told("before"), after_update=told("after"))
+    with mock.patch.object(ours, "ema", ema):
+        for piece in ours.pieces:
+            piece.grad.fill_(1.0)
+        ours.update(RATE, 1.0, 1.0)
+    assert seen == {"before": [True] * len(old), "after": [False] * len(old)}
 
 
 def test_bf16_moments_take_half_the_bytes(tiny: Tiny) -> None:
