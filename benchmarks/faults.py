@@ -36,7 +36,7 @@ START = 120.0  # seconds that a job gets before its rank is lost
 OPERATIONS = {
     "receive": "receiving gradients",
     "receive NCCL": "receiving gradients",
-    "all-to-all": "combine of",
+    "all-to-all": "(combine|routing) of",  # a rank that leaves does so before it routes
     "reduction": "sum of",
 }
 FAULTS = {
