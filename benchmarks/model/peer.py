@@ -40,8 +40,8 @@ from rich.table import Table
 from benchmarks.model.layer import fill
 from dryvine.trainer.config import Config
 from dryvine.trainer.data.splits import Data
+from dryvine.trainer.hand_off.hf_config import config_json
 from dryvine.trainer.model.decoder import Model
-from dryvine.trainer.model.hf import config_json
 from dryvine.trainer.model.shape import Shape, blocks, count_parameters
 from dryvine.trainer.ramps import points
 from dryvine.trainer.rig import make_rig, mesh_of

@@ -12,8 +12,9 @@ from torch import Tensor
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
 from transformers.modeling_layers import MtpModel
 
-from dryvine.trainer.model.hf import config_json, from_hf, to_hf
+from dryvine.trainer.hand_off.hf_config import config_json
 from dryvine.trainer.model.shape import Shape, Yarn
+from tests.support.hand_off import from_hf, to_hf
 from tests.support.model import filled, random_tokens, tiny, validate, whole
 
 V2 = {"score": "softmax", "normalise": False, "route_scale": 1.0, "shared": 2}
@@ -89,17 +90,13 @@ def test_mtp_gets_copies_of_embedding_and_head(tmp_path: Path) -> None:
 
 def test_the_yarn_of_a_config_is_under_the_released_names() -> None:
     yarn = Yarn(factor=40, alpha=2, beta=24, original=16, mscale=0.5, mscale_all_dim=0.25)
-    assert config_json(tiny(yarn=yarn, rope_theta=5e4))["rope_parameters"] == {
-        "rope_theta": 5e4, "rope_type": "yarn", "factor": 40, "beta_fast": 24, "beta_slow": 2,
+    said = {
+        "rope_type": "yarn", "factor": 40, "beta_fast": 24, "beta_slow": 2,
         "original_max_position_embeddings": 16, "mscale": 0.5, "mscale_all_dim": 0.25,
     }  # fmt: skip
-
-
-def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
-    released = on_disk(theirs(tiny(), 0), tmp_path)
-    del released["model.layers.2.mlp.experts.5.up_proj.weight"]
-    with pytest.raises(ValueError, match=r"no model.layers.2.mlp.experts.5.up_proj.weight \(our layers.2.experts"):
-        from_hf(released, tiny())
+    config = config_json(tiny(yarn=yarn, rope_theta=5e4))
+    assert config["rope_parameters"] == said | {"rope_theta": 5e4}  # transformers 5
+    assert (config["rope_scaling"], config["rope_theta"]) == (said | {"type": "yarn"}, 5e4)  # all others
 
 
 def test_mtp_equals_transformers(tmp_path: Path) -> None:

@@ -20,17 +20,18 @@ def _stream(seed: int, name: str, expert: int | None = None) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest) >> 1)
 
 
+def initial(name: str, size: tuple[int, ...], seed: int, std: float, expert: int | None = None) -> Tensor:
+    """FP32 values of a parameter, or of one expert's slice of it: vectors (norms) are 1, matrices normal(0, std)."""
+    if len(size) == 1:
+        return torch.ones(size)
+    return torch.empty(size).normal_(0, std, generator=_stream(seed, name, expert))
+
+
 @torch.no_grad()
 def initialise(name: str, weight: Weight, seed: int, std: float, first_expert: int) -> None:
-    """Vectors (norms) are 1, matrices normal(0, std), experts one by one, the first being number `first_expert`."""
-    if weight.dim() == 1:
-        weight.fill_(1)
-    elif weight.expert:
+    """Fill a parameter; experts one by one, the first being number `first_expert`."""
+    if weight.expert:
         for number, one in enumerate(weight, first_expert):
-            one.copy_(_normal(one, std, _stream(seed, name, number)))
+            one.copy_(initial(name, tuple(one.shape), seed, std, number))
     else:
-        weight.copy_(_normal(weight, std, _stream(seed, name)))
-
-
-def _normal(like: Tensor, std: float, generator: torch.Generator) -> Tensor:
-    return torch.empty(like.shape, dtype=torch.float32).normal_(0, std, generator=generator)
+        weight.copy_(initial(name, tuple(weight.shape), seed, std))

@@ -1,0 +1,91 @@
+"""How weights are written: FP32, BF16, or FP8 in blocks of 128 x 128 with a scale each.
+
+An encoding makes, of some rows of a matrix, the tensors that go into the file, and gives back the numbers that a reader
+of those tensors has. Rows come in multiples of a block's, so that a matrix can be written a slice at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dryvine.trainer.fp8.casts import quantize_blocks
+from dryvine.trainer.hand_off.names import BIAS, Place
+from dryvine.trainer.tensors.quantized import E4M3, Quantized
+from dryvine.trainer.tensors.tiles import TILE, blocks
+
+SCALE = "_scale_inv"  # what the name of a weight's scales ends in
+Announced = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+PLAIN = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8-block": torch.bfloat16}  # of what is not in FP8
+
+
+class Part(NamedTuple):
+    """Some rows of one tensor of the file: elements from `first` on."""
+
+    name: str
+    first: int
+    values: Tensor
+
+
+class Encoding(NamedTuple):
+    """Of a whole checkpoint. `ragged`: FP8 also where blocks do not divide a matrix, which the format allows and
+    transformers 5.23 reads wrongly (docs/handoff.md)."""
+
+    dtype: str  # a key of PLAIN
+    ragged: bool = False
+
+    def in_fp8(self, place: Place) -> bool:
+        fits = self.ragged or all(size <= TILE or size % TILE == 0 for size in place.shape)
+        return self.dtype == "fp8-block" and place.linear and fits
+
+    def tensors(self, place: Place) -> Announced:
+        """The tensors in the file that a weight is made of."""
+        if not self.in_fp8(place):
+            return {place.theirs: (self._plain(place), place.shape)}
+        grid = tuple(blocks(size) for size in place.shape)
+        return {place.theirs: (E4M3, place.shape), place.theirs + SCALE: (torch.float32, grid)}
+
+    def encode(self, place: Place, first: int, rows: Tensor) -> list[Part]:
+        """FP32 rows from row `first` on, a multiple of 128, [R, C] (a vector: all of it). Raises ValueError if they are
+        not finite."""
+        if not rows.isfinite().all():
+            raise ValueError(f"{place.ours} ({place.theirs}) holds numbers that are not finite")
+        cols = place.shape[-1] if len(place.shape) > 1 else 1
+        if not self.in_fp8(place):
+            return [Part(place.theirs, first * cols, rows.to(self._plain(place)))]
+        quantized, _ = quantize_blocks(rows)
+        grid = Part(place.theirs + SCALE, first // TILE * blocks(cols), quantized.scales.contiguous())
+        return [Part(place.theirs, first * cols, quantized.values), grid]
+
+    def read_back(self, place: Place, rows: Tensor) -> Tensor:
+        """What a reader has of FP32 rows that were written, in FP32."""
+        parts = self.encode(place, 0, rows)
+        return parts[0].values.float() if len(parts) == 1 else dequantize(parts[0].values, parts[1].values)
+
+    def kept_plain(self, all_places: Mapping[str, Place]) -> list[str]:
+        """Modules whose matrices would be in FP8 if blocks divided them."""
+        kept = (name for name, place in all_places.items() if place.linear and not self.in_fp8(place))
+        return [name.removesuffix(".weight") for name in kept] if self.dtype == "fp8-block" else []
+
+    def _plain(self, place: Place) -> torch.dtype:
+        # The choice of experts turns on the last bits of a bias: FP32 in released checkpoints too.
+        return torch.float32 if place.ours.endswith(BIAS) else PLAIN[self.dtype]
+
+
+def dequantize(values: Tensor, scales: Tensor) -> Tensor:
+    """E4M3 [R, C] and scales [R / 128, C / 128], both rounded up -> FP32."""
+    return Quantized(values, scales, (TILE, TILE)).dequantize()
+
+
+def quantization_config(kept: list[str]) -> dict[str, object]:
+    """Of config.json."""
+    return {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [TILE, TILE],
+        "modules_to_not_convert": kept,
+    }

@@ -1,0 +1,76 @@
+"""The model as we compute it, on one CPU in FP32: what another program's log-probabilities are compared with.
+
+Weights come from the checkpoint, rounded as the export wrote them, and not from the exported files: a mistake that
+export and import make alike must not cancel out.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from dryvine.comm.dispatch.single_rank import SingleRank
+from dryvine.parallel.stage import Flight, State
+from dryvine.trainer.hand_off.errors import HandOffError
+from dryvine.trainer.hand_off.export_hf import weights
+from dryvine.trainer.hand_off.names import Place, places, sizes
+from dryvine.trainer.hand_off.run_files import Run
+from dryvine.trainer.hand_off.slices import slices
+from dryvine.trainer.model.decoder import Model
+from dryvine.trainer.model.shape import blocks, count_parameters
+from dryvine.trainer.model.spec import Spec
+
+Rounded = Callable[[Place, Tensor], Tensor]  # FP32 rows of a weight -> FP32, as they were written
+
+
+class Forward:
+    """The main model of a checkpoint, without MTP. Raises HandOffError if it does not fit into memory."""
+
+    def __init__(self, run: Run, rounded: Rounded) -> None:
+        self.shape = run.shape.model_copy(update={"mtp_depth": 0, "recompute": ()})
+        _check_memory(run)
+        spec = Spec(self.shape, torch.float32, "cpu")
+        names = tuple(block.name for block in blocks(self.shape) if block.kind != "head")
+        self.model = Model(spec, {0: names}, SingleRank(self.shape.routed))
+        state = _state(run, rounded)
+        self.model.load(state)
+        self.norm, self.head = spec.norm(self.shape.hidden), spec.plain_linear(self.shape.hidden, self.shape.vocab)
+        with torch.no_grad():
+            self.norm.weight.copy_(state["norm.weight"])
+            self.head.weight.copy_(state["head.weight"])
+
+    def log_probs(self, tokens: Sequence[int]) -> Tensor:
+        """FP32 [T, vocab]: of the next token after each."""
+        # A flight's last column is a target, which nothing here reads.
+        flight = Flight(torch.tensor([[*tokens, 0]]), 0.0, training=False)
+        state: State = ()
+        with torch.no_grad():
+            for phase in self.model.stages[0].phases:
+                state = phase.forward(state, flight).wait()
+            logits: Tensor = self.head(self.norm(state[0]).x)
+            return logits.log_softmax(-1)
+
+
+def _state(run: Run, rounded: Rounded) -> dict[str, Tensor]:
+    shape = run.shape.model_copy(update={"mtp_depth": 0})
+    state = {name: torch.empty(size) for name, size in sizes(shape).items()}
+    state |= run.stored.buffers
+    for place in places(shape):
+        for piece in slices(place):
+            values = rounded(place, weights(run.stored, piece)).flatten()
+            state[place.ours].view(-1)[piece.start : piece.start + piece.elements] = values
+    return state
+
+
+def _check_memory(run: Run) -> None:
+    """Weights are there twice while they are loaded."""
+    needed = 2 * 4 * count_parameters(run.shape)[0]
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise HandOffError(
+            f"--check computes in FP32 on this machine and needs {needed / 1e9:.0f} GB of memory, of which it has "
+            f"{there / 1e9:.0f}: run it on a larger one"
+        )

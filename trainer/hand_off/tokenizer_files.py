@@ -1,0 +1,97 @@
+"""The files beside the weights that make text of tokens: tokenizer, chat template, generation config."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+from dryvine.trainer.data import tokenizer as tokenizers
+from dryvine.trainer.data.tokenizer import Vocabulary
+from dryvine.trainer.hand_off.errors import HandOffError
+
+CONFIG = "tokenizer_config.json"
+# What a released tokenizer may bring beside its tokenizer.json.
+COMPANIONS = (CONFIG, "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
+# A base model has never seen roles. This asks for the next line of a dialogue in plain text.
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ message['content'] + '\\n\\n' }}"
+    "{% elif message['role'] == 'user' %}{{ 'User: ' + message['content'] + '\\n\\n' }}"
+    "{% else %}{{ 'Assistant: ' + message['content'] + eos_token }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+
+
+class TokenizerFiles(NamedTuple):
+    """A folder with a tokenizer.json, read."""
+
+    folder: Path
+    vocabulary: Vocabulary
+    chat_template: str
+
+    @property
+    def end_text(self) -> str:
+        return str(self.vocabulary.tokenizer.id_to_token(self.vocabulary.end))
+
+
+def open_tokenizer(found: Path | None, given: Path | None, chat_template: Path | None, vocab: int) -> TokenizerFiles:
+    """`given` (a tokenizer.json, or its folder) before the `found` one of the run. Raises HandOffError or DataError."""
+    path = given or found
+    if path is None:
+        raise HandOffError("the run's dataset is gone and with it the tokenizer: name one with --tokenizer PATH")
+    folder = path if path.is_dir() else path.parent
+    vocabulary = tokenizers.load(path / "tokenizer.json" if path.is_dir() else path)
+    if vocabulary.size > vocab:
+        raise HandOffError(f"{path}: has {vocabulary.size} token ids, and the model {vocab}: not its tokenizer")
+    template = chat_template.read_text() if chat_template else _released_template(folder)
+    return TokenizerFiles(folder, vocabulary, template or PLAIN_TEMPLATE)
+
+
+def _released_template(folder: Path) -> str | None:
+    """The one that came with the tokenizer."""
+    if (folder / "chat_template.jinja").exists():
+        return (folder / "chat_template.jinja").read_text()
+    if not (folder / CONFIG).exists():
+        return None
+    template = json.loads((folder / CONFIG).read_text()).get("chat_template")
+    return template if isinstance(template, str) else None
+
+
+def write_tokenizer(tokenizer: TokenizerFiles, out: Path, max_position: int) -> None:
+    """tokenizer.json as it was, its config and the chat template; generation_config.json."""
+    shutil.copyfile(tokenizer.folder / "tokenizer.json", out / "tokenizer.json")
+    end = tokenizer.end_text
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": end,
+        "pad_token": end,
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": max_position,
+    }
+    released = tokenizer.folder / CONFIG
+    if released.exists():
+        config = json.loads(released.read_text())
+    write_json(out / CONFIG, config | {"chat_template": tokenizer.chat_template})
+    (out / "chat_template.jinja").write_text(tokenizer.chat_template)
+    generation = {"eos_token_id": tokenizer.vocabulary.end, "pad_token_id": tokenizer.vocabulary.end}
+    write_json(out / "generation_config.json", {"do_sample": False, **generation})
+
+
+def copy_released(folder: Path, out: Path) -> bool:
+    """Keep the tokenizer of a released checkpoint for a later export. Returns whether it has one."""
+    if not (folder / "tokenizer.json").exists():
+        return False
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("tokenizer.json", *COMPANIONS):
+        if (folder / name).exists():
+            shutil.copyfile(folder / name, out / name)
+    return True
+
+
+def write_json(path: Path, tree: object) -> None:
+    path.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n")
