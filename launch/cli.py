@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from dryvine.launch import bench_comm, checkpoint_cli, data_cli
+from dryvine.launch import bench_comm, checkpoint_cli, data_cli, hand_off_cli
 from dryvine.launch.doctor import doctor
 from dryvine.launch.plan_cli import plan
 from dryvine.launch.schedule_cli import schedule
@@ -28,6 +28,8 @@ app.add_typer(bench, name="bench")
 app.command()(doctor)
 app.command()(plan)
 app.command()(schedule)
+app.command()(hand_off_cli.export)
+app.command("import")(hand_off_cli.import_)
 
 ConfigFile = Annotated[Path, typer.Argument(help="a TOML file, see configs/", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(help="table.key=value ...", show_default=False)]

@@ -120,8 +120,8 @@ def test_no_class_name_has_two_meanings() -> None:
     assert {name: files for name, files in where.items() if len(files) > 1} == {}
 
 
-# Public, and used by no file yet: the MPI launcher will call the first, the hand-off of checkpoints the others.
-AWAITED = {"by_mpi", "from_hf", "to_hf"}
+# Public, and used by no file yet: the MPI launcher will call it.
+AWAITED = {"by_mpi"}
 
 
 def test_every_public_name_is_used_outside_its_definition() -> None:

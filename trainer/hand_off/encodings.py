@@ -60,9 +60,9 @@ class Encoding(NamedTuple):
         grid = Part(place.theirs + SCALE, first // TILE * blocks(cols), quantized.scales.contiguous())
         return [Part(place.theirs, first * cols, quantized.values), grid]
 
-    def read_back(self, place: Place, rows: Tensor) -> Tensor:
-        """What a reader has of FP32 rows that were written, in FP32."""
-        parts = self.encode(place, 0, rows)
+    def read_back(self, place: Place, values: Tensor) -> Tensor:
+        """What a reader has of a whole weight that was written, in FP32."""
+        parts = self.encode(place, 0, values)
         return parts[0].values.float() if len(parts) == 1 else dequantize(parts[0].values, parts[1].values)
 
     def kept_plain(self, all_places: Mapping[str, Place]) -> list[str]:

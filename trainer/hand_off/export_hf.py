@@ -16,23 +16,22 @@ from typing import NamedTuple
 
 import torch
 
+from dryvine.trainer.checkpoint.stored import Stored
 from dryvine.trainer.data.spec import OnProgress
 from dryvine.trainer.hand_off.encodings import Announced, Encoding, quantization_config
 from dryvine.trainer.hand_off.errors import HandOffError
 from dryvine.trainer.hand_off.hf_config import EPS, config_json
 from dryvine.trainer.hand_off.names import BIAS, Place, places
-from dryvine.trainer.hand_off.run_files import Run
+from dryvine.trainer.hand_off.run_files import OpenRun
 from dryvine.trainer.hand_off.safetensors_file import SafetensorsWriter
 from dryvine.trainer.hand_off.slices import Slice, slices
 from dryvine.trainer.hand_off.tokenizer_files import TokenizerFiles, write_json, write_tokenizer
 from dryvine.trainer.model.shape import Shape
-from dryvine.trainer.stored import Stored
 
 INDEX = "model.safetensors.index.json"
-SHARD_BYTES = 5_000_000_000
 
 
-class Shard(NamedTuple):
+class ShardPlan(NamedTuple):
     """A file, the places in it, and the tensors that they are written as."""
 
     name: str
@@ -53,7 +52,7 @@ def refusal(shape: Shape) -> str | None:
     return None
 
 
-def _lost_biases(run: Run) -> str | None:
+def _lost_biases(run: OpenRun) -> str | None:
     """V2's files have no place for biases of gates, which our softmax gates may have been trained with."""
     if run.shape.score == "sigmoid":
         return None
@@ -62,7 +61,7 @@ def _lost_biases(run: Run) -> str | None:
 
 
 def export_hf(
-    run: Run, out: Path, encoding: Encoding, tokenizer: TokenizerFiles, on_progress: OnProgress, shard_bytes: int
+    run: OpenRun, out: Path, encoding: Encoding, tokenizer: TokenizerFiles, on_progress: OnProgress, shard_bytes: int
 ) -> None:
     """Write the folder `out`. Raises HandOffError for a model that the readers cannot take, and for weights that are
     not finite; nothing is left then."""
@@ -95,7 +94,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     os.replace(part, out)
 
 
-def plan_shards(all_places: Iterable[Place], encoding: Encoding, shard_bytes: int) -> list[Shard]:
+def plan_shards(all_places: Iterable[Place], encoding: Encoding, shard_bytes: int) -> list[ShardPlan]:
     """Files of at most `shard_bytes`, or of one weight, in forward order."""
     groups: list[tuple[list[Place], Announced]] = []
     room = 0
@@ -109,22 +108,21 @@ def plan_shards(all_places: Iterable[Place], encoding: Encoding, shard_bytes: in
         groups[-1][1].update(tensors)
         room -= size
     if len(groups) == 1:
-        return [Shard("model.safetensors", *groups[0])]
-    return [Shard(f"model-{i:05d}-of-{len(groups):05d}.safetensors", *group) for i, group in enumerate(groups, 1)]
+        return [ShardPlan("model.safetensors", *groups[0])]
+    return [ShardPlan(f"model-{i:05d}-of-{len(groups):05d}.safetensors", *group) for i, group in enumerate(groups, 1)]
 
 
-def _write_shard(path: Path, shard: Shard, encoding: Encoding, stored: Stored) -> Iterator[int]:
+def _write_shard(path: Path, shard: ShardPlan, encoding: Encoding, stored: Stored) -> Iterator[int]:
     """Yields the bytes of each slice after it is written."""
-    writer = SafetensorsWriter(path, shard.tensors)
-    for piece in (piece for place in shard.places for piece in slices(place)):
-        try:
-            parts = encoding.encode(piece.place, piece.first, weights(stored, piece))
-        except ValueError as error:
-            raise HandOffError(f"{stored.path}: {error}; export an earlier step") from None
-        for part in parts:
-            writer.write(*part)
-        yield sum(part.values.nbytes for part in parts)
-    writer.close()
+    with SafetensorsWriter(path, shard.tensors) as writer:
+        for piece in (piece for place in shard.places for piece in slices(place)):
+            try:
+                parts = encoding.encode(piece.place, piece.first, weights(stored, piece))
+            except ValueError as error:
+                raise HandOffError(f"{stored.path}: {error}; export an earlier step") from None
+            for part in parts:
+                writer.write(*part)
+            yield sum(part.values.nbytes for part in parts)
 
 
 def weights(stored: Stored, piece: Slice) -> torch.Tensor:
@@ -134,7 +132,9 @@ def weights(stored: Stored, piece: Slice) -> torch.Tensor:
     return stored.read(piece.place.ours, piece.start, piece.elements).view(piece.shape)
 
 
-def _write_rest(folder: Path, shape: Shape, shards: list[Shard], encoding: Encoding, tokenizer: TokenizerFiles) -> None:
+def _write_rest(
+    folder: Path, shape: Shape, shards: list[ShardPlan], encoding: Encoding, tokenizer: TokenizerFiles
+) -> None:
     end = tokenizer.vocabulary.end
     dtype = "float32" if encoding.dtype == "fp32" else "bfloat16"
     config = config_json(shape) | {"dtype": dtype, "torch_dtype": dtype, "eos_token_id": end, "pad_token_id": end}

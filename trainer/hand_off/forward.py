@@ -17,19 +17,19 @@ from dryvine.parallel.stage import Flight, State
 from dryvine.trainer.hand_off.errors import HandOffError
 from dryvine.trainer.hand_off.export_hf import weights
 from dryvine.trainer.hand_off.names import Place, places, sizes
-from dryvine.trainer.hand_off.run_files import Run
-from dryvine.trainer.hand_off.slices import slices
+from dryvine.trainer.hand_off.run_files import OpenRun
+from dryvine.trainer.hand_off.slices import Slice
 from dryvine.trainer.model.decoder import Model
 from dryvine.trainer.model.shape import blocks, count_parameters
 from dryvine.trainer.model.spec import Spec
 
-Rounded = Callable[[Place, Tensor], Tensor]  # FP32 rows of a weight -> FP32, as they were written
+Rounded = Callable[[Place, Tensor], Tensor]  # a weight in FP32 -> in FP32, as it was written
 
 
 class Forward:
     """The main model of a checkpoint, without MTP. Raises HandOffError if it does not fit into memory."""
 
-    def __init__(self, run: Run, rounded: Rounded) -> None:
+    def __init__(self, run: OpenRun, rounded: Rounded) -> None:
         self.shape = run.shape.model_copy(update={"mtp_depth": 0, "recompute": ()})
         _check_memory(run)
         spec = Spec(self.shape, torch.float32, "cpu")
@@ -54,18 +54,17 @@ class Forward:
             return logits.log_softmax(-1)
 
 
-def _state(run: Run, rounded: Rounded) -> dict[str, Tensor]:
+def _state(run: OpenRun, rounded: Rounded) -> dict[str, Tensor]:
     shape = run.shape.model_copy(update={"mtp_depth": 0})
     state = {name: torch.empty(size) for name, size in sizes(shape).items()}
     state |= run.stored.buffers
     for place in places(shape):
-        for piece in slices(place):
-            values = rounded(place, weights(run.stored, piece)).flatten()
-            state[place.ours].view(-1)[piece.start : piece.start + piece.elements] = values
+        values = rounded(place, weights(run.stored, Slice(place, 0, place.shape[0])))
+        state[place.ours].view(-1)[place.first : place.first + place.elements] = values.flatten()
     return state
 
 
-def _check_memory(run: Run) -> None:
+def _check_memory(run: OpenRun) -> None:
     """Weights are there twice while they are loaded."""
     needed = 2 * 4 * count_parameters(run.shape)[0]
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

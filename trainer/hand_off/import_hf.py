@@ -14,18 +14,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dryvine.trainer.checkpoint import Fields
+from dryvine.trainer.checkpoint.stored import Piece, Stored, write_pieces
 from dryvine.trainer.data.spec import OnProgress
 from dryvine.trainer.hand_off.errors import HandOffError
 from dryvine.trainer.hand_off.hf_config import config_json
 from dryvine.trainer.hand_off.names import BIAS, biases, places, sizes
 from dryvine.trainer.hand_off.released import Released, open_released
-from dryvine.trainer.hand_off.run_files import TOKENIZER, Run, write_shape
+from dryvine.trainer.hand_off.run_files import MODEL, TOKENIZER, OpenRun, write_shape
 from dryvine.trainer.hand_off.slices import slices
 from dryvine.trainer.hand_off.tokenizer_files import copy_released
 from dryvine.trainer.model.initialise import initial
-from dryvine.trainer.model.shape import Shape
-from dryvine.trainer.stored import Stored, write
+from dryvine.trainer.model.shape import Shape, count_parameters
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,21 @@ class Imported:
     unknown_keys: tuple[str, ...]  # of config.json
     tokenizer: bool
 
+    def report(self, out: Path) -> Iterator[str]:
+        """Lines for the user."""
+        total, active = count_parameters(self.shape, mtp=True)
+        yield f"{self.checkpoint}: {total / 1e9:.3f}B parameters, {active / 1e9:.3f}B active"
+        if self.initialised:
+            more = f"{self.initialised[0]} and {len(self.initialised) - 1} more"
+            yield f"not in the files, and so as a new run of seed 0 has them: {more}"
+        if self.unknown_keys:
+            yield f"keys of config.json that nothing here reads: {', '.join(self.unknown_keys)}"
+        if not self.tokenizer:
+            yield "there is no tokenizer.json: name one with --tokenizer when you export"
+        yield f'train on it: extends = "{out / MODEL}" in a config, and run.init_from = "{out}"'
 
-def import_hf(folder: Path, out: Path, optimizer: Run | None, on_progress: OnProgress) -> Imported:
+
+def import_hf(folder: Path, out: Path, optimizer: OpenRun | None, on_progress: OnProgress) -> Imported:
     """Write checkpoint 0 of the run folder `out`, or with `optimizer` the one of its step, with its moments. Raises
     HandOffError."""
     if (out / "checkpoints").exists():
@@ -51,22 +63,19 @@ def import_hf(folder: Path, out: Path, optimizer: Run | None, on_progress: OnPro
     out.mkdir(parents=True, exist_ok=True)
     if optimizer is not None:
         pieces = _with_moments(pieces, optimizer.stored)
-    path = write(out, optimizer.stored.step if optimizer else 0, pieces, _biases(released), shapes)
+    path = write_pieces(out, optimizer.stored.step if optimizer else 0, pieces, _biases(released), shapes)
     write_shape(out, shape)
     has_tokenizer = copy_released(folder, out / TOKENIZER)
     fresh = tuple(name for name in shapes if name.startswith("mtp.") and released.without_mtp)
     return Imported(path, shape, fresh, released.config.unknown, has_tokenizer)
 
 
-def _same_model(released: Shape, run: Run) -> Shape:
+def _same_model(released: Shape, run: OpenRun) -> Shape:
     """The run's shape, which also has what only training needs, if it computes what the released one does."""
     for key, wanted in config_json(run.shape).items():
         if config_json(released)[key] != wanted:
             raise HandOffError(f"{run.folder}: has {key} = {wanted}, and the checkpoint {config_json(released)[key]}")
     return run.shape
-
-
-Piece = tuple[str, int, Fields]  # (parameter, first element, fields)
 
 
 def _pieces(released: Released, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Piece]:

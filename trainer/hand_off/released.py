@@ -33,7 +33,7 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl")
 
 
 @dataclass(frozen=True)
-class Weight:
+class ReleasedWeight:
     """One of their tensors, and its scales if it is in FP8."""
 
     entry: Entry
@@ -59,7 +59,7 @@ class Released:
 
     folder: Path
     config: HfConfig
-    weights: dict[str, Weight]  # by their name
+    weights: dict[str, ReleasedWeight]  # by their name
     without_mtp: bool  # config.json promises MTP, the files have none of it
 
     @property
@@ -137,7 +137,7 @@ def _indexed(folder: Path) -> dict[str, str]:
     return files
 
 
-def _take(folder: Path, place: Place, left: dict[str, Entry], fp8: bool) -> Weight:
+def _take(folder: Path, place: Place, left: dict[str, Entry], fp8: bool) -> ReleasedWeight:
     """Take a weight, and its scales, out of what is left."""
     entry, scales = left.pop(place.theirs, None), left.pop(place.theirs + SCALE, None)
     if entry is None:
@@ -151,7 +151,7 @@ def _take(folder: Path, place: Place, left: dict[str, Entry], fp8: bool) -> Weig
         raise HandOffError(f"{entry.file}: {place.theirs}: is {entry.dtype}; weights are FP32, BF16, FP16 or FP8 here")
     elif scales is not None:
         raise HandOffError(f"{scales.file}: {scales.name}: scales of a weight that is not in FP8, but {entry.dtype}")
-    return Weight(entry, scales)
+    return ReleasedWeight(entry, scales)
 
 
 def _check_scales(place: Place, entry: Entry, scales: Entry | None, fp8: bool) -> None:
@@ -189,6 +189,6 @@ def _check_copies(released: Released, shape: Shape) -> None:
                 )
 
 
-def _pairs(main: Weight, copy: Weight, ours: Place, theirs: Place) -> Iterator[tuple[Tensor, Tensor]]:
+def _pairs(main: ReleasedWeight, copy: ReleasedWeight, ours: Place, theirs: Place) -> Iterator[tuple[Tensor, Tensor]]:
     for one, other in zip(slices(ours), slices(theirs), strict=True):
         yield main.rows(one), copy.rows(other)

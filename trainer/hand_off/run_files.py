@@ -10,13 +10,14 @@ from pathlib import Path
 import tomli_w
 from pydantic import ValidationError
 
+from dryvine.trainer.checkpoint.run_folder import complete, step_of
+from dryvine.trainer.checkpoint.stored import Stored
 from dryvine.trainer.config import ConfigError, load
 from dryvine.trainer.data.config import DataError
 from dryvine.trainer.data.prepare import prepare
 from dryvine.trainer.hand_off.errors import HandOffError
 from dryvine.trainer.hand_off.names import biases, sizes
 from dryvine.trainer.model.shape import Shape
-from dryvine.trainer.stored import Stored
 
 CONFIG = "config.toml"
 MODEL = "model.toml"  # of an imported run: its [model] table, for a config to extend
@@ -24,7 +25,7 @@ TOKENIZER = "tokenizer"  # of an imported run: the folder with what it was relea
 
 
 @dataclass(frozen=True)
-class Run:
+class OpenRun:
     """A run folder and one of its checkpoints, whose parameters are those of `shape`."""
 
     folder: Path
@@ -41,18 +42,17 @@ class Run:
             return None
 
 
-def open_run(spec: str) -> Run:
+def open_run(spec: str) -> OpenRun:
     """The checkpoint that RUN or RUN@STEP names, by default the newest. Raises HandOffError or CheckpointError."""
     name, at, step = spec.rpartition("@")
     folder = Path(name if at else spec)
-    found = {p.name.removeprefix("step-"): p for p in (folder / "checkpoints").glob("step-*")}
-    steps = {int(number): path for number, path in found.items() if number.isdigit()}
+    steps = {step_of(path): path for path in complete(folder)}
     if not steps:
         raise HandOffError(f"{folder}: no checkpoint here; name a run folder, with `checkpoints` in it")
     wanted = step if at else str(max(steps))
     if not wanted.isdigit() or int(wanted) not in steps:
         raise HandOffError(f"{folder}: no checkpoint of step {wanted}; it has {', '.join(map(str, sorted(steps)))}")
-    run = Run(folder, read_shape(folder), Stored(steps[int(wanted)]))
+    run = OpenRun(folder, read_shape(folder), Stored(steps[int(wanted)]))
     _check_sizes(run)
     return run
 
@@ -72,7 +72,7 @@ def write_shape(folder: Path, shape: Shape) -> None:
     (folder / MODEL).write_text(tomli_w.dumps({"model": shape.model_dump(mode="json", exclude_none=True)}))
 
 
-def _check_sizes(run: Run) -> None:
+def _check_sizes(run: OpenRun) -> None:
     """The checkpoint must hold this shape's parameters and biases, all of them and no others."""
     wanted = {name: math.prod(size) for name, size in sizes(run.shape).items()}
     wanted |= dict.fromkeys(biases(run.shape), run.shape.routed)

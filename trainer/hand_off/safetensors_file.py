@@ -112,7 +112,8 @@ def read(entry: Entry, first: int = 0, count: int | None = None) -> Tensor:
 
 
 class SafetensorsWriter:
-    """A new file with room for all of its tensors; `write` fills it. Raises OSError if the disk is too small."""
+    """A new file with room for all of its tensors; `write` fills it, within `with`. Raises OSError if the disk is too
+    small."""
 
     def __init__(self, path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
         described, begins, at = {}, {}, 0
@@ -136,11 +137,14 @@ class SafetensorsWriter:
         self._file.seek(self._starts[name] + first * values.dtype.itemsize)
         self._file.write(values.contiguous().view(-1).view(torch.uint8).numpy().data)
 
-    def close(self) -> None:
-        """On the disk, durably."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+    def __enter__(self) -> SafetensorsWriter:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        """Close it, on the disk durably."""
+        with self._file:
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
 
 def _short(error: Exception) -> str:

@@ -1,0 +1,85 @@
+"""Does the program that will serve this model compute what we computed? Log-probabilities of the same text, compared.
+
+A mistake in a name, a shape or a gating key mostly loads without a word and gives text that is merely worse. Only
+numbers show it: of every position and every token of the vocabulary, not of the sampled one.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.table import Table
+from torch import Tensor
+
+from dryvine.trainer.hand_off.errors import HandOffError
+from dryvine.trainer.hand_off.readers import LENGTH, OpenedExport
+from dryvine.trainer.hand_off.tokenizer_files import TokenizerFiles
+
+PROMPTS = 50
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One reader against our forward, over all prompts."""
+
+    reader: str
+    limit: float
+    positions: int
+    same_tokens: bool  # it makes the same tokens of the text
+    largest: float  # |difference| of log-probabilities
+    same_best: int  # positions with the same most likely token
+    excused: int  # others, where our two best are closer than the limit
+
+    @property
+    def fine(self) -> bool:
+        within = self.largest <= self.limit  # False for NaN
+        return self.same_tokens and within and self.same_best + self.excused == self.positions
+
+
+def prompts(tokenizer: TokenizerFiles, text: Path | None, max_position: int) -> list[tuple[str, list[int]]]:
+    """Pieces of the text with their tokens. Raises HandOffError if there is too little of it."""
+    whole = (text or Path(textwrap.__file__)).read_text()
+    size = max(1, len(whole) // PROMPTS)
+    parts = (whole[i * size : (i + 1) * size] for i in range(PROMPTS))
+    found = []
+    for part in parts:
+        ids = tokenizer.vocabulary.tokenizer.encode(part, add_special_tokens=False).ids
+        if ids:
+            found.append((part, ids[: min(LENGTH, max_position)]))
+    if len(found) < PROMPTS:
+        raise HandOffError(f"{text}: too little text for {PROMPTS} prompts")
+    return found
+
+
+def compare(
+    name: str, reader: OpenedExport, ours: Callable[[list[int]], Tensor], some: list[tuple[str, list[int]]]
+) -> Comparison:
+    positions = same = excused = 0
+    largest, same_tokens = 0.0, True
+    for text, tokens in some:
+        a, b = ours(tokens), reader.log_probs(tokens)
+        same_tokens &= reader.tokens(text)[: len(tokens)] == tokens
+        # Not max(): a NaN must not be smaller than anything.
+        difference = float((a - b).abs().max())
+        largest = difference if not difference <= largest else largest
+        best, theirs = a.argmax(-1, keepdim=True), b.argmax(-1, keepdim=True)
+        gap = (a.gather(1, best) - a.gather(1, theirs)).flatten()
+        positions += len(tokens)
+        same += int((best == theirs).sum())
+        excused += int(((best != theirs).flatten() & (gap <= reader.limit)).sum())
+    return Comparison(name, reader.limit, positions, same_tokens, largest, same, excused)
+
+
+def table(comparisons: list[Comparison], title: str) -> Table:
+    made = Table("reader", title=title)
+    for column in ("positions", "same tokens", "max |dlogp|", "limit", "same best", "ties", ""):
+        made.add_column(column, justify="right")
+    for c in comparisons:
+        share = f"{c.same_best / c.positions:.1%}"
+        tokens, verdict = ("yes" if c.same_tokens else "NO"), ("fine" if c.fine else "DIFFERS")
+        row = (c.reader, f"{c.positions:,}", tokens, f"{c.largest:.1e}", f"{c.limit:g}", share, str(c.excused), verdict)
+        made.add_row(*row)
+    return made
