@@ -62,3 +62,7 @@ def run_of(shape: Shape, folder: Path, state: Mapping[str, Tensor] | None = None
 
 def tokenizer_of(run: OpenRun) -> TokenizerFiles:
     return open_tokenizer(run.tokenizer(), None, None, run.shape.vocab)
+
+
+def quiet(stage: str, done: int, total: int) -> None:
+    """No progress bar."""

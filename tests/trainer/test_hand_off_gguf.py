@@ -18,10 +18,7 @@ from dryvine.trainer.hand_off.names import Place, places
 from dryvine.trainer.hand_off.readers import GGUF
 from dryvine.trainer.hand_off.run_files import OpenRun
 from dryvine.trainer.model.shape import Yarn
-from tests.support.hand_off import run_of, small, tokenizer_of, weights_of
-
-
-def quiet(stage: str, done: int, total: int) -> None: ...
+from tests.support.hand_off import quiet, run_of, small, tokenizer_of, weights_of
 
 
 def export(run: OpenRun, out: Path, quant: str = "f32") -> Path:

@@ -17,7 +17,7 @@ from dryvine.trainer.hand_off.forward import Forward
 from dryvine.trainer.hand_off.import_hf import import_hf
 from dryvine.trainer.hand_off.run_files import OpenRun, open_run
 from dryvine.trainer.model.shape import Shape, Yarn
-from tests.support.hand_off import run_of, small, tokenizer_of, weights_of
+from tests.support.hand_off import quiet, run_of, small, tokenizer_of, weights_of
 
 V2 = {"score": "softmax", "normalise": False, "route_scale": 1.0}
 YARN = {"yarn": Yarn(factor=40, original=16), "rope_dim": 8}
@@ -32,9 +32,6 @@ SHAPES: dict[str, dict[str, Any]] = {
     "v2, q_lora, groups, yarn": V2 | YARN | {"route_scale": 16.0},
     "v2, mtp, no shared": V2 | UNGROUPED | {"mtp_depth": 1, "shared": 0},
 }
-
-
-def quiet(stage: str, done: int, total: int) -> None: ...
 
 
 def export(run: OpenRun, out: Path, dtype: str = "fp32", ragged: bool = False, shard_bytes: int = 1 << 30) -> Path:

@@ -11,11 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from rich.table import Table
 from torch import Tensor
 
 from dryvine.trainer.hand_off.errors import HandOffError
-from dryvine.trainer.hand_off.readers import LENGTH, OpenedExport
+from dryvine.trainer.hand_off.readers import FP32, LENGTH, OpenedExport
 from dryvine.trainer.hand_off.tokenizer_files import TokenizerFiles
 
 PROMPTS = 50
@@ -30,13 +31,19 @@ class Comparison:
     positions: int
     same_tokens: bool  # it makes the same tokens of the text
     largest: float  # |difference| of log-probabilities
+    usual: float  # the largest of a position, in all but one of twenty positions
     same_best: int  # positions with the same most likely token
     excused: int  # others, where our two best are closer than the limit
 
     @property
     def fine(self) -> bool:
-        within = self.largest <= self.limit  # False for NaN
-        return self.same_tokens and within and self.same_best + self.excused == self.positions
+        """In FP32 every position must agree. Arithmetic of fewer bits now and then sends a token to another expert,
+        where two are almost tied, and what follows differs by more than rounding; a mistake is seen at most positions,
+        so there one of twenty may stray."""
+        exact = self.limit <= FP32
+        agreed = self.same_best + self.excused
+        within = (self.largest if exact else self.usual) <= self.limit  # False for NaN
+        return self.same_tokens and within and agreed >= self.positions * (1 if exact else 0.95)
 
 
 def prompts(tokenizer: TokenizerFiles, text: Path | None, max_position: int) -> list[tuple[str, list[int]]]:
@@ -58,28 +65,29 @@ def compare(
     name: str, reader: OpenedExport, ours: Callable[[list[int]], Tensor], some: list[tuple[str, list[int]]]
 ) -> Comparison:
     positions = same = excused = 0
-    largest, same_tokens = 0.0, True
+    largest: list[Tensor] = []
+    same_tokens = True
     for text, tokens in some:
         a, b = ours(tokens), reader.log_probs(tokens)
         same_tokens &= reader.tokens(text)[: len(tokens)] == tokens
-        # Not max(): a NaN must not be smaller than anything.
-        difference = float((a - b).abs().max())
-        largest = difference if not difference <= largest else largest
+        largest.append((a - b).abs().amax(-1))
         best, theirs = a.argmax(-1, keepdim=True), b.argmax(-1, keepdim=True)
         gap = (a.gather(1, best) - a.gather(1, theirs)).flatten()
         positions += len(tokens)
         same += int((best == theirs).sum())
         excused += int(((best != theirs).flatten() & (gap <= reader.limit)).sum())
-    return Comparison(name, reader.limit, positions, same_tokens, largest, same, excused)
+    every = torch.cat(largest)
+    worst, usual = (float(every.quantile(share)) for share in (1.0, 0.95))  # NaN if one is
+    return Comparison(name, reader.limit, positions, same_tokens, worst, usual, same, excused)
 
 
 def table(comparisons: list[Comparison], title: str) -> Table:
     made = Table("reader", title=title)
-    for column in ("positions", "same tokens", "max |dlogp|", "limit", "same best", "ties", ""):
+    for column in ("positions", "same tokens", "max |dlogp|", "95%", "limit", "same best", "ties", ""):
         made.add_column(column, justify="right")
     for c in comparisons:
-        share = f"{c.same_best / c.positions:.1%}"
+        numbers = (f"{c.largest:.1e}", f"{c.usual:.1e}", f"{c.limit:g}", f"{c.same_best / c.positions:.1%}")
         tokens, verdict = ("yes" if c.same_tokens else "NO"), ("fine" if c.fine else "DIFFERS")
-        row = (c.reader, f"{c.positions:,}", tokens, f"{c.largest:.1e}", f"{c.limit:g}", share, str(c.excused), verdict)
+        row = (c.reader, f"{c.positions:,}", tokens, *numbers, str(c.excused), verdict)
         made.add_row(*row)
     return made
