@@ -14,7 +14,7 @@ from dryvine.trainer.hand_off import q4_k
 from dryvine.trainer.hand_off.errors import HandOffError
 from dryvine.trainer.hand_off.export_gguf import export_gguf, plan_gguf, reader_of
 from dryvine.trainer.hand_off.gguf_header import check_gguf
-from dryvine.trainer.hand_off.names import Place, places
+from dryvine.trainer.hand_off.names import Mapped, places
 from dryvine.trainer.hand_off.readers import GGUF
 from dryvine.trainer.hand_off.run_files import OpenRun
 from dryvine.trainer.model.shape import Yarn
@@ -73,7 +73,7 @@ def test_what_is_read_back_is_what_the_file_holds(quant: str, tmp_path: Path) ->
     rounded = reader_of(shape, quant)
 
     def ours(theirs: str) -> Any:
-        place: Place = whole[theirs]
+        place: Mapped = whole[theirs]
         values = state[place.ours].flatten()[place.first : place.first + place.elements].view(place.shape)
         return rounded(place, values)
 

@@ -183,10 +183,10 @@ def test_pickles_are_not_opened(released: dict[str, Path], tmp_path: Path) -> No
 @pytest.mark.parametrize("shape", [(192, 96), (576, 7168)], ids=str)
 def test_blocks_that_do_not_divide_come_back_within_the_quantiser_bound(shape: tuple[int, int]) -> None:
     """By our dequantiser. E4M3 has three bits of mantissa: half a step is 1/16 of the number."""
-    from dryvine.trainer.hand_off.names import Place
+    from dryvine.trainer.hand_off.names import Mapped
 
     values = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02
-    place = Place("w.weight", "w.weight", 0, shape, linear=True)
+    place = Mapped("w.weight", "w.weight", 0, shape, linear=True)
     back = Encoding("fp8-block", ragged=True).read_back(place, values)
     bound = values.abs() / 16 + values.abs().max() / 448 / 512  # and half a subnormal step
     assert bool(((back - values).abs() <= bound).all())

@@ -23,7 +23,7 @@ PROMPTS = 50
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ReaderComparison:
     """One reader against our forward, over all prompts."""
 
     reader: str
@@ -63,7 +63,7 @@ def prompts(tokenizer: TokenizerFiles, text: Path | None, max_position: int) -> 
 
 def compare(
     name: str, reader: OpenedExport, ours: Callable[[list[int]], Tensor], some: list[tuple[str, list[int]]]
-) -> Comparison:
+) -> ReaderComparison:
     positions = same = excused = 0
     largest: list[Tensor] = []
     same_tokens = True
@@ -78,10 +78,10 @@ def compare(
         excused += int(((best != theirs).flatten() & (gap <= reader.limit)).sum())
     every = torch.cat(largest)
     worst, usual = (float(every.quantile(share)) for share in (1.0, 0.95))  # NaN if one is
-    return Comparison(name, reader.limit, positions, same_tokens, worst, usual, same, excused)
+    return ReaderComparison(name, reader.limit, positions, same_tokens, worst, usual, same, excused)
 
 
-def table(comparisons: list[Comparison], title: str) -> Table:
+def table(comparisons: list[ReaderComparison], title: str) -> Table:
     made = Table("reader", title=title)
     for column in ("positions", "same tokens", "max |dlogp|", "95%", "limit", "same best", "ties", ""):
         made.add_column(column, justify="right")

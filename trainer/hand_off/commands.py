@@ -10,13 +10,13 @@ from rich.console import Console
 from torch import Tensor
 
 from dryvine.trainer.data.spec import OnProgress
-from dryvine.trainer.hand_off.check import Comparison, compare, prompts, table
+from dryvine.trainer.hand_off.check import ReaderComparison, compare, prompts, table
 from dryvine.trainer.hand_off.encodings import Encoding
 from dryvine.trainer.hand_off.errors import HandOffError
 from dryvine.trainer.hand_off.export_hf import export_hf
 from dryvine.trainer.hand_off.forward import Forward
 from dryvine.trainer.hand_off.hf_config import config_json
-from dryvine.trainer.hand_off.names import Place
+from dryvine.trainer.hand_off.names import Mapped
 from dryvine.trainer.hand_off.readers import GGUF, READERS, installed
 from dryvine.trainer.hand_off.released import open_released
 from dryvine.trainer.hand_off.run_files import OpenRun
@@ -86,7 +86,7 @@ def check_export(run: OpenRun, out: Path, ways: ExportAs, text: Path | None, con
         return False
     forward = Forward(run, rounded(run, ways))
     some = prompts(ways.tokenizer_of(run), text, run.shape.max_position)
-    comparisons: list[Comparison] = []
+    comparisons: list[ReaderComparison] = []
     for made, at in found:
         comparisons.append(compare(f"{made.package} {at}", made(out, ways.written_as), forward.log_probs, some))
     console.print(table(comparisons, f"{out}: {ways.format}, {ways.written_as}, against our forward in FP32"))
@@ -109,7 +109,7 @@ def check_files(run: OpenRun, out: Path, ways: ExportAs) -> None:
     check_gguf(out / GGUF, plan_gguf(run, ways.quant, ways.tokenizer_of(run)))
 
 
-def rounded(run: OpenRun, ways: ExportAs) -> Callable[[Place, Tensor], Tensor]:
+def rounded(run: OpenRun, ways: ExportAs) -> Callable[[Mapped, Tensor], Tensor]:
     """Of weights: what is left of them in the files."""
     if ways.format == "hf":
         return ways.encoding.read_back

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dryvine.trainer.fp8.casts import quantize_blocks
-from dryvine.trainer.hand_off.names import BIAS, Place
+from dryvine.trainer.hand_off.names import BIAS, Mapped
 from dryvine.trainer.tensors.quantized import E4M3, Quantized
 from dryvine.trainer.tensors.tiles import TILE, blocks
 
@@ -37,18 +37,18 @@ class Encoding(NamedTuple):
     dtype: str  # a key of PLAIN
     ragged: bool = False
 
-    def in_fp8(self, place: Place) -> bool:
+    def in_fp8(self, place: Mapped) -> bool:
         fits = self.ragged or all(size <= TILE or size % TILE == 0 for size in place.shape)
         return self.dtype == "fp8-block" and place.linear and fits
 
-    def tensors(self, place: Place) -> Announced:
+    def tensors(self, place: Mapped) -> Announced:
         """The tensors in the file that a weight is made of."""
         if not self.in_fp8(place):
             return {place.theirs: (self._plain(place), place.shape)}
         grid = tuple(blocks(size) for size in place.shape)
         return {place.theirs: (E4M3, place.shape), place.theirs + SCALE: (torch.float32, grid)}
 
-    def encode(self, place: Place, first: int, rows: Tensor) -> list[Part]:
+    def encode(self, place: Mapped, first: int, rows: Tensor) -> list[Part]:
         """FP32 rows from row `first` on, a multiple of 128, [R, C] (a vector: all of it). Raises ValueError if they are
         not finite."""
         if not rows.isfinite().all():
@@ -60,17 +60,17 @@ class Encoding(NamedTuple):
         grid = Part(place.theirs + SCALE, first // TILE * blocks(cols), quantized.scales.contiguous())
         return [Part(place.theirs, first * cols, quantized.values), grid]
 
-    def read_back(self, place: Place, values: Tensor) -> Tensor:
+    def read_back(self, place: Mapped, values: Tensor) -> Tensor:
         """What a reader has of a whole weight that was written, in FP32."""
         parts = self.encode(place, 0, values)
         return parts[0].values.float() if len(parts) == 1 else dequantize(parts[0].values, parts[1].values)
 
-    def kept_plain(self, all_places: Mapping[str, Place]) -> list[str]:
+    def kept_plain(self, all_places: Mapping[str, Mapped]) -> list[str]:
         """Modules whose matrices would be in FP8 if blocks divided them."""
         kept = (name for name, place in all_places.items() if place.linear and not self.in_fp8(place))
         return [name.removesuffix(".weight") for name in kept] if self.dtype == "fp8-block" else []
 
-    def _plain(self, place: Place) -> torch.dtype:
+    def _plain(self, place: Mapped) -> torch.dtype:
         # The choice of experts turns on the last bits of a bias: FP32 in released checkpoints too.
         return torch.float32 if place.ours.endswith(BIAS) else PLAIN[self.dtype]
 

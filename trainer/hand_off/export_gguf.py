@@ -26,7 +26,7 @@ from dryvine.trainer.hand_off.errors import HandOffError
 from dryvine.trainer.hand_off.export_hf import new_folder, weights
 from dryvine.trainer.hand_off.gguf_keys import ARCH, Key, gguf_refusal, model_keys, tokenizer_keys
 from dryvine.trainer.hand_off.gguf_names import GgufTensor, Type, gguf_tensors
-from dryvine.trainer.hand_off.names import Place
+from dryvine.trainer.hand_off.names import Mapped
 from dryvine.trainer.hand_off.readers import GGUF
 from dryvine.trainer.hand_off.run_files import OpenRun
 from dryvine.trainer.hand_off.slices import Slice, slices
@@ -78,7 +78,7 @@ def _moved_biases(run: OpenRun) -> Iterator[GgufTensor]:
     if run.shape.score == "softmax":
         for name, bias in run.stored.buffers.items():
             if name.startswith("layers.") and bias.any():
-                place = Place(name, name, 0, (run.shape.routed,))
+                place = Mapped(name, name, 0, (run.shape.routed,))
                 number = name.split(".")[1]
                 yield GgufTensor(f"blk.{number}.exp_probs_b.bias", place.shape, Type.F32, (place,))
 
@@ -111,14 +111,14 @@ def _encoded(tensor: GgufTensor, stored: Stored) -> Iterator[NDArray[np.uint8]]:
     return (encode(tensor, place, rows) for place in tensor.parts for rows in _rows(tensor, place, stored))
 
 
-def _rows(tensor: GgufTensor, place: Place, stored: Stored) -> Iterator[Tensor]:
+def _rows(tensor: GgufTensor, place: Mapped, stored: Stored) -> Iterator[Tensor]:
     if tensor.transposed:  # a head's keys: small
         yield weights(stored, Slice(place, 0, place.shape[0])).t().contiguous()
     else:
         yield from (weights(stored, piece) for piece in slices(place))
 
 
-def encode(tensor: GgufTensor, place: Place, rows: Tensor) -> NDArray[np.uint8]:
+def encode(tensor: GgufTensor, place: Mapped, rows: Tensor) -> NDArray[np.uint8]:
     """FP32 rows as the tensor's type has them. Raises HandOffError for what is not finite, there or here."""
     values = rows.numpy()
     if not np.isfinite(values).all():
@@ -131,14 +131,14 @@ def encode(tensor: GgufTensor, place: Place, rows: Tensor) -> NDArray[np.uint8]:
     return encoded
 
 
-def reader_of(shape: Shape, quant: str) -> Callable[[Place, Tensor], Tensor]:
+def reader_of(shape: Shape, quant: str) -> Callable[[Mapped, Tensor], Tensor]:
     """Of a whole weight in FP32: what a reader of the file has of it, in FP32."""
-    parts: defaultdict[str, list[tuple[GgufTensor, Place]]] = defaultdict(list)
+    parts: defaultdict[str, list[tuple[GgufTensor, Mapped]]] = defaultdict(list)
     for tensor in gguf_tensors(shape, quant):
         for part in tensor.parts:
             parts[part.ours].append((tensor, part))
 
-    def rounded(place: Place, values: Tensor) -> Tensor:
+    def rounded(place: Mapped, values: Tensor) -> Tensor:
         flat = values.flatten().clone()
         for tensor, part in parts[place.ours]:
             at = part.first - place.first

@@ -21,7 +21,7 @@ from dryvine.trainer.data.spec import OnProgress
 from dryvine.trainer.hand_off.encodings import Announced, Encoding, quantization_config
 from dryvine.trainer.hand_off.errors import HandOffError
 from dryvine.trainer.hand_off.hf_config import EPS, config_json
-from dryvine.trainer.hand_off.names import BIAS, Place, places
+from dryvine.trainer.hand_off.names import BIAS, Mapped, places
 from dryvine.trainer.hand_off.run_files import OpenRun
 from dryvine.trainer.hand_off.safetensors_file import SafetensorsWriter
 from dryvine.trainer.hand_off.slices import Slice, slices
@@ -35,7 +35,7 @@ class ShardPlan(NamedTuple):
     """A file, the places in it, and the tensors that they are written as."""
 
     name: str
-    places: list[Place]
+    places: list[Mapped]
     tensors: Announced
 
 
@@ -94,9 +94,9 @@ def new_folder(out: Path) -> Iterator[Path]:
     os.replace(part, out)
 
 
-def plan_shards(all_places: Iterable[Place], encoding: Encoding, shard_bytes: int) -> list[ShardPlan]:
+def plan_shards(all_places: Iterable[Mapped], encoding: Encoding, shard_bytes: int) -> list[ShardPlan]:
     """Files of at most `shard_bytes`, or of one weight, in forward order."""
-    groups: list[tuple[list[Place], Announced]] = []
+    groups: list[tuple[list[Mapped], Announced]] = []
     room = 0
     for place in all_places:
         tensors = encoding.tensors(place)

@@ -16,14 +16,14 @@ from dryvine.comm.dispatch.single_rank import SingleRank
 from dryvine.parallel.stage import Flight, State
 from dryvine.trainer.hand_off.errors import HandOffError
 from dryvine.trainer.hand_off.export_hf import weights
-from dryvine.trainer.hand_off.names import Place, places, sizes
+from dryvine.trainer.hand_off.names import Mapped, places, sizes
 from dryvine.trainer.hand_off.run_files import OpenRun
 from dryvine.trainer.hand_off.slices import Slice
 from dryvine.trainer.model.decoder import Model
 from dryvine.trainer.model.shape import blocks, count_parameters
 from dryvine.trainer.model.spec import Spec
 
-Rounded = Callable[[Place, Tensor], Tensor]  # a weight in FP32 -> in FP32, as it was written
+Rounded = Callable[[Mapped, Tensor], Tensor]  # a weight in FP32 -> in FP32, as it was written
 
 
 class Forward:

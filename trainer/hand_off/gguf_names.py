@@ -13,7 +13,7 @@ from typing import NamedTuple
 import gguf
 
 from dryvine.trainer.hand_off.errors import HandOffError
-from dryvine.trainer.hand_off.names import BIAS, Place, places
+from dryvine.trainer.hand_off.names import BIAS, Mapped, places
 from dryvine.trainer.model.shape import Shape
 
 Type = gguf.GGMLQuantizationType
@@ -26,7 +26,7 @@ class GgufTensor(NamedTuple):
     name: str
     shape: tuple[int, ...]  # as numpy has it; the file lists it in reverse
     type: Type
-    parts: tuple[Place, ...]
+    parts: tuple[Mapped, ...]
     transposed: bool = False
 
 
@@ -37,7 +37,7 @@ def gguf_tensors(shape: Shape, quant: str) -> list[GgufTensor]:
 
 
 def _stacked(shape: Shape, names: gguf.TensorNameMap) -> Iterator[GgufTensor]:
-    experts: dict[str, list[Place]] = {}
+    experts: dict[str, list[Mapped]] = {}
     for place in places(shape.model_copy(update={"mtp_depth": 0})):
         one = re.sub(r"experts\.\d+\.", "experts.", place.theirs)
         name = names.get_name(one.replace("e_score_correction_bias", "e_score_correction.bias"), (".weight", ".bias"))
@@ -54,7 +54,7 @@ def _stacked(shape: Shape, names: gguf.TensorNameMap) -> Iterator[GgufTensor]:
                 yield GgufTensor(name, (shape.routed, *place.shape), Type.F32, stack)
 
 
-def _split(s: Shape, place: Place, names: gguf.TensorNameMap) -> Iterator[GgufTensor]:
+def _split(s: Shape, place: Mapped, names: gguf.TensorNameMap) -> Iterator[GgufTensor]:
     """kv_b has, for each head, the rows that make keys of the latent and then those that make values."""
     keys, values = [], []
     for head in range(s.heads):

@@ -16,7 +16,7 @@ from dryvine.trainer.model.shape import Shape, blocks
 BIAS = ".gate.bias"  # how our names of gate biases end: buffers, not parameters
 
 
-class Place(NamedTuple):
+class Mapped(NamedTuple):
     """One of their tensors: elements first..first+size of ours."""
 
     theirs: str
@@ -31,14 +31,14 @@ class Place(NamedTuple):
         return math.prod(self.shape)
 
 
-def places(shape: Shape) -> Iterator[Place]:
+def places(shape: Shape) -> Iterator[Mapped]:
     """Every tensor, in forward order. Lazily, since a config.json from elsewhere may claim a billion layers."""
     table = (shape.vocab, shape.hidden)
-    yield Place("model.embed_tokens.weight", "embed.weight", 0, table)
+    yield Mapped("model.embed_tokens.weight", "embed.weight", 0, table)
     for i in range(shape.layers):
         yield from _layer(shape, f"layers.{i}", f"model.layers.{i}", i >= shape.first_dense)
-    yield Place("model.norm.weight", "norm.weight", 0, (shape.hidden,))
-    yield Place("lm_head.weight", "head.weight", 0, table)
+    yield Mapped("model.norm.weight", "norm.weight", 0, (shape.hidden,))
+    yield Mapped("lm_head.weight", "head.weight", 0, table)
     for k in range(shape.mtp_depth):
         yield from _mtp(shape, f"mtp.{k}", f"model.layers.{shape.layers + k}")
 
@@ -68,16 +68,16 @@ def _whole(shape: Shape, name: str, first: tuple[int, ...], end: int) -> tuple[i
     return (shape.routed, rows // shape.routed, first[1]) if ".experts." in name else (rows, first[1])
 
 
-def _layer(s: Shape, ours: str, theirs: str, is_moe: bool) -> Iterator[Place]:
-    yield Place(f"{theirs}.input_layernorm.weight", f"{ours}.attention_norm.weight", 0, (s.hidden,))
+def _layer(s: Shape, ours: str, theirs: str, is_moe: bool) -> Iterator[Mapped]:
+    yield Mapped(f"{theirs}.input_layernorm.weight", f"{ours}.attention_norm.weight", 0, (s.hidden,))
     yield from _attention(s, f"{ours}.attention", f"{theirs}.self_attn")
-    yield Place(f"{theirs}.post_attention_layernorm.weight", f"{ours}.ffn_norm.weight", 0, (s.hidden,))
+    yield Mapped(f"{theirs}.post_attention_layernorm.weight", f"{ours}.ffn_norm.weight", 0, (s.hidden,))
     if not is_moe:
         yield from _ffn(f"{ours}.ffn", f"{theirs}.mlp", s.ffn, s.hidden)
         return
-    yield Place(f"{theirs}.mlp.gate.weight", f"{ours}.gate.weight", 0, (s.routed, s.hidden))
+    yield Mapped(f"{theirs}.mlp.gate.weight", f"{ours}.gate.weight", 0, (s.routed, s.hidden))
     if s.score == "sigmoid":
-        yield Place(f"{theirs}.mlp.gate.e_score_correction_bias", f"{ours}.gate.bias", 0, (s.routed,))
+        yield Mapped(f"{theirs}.mlp.gate.e_score_correction_bias", f"{ours}.gate.bias", 0, (s.routed,))
     if s.shared:
         yield from _ffn(f"{ours}.shared", f"{theirs}.mlp.shared_experts", s.shared * s.expert_ffn, s.hidden)
     for e in range(s.routed):
@@ -87,12 +87,12 @@ def _layer(s: Shape, ours: str, theirs: str, is_moe: bool) -> Iterator[Place]:
             yield place._replace(ours=stacked, first=e * size + place.first)
 
 
-def _attention(s: Shape, ours: str, theirs: str) -> Iterator[Place]:
-    def matrix(name: str, other: str, outputs: int, inputs: int) -> Place:
-        return Place(f"{theirs}.{other}.weight", f"{ours}.{name}.weight", 0, (outputs, inputs), linear=True)
+def _attention(s: Shape, ours: str, theirs: str) -> Iterator[Mapped]:
+    def matrix(name: str, other: str, outputs: int, inputs: int) -> Mapped:
+        return Mapped(f"{theirs}.{other}.weight", f"{ours}.{name}.weight", 0, (outputs, inputs), linear=True)
 
-    def norm(name: str, other: str, size: int) -> Place:
-        return Place(f"{theirs}.{other}.weight", f"{ours}.{name}.weight", 0, (size,))
+    def norm(name: str, other: str, size: int) -> Mapped:
+        return Mapped(f"{theirs}.{other}.weight", f"{ours}.{name}.weight", 0, (size,))
 
     if s.q_lora is None:
         yield matrix("q", "q_proj", s.heads * s.qk_dim, s.hidden)
@@ -106,20 +106,20 @@ def _attention(s: Shape, ours: str, theirs: str) -> Iterator[Place]:
     yield matrix("o", "o_proj", s.hidden, s.heads * s.v_dim)
 
 
-def _ffn(ours: str, theirs: str, width: int, hidden: int) -> Iterator[Place]:
+def _ffn(ours: str, theirs: str, width: int, hidden: int) -> Iterator[Mapped]:
     up = (width, hidden)
-    yield Place(f"{theirs}.gate_proj.weight", f"{ours}.gate_up.weight", 0, up, linear=True)
-    yield Place(f"{theirs}.up_proj.weight", f"{ours}.gate_up.weight", width * hidden, up, linear=True)
-    yield Place(f"{theirs}.down_proj.weight", f"{ours}.down.weight", 0, (hidden, width), linear=True)
+    yield Mapped(f"{theirs}.gate_proj.weight", f"{ours}.gate_up.weight", 0, up, linear=True)
+    yield Mapped(f"{theirs}.up_proj.weight", f"{ours}.gate_up.weight", width * hidden, up, linear=True)
+    yield Mapped(f"{theirs}.down_proj.weight", f"{ours}.down.weight", 0, (hidden, width), linear=True)
 
 
-def _mtp(s: Shape, ours: str, theirs: str) -> Iterator[Place]:
+def _mtp(s: Shape, ours: str, theirs: str) -> Iterator[Mapped]:
     table = (s.vocab, s.hidden)
-    yield Place(f"{theirs}.embed_tokens.weight", "embed.weight", 0, table, copy=True)
-    yield Place(f"{theirs}.enorm.weight", f"{ours}.norm_e.weight", 0, (s.hidden,))
-    yield Place(f"{theirs}.hnorm.weight", f"{ours}.norm_h.weight", 0, (s.hidden,))
+    yield Mapped(f"{theirs}.embed_tokens.weight", "embed.weight", 0, table, copy=True)
+    yield Mapped(f"{theirs}.enorm.weight", f"{ours}.norm_e.weight", 0, (s.hidden,))
+    yield Mapped(f"{theirs}.hnorm.weight", f"{ours}.norm_h.weight", 0, (s.hidden,))
     # The one Linear that released checkpoints do not quantise.
-    yield Place(f"{theirs}.eh_proj.weight", f"{ours}.project.weight", 0, (s.hidden, 2 * s.hidden))
+    yield Mapped(f"{theirs}.eh_proj.weight", f"{ours}.project.weight", 0, (s.hidden, 2 * s.hidden))
     yield from _layer(s, f"{ours}.layer", theirs, is_moe=True)
-    yield Place(f"{theirs}.shared_head.norm.weight", f"{ours}.norm.weight", 0, (s.hidden,))
-    yield Place(f"{theirs}.shared_head.head.weight", "head.weight", 0, table, copy=True)
+    yield Mapped(f"{theirs}.shared_head.norm.weight", f"{ours}.norm.weight", 0, (s.hidden,))
+    yield Mapped(f"{theirs}.shared_head.head.weight", "head.weight", 0, table, copy=True)

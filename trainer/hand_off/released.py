@@ -20,7 +20,7 @@ from dryvine.trainer.hand_off.encodings import SCALE, dequantize
 from dryvine.trainer.hand_off.errors import HandOffError
 from dryvine.trainer.hand_off.export_hf import INDEX
 from dryvine.trainer.hand_off.hf_config import HfConfig, read_config
-from dryvine.trainer.hand_off.names import Place, places
+from dryvine.trainer.hand_off.names import Mapped, places
 from dryvine.trainer.hand_off.safetensors_file import Entry, read, read_header
 from dryvine.trainer.hand_off.slices import Slice, slices
 from dryvine.trainer.model.shape import Shape
@@ -137,7 +137,7 @@ def _indexed(folder: Path) -> dict[str, str]:
     return files
 
 
-def _take(folder: Path, place: Place, left: dict[str, Entry], fp8: bool) -> ReleasedWeight:
+def _take(folder: Path, place: Mapped, left: dict[str, Entry], fp8: bool) -> ReleasedWeight:
     """Take a weight, and its scales, out of what is left."""
     entry, scales = left.pop(place.theirs, None), left.pop(place.theirs + SCALE, None)
     if entry is None:
@@ -154,7 +154,7 @@ def _take(folder: Path, place: Place, left: dict[str, Entry], fp8: bool) -> Rele
     return ReleasedWeight(entry, scales)
 
 
-def _check_scales(place: Place, entry: Entry, scales: Entry | None, fp8: bool) -> None:
+def _check_scales(place: Mapped, entry: Entry, scales: Entry | None, fp8: bool) -> None:
     if not place.linear:
         raise HandOffError(f"{entry.file}: {entry.name}: is in FP8, which released checkpoints keep to Linears")
     if scales is None:
@@ -189,6 +189,6 @@ def _check_copies(released: Released, shape: Shape) -> None:
                 )
 
 
-def _pairs(main: ReleasedWeight, copy: ReleasedWeight, ours: Place, theirs: Place) -> Iterator[tuple[Tensor, Tensor]]:
+def _pairs(main: ReleasedWeight, copy: ReleasedWeight, ours: Mapped, theirs: Mapped) -> Iterator[tuple[Tensor, Tensor]]:
     for one, other in zip(slices(ours), slices(theirs), strict=True):
         yield main.rows(one), copy.rows(other)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from dryvine.trainer.hand_off.names import Place
+from dryvine.trainer.hand_off.names import Mapped
 from dryvine.trainer.tensors.tiles import TILE
 
 # Elements of a slice: 32 MiB in FP32. With what a cast needs beside it (FP8: padded, scaled, as bytes, and transposed
@@ -17,7 +17,7 @@ SLICE = 1 << 23
 class Slice(NamedTuple):
     """Rows first..first+rows of a place; a vector has one element a row."""
 
-    place: Place
+    place: Mapped
     first: int
     rows: int
 
@@ -39,7 +39,7 @@ class Slice(NamedTuple):
         return (self.rows, *self.place.shape[1:])
 
 
-def slices(place: Place) -> Iterator[Slice]:
+def slices(place: Mapped) -> Iterator[Slice]:
     """A place, cut at multiples of a block's rows."""
     rows, cols = place.shape[0], math.prod(place.shape[1:])
     step = max(TILE, SLICE // cols // TILE * TILE)
