@@ -191,6 +191,20 @@ def table(findings: Sequence[Finding], run: Run) -> Table:
     return made
 
 
+def findings(run: Run, sections: Sequence[str], together: int, only: str = "") -> list[Finding]:
+    """Of the sections' jobs, `together` at a time; of `ops`, those whose name has `only`."""
+    found: list[Finding] = []
+    with ThreadPoolExecutor(together) as pool:
+        if "ops" in sections:
+            whats = [what for what in OPERATIONS if run.device == "cuda" or what != "receive NCCL"]
+            pairs = [(what, fault) for what, fault in product(whats, FAULTS) if only in f"{what}, {fault}"]
+            found += pool.map(lambda pair: operation(run, *pair), pairs)
+        if "resume" in sections:
+            for resumed in pool.map(lambda layout: resume(run, layout), LAYOUTS):
+                found += resumed
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
@@ -203,19 +217,11 @@ def main() -> int:
     out = given.out or Path(tempfile.mkdtemp(prefix="dryvine-faults-"))
     shutil.rmtree(out, ignore_errors=True)  # an earlier run's files say when its ranks were lost
     out.mkdir(parents=True)
-    run, sections = Run(given.device, given.deadline, out.resolve()), given.section or ["ops", "resume"]
-    findings: list[Finding] = []
-    with ThreadPoolExecutor(given.together) as pool:
-        if "ops" in sections:
-            whats = [what for what in OPERATIONS if given.device == "cuda" or what != "receive NCCL"]
-            pairs = [(what, fault) for what, fault in product(whats, FAULTS) if given.only in f"{what}, {fault}"]
-            findings += pool.map(lambda pair: operation(run, *pair), pairs)
-        if "resume" in sections:
-            for found in pool.map(lambda layout: resume(run, layout), LAYOUTS):
-                findings += found
-    Console(width=None if sys.stdout.isatty() else 140).print(table(findings, run))
-    print(f"output in {out}; {sum(f.fine for f in findings)} of {len(findings)} as they should be")
-    return 0 if all(f.fine for f in findings) else 1
+    run = Run(given.device, given.deadline, out.resolve())
+    results = findings(run, given.section or ["ops", "resume"], given.together, given.only)
+    Console(width=None if sys.stdout.isatty() else 140).print(table(results, run))
+    print(f"output in {out}; {sum(f.fine for f in results)} of {len(results)} as they should be")
+    return 0 if all(f.fine for f in results) else 1
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """What is to be checked and measured on two GPUs of one host.
 
-    python -m benchmarks.two_gpus --part checks|pipelines|experts [--out FOLDER] [--deadline SECONDS]
+    python -m benchmarks.two_gpus --part checks|times|faults [--out FOLDER] [--deadline SECONDS]
 
 `checks`: every layout of two ranks trains like one GPU in FP32, and twice to the same bits in its own dtypes (`dryvine
-verify`), and 50 steps of `dryvine train` in three layouts have the losses of one GPU; side by side. `pipelines`: whole
+verify`), and 50 steps of `dryvine train` in three layouts have the losses of one GPU; side by side. `times`: whole
 steps by one GPU and by the pipelines at M = 4, 8 and 32, against what the bubble allows, and the timeline of a DualPipe
-step over its simulation. `experts`: two expert-parallel ranks with overlap off and on, at full speed and with the
-all-to-all held to a few SMs, against compute alone and communication alone. The fourth part is `benchmarks.faults`.
+step over its simulation; then two expert-parallel ranks with overlap off and on, at full speed and with the all-to-all
+held to a few SMs, against compute alone and communication alone. `faults`: ranks lost and runs resumed (faults.py).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import faults
 from benchmarks.one_gpu import Done, Job, play, table
 from benchmarks.support.timed_steps import Memory, Timed, timed
 from dryvine.comm.local import RankFailed
@@ -35,7 +36,7 @@ from dryvine.trainer.data.spec import BuildSpec
 
 CLI = ("-c", "from dryvine.launch.cli import main; main()")
 DEVIATING = r" in |rror|warning"  # a cell of verify's table that is out of bounds names its tensor
-AT_ONCE = 7  # checks: 22 were more than two GPUs of 80 GB have memory for
+AT_ONCE = 5  # checks: 7 take turns on two GPUs for twice as long each, and 22 have no room in 80 GB
 WIDE = (  # FP8 on a GPU needs sizes that are multiples of 128
     "model.hidden=128", "model.ffn=256", "model.expert_ffn=128", "model.q_lora=64", "model.kv_lora=64",
     "model.nope_dim=64", "model.rope_dim=16", "model.v_dim=64",
@@ -44,6 +45,7 @@ PIPELINES = ("one_f_one_b", "zb1p", "dualpipev", "dualpipe")
 MICROBATCHES = (4, 8, 32)
 BEFORE = 40.0  # seconds for a setting to end: none is begun later
 STEPS = 50  # of the loss curves
+DEADLINE = 12.0  # faults: seconds until a lost rank is named
 CURVE = 0.02  # the largest difference of two runs' losses in BF16, nats
 
 
@@ -200,9 +202,36 @@ def draw(found: Found, out: Path) -> None:
         timeline.write(out / "dualpipe.html", step)
 
 
+def part_checks(out: Path, at: float, console: Console) -> bool:
+    results = play([*checks(out), *curves(out)], AT_ONCE, at, out, console) + compare_curves(out)
+    console.print(table(results))
+    return all(done.outcome == "right" for done in results)
+
+
+def part_times(out: Path, at: float, console: Console) -> bool:
+    complete = True
+    for settings, tabulate in ((pipelines(), pipelines_table), (experts(), experts_table)):
+        found = measure(settings, out, at, console)
+        console.print(tabulate(found))
+        draw(found, out)
+        complete &= found.keys() == settings.keys()
+    return complete
+
+
+def part_faults(out: Path, at: float, console: Console) -> bool:
+    """Its jobs have deadlines of their own."""
+    run = faults.Run("cuda", DEADLINE, out)
+    found = faults.findings(run, ("ops", "resume"), together=3)
+    console.print(faults.table(found, run))
+    return all(finding.fine for finding in found)
+
+
+PARTS = {"checks": part_checks, "times": part_times, "faults": part_faults}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--part", choices=["checks", "pipelines", "experts"], required=True)
+    parser.add_argument("--part", choices=PARTS, required=True)
     parser.add_argument("--out", type=Path, default=Path("runs/two_gpus"), help="a folder for every job's whole output")
     parser.add_argument("--deadline", type=float, default=530, help="seconds for everything")
     options = parser.parse_args()
@@ -213,15 +242,7 @@ def main() -> int:
     out.mkdir(parents=True)
     console = Console(width=160)
     console.print(f"2 x {torch.cuda.get_device_name()}, torch {torch.__version__}; whole output in {out}")
-    if options.part == "checks":
-        results = play([*checks(out), *curves(out)], AT_ONCE, at, out, console) + compare_curves(out)
-        console.print(table(results))
-        return 0 if all(done.outcome == "right" for done in results) else 1
-    settings, tabulate = (pipelines(), pipelines_table) if options.part == "pipelines" else (experts(), experts_table)
-    found = measure(settings, out, at, console)
-    console.print(tabulate(found))
-    draw(found, out)
-    return 0 if found.keys() == settings.keys() else 1
+    return 0 if PARTS[options.part](out, at, console) else 1
 
 
 if __name__ == "__main__":
