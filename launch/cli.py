@@ -11,7 +11,7 @@ from rich.console import Console
 
 from dryvine.launch import bench_comm, checkpoint_cli, data_cli, hand_off_cli
 from dryvine.launch.doctor import doctor
-from dryvine.launch.plan_cli import plan
+from dryvine.launch.plan_cli import HardwareName, machine_of, plan
 from dryvine.launch.schedule_cli import schedule
 
 app = typer.Typer(
@@ -42,13 +42,23 @@ def train(
     max_restarts: Annotated[
         int, typer.Option(min=0, help="Start again so often what fails, from its newest save.")
     ] = 0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check, simulate and size everything; train nothing.")
+    ] = False,
+    rank: Annotated[int, typer.Option(min=0, help="With --dry-run: the rank that is written out.")] = 0,
+    hardware: HardwareName = "",
 ) -> None:
     """Train on this machine: in this process if the layout has one rank and is not to be started again, else in one
     process per rank. Exit code 0: finished; 1: a fault; 2: refused; 3: diverged; 75: stopped by a signal and saved."""
     from dryvine.trainer.data.prepare import prepare
     from dryvine.trainer.run_plan import load_plan
 
-    resolved = load_plan(config, overrides or ()).config
+    planned = load_plan(config, overrides or ())
+    resolved = planned.config
+    if dry_run:
+        from dryvine.launch.dry_run import dry_run as play
+
+        return play(planned, machine_of(hardware, resolved.run, None), rank, Console())
     with data_cli.progress_bar(Console(stderr=True)) as on_progress:
         prepare(resolved.data, on_progress)
     world, words = resolved.parallel.world, [str(config), *(overrides or ())]

@@ -35,6 +35,8 @@ TORCH_FREE = (
     "dryvine.trainer.model.memory",
     "dryvine.trainer.model.shape",
     "dryvine.launch.cli",
+    "dryvine.launch.dry_run",
+    "dryvine.launch.plan.plan",
 )
 
 

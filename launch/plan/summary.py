@@ -161,18 +161,19 @@ def show(plan: Plan, console: Console) -> None:
         console.print(line, markup=False, highlight=False)
     heads, kinds = memory_rows(plan)
     intra, inter = plan.machine.intra.kind, plan.machine.inter.kind
-    _table(console, "where a step goes", ["", "seconds", "share"], step_rows(plan))
-    _table(console, "memory, GB", ["", *heads], kinds)
-    _table(
+    print_table(console, "where a step goes", ["", "seconds", "share"], step_rows(plan))
+    print_table(console, "memory, GB", ["", *heads], kinds)
+    print_table(
         console,
         "GB that a rank sends in a step",
         ["", f"inside nodes ({intra})", f"between nodes ({inter})"],
         byte_rows(plan),
     )
-    _table(console, "ms of a microbatch, alone", ["", "F", "I", "W"], phase_rows(plan))
+    print_table(console, "ms of a microbatch, alone", ["", "F", "I", "W"], phase_rows(plan))
 
 
-def _table(console: Console, title: str, heads: list[str], rows: Rows) -> None:
+def print_table(console: Console, title: str, heads: list[str], rows: Rows) -> None:
+    """The first column to the left, numbers to the right."""
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")

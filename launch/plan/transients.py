@@ -26,7 +26,16 @@ def _in_blocks(plan: RunPlan, rank: int, cuda: bool) -> int:
     config = plan.config
     size, kinds = microbatch_size(config, cuda), {block.name: block.kind for block in blocks(config.model)}
     mine = {kinds[name] for names in plan.blocks_of(rank).values() for name in names}
-    return max(_in_block(config.model, kind, size.tokens, DTYPE_BYTES[config.run.dtype]) for kind in mine)
+    wide = DTYPE_BYTES[config.run.dtype]
+    loss = 0 if cuda or not mine & {"head", "mtp"} else _in_loss(config.model, size.tokens, wide)
+    return max(loss, *(_in_block(config.model, kind, size.tokens, wide) for kind in mine))
+
+
+def _in_loss(s: Shape, tokens: int, wide: int) -> int:
+    """On a CPU the logits' gradient is made of FP32 copies, as many rows at a time as `loss.SLICE_ELEMENTS` hold: one,
+    and the logits themselves where they are not in FP32."""
+    rows = min(tokens, max(1, (1 << 26) // s.vocab))
+    return 4 * rows * s.vocab * (1 if wide == 4 else 2)
 
 
 def _in_block(s: Shape, kind: str, tokens: int, wide: int) -> int:
