@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 SHOWN = 12  # slots at either end of a rank's list
 
 
-class Place(NamedTuple):
+class RankPlace(NamedTuple):
     """Where a world rank is: the numbering of `comm.mesh`."""
 
     rank: int
@@ -39,11 +39,11 @@ class Place(NamedTuple):
     ep: int
 
     @staticmethod
-    def of(rank: int, config: Config) -> Place:
+    def of(rank: int, config: Config) -> RankPlace:
         p = config.parallel
         if not 0 <= rank < p.world:
             raise ConfigError(f"--rank {rank}: the layout has ranks 0 to {p.world - 1}")
-        return Place(rank, rank // (p.dp * p.ep), rank // p.ep % p.dp, rank % p.ep)
+        return RankPlace(rank, rank // (p.dp * p.ep), rank // p.ep % p.dp, rank % p.ep)
 
     def at(self, pp_rank: int, config: Config) -> int:
         """The world rank of this one's pipeline on another pipeline rank."""
@@ -52,7 +52,7 @@ class Place(NamedTuple):
 
 def dry_run(run: RunPlan, machine: Machine, rank: int, console: Console) -> None:
     """Print what would run. Raises ConfigError."""
-    place, plan = Place.of(rank, run.config), make(run, machine)
+    place, plan = RankPlace.of(rank, run.config), make(run, machine)
     for line in (*headline(plan), *_whole(plan), *_of_rank(plan, place)):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     heads, rows = memory_rows(plan)
@@ -78,7 +78,7 @@ def _whole(plan: Plan) -> Iterator[str]:
         yield f"data: {source} is not on this machine; a run does not start without it (see `dryvine data build`)"
 
 
-def _of_rank(plan: Plan, place: Place) -> Iterator[str]:
+def _of_rank(plan: Plan, place: RankPlace) -> Iterator[str]:
     """What one rank holds, and with whom it talks."""
     run, config, p = plan.run, plan.config, plan.config.parallel
     topology = plan.machine.topology(p.world)
@@ -116,7 +116,7 @@ def _bucket(bucket: BucketSize) -> str:
     )
 
 
-def _slots(plan: Plan, place: Place) -> list[tuple[str, ...]]:
+def _slots(plan: Plan, place: RankPlace) -> list[tuple[str, ...]]:
     """The first and the last of a rank's slots."""
     program = rank_program(plan.run.training[plan.config.batch.sequences], place.pp)
     cells = plan.timeline.cells[place.pp]
@@ -129,7 +129,7 @@ def _slots(plan: Plan, place: Place) -> list[tuple[str, ...]]:
     return [*rows[:SHOWN], ("...", between, "", "", ""), *rows[-SHOWN:]]
 
 
-def _slot(number: int, step: ProgramStep, start: float, place: Place, config: Config) -> tuple[str, ...]:
+def _slot(number: int, step: ProgramStep, start: float, place: RankPlace, config: Config) -> tuple[str, ...]:
     def peers(edges: tuple[Edge, ...], source: bool) -> str:
         return ", ".join(f"rank {place.at(edge.source if source else edge.target, config)}" for edge in edges)
 

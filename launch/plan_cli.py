@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dryvine.launch.plan.hardware import Machine, load_hardware, names
-from dryvine.trainer.config import RunConfig
+from dryvine.trainer.config import Config, RunConfig, load
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 ConfigFile = Annotated[Path, typer.Argument(help="a TOML file, see configs/", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(help="table.key=value ...", show_default=False)]
@@ -32,17 +35,54 @@ def plan(
     price: Price = None,
     as_json: Annotated[bool, typer.Option("--json", help="figures for a program")] = False,
     html: Annotated[Path | None, typer.Option(help="write a page there")] = None,
+    sweep: Annotated[bool, typer.Option("--sweep", help="compare all layouts for as many GPUs as --gpus")] = False,
+    gpus: Annotated[int, typer.Option(min=0, help="for --sweep; 0: as many as the config has", show_default=False)] = 0,
 ) -> None:
     """What a run will take: memory by rank, bytes by link, a step's time and where it goes, GPU hours, money."""
     from rich.console import Console
 
+    console = Console(highlight=False)
+    if sweep:
+        _sweep(load(config, overrides or ()), hardware, price, gpus, as_json, html, console)
+        return
     from dryvine.launch.plan.plan import make
     from dryvine.launch.plan.summary import figures, show
     from dryvine.trainer.run_plan import load_plan
 
     run = load_plan(config, overrides or ())
     made = make(run, machine_of(hardware, run.config.run, price))
+    if html:
+        from dryvine.launch.plan.page import plan_page
+
+        _write(html, plan_page(made))
     if as_json:
         typer.echo(json.dumps(figures(made), indent=1))
-    else:
-        show(made, Console(highlight=False))
+    elif not html:
+        show(made, console)
+
+
+def _sweep(
+    config: Config, hardware: str, price: float | None, gpus: int, as_json: bool, html: Path | None, console: Console
+) -> None:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from dryvine.launch.plan import sweep_page
+    from dryvine.launch.plan.sweep import sweep
+
+    machine, count = machine_of(hardware, config.run, price), gpus or config.parallel.world
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("layouts", total=1.0)
+        rows = sweep(config, count, machine, lambda share: bar.update(task, completed=share))
+    if html:
+        _write(html, sweep_page.sweep_page(rows, config.run.name, count, machine))
+    if as_json:
+        typer.echo(json.dumps(sweep_page.figures_of(rows), indent=1))
+    elif not html:
+        sweep_page.show_sweep(rows, console)
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    typer.echo(f"wrote {path}", err=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from dryvine.launch.dry_run import Place, dry_run
+from dryvine.launch.dry_run import RankPlace, dry_run
 from dryvine.launch.plan.hardware import load_hardware
 from dryvine.trainer.config import Config, ConfigError
 from dryvine.trainer.run_plan import make_plan
@@ -44,12 +44,12 @@ def test_2048_ranks_of_671b_in_one_process_of_2_gb_and_60_seconds() -> None:
 
 def test_places_are_those_of_the_mesh(tiny: Callable[..., Config]) -> None:
     config = tiny("parallel.pp=2", "parallel.dp=3", "parallel.ep=2", "batch.sequences=48")
-    assert [Place.of(rank, config)[1:] for rank in range(12)] == [
+    assert [RankPlace.of(rank, config)[1:] for rank in range(12)] == [
         (pp, dp, ep) for pp in range(2) for dp in range(3) for ep in range(2)
     ]
-    assert Place.of(3, config).at(1, config) == 9
+    assert RankPlace.of(3, config).at(1, config) == 9
     with pytest.raises(ConfigError, match="ranks 0 to 11"):
-        Place.of(12, config)
+        RankPlace.of(12, config)
 
 
 def test_every_slot_of_a_short_step_is_listed(tiny: Callable[..., Config]) -> None:

@@ -1,0 +1,65 @@
+"""A sweep finds the best layout that planning every one of them finds, and says of each other why it is not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from io import StringIO
+
+import pytest
+from rich.console import Console
+
+from dryvine.launch.plan import sweep as module
+from dryvine.launch.plan.hardware import Machine, load_hardware
+from dryvine.launch.plan.page import plan_page
+from dryvine.launch.plan.plan import make
+from dryvine.launch.plan.sweep import BEST, sweep
+from dryvine.launch.plan.sweep_page import figures_of, show_sweep, sweep_page
+from dryvine.trainer.config import Config
+from dryvine.trainer.run_plan import make_plan
+
+
+def machine(megabytes: float) -> Machine:
+    return load_hardware("cpu").model_copy(update={"memory_gb": megabytes / 1e3, "reserved_gb": 0.0})
+
+
+@pytest.fixture
+def base(tiny: Callable[..., Config]) -> Config:
+    return tiny("parallel.pp=2", "parallel.schedule=dualpipe")
+
+
+def test_the_best_is_the_best_of_all(base: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = sweep(base, 2, machine(3.0))
+    monkeypatch.setattr(module, "BEST", 10**6)  # plan them all
+    every = sweep(base, 2, machine(3.0))
+    good = [row.seconds for row in found if row.fits]
+    assert 0 < len(good) < len(every)
+    assert good[:BEST] == [row.seconds for row in every if row.fits][:BEST]
+    assert len(found) == len(every)
+
+
+def test_every_other_layout_has_its_reason(base: Config) -> None:
+    rows = sweep(base, 2, machine(2.5))
+    assert all(row.fits != bool(row.reason) for row in rows)
+    reasons = " ".join(row.reason for row in rows)
+    assert all(word in reasons for word in ("does not fit", "needs pp", "no whole number of"))
+    for row in rows:
+        if row.plan and not row.fits:
+            assert row.plan.fullest.total > 2.5e6
+
+
+def test_where_nothing_fits_the_nearest_are_shown(base: Config) -> None:
+    out = StringIO()
+    show_sweep(sweep(base, 2, machine(0.1)), Console(file=out, width=160))
+    assert "none fits" in out.getvalue()
+
+
+def test_pages_and_figures(base: Config) -> None:
+    rows = sweep(base, 2, machine(3.0))
+    text = sweep_page(rows, "tiny", 2, machine(3.0))
+    assert text.count("<svg") == 2
+    assert "Why not the others" in text
+    assert "http" not in text.replace("http://www.w3.org", ""), "nothing is fetched"
+    assert [row["fits"] for row in figures_of(rows)] == [row.fits for row in rows]
+    plan = plan_page(make(make_plan(base), machine(3.0)))
+    assert plan.count("<svg") == 2
+    assert "DOES NOT FIT" not in plan
