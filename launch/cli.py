@@ -12,6 +12,7 @@ from rich.console import Console
 from dryvine.launch import bench_comm, checkpoint_cli, data_cli, hand_off_cli
 from dryvine.launch.doctor import doctor
 from dryvine.launch.plan_cli import HardwareName, machine_of, plan
+from dryvine.launch.report_cli import report, watch
 from dryvine.launch.schedule_cli import schedule
 
 app = typer.Typer(
@@ -27,6 +28,8 @@ app.add_typer(checkpoint_cli.app, name="checkpoint")
 app.add_typer(bench, name="bench")
 app.command()(doctor)
 app.command()(plan)
+app.command()(report)
+app.command()(watch)
 app.command()(schedule)
 app.command()(hand_off_cli.export)
 app.command("import")(hand_off_cli.import_)

@@ -6,6 +6,8 @@ commit.txt       the code's git commit, with `+` if the tree had changes
 metrics.jsonl    a row per step; a figure not known at a step is null
 events.out...    the same figures for TensorBoard
 schedule.svg     what ran, as simulated
+expert_load.jsonl  a line per validation: tokens that chose each expert, by layer
+starts.jsonl     a line per start of the run: after which step, and when
 loss.png         training and validation loss
 checkpoints/
 """
@@ -15,9 +17,10 @@ from __future__ import annotations
 import json
 import math
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 from torch.utils.tensorboard import SummaryWriter
@@ -32,6 +35,7 @@ from dryvine.trainer.checkpoint.reader import open_checkpoint
 from dryvine.trainer.config import Config, ConfigError, dump, load
 from dryvine.trainer.data.atomic import CannotWrite, write_atomically
 from dryvine.trainer.data.identity import UNKNOWN, DataIdentity
+from dryvine.trainer.run_rows import read
 
 # For schedule.svg: a pair takes about three quarters of the time of its parts (ISCA 2025, table 4).
 COSTS = Costs.parse("F=1,I=1,W=1,FB=2.4")
@@ -65,6 +69,9 @@ class MetricsRow:
     fp8_bad_tiles: float | None  # of this step, if it was counted (fp8.guard_every): held a NaN or an infinity
     fp8_floored_share: float | None  # tiles so small that all of their values lost precision
     seconds: float
+    peak_mbytes: float | None = None  # of the fullest GPU's allocator, since the start
+    watts: float | None = None  # of the GPU that takes most, after the step
+    celsius: float | None = None  # of the hottest
     checkpoint_stall_ms: float | None = None  # for which training stood still after this step, rank 0
 
 
@@ -83,6 +90,8 @@ class Journal:
         }.items():
             with CannotWrite.naming(self.folder / name):
                 write_atomically(self.folder / name, content)
+        start = {"after_step": resume_step, "at": datetime.now(UTC).isoformat(timespec="seconds")}
+        self._append("starts.jsonl", start)
         self._metrics = self.folder / "metrics.jsonl"
         self._lines = self._metrics.open("a")
         self._board = SummaryWriter(str(self.folder), purge_step=resume_step + 1)
@@ -97,6 +106,14 @@ class Journal:
                 if value is not None and name != "step":
                     self._board.add_scalar(name, value, row.step)
 
+    def write_loads(self, step: int, loads: Sequence[Sequence[int]]) -> None:
+        """Tokens of the step's batch that chose each expert, by MoE layer."""
+        self._append("expert_load.jsonl", {"step": step, "loads": loads})
+
+    def _append(self, name: str, row: dict[str, object]) -> None:
+        with CannotWrite.naming(self.folder / name), (self.folder / name).open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
     def close(self) -> None:
         with CannotWrite.naming(self._metrics):
             self._lines.close()
@@ -104,26 +121,6 @@ class Journal:
             self._board.close()
         with CannotWrite.naming(self.folder / "loss.png"):
             plot(self.folder)
-
-
-Figures = dict[str, Any]  # a row of metrics.jsonl: numbers, and None where a figure is not known
-
-
-def read(folder: Path) -> list[Figures]:
-    """The rows of a run folder's metrics.jsonl, in order; none if it has no such file. A last row that a dead run has
-    left half-written is left out; any other that is no row raises ConfigError."""
-    path = folder / "metrics.jsonl"
-    rows: list[Figures] = []
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            if number < len(lines):
-                raise ConfigError(
-                    f"{path}, line {number}: not a row of figures; restore the file, or delete the line"
-                ) from None
-    return rows
 
 
 def plot(folder: Path) -> None:

@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass, replace
 from itertools import islice
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -21,7 +22,7 @@ from dryvine.trainer.begin import resume
 from dryvine.trainer.checkpoint.save import Keep, Saver
 from dryvine.trainer.config import RunConfig
 from dryvine.trainer.data.splits import Data
-from dryvine.trainer.journal import Journal, MetricsRow, read
+from dryvine.trainer.journal import Journal, MetricsRow
 from dryvine.trainer.metrics import metrics_row, reduce_figures
 from dryvine.trainer.nonfinite import Diverged, NonfiniteStep, blame, diverged_line
 from dryvine.trainer.ramps import Point, points
@@ -29,6 +30,7 @@ from dryvine.trainer.rehearse import rehearse, report_loads
 from dryvine.trainer.report import final_table
 from dryvine.trainer.rig import Rig, make_rig
 from dryvine.trainer.run_plan import RunPlan
+from dryvine.trainer.run_rows import read
 from dryvine.trainer.startup import startup_lines
 from dryvine.trainer.step import evaluate, evaluate_average, train_step
 from dryvine.trainer.stop import Stop
@@ -96,6 +98,7 @@ class LoopStep:
     nonfinite: NonfiniteStep | None  # the step updated nothing
     stop: bool  # a signal asked a rank to stop
     saving: bool  # a rank still writes its part of a checkpoint
+    loads: torch.Tensor | None = None  # of experts, after a validation (`StepOutcome`)
 
 
 def one_step(rig: Rig, point: Point, stop: Stop, nonfinite_before: int = 0, saving: bool = False) -> LoopStep:
@@ -111,7 +114,8 @@ def one_step(rig: Rig, point: Point, stop: Stop, nonfinite_before: int = 0, savi
     row = replace(metrics_row(rig, point, outcome, figures), skipped=nonfinite_before + 1 if nonfinite else 0)
     if _validates(rig.config.run, row.step):
         row = replace(row, val_loss=evaluate(rig), val_loss_ema=evaluate_average(rig))
-    return LoopStep(row, nonfinite, figures.stop, figures.saving)
+    loads = outcome.loads if row.val_loss is not None else None
+    return LoopStep(row, nonfinite, figures.stop, figures.saving, loads)
 
 
 def _validates(run: RunConfig, step: int) -> bool:
@@ -130,6 +134,8 @@ def _record(step: LoopStep, stalled: float | None, console: Console, journal: Jo
     """`stalled`: milliseconds that a checkpoint took of the training."""
     if journal:
         journal.write(replace(step.row, checkpoint_stall_ms=stalled))
+        if step.loads is not None:
+            journal.write_loads(step.row.step, step.loads.tolist())
     if step.nonfinite:
         console.print(str(step.nonfinite), markup=False)
         if journal:

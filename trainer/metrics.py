@@ -44,6 +44,9 @@ class Maxima(NamedTuple):
     idle_share: float  # of the time played
     played: float
     seconds: float  # of the step
+    peak_bytes: float = 0.0  # of the device's allocator; 0 on a CPU
+    watts: float = 0.0  # of the device, by NVML; 0 where it does not tell
+    celsius: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -78,8 +81,9 @@ def reduce_figures(rig: Rig, played: Played, seconds: float, stop: bool, saving:
     """The figures of a step that took this rank `seconds`, whether it is to `stop`, and whether it is still `saving`.
     Starts the counts of bytes and FP8 tiles anew. Collective."""
     sums = _own_sums(rig, played)
-    maxima = Maxima(float(stop), float(saving), played.idle / sums.played, sums.played, seconds)
     mesh = rig.mesh
+    idle = played.idle / sums.played
+    maxima = Maxima(float(stop), float(saving), idle, sums.played, seconds, *_device(mesh.device))
     return StepFigures(
         Sums(*mesh.sum(_tensor(sums, mesh), "figures").tolist()),
         Maxima(*mesh.max(_tensor(maxima, mesh), "figures").tolist()),
@@ -112,6 +116,9 @@ def metrics_row(rig: Rig, point: Point, outcome: StepOutcome, figures: StepFigur
         fp8_bad_tiles=sums.bad_tiles if sums.tiles else None,
         fp8_floored_share=sums.floored_tiles / sums.tiles if sums.tiles else None,
         seconds=seconds,
+        peak_mbytes=figures.maxima.peak_bytes / 1e6 or None,
+        watts=figures.maxima.watts or None,
+        celsius=figures.maxima.celsius or None,
     )
 
 
@@ -134,6 +141,19 @@ def _own_sums(rig: Rig, played: Played) -> Sums:
         floored_tiles=sum(count.floored for count in counts),
         tiles=sum(count.tiles for count in counts),
     )
+
+
+def _device(device: torch.device) -> tuple[float, float, float]:
+    """Peak bytes since the start, watts and degrees of this rank's device."""
+    if device.type != "cuda":
+        return 0.0, 0.0, 0.0
+    from pynvml import NVMLError
+
+    peak = float(torch.cuda.max_memory_allocated(device))
+    try:
+        return peak, torch.cuda.power_draw(device) / 1e3, float(torch.cuda.temperature(device))
+    except (NVMLError, RuntimeError):  # it does not answer in some containers and virtual machines
+        return peak, 0.0, 0.0
 
 
 def _loss_sum(played: Played, prefix: str) -> float:

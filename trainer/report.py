@@ -8,7 +8,7 @@ from statistics import median
 from rich.table import Table
 
 from dryvine.trainer.config import Config
-from dryvine.trainer.journal import Figures
+from dryvine.trainer.run_rows import Figures
 
 
 def final_table(config: Config, rows: Sequence[Figures]) -> Table:

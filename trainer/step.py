@@ -29,6 +29,7 @@ class StepOutcome(NamedTuple):
     played: Played
     norm: float  # of the gradient over all ranks, before the clip
     balance: Balance
+    loads: torch.Tensor | None = None  # int64 [MoE layers, experts]: tokens of the global batch; None without experts
 
     @property
     def finite(self) -> bool:
@@ -44,7 +45,9 @@ def train_step(rig: Rig, point: Point) -> StepOutcome:
     if finite:
         update(rig, point, norm)
     gamma = changed(rig.config.model.bias_gamma, rig.config.optim.bias_gamma_plan, point)
-    return StepOutcome(played, norm, balance(rig, gamma if finite else 0.0))
+    loads = balance(rig, gamma if finite else 0.0)
+    even = Balance(1.0, 1.0) if loads is None else imbalances(loads, rig.mesh.ep)
+    return StepOutcome(played, norm, even, loads)
 
 
 def accumulate(rig: Rig, point: Point) -> Played:
@@ -68,19 +71,19 @@ def update(rig: Rig, point: Point, norm: float) -> None:
     rig.publish()
 
 
-def balance(rig: Rig, gamma: float) -> Balance:
+def balance(rig: Rig, gamma: float) -> torch.Tensor | None:
     """Move every gate's bias by `gamma` after the load of the whole global batch (arXiv 2408.15664), and count
-    anew."""
+    anew. Returns that load, as in `StepOutcome`."""
     shape, own = rig.config.model, rig.model.loads
     layers = [block.name for block in blocks(shape) if block.kind in ("moe", "mtp")]
     if not layers:
-        return Balance(1.0, 1.0)
+        return None
     zeros = torch.zeros(shape.routed, dtype=torch.int64, device=rig.mesh.device)
     loads = rig.mesh.sum(torch.stack([own.get(layer, zeros) for layer in layers]), "expert loads")
     if gamma:
         rig.model.update_biases(dict(zip(layers, loads, strict=True)), gamma)
     rig.model.reset_loads()
-    return imbalances(loads, rig.mesh.ep)
+    return loads
 
 
 def imbalances(loads: torch.Tensor, ep: int) -> Balance:

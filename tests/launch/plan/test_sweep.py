@@ -24,7 +24,7 @@ def machine(megabytes: float) -> Machine:
 
 @pytest.fixture
 def base(tiny: Callable[..., Config]) -> Config:
-    return tiny("parallel.pp=2", "parallel.schedule=dualpipe")
+    return tiny("parallel.pp=2", "parallel.schedule=dualpipe", "batch.sequences=12")
 
 
 def test_the_best_is_the_best_of_all(base: Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,6 +60,6 @@ def test_pages_and_figures(base: Config) -> None:
     assert "Why not the others" in text
     assert "http" not in text.replace("http://www.w3.org", ""), "nothing is fetched"
     assert [row["fits"] for row in figures_of(rows)] == [row.fits for row in rows]
-    plan = plan_page(make(make_plan(base), machine(3.0)))
+    plan = plan_page(make(make_plan(base), machine(30.0)))
     assert plan.count("<svg") == 2
     assert "DOES NOT FIT" not in plan

@@ -1,0 +1,95 @@
+"""A run folder as a report reads it: figures by step, expert loads, events. Written by `trainer.journal`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+from dryvine.launch.plan.hardware import load_hardware
+from dryvine.launch.plan.plan import Plan, make
+from dryvine.trainer.config import Config, ConfigError, load
+from dryvine.trainer.run_plan import make_plan
+from dryvine.trainer.run_rows import Figures, read
+
+
+class Event(NamedTuple):
+    """Something that happened after a step."""
+
+    step: int
+    kind: str  # start | checkpoint | skip
+    what: str
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """What a run has left so far."""
+
+    path: Path
+    config: Config
+    rows: list[Figures]
+
+    @staticmethod
+    def open(path: Path) -> RunFolder:
+        """Raises ConfigError where there is no run, or none that has made a step."""
+        if not (path / "config.toml").exists():
+            raise ConfigError(f"{path}: no run folder: it has no config.toml")
+        rows = read(path)
+        if not rows:
+            raise ConfigError(f"{path}: no step has been recorded yet")
+        return RunFolder(path, load(path / "config.toml"), rows)
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def steps(self) -> list[float]:
+        return [float(row["step"]) for row in self.rows]
+
+    def column(self, name: str) -> list[float | None]:
+        """A figure by step; None where it is not known."""
+        return [row.get(name) for row in self.rows]
+
+    def known(self, name: str) -> list[float]:
+        return [value for value in self.column(name) if value is not None]
+
+    @property
+    def validations(self) -> list[str]:
+        """The columns that hold validation losses: of all sources, by source, of averaged weights."""
+        names = dict.fromkeys(name for row in self.rows for name in row if name.startswith("val_loss"))
+        return [name for name in names if self.known(name)]
+
+    @cached_property
+    def loads(self) -> list[list[int]]:
+        """Of the newest validation: tokens by MoE layer and expert; empty without experts."""
+        rows = read(self.path, "expert_load.jsonl")
+        return rows[-1]["loads"] if rows else []
+
+    @cached_property
+    def plan(self) -> Plan | None:
+        """What was to be expected on the hardware that the config names; None where it names none."""
+        hardware = self.config.run.hardware
+        return make(make_plan(self.config), load_hardware(hardware)) if hardware else None
+
+    def mfu(self) -> list[float | None]:
+        """Of the planned hardware's peak, by step; None without one."""
+        if self.plan is None:
+            return [None] * len(self.rows)
+        flop, peak = self.plan.flop_per_token[0], self.plan.machine.peak_bf16 * 1e12 * self.plan.world
+        return [rate and rate * flop / peak for rate in self.column("tokens_per_second")]
+
+    def events(self) -> Iterator[Event]:
+        """In order of steps."""
+        found = [
+            Event(row["after_step"], "start", f"started at {row['at']}") for row in read(self.path, "starts.jsonl")
+        ]
+        for row in self.rows:
+            if row.get("checkpoint_stall_ms") is not None:
+                stall = f"checkpoint, training stood still for {row['checkpoint_stall_ms']:.0f} ms"
+                found.append(Event(row["step"], "checkpoint", stall))
+            if row.get("skipped"):
+                found.append(Event(row["step"], "skip", f"updated nothing ({row['skipped']} in a row): skipped.jsonl"))
+        return iter(sorted(found))

@@ -1,0 +1,87 @@
+"""`dryvine watch`: a run's last figures in the terminal, as they are written."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING
+
+from dryvine.trainer.config import Config, ConfigError, load
+from dryvine.trainer.run_rows import Figures, read
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+SPARKS = " ▁▂▃▄▅▆▇█"
+RECENT = 20  # steps that rates are medians over
+SHOWN = {
+    "loss": "{:.4f}",
+    "val_loss": "{:.4f}",
+    "lr": "{:.3g}",
+    "grad_norm": "{:.3g}",
+    "tokens_per_second": "{:,.0f}",
+    "bubble": "{:.1%}",
+    "exposed_comm_share": "{:.1%}",
+    "load_imbalance": "{:.2f}",
+    "watts": "{:.0f}",
+    "celsius": "{:.0f}",
+    "peak_mbytes": "{:,.0f}",
+}
+
+
+def watch(path: Path, console: Console, every: float, once: bool) -> None:
+    """Show the run until it has made its last step, or once. Raises ConfigError where there is no run."""
+    from rich.live import Live
+
+    if not (path / "config.toml").exists():
+        raise ConfigError(f"{path}: no run folder: it has no config.toml")
+    config = load(path / "config.toml")
+    rows = read(path)
+    if once:
+        console.print(view(config, rows, _quiet(path)))
+        return
+    with Live(view(config, rows, _quiet(path)), console=console, refresh_per_second=4) as live:
+        while not rows or rows[-1]["step"] < config.run.steps:
+            time.sleep(every)
+            rows = read(path)
+            live.update(view(config, rows, _quiet(path)))
+
+
+def view(config: Config, rows: Sequence[Figures], quiet: float) -> RenderableType:
+    """A table of the newest figures, each with its course. `quiet`: seconds since the last row was written."""
+    from rich.console import Group
+    from rich.table import Table
+
+    if not rows:
+        return f"{config.run.name}: no step yet"
+    last, recent = rows[-1], rows[-RECENT:]
+    seconds = median(row["seconds"] for row in recent)
+    left = timedelta(seconds=round(seconds * (config.run.steps - last["step"])))
+    late = f"; nothing for {quiet:.0f} s, a step takes {seconds:.0f}" if quiet > 10 * seconds + 5 else ""
+    title = f"{config.run.name}: step {last['step']:,} of {config.run.steps:,}, {left} to go{late}"
+    table = Table("", "now", f"course of {len(rows)} steps")
+    for name, form in SHOWN.items():
+        known = [row[name] for row in rows if row.get(name) is not None]
+        if known:
+            table.add_row(name, form.format(known[-1]), sparks(known))
+    return Group(title, table)
+
+
+def sparks(values: Sequence[float], width: int = 40) -> str:
+    """The course of a figure in one line, means over equal parts, from its least to its largest."""
+    parts = min(width, len(values))
+    means = []
+    for part in range(parts):
+        some = values[part * len(values) // parts : (part + 1) * len(values) // parts]
+        means.append(sum(some) / len(some))
+    low, high = min(means), max(means)
+    span = high - low or 1.0
+    return "".join(SPARKS[1 + round((value - low) / span * (len(SPARKS) - 2))] for value in means)
+
+
+def _quiet(path: Path) -> float:
+    rows = path / "metrics.jsonl"
+    return time.time() - rows.stat().st_mtime if rows.exists() else 0.0
