@@ -11,7 +11,7 @@ from rich.console import Console
 
 from dryvine.launch import bench_comm, checkpoint_cli, data_cli, hand_off_cli
 from dryvine.launch.doctor import doctor
-from dryvine.launch.plan_cli import HardwareName, machine_of, plan
+from dryvine.launch.plan_cli import HardwareName, machine_of, plan, profile
 from dryvine.launch.report_cli import report, watch
 from dryvine.launch.schedule_cli import schedule
 
@@ -28,6 +28,7 @@ app.add_typer(checkpoint_cli.app, name="checkpoint")
 app.add_typer(bench, name="bench")
 app.command()(doctor)
 app.command()(plan)
+app.command()(profile)
 app.command()(report)
 app.command()(watch)
 app.command()(schedule)

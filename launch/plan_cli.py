@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dryvine.launch.plan.hardware import Machine, load_hardware, names
-from dryvine.trainer.config import Config, RunConfig, load
+from dryvine.trainer.config import Config, ConfigError, RunConfig, load
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,6 +35,7 @@ def plan(
     price: Price = None,
     as_json: Annotated[bool, typer.Option("--json", help="figures for a program")] = False,
     html: Annotated[Path | None, typer.Option(help="write a page there")] = None,
+    profile: Annotated[Path | None, typer.Option(help="times measured by `dryvine profile`")] = None,
     sweep: Annotated[bool, typer.Option("--sweep", help="compare all layouts for as many GPUs as --gpus")] = False,
     gpus: Annotated[int, typer.Option(min=0, help="for --sweep; 0: as many as the config has", show_default=False)] = 0,
 ) -> None:
@@ -46,11 +47,12 @@ def plan(
         _sweep(load(config, overrides or ()), hardware, price, gpus, as_json, html, console)
         return
     from dryvine.launch.plan.plan import make
+    from dryvine.launch.plan.profiled import read_profile
     from dryvine.launch.plan.summary import figures, show
     from dryvine.trainer.run_plan import load_plan
 
     run = load_plan(config, overrides or ())
-    made = make(run, machine_of(hardware, run.config.run, price))
+    made = make(run, machine_of(hardware, run.config.run, price), read_profile(profile) if profile else None)
     if html:
         from dryvine.launch.plan.page import plan_page
 
@@ -59,6 +61,25 @@ def plan(
         typer.echo(json.dumps(figures(made), indent=1))
     elif not html:
         show(made, console)
+
+
+def profile(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    device: Annotated[str, typer.Option(help="cuda, or cpu")] = "cuda",
+    out: Annotated[Path, typer.Option(help="the file that `plan --profile` takes")] = Path("profile.json"),
+    rounds: Annotated[int, typer.Option(min=1, help="microbatches of each kind of block")] = 10,
+) -> None:
+    """Measure the phases of the config's blocks on one GPU, for plans of any layout of the same microbatches."""
+    import torch
+
+    from dryvine.launch.profile import measure
+
+    resolved = load(config, overrides or ())
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("torch sees no GPU; profile where there is one, or with --device cpu")
+    measured = measure(resolved, torch.device(device), rounds, lambda kind: typer.echo(f"measuring {kind}", err=True))
+    _write(out, measured.model_dump_json(indent=1))
 
 
 def _sweep(

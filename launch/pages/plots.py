@@ -63,7 +63,7 @@ def lines(curves: Mapping[str, Curve], x: str, y: str, marks: Sequence[Mark] = (
         )
     if log:
         axes.set_yscale("log")
-    axes.legend(frameon=False, fontsize=9, ncols=max(1, min(4, len(curves))))
+    _legend_below(axes, max(map(len, curves), default=1))
     return _svg(figure)
 
 
@@ -115,6 +115,11 @@ def _axes(x: str, y: str) -> tuple[object, Axes]:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def _legend_below(axes: Axes, longest: int) -> None:
+    """Under the plot, in as many columns as names of that length leave room for."""
+    axes.figure.legend(frameon=False, fontsize=9, loc="outside lower left", ncols=max(1, 96 // (longest + 8)))
 
 
 def _colour(number: int) -> str:

@@ -17,6 +17,7 @@ from dryvine.comm.topology import by_sizes
 from dryvine.launch.plan import traffic
 from dryvine.launch.plan.hardware import GIGA, TERA, Machine
 from dryvine.launch.plan.memory import RankMemory, memory
+from dryvine.launch.plan.profiled import Profile
 from dryvine.launch.plan.shards import BucketSize, buckets
 from dryvine.launch.plan.times import PhaseTimes, StagePrices, roofline
 from dryvine.launch.plan.traffic import Dispatching, LinkBytes
@@ -196,14 +197,17 @@ def roofline_times(config: Config, machine: Machine) -> dict[str, PhaseTimes]:
     return {kind: roofline(work, machine, config.fp8.fp8) for kind, work in every.items()}
 
 
-def make(run: RunPlan, machine: Machine, times: dict[str, PhaseTimes] | None = None, source: str = "") -> Plan:
-    """The plan of a run on a machine; `times` of phases as measured, else by roofline."""
+def make(run: RunPlan, machine: Machine, profile: Profile | None = None) -> Plan:
+    """The plan of a run on a machine: times of phases as measured, if there is a profile, else by roofline. Raises
+    ConfigError where the profile is of something else."""
     config = run.config
+    if profile:
+        profile.check(config)
     nodes = config.comm.topology.nodes
     topology = by_sizes(nodes) if nodes else machine.topology(config.parallel.world)
     sent = traffic.dispatching(config, topology)
     kinds = {block.name: block.kind for block in blocks(config.model)}
-    by_kind = roofline_times(config, machine) if times is None else times
+    by_kind = profile.times() if profile else roofline_times(config, machine)
     prices = StagePrices(
         tuple(tuple(by_kind[kinds[name]] for name in names) for names in run.blocks),
         traffic.messages(sent, machine),
@@ -224,10 +228,10 @@ def make(run: RunPlan, machine: Machine, times: dict[str, PhaseTimes] | None = N
         prices=prices,
         timeline=simulate(run.schedule, prices),
         reduce_seconds=traffic.seconds(worst, machine),
-        update_seconds=max(_update_seconds(config, mine, machine) for mine in shards),
+        update_seconds=max(_update_seconds(config, mine, machine, profile) for mine in shards),
         gather_seconds=traffic.seconds(_scaled(worst, wide / 4), machine),
         gradient_bytes=_scaled(worst, 1 + wide / 4),
-        source=source or f"roofline of {machine.name}",
+        source=f"a profile of {profile.device}" if profile else f"roofline of {machine.name}",
     )
 
 
@@ -272,8 +276,16 @@ def _scaled(sent: LinkBytes, factor: float) -> LinkBytes:
     return Counter({link: round(size * factor) for link, size in sent.items()})
 
 
-def _update_seconds(config: Config, mine: Iterable[BucketSize], machine: Machine) -> float:
-    """Memory traffic of the norm, the clip and AdamW: gradient three times, master and moments read and written."""
+def _update_seconds(
+    config: Config,
+    mine: Iterable[BucketSize],
+    machine: Machine,
+    measured: Profile | None,
+) -> float:
+    """As profiled, else the memory traffic of the norm, the clip and AdamW: the gradient three times, master and moments
+    read and written."""
     per_element = 4 * 5 + 4 * 2 + 2 * 2 * DTYPE_BYTES[config.optim.moments]
     owned = sum(bucket.owned() for bucket in mine)
+    if measured:
+        return owned * measured.update_seconds
     return owned * per_element / (machine.memory_bandwidth * machine.streaming * GIGA)

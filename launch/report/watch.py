@@ -60,7 +60,8 @@ def view(config: Config, rows: Sequence[Figures], quiet: float) -> RenderableTyp
     last, recent = rows[-1], rows[-RECENT:]
     seconds = median(row["seconds"] for row in recent)
     left = timedelta(seconds=round(seconds * (config.run.steps - last["step"])))
-    late = f"; nothing for {quiet:.0f} s, a step takes {seconds:.0f}" if quiet > 10 * seconds + 5 else ""
+    silent = quiet > 10 * seconds + 5 and last["step"] < config.run.steps
+    late = f"; nothing for {quiet:.0f} s, a step takes {seconds:.0f}" if silent else ""
     title = f"{config.run.name}: step {last['step']:,} of {config.run.steps:,}, {left} to go{late}"
     table = Table("", "now", f"course of {len(rows)} steps")
     for name, form in SHOWN.items():

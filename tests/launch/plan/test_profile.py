@@ -1,0 +1,55 @@
+"""Profiles: phases of every kind of block are timed, a file round trip, and a plan that takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from dryvine.launch.plan.hardware import load_hardware
+from dryvine.launch.plan.plan import make
+from dryvine.launch.plan.profiled import Profile, read_profile
+from dryvine.launch.profile import measure
+from dryvine.trainer.config import Config, ConfigError
+from dryvine.trainer.run_plan import make_plan
+
+
+def profile_of(config: Config) -> Profile:
+    return measure(config, torch.device("cpu"), 1, lambda kind: None)
+
+
+@pytest.mark.parametrize("recipe", ["bf16", "deepseek_v3"])
+def test_every_phase_is_timed_and_a_plan_of_another_layout_takes_it(
+    tiny: Callable[..., Config], tmp_path: Path, recipe: str
+) -> None:
+    found = profile_of(tiny(f"fp8.preset={recipe}", "parallel.ep=2"))
+    assert {kind: set(phases) for kind, phases in found.phases.items()} == {
+        "embed": {"embed"},
+        "dense": {"dense"},
+        "moe": {"attention", "experts"},
+        "head": {"head"},
+        "mtp": {"attention", "experts", "head"},
+    }
+    assert all(forward > 0 and inputs > 0 for kind in found.phases.values() for forward, inputs, _ in kind.values())
+    assert all(found.phases[kind]["experts"][2] > 0 for kind in ("moe", "mtp"))
+    file = tmp_path / "profile.json"
+    file.write_text(found.model_dump_json())
+    assert read_profile(file) == found
+    other = tiny(f"fp8.preset={recipe}", "parallel.pp=2", "parallel.schedule=dualpipe")
+    plan = make(make_plan(other), load_hardware("cpu"), found)
+    assert plan.source == "a profile of cpu"
+    assert plan.times["head"]["head"].forward == found.phases["head"]["head"][0]
+    busy = sum(found.phases["dense"]["dense"]) * plan.run.schedule.microbatches
+    assert plan.step_seconds > busy
+
+
+def test_a_profile_of_something_else_is_refused(tiny: Callable[..., Config], tmp_path: Path) -> None:
+    found = profile_of(tiny())
+    with pytest.raises(ConfigError, match="another model, dtype or microbatch"):
+        make(make_plan(tiny("parallel.microbatch_sequences=2")), load_hardware("cpu"), found)
+    broken = tmp_path / "broken.json"
+    broken.write_text("{")
+    with pytest.raises(ConfigError, match="no profile"):
+        read_profile(broken)
