@@ -282,8 +282,8 @@ def _update_seconds(
     machine: Machine,
     measured: Profile | None,
 ) -> float:
-    """As profiled, else the memory traffic of the norm, the clip and AdamW: the gradient three times, master and moments
-    read and written."""
+    """As profiled, else memory traffic of the norm, the clip and AdamW: the gradient three times, master and
+    moments read and written."""
     per_element = 4 * 5 + 4 * 2 + 2 * 2 * DTYPE_BYTES[config.optim.moments]
     owned = sum(bucket.owned() for bucket in mine)
     if measured:
