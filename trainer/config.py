@@ -40,6 +40,7 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
     seed: int = 0
     dtype: Literal["fp32", "bf16"] = "bf16"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    wandb: str | None = None  # project of Weights & Biases that gets the figures too
     hardware: str | None = None  # what it is meant for: a name or file that `dryvine plan` takes
     out: str = "runs"
     checkpoint_every: Positive = 1000

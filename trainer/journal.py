@@ -36,6 +36,7 @@ from dryvine.trainer.config import Config, ConfigError, dump, load
 from dryvine.trainer.data.atomic import CannotWrite, write_atomically
 from dryvine.trainer.data.identity import UNKNOWN, DataIdentity
 from dryvine.trainer.run_rows import read
+from dryvine.trainer.wandb_board import WandbBoard
 
 # For schedule.svg: a pair takes about three quarters of the time of its parts (ISCA 2025, table 4).
 COSTS = Costs.parse("F=1,I=1,W=1,FB=2.4")
@@ -95,6 +96,7 @@ class Journal:
         self._metrics = self.folder / "metrics.jsonl"
         self._lines = self._metrics.open("a")
         self._board = SummaryWriter(str(self.folder), purge_step=resume_step + 1)
+        self._wandb = WandbBoard(config) if config.run.wandb else None
 
     def write(self, row: MetricsRow) -> None:
         figures = {name: value if value is None or math.isfinite(value) else None for name, value in vars(row).items()}
@@ -105,6 +107,8 @@ class Journal:
             for name, value in figures.items():
                 if value is not None and name != "step":
                     self._board.add_scalar(name, value, row.step)
+        if self._wandb:
+            self._wandb.write(row.step, figures)
 
     def write_loads(self, step: int, loads: Sequence[Sequence[int]]) -> None:
         """Tokens of the step's batch that chose each expert, by MoE layer."""
@@ -119,6 +123,8 @@ class Journal:
             self._lines.close()
         with CannotWrite.naming(self.folder / "events.out.tfevents"):
             self._board.close()
+        if self._wandb:
+            self._wandb.close()
         with CannotWrite.naming(self.folder / "loss.png"):
             plot(self.folder)
 
