@@ -32,6 +32,7 @@ from dryvine.trainer.nonfinite import Diverged
 from dryvine.trainer.rig import mesh_of
 from dryvine.trainer.run_lock import RunLock
 from dryvine.trainer.run_plan import RunPlan, load_plan
+from dryvine.trainer.wandb_board import check_wandb
 
 CODES = {CannotSave: ExitCode.FAULT, CheckpointError: ExitCode.REFUSED, Diverged: ExitCode.DIVERGED}
 
@@ -53,6 +54,7 @@ def main(words: Sequence[str]) -> int:
         topology = _topology(config, device)
         data = open_data(config)
         same_run(config, data.identity)
+        check_wandb(config)
         check_source(config)
         with RunLock(config.run.folder).held() if rank == 0 else nullcontext():
             return run(plan, data, device, topology)

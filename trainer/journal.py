@@ -70,10 +70,10 @@ class MetricsRow:
     fp8_bad_tiles: float | None  # of this step, if it was counted (fp8.guard_every): held a NaN or an infinity
     fp8_floored_share: float | None  # tiles so small that all of their values lost precision
     seconds: float
+    checkpoint_stall_ms: float | None = None  # for which training stood still after this step, rank 0
     peak_mbytes: float | None = None  # of the fullest GPU's allocator, since the start
     watts: float | None = None  # of the GPU that takes most, after the step
     celsius: float | None = None  # of the hottest
-    checkpoint_stall_ms: float | None = None  # for which training stood still after this step, rank 0
 
 
 class Journal:
