@@ -30,7 +30,7 @@ def _row(rank: int, config: Config) -> tuple[dict[str, Any], bool]:
             "loss": [torch.tensor(8.0), torch.tensor(24.0 + rank)],
             "mtp.0": [torch.tensor(1.0)],
             "balance.layers.3": [torch.tensor(0.5)],
-            "balance.layers.4": [torch.tensor(0.25)],
+            "balance.mtp.0": [torch.tensor(0.25)],
         },
         timeline=timelines[rank],
         started=(10.0, 20.0)[rank],
