@@ -83,7 +83,8 @@ def test_what_a_run_does_not_have_is_null(tiny: Tiny) -> None:
 def test_tiles_of_fp8_are_counted_in_the_steps_that_count_them(tiny: Tiny) -> None:
     from dryvine.trainer.step import train_step
 
-    rig = rig_of(tiny("run.dtype=bf16", "fp8.preset=deepseek_v3", "fp8.guard_every=2"))
+    small = ("model.layers=2", "batch.sequences=2")
+    rig = rig_of(tiny(*small, "run.dtype=bf16", "fp8.preset=deepseek_v3", "fp8.guard_every=2"))
     rows = []
     for _, point in zip(range(3), points(rig.config.batch, rig.config.data.seq_len), strict=False):
         outcome = train_step(rig, point)
