@@ -24,6 +24,7 @@ from dryvine.comm.dispatch.flat import Flat
 from dryvine.comm.dispatch.meter import Meter
 from dryvine.comm.dispatch.rounds import InRounds, imbalance
 from dryvine.comm.dispatch.setup import Setup
+from dryvine.comm.dispatch.single_rank import SingleRank
 from dryvine.comm.local import run
 from dryvine.comm.mesh import Layout, Mesh, make_mesh
 from dryvine.comm.topology import by_sizes
@@ -36,15 +37,15 @@ def draw(seed: int, tokens: int, experts: int, top_k: int) -> Tensor:
     return torch.rand(tokens, experts, generator=generator).argsort(dim=1)[:, :top_k].contiguous()
 
 
-def every_backend(rank: int, sizes: list[int], dtype: torch.dtype) -> dict[str, dict[str, int]]:
-    """All that run here, over gloo, against flat: bitwise in dispatch, to rounding in combine."""
-    world = sum(sizes)
-    mesh = make_mesh(Layout(ep=world), CPU, MINUTE)
+def every_backend(rank: int, sizes: list[int], dtype: torch.dtype, groups: int = 1) -> dict[str, dict[str, int]]:
+    """All that run here, over gloo, against flat: bitwise in dispatch, to rounding in combine. `sizes` are of the nodes
+    of one of `groups` expert-parallel groups."""
+    mesh = make_mesh(Layout(dp=groups, ep=sum(sizes)), CPU, MINUTE)
     chosen, noise = draw(rank, 30 * rank, 12, 3), torch.Generator().manual_seed(rank)
     rows, weights = torch.randn(30 * rank, 6, generator=noise).to(dtype), torch.rand(30 * rank, 3, generator=noise)
     seen, want = {}, None
     for name in ("flat", "hierarchical"):
-        dispatcher: Any = make_dispatcher(name, Setup(12, mesh, by_sizes(sizes)))
+        dispatcher: Any = make_dispatcher(name, Setup(12, mesh, by_sizes(sizes * groups)))
         handle = dispatcher.plan_routing(chosen).wait()
         dispatcher.meter.take()
         got = dispatcher.dispatch((rows,), weights, handle).wait()
@@ -64,6 +65,10 @@ def test_backends_agree_over_gloo(sizes: list[int], dtype: torch.dtype) -> None:
     results = run(every_backend, sum(sizes), sizes, dtype, deadline=60)
     crossed = {name: sum(r[name].get("inter", 0) for r in results) for name in ("flat", "hierarchical")}
     assert 0 < crossed["hierarchical"] < crossed["flat"]
+
+
+def test_a_group_that_does_not_begin_at_rank_0_has_its_own_hops() -> None:
+    run(every_backend, 4, [1, 1], torch.float32, 2, deadline=60)
 
 
 def routed_alike(rank: int, name: str) -> dict[str, int]:
@@ -93,6 +98,23 @@ def test_fake_runs_a_whole_layer_alone() -> None:
     back, again = fake.combine(got * values[:, None], values, handle).wait()
     torch.testing.assert_close(back, rows * weights.sum(1, keepdim=True))
     assert torch.equal(again, weights)
+
+
+def test_fake_counts_a_combine_as_its_dispatch() -> None:
+    fake: Any = make_dispatcher("fake", Setup(16, topology=by_sizes([4, 4])))
+    handle = fake.plan_routing(draw(0, 20, 16, 4)).wait()
+    for weights in (torch.rand(20, 4), None):
+        fake.meter.take()
+        got = fake.dispatch((torch.randn(20, 6),), weights, handle).wait()
+        dispatched = fake.meter.take()
+        fake.combine(got[0], None if weights is None else got[1], handle).wait()
+        assert fake.meter.take() == dispatched
+        assert dispatched["inter"]
+
+
+@pytest.mark.parametrize(("factor", "kind"), [(0.0, SingleRank), (0.5, InRounds), (1.0, InRounds)])
+def test_a_limit_of_imbalance_makes_rounds(factor: float, kind: type) -> None:
+    assert isinstance(make_dispatcher("flat", Setup(4), factor), kind)
 
 
 def segments(rows: Tensor, values: Tensor, counts: Sequence[int]) -> list[list[tuple[float, ...]]]:
@@ -194,7 +216,7 @@ def test_every_backend_is_a_module_and_a_name_in_the_config() -> None:
         assert spec is not None
         assert "\ndef build(setup: Setup) -> " in Path(str(spec.origin)).read_text()
         assert CommConfig(dispatcher=name).dispatcher == name
-    assert CommConfig().dispatcher == "auto"
+    assert CommConfig().dispatcher == CommConfig(dispatcher="auto").dispatcher == "auto"
 
 
 class StandIn:

@@ -85,13 +85,15 @@ def test_pieces_must_cover_a_parameter_once() -> None:
 
 
 def test_what_is_played_are_the_true_gradients(tiny: Tiny) -> None:
-    config = alone(tiny("parallel.ep=2", "run.dtype=bf16", "model.layers=2"))
+    """Not those that the update has clipped."""
+    config = alone(tiny("parallel.ep=2", "run.dtype=bf16", "model.layers=2", "optim.clip=0.1"))
     assert (config.parallel.world, config.run.dtype) == (1, "fp32")
     played, rig = play(config, steps=1), rig_of(config)
     losses = accumulate(rig, next(points(config.batch, config.data.seq_len))).losses
     assert played.losses == (pytest.approx(sum(float(loss) for some in losses.values() for loss in some) / 16),)
     norm = np.linalg.norm(np.concatenate([grad.astype(np.float64) for grad in played.grads.values()]))
     assert played.norms == (pytest.approx(norm),)
+    assert norm > config.optim.clip
 
 
 def test_what_is_played_are_whole_steps(tiny: Tiny) -> None:
