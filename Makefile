@@ -1,10 +1,10 @@
-# make setup | train | test | test-long | prove | lint | check. PYTHON names the interpreter that makes .venv; TORCH a torch requirement.
+# make setup | train | test | test-long | prove | prove-llama | lint | check. PYTHON names the interpreter that makes .venv; TORCH a torch requirement.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup setup-test train test test-long prove lint types check
+.PHONY: setup setup-test train test test-long prove prove-llama lint types check
 
 setup: .venv/.setup
 setup-test: .venv/.setup-test
@@ -35,6 +35,14 @@ test-long: setup-test
 # The same with the full counts of the proofs, by hand and in parts: make prove ONLY=tests/trainer/test_chaos.py
 prove: setup-test
 	$(BIN)/python -m pytest -m long --timeout 10800 --prove -v $(ONLY)
+
+# What people serve with. llama.cpp is a build of minutes, and so in no other target: make prove-llama
+prove-llama: setup-test .venv/.setup-llama
+	$(BIN)/python -m pytest -m long --timeout 10800 --prove -v tests/trainer/test_hand_off_llama.py
+
+.venv/.setup-llama: .venv/.setup-test
+	CMAKE_ARGS="-DLLAVA_BUILD=OFF" $(BIN)/pip install -q llama-cpp-python==0.3.36
+	touch $@
 
 # Type checkers look for a folder called dryvine; links stand in for it.
 types:

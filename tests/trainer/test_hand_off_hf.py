@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
 
+from dryvine.trainer.hand_off.check import PROMPTS, ReaderComparison, compare, prompts
 from dryvine.trainer.hand_off.encodings import Encoding
 from dryvine.trainer.hand_off.errors import HandOffError
 from dryvine.trainer.hand_off.export_hf import INDEX, export_hf
 from dryvine.trainer.hand_off.forward import Forward
 from dryvine.trainer.hand_off.import_hf import import_hf
+from dryvine.trainer.hand_off.readers import Transformers
 from dryvine.trainer.hand_off.run_files import OpenRun, open_run
-from dryvine.trainer.model.shape import Shape, Yarn
+from dryvine.trainer.model.shape import Yarn
 from tests.support.hand_off import quiet, run_of, small, tokenizer_of, weights_of
 
 V2 = {"score": "softmax", "normalise": False, "route_scale": 1.0}
@@ -39,31 +39,44 @@ def export(run: OpenRun, out: Path, dtype: str = "fp32", ragged: bool = False, s
     return out
 
 
-def prompts(shape: Shape, number: int, length: int = 24) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(7)
-    return torch.randint(shape.vocab, (number, length), generator=generator).tolist()
+def disagreement(run: OpenRun, folder: Path, encoding: Encoding, number: int = 4) -> ReaderComparison:
+    """transformers on an export, against our forward."""
+    some = prompts(tokenizer_of(run), None, run.shape.max_position)[:number]
+    return compare("", Transformers(folder, ""), Forward(run, encoding.read_back).log_probs, some)
 
 
-def theirs(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+ZERO_SIZED = pytest.mark.filterwarnings("ignore:Initializing zero-element")  # transformers, without shared experts
 
 
-def log_probs(model: Any, tokens: list[int]) -> Tensor:
-    with torch.no_grad():
-        return model(torch.tensor([tokens])).logits[0].float().log_softmax(-1)
+@ZERO_SIZED
+@pytest.mark.parametrize(("name", "dtype"), list(zip(SHAPES, ("fp32", "bf16") * len(SHAPES), strict=False)))
+def test_transformers_computes_what_we_do(name: str, dtype: str, tmp_path: Path) -> None:
+    run = run_of(small(**SHAPES[name]), tmp_path / "run")
+    found = disagreement(run, export(run, tmp_path / "out", dtype), Encoding(dtype))
+    assert found.fine, found
 
 
-@pytest.mark.filterwarnings("ignore:Initializing zero-element")  # transformers, without shared experts
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES.keys())
-def test_transformers_computes_what_we_do(changes: dict[str, Any], dtype: str, tmp_path: Path) -> None:
-    run = run_of(small(**changes), tmp_path / "run")
-    folder = export(run, tmp_path / "out", dtype)
-    ours, other = Forward(run, Encoding(dtype).read_back), theirs(folder)
-    for tokens in prompts(run.shape, 4):
-        torch.testing.assert_close(ours.log_probs(tokens), log_probs(other, tokens), atol=1e-3, rtol=0)
+@pytest.mark.long
+@ZERO_SIZED
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp8-block"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_model_in_every_dtype_on_fifty_prompts(name: str, dtype: str, tmp_path: Path) -> None:
+    run = run_of(small(**SHAPES[name]), tmp_path / "run")
+    found = disagreement(run, export(run, tmp_path / "out", dtype), Encoding(dtype), PROMPTS)
+    print(found)
+    assert found.fine, found
+
+
+def test_fp8_blocks_that_do_not_divide_are_kept_from_transformers(tmp_path: Path) -> None:
+    """Which would read 192 rows as two blocks of 96."""
+    shape = small(hidden=192, kv_lora=96, q_lora=160, expert_ffn=128, init_std=0.05)
+    run = run_of(shape, tmp_path / "run")
+    folder = export(run, tmp_path / "out", "fp8-block")
+    kept = json.loads((folder / "config.json").read_text())["quantization_config"]["modules_to_not_convert"]
+    assert "model.layers.1.self_attn.q_a_proj" in kept
+    assert "model.layers.1.self_attn.q_b_proj" in kept
+    found = disagreement(run, folder, Encoding("fp8-block"))
+    assert found.fine, found
 
 
 # What only one program reads, and would replace by something else in silence: each must matter for the numbers.
@@ -78,9 +91,7 @@ def test_a_gating_key_that_is_left_out_is_seen(other: dict[str, object], tmp_pat
     config = json.loads((folder / "config.json").read_text())
     assert all(config[key] != value for key, value in other.items())
     (folder / "config.json").write_text(json.dumps(config | other))
-    ours, model = Forward(run, Encoding("fp32").read_back), theirs(folder)
-    worst = max(float((ours.log_probs(t) - log_probs(model, t)).abs().max()) for t in prompts(run.shape, 2))
-    assert worst > 0.05
+    assert disagreement(run, folder, Encoding("fp32"), 2).largest > 0.05
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

@@ -90,13 +90,13 @@ def test_tensors_that_are_not_as_promised_are_refused_by_name(
     folder = changed(released[dtype], tmp_path / "changed", tensors)
     with pytest.raises(HandOffError, match=words):
         take(folder, tmp_path)
-    assert not (tmp_path / "imported" / "checkpoints").exists()
+    assert not list(tmp_path.glob("imported/checkpoints/step*"))
 
 
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"num_hidden_layers": 2}, "model.layers.3.*nothing of a model of 2 layers and 1"),
+        ({"num_hidden_layers": 2}, "has no model.layers.2.enorm.weight"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers: 1000000000, but the files hold"),
         ({"n_routed_experts": 10**9}, "has no model.layers.1.mlp.gate|mlp.gate.weight: has shape"),
         ({"num_nextn_predict_layers": 0}, "model.layers.3.*nothing of a model of 3 layers and 0"),
@@ -176,7 +176,7 @@ def test_both_dialects_of_rope_are_read(released: dict[str, Path], tmp_path: Pat
 def test_pickles_are_not_opened(released: dict[str, Path], tmp_path: Path) -> None:
     folder = changed(released["bf16"], tmp_path / "changed")
     (folder / WEIGHTS).rename(folder / "pytorch_model.bin")
-    with pytest.raises(HandOffError, match=r"no \*.safetensors here, and pytorch_model.bin is a pickle"):
+    with pytest.raises(HandOffError, match=r"no \*.safetensors: pytorch_model.bin is a pickle"):
         take(folder, tmp_path)
 
 
@@ -193,6 +193,7 @@ def test_blocks_that_do_not_divide_come_back_within_the_quantiser_bound(shape: t
     assert not Encoding("fp8-block").in_fp8(place)
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_fp8_comes_back_as_torch_reads_it(released: dict[str, Path], tmp_path: Path) -> None:
     """An independent dequantiser, on matrices that blocks do not divide; it wants an index."""
     folder = changed(released["fp8-block"], tmp_path / "indexed", quantization_config=_fp8_config(released))

@@ -14,7 +14,7 @@ from transformers.modeling_layers import MtpModel
 
 from dryvine.trainer.hand_off.hf_config import config_json
 from dryvine.trainer.model.shape import Shape, Yarn
-from tests.support.hand_off import from_hf, to_hf
+from tests.support.hand_off import from_hf, to_hf, weights_of
 from tests.support.model import filled, random_tokens, tiny, validate, whole
 
 V2 = {"score": "softmax", "normalise": False, "route_scale": 1.0, "shared": 2}
@@ -143,3 +143,12 @@ def released_mtp(extra: Any, shape: Shape) -> dict[str, Tensor]:
         gate = extra.layers[k].mtp_block.mlp.gate
         released[f"model.layers.{shape.layers + k}.mlp.gate.e_score_correction_bias"] = gate.e_score_correction_bias
     return released
+
+
+@pytest.mark.parametrize("name", ["norm.weight", "layers.1.gate.bias", "layers.2.experts.down"])
+def test_a_tensor_of_another_shape_is_not_spread(name: str) -> None:
+    shape = tiny()
+    state = from_hf(to_hf(weights_of(shape), shape), shape)
+    state[name] = state[name][:1]
+    with pytest.raises(ValueError, match=name):
+        whole(shape).load(state)

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dryvine.trainer.checkpoint.run_folder import newest
 from dryvine.trainer.checkpoint.stored import Piece, Stored, write_pieces
 from dryvine.trainer.data.spec import OnProgress
 from dryvine.trainer.hand_off.errors import HandOffError
@@ -54,7 +55,7 @@ class Imported:
 def import_hf(folder: Path, out: Path, optimizer: OpenRun | None, on_progress: OnProgress) -> Imported:
     """Write checkpoint 0 of the run folder `out`, or with `optimizer` the one of its step, with its moments. Raises
     HandOffError."""
-    if (out / "checkpoints").exists():
+    if newest(out) is not None:
         raise HandOffError(f"{out}: has checkpoints already; name a new run folder with --out")
     released = open_released(folder)
     shape = released.shape if optimizer is None else _same_model(released.shape, optimizer)

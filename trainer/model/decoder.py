@@ -81,11 +81,14 @@ class Model:
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Fill parameters and biases from whole tensors by global name (experts stacked over all of them)."""
-        for name, weight in self.named_parameters():
-            weight.copy_(self.experts_of(state[name]) if weight.expert else state[name])
-        for name, bias in self.buffers.items():
-            bias.copy_(state[name])
+        """Fill parameters and biases from whole tensors by global name (experts stacked over all of them). Raises
+        ValueError for one of another shape, which a copy would spread over all places."""
+        for name, own in (*self.named_parameters(), *self.buffers.items()):
+            split = isinstance(own, Weight) and own.expert
+            whole = (self.spec.shape.routed, *own.shape[1:]) if split else tuple(own.shape)
+            if tuple(state[name].shape) != whole:
+                raise ValueError(f"{name}: has shape {list(state[name].shape)}, and this model {list(whole)}")
+            own.copy_(self.experts_of(state[name]) if split else state[name])
 
     def initialise(self, seed: int) -> None:
         """The same model in every layout; biases and loads are zeroed."""
