@@ -74,7 +74,8 @@ MUTATIONS: dict[str, tuple[Mutation, ...]] = {
 
 def main(kind: str, run_folder: Path, export: Path, count: int) -> None:
     run = open_run(str(run_folder))
-    files = (GGUF,) if kind == "gguf" else ("config.json", INDEX, "model-00001-of-00003.safetensors")
+    shard = min(path.name for path in export.iterdir() if path.name.startswith("model"))
+    files = (GGUF,) if kind == "gguf" else ("config.json", INDEX, shard)
     ways = ExportAs(kind, quant="f32")
     check_files(run, export, ways)  # all that is imported late is there before memory is limited
     _limit()

@@ -112,7 +112,9 @@ def _entries(folder: Path) -> dict[str, Entry]:
             if name in found:
                 raise HandOffError(f"{path}: {name} is also in {found[name].file.name}")
             if files and files.get(name) != path.name:
-                raise HandOffError(f"{folder / INDEX}: {name} lies in {path.name}, not in {files.get(name, 'no file')}")
+                raise HandOffError(
+                    f"{folder / INDEX}: {name} lies in {path.name}, and is listed for {files.get(name, 'no file')}"
+                )
             found[name] = entry
     for name in files or ():
         if name not in found:
