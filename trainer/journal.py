@@ -89,13 +89,13 @@ class Journal:
             "schedule.svg": svg(simulate(schedule, COSTS)),
             "metrics.jsonl": rows,
         }.items():
-            with CannotWrite.naming(self.folder / name):
-                write_atomically(self.folder / name, content)
+            write_atomically(self.folder / name, content)
         start = {"after_step": resume_step, "at": datetime.now(UTC).isoformat(timespec="seconds")}
         self._append("starts.jsonl", start)
         self._metrics = self.folder / "metrics.jsonl"
         self._lines = self._metrics.open("a")
-        self._board = SummaryWriter(str(self.folder), purge_step=resume_step + 1)
+        with CannotWrite.naming(self.folder / "events.out.tfevents"):
+            self._board = SummaryWriter(str(self.folder), purge_step=resume_step + 1)
         self._wandb = WandbBoard(config) if config.run.wandb else None
 
     def write(self, row: MetricsRow) -> None:

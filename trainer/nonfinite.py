@@ -16,6 +16,7 @@ from pathlib import Path
 from dryvine.comm.mesh import Mesh
 from dryvine.parallel.executor import Played
 from dryvine.parallel.zero import Zero
+from dryvine.trainer.data.atomic import CannotWrite
 from dryvine.trainer.fp8.guard import culprits
 from dryvine.trainer.ramps import Point
 
@@ -62,7 +63,8 @@ class NonfiniteStep:
 
     def append_to(self, folder: Path) -> None:
         """Add a line to skipped.jsonl."""
-        with (folder / "skipped.jsonl").open("a") as lines:
+        path = folder / "skipped.jsonl"
+        with CannotWrite.naming(path), path.open("a") as lines:
             lines.write(json.dumps(asdict(self)) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""A disk that is full at any write of a run: the file is named, nothing saved is lost, and with room the run goes on."""
+"""A disk that is full at any write of a run: the file is named, nothing saved is lost; with room the run goes on."""
 
 from __future__ import annotations
 

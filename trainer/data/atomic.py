@@ -19,9 +19,7 @@ class CannotWrite(OSError):
         try:
             yield
         except OSError as error:
-            raise CannotWrite(
-                f"{path}: {error.strerror or error}; mend that, and the same command goes on from the newest checkpoint"
-            ) from None
+            raise CannotWrite(f"{path}: {error.strerror or error}; mend that, and the same command goes on") from None
 
 
 def open_temporary(path: Path) -> BinaryIO:
@@ -38,7 +36,8 @@ def publish(file: BinaryIO, path: Path) -> None:
 
 
 def write_atomically(path: Path, content: str) -> None:
-    """Write a whole file as UTF-8."""
-    file = open_temporary(path)
-    file.write(content.encode())
-    publish(file, path)
+    """Write a whole file as UTF-8. Raises CannotWrite."""
+    with CannotWrite.naming(path):
+        file = open_temporary(path)
+        file.write(content.encode())
+        publish(file, path)
