@@ -77,10 +77,15 @@ def run(plan: RunPlan, data: Data, device: torch.device, topology: Topology) -> 
         except (CheckpointError, Diverged) as error:
             if mesh.rank == 0:  # all ranks have the same message
                 _say(error)
-            return next(code for kind, code in CODES.items() if isinstance(error, kind))
+            return code_of(error)
         return ExitCode.FINISHED if finished else ExitCode.STOPPED
 
     return body(None) if topology.ranks == 1 else in_world(body, plan.config.comm.deadline, device)
+
+
+def code_of(error: CheckpointError | Diverged) -> ExitCode:
+    """Of a run that ended with this on all ranks."""
+    return next(code for kind, code in CODES.items() if isinstance(error, kind))
 
 
 def _say(error: Exception) -> None:

@@ -22,6 +22,7 @@ from dryvine.trainer.begin import resume
 from dryvine.trainer.checkpoint.save import Keep, Saver
 from dryvine.trainer.config import RunConfig
 from dryvine.trainer.data.splits import Data
+from dryvine.trainer.integrity import check_copies
 from dryvine.trainer.journal import Journal, MetricsRow
 from dryvine.trainer.metrics import metrics_row, reduce_figures
 from dryvine.trainer.nonfinite import Diverged, NonfiniteStep, blame, diverged_line
@@ -111,6 +112,8 @@ def one_step(rig: Rig, point: Point, stop: Stop, nonfinite_before: int = 0, savi
     if point.step + 1 == rig.config.run.timeline_step:
         _draw_timeline(rig, point, outcome.played)
     figures = reduce_figures(rig, outcome.played, seconds, stop.asked, saving)
+    if rig.config.run.integrity_every and (point.step + 1) % rig.config.run.integrity_every == 0:
+        check_copies(rig.optimizer.zero)
     row = replace(metrics_row(rig, point, outcome, figures), skipped=nonfinite_before + 1 if nonfinite else 0)
     if _validates(rig.config.run, row.step):
         row = replace(row, val_loss=evaluate(rig), val_loss_ema=evaluate_average(rig))
