@@ -45,8 +45,8 @@ def check_copies(zero: Zero) -> None:
     if bad := list(_differing(every)):
         more = f" and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
         raise CorruptWeights(
-            f"copies of the same weights differ: {'; '.join(bad[:SHOWN])}{more}; leave that host out, which computes or "
-            f"keeps them wrongly, and the same command goes on from the last checkpoint"
+            f"copies of the same weights differ: {'; '.join(bad[:SHOWN])}{more}; leave that host out, which computes "
+            f"or keeps them wrongly, and the same command goes on from the last checkpoint"
         )
 
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from itertools import islice
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from dryvine.comm import local
 from dryvine.trainer import journal, loop
+from dryvine.trainer.checkpoint import run_folder
 from dryvine.trainer.config import Config
 from dryvine.trainer.nonfinite import Blame, Diverged, NonfiniteStep, blame, diverged_line
 from dryvine.trainer.ramps import Point, points
@@ -174,3 +176,27 @@ def test_a_long_list_is_cut_in_the_line_and_whole_in_the_file() -> None:
     assert str(long).endswith("rank 3: gradient layers.0.gate.weight, gradient layers.1.gate.weight, gradient "
                               "layers.2.gate.weight and 6 more")  # fmt: skip
     assert str(long) in diverged_line([long])
+
+
+@pytest.mark.parametrize("what", ["embed.weight", "layers.1.experts.down"])
+def test_a_weight_that_goes_bad_is_never_saved_and_the_sound_checkpoint_stays(tiny: Tiny, what: str) -> None:
+    """After step 1, with a save due at 2. A row of the embedding that no text reads spoils no gradient, and no step is
+    skipped; an expert spoils them all."""
+    small = ("model.layers=2", "batch.sequences=2", "run.eval_every=9")
+    config = tiny(*small, "run.steps=4", "run.checkpoint_every=1", "run.keep_checkpoints=1")
+    one = loop.train_step
+
+    def step(rig: Rig, point: Point) -> Any:
+        outcome = one(rig, point)
+        if point.step == 1:
+            (piece,) = (piece for piece in rig.optimizer.pieces if piece.name == what)
+            piece.master[-1] = float("nan")
+            rig.publish()
+        return outcome
+
+    with mock.patch.object(loop, "train_step", step), pytest.raises(Diverged, match=rf"rank 0: {what} \(master\)"):
+        train_on(0, config)
+    assert [run_folder.step_of(path) for path in run_folder.complete(config.run.folder)] == [1]
+    train_on(0, config)
+    assert [row["step"] for row in journal.read(config.run.folder)] == [1, 2, 3, 4]
+    assert run_folder.step_of(run_folder.complete(config.run.folder)[-1]) == 4
