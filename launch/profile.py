@@ -17,7 +17,7 @@ from statistics import median
 import torch
 
 from dryvine.comm.dispatch.fake import Fake
-from dryvine.comm.mesh import Mesh, make_mesh
+from dryvine.comm.mesh import Layout, Mesh, make_mesh
 from dryvine.comm.topology import by_sizes
 from dryvine.launch.plan.profiled import Profile
 from dryvine.parallel.stage import Flight, Grads, Phase, Stage, State
@@ -36,7 +36,7 @@ COMM = ("routing", "dispatch", "combine")  # phases whose local work is part of 
 
 def measure(config: Config, device: torch.device, rounds: int, on_progress: Callable[[str], None]) -> Profile:
     """Medians over `rounds` microbatches, after two that warm up. Raises where the device cannot hold a block."""
-    mesh = make_mesh(1, 1, 1, 1, device, timedelta(seconds=60))
+    mesh = make_mesh(Layout(), device, timedelta(seconds=60))
     fp8 = FP8(config.fp8, *choose(config.fp8, mesh, config.run.folder)) if config.fp8.fp8 else None
     phases: dict[str, dict[str, tuple[float, float, float]]] = {}
     updates = []

@@ -9,6 +9,7 @@ from dryvine.launch.pages.page import cards, heading, page, paragraph, picture, 
 from dryvine.launch.plan.hardware import GIGA
 from dryvine.launch.plan.plan import DAY, Plan
 from dryvine.launch.plan.summary import (
+    STEP_HEADS,
     byte_rows,
     groups,
     headline,
@@ -40,7 +41,7 @@ def _parts(plan: Plan) -> Iterator[str]:
         }
     )
     yield heading("Where a step goes")
-    yield table(["", "seconds", "share"], step_rows(plan))
+    yield table(STEP_HEADS, step_rows(plan))
     yield heading("Memory of pipeline ranks")
     bars = {f"rank {numbers}": {k: b / GIGA for k, b in rank.kinds.items()} for numbers, rank in groups(plan.ranks)}
     usable = plan.machine.usable_bytes / GIGA

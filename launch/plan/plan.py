@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import mean
+from typing import NamedTuple
 
 from dryvine.comm.topology import by_sizes
 from dryvine.launch.plan import traffic
@@ -31,6 +32,17 @@ from dryvine.trainer.run_plan import RunPlan
 MAIN_KINDS = ("embed", "dense", "moe", "head")  # MFU counts the main model, as DeepSeek does
 DAY = 86400.0
 HOUR = 3600.0
+
+
+class SlotTimes(NamedTuple):
+    """Of one kind of slot in a step, the mean over pipeline ranks."""
+
+    slots: float
+    seconds: float  # of all of them
+
+    @property
+    def each(self) -> float:
+        return self.seconds / self.slots
 
 
 @dataclass(frozen=True)
@@ -89,13 +101,13 @@ class Plan:
         return self.timeline.overlapped_share if self.prices.overlap else 0.0
 
     @cached_property
-    def by_kind(self) -> dict[str, float]:
-        """Seconds of slots by their ops ("BF": pairs), the mean over pipeline ranks."""
-        found: dict[str, float] = {}
+    def by_kind(self) -> dict[str, SlotTimes]:
+        """Slots by their ops ("BF": pairs)."""
+        found: dict[str, list[float]] = {}
         for cell in (cell for row in self.timeline.cells for cell in row):
-            kinds = "".join(sorted(op.kind for op in cell.slot))
-            found[kinds] = found.get(kinds, 0.0) + (cell.end - cell.start) / len(self.timeline.cells)
-        return found
+            found.setdefault("".join(sorted(op.kind for op in cell.slot)), []).append(cell.end - cell.start)
+        ranks = len(self.timeline.cells)
+        return {kinds: SlotTimes(len(some) / ranks, sum(some) / ranks) for kinds, some in found.items()}
 
     # -- a run
 

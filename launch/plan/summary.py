@@ -42,7 +42,7 @@ def figures(plan: Plan) -> dict[str, object]:
         "exposed_comm_seconds": plan.exposed_seconds,
         "overlapped_share": plan.overlapped_share,
         "optimizer_seconds": plan.optimizer_seconds,
-        "seconds_by_slot": plan.by_kind,
+        "slots": {kinds: {"count": t.slots, "seconds": t.seconds} for kinds, t in plan.by_kind.items()},
         "mfu": causal,
         "mfu_noncausal": whole,
         "peak_bytes": plan.fullest.total,
@@ -87,22 +87,27 @@ def large(number: float) -> str:
     return f"{number:.4g}"
 
 
+STEP_HEADS = ["", "seconds", "share", "slots", "ms each"]
+
+
 def step_rows(plan: Plan) -> Rows:
-    """Where the step's seconds go: those of a pipeline rank, the mean of all, and then of the optimizer."""
-    slots = sorted(plan.by_kind.items(), key=lambda item: -item[1])
-    seconds = [
-        *((_slot_name(kinds), time) for kinds, time in slots),
-        ("bubble, as scheduled", plan.bubble_seconds),
-        ("gradients summed over copies", plan.reduce_seconds),
-        ("AdamW", plan.update_seconds),
-        ("new weights to all copies", plan.gather_seconds),
-        ("step", plan.step_seconds),
-        ("of it exposed all-to-all", plan.exposed_seconds),
-    ]
+    """Where the step's seconds go (`STEP_HEADS`): those of a pipeline rank, the mean of all, and of the optimizer."""
+    step = plan.step_seconds
+
+    def line(name: str, time: float) -> tuple[str, ...]:
+        return name, f"{time:.4g}", f"{time / step:.1%}", "", ""
+
+    slots = sorted(plan.by_kind.items(), key=lambda item: -item[1].seconds)
     return [
-        *((name, f"{time:.4g}", f"{time / plan.step_seconds:.1%}") for name, time in seconds),
-        ("forwards that run in a pair", "", f"{plan.overlapped_share:.1%}"),
-        ("waits for a slower rank, checkpoints, validation", "not planned", ""),
+        *((*line(_slot_name(kinds), t.seconds)[:3], f"{t.slots:.4g}", f"{1e3 * t.each:.4g}") for kinds, t in slots),
+        line("bubble, as scheduled", plan.bubble_seconds),
+        line("gradients summed over copies", plan.reduce_seconds),
+        line("AdamW", plan.update_seconds),
+        line("new weights to all copies", plan.gather_seconds),
+        line("step", step),
+        line("of it exposed all-to-all", plan.exposed_seconds),
+        ("forwards that run in a pair", "", f"{plan.overlapped_share:.1%}", "", ""),
+        ("waits for a slower rank, checkpoints, validation", "not planned", "", "", ""),
     ]
 
 
@@ -161,7 +166,7 @@ def show(plan: Plan, console: Console) -> None:
         console.print(line, markup=False, highlight=False)
     heads, kinds = memory_rows(plan)
     intra, inter = plan.machine.intra.kind, plan.machine.inter.kind
-    print_table(console, "where a step goes", ["", "seconds", "share"], step_rows(plan))
+    print_table(console, "where a step goes", STEP_HEADS, step_rows(plan))
     print_table(console, "memory, GB", ["", *heads], kinds)
     print_table(
         console,

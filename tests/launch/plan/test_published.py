@@ -38,8 +38,15 @@ def test_the_run_is_the_published_one(published: Plan) -> None:
 
 
 def test_slots_bubble_and_optimizer_add_up_to_the_step(published: Plan) -> None:
-    parts = sum(published.by_kind.values()) + published.bubble_seconds + published.optimizer_seconds
+    parts = sum(t.seconds for t in published.by_kind.values()) + published.bubble_seconds + published.optimizer_seconds
     assert parts == pytest.approx(published.step_seconds)
+
+
+def test_slots_are_counted_and_priced(published: Plan) -> None:
+    """DualPipe of 16 ranks and 120 microbatches: reference table; a pair takes less than its two ops."""
+    pairs, forwards = published.by_kind["BF"], published.by_kind["F"]
+    assert pairs.slots + forwards.slots == 120
+    assert forwards.each < pairs.each < forwards.each + published.by_kind["B"].each + 0.02
 
 
 def test_what_is_not_planned_is_a_line_of_its_own(published: Plan) -> None:
