@@ -4,14 +4,14 @@ A topology is the tuple of nodes, each a tuple of ranks; a rank's place in its n
 reach each other without crossing the node (one NIC per GPU in the machines this is for). Nodes may be uneven: a rank
 whose rail a smaller node lacks wraps round to one that it has. Everything else (peers, groups, bytes) is derived.
 
-Sources are tried in a fixed order: the config, torchrun's environment, SLURM's, MPI's. Guessing from host names instead
-would need a collective before there is a group, and fails in containers, where every process has its own host name.
+Sources are tried in a fixed order: the config, MPI where mpirun started the ranks, then the environment of torchrun, of
+DeepSpeed, of SLURM, of MPI. Guessing from host names instead would fail in containers, where every process has its own.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -106,9 +106,12 @@ def by_sizes(sizes: Sequence[int], source: str = "given") -> Topology:
     return Topology(tuple(tuple(range(f, f + size)) for f, size in zip(first, sizes, strict=True)), source=source)
 
 
-def discover(world: int, config: TopologyConfig, env: Mapping[str, str]) -> Topology:
-    """Config, then torchrun, SLURM and MPI by their environment, else one node. Raises ValueError with the fix."""
-    topology = _nodes(world, config, env)
+def discover(
+    world: int, config: TopologyConfig, env: Mapping[str, str], by_launcher: Topology | None = None
+) -> Topology:
+    """Config, then what the launcher itself said (`by_mpi`), then torchrun, DeepSpeed, SLURM and MPI by their
+    environment, else one node. Raises ValueError with the fix."""
+    topology = by_launcher if by_launcher and not config.nodes else _nodes(world, config, env)
     if topology.ranks != world:
         raise ValueError(
             f"topology by {topology.source}: {topology.ranks} ranks on {len(topology.nodes)} nodes, but the run has "
@@ -133,6 +136,8 @@ def _nodes(world: int, config: TopologyConfig, env: Mapping[str, str]) -> Topolo
         return by_sizes(config.nodes, "comm.topology.nodes")
     if "LOCAL_WORLD_SIZE" in env:
         return _equal(world, int(env["LOCAL_WORLD_SIZE"]), "torchrun (LOCAL_WORLD_SIZE)")
+    if "LOCAL_SIZE" in env and "CROSS_SIZE" in env:
+        return _equal(world, int(env["LOCAL_SIZE"]), "DeepSpeed (LOCAL_SIZE)")
     if "SLURM_TASKS_PER_NODE" in env and world > 1:
         return _slurm(env)
     for name in ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"):
@@ -172,6 +177,17 @@ def by_mpi() -> Topology:
     roots = world.allgather(node.bcast(world.rank))
     nodes = (tuple(r for r, root in enumerate(roots) if root == first) for first in sorted(set(roots)))
     return Topology(tuple(nodes), source="MPI (Split_type SHARED)")
+
+
+def spans(ranks: Iterable[int]) -> str:
+    """[0, 1, 2, 5] as 0-2 5."""
+    runs: list[list[int]] = []
+    for rank in sorted(set(ranks)):
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    return " ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 class GroupLimit(NamedTuple):

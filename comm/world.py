@@ -6,13 +6,16 @@ of what it shares with them, which might wait for them.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, MutableMapping
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from dryvine.comm.agreement import Disagreement, Facts, Statement, agree
 from dryvine.comm.ending import Ending
+from dryvine.comm.place import LaunchedRank, PlaceError
 from dryvine.comm.watch import Watch, watch_world
 
 # torch's own watchdog is the last resort: it must not act before the watch, nor write dumps, nor wait a minute for it.
@@ -43,10 +46,79 @@ def timeout(deadline: float, device: torch.device) -> timedelta:
     return timedelta(seconds=deadline + (LATER if device.type == "cuda" else 0.0))
 
 
-def in_world(body: Callable[[Watch], int], deadline: float, device: torch.device) -> int:
-    """Call `body` as one rank of those that the launcher started. Returns its exit code, or ends the process if it
-    raises."""
-    dist.init_process_group(backend(device.type), timeout=timeout(deadline, device))
+def join(place: LaunchedRank, patience: float) -> dist.Store:
+    """The store of all ranks that were launched, which rank 0 serves unless the launcher does. Waits `patience`
+    seconds for its host, but for no other rank, so that those that are missing can be named. Raises PlaceError."""
+    wait = timedelta(seconds=patience)
+    try:
+        return _tell_port(place, wait) if place.port == 0 else _store(place, place.port, wait)
+    except dist.DistNetworkError as error:
+        what = "be served" if place.rank == 0 and not place.served else f"be reached in {patience:g} s"
+        raise PlaceError(
+            f"rank {place.rank}: the store of rank 0 at {place.address}:{place.port} cannot {what} "
+            f"({str(error).splitlines()[0][:150]}); set MASTER_ADDR, MASTER_PORT to a free port of rank 0's host"
+        ) from None
+
+
+PATIENCE = (
+    600.0  # seconds that ranks wait for each other at the start: as long as building the embedded corpus may take
+)
+
+
+def meet(place: LaunchedRank, facts: Facts, refusal: str = "") -> dist.Store | None:
+    """The store of all ranks, once these have stated the same `facts`; None for a rank alone. With `refusal`, why this
+    rank cannot start, it does not return. Raises Disagreement, on all ranks alike, or PlaceError. Collective."""
+    if place.world == 1:
+        return None
+    store = join(place, PATIENCE)
+    agree(store, place.world, Statement(place.rank, socket.gethostname(), facts, refusal), PATIENCE)
+    return store
+
+
+def tell(place: LaunchedRank, error: ValueError) -> ValueError:
+    """Say to the other ranks that this one cannot start. Returns the error with which all of them end, or this rank's
+    own if it is alone with it. Collective."""
+    if isinstance(error, PlaceError | Disagreement):
+        return error
+    try:
+        meet(place, {}, str(error))
+    except Disagreement as together:
+        return together
+    except PlaceError:
+        pass
+    return error
+
+
+def _store(place: LaunchedRank, port: int, wait: timedelta) -> dist.TCPStore:
+    serves = place.rank == 0 and not place.served
+    return dist.TCPStore(place.address, port, None, serves, wait, wait_for_workers=False)
+
+
+def _tell_port(place: LaunchedRank, wait: timedelta) -> dist.TCPStore:
+    """Rank 0 takes a free port and tells it over MPI."""
+    from mpi4py import MPI
+
+    served = _store(place, 0, wait) if place.rank == 0 else None
+    port = MPI.COMM_WORLD.bcast(served.port if served else 0)
+    return served or _store(place, port, wait)
+
+
+def in_world(
+    body: Callable[[Watch], int],
+    deadline: float,
+    device: torch.device,
+    met: tuple[LaunchedRank, dist.Store] | None = None,
+) -> int:
+    """Call `body` as one rank of those that the launcher started. `met` are this rank's place and the ranks' store,
+    None where torchrun's environment says both. Returns the exit code, or ends the process if `body` raises."""
+    place, store = met or (LaunchedRank(rank=-1, world=-1), None)  # -1: as torch finds it
+    dist.init_process_group(
+        backend(device.type),
+        timeout=timeout(deadline, device),
+        store=store,
+        rank=place.rank,
+        world_size=place.world,
+    )
     watch = watch_world(deadline, device)
     try:
         code = body(watch)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from dryvine.launch import bench_comm, checkpoint_cli, data_cli, hand_off_cli
+from dryvine.launch import bench_comm, checkpoint_cli, data_cli, hand_off_cli, launch_cli
 from dryvine.launch.doctor import doctor
 from dryvine.launch.plan_cli import HardwareName, machine_of, plan, profile
 from dryvine.launch.report_cli import report, watch
 from dryvine.launch.schedule_cli import schedule
+from dryvine.trainer.say import say
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -25,6 +27,7 @@ bench = typer.Typer(no_args_is_help=True, help="Measure this machine.")
 bench.command("comm")(bench_comm.comm)
 app.add_typer(data_cli.app, name="data")
 app.add_typer(checkpoint_cli.app, name="checkpoint")
+app.add_typer(launch_cli.app, name="launch")
 app.add_typer(bench, name="bench")
 app.command()(doctor)
 app.command()(plan)
@@ -37,6 +40,7 @@ app.command("import")(hand_off_cli.import_)
 
 ConfigFile = Annotated[Path, typer.Argument(help="a TOML file, see configs/", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(help="table.key=value ...", show_default=False)]
+OneGpu = Annotated[bool, typer.Option("--one-gpu", help="shrink any config to one rank, for a debugger")]
 
 
 @app.command()
@@ -51,9 +55,12 @@ def train(
     ] = False,
     rank: Annotated[int, typer.Option(min=0, help="With --dry-run: the rank that is written out.")] = 0,
     hardware: HardwareName = "",
+    one_gpu: OneGpu = False,
 ) -> None:
     """Train on this machine: in this process if the layout has one rank and is not to be started again, else in one
     process per rank. Exit code 0: finished; 1: a fault; 2: refused; 3: diverged; 75: stopped by a signal and saved."""
+    if one_gpu:
+        config, overrides = _one_gpu(config, overrides or ()), None
     from dryvine.trainer.data.prepare import prepare
     from dryvine.trainer.run_plan import load_plan
 
@@ -75,6 +82,18 @@ def train(
     raise typer.Exit(spawn(Launch(world, words, resolved.comm.deadline), max_restarts))
 
 
+def _one_gpu(config: Path, overrides: Sequence[str]) -> Path:
+    """The config of `--one-gpu`, for half of a GPU's memory, or a gigabyte of a CPU's, whose steps shall be quick."""
+    import torch
+
+    from dryvine.launch.one_gpu import write_one_gpu
+
+    on_gpu = torch.cuda.is_available()
+    path, lines = write_one_gpu(config, overrides, torch.cuda.mem_get_info()[1] / 2 if on_gpu else 1e9)
+    typer.echo("\n".join(lines))
+    return path
+
+
 @app.command()
 def verify(config: ConfigFile, overrides: Overrides = None, device: str = "cpu") -> None:
     """Train three steps in FP32, in the config's layout and as one process, and compare the loss, every gradient, the
@@ -87,12 +106,24 @@ def verify(config: ConfigFile, overrides: Overrides = None, device: str = "cpu")
     raise typer.Exit(0 if run(load_plan(config, overrides or ()).config, device, Console()) else 1)
 
 
+CommandLineError: type[typer.BadParameter] = typer.BadParameter.__mro__[2]  # click has no public way to it here
+
+
 def main() -> None:
     """Run the app. What the user can fix is one line on stderr and exit code 2, without a traceback."""
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
+    except CommandLineError as error:
+        if message := error.format_message().rstrip("."):  # none where help was printed
+            say(f"{message}; see --help")
+    except typer.Abort:
+        sys.exit(130)
     except ValueError as error:
         if type(error) is ValueError:
             raise
-        print(f"dryvine: {error}", file=sys.stderr)
-        sys.exit(2)
+        say(error)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,16 +1,19 @@
-"""`dryvine doctor`: what a run would find on this host: which ranks share a node, over which links they talk, and which
-dispatcher would be chosen."""
+"""`dryvine doctor`: what a run would find on this host: which ranks share a node, over which links they talk, which
+dispatcher would be chosen, and whether the host is well. `--before-run CONFIG` asks the last of all nodes of a job."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dryvine.comm.nvml import Hardware, probe, refined
-from dryvine.comm.topology import GroupLimit, Topology, TopologyConfig, discover, mismatch
+from dryvine.comm.nvml import Hardware, nics, probe, refined
+from dryvine.comm.topology import GroupLimit, Topology, TopologyConfig, discover, mismatch, spans
+from dryvine.launch.health import gpus, host
+from dryvine.launch.health.finding import Finding
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -21,9 +24,13 @@ Experts = Annotated[int, typer.Option(help="routed experts, to judge the dispatc
 TopK = Annotated[int, typer.Option(help="experts a token uses")]
 Groups = Annotated[str, typer.Option(help="node-limited routing as groups:limit, e.g. 8:4; empty: none")]
 Hidden = Annotated[int, typer.Option(help="width of a token, for bytes (BF16)")]
+BeforeRun = Annotated[Path | None, typer.Option(help="fail unless this node, and all that srun starts, can run CONFIG")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="of --before-run: table.key=value ...", show_default=False)]
 
 
 def doctor(
+    overrides: Overrides = None,
+    before_run: BeforeRun = None,
     world: World = 0,
     nodes: Nodes = "",
     experts: Experts = 256,
@@ -31,7 +38,12 @@ def doctor(
     groups: Groups = "",
     hidden: Hidden = 7168,
 ) -> None:
-    """Print the topology as a table and as a picture, the dispatcher that `auto` takes, and what does not fit."""
+    """Print the topology as a table and as a picture, the dispatcher that `auto` takes, what does not fit, and what is
+    wrong with this host. With --before-run only the last, for a run, and the exit code 1 if anything is."""
+    if before_run is not None:
+        from dryvine.launch.health.before_run import before_run as check_nodes
+
+        raise typer.Exit(check_nodes(before_run, overrides or ()))
     from rich.console import Console
 
     from dryvine.comm.dispatch.choose import pick
@@ -53,6 +65,23 @@ def doctor(
         console.print(mismatch(topology, experts, limit, hidden * 2) or "routing groups fit nodes")
     for line in _warnings(topology, os.environ.get("GLOO_SOCKET_IFNAME", "")):
         console.print(f"warning: {line}")
+    for finding in _health(topology.ranks):
+        console.print(str(finding), markup=False, soft_wrap=True)
+
+
+def _health(ranks: int) -> Iterator[Finding]:
+    """Of this host by itself."""
+    yield from host.versions()
+    yield from host.limits(ranks, bool(nics(Path("/sys"))))
+    yield from host.name_resolves()
+    yield from host.disk(Path("runs"))
+    yield from host.ports("this host", int(os.environ.get("MASTER_PORT") or 29500))
+    yield from gpus.gpus(0)
+    yield from gpus.infiniband()
+    yield from gpus.xids()
+    yield Finding(
+        "unknown", "other nodes", "one process; `srun --ntasks-per-node=1 dryvine doctor --before-run CONFIG`"
+    )
 
 
 def table(topology: Topology) -> Table:
@@ -92,17 +121,6 @@ def picture(topology: Topology) -> str:
                 f"{'':10}{rails} of other nodes end at {spans([node[r % len(node)] for r in range(first, widest)])}"
             )
     return "\n".join(lines)
-
-
-def spans(ranks: list[int]) -> str:
-    """[0, 1, 2, 5] as 0-2 5."""
-    runs: list[list[int]] = []
-    for rank in sorted(set(ranks)):
-        if runs and rank == runs[-1][-1] + 1:
-            runs[-1].append(rank)
-        else:
-            runs.append([rank])
-    return " ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def _devices(hardware: Hardware) -> Table | str:

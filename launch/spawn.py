@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from dryvine.comm.host import MALLOC, PARENT
 from dryvine.trainer.exit_codes import ExitCode
+from dryvine.trainer.say import say
 from dryvine.trainer.stop import SIGNALS
 
 POLL = 0.1  # seconds between looks at the ranks
@@ -71,7 +72,7 @@ def spawn(launch: Launch, restarts: int = 0) -> int:
             code = _Attempt(launch, asked).run()
             if code != ExitCode.FAULT or restart == restarts:
                 break
-            _say(f"restart {restart + 1} of {restarts}, from the newest checkpoint")
+            say(f"restart {restart + 1} of {restarts}, from the newest checkpoint")
     return code
 
 
@@ -129,16 +130,16 @@ class _Attempt:
             return max(self.ended.values())
         if self.asked.signals:
             number = self.asked.signals[0]
-            _say(f"stopped by {signal.Signals(number).name} before all ranks had saved")
+            say(f"stopped by {signal.Signals(number).name} before all ranks had saved")
             return 128 + number
         if culprit is None:
             late = min(set(range(len(self.ranks))) - set(self.ended))
-            _say(f"rank {late} did not end with the others, and was killed")
+            say(f"rank {late} did not end with the others, and was killed")
             return ExitCode.FAULT
         if (code := self.ended[culprit]) in (ExitCode.REFUSED, ExitCode.DIVERGED):
             return code
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed first, with exit code {code}"
-        _say(f"rank {culprit} {how}; what it said is above")
+        say(f"rank {culprit} {how}; what it said is above")
         return ExitCode.FAULT
 
 
@@ -160,7 +161,3 @@ def _start(rank: int, launch: Launch, port: int) -> subprocess.Popen[bytes]:
     environment = os.environ | rank_environment(rank, launch.world, port) | {PARENT: str(os.getpid())}
     words = (sys.executable, "-m", "dryvine.trainer", *launch.words)
     return subprocess.Popen(words, env=environment, process_group=0)
-
-
-def _say(line: str) -> None:
-    print(f"dryvine: {line}", file=sys.stderr, flush=True)

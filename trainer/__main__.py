@@ -1,6 +1,8 @@
-"""What each rank runs: `torchrun --nproc-per-node N -m dryvine.trainer CONFIG [table.key=value ...]`.
+"""What each rank runs: `torchrun --nproc-per-node N -m dryvine.trainer CONFIG [table.key=value ...]`, or the same under
+mpirun, srun or deepspeed.
 
-The config is checked before the process group is made. Environment variables are read and set here and nowhere below.
+A rank checks what it can by itself, then meets the others and sees that all were started alike, and only then is there
+a process group. Environment variables are read and set here and nowhere below.
 """
 
 from __future__ import annotations
@@ -9,15 +11,18 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
+from torch.distributed import Store
 
+from dryvine.comm.agreement import Disagreement
 from dryvine.comm.host import PARENT, stop_with
 from dryvine.comm.nvml import probe, refined
+from dryvine.comm.place import LaunchedRank, PlaceError, find_place
 from dryvine.comm.topology import Topology, discover
 from dryvine.comm.watch import Watch
-from dryvine.comm.world import in_world, prepare
+from dryvine.comm.world import in_world, meet, prepare, tell
 from dryvine.trainer.begin import check_source
 from dryvine.trainer.checkpoint.manifest import CannotSave, CheckpointError
 from dryvine.trainer.config import Config, ConfigError, check_world
@@ -25,6 +30,8 @@ from dryvine.trainer.data.atomic import CannotWrite
 from dryvine.trainer.data.config import DataError
 from dryvine.trainer.data.splits import Data, open_data
 from dryvine.trainer.exit_codes import ExitCode
+from dryvine.trainer.facts import facts
+from dryvine.trainer.fits import check_fits, out_of_memory
 from dryvine.trainer.fp8.choose import CannotRun, check
 from dryvine.trainer.journal import same_run
 from dryvine.trainer.loop import train
@@ -32,9 +39,11 @@ from dryvine.trainer.nonfinite import Diverged
 from dryvine.trainer.rig import mesh_of
 from dryvine.trainer.run_lock import RunLock
 from dryvine.trainer.run_plan import RunPlan, load_plan
+from dryvine.trainer.say import say
 from dryvine.trainer.wandb_board import check_wandb
 
 CODES = {CannotSave: ExitCode.FAULT, CheckpointError: ExitCode.REFUSED, Diverged: ExitCode.DIVERGED}
+REFUSED = (ConfigError, DataError, CannotRun, CheckpointError, PlaceError, Disagreement)
 
 
 def main(words: Sequence[str]) -> int:
@@ -42,45 +51,77 @@ def main(words: Sequence[str]) -> int:
     prepare(os.environ)
     if PARENT in os.environ:
         stop_with(int(os.environ[PARENT]))
-    rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
+    place = LaunchedRank()
     try:
-        if not words:
-            raise ConfigError("no config: torchrun --nproc-per-node N -m dryvine.trainer CONFIG [table.key=value ...]")
-        plan = load_plan(words[0], words[1:])
-        config = plan.config
-        check_world(config, int(os.environ.get("WORLD_SIZE", "1")))
-        device = _device(config, local_rank)
-        check(config.fp8, device, (config.model.ffn, config.model.expert_ffn))
-        topology = _topology(config, device)
-        data = open_data(config)
-        same_run(config, data.identity)
-        check_wandb(config)
-        check_source(config)
-        with RunLock(config.run.folder).held() if rank == 0 else nullcontext():
-            return run(plan, data, device, topology)
-    except (ConfigError, DataError, CannotRun, CheckpointError) as error:
-        if local_rank == 0:  # of each host: hosts may differ in what they lack
-            _say(error)
-        return ExitCode.REFUSED
+        place = find_place(os.environ)
+        ready = _ready(words, place)
+        with RunLock(ready.plan.config.run.folder).held() if place.rank == 0 else nullcontext():
+            store = meet(place, facts(ready.plan, ready.data))
+            return run(ready, (place, store) if store else None)
+    except REFUSED as error:
+        return _refuse(place, error)
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        say(f"out of memory: {str(error).splitlines()[0] if str(error) else 'of this machine'}; see `dryvine plan`")
+        return ExitCode.FAULT
     except CannotWrite as error:  # of one process; in a world, the rank that raises it tells the others
-        _say(error)
+        say(error)
         return ExitCode.FAULT
 
 
-def run(plan: RunPlan, data: Data, device: torch.device, topology: Topology) -> int:
-    """Train in a world of `topology.ranks`, and leave no process group behind. Returns an ExitCode."""
+@dataclass(frozen=True)
+class Ready:
+    """What a rank has found fit to run, before it meets the others."""
+
+    plan: RunPlan
+    data: Data
+    device: torch.device
+    topology: Topology
+
+
+def _ready(words: Sequence[str], place: LaunchedRank) -> Ready:
+    """What this rank can check by itself. Raises one of REFUSED."""
+    # DeepSpeed's launcher puts --local_rank=N before the user's words; it is in LOCAL_RANK too.
+    words = [word for word in words if not word.startswith("--local_rank=")]
+    if not words:
+        raise ConfigError("no config: torchrun --nproc-per-node N -m dryvine.trainer CONFIG [table.key=value ...]")
+    plan = load_plan(words[0], words[1:])
+    config = plan.config
+    check_world(config, place.world)
+    device = _device(config, place.local_rank)
+    check(config.fp8, device, (config.model.ffn, config.model.expert_ffn))
+    check_fits(config, device)
+    topology, data = _topology(config, place, device), open_data(config)
+    same_run(config, data.identity)
+    check_wandb(config)
+    check_source(config)
+    return Ready(plan, data, device, topology)
+
+
+def _refuse(place: LaunchedRank, error: ValueError) -> int:
+    """Print why the run cannot start, once, and end with all other ranks. Returns an ExitCode."""
+    error = tell(place, error)
+    if place.rank == 0 or not isinstance(error, Disagreement):
+        say(error)
+    return ExitCode.REFUSED
+
+
+def run(ready: Ready, met: tuple[LaunchedRank, Store] | None) -> int:
+    """Train in a world of all ranks that have met, and leave no process group behind. Returns an ExitCode."""
+    plan, device = ready.plan, ready.device
 
     def body(watch: Watch | None) -> int:
         mesh = replace(mesh_of(plan, device), watch=watch)
         try:
-            finished = train(plan, mesh, data, topology)
+            finished = train(plan, mesh, ready.data, ready.topology)
         except (CheckpointError, Diverged) as error:
             if mesh.rank == 0:  # all ranks have the same message
-                _say(error)
+                say(error)
             return code_of(error)
         return ExitCode.FINISHED if finished else ExitCode.STOPPED
 
-    return body(None) if topology.ranks == 1 else in_world(body, plan.config.comm.deadline, device)
+    return in_world(body, plan.config.comm.deadline, device, met) if met else body(None)
 
 
 def code_of(error: CheckpointError | Diverged) -> ExitCode:
@@ -88,15 +129,11 @@ def code_of(error: CheckpointError | Diverged) -> ExitCode:
     return next(code for kind, code in CODES.items() if isinstance(error, kind))
 
 
-def _say(error: Exception) -> None:
-    print(f"dryvine: {error}", file=sys.stderr, flush=True)
-
-
-def _topology(config: Config, device: torch.device) -> Topology:
+def _topology(config: Config, place: LaunchedRank, device: torch.device) -> Topology:
     """Who shares a node; of GPUs also the links as NVML and sysfs report them. CPU ranks talk over gloo's sockets."""
     given = config.comm.topology
     try:
-        topology = discover(config.parallel.world, given, os.environ)
+        topology = discover(place.world, given, os.environ, place.topology)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     return refined(topology, probe(), given) if device.type == "cuda" else topology
@@ -108,8 +145,13 @@ def _device(config: Config, local_rank: int) -> torch.device:
         raise ConfigError('run.device = "cuda", but torch sees no GPU; set it to "cpu", or install CUDA torch')
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
+    seen = torch.cuda.device_count()
+    # A launcher that binds GPUs to ranks, such as srun --gpus-per-task, shows each its own one.
+    index = 0 if seen == 1 else local_rank
+    if index >= seen:
+        raise ConfigError(f"local rank {local_rank} has no GPU: this host has {seen}; launch {seen} ranks a host")
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from dryvine.trainer.model.shape import Shape
 from dryvine.trainer.ramps import BatchConfig, OptimConfig
 
 Positive = Annotated[int, Field(ge=1)]
+LONGEST = 4 << 20  # bytes of a config
 Tree = dict[str, object]  # parsed TOML: tables are trees, the rest are values
 
 
@@ -105,13 +106,28 @@ def _read(path: Path, seen: tuple[Path, ...]) -> Tree:
     if path in seen:
         raise ConfigError(f"{path}: extends itself through {' -> '.join(map(str, seen))}; remove one `extends`")
     try:
-        tree = tomllib.loads(path.read_text())
+        tree = tomllib.loads(_text(path))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file{_near_file(path)}") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except RecursionError:
+        raise ConfigError(f"{path}: cannot be read as TOML: nested too deeply") from None
+    except (OSError, ValueError) as error:  # not UTF-8, not TOML, no path at all
         raise ConfigError(f"{path}: cannot be read as TOML: {error}") from None
     base = tree.pop("extends", None)
+    if not isinstance(base, str | None):
+        raise ConfigError(f"{path}: extends = {base!r}: write the path of a config, from this file's folder")
     return tree if base is None else _merge(_read(path.parent / base, (*seen, path)), tree)
+
+
+def _text(path: Path) -> str:
+    """Of a file, and not of a pipe or a device, which might never end. Raises OSError."""
+    if path.exists() and not path.is_file():
+        raise OSError("it is not a file")
+    with path.open("rb") as file:
+        content = file.read(LONGEST + 1)
+    if len(content) > LONGEST:
+        raise OSError(f"it is longer than {LONGEST >> 20} MiB")
+    return content.decode()
 
 
 def _merge(base: Tree, over: Mapping[str, object]) -> Tree:

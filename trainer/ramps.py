@@ -69,6 +69,9 @@ class OptimConfig(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
         return self
 
 
+RAMP_SIZES = 1000
+
+
 class BatchConfig(BaseModel, frozen=True, extra="forbid"):
     """Sequences in a step over the whole run; with a ramp, from `ramp_from` up in equal parts of `ramp_tokens`."""
 
@@ -85,6 +88,8 @@ class BatchConfig(BaseModel, frozen=True, extra="forbid"):
             self.ramp_from > self.sequences or (self.sequences - self.ramp_from) % self.ramp_increment
         ):
             raise ValueError("ramp_from plus a whole number of ramp_increment must give sequences")
+        if self.ramp_from is not None and (self.sequences - self.ramp_from) // self.ramp_increment >= RAMP_SIZES:
+            raise ValueError(f"a ramp of more than {RAMP_SIZES} sizes, each of which is planned: raise ramp_increment")
         return self
 
     def sizes(self) -> list[int]:

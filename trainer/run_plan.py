@@ -22,6 +22,7 @@ from dryvine.parallel.schedule.table import build
 from dryvine.trainer.config import Config, ConfigError, load
 from dryvine.trainer.model.shape import units
 
+MOST_OPS = 5_000_000  # over all batch sizes: V3's have 80,000, and a million take about ten seconds
 Blocks = tuple[str, ...]  # names, in forward order
 
 
@@ -61,9 +62,20 @@ def load_plan(path: str | Path, overrides: Sequence[str] = ()) -> RunPlan:
 
 def make_plan(config: Config) -> RunPlan:
     """Build, check and lower a schedule per batch size, and split the model. Raises ConfigError."""
+    if (ops := _ops(config)) > MOST_OPS:
+        raise ConfigError(
+            f"batch.sequences = {config.batch.sequences}, of which parallel.dp x ep ranks take microbatch_sequences at "
+            f"a time: schedules of {ops:,} ops, and {MOST_OPS:,} can be planned; raise microbatch_sequences or dp"
+        )
     training = {sequences: _program(config, sequences) for sequences in config.batch.sizes()}
     full = training[config.batch.sequences].schedule
     return RunPlan(config, training, _checked(forward_only(full)), _split(config, full.stages))
+
+
+def _ops(config: Config) -> int:
+    """About how many ops the schedules of all batch sizes have: F, I and W of every microbatch and stage."""
+    p, sizes = config.parallel, config.batch.sizes()
+    return 3 * sum(sizes) * p.pp * p.chunks // (p.microbatch_sequences * p.dp * p.ep)
 
 
 def _program(config: Config, sequences: int) -> Program:

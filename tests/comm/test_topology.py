@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from dryvine.comm.nvml import Gpu, Hardware, merged, probe, refined
-from dryvine.comm.topology import GroupLimit, Topology, TopologyConfig, by_sizes, discover, mismatch
-from dryvine.launch.doctor import doctor, picture, spans
+from dryvine.comm.place import LaunchedRank
+from dryvine.comm.topology import GroupLimit, Topology, TopologyConfig, by_sizes, discover, mismatch, spans
+from dryvine.launch.doctor import doctor, picture
 from dryvine.trainer.__main__ import _topology as topology_of_run
 from dryvine.trainer.config import Config
 
@@ -201,8 +202,8 @@ def test_training_on_gpus_asks_nvml_for_the_links_and_on_cpus_does_not(
 ) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(bytes(16)))
     monkeypatch.setattr("dryvine.trainer.__main__.probe", lambda: probe(fake_sysfs(tmp_path)))
-    assert topology_of_run(tiny(), 1, torch.device("cuda")).intra == ("NVLink", 450.0)
-    assert topology_of_run(tiny(), 1, torch.device("cpu")).intra == ("loopback", 4.0)
+    assert topology_of_run(tiny(), LaunchedRank(), torch.device("cuda")).intra == ("NVLink", 450.0)
+    assert topology_of_run(tiny(), LaunchedRank(), torch.device("cpu")).intra == ("loopback", 4.0)
 
 
 def test_a_gpu_without_nvlink_is_on_pcie() -> None:

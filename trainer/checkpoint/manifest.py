@@ -60,12 +60,14 @@ class StoredFile(BaseModel, frozen=True, extra="forbid"):
 
 
 class Manifest(BaseModel, frozen=True, extra="forbid"):
-    """A checkpoint's contents. `data` and `tokenizer` are fingerprints of what the run reads, None if not known."""
+    """A checkpoint's contents. `data` and `tokenizer` are fingerprints of what the run reads, None if not known.
+    `seconds` is how long its slowest rank took from the copy to the last byte verified, 0 if not known."""
 
     format: int = FORMAT
     step: int = Field(ge=0)
     data: str | None = None
     tokenizer: str | None = None
+    seconds: float = Field(default=0.0, ge=0)
     parameters: dict[str, Size]  # whole shapes; in format 1, which does not know them, [elements]
     files: dict[str, StoredFile]
     tensors: tuple[StoredTensor, ...]

@@ -10,6 +10,7 @@ would go on from it.
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -45,6 +46,7 @@ class _Part(NamedTuple):
     shapes: Mapping[str, Size]
     nonfinite: list[str]
     error: str
+    seconds: float = 0.0
 
 
 class Saver:
@@ -58,7 +60,7 @@ class Saver:
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="save")
         self._writing: Future[_Part] | None = None
         self._pruning: Future[None] | None = None
-        self._step = 0
+        self._step, self._begun = 0, 0.0
         self._owned_buffers: frozenset[str] | None = None
         if mesh.rank == 0:
             run_folder.clear_unfinished(folder)
@@ -79,8 +81,8 @@ class Saver:
         """Copy the state to host memory and begin to write it. Finishes the checkpoint before, if there is one.
         Collective; raises what `finish` does."""
         self.finish()
+        self._step, self._begun = step, time.monotonic()
         copies = self._to_host(state)
-        self._step = step
         self._writing = self._worker.submit(self._write, step, copies, dict(state.shapes))
 
     def finish(self) -> Path | None:
@@ -148,7 +150,8 @@ class Saver:
             return _Part(None, shapes, [], _cannot_write(file, error))
         one = Manifest(step=step, parameters={}, files={written.name: written.file}, tensors=tuple(written.tensors))
         wrong = next(damage(path, one, written.name), "")
-        return _Part(written, shapes, [], wrong and f"{wrong} when it was read back: the disk is not to be trusted")
+        wrong = wrong and f"{wrong} when it was read back: the disk is not to be trusted"
+        return _Part(written, shapes, [], wrong, time.monotonic() - self._begun)
 
     # Rank 0.
 
@@ -159,6 +162,7 @@ class Saver:
             step=self._step,
             data=self.identity.data,
             tokenizer=self.identity.tokenizer,
+            seconds=max(part.seconds for part in parts),
             parameters={name: shape for part in parts for name, shape in part.shapes.items()},
             files={one.name: one.file for one in written},
             tensors=tuple(tensor for one in written for tensor in one.tensors),

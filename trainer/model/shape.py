@@ -7,9 +7,14 @@ over the same numbers that build the modules; a test compares them with the para
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BaseModel, Field, PositiveInt, model_validator
+
+# Beyond these sizes no model is trained, and planning one would take hours.
+Layers = Annotated[int, Field(ge=1, le=4096)]
+Count = Annotated[int, Field(ge=1, le=1 << 16)]
+Width = Annotated[int, Field(ge=1, le=1 << 24)]
 
 
 class Yarn(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
@@ -27,30 +32,30 @@ class Yarn(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
 class Shape(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     """Architecture and its own training terms (arXiv 2412.19437, sections 2 and 4.2). Lengths are in elements."""
 
-    layers: PositiveInt
-    first_dense: int = Field(ge=0)  # leading layers with a dense FFN; the rest are mixtures of experts
-    hidden: PositiveInt
-    ffn: PositiveInt  # width of a dense FFN
-    expert_ffn: PositiveInt  # width of one expert
-    heads: PositiveInt
-    q_lora: PositiveInt | None = None  # None: queries straight from the hidden state, as in V2-Lite
-    kv_lora: PositiveInt
-    nope_dim: PositiveInt
-    rope_dim: PositiveInt
-    v_dim: PositiveInt
-    routed: PositiveInt
-    shared: int = Field(ge=0)
-    top_k: PositiveInt
-    groups: PositiveInt = 1
-    group_limit: PositiveInt = 1  # a token's experts lie in at most so many groups
+    layers: Layers
+    first_dense: int = Field(ge=0, le=4096)  # leading layers with a dense FFN; the rest are mixtures of experts
+    hidden: Width
+    ffn: Width  # width of a dense FFN
+    expert_ffn: Width  # width of one expert
+    heads: Count
+    q_lora: Width | None = None  # None: queries straight from the hidden state, as in V2-Lite
+    kv_lora: Width
+    nope_dim: Width
+    rope_dim: Width
+    v_dim: Width
+    routed: Count
+    shared: int = Field(ge=0, le=4096)
+    top_k: Count
+    groups: Count = 1
+    group_limit: Count = 1  # a token's experts lie in at most so many groups
     score: Literal["sigmoid", "softmax"]
     normalise: bool  # weights of the chosen experts sum to route_scale
     route_scale: float = Field(default=1.0, gt=0)
-    vocab: PositiveInt
-    max_position: PositiveInt
+    vocab: Annotated[int, Field(ge=1, le=1 << 31)]
+    max_position: Width
     rope_theta: float = Field(default=10000.0, gt=0)
     yarn: Yarn | None = None
-    mtp_depth: int = Field(default=0, ge=0)
+    mtp_depth: int = Field(default=0, ge=0, le=64)
     mtp_weight: float = Field(default=0.3, ge=0)  # lambda of equation 25, shared evenly by the depths
     balance_alpha: float = Field(default=1e-4, ge=0)
     bias_gamma: float = Field(default=1e-3, ge=0)

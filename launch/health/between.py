@@ -1,0 +1,138 @@
+"""Nodes to each other, one rank on each: bandwidth between every pair, clocks, and what each has found of itself.
+
+Pairs are measured in rounds in which every node has one partner, as in a tournament, so N nodes take N - 1 rounds and
+no pair disturbs another beyond what a run would do too. A node whose pairs are slow has a bad cable or port; one slow
+pair between good nodes is a switch's. An all-to-all would be one number for all, and say neither.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from dryvine.comm.watch import Watch, naming
+from dryvine.launch.health.finding import Finding, judged
+
+Pair = tuple[int, int]
+MEGABYTES = {"cpu": 16, "cuda": 256}  # that a pair exchanges, each way
+SLOW = 0.5  # of the median of all pairs
+APART = 1.0  # seconds between clocks, beyond which logs and file times cannot be compared
+TIMES = 5  # that a clock is asked; the quickest answer counts
+
+
+class Node(NamedTuple):
+    """What one node knows: its name, its findings, its exchange with each partner in GB/s, its clock in seconds after
+    rank 0's."""
+
+    name: str
+    findings: tuple[Finding, ...]
+    speeds: Mapping[Pair, float]
+    ahead: float
+
+
+def visit(name: str, findings: Sequence[Finding], device: torch.device, watch: Watch) -> list[Node]:
+    """Measure this node with all others and exchange what all have found, by rank. Collective."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    speeds = {}
+    for pairs in tournament(world):
+        for pair in pairs:
+            if rank in pair:
+                speeds[pair] = _exchange(pair[1] if rank == pair[0] else pair[0], device, watch)
+        with naming(watch, "end of a round of pairs", _others(rank, world)):
+            dist.barrier()
+    mine = Node(name, tuple(findings), speeds, _ahead(rank, world, watch))
+    nodes: list[Node | None] = [None] * world
+    with naming(watch, "findings of all nodes", _others(rank, world)):
+        dist.all_gather_object(nodes, mine)
+    return [node for node in nodes if node is not None]
+
+
+def tournament(count: int) -> Iterator[list[Pair]]:
+    """Rounds in which each of `count` meets at most one other; after all rounds each has met every other once."""
+    seats = [*range(count), *([-1] if count % 2 else [])]
+    for _ in range(len(seats) - 1):
+        half = len(seats) // 2
+        pairs = zip(seats[:half], reversed(seats[half:]), strict=True)
+        yield [(min(pair), max(pair)) for pair in pairs if -1 not in pair]
+        seats = [seats[0], seats[-1], *seats[1:-1]]
+
+
+def _others(rank: int, world: int) -> tuple[tuple[int, int], ...]:
+    return tuple((other, 0) for other in range(world) if other != rank)
+
+
+def _exchange(partner: int, device: torch.device, watch: Watch) -> float:
+    """GB/s each way, of the second of two exchanges: the first one connects."""
+    sent = torch.zeros(MEGABYTES[device.type] << 20, dtype=torch.uint8, device=device)
+    got = torch.empty_like(sent)
+    seconds = 0.0
+    for _ in range(2):
+        started = time.perf_counter()
+        with naming(watch, f"exchange with node {partner}", ((partner, sent.nbytes),)):
+            operations = [dist.P2POp(dist.isend, sent, partner), dist.P2POp(dist.irecv, got, partner)]
+            for work in dist.batch_isend_irecv(operations):
+                work.wait()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+        seconds = time.perf_counter() - started
+    return sent.nbytes / seconds / 1e9
+
+
+def _ahead(rank: int, world: int, watch: Watch) -> float:
+    """Seconds that this host's clock is ahead of rank 0's; rank 0 answers the others one after the other."""
+    if rank:
+        return _asked(watch)
+    for other in range(1, world):
+        for _ in range(TIMES):
+            with naming(watch, f"clock of node {other}", ((other, 8),)):
+                dist.recv(torch.empty(1, dtype=torch.float64), other)
+                dist.send(torch.tensor([time.time()], dtype=torch.float64), other)
+    return 0.0
+
+
+def _asked(watch: Watch) -> float:
+    answers = []
+    theirs = torch.empty(1, dtype=torch.float64)
+    for _ in range(TIMES):
+        asked = time.time()
+        with naming(watch, "clock of node 0", ((0, 8),)):
+            dist.send(torch.zeros(1, dtype=torch.float64), 0)
+            dist.recv(theirs, 0)
+        answered = time.time()
+        answers.append((answered - asked, (asked + answered) / 2 - float(theirs)))
+    return min(answers)[1]
+
+
+def compare(nodes: Sequence[Node]) -> Iterator[Finding]:
+    """What follows from all nodes together."""
+    yield from _bandwidth(nodes)
+    apart = [f"{node.name} by {node.ahead:+.2f} s" for node in nodes if abs(node.ahead) > APART]
+    farthest = max(abs(node.ahead) for node in nodes)
+    yield judged(
+        not apart, "clocks", ", ".join(apart) or f"within {farthest:.3f} s of {nodes[0].name}'s", "start chronyd there"
+    )
+
+
+def _bandwidth(nodes: Sequence[Node]) -> Iterator[Finding]:
+    # Both ends have measured; the slower one waited for the other.
+    speeds = {pair: min(nodes[end].speeds[pair] for end in pair) for node in nodes for pair in node.speeds}
+    median = statistics.median(speeds.values())
+    slow = {pair: speed for pair, speed in speeds.items() if speed < SLOW * median}
+    span = f"{min(speeds.values()):.2f} to {max(speeds.values()):.2f} GB/s each way, median {median:.2f}"
+    if not slow:
+        yield Finding("ok", f"bandwidth of {len(speeds)} pairs of nodes", span)
+        return
+    often = Counter(rank for pair in slow for rank in pair)
+    suspects = [nodes[rank].name for rank, times in often.items() if times > (len(nodes) - 1) / 2]
+    worst = ", ".join(
+        f"{nodes[a].name} and {nodes[b].name} {speed:.2f}"
+        for (a, b), speed in sorted(slow.items(), key=lambda item: item[1])[:4]
+    )
+    fix = f"check cable and port of {', '.join(suspects)}" if suspects else "check the switch between them"
+    yield Finding("bad", f"bandwidth of {len(speeds)} pairs of nodes", f"{span}; slow: {worst}", fix)

@@ -1,0 +1,165 @@
+"""`dryvine train CONFIG --one-gpu`: any config on one GPU or CPU, for a debugger.
+
+What shrinks does so by the rules in `_model` and below, each by what it is for: every kind of block, of loss, of
+routing, of number format and of schedule op that the config has and one rank can have is still there, in the smallest
+number that shows it. Guessing a model of about the right size would be simpler, and would lose the very branch that is
+to be debugged. The result is a config file like any other, printed key by key, to read, change and run again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import tomli_w
+
+from dryvine.comm.config import CommConfig
+from dryvine.comm.integers import ceil_div, round_up
+from dryvine.parallel.schedule.table import legal
+from dryvine.trainer.config import Config, RunConfig, dump, load
+from dryvine.trainer.data.config import STDLIB, DataConfig, DataError
+from dryvine.trainer.data.dataset import Dataset
+from dryvine.trainer.model.shape import Shape, count_parameters
+from dryvine.trainer.ramps import BatchConfig, OptimConfig
+
+MICROBATCHES = 4  # the fewest with which a pipeline of one rank in a V fills, pairs and empties
+STEPS, PERIOD = 50, 10  # so that validation and checkpoints come soon
+SEQUENCE = 512  # tokens, at most
+VOCABULARY = 4096  # of the embedded corpus, where the config's own data is not on this machine
+BYTES = 18  # a parameter: weight, gradient sum, master, two moments, in FP32; temporaries of it
+TILE = 128  # FP8 scales cover so many columns, and kernels ask for multiples of it
+WIDTHS = ("hidden", "ffn", "expert_ffn", "heads", "q_lora", "kv_lora")
+
+
+def write_one_gpu(path: Path, overrides: Sequence[str], memory: float) -> tuple[Path, list[str]]:
+    """Write the config that `path` and `overrides` become within `memory` bytes. Returns its path, in its run folder,
+    and lines that say what has changed. Raises ConfigError."""
+    whole = load(path, overrides)
+    small = shrunk(whole, memory)
+    target = small.run.folder / "one_gpu.toml"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(dump(small))
+    return target, [f"one GPU, in {target}:", *(f"  {line}" for line in _changes(whole, small))]
+
+
+def shrunk(config: Config, memory: float) -> Config:
+    """The config on one rank, whose parameters with gradients and optimizer take at most about `memory` bytes."""
+    schedule, chunks = _schedule(config)
+    parallel = config.parallel.model_copy(update={"pp": 1, "dp": 1, "ep": 1, "schedule": schedule, "chunks": chunks})
+    data = _data(config.data)
+    vocab = max(min(config.model.vocab, VOCABULARY), data.vocab_size)
+    table = {
+        "run": _run(config),
+        "model": _model(config.model, vocab, chunks, memory),
+        "data": data,
+        "batch": _batch(config, data.seq_len),
+        "parallel": parallel,
+        "comm": _comm(config.comm),
+        "optim": _optim(config.optim, config.run.steps),
+    }
+    # Through TOML, so that what is written is what was checked.
+    return Config.model_validate_json(config.model_copy(update=table).model_dump_json())
+
+
+def _schedule(config: Config) -> tuple[str, int]:
+    """The schedule's own name where one rank can have it. Two directions need two ranks; folded into a V they are
+    one rank with two stages, and F&B pairs and W as before."""
+    p = config.parallel
+    if legal(p.schedule, 1, MICROBATCHES, p.chunks) is None:
+        return p.schedule, p.chunks
+    return "dualpipev", 1
+
+
+def _data(data: DataConfig) -> DataConfig:
+    """Shorter sequences of the same data; of the embedded corpus and few token ids, where it is not on this machine."""
+    seq_len = min(data.seq_len, SEQUENCE)
+    try:
+        ids = Dataset.load(Path(data.source)).vocab_size
+    except (DataError, OSError):
+        return data.model_copy(
+            update={"seq_len": seq_len, "source": STDLIB, "vocab_size": min(data.vocab_size, VOCABULARY)}
+        )
+    return data.model_copy(update={"seq_len": seq_len, "vocab_size": ids})
+
+
+def _model(shape: Shape, vocab: int, chunks: int, memory: float) -> Shape:
+    """One dense layer if there is any and two of experts, and one MTP depth; more where the schedule has more stages.
+    Each routing group keeps as many experts as a token may choose of it, twice, and at least four. Widths are halved
+    together until it fits."""
+    dense = min(shape.first_dense, 1)
+    layers = min(shape.layers, max(dense + 2, chunks + 1))
+    in_group = shape.routed // shape.groups
+    keep = min(in_group, max(4, ceil_div(2 * shape.top_k, shape.group_limit)))
+    small = shape.model_copy(
+        update={
+            "layers": layers,
+            "first_dense": min(dense, layers),
+            "routed": shape.groups * keep,
+            "vocab": vocab,
+            "mtp_depth": min(shape.mtp_depth, 1),
+        }
+    )
+    while BYTES * count_parameters(small, mtp=True)[0] > memory:
+        halved = small.model_copy(update={name: _half(name, getattr(small, name)) for name in WIDTHS})
+        if halved == small:
+            break
+        small = halved
+    return small
+
+
+def _half(name: str, width: int | None) -> int | None:
+    """At least one head, or one tile of a width that has several; a small width stays."""
+    if name == "heads":
+        return max(1, (width or 0) // 2)
+    return width if width is None or width <= TILE else round_up(width // 2, TILE)
+
+
+def _run(config: Config) -> RunConfig:
+    run = config.run
+    periods = {name: min(getattr(run, name), PERIOD) for name in ("eval_every", "checkpoint_every")}
+    name = f"{run.name}-one-gpu"
+    return run.model_copy(update={"name": name, "steps": min(run.steps, STEPS), "eval_batches": 1, **periods})
+
+
+def _batch(config: Config, seq_len: int) -> BatchConfig:
+    """MICROBATCHES of the config's size. A ramp becomes one from half of that, over four steps."""
+    full = MICROBATCHES * config.parallel.microbatch_sequences
+    if config.batch.ramp_from is None:
+        return BatchConfig(sequences=full)
+    tokens = 4 * full * seq_len
+    return BatchConfig(sequences=2 * full, ramp_from=full, ramp_increment=full, ramp_tokens=tokens)
+
+
+def _comm(comm: CommConfig) -> CommConfig:
+    """One rank is one node; DeepEP and MPI have nothing to send."""
+    alone = {"deepep": "auto", "mpi": "auto"}
+    return comm.model_copy(
+        update={
+            "dispatcher": alone.get(comm.dispatcher, comm.dispatcher),
+            "topology": comm.topology.model_copy(update={"nodes": ()}),
+        }
+    )
+
+
+def _optim(optim: OptimConfig, steps: int) -> OptimConfig:
+    """Every segment of the learning rate's plan, in proportion, by steps."""
+    total = sum(segment.length for segment in optim.plan) if optim.plan_unit == "tokens" else steps
+    parts = [
+        segment.model_copy(update={"length": max(1, segment.length * STEPS // max(1, total))}) for segment in optim.plan
+    ]
+    return optim.model_copy(update={"plan": tuple(parts), "plan_unit": "steps"})
+
+
+def _changes(before: Config, after: Config) -> Iterator[str]:
+    """optim.lr = 0.001, was 0.002"""
+    old, new = before.model_dump(mode="json"), after.model_dump(mode="json")
+    for table, values in new.items():
+        for key, value in values.items():
+            if value != old[table][key]:
+                yield f"{table}.{key} = {_short(value)}, was {_short(old[table][key])}"
+
+
+def _short(value: object) -> str:
+    text = tomli_w.dumps({"": value}).partition("=")[2].split() if value is not None else ["none"]
+    joined = " ".join(text)
+    return joined if len(joined) <= 60 else joined[:57] + "..."

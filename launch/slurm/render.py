@@ -1,0 +1,177 @@
+"""A run and what is asked of SLURM, as the script that sbatch takes.
+
+The script is a template beside this file, package data like any other, so what a cluster needs changed can be read in
+one place. Whatever comes from the user is quoted (`shlex`) or refused (`Job`), and put in once: a value that looks like
+one of the template's names stays as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from string import Template
+
+from dryvine.comm.host import MALLOC
+from dryvine.launch.slurm.job import Job, JobError, log_path, seconds
+from dryvine.trainer.checkpoint import run_folder
+from dryvine.trainer.checkpoint.manifest import NAME
+from dryvine.trainer.config import Config
+
+FIRST_SAVE = 120.0  # seconds that a save is taken to last before one was measured
+SLACK = 60  # seconds: as much earlier than asked may SLURM send a signal, or later may it look at its clock
+LONGEST_LEAD = 65535  # seconds, SLURM's limit of --signal
+
+
+class _Script(Template):
+    delimiter = "@"  # the shell has the dollar
+
+
+def render(config: Config, words: Sequence[str], job: Job) -> str:
+    """The script for `words`, the path of a config and its overrides, which resolve to `config`. Raises JobError."""
+    _fits(config, job)
+    template = _Script(Path(__file__).with_name("pretrain.sbatch").read_text())
+    return template.substitute(
+        directives="\n".join(f"#SBATCH --{directive}" for directive in _directives(config, job)),
+        python=shlex.quote(python(job)),
+        run=shlex.join(words),
+        environment="\n".join(f"export {name}={shlex.quote(value)}" for name, value in _environment(config, job)),
+        check=_check(job),
+        command=_lines([*_srun(config, job), *_inside(job), *(_ranks() if job.per_rank else _torchrun(job))]),
+    )
+
+
+def lead(config: Config) -> int:
+    """Seconds before the time limit at which ranks are told to save: the step that they are in may last as long as a
+    wait may, and then comes a save, as long as the longest of this run so far, twice, or FIRST_SAVE."""
+    measured = max(_saves(config.run.folder), default=0.0)
+    return math.ceil(config.comm.deadline + (2 * measured or FIRST_SAVE)) + SLACK
+
+
+def _saves(folder: Path) -> Iterator[float]:
+    """Seconds that each checkpoint which the run still has took; a damaged one has no say."""
+    for checkpoint in run_folder.complete(folder):
+        with suppress(OSError, ValueError, AttributeError):
+            yield float(json.loads((checkpoint / NAME).read_bytes()).get("seconds", 0.0))
+
+
+def python(job: Job) -> str:
+    """The interpreter of this environment, which hosts share; a container has its own."""
+    return "python3" if job.container else sys.executable
+
+
+def _fits(config: Config, job: Job) -> None:
+    if job.ranks != config.parallel.world:
+        raise JobError(
+            f"--nodes {job.nodes} x --gpus-per-node {job.gpus_per_node} are {job.ranks} ranks, but the config's layout "
+            f"has {config.parallel.world}: give that many, or set parallel.pp/dp/ep"
+        )
+    early = lead(config)
+    if job.time and seconds(job.time) <= early:
+        raise JobError(
+            f"--time {job.time} is {seconds(job.time)} s, and ranks must be told to save {early} s before its end "
+            "(comm.deadline and a save): give more, or lower comm.deadline"
+        )
+
+
+def _directives(config: Config, job: Job) -> Iterator[str]:
+    yield f"job-name={job.name}"
+    yield f"nodes={job.nodes}"
+    yield f"ntasks-per-node={job.gpus_per_node if job.per_rank else 1}"
+    if config.run.device != "cpu":
+        yield f"gpus-per-node={job.gpus_per_node}"
+    for name in ("partition", "account", "qos", "reservation", "constraint", "exclude", "time"):
+        if value := getattr(job, name):
+            yield f"{name}={value}"
+    yield f"cpus-per-task={_cpus(job)}" if job.cpus_per_rank else "exclusive"
+    if job.array:
+        yield f"array=1-{job.array}%1"
+    yield f"output={log_path(config.run.folder)}"
+    yield "open-mode=append"
+    yield "requeue"
+    yield f"signal=B:USR1@{min(lead(config), LONGEST_LEAD)}"
+
+
+def _cpus(job: Job) -> int:
+    """Of one task."""
+    return job.cpus_per_rank * (1 if job.per_rank else job.gpus_per_node)
+
+
+def _environment(config: Config, job: Job) -> Iterator[tuple[str, str]]:
+    yield "CUDA_DEVICE_MAX_CONNECTIONS", "32"  # streams that wait must not hold up others
+    yield "OMP_NUM_THREADS", str(job.cpus_per_rank or 1)
+    yield "PYTHONUNBUFFERED", "1"
+    # What torchrun's agent waits between SIGTERM and SIGKILL: as long as ranks may take to save.
+    yield "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(lead(config))
+    if job.interface:
+        yield "NCCL_SOCKET_IFNAME", job.interface
+        yield "GLOO_SOCKET_IFNAME", job.interface.lstrip("=^")
+    if job.ib_hca:
+        yield "NCCL_IB_HCA", job.ib_hca
+    if config.run.device == "cpu":
+        yield from MALLOC.items()
+
+
+def _check(job: Job) -> str:
+    """One doctor a node, which agree on how the nodes reach each other; a bad one fails the job before it starts."""
+    if not job.check:
+        return ""
+    srun = ["srun", "--kill-on-bad-exit=1", "--ntasks-per-node=1", *_pyxis(job)]
+    doctor = ['"$python" -m dryvine.launch.cli doctor --before-run', '"${run[@]}"']
+    return _lines([*srun, *_inside(job), *doctor]) + " || exit 1\n"
+
+
+def _srun(config: Config, job: Job) -> Iterator[str]:
+    yield from ("srun", "--kill-on-bad-exit=1", f"--ntasks-per-node={job.gpus_per_node if job.per_rank else 1}")
+    # srun does not take --cpus-per-task from the job since SLURM 22.05.
+    yield from (f"--cpus-per-task={_cpus(job)}", "--cpu-bind=cores") if job.cpus_per_rank else ("--cpu-bind=none",)
+    if job.per_rank and config.run.device != "cpu":
+        yield "--gpu-bind=none"  # ranks of a node reach each other's memory
+    yield from _pyxis(job)
+
+
+def _pyxis(job: Job) -> Iterator[str]:
+    match job.image:
+        case "pyxis", image:
+            yield f"--container-image={shlex.quote(image)}"
+            yield '--container-workdir="$PWD"'
+            mounts = "$PWD:$PWD"
+            yield f'--container-mounts="{mounts}"' + (f",{shlex.quote(job.mounts)}" if job.mounts else "")
+
+
+def _inside(job: Job) -> Iterator[str]:
+    match job.image:
+        case "apptainer", image:
+            yield from ("apptainer", "exec", "--nv", '--bind "$PWD"')
+            if job.mounts:
+                yield f"--bind {shlex.quote(job.mounts)}"
+            yield shlex.quote(image)
+
+
+def _ranks() -> Iterator[str]:
+    yield from ('"$python" -m dryvine.trainer', '"${run[@]}"')
+
+
+def _torchrun(job: Job) -> Iterator[str]:
+    """An agent a node. The store is served by node 0, of which each task must be told: names and addresses of hosts
+    differ on many clusters."""
+    host = '"is_host=$((SLURM_NODEID == 0))"'
+    agent = _lines(
+        [
+            'exec "$0" -m torch.distributed.run',
+            f"--nnodes={job.nodes} --nproc-per-node={job.gpus_per_node}",
+            '--rdzv-backend=c10d --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT"',
+            f'--rdzv-id="$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}" --rdzv-conf={host}',
+            '-m dryvine.trainer "$@"',
+        ]
+    )
+    yield from (f"sh -c '{agent}'", '"$python"', '"${run[@]}"')
+
+
+def _lines(words: Sequence[str]) -> str:
+    """A command with a word or option a line."""
+    return " \\\n    ".join(words)

@@ -1,0 +1,49 @@
+"""Whether a rank's share of the model can lie in its device at all, before anything is allocated there.
+
+A bound from below, from the numbers alone: weights and FP32 gradient sums of the stages that a rank holds, and its
+shard of masters and moments. What it lets through may still run out (activations; `dryvine plan` counts them); what it
+refuses could never have run, and would else end in a traceback of the allocator after minutes.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+
+import torch
+
+from dryvine.trainer.config import Config, ConfigError
+from dryvine.trainer.model.shape import count_parameters
+
+
+def check_fits(config: Config, device: torch.device) -> None:
+    """Raise ConfigError if the device is too small for the run."""
+    needed, memory = least_bytes(config), memory_of(device)
+    if needed > memory:
+        raise ConfigError(
+            f"weights, gradient sums and optimizer take at least {needed / 1e9:.1f} GB a rank, and {device.type} has "
+            f"{memory / 1e9:.1f} GB: raise parallel.pp, dp or ep, or try a small copy with `dryvine train --one-gpu`"
+        )
+
+
+def least_bytes(config: Config) -> float:
+    """That each rank holds on average, at least. Experts are spread over ep, all else over pp alone; counted here as
+    if spread over both."""
+    p, parameters = config.parallel, count_parameters(config.model, mtp=True)[0]
+    weight = 4 if config.run.dtype == "fp32" else 2
+    moments = 2 * (4 if config.optim.moments == "fp32" else 2)
+    return parameters * ((weight + 4) / (p.pp * p.ep) + (4 + moments) / p.world)
+
+
+def memory_of(device: torch.device) -> float:
+    """Bytes that a process can have there."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[1])
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return float(whole if limit == resource.RLIM_INFINITY else min(whole, limit))
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: Python's, a GPU's, or torch's on the CPU, which has no type of its own."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
