@@ -71,7 +71,8 @@ def train(
 
         return play(planned, machine_of(hardware, resolved.run, None), rank, Console())
     with data_cli.progress_bar(Console(stderr=True)) as on_progress:
-        prepare(resolved.data, on_progress)
+        for source in resolved.data.sources:
+            prepare(resolved.data, source, on_progress)
     world, words = resolved.parallel.world, [str(config), *(overrides or ())]
     if world == 1 and not max_restarts:
         from dryvine.trainer.__main__ import main as rank_main

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,31 +18,47 @@ from rich.text import Text
 
 from dryvine.trainer.data.build import build as build_dataset
 from dryvine.trainer.data.config import DataConfig, DataError
-from dryvine.trainer.data.dataset import Dataset
+from dryvine.trainer.data.dataset import Dataset, SplitName
 from dryvine.trainer.data.inputs import match_files, printable
+from dryvine.trainer.data.megatron import MegatronTokens, megatron_prefix, write_megatron
+from dryvine.trainer.data.shards import SPLITS
+from dryvine.trainer.data.source import TokenSource
 from dryvine.trainer.data.spec import BuildSpec, OnProgress
 
 app = typer.Typer(help="Datasets: text files into packed tokens.", no_args_is_help=True)
 
 VOCAB_SIZE = DataConfig.model_fields["vocab_size"].default
+VAL_FRACTION = DataConfig.model_fields["validation_fraction"].default
 
 
-@app.callback()
-def data() -> None:
-    """Without a callback, typer would turn the only command of an app into the app itself."""
+TEXT_HELP = (
+    "Pattern of .txt, .jsonl, .jsonl.gz, .jsonl.zst, .parquet or .arrow files, @FILE with a path on each line, or "
+    "hf://datasets/OWNER/NAME/PATTERN; may be repeated."
+)
 
 
 @app.command()
 def build(
-    text: Annotated[list[str], typer.Option(help="Pattern of .txt, .jsonl or .parquet files; may be repeated.")],
+    text: Annotated[
+        list[str],
+        typer.Option(help=TEXT_HELP),
+    ],
     out: Annotated[Path, typer.Option(help="Folder of the dataset. An interrupted build there is continued.")],
     vocab_size: Annotated[
         int | None, typer.Option(min=260, help=f"Size of the tokenizer to learn.  [default: {VOCAB_SIZE}]")
     ] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="A tokenizer.json to use instead.")] = None,
-    field: Annotated[str, typer.Option(help="Field of .jsonl, column of .parquet, that holds the text.")] = "text",
+    field: Annotated[
+        str, typer.Option(help="Field or column that holds the text; meta.text leads into objects.")
+    ] = "text",
+    where: Annotated[
+        list[str] | None, typer.Option(help="Only records that meet it: lang=en, meta.score>=0.5.")
+    ] = None,
     val_fraction: Annotated[float, typer.Option(min=0, max=0.99, help="Of documents, held out.")] = 0.05,
     fim_rate: Annotated[float, typer.Option(min=0, max=1, help="Of documents, put fill-in-the-middle.")] = 0.0,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="That tokenize; any number gives the same bytes.  [default: one a core]")
+    ] = None,
     # The shell turns an unquoted pattern into many files; all but the first arrive here.
     more: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
 ) -> None:
@@ -56,22 +73,77 @@ def build(
             vocab_size=vocab_size if vocab_size or tokenizer else VOCAB_SIZE,
             tokenizer=tokenizer,
             field=field,
+            where=tuple(where or ()),
             validation_fraction=val_fraction,
             fim_rate=fim_rate,
         )
         inputs = match_files([*text, *(more or [])])
         with progress_bar(console) as on_progress:
-            dataset = build_dataset(inputs, spec, out, on_progress)
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            dataset = build_dataset(inputs, spec, out, on_progress, processes=processes or cores)
     report(dataset, out, Console())
 
 
+@app.command()
+def peek(
+    source: Annotated[Path, typer.Argument(help="A dataset folder, or a Megatron prefix.")],
+    split: Annotated[str, typer.Option(help="train or val")] = "train",
+    first: Annotated[int, typer.Option(min=0, help="Number of the sequence in the run.")] = 0,
+    sequences: Annotated[int, typer.Option(min=1)] = 1,
+    seq_len: Annotated[int, typer.Option(min=1, help="As data.seq_len of the run.")] = 512,
+    seed: Annotated[int, typer.Option(help="As run.seed.")] = 0,
+    tokenizer: Annotated[Path | None, typer.Option(help="The tokenizer.json of a Megatron prefix.")] = None,
+) -> None:
+    """Show sequences of a run as the model will see them: cut, packed and with special tokens spelled out."""
+    from dryvine.trainer.data.peek import pieces, tokenizer_of
+
+    out = Console()
+    with errors_in_one_line(Console(stderr=True), "peek"):
+        name = split_name(split)
+        prefix = megatron_prefix(source)
+        if prefix and not tokenizer:
+            raise DataError(f"{source}: Megatron's files have no tokenizer; name it with --tokenizer tokenizer.json")
+        line = MegatronTokens(prefix, name, VAL_FRACTION) if prefix else source
+        found = TokenSource(line, name, seq_len, extra=1, seed=seed)
+        decode = tokenizer_of(source, tokenizer)
+        for number in range(first, first + sequences):
+            out.rule(f"sequence {number}: {seq_len} tokens")
+            for piece in pieces(found, number, seq_len, decode):
+                out.print(f"document {piece.document}, {piece.tokens} tokens", style="bold cyan")
+                out.print(piece.text, markup=False, highlight=False, soft_wrap=True)
+                if not piece.ends:
+                    out.print("(goes on)", style="cyan")
+
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(help="A dataset folder.")],
+    out: Annotated[Path, typer.Option(help="Prefix: PREFIX_train.bin and .idx are written, and PREFIX_val.")],
+) -> None:
+    """Write a dataset as Megatron's .bin/.idx, a document a sequence."""
+    with errors_in_one_line(Console(stderr=True), "export"):
+        for split in SPLITS:
+            if Dataset.load(source).split(split).tokens:
+                prefix = out.with_name(f"{out.name}_{split}")
+                documents = write_megatron(source, split, prefix)
+                print(f"{prefix}.bin, .idx: {documents:,} documents")
+
+
+def split_name(name: str) -> SplitName:
+    """Raises DataError unless there is such a split."""
+    for split in SPLITS:
+        if name == split:
+            return split
+    raise DataError(f"--split {name}: there are {' and '.join(SPLITS)}")
+
+
 @contextmanager
-def errors_in_one_line(console: Console) -> Iterator[None]:
+def errors_in_one_line(console: Console, command: str = "build") -> Iterator[None]:
     """Print what the user can fix, and exit with 2; or with 130 after Ctrl-C, as shells do."""
     try:
         yield
     except (DataError, OSError) as error:
-        console.print(printable(f"dryvine data build: {error}"), style="red", markup=False, soft_wrap=True)
+        console.print(printable(f"dryvine data {command}: {error}"), style="red", markup=False, soft_wrap=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         console.print("Interrupted. The same command continues after the last whole shard.")

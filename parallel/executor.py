@@ -31,11 +31,12 @@ from dryvine.parallel.streams import Streams
 @dataclass(frozen=True)
 class Batch:
     """One step's work for a data rank. `tokens[m]` are the sequences of microbatch m, int64 [sequences, T + extra];
-    `loss_scale` seeds the backward of every loss."""
+    `loss_scale` seeds the backward of every loss. `documents[m]` goes into the flights of microbatch m as it is."""
 
     tokens: Sequence[Tensor]
     loss_scale: float
     training: bool = True
+    documents: Sequence[object] | None = None
 
 
 @dataclass
@@ -161,7 +162,13 @@ class _Play:
         key = (op.stage, op.microbatch)
         if op.kind == "F":
             batch, m = self.batch, op.microbatch
-            self._flights[key] = Flight(batch.tokens[m], batch.loss_scale, batch.training, m)
+            self._flights[key] = Flight(
+                batch.tokens[m],
+                batch.loss_scale,
+                batch.training,
+                m,
+                documents=batch.documents[m] if batch.documents else None,
+            )
         return self._flights[key]
 
     def land(self, op: Op) -> None:

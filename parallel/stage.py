@@ -56,6 +56,7 @@ class Flight:
     loss_scale: float
     training: bool = True
     microbatch: int = 0  # its number in the step
+    documents: object = None  # where documents lie in the tokens, if phases are to know; nothing in this room reads it
     losses: dict[str, Tensor] = field(default_factory=dict)  # name -> detached, already weighted scalar
     saved: dict[Phase, object] = field(default_factory=dict)  # what the backward of a phase needs of its forward
     handles: dict[str, Handle] = field(default_factory=dict)  # layer -> routing, shared by its phases

@@ -18,7 +18,8 @@ def microbatch_size(config: Config, cuda: bool) -> MicrobatchSize:
     sequences = config.parallel.microbatch_sequences
     tokens = sequences * config.data.seq_len
     single_rank = config.parallel.ep == 1 and config.comm.dispatcher in ("auto", "flat")
-    return MicrobatchSize(tokens, sequences, DTYPE_BYTES[config.run.dtype], cuda, single_rank)
+    documents = config.data.mask == "document"
+    return MicrobatchSize(tokens, sequences, DTYPE_BYTES[config.run.dtype], cuda, documents, single_rank)
 
 
 def stage_bytes(plan: RunPlan, cuda: bool) -> dict[int, int]:

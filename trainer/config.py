@@ -23,6 +23,7 @@ from dryvine.trainer.fp8.recipe import Recipe
 from dryvine.trainer.model.shape import Shape
 from dryvine.trainer.ramps import BatchConfig, OptimConfig
 
+WIDEST_HEAD = 256  # of flash attention, which packed documents need
 Positive = Annotated[int, Field(ge=1)]
 LONGEST = 4 << 20  # bytes of a config
 Tree = dict[str, object]  # parsed TOML: tables are trees, the rest are values
@@ -206,6 +207,11 @@ def _conflict(config: Config) -> str | None:
         return f"model.routed = {m.routed} experts do not divide over parallel.ep = {ep}; ep may be one of {divisors}"
     if m.vocab < config.data.vocab_size:
         return f"model.vocab = {m.vocab} is less than data.vocab_size = {config.data.vocab_size}; raise model.vocab"
+    if config.data.mask == "document" and m.qk_dim > WIDEST_HEAD:
+        return (
+            f"data.mask = 'document' has no kernel for heads of nope_dim + rope_dim = {m.qk_dim} elements; "
+            f"lower them to {WIDEST_HEAD} in all, or set data.mask = 'none'"
+        )
     return _too_long(m, config.data.seq_len)
 
 

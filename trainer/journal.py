@@ -17,8 +17,8 @@ from __future__ import annotations
 import json
 import math
 import subprocess
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -51,6 +51,7 @@ class MetricsRow:
     tokens: int  # consumed so far
     loss: float  # null in metrics.jsonl if not finite, as is every figure
     val_loss: float | None = None
+    val_losses: Mapping[str, float] = field(default_factory=dict)  # of a blend's sources: written as val_loss.NAME
     val_loss_ema: float | None = None  # of the averages of the weights (optim.ema)
     lr: float
     grad_norm: float
@@ -99,7 +100,9 @@ class Journal:
         self._wandb = WandbBoard(config) if config.run.wandb else None
 
     def write(self, row: MetricsRow) -> None:
-        figures = {name: value if value is None or math.isfinite(value) else None for name, value in vars(row).items()}
+        named = {name: value for name, value in vars(row).items() if name != "val_losses"}
+        named |= {f"val_loss.{source}": loss for source, loss in row.val_losses.items()}
+        figures = {name: value if value is None or math.isfinite(value) else None for name, value in named.items()}
         with CannotWrite.naming(self._metrics):
             self._lines.write(json.dumps(figures) + "\n")
             self._lines.flush()
@@ -141,6 +144,9 @@ def plot(folder: Path) -> None:
     axes.plot([r["step"] for r in rows], [r["loss"] for r in rows], lw=0.8, alpha=0.6, label="training")
     held_out = [r for r in rows if r["val_loss"] is not None]
     axes.plot([r["step"] for r in held_out], [r["val_loss"] for r in held_out], "o-", ms=4, label="validation")
+    for name in sorted({name for r in held_out for name in r if name.startswith("val_loss.")}):
+        known = [(r["step"], r[name]) for r in held_out if r.get(name) is not None]
+        axes.plot(*zip(*known, strict=True), lw=0.8, label=name.replace("val_loss.", "validation, "))
     averaged = [r for r in held_out if r.get("val_loss_ema") is not None]
     if averaged:
         steps, losses = [r["step"] for r in averaged], [r["val_loss_ema"] for r in averaged]

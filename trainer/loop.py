@@ -116,7 +116,8 @@ def one_step(rig: Rig, point: Point, stop: Stop, nonfinite_before: int = 0, savi
         check_copies(rig.optimizer.zero)
     row = replace(metrics_row(rig, point, outcome, figures), skipped=nonfinite_before + 1 if nonfinite else 0)
     if _validates(rig.config.run, row.step):
-        row = replace(row, val_loss=evaluate(rig), val_loss_ema=evaluate_average(rig))
+        found = evaluate(rig)
+        row = replace(row, val_loss=found.loss, val_losses=found.by_source, val_loss_ema=evaluate_average(rig))
     loads = outcome.loads if row.val_loss is not None else None
     return LoopStep(row, nonfinite, figures.stop, figures.saving, loads)
 

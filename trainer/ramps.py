@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BaseModel, Field, model_validator
@@ -130,6 +131,11 @@ def points(batch: BatchConfig, seq_len: int) -> Iterator[Point]:
         sequences = batch.at(first * seq_len)
         yield Point(step, first, sequences, seq_len)
         step, first = step + 1, first + sequences
+
+
+def sequences_before(batch: BatchConfig, seq_len: int, step: int) -> int:
+    """How many sequences all steps before this one read."""
+    return next(islice(points(batch, seq_len), step, None)).first
 
 
 def learning_rate(config: OptimConfig, point: Point) -> float:

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from dryvine.comm.pending import Pending
-from dryvine.parallel.executor import Batch, EdgeWire
+from dryvine.parallel.executor import EdgeWire
+from dryvine.trainer.batches import repeated_batch
 from dryvine.trainer.rig import Rig
 
 
@@ -48,14 +49,13 @@ class EchoWire:
 def rehearse(rig: Rig) -> None:
     """Play a full training step, with and without the FP8 guard, and a validation batch, and forget them: weights,
     moments, biases and what is counted are as before. Collective over each expert-parallel group."""
-    wire, mesh = EdgeWire(EchoWire(rig.mesh.device), rig.wire.shape), rig.mesh
-    tokens = torch.from_numpy(rig.data.train.sequences(0, rig.config.parallel.microbatch_sequences)).to(mesh.device)
+    wire = EdgeWire(EchoWire(rig.mesh.device), rig.wire.shape)
     runs = [(rig.plan.training[rig.config.batch.sequences], True), (rig.plan.validation, False)]
     for guarded in (False,) if rig.fp8 is None else (True, False):
         if rig.fp8 is not None:
             rig.fp8.guard.on = guarded
         for program, training in runs:
-            batch = Batch([tokens] * program.schedule.microbatches, 1.0, training)
+            batch = repeated_batch(rig, program.schedule.microbatches, training)
             rig.executor(program, wire).run(batch)
     rig.optimizer.zero.zero_grads()
     rig.model.reset_loads()

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dryvine.comm.dispatch.choose import pick
 from dryvine.comm.topology import GroupLimit, Topology, mismatch
 from dryvine.trainer.activations import activations
+from dryvine.trainer.data.blend import Blend
+from dryvine.trainer.ramps import sequences_before
 from dryvine.trainer.rig import Rig, row_bytes
 
 
@@ -19,8 +21,19 @@ def startup_lines(rig: Rig, topology: Topology | None, steps_done: int) -> Itera
     yield activations(rig.plan, rig.mesh.device.type == "cuda")
     if rig.fp8 is not None:
         yield rig.fp8.chosen
+    yield from _blend(rig)
     if steps_done:
         yield f"resuming {rig.config.run.folder} after step {steps_done}"
+
+
+def _blend(rig: Rig) -> Iterator[str]:
+    """What a run of a blend reads of each source, and which sources it cannot validate on."""
+    config, blend = rig.config, rig.data.train
+    if isinstance(blend, Blend):
+        yield from blend.lines(sequences_before(config.batch, config.data.seq_len, config.run.steps))
+        for part in blend.parts:
+            if part.entry.label not in rig.data.held_out:
+                yield f"data.blend: {part.entry.label} holds out less than a sequence: it has no validation loss"
 
 
 def _token_routes(rig: Rig, topology: Topology) -> Iterator[str]:

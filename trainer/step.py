@@ -7,11 +7,13 @@ by the load of the whole global batch.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
-from dryvine.parallel.executor import Batch, Played
+from dryvine.parallel.executor import Played
+from dryvine.trainer.batches import read_batch
 from dryvine.trainer.data.source import TokenSource
 from dryvine.trainer.model.shape import blocks
 from dryvine.trainer.ramps import Point, changed, gradient_scale, learning_rate
@@ -59,10 +61,10 @@ def accumulate(rig: Rig, point: Point) -> Played:
     if rig.fp8 is not None:
         every = rig.config.fp8.guard_every
         rig.fp8.guard.on = every > 0 and point.step % every == 0
-    tokens = _tokens(rig, rig.data.train, point.first, point.sequences)
+    batch = read_batch(rig, rig.data.train, point.first, point.sequences)
     # Each microbatch adds the gradient of its own mean loss; the step's loss is the mean over all of them.
-    share = gradient_scale(point) / (len(tokens) * rig.mesh.data_ranks)
-    return rig.training(point.sequences).run(Batch(tokens, share))
+    share = gradient_scale(point) / (len(batch.tokens) * rig.mesh.data_ranks)
+    return rig.training(point.sequences).run(replace(batch, loss_scale=share))
 
 
 def update(rig: Rig, point: Point, norm: float) -> None:
@@ -93,13 +95,29 @@ def imbalances(loads: torch.Tensor, ep: int) -> Balance:
     return Balance(float(experts), float(ranks))
 
 
-def evaluate(rig: Rig) -> float:
-    """Mean next-token loss over the validation batches, the same ones every time and in every layout."""
+class Validation(NamedTuple):
+    """Mean next-token losses of the validation split, or of a blend's splits by the names of its sources; the loss of
+    the blend is the mean of theirs, weighted by their shares of it."""
+
+    loss: float
+    by_source: dict[str, float]
+
+
+def evaluate(rig: Rig) -> Validation:
+    """Losses over the validation batches, the same ones every time and in every layout."""
+    held_out = rig.data.held_out
+    if not held_out:
+        return Validation(_evaluate(rig, rig.data.val), {})
+    losses = {name: _evaluate(rig, part.source) for name, part in held_out.items()}
+    return Validation(sum(part.share * losses[name] for name, part in held_out.items()), losses)
+
+
+def _evaluate(rig: Rig, source: TokenSource) -> float:
     batches, sequences = rig.config.run.eval_batches, rig.config.batch.sequences
     total = torch.zeros(1, dtype=torch.float64, device=rig.mesh.device)
     for number in range(batches):
-        tokens = _tokens(rig, rig.data.val, number * sequences, sequences)
-        played = rig.validation.run(Batch(tokens, 0.0, training=False))
+        batch = read_batch(rig, source, number * sequences, sequences)
+        played = rig.validation.run(replace(batch, training=False))
         # Only the rank with the last stage has losses.
         total += sum((loss.double() for loss in played.losses.get("loss", [])), torch.zeros_like(total))
     microbatches = batches * rig.plan.validation.schedule.microbatches * rig.mesh.data_ranks
@@ -112,14 +130,6 @@ def evaluate_average(rig: Rig) -> float | None:
     if rig.optimizer.ema is None:
         return None
     rig.publish(rig.optimizer.ema.averages)
-    loss = evaluate(rig)
+    loss = evaluate(rig).loss
     rig.publish()
     return loss
-
-
-def _tokens(rig: Rig, source: TokenSource, first: int, sequences: int) -> list[torch.Tensor]:
-    """This data rank's microbatches of the `sequences` from number `first` on. Sequences go to microbatches and data
-    ranks by their number alone, so a step reads the same set of them in every layout."""
-    size, mesh = rig.config.parallel.microbatch_sequences, rig.mesh
-    firsts = range(first + mesh.data_rank * size, first + sequences, mesh.data_ranks * size)
-    return [torch.from_numpy(source.sequences(n, size)).to(mesh.device) for n in firsts]

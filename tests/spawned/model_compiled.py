@@ -57,7 +57,7 @@ def every() -> Any:
     types |= {"total": "*fp32", "ends": "*i32"} | typed("i32", "M", "N", "tiles")
     known = {name.upper(): value for name, value in asdict(grouped.WGRAD).items()}
     yield compile_for_hopper(grouped.wgrad_kernel, types, known, frozenset("MN"), 4, fusion=True)
-    types = {"logits": "*bf16", "targets": "*i64", "norms": "*fp32", "dloss": "*fp32", "N": "i32", "V": "i32"}
+    types = {"logits": "*bf16", "targets": "*i64", "norms": "*fp32", "scales": "*fp32", "V": "i32"}
     for kernel in (loss.logsumexp_kernel, loss.logits_gradient_kernel):
         yield compile_for_hopper(kernel, types, {"BLOCK": loss.BLOCK}, frozenset("V"), 8, fusion=True)
     for facts in GATES:

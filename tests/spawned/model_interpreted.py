@@ -246,9 +246,9 @@ def test_cross_entropy_and_its_gradient(rows: int, width: int, dtype: torch.dtyp
     targets = torch.arange(rows) * 2 % width
     ours, theirs = log_sum_exp.kernel(logits), log_sum_exp.reference(logits)
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
-    found, truth, dloss = logits.clone(), logits.clone(), torch.tensor(3.0)
-    logits_to_gradient.kernel(found, targets, theirs, dloss)
-    logits_to_gradient.reference(truth, targets, theirs, dloss)
+    found, truth, scales = logits.clone(), logits.clone(), torch.linspace(0, 3, rows)
+    logits_to_gradient.kernel(found, targets, theirs, scales)
+    logits_to_gradient.reference(truth, targets, theirs, scales)
     torch.testing.assert_close(found, truth, rtol=2**-7 if dtype == torch.bfloat16 else 1e-5, atol=1e-9)
 
 

@@ -26,6 +26,7 @@ from dryvine.trainer.data.config import DataError
 from dryvine.trainer.data.dataset import Dataset, SplitName
 from dryvine.trainer.data.inputs import match_files
 from dryvine.trainer.data.packed_tokens import PackedTokens
+from dryvine.trainer.data.readers.fields import Fields
 from dryvine.trainer.data.readers.table import READERS, FileKind
 from dryvine.trainer.data.spec import BuildSpec
 
@@ -88,7 +89,7 @@ def test_every_document_is_there_once_and_on_one_side(tmp_path: Path, monkeypatc
     spec = BuildSpec(vocab_size=400, validation_fraction=0.3, shard_tokens=1500)
     dataset = build(inputs, spec, tmp_path / "out")
     train, val = texts_of(tmp_path / "out", "train"), texts_of(tmp_path / "out", "val")
-    items = stream.read_stream(inputs, "text", stream.StreamPosition())
+    items = stream.read_stream(inputs, Fields(), stream.StreamPosition())
     written = [item.record.text for item in items if item.record.text]
     assert sorted(train + val) == sorted(written)
     assert len(written) == 87

@@ -103,7 +103,7 @@ def test_the_config_of_a_run_reaches_the_build(tmp_path: Path, small: list[Input
     del small[30:]
     reports: list[str] = []
     config = DataConfig(seq_len=8, vocab_size=300, dir=tmp_path, validation_fraction=0.3, fim_rate=0.25)
-    recipe = Dataset.load(prepare(config, lambda stage, *_: reports.append(stage))).recipe
+    recipe = Dataset.load(prepare(config, on_progress=lambda stage, *_: reports.append(stage))).recipe
     assert (recipe["vocab_size"], recipe["validation_fraction"], recipe["fim_rate"]) == (300, 0.3, 0.25)
     assert set(reports) == {"learning the vocabulary", "tokenizing"}
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from dryvine.trainer.data.inputs import Input
 from dryvine.trainer.data.readers import jsonl, record
 from dryvine.trainer.data.readers import text as text_reader
+from dryvine.trainer.data.readers.fields import Fields
 from dryvine.trainer.data.readers.record import Broken
 from dryvine.trainer.data.stdlib import stdlib_files
 from dryvine.trainer.data.stream import StreamItem, StreamPosition, read_stream
@@ -24,7 +25,7 @@ def inputs_of(*paths: Path) -> list[Input]:
 
 
 def read(*paths: Path, start: StreamPosition | None = None, field: str = "text") -> list[StreamItem]:
-    return list(read_stream(inputs_of(*paths), field, start or StreamPosition()))
+    return list(read_stream(inputs_of(*paths), Fields(field), start or StreamPosition()))
 
 
 def documents(records: list[StreamItem]) -> list[str]:

@@ -14,6 +14,7 @@ import pytest
 from dryvine.trainer.data.build import build
 from dryvine.trainer.data.inputs import match_files
 from dryvine.trainer.data.readers import text as text_reader
+from dryvine.trainer.data.readers.fields import Fields
 from dryvine.trainer.data.readers.record import Broken, Record
 from dryvine.trainer.data.readers.table import kind_of
 from dryvine.trainer.data.spec import BuildSpec
@@ -23,7 +24,7 @@ POEM = "One line of a poem,\nand another, with é and 漢字.\n" * 30
 
 
 def read(path: Path) -> tuple[str, list[Broken]]:
-    records = list(kind_of(path).read(path, "text", 0, 0))
+    records = list(kind_of(path).read(path, Fields(), 0, 0))
     return "".join(record.text for record in records), [entry for record in records for entry in record.broken]
 
 
@@ -119,9 +120,9 @@ def test_lines_of_all_lengths_with_bad_ones_among_them(tmp_path: Path, monkeypat
         text, broken = read(path)
         assert text == expected
         assert [entry.line for entry in broken] == wrong
-        records = list(text_reader.read_text(path, "", 0, 0))
+        records = list(text_reader.read_text(path, Fields(), 0, 0))
         for done, record in enumerate(records[:-1], 1):
-            assert list(text_reader.read_text(path, "", record.line, record.byte)) == records[done:]
+            assert list(text_reader.read_text(path, Fields(), record.line, record.byte)) == records[done:]
         assert max(len(record.text.encode()) for record in records) < 6 * 16
 
 
@@ -132,10 +133,10 @@ def test_a_very_long_line_is_checked_once(tmp_path: Path, monkeypatch: pytest.Mo
     path.write_text("é" * 1000 + "\nsecond " + "x" * 500)
     check = text_reader._check_long_line
     monkeypatch.setattr(text_reader, "_check_long_line", lambda *given: checked.append(1) or check(*given))
-    records: list[Record] = list(text_reader.read_text(path, "", 0, 0))
+    records: list[Record] = list(text_reader.read_text(path, Fields(), 0, 0))
     assert len(records) > 30
     assert len(checked) == 2
-    assert list(text_reader.read_text(path, "", records[5].line, records[5].byte)) == records[6:]
+    assert list(text_reader.read_text(path, Fields(), records[5].line, records[5].byte)) == records[6:]
     assert len(checked) == 3
 
 

@@ -84,7 +84,7 @@ def test_training_has_the_same_bits_with_and_without(tiny: Tiny) -> None:
     for point, loss in zip(points(having.config.batch, having.config.data.seq_len), losses, strict=False):
         played, _, _ = train_step(having, point)
         assert sum(float(one) for of in played.losses.values() for one in of) == loss
-        assert evaluate_average(having) != evaluate(having)
+        assert evaluate_average(having) != evaluate(having).loss
     for one, other in zip(without.optimizer.pieces, having.optimizer.pieces, strict=True):
         assert torch.equal(one.master, other.master), one.name
 
@@ -95,15 +95,15 @@ def test_validation_uses_the_average_and_puts_the_weights_back(tiny: Tiny) -> No
     go(rig, 3)
     ema = rig.optimizer.ema
     assert ema
-    weights, loss = [p.clone() for _, p in rig.model.named_parameters()], evaluate(rig)
+    weights, loss = [p.clone() for _, p in rig.model.named_parameters()], evaluate(rig).loss
     averaged = evaluate_average(rig)
     for before, (name, after) in zip(weights, rig.model.named_parameters(), strict=True):
         assert torch.equal(before, after), name
-    assert evaluate(rig) == loss
+    assert evaluate(rig).loss == loss
     for master, average in zip(ema.masters, ema.averages, strict=True):
         master.copy_(average)
     rig.publish()
-    assert evaluate(rig) == averaged
+    assert evaluate(rig).loss == averaged
     assert averaged != loss
     weight = next(w for n, w in rig.model.named_parameters() if n.endswith("attention.o.weight"))
     assert rig.fp8

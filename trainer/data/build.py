@@ -1,6 +1,6 @@
 """Text files in, dataset folder out: one pass to learn the vocabulary (unless it is given), one to tokenize and pack.
 
-Memory is bounded by a batch of text, not by the size of any file; the tokenizer's threads use every core. A build may
+Memory is bounded by a few batches of text for each process, not by the size of any file. A build may
 be killed at any instant and run again: it continues after the last whole shard, and the folder ends up the same to the
 byte. `dataset.json` is written last, so no reader ever sees a half-built folder, and a lock lets any number of
 processes ask for the same dataset at once: one builds, the others wait for it.
@@ -25,9 +25,15 @@ from dryvine.trainer.data.vocabulary import prepare_vocabulary
 
 
 def build(
-    inputs: Sequence[Input], spec: BuildSpec, out: Path, on_progress: OnProgress = no_progress, deadline: float = 0
+    inputs: Sequence[Input],
+    spec: BuildSpec,
+    out: Path,
+    on_progress: OnProgress = no_progress,
+    deadline: float = 0,
+    processes: int = 1,
 ) -> Dataset:
-    """Build the dataset in `out`, resume one that was interrupted, or return one that is finished.
+    """Build the dataset in `out`, resume one that was interrupted, or return one that is finished. With `processes`
+    above 1 so many tokenize.
 
     If another process is building there, waits for it up to `deadline` seconds. Raises DataError if that takes longer,
     if `out` holds anything built from other files or settings, or if the inputs hold no text.
@@ -39,7 +45,7 @@ def build(
     out.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(out / ".lock", timeout=deadline):
-            return _finished(out, identity) or _build(BuildJob(inputs, spec, out, on_progress), identity)
+            return _finished(out, identity) or _build(BuildJob(inputs, spec, out, on_progress, processes), identity)
     except Timeout:
         raise DataError(f"{out}: another process is building here, for {deadline:.0f} s now; wait, or end it") from None
 
@@ -82,7 +88,7 @@ def _describe(spec: BuildSpec, vocabulary: Vocabulary, progress: BuildProgress) 
         vocab_size=vocabulary.size,
         end_token=vocabulary.end,
         dtype=dtype_for(vocabulary.size),
-        recipe=spec.model_dump(mode="json"),
+        recipe=spec.described(),
         quarantined=progress.quarantined,
         train=progress.train,
         val=progress.val,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from typing import NamedTuple
 
-from dryvine.trainer.data.packed_tokens import PackedTokens
+from dryvine.trainer.data.source import TokenLine
 
 BLOCKS, BLOCK = 256, 1024  # of tokens, spread over a split
 
@@ -20,7 +21,7 @@ class DataIdentity(NamedTuple):
 UNKNOWN = DataIdentity(None, None)
 
 
-def identify(splits: tuple[PackedTokens, ...], tokenizer_sha256: str) -> DataIdentity:
+def identify(splits: Iterable[TokenLine], tokenizer_sha256: str | None) -> DataIdentity:
     """Reads at most 2 MiB of each split: its length and BLOCKS blocks of tokens, evenly spread. Another text, order,
     tokenizer or split shifts tokens and so changes nearly every block; a few tokens changed in place may go unseen."""
     digest = hashlib.sha256()

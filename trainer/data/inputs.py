@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from dryvine.trainer.data.config import DataError
 from dryvine.trainer.data.dataset import is_written_by_build
+from dryvine.trainer.data.hub import HUB, fetch
 from dryvine.trainer.data.readers.table import kind_of
 
 
@@ -38,7 +39,7 @@ def match_files(patterns: Sequence[str]) -> list[Input]:
     without a reader.
     """
     paths: dict[tuple[int, int], Path] = {}
-    for pattern in patterns:
+    for pattern in _listed(patterns):
         matches = _match(pattern)
         if not matches:
             raise DataError(f"--text {pattern!r}: matches no file; quote the pattern and check the path")
@@ -47,6 +48,24 @@ def match_files(patterns: Sequence[str]) -> list[Input]:
         kind_of(path)
     root = Path(os.path.commonpath([path.parent for path in paths.values()]))
     return [input_below(root, path) for path in paths.values()]
+
+
+def _listed(patterns: Sequence[str]) -> Iterator[str]:
+    """The patterns, and in place of `@FILE` the lines of that file; relative ones are below its folder. What the hub
+    holds is fetched first."""
+    for pattern in patterns:
+        if pattern.startswith(HUB):
+            yield fetch(pattern)
+        elif not pattern.startswith("@"):
+            yield pattern
+        else:
+            index = Path(pattern[1:]).expanduser()
+            try:
+                lines = index.read_bytes().splitlines()
+            except OSError as error:
+                raise DataError(f"--text {pattern!r}: {error.strerror}; name a file with a path on each line") from None
+            names = (os.fsdecode(line.strip()) for line in lines)
+            yield from (str(index.parent / name) for name in names if name and not name.startswith("#"))
 
 
 def _match(pattern: str) -> dict[tuple[int, int], Path]:

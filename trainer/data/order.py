@@ -27,17 +27,21 @@ def _mix(x: int) -> int:
 
 
 class SequenceOrder:
-    """Which window each sequence of a run reads. O(1) per look-up, about 10 us, for up to 2**63 windows."""
+    """Which window each sequence of a run reads. O(1) per look-up, about 10 us, for up to 2**63 windows.
 
-    def __init__(self, seed: int, windows: int) -> None:
+    `stream` gives the sources of a blend orders of their own, so that two of one length are not read in step.
+    """
+
+    def __init__(self, seed: int, windows: int, stream: int = 0) -> None:
         self.seed, self.windows = seed, windows
+        self._stream = f" {stream}" if stream else ""
         self._rows = math.isqrt(windows - 1) + 1
         self._columns = ceil_div(windows, self._rows)
 
     def window(self, number: int) -> int:
         """The window, in [0, windows), that sequence `number` of the run reads."""
         epoch, index = divmod(number, self.windows)
-        keys = struct.unpack("<8Q", hashlib.blake2b(f"order {self.seed} {epoch}".encode()).digest())
+        keys = struct.unpack("<8Q", hashlib.blake2b(f"order {self.seed} {epoch}{self._stream}".encode()).digest())
         index = self._permute(index, keys)
         while index >= self.windows:  # outside of the windows but inside the grid
             index = self._permute(index, keys)

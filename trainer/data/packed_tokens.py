@@ -20,6 +20,7 @@ class PackedTokens:
         self.dataset = Dataset.load(folder)
         self.folder, self.shards = folder / split, self.dataset.split(split).shards
         self._maps = [self._map(shard) for shard in self.shards]
+        self._end_maps: dict[int, NDArray[np.uint64]] = {}
         self._starts = [0, *itertools.accumulate(shard.tokens for shard in self.shards)]
 
     def __len__(self) -> int:
@@ -45,6 +46,22 @@ class PackedTokens:
             parts.append(self._maps[shard][offset : offset + length])
             start, length, shard = start + parts[-1].size, length - parts[-1].size, shard + 1
         return parts[0] if len(parts) == 1 else np.concatenate(parts or [np.empty(0, self.dataset.dtype)])
+
+    def ends_between(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Where documents end after `start` and before `stop`, in the split: int64, ascending. Reads no more than the
+        ends that it returns and a few pages to find them."""
+        first, last = (bisect.bisect_right(self._starts, place) - 1 for place in (start, stop - 1))
+        found = []
+        for shard in range(first, last + 1):
+            ends, begin = self._ends(shard), self._starts[shard]
+            low, high = np.searchsorted(ends, (max(start - begin, 0), stop - begin - 1), side="right")
+            found.append(ends[low:high].astype(np.int64) + begin)
+        return np.concatenate(found)
+
+    def _ends(self, shard: int) -> NDArray[np.uint64]:
+        if shard not in self._end_maps:
+            self._end_maps[shard] = np.load(self.shards[shard].ends(self.folder), mmap_mode="r")
+        return self._end_maps[shard]
 
     def document_ends(self) -> NDArray[np.uint64]:
         """Where each document ends in the split, after its end token: uint64 [documents], ascending."""

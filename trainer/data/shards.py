@@ -16,8 +16,9 @@ import numpy as np
 
 from dryvine.trainer.data.atomic import open_temporary, publish
 from dryvine.trainer.data.dataset import Shard, Split, SplitName
+from dryvine.trainer.data.encoded import Encoded
 from dryvine.trainer.data.progress import BuildProgress
-from dryvine.trainer.data.stream import StreamItem, StreamPosition
+from dryvine.trainer.data.stream import StreamPosition
 
 SPLITS: tuple[SplitName, SplitName] = ("train", "val")
 
@@ -25,18 +26,18 @@ SPLITS: tuple[SplitName, SplitName] = ("train", "val")
 class ShardWriter:
     """Writes one shard of one split."""
 
-    def __init__(self, folder: Path, part: int, dtype: str) -> None:
+    def __init__(self, folder: Path, part: int) -> None:
         folder.mkdir(exist_ok=True)
-        self.folder, self.name, self.dtype = folder, f"{part:05d}", dtype
+        self.folder, self.name = folder, f"{part:05d}"
         self.tokens, self.bytes = 0, 0
         self._ends: list[int] = []
         self.file = open_temporary(folder / f"{self.name}.bin")
 
-    def add(self, ids: list[int], size: int, ends: bool) -> None:
-        """Append tokens that came from `size` bytes of text; `ends` if a document ends after them."""
-        np.array(ids, self.dtype).tofile(self.file)
-        self.tokens, self.bytes = self.tokens + len(ids), self.bytes + size
-        if ends:
+    def add(self, item: Encoded) -> None:
+        """Append an item's tokens."""
+        item.ids.tofile(self.file)
+        self.tokens, self.bytes = self.tokens + item.ids.size, self.bytes + item.size
+        if item.ends:
             self._ends.append(self.tokens)
 
     def close(self, before: Split) -> Split:
@@ -56,9 +57,9 @@ class ShardWriter:
 class PartWriter:
     """Writes the next shard of both splits, and the lines left out meanwhile."""
 
-    def __init__(self, out: Path, progress: BuildProgress, dtype: str) -> None:
+    def __init__(self, out: Path, progress: BuildProgress) -> None:
         self.out, self.before = out, progress
-        self.train, self.val = (ShardWriter(out / split, progress.part, dtype) for split in SPLITS)
+        self.train, self.val = (ShardWriter(out / split, progress.part) for split in SPLITS)
         self.quarantined = 0
         # Append mode with a cut: what an earlier, killed run added after its last commit goes.
         self._quarantine = (out / "quarantine.jsonl").open("ab")
@@ -77,9 +78,14 @@ class PartWriter:
     def tokens(self) -> int:
         return self.train.tokens + self.val.tokens
 
-    def quarantine(self, item: StreamItem) -> None:
-        """List the broken lines of an item."""
-        for line, reason in item.record.broken:
+    def add(self, item: Encoded) -> None:
+        """Append an item's tokens to its split, and list its broken lines."""
+        self._quarantine_lines(item)
+        if item.ids.size:
+            (self.val if item.held_out else self.train).add(item)
+
+    def _quarantine_lines(self, item: Encoded) -> None:
+        for line, reason in item.broken:
             entry = {"file": item.name, "line": line, "reason": reason}
             # A file name that is not UTF-8 has surrogates; JSON spells them \udcXX, and os.fsencode restores the bytes.
             self._quarantine.write(json.dumps(entry, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")

@@ -16,6 +16,7 @@ from dryvine.trainer.data import tokenizer
 from dryvine.trainer.data.config import DataError
 from dryvine.trainer.data.dataset import FORMAT
 from dryvine.trainer.data.inputs import Input, printable
+from dryvine.trainer.data.readers.fields import Fields, condition
 from dryvine.trainer.data.sampling import uniform
 from dryvine.trainer.data.stream import StreamPosition
 
@@ -32,6 +33,7 @@ class BuildSpec(BaseModel, frozen=True, extra="forbid"):
     vocab_size: int | None = Field(default=None, ge=260)  # None: that of `tokenizer`
     tokenizer: Path | None = None  # a tokenizer.json; None: learn one
     field: str = "text"
+    where: tuple[str, ...] = ()  # conditions that a record must meet, see `readers.fields`
     validation_fraction: float = Field(default=0.05, ge=0, lt=1)
     fim_rate: float = Field(default=0.0, ge=0, le=1)
     shard_tokens: int = Field(default=2**26, gt=0)  # a kill loses at most one shard's work, about a minute
@@ -41,12 +43,23 @@ class BuildSpec(BaseModel, frozen=True, extra="forbid"):
     def _tokenizer_name(self, path: Path) -> str:
         return printable(str(path))
 
+    @property
+    def fields(self) -> Fields:
+        """Raises DataError for a condition that cannot be read."""
+        return Fields(self.field, tuple(condition(each) for each in self.where))
+
+    def described(self) -> dict[str, str | int | float | None]:
+        """What dataset.json and the fingerprint say of it; of conditions only if there are any."""
+        values = self.model_dump(mode="json", exclude={"where"})
+        return values | ({"where": " and ".join(self.where)} if self.where else {})
+
     def holds_out(self, key: bytes) -> bool:
         """Whether the document with this key is in the validation split."""
         return uniform("split", key) < self.validation_fraction
 
     def check(self) -> None:
         """Raise DataError, before anything is written, if the given tokenizer does not fit the rest."""
+        assert self.fields.text  # asked for here, so that a condition that cannot be read is refused
         if not self.tokenizer:
             return
         given = tokenizer.load(self.tokenizer)
@@ -59,7 +72,8 @@ class BuildSpec(BaseModel, frozen=True, extra="forbid"):
 def fingerprint(inputs: Sequence[Input], spec: BuildSpec) -> str:
     """16 hex digits, equal for equal data on any machine, wherever the files and the tokenizer lie."""
     given = hashlib.sha256(spec.tokenizer.read_bytes()).hexdigest() if spec.tokenizer else None
-    described = [FORMAT, spec.model_dump(exclude={"tokenizer"}), given, [(file.name, file.size) for file in inputs]]
+    settings = {name: value for name, value in spec.described().items() if name != "tokenizer"}
+    described = [FORMAT, settings, given, [(file.name, file.size) for file in inputs]]
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
 
 
@@ -70,7 +84,8 @@ class BuildJob:
     inputs: Sequence[Input]
     spec: BuildSpec
     folder: Path
-    on_progress: OnProgress
+    on_progress: OnProgress = no_progress
+    processes: int = 1  # that tokenize; they change no byte
 
     @cached_property
     def _starts(self) -> list[int]:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from dryvine.trainer.data.inputs import Input
+from dryvine.trainer.data.readers.fields import Fields
 from dryvine.trainer.data.readers.record import Record
 from dryvine.trainer.data.readers.table import kind_of
 
@@ -35,12 +36,12 @@ class StreamItem(NamedTuple):
     record: Record
 
 
-def read_stream(inputs: Sequence[Input], field: str, start: StreamPosition) -> Iterator[StreamItem]:
+def read_stream(inputs: Sequence[Input], fields: Fields, start: StreamPosition) -> Iterator[StreamItem]:
     """Every record from `start` on. After a file's last record comes the next file, so no end of file is read twice."""
     for index, file in enumerate(inputs[start.file :], start.file):
         kind = kind_of(file.path)
         line, byte = (start.line, start.byte) if index == start.file else (0, 0)
-        for record, following in _with_next(kind.read(file.path, field, line, byte)):
+        for record, following in _with_next(kind.read(file.path, fields, line, byte)):
             after = StreamPosition(index, record.line, record.byte) if following else StreamPosition(index + 1)
             text = record.text.encode()
             key = file.name.encode(errors="surrogateescape") if kind.is_document else text

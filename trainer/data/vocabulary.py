@@ -28,10 +28,10 @@ def _learn(job: BuildJob) -> str:
 
 def _sample(job: BuildJob) -> Iterator[str]:
     """About `sample_bytes` of training text, drawn evenly from all inputs."""
-    field = job.spec.field
-    text_bytes = sum(kind_of(file.path).text_bytes(file.path, field) for file in job.inputs)
+    fields = job.spec.fields
+    text_bytes = sum(kind_of(file.path).text_bytes(file.path, fields.text) for file in job.inputs)
     rate = job.spec.sample_bytes / max(text_bytes, 1)
-    for item in read_stream(job.inputs, field, StreamPosition()):
+    for item in read_stream(job.inputs, fields, StreamPosition()):
         # The pieces of a large text share a key; their positions let each be drawn by itself.
         piece = item.key + f" {item.after.byte}".encode()
         if not job.spec.holds_out(item.key) and uniform("sample", piece) < rate:

@@ -18,10 +18,11 @@ class Head:
     def __init__(self, norm: RMSNorm, project: Linear, again: bool) -> None:
         self.norm, self.project, self.again = norm, project, again
 
-    def __call__(self, x_NH: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
-        """-> normed x [N, H], which the next depth reads, and the mean loss over the targets, FP32."""
+    def __call__(self, x_NH: Tensor, targets_N: Tensor, weights_N: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """-> normed x [N, H], which the next depth reads, and the mean loss over the targets, FP32, each times its
+        weight if there are weights."""
 
         def predict(normed: Normed) -> tuple[Tensor, Tensor]:
-            return normed.x, cross_entropy(self.project(normed.x), targets_N)
+            return normed.x, cross_entropy(self.project(normed.x), targets_N, weights_N)
 
         return through_norm(self.norm, x_NH, predict, self.again)

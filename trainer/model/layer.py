@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from dryvine.trainer.model.documents import Documents
 from dryvine.trainer.model.experts import Experts
 from dryvine.trainer.model.ffn import FFN
 from dryvine.trainer.model.gate import Gate
@@ -31,9 +32,9 @@ class Layer(nn.Module):
         self.attention_norm, self.attention = spec.norm(hidden, feeds_linear=True), MLA(spec)
         self.ffn_norm = spec.norm(hidden, feeds_linear=ffn_feeds_linear)
 
-    def attend(self, x_NH: Tensor, sequences: int) -> Tensor:
+    def attend(self, x_NH: Tensor, sequences: int, documents: Documents | None) -> Tensor:
         latents = through_norm(self.attention_norm, x_NH, self.attention.down, self.again)
-        return x_NH + self.attention.attend(*latents, sequences=sequences)
+        return x_NH + self.attention.attend(*latents, sequences=sequences, documents=documents)
 
 
 class DenseLayer(Layer):
@@ -41,8 +42,8 @@ class DenseLayer(Layer):
         super().__init__(spec, ffn_feeds_linear=True)
         self.ffn = FFN(spec, spec.shape.ffn)
 
-    def forward(self, x_NH: Tensor, sequences: int) -> Tensor:
-        x_NH = self.attend(x_NH, sequences)
+    def forward(self, x_NH: Tensor, sequences: int, documents: Documents | None = None) -> Tensor:
+        x_NH = self.attend(x_NH, sequences, documents)
         return x_NH + through_norm(self.ffn_norm, x_NH, lambda normed: self.ffn(*normed), self.again)
 
 
@@ -61,9 +62,9 @@ class MoELayer(Layer):
         self.gate, self.experts = Gate(spec), Experts(spec)
         self.shared = FFN(spec, s.shared * s.expert_ffn) if s.shared else None
 
-    def route(self, x_NH: Tensor, sequences: int, count: bool) -> Routed:
+    def route(self, x_NH: Tensor, sequences: int, count: bool, documents: Documents | None = None) -> Routed:
         """Attention, shared experts, and which experts each row goes to. `count`: choices add to `gate.load`."""
-        x_NH = self.attend(x_NH, sequences)
+        x_NH = self.attend(x_NH, sequences, documents)
 
         def use(normed: Normed) -> tuple[Tensor, Tensor, Tensor]:
             shared_NH = x_NH if self.shared is None else x_NH + self.shared(*normed)

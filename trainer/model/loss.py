@@ -34,32 +34,35 @@ def log_sum_exp(logits_NV: Tensor) -> Tensor:
 
 
 @kernel_in(KERNELS)
-def logits_to_gradient(logits_NV: Tensor, targets_N: Tensor, norms_N: Tensor, dloss: Tensor) -> None:
-    """Logits to dloss * d mean loss / d logits, in place."""
-    scale = dloss / targets_N.shape[0]
+def logits_to_gradient(logits_NV: Tensor, targets_N: Tensor, norms_N: Tensor, scales_N: Tensor) -> None:
+    """Logits to scale * d loss / d logits, in place: the gradient of a sum of losses, each times its scale (FP32)."""
     for part in _slices(logits_NV):
         grad = (logits_NV[part].float() - norms_N[part].unsqueeze(1)).exp_()
         rows = torch.arange(grad.shape[0], device=grad.device)
         grad[rows, targets_N[part]] -= 1
-        logits_NV[part] = grad.mul_(scale)
+        logits_NV[part] = grad.mul_(scales_N[part].unsqueeze(1))
 
 
 class _CrossEntropy(Function):
     @staticmethod
-    def forward(ctx: Context, logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+    def forward(ctx: Context, logits_NV: Tensor, targets_N: Tensor, weights_N: Tensor | None) -> Tensor:
         norm_N = log_sum_exp(logits_NV)
-        ctx.save_for_backward(logits_NV, targets_N, norm_N)
+        ctx.save_for_backward(logits_NV, targets_N, norm_N, *([] if weights_N is None else [weights_N]))
         hit_N = logits_NV.gather(1, targets_N.unsqueeze(1)).squeeze(1).float()
-        return (norm_N - hit_N).mean()
+        losses_N = norm_N - hit_N
+        return losses_N.mean() if weights_N is None else (losses_N * weights_N).mean()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Context, dloss: Tensor) -> tuple[Tensor, None]:
-        logits_NV, targets_N, norm_N = ctx.saved_tensors
-        logits_to_gradient(logits_NV, targets_N, norm_N, dloss)
-        return logits_NV, None
+    def backward(ctx: Context, dloss: Tensor) -> tuple[Tensor, None, None]:
+        logits_NV, targets_N, norm_N, *weights = ctx.saved_tensors
+        scale = dloss / targets_N.shape[0]
+        scales_N = scale * weights[0] if weights else scale.expand(targets_N.shape[0])
+        logits_to_gradient(logits_NV, targets_N, norm_N, scales_N.contiguous())
+        return logits_NV, None, None
 
 
-def cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
-    """FP32 mean of -log softmax(logits)[target]. The logits' memory becomes their gradient: keep them nowhere else."""
-    return _CrossEntropy.apply(logits_NV, targets_N)
+def cross_entropy(logits_NV: Tensor, targets_N: Tensor, weights_N: Tensor | None = None) -> Tensor:
+    """FP32 mean of -log softmax(logits)[target], each times its weight (FP32, no gradient) if there are weights. The
+    logits' memory becomes their gradient: keep them nowhere else."""
+    return _CrossEntropy.apply(logits_NV, targets_N, weights_N)

@@ -35,6 +35,7 @@ class MicrobatchSize:
     sequences: int
     dtype_bytes: int = 2  # of run.dtype
     cuda: bool = True  # a CPU's attention core wants values as wide as queries
+    documents: bool = False  # attention inside documents, whose kernel wants values as wide as queries, too
     single_rank: bool = False  # all experts are here: rows are ordered once, not on both sides of an exchange
 
 
@@ -191,7 +192,7 @@ class _Rules:
         yield from self._core(phase)
 
     def _core(self, phase: str) -> Iterator[Row]:
-        s, n, cuda = self.shape, self.size.tokens, self.size.cuda
+        s, n, cuda = self.shape, self.size.tokens, self.size.cuda and not self.size.documents
         if not self.recomputed("mla_up"):
             # On a GPU values are a view of kv_b's output, which stays as a whole, with the keys' part without rope.
             values = s.nope_dim + s.v_dim if cuda else max(s.qk_dim, s.v_dim)

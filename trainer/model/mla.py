@@ -12,11 +12,13 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dryvine.trainer.model.documents import Documents
 from dryvine.trainer.model.norm import Normed, RMSNorm, through_norm
-from dryvine.trainer.model.qkv import assemble
+from dryvine.trainer.model.qkv import Heads, assemble
 from dryvine.trainer.model.recompute import through
 from dryvine.trainer.model.rope import softmax_scale
 from dryvine.trainer.model.spec import Spec
+from dryvine.trainer.model.varlen import attend_documents, pad_heads
 
 
 class MLA(nn.Module):
@@ -42,23 +44,37 @@ class MLA(nn.Module):
         """Normed hidden states -> (what queries are made of, key-value latent with the shared rope key)."""
         return (self.q if self.shape.q_lora is None else self.q_a)(*normed), self.kv_a(*normed)
 
-    def attend(self, q_latent: Tensor, kv_latent: Tensor, sequences: int) -> Tensor:
-        """Latents of `sequences` equally long sequences -> [N, H]."""
-        out_SATv = through(
-            lambda: self._up(q_latent, kv_latent, sequences), self._core, again="mla_up" in self.shape.recompute
-        )
+    def attend(self, q_latent: Tensor, kv_latent: Tensor, sequences: int, documents: Documents | None = None) -> Tensor:
+        """Latents of `sequences` equally long sequences -> [N, H]. With `documents` attention stays inside them."""
+        again = "mla_up" in self.shape.recompute
+        if documents is not None:
+            out_NAv = through(
+                lambda: self._up_packed(q_latent, kv_latent, documents),
+                lambda q, k, v: attend_documents(q, k, v, documents, self.scale)[..., : self.shape.v_dim],
+                again,
+            )
+            return self.o(out_NAv.flatten(1))
+        out_SATv = through(lambda: self._up(q_latent, kv_latent, sequences), self._core, again)
         return self.o(out_SATv.transpose(1, 2).flatten(2).flatten(0, 1))
+
+    def _up_packed(self, q_latent: Tensor, kv_latent: Tensor, documents: Documents) -> Heads:
+        """-> q, k and v [N, A, width], as the core over documents takes them."""
+        heads = self._heads(q_latent, kv_latent, self.rope.packed(documents))
+        q, k, v = (t.squeeze(0).transpose(0, 1) for t in heads)  # a table of N rows is one sequence to `assemble`
+        return pad_heads(q, k, v)
 
     def _core(self, q_SATd: Tensor, k_SATd: Tensor, v_SATd: Tensor) -> Tensor:
         out = functional.scaled_dot_product_attention(q_SATd, k_SATd, v_SATd, is_causal=True, scale=self.scale)
         return out[..., : self.shape.v_dim]
 
-    def _up(self, q_latent: Tensor, kv_latent: Tensor, sequences: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _up(self, q_latent: Tensor, kv_latent: Tensor, sequences: int) -> Heads:
         """-> q, k [S, A, T, qk_dim] and v, at least v_dim wide."""
+        return self._heads(q_latent, kv_latent, self.rope.table(len(q_latent) // sequences, q_latent.device))
+
+    def _heads(self, q_latent: Tensor, kv_latent: Tensor, table: tuple[Tensor, Tensor]) -> Heads:
         s = self.shape
         c, k_rope = kv_latent.split((s.kv_lora, s.rope_dim), -1)
         q, kv = self._queries(q_latent), self._normed(self.kv_norm, c, self.kv_b)
-        table = self.rope.table(len(q) // sequences, q.device)
         return assemble(q.unflatten(1, (s.heads, -1)), kv.unflatten(1, (s.heads, -1)), k_rope, table)
 
     def _queries(self, q_latent: Tensor) -> Tensor:

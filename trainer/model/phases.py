@@ -33,6 +33,7 @@ from dryvine.parallel.stage import (
 from dryvine.parallel.wgrad import WGrad
 from dryvine.trainer.fp8.dispatch import Tiles
 from dryvine.trainer.fp8.recipe import Recipe
+from dryvine.trainer.model.documents import Documents
 from dryvine.trainer.model.embedding import Embedding
 from dryvine.trainer.model.experts import Saved
 from dryvine.trainer.model.gate import Gate
@@ -106,7 +107,12 @@ def embed(rank: Wiring, name: str) -> list[Phase]:
 
 
 def dense(rank: Wiring, name: str) -> list[Phase]:
-    return [rank.local("dense", name, rank.module(name, lambda: DenseLayer(rank.spec)))]
+    layer = rank.module(name, lambda: DenseLayer(rank.spec))
+
+    def run(state: State, flight: Flight) -> Outcome:
+        return Outcome((layer(state[0], len(flight.tokens), _documents(flight)),), {})
+
+    return [rank.compute("dense", name, run)]
 
 
 def moe(rank: Wiring, name: str) -> list[Phase]:
@@ -134,7 +140,9 @@ def _routed(rank: Wiring, name: str, layer: MoELayer, enter: Callable[[Tensor, F
     codec = codec_of(rank.spec.fp8.recipe) if rank.spec.fp8 else AS_IS
 
     def attention(state: State, flight: Flight) -> Outcome:
-        *routed, loss = layer.route(enter(state[0], flight), len(flight.tokens), count=flight.training)
+        *routed, loss = layer.route(
+            enter(state[0], flight), len(flight.tokens), count=flight.training, documents=_documents(flight)
+        )
         return Outcome(cast(State, tuple(routed)), {} if loss is None else {f"balance.{name}": loss})
 
     return [
@@ -177,11 +185,18 @@ def _predict(rank: Wiring, name: str, norm: RMSNorm, depth: int) -> Phase:
     loss_name = "loss" if depth == 0 else f"mtp.{depth - 1}"
 
     def predict(state: State, flight: Flight) -> Outcome:
-        normed_NH, loss = run(state[0], rank.tokens(flight, depth + 1))
+        documents = _documents(flight)
+        weights = None if documents is None else documents.weights[depth]
+        normed_NH, loss = run(state[0], rank.tokens(flight, depth + 1), weights)
         weight = 1.0 if depth == 0 else rank.weights.mtp / shape.mtp_depth
         return Outcome(() if last else (normed_NH,), {loss_name: loss * weight})
 
     return rank.compute("head", name, predict)
+
+
+def _documents(flight: Flight) -> Documents | None:
+    """What `parallel` passes on without knowing it."""
+    return cast(Documents | None, flight.documents)
 
 
 def codec_of(recipe: Recipe) -> Codec:

@@ -9,10 +9,12 @@ Legend: S sequences, T positions, D rope dimensions.
 from __future__ import annotations
 
 import math
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from dryvine.trainer.model.documents import Documents
 from dryvine.trainer.model.shape import Shape, Yarn
 
 
@@ -23,6 +25,7 @@ class Rope:
         self.frequencies = frequencies(shape.rope_dim, shape.rope_theta, shape.yarn)
         self.scale = rotation_scale(shape.yarn)
         self._tables: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
+        self._packed: WeakKeyDictionary[Documents, tuple[Tensor, Tensor]] = WeakKeyDictionary()
 
     def table(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """(cos, sin), each [T, 1, D/2]."""
@@ -33,6 +36,14 @@ class Rope:
                 (angles.sin() * self.scale).to(device),
             )
         return self._tables[length, device]
+
+    def packed(self, documents: Documents) -> tuple[Tensor, Tensor]:
+        """(cos, sin) of each token of a microbatch by its place in its document, each [N, 1, D/2]. Kept as long as the
+        microbatch, for all layers."""
+        if documents not in self._packed:
+            cos, sin = self.table(documents.longest, documents.positions.device)
+            self._packed[documents] = cos[documents.positions], sin[documents.positions]
+        return self._packed[documents]
 
 
 def rotate(x_STHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

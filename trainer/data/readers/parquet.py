@@ -1,31 +1,54 @@
-"""Parquet: every row has a document in one of its columns. Only that column is read, 1024 rows at a time."""
+"""Parquet and arrow files: every row has a document in one of its columns. Only the columns asked for are read."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from dryvine.trainer.data.readers.fields import Fields, dig
 from dryvine.trainer.data.readers.record import Record, broken_record, reason_of, text_of
 
 _BATCH_ROWS = 1024
+_DAMAGE = (pa.ArrowException, OSError, ValueError)
 
 
-def read_parquet(path: Path, field: str, line: int, byte: int) -> Iterator[Record]:
+class RowPlace(NamedTuple):
+    """Rows read, and about how many bytes of the file that is."""
+
+    line: int
+    byte: int
+
+
+class Rows(Protocol):
+    """An open file of rows."""
+
+    def batches(self, fields: Fields, skip: int) -> Iterator[tuple[int, pa.RecordBatch]]:
+        """Batches of the columns that are read, each with the number of rows before it; those of the first `skip` rows
+        need not come."""
+        ...
+
+    def share(self, row: int) -> float:
+        """How much of the file lies before a row, about."""
+        ...
+
+
+def read_parquet(path: Path, fields: Fields, line: int, byte: int) -> Iterator[Record]:
     """One document per row. Of a damaged file, the rows before the damage are read and the rest is left out."""
     size = path.stat().st_size
-    with path.open("rb") as source:
-        try:
-            file = _open(source, field)
-            for row, cell in _cells(file, field, line):
-                line = row
-                yield _record(cell, field, row, size * row // file.metadata.num_rows)
-        except (pa.ArrowException, OSError, ValueError) as error:
-            yield broken_record(line, size, str(error))
+    try:
+        with _open(path) as rows:
+            for before, batch in rows.batches(fields, line):
+                for index in range(max(line - before, 0), batch.num_rows):
+                    line = before + index + 1
+                    yield _record(batch, index, fields, RowPlace(line, int(size * rows.share(line))))
+    except _DAMAGE as error:
+        yield broken_record(line, size, str(error))
 
 
 def column_bytes(path: Path, field: str) -> int:
@@ -34,37 +57,94 @@ def column_bytes(path: Path, field: str) -> int:
     Reads the whole column, which takes a hundredth of the time of tokenizing it; the metadata knows encoded sizes only.
     """
     total = 0
-    with path.open("rb") as source, suppress(pa.ArrowException, OSError, ValueError):
-        for batch in _open(source, field).iter_batches(_BATCH_ROWS, columns=[field]):
-            total += pc.sum(pc.binary_length(batch.column(0).cast(pa.large_string()))).as_py() or 0
+    with suppress(*_DAMAGE), _open(path) as rows:
+        for _, batch in rows.batches(Fields(field), 0):
+            texts = _leaf(batch, field)
+            total += pc.sum(pc.binary_length(texts.cast(pa.large_string()))).as_py() or 0
     return total
 
 
-def _open(source: object, field: str) -> pq.ParquetFile:
-    file = pq.ParquetFile(source)
-    names = file.schema_arrow.names
-    if field not in names:
-        raise ValueError(f"no column {field!r}; it has {', '.join(names)}")
-    return file
+class _Parquet:
+    def __init__(self, source: object) -> None:
+        self.file = pq.ParquetFile(source)
+
+    def batches(self, fields: Fields, skip: int) -> Iterator[tuple[int, pa.RecordBatch]]:
+        """Row groups that lie before `skip` are not read."""
+        _check(self.file.schema_arrow.names, fields)
+        row = 0
+        for group in range(self.file.num_row_groups):
+            rows = self.file.metadata.row_group(group).num_rows
+            if row + rows > skip:
+                for batch in self.file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=fields.columns):
+                    yield row, batch
+                    row += batch.num_rows
+            else:
+                row += rows
+
+    def share(self, row: int) -> float:
+        return row / max(self.file.metadata.num_rows, 1)
 
 
-def _cells(file: pq.ParquetFile, field: str, skip: int) -> Iterator[tuple[int, pa.Scalar]]:
-    """The rows after the first `skip` with their numbers, from 1. Row groups that lie before them are not read."""
-    row = 0
-    for group in range(file.num_row_groups):
-        rows = file.metadata.row_group(group).num_rows
-        if row + rows <= skip:
-            row += rows
-            continue
-        for batch in file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=[field]):
-            for cell in batch.column(0):
-                row += 1
-                if row > skip:
-                    yield row, cell
+class _Arrow:
+    """An IPC file or stream; a stream does not say how long it is, so its progress is where it has been read to."""
+
+    def __init__(self, source: pa.MemoryMappedFile) -> None:
+        self.source = source
+        try:
+            file = pa.ipc.open_file(source)
+            self.read = (file.get_batch(i) for i in range(file.num_record_batches))
+            self.names = file.schema.names
+        except pa.ArrowInvalid:
+            source.seek(0)
+            stream = pa.ipc.open_stream(source)
+            self.read, self.names = iter(stream), stream.schema.names
+
+    def batches(self, fields: Fields, skip: int) -> Iterator[tuple[int, pa.RecordBatch]]:
+        _check(self.names, fields)
+        row = 0
+        tops = list(dict.fromkeys(_top(self.names, column) for column in fields.columns))
+        for batch in self.read:
+            if row + batch.num_rows > skip:
+                for start in range(0, batch.num_rows, _BATCH_ROWS):
+                    yield row + start, batch.select(tops).slice(start, _BATCH_ROWS)
+            row += batch.num_rows
+
+    def share(self, row: int) -> float:
+        return float(self.source.tell() / self.source.size())
 
 
-def _record(cell: pa.Scalar, field: str, line: int, byte: int) -> Record:
+@contextmanager
+def _open(path: Path) -> Iterator[Rows]:
+    if path.suffix.lower() == ".arrow":
+        with pa.memory_map(str(path)) as mapped:
+            yield _Arrow(mapped)
+        return
+    with path.open("rb") as source:
+        yield _Parquet(source)
+
+
+def _top(names: list[str], path: str) -> str:
+    """The column that a path begins with."""
+    return path if path in names else path.partition(".")[0]
+
+
+def _check(names: list[str], fields: Fields) -> None:
+    for path in fields.columns:
+        if _top(names, path) not in names:
+            raise ValueError(f"no column {path!r}; it has {', '.join(names)}")
+
+
+def _leaf(batch: pa.RecordBatch, path: str) -> pa.Array:
+    if path in batch.schema.names:
+        return batch.column(path)
+    head, *rest = path.split(".")
+    return pc.struct_field(batch.column(head), rest)
+
+
+def _record(batch: pa.RecordBatch, index: int, fields: Fields, place: RowPlace) -> Record:
     try:
-        return Record(line, byte, text_of(cell.as_py(), field))
+        # Cell by cell: one that is not UTF-8 must not take its neighbours along.
+        cells = {name: column[index].as_py() for name, column in zip(batch.schema.names, batch.columns, strict=True)}
+        return Record(*place, text_of(dig(cells, fields.text), fields.text) if fields.wants(cells) else "")
     except ValueError as error:
-        return broken_record(line, byte, reason_of(error))
+        return broken_record(*place, reason_of(error))

@@ -13,6 +13,8 @@ from io import BufferedReader
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from dryvine.trainer.data.readers.fields import Fields
+
 _STEP_BYTES = 2**20
 
 
@@ -40,10 +42,11 @@ class Record(NamedTuple):
 class Reader(Protocol):
     """Yields the records of a file from a position of an earlier record on; (0, 0) is its beginning.
 
-    `field` names the field or column that holds the text. Holds one record in memory at most.
+    `fields` says which field or column holds the text, and which records are wanted: others come without text. Holds
+    one record in memory at most.
     """
 
-    def __call__(self, path: Path, field: str, line: int, byte: int) -> Iterator[Record]: ...
+    def __call__(self, path: Path, fields: Fields, line: int, byte: int) -> Iterator[Record]: ...
 
 
 def broken_record(line: int, byte: int, reason: str) -> Record:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dryvine.trainer.data.config import DataError
+from dryvine.trainer.data.readers.compressed import decompressed_bytes
 from dryvine.trainer.data.readers.jsonl import read_jsonl
 from dryvine.trainer.data.readers.parquet import column_bytes, read_parquet
 from dryvine.trainer.data.readers.record import Reader
@@ -34,13 +35,19 @@ READERS = {
     ".md": FileKind(read_text, is_document=True),
     ".py": FileKind(read_text, is_document=True),
     ".jsonl": FileKind(read_jsonl, is_document=False),
+    ".jsonl.gz": FileKind(read_jsonl, is_document=False, text_bytes=decompressed_bytes),
+    ".jsonl.zst": FileKind(read_jsonl, is_document=False, text_bytes=decompressed_bytes),
+    ".json.gz": FileKind(read_jsonl, is_document=False, text_bytes=decompressed_bytes),  # C4's name for JSON Lines
+    ".json.zst": FileKind(read_jsonl, is_document=False, text_bytes=decompressed_bytes),
     ".parquet": FileKind(read_parquet, is_document=False, text_bytes=column_bytes),
+    ".arrow": FileKind(read_parquet, is_document=False, text_bytes=column_bytes),
 }
 
 
 def kind_of(path: Path) -> FileKind:
     """The kind of file by its suffix. Raises DataError if there is no reader for it."""
-    try:
-        return READERS[path.suffix.lower()]
-    except KeyError:
-        raise DataError(f"{path}: no reader for {path.suffix or 'no suffix'}; known: {' '.join(READERS)}") from None
+    name = path.name.lower()
+    found = next((kind for suffix, kind in READERS.items() if name.endswith(suffix)), None)
+    if found is None:
+        raise DataError(f"{path}: no reader for {path.suffix or 'no suffix'}; known: {' '.join(READERS)}")
+    return found

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from io import BufferedReader
 from pathlib import Path
 
+from dryvine.trainer.data.readers.fields import Fields
 from dryvine.trainer.data.readers.record import (
     Broken,
     Record,
@@ -26,7 +27,7 @@ _HEAD_BYTES = 8000  # a NUL in these means "binary" to git, too
 _NUL_FILE = "NUL bytes: UTF-16 without its mark, or not text"
 
 
-def read_text(path: Path, field: str, line: int, byte: int) -> Iterator[Record]:
+def read_text(path: Path, fields: Fields, line: int, byte: int) -> Iterator[Record]:
     """One document. A line that is not UTF-8 is left out of it; a file of another encoding, as a whole."""
     with path.open("rb") as file:
         head = file.read(_HEAD_BYTES)

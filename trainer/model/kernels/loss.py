@@ -30,11 +30,9 @@ def logsumexp_kernel(logits, norms, V, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def logits_gradient_kernel(logits, targets, norms, dloss, N, V, BLOCK: tl.constexpr):
+def logits_gradient_kernel(logits, targets, norms, scales, V, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    target, norm = tl.load(targets + row), tl.load(norms + row)
-    # The loss is a mean over N rows.
-    scale = tl.load(dloss) / N
+    target, norm, scale = tl.load(targets + row), tl.load(norms + row), tl.load(scales + row)
     for first in range(0, V, BLOCK):
         c = first + tl.arange(0, BLOCK)
         x = tl.load(logits + row * V + c, mask=c < V, other=0.0).to(tl.float32)
@@ -51,9 +49,9 @@ def log_sum_exp(logits_NV: Tensor) -> Tensor:
     return out
 
 
-def logits_to_gradient(logits_NV: Tensor, targets_N: Tensor, norms_N: Tensor, dloss: Tensor) -> None:
-    """Logits to dloss * d mean loss / d logits, in place."""
+def logits_to_gradient(logits_NV: Tensor, targets_N: Tensor, norms_N: Tensor, scales_N: Tensor) -> None:
+    """Logits to scale * d loss / d logits, in place: the gradient of a sum of losses, each times its scale (FP32)."""
     n, v = logits_NV.shape
     logits_gradient_kernel[(n,)](
-        logits_NV, targets_N.contiguous(), norms_N, dloss, n, v, min(BLOCK, triton.next_power_of_2(v)), num_warps=8
+        logits_NV, targets_N.contiguous(), norms_N, scales_N, v, min(BLOCK, triton.next_power_of_2(v)), num_warps=8
     )

@@ -1,0 +1,57 @@
+"""The microbatches of a step on one rank: its sequences, and under `data.mask` where documents lie in them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dryvine.parallel.executor import Batch
+from dryvine.trainer.data.source import SequenceSource
+from dryvine.trainer.model.documents import Documents, documents_of, same_document
+from dryvine.trainer.rig import Rig
+
+Numbers = NDArray[np.int64]  # of documents, [sequences, seq_len + extra]
+
+
+def read_batch(rig: Rig, source: SequenceSource, first: int, sequences: int) -> Batch:
+    """This data rank's microbatches of the `sequences` from number `first` on, with a loss scale of 0. Sequences go to
+    microbatches and data ranks by their number alone, so a step reads the same set of them in every layout. Collective.
+    """
+    size, mesh = rig.config.parallel.microbatch_sequences, rig.mesh
+    firsts = range(first + mesh.data_rank * size, first + sequences, mesh.data_ranks * size)
+    tokens = [torch.from_numpy(source.sequences(n, size)).to(mesh.device) for n in firsts]
+    if rig.config.data.mask == "none":
+        return Batch(tokens, 0.0)
+    return Batch(tokens, 0.0, documents=_documents(rig, [source.documents(n, size) for n in firsts]))
+
+
+def _documents(rig: Rig, numbers: list[Numbers]) -> list[Documents]:
+    """Every target inside its document has one weight, such that the mean over the microbatches of all data ranks is
+    the mean over such targets of the whole step, however they are spread."""
+    inside = [_targets(rig, each) for each in numbers]
+    counts = np.sum([[each[0].size, *(same.sum() for same in each)] for each in inside], axis=0)
+    everywhere = rig.mesh.sum(torch.from_numpy(counts).to(rig.mesh.device), "targets inside documents").tolist()
+    weights = [everywhere[0] / max(count, 1) for count in everywhere[1:]]
+    weighted = [[same * np.float32(weight) for same, weight in zip(of, weights, strict=True)] for of in inside]
+    return [documents_of(each, of, rig.mesh.device) for each, of in zip(numbers, weighted, strict=True)]
+
+
+def _targets(rig: Rig, numbers: Numbers) -> list[NDArray[np.bool_]]:
+    """Which targets are in their token's document: the next one, and that of every depth of MTP."""
+    depths = 1 + rig.config.model.mtp_depth
+    return [same_document(numbers, ahead, depths) for ahead in range(1, depths + 1)]
+
+
+def repeated_batch(rig: Rig, microbatches: int, training: bool) -> Batch:
+    """The first microbatch of the run, again and again, on every rank alike."""
+    size, source = rig.config.parallel.microbatch_sequences, rig.data.train
+    tokens = torch.from_numpy(source.sequences(0, size)).to(rig.mesh.device)
+    batch = Batch([tokens] * microbatches, 1.0, training)
+    if rig.config.data.mask == "none":
+        return batch
+    numbers = source.documents(0, size)
+    documents = documents_of(numbers, [same.astype(np.float32) for same in _targets(rig, numbers)], rig.mesh.device)
+    return replace(batch, documents=[documents] * microbatches)

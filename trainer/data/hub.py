@@ -1,0 +1,34 @@
+"""Datasets of the Hugging Face hub: `--text hf://datasets/OWNER/NAME/PATTERN`, by its own library (extra [hub]).
+
+Files come into its cache and are then read like any others, so a resumed build fetches nothing again. A revision is
+`NAME@REVISION`: name one, or the dataset may change between a build and its resume, which then says so.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dryvine.trainer.data.config import DataError
+
+HUB = "hf://datasets/"
+
+
+def fetch(address: str) -> str:
+    """Download what matches, or find it in the cache. Returns the pattern of the local files. Raises DataError."""
+    owner, _, rest = address.removeprefix(HUB).partition("/")
+    name, _, pattern = rest.partition("/")
+    if not (owner and name and pattern):
+        raise DataError(f"--text {address!r}: write {HUB}OWNER/NAME/PATTERN, such as {HUB}allenai/c4/en/*.json.gz")
+    name, _, revision = name.partition("@")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise DataError(f"--text {address!r}: huggingface_hub is missing; pip install 'dryvine[hub]'") from None
+    try:
+        folder = snapshot_download(
+            f"{owner}/{name}", repo_type="dataset", revision=revision or None, allow_patterns=pattern
+        )
+    except Exception as error:  # the library's own errors, those of its HTTP client, and ValueError have no common base
+        first = str(error).strip().splitlines()[0]
+        raise DataError(f"--text {address!r}: {type(error).__name__}: {first}") from None
+    return str(Path(folder) / pattern)
