@@ -51,6 +51,7 @@ def train(plan: RunPlan, mesh: Mesh, data: Data, topology: Topology | None = Non
     for line in startup_lines(rig, topology, done):
         console.print(line)
     saver = Saver(run.folder, Keep(run.keep_checkpoints, run.keep_every), mesh, data.identity)
+    saver.prepare(rig.state())
     journal = Journal(config, plan.schedule, done) if mesh.rank == 0 else None
     try:
         last = _steps(rig, saver, journal, console, done)

@@ -67,6 +67,14 @@ class Saver:
         # No rank begins to write into a folder that rank 0 is about to clear.
         mesh.barrier("clearing unfinished checkpoints")
 
+    def prepare(self, state: RunState) -> None:
+        """Make the host's buffers now, so that the first save stalls no longer than others. Collective."""
+        pinned = self.mesh.device.type == "cuda"  # a GPU's copy engine then writes them at the speed of the bus
+        self._host = {
+            place: torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned).zero_()  # touches its pages
+            for place, tensor in self._stored(state).items()
+        }
+
     @property
     def pending(self) -> bool:
         """Whether a checkpoint was begun and not finished; the same on all ranks."""
@@ -112,14 +120,11 @@ class Saver:
             self._pruning.result()
 
     def _to_host(self, state: RunState) -> dict[Place, Tensor]:
-        live = self._stored(state)
-        cuda = self.mesh.device.type == "cuda"
-        if self._host.keys() != live.keys():
-            # Pinned, a GPU's copy engine writes it at the speed of the bus.
-            self._host = {p: torch.empty(t.shape, dtype=t.dtype, pin_memory=cuda) for p, t in live.items()}
-        for place, tensor in live.items():
+        if not self._host:
+            self.prepare(state)
+        for place, tensor in self._stored(state).items():
             self._host[place].copy_(tensor, non_blocking=True)
-        if cuda:
+        if self.mesh.device.type == "cuda":
             torch.cuda.current_stream().synchronize()
         return self._host
 
