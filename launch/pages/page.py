@@ -25,7 +25,7 @@ h1{font-size:22px;margin:0 0 6px}h2{font-size:17px;margin:26px 0 8px}p{margin:0 
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 th,td{padding:6px 14px;text-align:right;border-top:1px solid var(--line);white-space:nowrap}
 tr:first-child>*{border-top:0}th{color:var(--dim);font-weight:500}td:first-child,th:first-child{text-align:left}
-td.text{text-align:left;white-space:normal;min-width:260px}
+td.text,th.text{text-align:left;white-space:normal;min-width:260px}
 .bad{color:var(--bad)}.good{color:var(--good)}
 .wide.pic{background:#fff;padding:6px}.pic svg{display:block;width:100%;height:auto;min-width:560px}
 @media(max-width:600px){body{font-size:14px}th,td{padding:5px 9px}}
@@ -60,7 +60,10 @@ def cards(figures: dict[str, str]) -> str:
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]], text_last: bool = False) -> str:
     """`text_last`: the last column is prose."""
-    lines = [f"<tr>{''.join(f'<th>{escape(head)}</th>' for head in heads)}</tr>"]
+    titles = [f"<th>{escape(head)}</th>" for head in heads]
+    if text_last:
+        titles[-1] = f"<th class=text>{escape(heads[-1])}</th>"
+    lines = [f"<tr>{''.join(titles)}</tr>"]
     for row in rows:
         cells = [f"<td>{escape(cell)}</td>" for cell in row]
         if text_last:

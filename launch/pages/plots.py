@@ -99,6 +99,7 @@ def heat(values: Sequence[Sequence[float]], x: str, y: str, says: str) -> str:
     """A map of rows of numbers, the first at the top."""
     figure, axes = _axes(x, y)
     axes.grid(False)
+    axes.set_yticks(range(len(values)))
     image = axes.imshow(values, aspect="auto", cmap="viridis", interpolation="nearest")
     axes.figure.colorbar(image, ax=axes, label=says)
     return _svg(figure)
