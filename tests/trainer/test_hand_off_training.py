@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 
 from dryvine.trainer.checkpoint.reader import open_checkpoint, whole
@@ -23,6 +24,7 @@ def same_weights(a: Path, b: Path) -> bool:
     return all(torch.equal(whole(one, name), whole(other, name)) for name in names)
 
 
+@pytest.mark.long
 def test_exported_and_imported_weights_train_on_to_the_same_bits(
     tiny: Callable[..., Config], count: Callable[[int, int], int], tmp_path: Path
 ) -> None:
