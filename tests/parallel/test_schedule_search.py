@@ -201,3 +201,28 @@ def test_exact_search_proves_what_annealing_finds():
     check(optimum)
     assert simulate(optimum, COSTS).span == pytest.approx(best.span, abs=0.02)
     assert simulate(optimum, COSTS).span < simulate(build("dualpipe", 2, 4), COSTS).span
+
+
+@pytest.mark.parametrize(("mirrored", "span"), [(False, 6), (True, 6.5)])
+def test_exact_search_waits_for_messages_and_for_nothing_else(mirrored, span):
+    """F, F, I, W, I, W. The turn of a V is on one rank; that of two mirrored ranks is a message, both times, and the
+    second wait has a W to fill it."""
+    pytest.importorskip("ortools")
+    best = solve(Pipe(1, 1, 2, Costs(P2P=0.5), mirrored), horizon=20.0, seconds=30.0)
+    assert best.proven
+    assert best.span == pytest.approx(span, abs=0.02)
+
+
+def test_exact_search_keeps_to_the_memory():
+    """Two ranks, two microbatches: with one chunk fewer the second has to wait."""
+    pytest.importorskip("ortools")
+    spans = []
+    for memory in (4, 2):
+        pipe = Pipe(2, 2, memory, Costs(), mirrored=False)
+        best = solve(pipe, horizon=40.0, seconds=30.0)
+        assert best.proven
+        timeline = simulate(unfold(pipe, best.rows, "exact"))
+        assert timeline.peak_activations <= memory
+        assert timeline.span == pytest.approx(best.span, abs=0.02)
+        spans.append(best.span)
+    assert spans[0] < spans[1]
