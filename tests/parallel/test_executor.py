@@ -251,9 +251,11 @@ class Watched:
     stream: Any = "compute"
     flights: list[weakref.ref[Flight]] = field(default_factory=list)
     most: int = 0  # alive at once
+    training: set[bool] = field(default_factory=set)  # what flights say
 
     def forward(self, state: Any, flight: Flight) -> Pending[Any]:
         self.flights.append(weakref.ref(flight))
+        self.training.add(flight.training)
         self.most = max(self.most, sum(flight() is not None for flight in self.flights))
         flight.losses["loss"] = torch.tensor(float(flight.microbatch))
         return Pending.done(())
@@ -284,8 +286,9 @@ def test_flights_are_held_as_long_as_simulated(name: str) -> None:
         watched, _ = run_alone(schedule, rank)
         assert watched.most == timeline.held(rank)
         assert not any(flight() for flight in watched.flights)
+        assert watched.training == {True}
         watched, _ = run_alone(forward_only(schedule), rank, training=False)
-        assert watched.most == 1
+        assert (watched.most, watched.training) == (1, {False})
 
 
 @pytest.mark.parametrize("name", ["one_f_one_b", "dualpipe"])
