@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dryvine.comm.copy_wire import Line
 from dryvine.parallel.executor import Batch, EdgeWire, Executor
-from dryvine.parallel.flow_control import SendQueue, most_under_way, posts, queue, rank_program
+from dryvine.parallel.flow_control import SendQueue, most_under_way, posts, queue, rank_program, slots_by_line
 from dryvine.parallel.overlap import ORDERS
 from dryvine.parallel.schedule.ir import Op, Program
 from dryvine.parallel.schedule.lower import lower
@@ -65,6 +66,17 @@ def test_one_less_can_stop_a_schedule() -> None:
     program = lower(build("dualpipe", 4, 8))
     tight = [{key: n - 1 for key, n in most_under_way(program, rank, 1).items()} for rank in range(4)]
     assert not meet(program, tight, 1)
+
+
+def test_gpipe_by_hand() -> None:
+    """Rank 0 sends at 1, 2, 3 and 4. Rank 1 posts two receives when it starts at 1, and one more at 2 and at 3."""
+    program = lower(build("gpipe", 2, 4))
+    forward = ((0, "down"), 1)
+    assert most_under_way(program, 0, 1) == {forward: 1}
+    assert rank_program(program, 0).limits == {forward: 1 + 2}
+    assert [len(edges) for edges in rank_program(program, 1).posts] == [2, 1, 1, 0, 0, 0, 0, 0]
+    # Two are posted and not yet taken, and one more is filled.
+    assert slots_by_line([program, lower(build("gpipe", 2, 1))])[Line(0, 1, (0, "down"))] == 3
 
 
 def test_sends_to_a_late_rank_are_held_within_the_bound() -> None:
