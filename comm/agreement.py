@@ -14,14 +14,13 @@ import json
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import timedelta
 from typing import NamedTuple
 
-from torch.distributed import DistStoreError, Store
+from torch.distributed import Store
 
 from dryvine.comm.topology import spans
 
-POLL = timedelta(seconds=1)  # signals are handled between looks at the store
+POLL = 0.2  # seconds between looks at the store: its own wait ends for no signal, and warns when its time is up
 SHOWN = 3  # facts that a message names
 
 Facts = Mapping[str, str]
@@ -65,13 +64,11 @@ def _of(rank: int) -> str:
 def _wait(store: Store, keys: list[str], seconds: float) -> bool:
     """Whether all keys are there by then."""
     until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        try:
-            store.wait(keys, POLL)
-        except DistStoreError:
-            continue
-        return True
-    return False
+    while not store.check(keys):
+        if time.monotonic() > until:
+            return False
+        time.sleep(POLL)
+    return True
 
 
 def _leave_together(store: Store, world: int, rank: int) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from dryvine.trainer.checkpoint import run_folder
 from tests.support import slurm_bed
 from tests.support.launching import BIN, MODULE, environment, losses, together, words
 from tests.support.slurm_bed import Slurm, until
@@ -72,7 +73,7 @@ def test_time_limit_requeue_and_scancel_are_survived(slurm: Slurm, corpus: Path,
     until(lambda: "stopped by a signal after step" in printed(tmp_path, job), 200, lambda: printed(tmp_path, job))
     slurm.wait(job, ("PENDING", "REQUEUED"))
     stopped = max(map(int, re.findall(r"after step (\d+)", printed(tmp_path, job))))
-    assert len(list((tmp_path / "tiny" / "checkpoints").iterdir())) == 1
+    assert run_folder.newest(tmp_path / "tiny") == run_folder.named(tmp_path / "tiny", stopped)
 
     # Requeued by itself: it goes on from there. An operator requeues it once more, without a word to the ranks.
     slurm.ask("scontrol", "update", f"jobid={job}", "StartTime=now")
@@ -91,7 +92,9 @@ def test_time_limit_requeue_and_scancel_are_survived(slurm: Slurm, corpus: Path,
     # scancel, and the same command again, to the end.
     slurm.ask("scancel", job)
     slurm.wait(job, ("CANCELLED", "GONE", "FAILED", "COMPLETED"))
-    done = max(int(p.name.partition("-")[2]) for p in (tmp_path / "tiny" / "checkpoints").iterdir())
+    newest = run_folder.newest(tmp_path / "tiny")
+    assert newest is not None
+    done = run_folder.step_of(newest)
     again = submit(slurm, *given, f"run.steps={done + 3}", *options)
     assert slurm.wait(again, ("COMPLETED", "FAILED")) == "COMPLETED", printed(tmp_path, again)
     assert f"resuming {tmp_path}/tiny after step {done}" in printed(tmp_path, again).replace("\n", " ")
