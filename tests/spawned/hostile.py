@@ -36,7 +36,7 @@ def child(words: list[str], out: IO[bytes], err: IO[bytes]) -> NoReturn:
     try:
         main()
     except SystemExit as leaving:
-        code = leaving.code
+        code = leaving.code or 0
     except BaseException:
         sys.excepthook(*sys.exc_info())
         code = 1
