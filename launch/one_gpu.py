@@ -77,7 +77,7 @@ def _data(data: DataConfig) -> DataConfig:
         ids = Dataset.load(Path(data.source)).vocab_size
     except (DataError, OSError):
         return data.model_copy(
-            update={"seq_len": seq_len, "source": STDLIB, "vocab_size": min(data.vocab_size, VOCABULARY)}
+            update={"seq_len": seq_len, "source": STDLIB, "blend": (), "vocab_size": min(data.vocab_size, VOCABULARY)}
         )
     return data.model_copy(update={"seq_len": seq_len, "vocab_size": ids})
 

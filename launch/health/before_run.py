@@ -48,7 +48,7 @@ def before_run(path: Path, overrides: Sequence[str]) -> int:
     except REFUSED as error:
         told = tell(place, error)
         return _print([Finding("bad", "start", str(told))], place.rank if isinstance(told, Disagreement) else 0)
-    opened = f"{plan.config.parallel.world} ranks, {len(data.train.packed):,} tokens"
+    opened = f"{plan.config.parallel.world} ranks, and their data can be read"
     findings = [Finding("ok", "config and data", opened), *_host(plan.config, place)]
     if store is None:
         alone = Finding("unknown", "other nodes", "one process; srun --ntasks-per-node=1 asks all nodes of a job")
