@@ -3,6 +3,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
+# Two at a time, each test file in one process: many tests wait for deadlines or for the disk.
+SIDE_BY_SIDE := -n 2 --dist loadfile
 
 .PHONY: setup setup-test train test test-long prove prove-llama lint types check
 
@@ -26,7 +28,7 @@ train: setup
 	$(BIN)/dryvine train configs/tiny_cpu.toml
 
 test: setup-test
-	$(BIN)/python -m pytest -m "not long"
+	$(BIN)/python -m pytest -m "not long" $(SIDE_BY_SIDE)
 
 # What takes long, with reduced counts.
 test-long: setup-test

@@ -14,6 +14,7 @@ import torch
 
 from dryvine.parallel.executor import Played
 from dryvine.trainer.batches import read_batch
+from dryvine.trainer.config import Config
 from dryvine.trainer.data.source import TokenSource
 from dryvine.trainer.model.shape import blocks
 from dryvine.trainer.ramps import Point, changed, gradient_scale, learning_rate
@@ -46,8 +47,7 @@ def train_step(rig: Rig, point: Point) -> StepOutcome:
     finite = math.isfinite(norm)
     if finite:
         update(rig, point, norm)
-    gamma = changed(rig.config.model.bias_gamma, rig.config.optim.bias_gamma_plan, point)
-    loads = balance(rig, gamma if finite else 0.0)
+    loads = balance(rig, bias_gamma(rig.config, point) if finite else 0.0)
     even = Balance(1.0, 1.0) if loads is None else imbalances(loads, rig.mesh.ep)
     return StepOutcome(played, norm, even, loads)
 
@@ -71,6 +71,11 @@ def update(rig: Rig, point: Point, norm: float) -> None:
     """Step the optimizer with the gradients of `accumulate` and `reduce`, and give every copy the new weights."""
     rig.optimizer.update(learning_rate(rig.config.optim, point), norm, gradient_scale(point))
     rig.publish()
+
+
+def bias_gamma(config: Config, point: Point) -> float:
+    """How far a step moves a gate's bias."""
+    return changed(config.model.bias_gamma, config.optim.bias_gamma_plan, point)
 
 
 def balance(rig: Rig, gamma: float) -> torch.Tensor | None:

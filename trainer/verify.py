@@ -28,7 +28,7 @@ from dryvine.trainer.ramps import gradient_scale, points
 from dryvine.trainer.rehearse import rehearse, report_loads
 from dryvine.trainer.rig import make_rig, mesh_of
 from dryvine.trainer.run_plan import RunPlan, make_plan
-from dryvine.trainer.step import accumulate, balance, update
+from dryvine.trainer.step import accumulate, balance, bias_gamma, update
 
 STEPS = 3
 AGAINST_ONE = f"this layout against one process: |a - b| / |a|, FP32, {STEPS} steps"
@@ -136,7 +136,7 @@ def _rank(rank: int, plan: RunPlan, steps: int, device: str) -> RankRun:
         # Copied before the update, which clips them in place.
         grads = {(p.name, p.start): (p.grad / scale).cpu().numpy() for p in rig.optimizer.pieces}
         update(rig, point, norms[-1])
-        balance(rig, config.model.bias_gamma)
+        balance(rig, bias_gamma(config, point))
         microbatches = plan.training[point.sequences].schedule.microbatches * rig.mesh.data_ranks
         losses.append(sum(float(loss) for some in played.losses.values() for loss in some) / microbatches)
     weights = {(p.name, p.start): p.master.cpu().numpy() for p in rig.optimizer.pieces}

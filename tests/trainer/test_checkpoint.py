@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import pickle
@@ -185,6 +186,20 @@ def test_what_is_not_finite_is_never_saved_and_what_was_stays(tmp_path: Path, wh
     with pytest.raises(Diverged, match=f"step 2 is not saved.* rank 0: {named}; the newest checkpoint is .*00001"):
         save(tmp_path, 2, state({("w", 0): good}, bias), Keep(1))
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step-00000001"]
+
+
+def test_a_manifest_without_a_field_of_today_is_no_damage(tmp_path: Path) -> None:
+    folder = save(tmp_path, 3, state({("w", 0): piece(0.0, 8)}, w=(8,)))
+    file = folder / "manifest.json"
+    fields = json.loads(file.read_text())["manifest"]
+    del fields["seconds"], fields["tokenizer"]
+    body = json.dumps(fields)
+    digest = hashlib.sha256(body.encode()).hexdigest()
+    file.write_text(f'{{"sha256":"{digest}","manifest":\n{body}\n}}\n')
+    assert open_checkpoint(tmp_path).manifest.step == 3
+    file.write_text(f'{{"sha256":"{digest}","manifest":\n{body.replace("3", "4", 1)}\n}}\n')
+    with pytest.raises(CheckpointError, match="its checksum is not that of its contents"):
+        open_checkpoint(tmp_path)
 
 
 def test_an_expert_that_no_rank_stored_is_named(tmp_path: Path) -> None:

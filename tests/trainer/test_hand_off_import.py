@@ -82,7 +82,7 @@ Q = "model.layers.0.self_attn.q_a_proj.weight"
         ("fp8-block", put("lm_head.weight", lambda t: t.to(torch.float8_e4m3fn)), "lm_head.weight: is in FP8, which"),
         ("bf16", put("model.layers.3.embed_tokens.weight", lambda t: t + 1), "is not a copy of model.embed_tokens"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
 def test_tensors_that_are_not_as_promised_are_refused_by_name(
     released: dict[str, Path], dtype: str, tensors: Callable[[Tensors], None], words: str, tmp_path: Path
