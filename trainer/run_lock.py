@@ -54,7 +54,7 @@ class RunLock:
     def held(self, say: Callable[[str], None] = print) -> Iterator[RunLock]:
         """Raises ConfigError at once if another run that lives holds it; `say` tells when that takes a while."""
         self._file.parent.mkdir(parents=True, exist_ok=True)
-        while not self._created():
+        while not self._created(self._file):
             self._refuse_or_remove(_read(self._file), say)
         thread = threading.Thread(target=self._beat, name="run lock", daemon=True)
         thread.start()
@@ -72,12 +72,12 @@ class RunLock:
         holder = _read(self._file)
         return holder is not None and holder.token == self._me.token
 
-    def _created(self) -> bool:
+    def _created(self, file: Path) -> bool:
         # Written aside and linked: whoever sees the file sees all of it. A link fails if its name is taken.
         aside = self._file.with_name(f"{NAME}.{self._me.token}")
         write_atomically(aside, self._content())
         try:
-            os.link(aside, self._file)
+            os.link(aside, file)
         except FileExistsError:
             return False
         finally:
@@ -91,16 +91,26 @@ class RunLock:
                 f"{self._file.parent}: this run is going on already, process {holder.pid} on {holder.host}; "
                 f"end that one, or set run.name for another run"
             )
-        # One of several that wait moves the lock away; of the others the move fails, or they find a new holder.
-        aside = self._file.with_name(f"{NAME}.{self._me.token}")
-        with suppress(FileNotFoundError):
-            self._file.rename(aside)
-            moved = _read(aside)
-            if moved and moved.token != (holder.token if holder else ""):
-                # It was not the dead one's any more.
-                with suppress(FileExistsError):
-                    os.link(aside, self._file)
-            aside.unlink()
+        with self._removing():
+            now = _read(self._file)
+            if (now and now.token) == (holder and holder.token):
+                self._file.unlink(missing_ok=True)
+
+    @contextmanager
+    def _removing(self) -> Iterator[None]:
+        """Only one process at a time removes a lock: of two that had both read the dead holder's name, the second
+        would remove the lock that the first has taken since."""
+        file, until = self._file.with_name(f"{NAME}.removing"), time.monotonic() + STALE
+        while not self._created(file):
+            if time.monotonic() > until:
+                raise ConfigError(
+                    f"{file}: left by a process that died just here; remove it if no other run starts now"
+                )
+            time.sleep(0.01)
+        try:
+            yield
+        finally:
+            file.unlink()
 
     def _changes(self, holder: Holder, say: Callable[[str], None]) -> bool:
         """Whether a holder on another machine shows in STALE seconds that it lives."""

@@ -178,10 +178,10 @@ def test_a_run_holds_what_its_schedule_keeps_in_flight(tiny: Callable[..., Confi
 @pytest.mark.parametrize(
     ("overrides", "size"),
     [
-        ((), MicrobatchSize(32, 1, 4, False, True)),
-        (("parallel.microbatch_sequences=2", "run.dtype=bf16"), MicrobatchSize(64, 2, 2, False, True)),
-        (("parallel.ep=2",), MicrobatchSize(32, 1, 4, False, False)),
-        (("comm.dispatcher=hierarchical",), MicrobatchSize(32, 1, 4, False, False)),
+        ((), MicrobatchSize(32, 1, 4, False, single_rank=True)),
+        (("parallel.microbatch_sequences=2", "run.dtype=bf16"), MicrobatchSize(64, 2, 2, False, single_rank=True)),
+        (("parallel.ep=2",), MicrobatchSize(32, 1, 4, False, single_rank=False)),
+        (("comm.dispatcher=hierarchical",), MicrobatchSize(32, 1, 4, False, single_rank=False)),
     ],
 )
 def test_a_microbatch_of_a_run(tiny: Callable[..., Config], overrides: tuple[str, ...], size: MicrobatchSize) -> None:

@@ -82,7 +82,7 @@ def test_training_has_the_same_bits_with_and_without(tiny: Tiny) -> None:
     without, having = rig_of(tiny("optim.lr=1e-2")), rig_of(tiny(*HIGH))
     losses = go(without, 3)
     for point, loss in zip(points(having.config.batch, having.config.data.seq_len), losses, strict=False):
-        played, _, _ = train_step(having, point)
+        played = train_step(having, point).played
         assert sum(float(one) for of in played.losses.values() for one in of) == loss
         assert evaluate_average(having) != evaluate(having).loss
     for one, other in zip(without.optimizer.pieces, having.optimizer.pieces, strict=True):

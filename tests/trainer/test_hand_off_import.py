@@ -97,8 +97,9 @@ def test_tensors_that_are_not_as_promised_are_refused_by_name(
     ("config", "words"),
     [
         ({"num_hidden_layers": 2}, "has no model.layers.2.enorm.weight"),
-        ({"num_hidden_layers": 10**9}, "num_hidden_layers: 1000000000, but the files hold"),
-        ({"n_routed_experts": 10**9}, "has no model.layers.1.mlp.gate|mlp.gate.weight: has shape"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers: Input should be less than or equal to 4096, not 1000000000"),
+        ({"n_routed_experts": 10**9}, "n_routed_experts: Input should be less than or equal to 65536, not 1000000000"),
+        ({"num_hidden_layers": 4000}, "num_hidden_layers: 4000, but the files hold"),
         ({"num_nextn_predict_layers": 0}, "model.layers.3.*nothing of a model of 3 layers and 0"),
         ({"model_type": "deepseek_v32"}, "model_type"),
         ({"scoring_func": "softmax"}, "scoring_func: deepseek_v3 has sigmoid"),

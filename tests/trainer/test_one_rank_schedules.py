@@ -33,7 +33,7 @@ def trained(config: Config, device: str, steps: int = 1) -> tuple[list[float], d
     rig = rig_of(config, device)
     losses = []
     for point in islice(points(config.batch, config.data.seq_len), steps):
-        played, _, _ = train_step(rig, point)
+        played = train_step(rig, point).played
         losses += [float(loss) for name in sorted(played.losses) for loss in played.losses[name]]
     found = {name: weight.detach().cpu() for name, weight in rig.model.named_parameters()}
     return losses, found | {f"grad {name}": w.gradient().cpu() for name, w in rig.model.named_parameters()}

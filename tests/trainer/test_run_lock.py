@@ -124,7 +124,9 @@ def _take(folder: Path, wins: list[int]) -> None:
     try:
         with RunLock(folder).held():
             wins.append(1)
-            time.sleep(0.5)
+            until = time.monotonic() + 60
+            while len(wins) < 8 and time.monotonic() < until:  # whoever comes late finds the lock taken, too
+                time.sleep(0.02)
     except ConfigError:
         wins.append(0)
 

@@ -33,7 +33,7 @@ def pad_heads(q_NAD: Tensor, k_NAD: Tensor, v_NAV: Tensor) -> tuple[Tensor, Tens
 
 def attend_documents(q_NAD: Tensor, k_NAD: Tensor, v_NAD: Tensor, documents: Documents, scale: float) -> Tensor:
     """Heads of `pad_heads` -> [N, A, D]."""
-    if not _has_kernel(q_NAD):
+    if not _on_flash(q_NAD):
         heads = zip(*(t.split(documents.lengths) for t in (q_NAD, k_NAD, v_NAD)), strict=True)
         return torch.cat([_alone(q, k, v, scale) for q, k, v in heads])
     # Imported here: the module loads GPU libraries that a CPU host need not have.
@@ -47,7 +47,7 @@ def attend_documents(q_NAD: Tensor, k_NAD: Tensor, v_NAD: Tensor, documents: Doc
     )
 
 
-def _has_kernel(q_NAD: Tensor) -> bool:
+def _on_flash(q_NAD: Tensor) -> bool:
     return q_NAD.is_cuda and q_NAD.dtype != torch.float32
 
 
