@@ -52,6 +52,7 @@ def test_a_layer_is_measured_by_phase_and_kind(tmp_path: Path) -> None:
     assert len(kernel_times.read(tmp_path / "layer-bf16.json.gz", ())) > 100
 
 
+@pytest.mark.long
 def test_peers_train_the_same_model(tmp_path: Path) -> None:
     words = ("--small", "--steps=1", "--contender=dryvine bf16", "--contender=transformers grouped_mm")
     ours, theirs = run("peer", tmp_path, *words)["found"].values()

@@ -59,9 +59,10 @@ def compile_by(version: str, script: str, folder: Path) -> list[dict[str, Any]]:
 
 
 def compiled(script: str) -> Any:
-    """A fixture: every kernel of a script, by the triton of this torch and by that of the oldest torch we support."""
+    """A fixture: every kernel of a script, by the triton of this torch; in the long tests by that of the oldest torch
+    we support."""
 
-    @pytest.fixture(scope="module", params=[INSTALLED, OTHER])
+    @pytest.fixture(scope="module", params=[INSTALLED, pytest.param(OTHER, marks=pytest.mark.long)])
     def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         return compile_by(request.param, script, tmp_path_factory.mktemp("triton"))
 

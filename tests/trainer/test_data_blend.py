@@ -194,6 +194,7 @@ def _rows(config: Config, name: str, steps: int) -> list[journal.Figures]:
     return journal.read(config.run.folder)
 
 
+@pytest.mark.long
 def test_a_run_of_a_blend_resumes_and_has_a_validation_loss_for_each_source(blended: Tiny) -> None:
     config = blended("run.checkpoint_every=2", "run.eval_every=2")
     whole = _rows(config, "whole", 4)

@@ -136,6 +136,7 @@ def test_every_layout_has_the_same_average(tiny: Tiny) -> None:
     assert seen == sum(map(len, whole.values()))
 
 
+@pytest.mark.long
 def test_a_run_resumes_with_its_average_and_bf16_moments(tiny: Tiny) -> None:
     config = tiny(*HIGH, "optim.moments=bf16", "parallel.ep=2")
     whole = run(named(config, "whole"))
@@ -146,6 +147,7 @@ def test_a_run_resumes_with_its_average_and_bf16_moments(tiny: Tiny) -> None:
     assert known[-1] != whole[-1]["val_loss"]
 
 
+@pytest.mark.long
 def test_another_layout_and_other_moments_read_the_same_checkpoint(tiny: Tiny) -> None:
     """FP32 moments become BF16 and the other way round; the average is the same numbers, cut elsewhere."""
     whole = run(named(tiny(*HIGH, "optim.moments=bf16"), "whole"))
@@ -158,6 +160,7 @@ def test_another_layout_and_other_moments_read_the_same_checkpoint(tiny: Tiny) -
             assert ours["val_loss_ema"] == pytest.approx(theirs["val_loss_ema"], rel=1e-3)
 
 
+@pytest.mark.long
 def test_a_checkpoint_without_an_average_starts_one_and_says_so(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
     train_on(0, named(tiny("optim.lr=1e-2"), "parts", steps=3))
     config = named(tiny("optim.lr=1e-2", "optim.ema=0.999999"), "parts")

@@ -130,6 +130,7 @@ def test_bf16_moments_take_half_the_bytes(tiny: Tiny) -> None:
     assert held["bf16"] * 2 == held["fp32"]
 
 
+@pytest.mark.long
 def test_bf16_moments_train_like_fp32(tiny: Tiny) -> None:
     """Measured: losses of eight steps at a rate of 1e-2 deviate by 7e-5 at most, while they fall by a fifth."""
     fp32, bf16 = (go(rig_of(tiny(f"optim.moments={moments}", "optim.lr=1e-2")), 8) for moments in ("fp32", "bf16"))
