@@ -53,7 +53,9 @@ class RunLock:
     @contextmanager
     def held(self, say: Callable[[str], None] = print) -> Iterator[RunLock]:
         """Raises ConfigError at once if another run that lives holds it; `say` tells when that takes a while."""
-        self._file.parent.mkdir(parents=True, exist_ok=True)
+        folder = self._file.parent
+        made = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
         while not self._created(self._file):
             self._refuse_or_remove(_read(self._file), say)
         thread = threading.Thread(target=self._beat, name="run lock", daemon=True)
@@ -65,6 +67,9 @@ class RunLock:
             thread.join()
             if self.mine:
                 self._file.unlink()
+            if made:
+                with suppress(OSError):  # not empty: the run has begun
+                    folder.rmdir()
 
     @property
     def mine(self) -> bool:

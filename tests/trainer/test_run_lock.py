@@ -141,3 +141,12 @@ def test_of_many_that_find_a_dead_holder_one_gets_the_lock(tmp_path: Path) -> No
         for thread in threads:
             thread.join()
     assert sorted(wins) == [0] * 7 + [1]
+
+
+def test_a_run_that_does_not_begin_leaves_no_folder(tmp_path: Path) -> None:
+    with RunLock(tmp_path / "run").held():
+        pass
+    assert not (tmp_path / "run").exists()
+    with RunLock(tmp_path / "run").held():
+        (tmp_path / "run" / "config.toml").write_text("")
+    assert (tmp_path / "run" / "config.toml").exists()
