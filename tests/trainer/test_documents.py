@@ -217,7 +217,7 @@ class Saving(torch.autograd.Function):
 
 def test_recompute_keeps_nothing_of_what_the_kernel_saves(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel saves exactly the tensors that are made again, so they are known and dropped; and padded ones too."""
-    monkeypatch.setattr(varlen, "_has_kernel", lambda q: True)
+    monkeypatch.setattr(varlen, "_on_flash", lambda q: True)
     stand_in = lambda q, k, v, bounds, *_, scale, **__: Saving.apply(bounds, scale, q, k, v)  # noqa: E731
     monkeypatch.setattr(torch_varlen, "varlen_attn", stand_in)
     grads, kept = {}, {}

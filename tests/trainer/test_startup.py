@@ -10,6 +10,7 @@ import torch
 
 from dryvine.comm.topology import by_sizes
 from dryvine.trainer.config import Config
+from dryvine.trainer.data.splits import open_data
 from dryvine.trainer.rig import row_bytes
 from dryvine.trainer.run_plan import make_plan
 from dryvine.trainer.startup import startup_lines
@@ -22,7 +23,8 @@ def lines(config: Config, sizes: list[int] | None, steps_done: int = 0) -> list[
     """On nodes of so many ranks. What they say needs no rank to be started."""
     p = config.parallel
     mesh = SimpleNamespace(pp=p.pp, ep=p.ep, size=p.world, device=torch.device("cpu"))
-    rig: Any = SimpleNamespace(config=config, plan=make_plan(config), mesh=mesh, carrier="gloo", fp8=None)
+    data = open_data(config)
+    rig: Any = SimpleNamespace(config=config, plan=make_plan(config), mesh=mesh, data=data, carrier="gloo", fp8=None)
     return list(startup_lines(rig, None if sizes is None else by_sizes(sizes), steps_done))
 
 
