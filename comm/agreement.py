@@ -1,4 +1,4 @@
-"""Whether all ranks were started alike, found out before they train: what differs is said with the host that is odd.
+"""Whether all ranks were started alike, checked before they train; the error names the odd host and what differs there.
 
 A host with another config, another checkout or other data trains for days before anybody sees it, or hangs the job in
 its first collective. So each rank states what it is about to do, as names and values, in the store through which the
@@ -27,7 +27,7 @@ Facts = Mapping[str, str]
 
 
 class Statement(NamedTuple):
-    """What a rank says about itself. A rank that cannot start gives the reason as `refusal`."""
+    """What a rank says about itself. `refusal` is why a rank cannot start, empty if it can."""
 
     rank: int
     host: str

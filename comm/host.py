@@ -29,8 +29,8 @@ _PR_SET_PDEATHSIG = 1
 
 
 def stop_with(parent: int) -> None:
-    """From now on this process gets SIGTERM when the process `parent`, which started it, has died: a launcher that is
-    killed leaves no ranks behind that nobody watches. Linux only; elsewhere nothing."""
+    """Send this process SIGTERM when `parent`, the process that started it, dies, so that ranks do not outlive a
+    launcher that was killed. Does nothing outside Linux."""
     if not sys.platform.startswith("linux"):
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

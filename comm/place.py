@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 MPI_NAMES = ("OMPI_COMM_WORLD_SIZE", "MPI_LOCALNRANKS", "MV2_COMM_WORLD_SIZE", "PALS_RANKID")
 PMI_NAMES = ("PMI_SIZE", "PMIX_RANK")  # srun sets them too, for programs that call MPI
-PORTS = range(20000, 30000)  # below those that Linux gives to clients
+PORTS = range(20000, 30000)  # below Linux's ephemeral ports
 
 
 class PlaceError(ValueError):

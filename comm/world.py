@@ -47,8 +47,8 @@ def timeout(deadline: float, device: torch.device) -> timedelta:
 
 
 def join(place: LaunchedRank, patience: float) -> dist.Store:
-    """The store of all ranks that were launched, which rank 0 serves unless the launcher does. Waits `patience`
-    seconds for its host, but for no other rank, so that those that are missing can be named. Raises PlaceError."""
+    """Connect to the store of all launched ranks, which rank 0 serves unless the launcher does. Waits up to `patience`
+    seconds for its host but not for the other ranks, so that missing ones can be named. Raises PlaceError."""
     wait = timedelta(seconds=patience)
     try:
         return _tell_port(place, wait) if place.port == 0 else _store(place, place.port, wait)
@@ -60,9 +60,8 @@ def join(place: LaunchedRank, patience: float) -> dist.Store:
         ) from None
 
 
-PATIENCE = (
-    600.0  # seconds that ranks wait for each other at the start: as long as building the embedded corpus may take
-)
+# Seconds that ranks wait for each other at the start: as long as building the embedded corpus may take.
+PATIENCE = 600.0
 
 
 def meet(place: LaunchedRank, facts: Facts, refusal: str = "") -> dist.Store | None:

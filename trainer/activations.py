@@ -34,9 +34,14 @@ def left_bytes(plan: RunPlan, cuda: bool) -> dict[int, int]:
     return {stage: deferred_bytes(config.model, config.fp8, names, size) for stage, names in enumerate(plan.blocks)}
 
 
+def held_bytes(plan: RunPlan, cuda: bool) -> list[int]:
+    """The most that microbatches in flight keep at once on each pipeline rank."""
+    sizes, left = stage_bytes(plan, cuda), left_bytes(plan, cuda)
+    return [most_held(plan.schedule, rank, sizes, left) for rank in range(plan.config.parallel.pp)]
+
+
 def activations(plan: RunPlan, cuda: bool) -> str:
     """A line for the start of a run: the most that microbatches in flight keep, and on which pipeline rank."""
-    sizes, left, ranks = stage_bytes(plan, cuda), left_bytes(plan, cuda), plan.config.parallel.pp
-    held = [most_held(plan.schedule, rank, sizes, left) for rank in range(ranks)]
+    held = held_bytes(plan, cuda)
     rank = held.index(max(held))
-    return f"activations kept for backwards: at most {held[rank] / 1e9:.3g} GB, on pipeline rank {rank} of {ranks}"
+    return f"activations kept for backwards: at most {held[rank] / 1e9:.3g} GB, on pipeline rank {rank} of {len(held)}"

@@ -8,7 +8,7 @@ another batch is what it is for, so only the model's shapes must agree, and what
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -19,7 +19,7 @@ from dryvine.trainer.checkpoint import run_folder
 from dryvine.trainer.checkpoint.load import load, newest_sound, verified
 from dryvine.trainer.checkpoint.reader import open_checkpoint
 from dryvine.trainer.checkpoint.state import RunState
-from dryvine.trainer.config import Config, dump
+from dryvine.trainer.config import Config, dump, flat
 from dryvine.trainer.rig import Rig
 
 NO_MATTER = {"run.name", "run.out", "run.steps", "run.init_from", "run.init_optimizer"}  # of what a run computes
@@ -76,15 +76,7 @@ def differences(path: Path, config: Config) -> Iterator[str]:
     if not path.exists():
         yield f"{path}: not there, so what changes is not known"
         return
-    before, now = (dict(_flat(tomllib.loads(text))) for text in (path.read_text(), dump(config)))
+    before, now = (dict(flat(tomllib.loads(text))) for text in (path.read_text(), dump(config)))
     for key in sorted((before.keys() | now.keys()) - NO_MATTER):
         if before.get(key) != now.get(key):
             yield f"{key}: {before.get(key, 'not set')} -> {now.get(key, 'not set')}"
-
-
-def _flat(tree: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

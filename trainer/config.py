@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -101,6 +101,15 @@ def check_world(config: Config, world: int) -> None:
 def dump(config: Config) -> str:
     """The config as TOML that `load` reads back to the same value."""
     return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+
+
+def flat(tree: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """The values of nested tables by their dotted keys: optim.lr, 0.001."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> Tree:

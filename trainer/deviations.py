@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,14 +25,21 @@ Whole = dict[str, Array]  # parameter -> all its elements, flat
 Part = dict[tuple[str, int], Array]  # (parameter, first element) -> the elements that one rank owns
 
 
+Arrays = TypeVar("Arrays")
+
+
 @dataclass(frozen=True)
-class Run:
-    """What a layout computed: per step the loss and gradient norm; gradients of the last step; weights after it."""
+class Computed(Generic[Arrays]):
+    """Per step the loss and gradient norm; gradients of the last step; weights after it."""
 
     losses: tuple[float, ...]
     norms: tuple[float, ...]
-    grads: Whole
-    weights: Whole
+    grads: Arrays
+    weights: Arrays
+
+
+Run = Computed[Whole]  # of a layout
+RankRun = Computed[Part]  # of one rank: its share of each loss, and the pieces that it owns
 
 
 @dataclass(frozen=True)

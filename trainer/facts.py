@@ -19,7 +19,7 @@ import torch
 import dryvine.comm.place
 import dryvine.parallel.executor
 from dryvine.trainer.checkpoint import run_folder
-from dryvine.trainer.config import Config
+from dryvine.trainer.config import Config, flat
 from dryvine.trainer.data.splits import Data
 from dryvine.trainer.run_plan import RunPlan
 
@@ -51,15 +51,7 @@ def facts(plan: RunPlan, data: Data) -> dict[str, str]:
 
 def config_facts(config: Config) -> Iterator[tuple[str, str]]:
     """optim.lr, 0.001; and so on."""
-    yield from _flat("", config.model_dump(mode="json"))
-
-
-def _flat(prefix: str, tree: dict[str, object]) -> Iterator[tuple[str, str]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(f"{prefix}{key}.", value)
-        else:
-            yield prefix + key, json.dumps(value)
+    return ((name, json.dumps(value)) for name, value in flat(config.model_dump(mode="json")))
 
 
 def _code() -> Iterator[tuple[str, str]]:

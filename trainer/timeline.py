@@ -6,10 +6,8 @@ is jitter, a late message, or ranks that differ in speed.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from statistics import mean
 
@@ -35,19 +33,21 @@ def measured(schedule: Schedule, played: Played, mesh: Mesh) -> Timeline | None:
 
 def slot_costs(timeline: Timeline) -> Costs:
     """The mean time of each kind of slot."""
-    times: defaultdict[str, list[float]] = defaultdict(list)
-    for cell in chain(*timeline.cells):
-        times["".join(sorted(op.kind for op in cell.slot))].append(cell.end - cell.start)
-    means = {kinds: mean(some) for kinds, some in times.items()}
+    means = {kinds: mean(some) for kinds, some in timeline.times_by_kind.items()}
     pairs = {kinds: time for kinds, time in means.items() if kinds in PAIRS}
     forward, inputs, weights = (means.get(kind, 0.0) for kind in "FIW")
     return Costs(F=forward, I=inputs, W=weights, B=means.get("B"), pairs=pairs)
 
 
+def simulated_again(timeline: Timeline) -> Timeline:
+    """The same schedule at the mean times of its own slots."""
+    ideal = simulated.simulate(timeline.schedule, slot_costs(timeline))
+    return replace(ideal, label="simulated at the measured mean costs, ms")
+
+
 def write(path: Path, timeline: Timeline) -> Sequence[Timeline]:
     """Draw the measured timeline and its simulation on one page. Returns both."""
-    costs = slot_costs(timeline)
-    ideal = replace(simulated.simulate(timeline.schedule, costs), label="simulated at the measured mean costs, ms")
+    costs, ideal = slot_costs(timeline), simulated_again(timeline)
     named = {"F": costs.F, "B": costs.B, "I": costs.I, "W": costs.W, **costs.pairs}
     listed = ", ".join(f"{kind} {time:.1f}" for kind, time in named.items() if time)
     path.write_text(as_html([timeline, ideal], f"mean times in ms: {listed}"))

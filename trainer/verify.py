@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import islice
 
 import torch
@@ -23,7 +22,7 @@ from dryvine.comm.world import backend, prepare
 from dryvine.parallel.config import ParallelConfig
 from dryvine.trainer.config import Config
 from dryvine.trainer.data.splits import open_data
-from dryvine.trainer.deviations import Deviation, Part, Run, assembled, deviations, table
+from dryvine.trainer.deviations import Deviation, RankRun, Run, assembled, deviations, table
 from dryvine.trainer.ramps import gradient_scale, points
 from dryvine.trainer.rehearse import rehearse, report_loads
 from dryvine.trainer.rig import make_rig, mesh_of
@@ -83,16 +82,6 @@ def alone(config: Config) -> Config:
     """The same training in one process: one rank, one stage, the same microbatch size."""
     one = ParallelConfig(microbatch_sequences=config.parallel.microbatch_sequences)
     return in_fp32(config).model_copy(update={"parallel": one})
-
-
-@dataclass(frozen=True)
-class RankRun:
-    """One rank's part of a Run: its share of each loss, and the pieces that it owns."""
-
-    losses: tuple[float, ...]
-    norms: tuple[float, ...]
-    grads: Part
-    weights: Part
 
 
 def play(config: Config, device: str = "cpu", steps: int = STEPS) -> Run:

@@ -14,9 +14,8 @@ import torch
 
 from dryvine.comm import local
 from dryvine.comm.mesh import Mesh
-from dryvine.parallel.schedule import simulate
 from dryvine.parallel.schedule.simulate import Timeline
-from dryvine.trainer.activations import stage_bytes
+from dryvine.trainer.activations import held_bytes
 from dryvine.trainer.config import Config
 from dryvine.trainer.data.splits import open_data
 from dryvine.trainer.metrics import reduce_figures
@@ -25,7 +24,7 @@ from dryvine.trainer.rehearse import rehearse
 from dryvine.trainer.rig import Rig, make_rig, mesh_of
 from dryvine.trainer.run_plan import RunPlan, make_plan
 from dryvine.trainer.step import train_step
-from dryvine.trainer.timeline import measured, slot_costs
+from dryvine.trainer.timeline import measured, simulated_again
 
 WARM, STEPS = 2, 5
 
@@ -76,7 +75,7 @@ def _rank(rank: int, plan: RunPlan, sizes: tuple[int, ...]) -> tuple[dict[int, T
         torch.cuda.reset_peak_memory_stats()
     for size in sizes:
         found[size], first = _steps(rig, size, first)
-    predicted = simulate.most_held(plan.schedule, rig.mesh.pp_rank, stage_bytes(plan, cuda))
+    predicted = held_bytes(plan, cuda)[rig.mesh.pp_rank]
     peak = torch.cuda.max_memory_allocated() if cuda else 0
     return found, Memory(peak, state, predicted)
 
@@ -115,4 +114,4 @@ def _steps(rig: Rig, size: int, first: int) -> tuple[Timed, int]:
 def _over_simulated(timeline: Timeline | None, mesh: Mesh) -> float:
     if timeline is None:
         return 0.0
-    return timeline.span / simulate.simulate(timeline.schedule, slot_costs(timeline)).span
+    return timeline.span / simulated_again(timeline).span

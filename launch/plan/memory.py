@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from dryvine.comm.integers import ceil_div, round_up
 from dryvine.launch.plan.shards import BucketSize, buckets, held
@@ -15,8 +16,7 @@ from dryvine.launch.plan.traffic import Dispatching
 from dryvine.launch.plan.transients import transients
 from dryvine.parallel.flow_control import AHEAD, posts
 from dryvine.parallel.schedule.ir import ProgramStep
-from dryvine.parallel.schedule.simulate import most_held
-from dryvine.trainer.activations import DTYPE_BYTES, left_bytes, microbatch_size, stage_bytes
+from dryvine.trainer.activations import DTYPE_BYTES, held_bytes, microbatch_size
 from dryvine.trainer.model.parameters import ParameterSize
 from dryvine.trainer.run_plan import RunPlan
 from dryvine.trainer.tensors.tiles import TILE
@@ -41,20 +41,28 @@ class RankMemory:
 
 def memory(plan: RunPlan, sent: Dispatching, cuda: bool) -> list[RankMemory]:
     """Of every pipeline rank. `sent`: what its dispatcher moves."""
-    return [RankMemory(rank, _kinds(plan, rank, mine, sent, cuda)) for rank, mine in enumerate(buckets(plan))]
+    ranks = zip(buckets(plan), held_bytes(plan, cuda), strict=True)
+    return [RankMemory(rank, _kinds(plan, _Rank(rank, *parts), sent, cuda)) for rank, parts in enumerate(ranks)]
 
 
-def _kinds(plan: RunPlan, rank: int, mine: list[BucketSize], sent: Dispatching, cuda: bool) -> dict[str, int]:
-    config = plan.config
-    kinds = state(plan, mine)
+class _Rank(NamedTuple):
+    number: int  # of the pipeline rank
+    buckets: list[BucketSize]
+    activations: int  # the most that it keeps
+
+
+def _kinds(plan: RunPlan, rank: _Rank, sent: Dispatching, cuda: bool) -> dict[str, int]:
+    config, parameters = plan.config, held(plan, rank.number)
+    gates = sum(name.endswith("gate.weight") for name in parameters)
+    kinds = state(plan, rank.buckets)
     if config.fp8.fp8:
-        kinds[COPIES] = sum(_copies(one, config.parallel.ep) for one in held(plan, rank).values())
-    kinds[GATES] = 12 * config.model.routed * _moe_blocks(plan, rank)
-    kinds[ACTIVATIONS] = most_held(plan.schedule, rank, stage_bytes(plan, cuda), left_bytes(plan, cuda))
+        kinds[COPIES] = sum(_copies(one, config.parallel.ep) for one in parameters.values())
+    kinds[GATES] = 12 * config.model.routed * gates
+    kinds[ACTIVATIONS] = rank.activations
     boundary = microbatch_size(config, cuda).tokens * config.model.hidden * DTYPE_BYTES[config.run.dtype]
-    kinds[MESSAGES] = boundary * _most_messages(plan.training[config.batch.sequences].ranks[rank])
-    kinds[STAGING] = staging(sent) if _moe_blocks(plan, rank) else 0
-    kinds[TRANSIENT] = transients(plan, rank, mine, cuda)
+    kinds[MESSAGES] = boundary * _most_messages(plan.training[config.batch.sequences].ranks[rank.number])
+    kinds[STAGING] = staging(sent) if gates else 0
+    kinds[TRANSIENT] = transients(plan, rank.number, rank.buckets, rank.activations, cuda)
     return kinds
 
 
@@ -81,11 +89,6 @@ def _copies(parameter: ParameterSize, ep: int) -> int:
     matrices = elements // (rows * cols)
     scales = [ceil_div(a, TILE) * round_up(ceil_div(b, TILE), 4) for a, b in ((rows, cols), (cols, rows))]
     return 2 * elements + 4 * matrices * sum(scales)
-
-
-def _moe_blocks(plan: RunPlan, rank: int) -> int:
-    """Gates that a rank holds."""
-    return sum(name.endswith("gate.weight") for name in held(plan, rank))
 
 
 def _most_messages(steps: tuple[ProgramStep, ...]) -> int:

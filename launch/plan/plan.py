@@ -103,11 +103,8 @@ class Plan:
     @cached_property
     def by_kind(self) -> dict[str, SlotTimes]:
         """Slots by their ops ("BF": pairs)."""
-        found: dict[str, list[float]] = {}
-        for cell in (cell for row in self.timeline.cells for cell in row):
-            found.setdefault("".join(sorted(op.kind for op in cell.slot)), []).append(cell.end - cell.start)
-        ranks = len(self.timeline.cells)
-        return {kinds: SlotTimes(len(some) / ranks, sum(some) / ranks) for kinds, some in found.items()}
+        ranks, times = len(self.timeline.cells), self.timeline.times_by_kind
+        return {kinds: SlotTimes(len(some) / ranks, sum(some) / ranks) for kinds, some in times.items()}
 
     # -- a run
 

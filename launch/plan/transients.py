@@ -9,15 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from dryvine.launch.plan.shards import BucketSize
-from dryvine.parallel.schedule.simulate import most_held
-from dryvine.trainer.activations import DTYPE_BYTES, left_bytes, microbatch_size, stage_bytes
+from dryvine.trainer.activations import DTYPE_BYTES, microbatch_size
 from dryvine.trainer.model.shape import Shape, blocks
 from dryvine.trainer.run_plan import RunPlan
 
 
-def transients(plan: RunPlan, rank: int, mine: Iterable[BucketSize], cuda: bool) -> int:
-    """Bytes above the most that flights of the rank keep."""
-    held = most_held(plan.schedule, rank, stage_bytes(plan, cuda), left_bytes(plan, cuda))
+def transients(plan: RunPlan, rank: int, mine: Iterable[BucketSize], held: int, cuda: bool) -> int:
+    """Bytes above the most that flights of the rank keep, `held`."""
     return max(_in_blocks(plan, rank, cuda), _in_optimizer(mine, cuda) - held, 0)
 
 

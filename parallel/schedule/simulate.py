@@ -7,8 +7,10 @@ also hold measured times: pictures and figures are the same for both.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple, Protocol
 
 from dryvine.parallel.schedule.costs import Costs
@@ -55,6 +57,14 @@ class Timeline:
     @property
     def bubble_fraction(self) -> float:
         return self.bubble / self.span
+
+    @property
+    def times_by_kind(self) -> dict[str, list[float]]:
+        """How long each slot took, by the kinds of its ops in order of the alphabet ("BF": a pair)."""
+        times: defaultdict[str, list[float]] = defaultdict(list)
+        for cell in chain(*self.cells):
+            times["".join(sorted(op.kind for op in cell.slot))].append(cell.end - cell.start)
+        return dict(times)
 
     def held(self, rank: int) -> int:
         """The most microbatch-chunks whose activations the rank holds at once."""

@@ -4,6 +4,7 @@ not started alike end together, in one line."""
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -63,21 +64,25 @@ def test_deepspeeds_launcher(corpus: Path, tmp_path: Path, expected: list[tuple[
     assert losses(tmp_path / "tiny") == expected
 
 
-@NAMESPACES
-def test_torchrun_on_two_nodes(corpus: Path, tmp_path: Path, expected: list[tuple[float, float]]) -> None:
+def on_two_nodes(command: Callable[[int], tuple[str, ...]]) -> None:
+    """Run `command(i)` in the namespace of node i; both must end well."""
     with netns_bed.nodes(2) as names:
-        meeting = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"10.77.0.1:{PORT}", "--rdzv-id", "test")
-        commands = [
-            (
-                *("ip", "netns", "exec", name, str(BIN / "torchrun"), "--nnodes", "2", "--nproc-per-node", "1"),
-                # The name of this machine has another address than those of its namespaces.
-                *(*meeting, "--rdzv-conf", f"is_host={1 - i}", "--local-addr", f"10.77.0.{i + 1}"),
-                *(*MODULE, *words(corpus, tmp_path)),
-            )
-            for i, name in enumerate(names)
-        ]
+        commands = [("ip", "netns", "exec", name, *command(i)) for i, name in enumerate(names)]
         ended = together(commands, environment(GLOO_SOCKET_IFNAME="eth0"))
     assert [code for code, _ in ended] == [0, 0], ended
+
+
+@NAMESPACES
+def test_torchrun_on_two_nodes(corpus: Path, tmp_path: Path, expected: list[tuple[float, float]]) -> None:
+    meeting = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"10.77.0.1:{PORT}", "--rdzv-id", "test")
+    launcher = (str(BIN / "torchrun"), "--nnodes", "2", "--nproc-per-node", "1", *meeting)
+    # The name of this machine has another address than those of its namespaces.
+    on_two_nodes(
+        lambda i: (
+            *(*launcher, "--rdzv-conf", f"is_host={1 - i}", "--local-addr", f"10.77.0.{i + 1}"),
+            *(*MODULE, *words(corpus, tmp_path)),
+        )
+    )
     assert losses(tmp_path / "tiny") == expected
 
 
@@ -86,17 +91,9 @@ def test_deepspeeds_hostfile_of_two_nodes(corpus: Path, tmp_path: Path, expected
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install -e .[deepspeed]")
     hosts = tmp_path / "hosts"
     hosts.write_text("10.77.0.1 slots=1\n10.77.0.2 slots=1\n")
-    with netns_bed.nodes(2) as names:
-        launcher = (str(BIN / "deepspeed"), "-H", str(hosts), "--no_ssh", "--master_addr", "10.77.0.1")
-        commands = [
-            (
-                *("ip", "netns", "exec", name, *launcher, "--node_rank", str(i)),
-                *("--module", "dryvine.trainer", *words(corpus, tmp_path)),
-            )
-            for i, name in enumerate(names)
-        ]
-        ended = together(commands, environment(GLOO_SOCKET_IFNAME="eth0"))
-    assert [code for code, _ in ended] == [0, 0], ended
+    launcher = (str(BIN / "deepspeed"), "-H", str(hosts), "--no_ssh", "--master_addr", "10.77.0.1")
+    run = ("--module", "dryvine.trainer", *words(corpus, tmp_path))
+    on_two_nodes(lambda i: (*launcher, "--node_rank", str(i), *run))
     assert losses(tmp_path / "tiny") == expected
 
 

@@ -18,7 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dryvine.trainer.checkpoint.manifest import CheckpointError, Manifest, StoredFile, StoredTensor
+from dryvine.trainer.checkpoint import run_folder
+from dryvine.trainer.checkpoint.manifest import NAME, CheckpointError, Manifest, StoredFile, StoredTensor, render
 
 CODES = {torch.float32: "F32", torch.bfloat16: "BF16"}  # safetensors' names of dtypes
 CHUNK = 1 << 24  # bytes read at a time when a file is checked
@@ -50,12 +51,20 @@ def write_file(path: Path, tensors: Mapping[Place, Tensor]) -> Written:
         out.write(header)
         for _, tensor in ordered:
             out.write(_bytes(tensor))
-        sync(out)
+        _sync(out)
         size = out.tell()
     return Written(path.name, StoredFile(bytes=size, header=hashlib.sha256(header).hexdigest()), stored)
 
 
-def sync(file: BinaryIO) -> None:
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    """Write the manifest of the checkpoint `path`, whose files are written, and make both durable. Raises OSError."""
+    with (path / NAME).open("wb") as out:
+        out.write(render(manifest).encode())
+        _sync(out)
+    run_folder.sync_folder(path)
+
+
+def _sync(file: BinaryIO) -> None:
     """Bring a file to the disk, and drop it from the page cache, so that reading it again reads the disk."""
     file.flush()
     os.fsync(file.fileno())
@@ -105,12 +114,16 @@ def _described(place: Place, tensor: Tensor, file: str) -> StoredTensor:
 
 
 def _header(stored: list[StoredTensor], codes: list[str]) -> bytes:
-    """Length and JSON, padded with blanks to a multiple of 8 bytes."""
     entries, at = {}, 0
     for tensor, code in zip(stored, codes, strict=True):
         end = at + tensor.bytes
         entries[tensor.key] = {"dtype": code, "shape": tensor.shape, "data_offsets": (at, end)}
         at = end
+    return encoded_header(entries)
+
+
+def encoded_header(entries: Mapping[str, object]) -> bytes:
+    """What a safetensors file begins with: length and JSON, padded with blanks to a multiple of 8 bytes."""
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

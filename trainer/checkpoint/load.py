@@ -8,7 +8,7 @@ from the page cache.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, cast
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dryvine.comm.mesh import Mesh
 from dryvine.trainer.checkpoint import run_folder
-from dryvine.trainer.checkpoint.manifest import CheckpointError, Manifest, StoredTensor
+from dryvine.trainer.checkpoint.manifest import CheckpointError, Manifest, StoredPieces, StoredTensor, overlaps
 from dryvine.trainer.checkpoint.reader import CheckpointReader, open_checkpoint
 from dryvine.trainer.checkpoint.state import RunState
 
@@ -134,34 +134,18 @@ def _piece_reads(manifest: Manifest, state: RunState, missing: Collection[str]) 
         size = fields["master"].numel()
         for field, live in fields.items():
             if field not in missing:
-                pieces = stored.get((name, field), [])
-                sizes = {piece.first: piece.elements for piece in stored.get((name, "master"), [])}
-                yield from _overlaps(_Wanted(name, field, first, size), pieces, sizes, live)
+                yield from _field_reads(stored, name, field, first, size, live)
 
 
-class _Wanted(NamedTuple):
-    """Elements of a parameter."""
-
-    name: str
-    field: str
-    first: int
-    size: int
-
-
-def _overlaps(
-    wanted: _Wanted, pieces: Iterable[StoredTensor], sizes: Mapping[int, int], live: Tensor
-) -> Iterator[_Read]:
-    """The parts of stored pieces that hold the wanted elements; together they must hold them all. A field without
-    dimensions is that of any piece that overlaps; `sizes` are those of the pieces."""
-    found, end = 0, wanted.first + wanted.size
-    for piece in pieces:
-        low, high = max(piece.first, wanted.first), min(piece.first + sizes[piece.first], end)
-        if low < high:
-            found += high - low
-            part = slice(low - piece.first, high - piece.first)
-            yield _Read(piece, part, live[low - wanted.first : high - wanted.first] if live.dim() else live)
-    if found != wanted.size:
-        raise CheckpointError(f"does not hold {wanted.name}, elements {wanted.first} to {end}, {wanted.field}")
+def _field_reads(stored: StoredPieces, name: str, field: str, first: int, size: int, live: Tensor) -> Iterator[_Read]:
+    """What fills `live`, a field of a parameter's elements first..first+size. They must all be stored."""
+    found = 0
+    for tensor, part in overlaps(stored, name, field, first, size):
+        found += part.stop - part.start
+        at = tensor.first + part.start - first
+        yield _Read(tensor, part, live[at : at + part.stop - part.start] if live.dim() else live)
+    if found != size:
+        raise CheckpointError(f"does not hold {name}, elements {first} to {first + size}, {field}")
 
 
 def _buffer_reads(manifest: Manifest, state: RunState) -> Iterator[_Read]:

@@ -13,6 +13,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -59,6 +60,9 @@ class StoredFile(BaseModel, frozen=True, extra="forbid"):
     header: str  # SHA-256 of what comes before the first tensor
 
 
+StoredPieces = dict[tuple[str, str], list[StoredTensor]]  # (parameter, field) -> its pieces
+
+
 class Manifest(BaseModel, frozen=True, extra="forbid"):
     """A checkpoint's contents. `data` and `tokenizer` are fingerprints of what the run reads, None if not known.
     `seconds` is how long its slowest rank took from the copy to the last byte verified, 0 if not known."""
@@ -76,7 +80,7 @@ class Manifest(BaseModel, frozen=True, extra="forbid"):
         """The tensors of a file, in the order in which they lie there."""
         return [tensor for tensor in self.tensors if tensor.file == name]
 
-    def pieces(self) -> dict[tuple[str, str], list[StoredTensor]]:
+    def pieces(self) -> StoredPieces:
         """(parameter, field) -> its stored pieces, by first element."""
         found: defaultdict[tuple[str, str], list[StoredTensor]] = defaultdict(list)
         for tensor in sorted(self.tensors, key=lambda tensor: tensor.first):
@@ -99,6 +103,23 @@ class Manifest(BaseModel, frozen=True, extra="forbid"):
                 yield f"{name}: stored, but no parameter has that name"
             elif some[0].shape:
                 yield from _gaps(name, field, some, self.parameters[name])
+
+
+class StoredPart(NamedTuple):
+    """Some elements of a stored tensor, flat; of one without dimensions, what holds for all of its piece."""
+
+    tensor: StoredTensor
+    part: slice
+
+
+def overlaps(stored: StoredPieces, name: str, field: str, first: int, count: int) -> Iterator[StoredPart]:
+    """The parts of `stored` (`Manifest.pieces`) that hold elements first..first+count of a parameter's field. Which
+    elements a piece has, its master says: a field may have one value for all of them."""
+    of_field = {tensor.first: tensor for tensor in stored.get((name, field), ())}
+    for piece in stored.get((name, "master"), ()):
+        low, high = max(piece.first, first), min(piece.first + piece.elements, first + count)
+        if low < high and piece.first in of_field:
+            yield StoredPart(of_field[piece.first], slice(low - piece.first, high - piece.first))
 
 
 def _gaps(name: str, field: str, pieces: list[StoredTensor], shape: Size) -> Iterator[str]:

@@ -61,8 +61,8 @@ def open_checkpoint(path: Path) -> CheckpointReader:
     """The checkpoint in a folder, or the newest of a run folder. Reads no more than its index. Raises
     CheckpointError."""
     reader = _reader(path)
-    if next(reader.manifest.gaps(), None) is not None:
-        raise CheckpointError(f"{path}: damaged: {next(reader.manifest.gaps())}")
+    if gap := next(reader.manifest.gaps(), None):
+        raise CheckpointError(f"{path}: damaged: {gap}")
     return reader
 
 

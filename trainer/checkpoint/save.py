@@ -22,8 +22,8 @@ from torch import Tensor
 
 from dryvine.comm.mesh import Mesh
 from dryvine.trainer.checkpoint import run_folder
-from dryvine.trainer.checkpoint.files import Place, Written, damage, sync, write_file
-from dryvine.trainer.checkpoint.manifest import BUFFER, NAME, CannotSave, Manifest, Size, render
+from dryvine.trainer.checkpoint.files import Place, Written, damage, write_file, write_manifest
+from dryvine.trainer.checkpoint.manifest import BUFFER, NAME, CannotSave, Manifest, Size
 from dryvine.trainer.checkpoint.state import RunState
 from dryvine.trainer.data.identity import UNKNOWN, DataIdentity
 from dryvine.trainer.nonfinite import Diverged
@@ -176,10 +176,7 @@ class Saver:
         if gap := next(manifest.gaps(), None):
             return self._drop(f"checkpoint {self._step} is not whole, and so not kept: {gap}")
         try:
-            with (path / NAME).open("wb") as out:
-                out.write(render(manifest).encode())
-                sync(out)
-            run_folder.sync_folder(path)
+            write_manifest(path, manifest)
             run_folder.publish(self.folder, self._step)
         except OSError as error:
             return self._drop(_cannot_write(path / NAME, error))

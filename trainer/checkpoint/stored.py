@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from dryvine.trainer.checkpoint import run_folder
-from dryvine.trainer.checkpoint.files import Place, sync, write_file
-from dryvine.trainer.checkpoint.manifest import BUFFER, NAME, CheckpointError, Manifest, Size, StoredTensor, render
+from dryvine.trainer.checkpoint.files import Place, write_file, write_manifest
+from dryvine.trainer.checkpoint.manifest import BUFFER, CheckpointError, Manifest, Size, StoredPieces, overlaps
 from dryvine.trainer.checkpoint.reader import open_checkpoint
 from dryvine.trainer.checkpoint.state import Fields
 
@@ -60,22 +60,18 @@ class Stored:
     def read(self, name: str, first: int, count: int, field: str = "master") -> Tensor:
         """Elements first..first+count of a parameter, flat, in the stored dtype; a field that holds for whole pieces
         is a scalar. Raises CheckpointError if they are not all there."""
-        fields = {tensor.first: tensor for tensor in self._pieces.get((name, field), [])}
         parts, found = [], 0
-        for piece in self._pieces.get((name, "master"), []):
-            low, high = max(piece.first, first), min(piece.first + piece.elements, first + count)
-            if low < high and piece.first in fields:
-                stored = fields[piece.first]
-                if not stored.shape:
-                    return self._reader.read(stored, slice(None))
-                parts.append(self._reader.read(stored, slice(low - piece.first, high - piece.first)))
-                found += high - low
+        for stored, part in overlaps(self._pieces, name, field, first, count):
+            if not stored.shape:
+                return self._reader.read(stored, slice(None))
+            parts.append(self._reader.read(stored, part))
+            found += part.stop - part.start
         if found != count:
             raise CheckpointError(f"{self.path}: does not hold {field} of {name}, elements {first} to {first + count}")
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     @cached_property
-    def _pieces(self) -> dict[tuple[str, str], list[StoredTensor]]:
+    def _pieces(self) -> StoredPieces:
         return self._reader.manifest.pieces()
 
 
@@ -100,13 +96,10 @@ def write_pieces(
         )
         if gap := next(manifest.gaps(), None):
             raise CheckpointError(f"{path}: {gap}")
-        with (path / NAME).open("wb") as out:
-            out.write(render(manifest).encode())
-            sync(out)
+        write_manifest(path, manifest)
     except BaseException:
         shutil.rmtree(path, ignore_errors=True)
         raise
-    run_folder.sync_folder(path)
     return run_folder.publish(folder, step)
 
 

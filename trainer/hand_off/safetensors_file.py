@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dryvine.trainer.checkpoint.files import encoded_header
 from dryvine.trainer.hand_off.errors import HandOffError
 
 DTYPES = {
@@ -121,12 +122,11 @@ class SafetensorsWriter:
             begins[name], end = at, at + math.prod(shape) * dtype.itemsize
             described[name] = {"dtype": CODES[dtype], "shape": shape, "data_offsets": (at, end)}
             at = end
-        header = json.dumps({"__metadata__": {"format": "pt"}} | described, separators=(",", ":")).encode()
-        header += b" " * (-len(header) % 8)
-        start = 8 + len(header)
+        header = encoded_header({"__metadata__": {"format": "pt"}, **described})
+        start = len(header)
         self._starts = {name: start + begin for name, begin in begins.items()}
         self._file = path.open("wb")
-        self._file.write(len(header).to_bytes(8, "little") + header)
+        self._file.write(header)
         self._file.flush()
         # Not every system can promise the space; then a full disk is found when it is full.
         reserve = getattr(os, "posix_fallocate", None)
