@@ -41,7 +41,7 @@ def topic(what: str) -> str:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class RollCallVerdict:
     """What the roll call found: who is missing, and what the others were doing."""
 
     missing: tuple[int, ...]
@@ -95,7 +95,7 @@ class RollCall:
         """This rank parts in order."""
         self._store.set(f"left/{self.rank}", "1")
 
-    def hold(self, state: str, last: str, waiting: Sequence[Wanted], posted: Counter[str]) -> Verdict:
+    def hold(self, state: str, last: str, waiting: Sequence[Wanted], posted: Counter[str]) -> RollCallVerdict:
         """Call the roll, or answer it. `last` is what this rank has posted last, `posted` counts its operations by
         topic."""
         self._store.set("call", "1")
@@ -105,7 +105,7 @@ class RollCall:
         self._store.set(f"owes/{self.rank}", json.dumps(self._owed(wanted, posted)))
         owes = self._answers("owes", here, ROUND)
         missing = tuple(rank for rank in range(self.world) if rank not in here)
-        return Verdict(
+        return RollCallVerdict(
             missing,
             states={rank: str(state) for rank, (state, _, _) in here.items()},
             left=tuple(rank for rank in missing if self._store.check([f"left/{rank}"])),

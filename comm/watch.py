@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 from dryvine.comm.ending import Ending
 from dryvine.comm.progress import Progress, StreamWords
-from dryvine.comm.roll_call import SHOWN, Due, RollCall, Verdict, Wanted, topic
+from dryvine.comm.roll_call import SHOWN, Due, RollCall, RollCallVerdict, Wanted, topic
 
 POLL = 0.5  # seconds between looks at the store
 EXIT = 3.0  # seconds that a process gets to end by itself once the culprit is known
@@ -79,7 +79,7 @@ class Watch:
         ending: Ending | None = None,
     ) -> None:
         self.rank, self.deadline, self.progress = rank, deadline, progress
-        self.verdict: Verdict | None = None
+        self.verdict: RollCallVerdict | None = None
         self._roll, self._ending = RollCall(store, rank, world, grace), ending or Ending()
         self._patience = grace + 8 * POLL  # of a rank that has the roll called
         self._open: dict[int, Awaited] = {}
@@ -145,7 +145,7 @@ class Watch:
         self._raising.set()
         self._alarm.set()
         self._known.wait(self._patience)
-        verdict = self.verdict or Verdict((), {}, "the store does not answer: its host is gone")
+        verdict = self.verdict or RollCallVerdict((), {}, "the store does not answer: its host is gone")
         return CommError(verdict.message(self.rank, what, due, age) + (f" ({_brief(broken)})" if broken else ""))
 
     def fail(self, error: BaseException) -> None:
@@ -211,7 +211,7 @@ class Watch:
                 self._posted,
             )
         except RuntimeError:
-            self.verdict = Verdict((), {}, "the store does not answer: its host is gone")
+            self.verdict = RollCallVerdict((), {}, "the store does not answer: its host is gone")
         mine = self.verdict.message(self.rank, *(oldest or (self._failure or doing, (), 0.0)))
         print(mine, file=sys.stderr, flush=True)
         time.sleep(2 * POLL)  # a launcher ends all ranks when one has ended: let each speak, and read the store

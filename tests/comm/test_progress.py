@@ -19,7 +19,7 @@ import torch.distributed as dist
 from dryvine.comm import progress
 from dryvine.comm.posted import Posted
 from dryvine.comm.progress import StreamWords
-from dryvine.comm.roll_call import RollCall, Verdict, Wanted, topic
+from dryvine.comm.roll_call import RollCall, RollCallVerdict, Wanted, topic
 from dryvine.comm.watch import CODE, POLL, Watch, naming
 from tests.support.endings import NoEnding
 
@@ -78,7 +78,7 @@ def post(watch: Watch, what: str) -> Posted:
     return Posted(watch, what, ((1, 64),), lambda: [work], on_device=True)
 
 
-def verdict(watch: Watch, seconds: float = DEADLINE + 10 * POLL) -> Verdict:
+def verdict(watch: Watch, seconds: float = DEADLINE + 10 * POLL) -> RollCallVerdict:
     until = time.monotonic() + seconds
     while watch.verdict is None:
         assert time.monotonic() < until
@@ -204,7 +204,7 @@ def test_who_has_not_posted_its_side_is_told_from_who_waits(store: dist.Store) -
     calls = [RollCall(store, rank, 3, 2.0) for rank in range(3)]
     posted = {topic("sending gradients of route 0, stage 1, microbatch 5 to rank 0"): 1}
 
-    found: dict[int, Verdict] = {}
+    found: dict[int, RollCallVerdict] = {}
 
     def hold(rank: int, state: str, waiting: list[Wanted]) -> None:
         mine = Counter({topic(what): 2}) if rank == 0 else Counter(posted)

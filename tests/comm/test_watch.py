@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from dryvine.comm.dispatch.exchange import GroupExchange
 from dryvine.comm.posted import Posted
-from dryvine.comm.roll_call import RollCall, Verdict
+from dryvine.comm.roll_call import RollCall, RollCallVerdict
 from dryvine.comm.watch import POLL, CommError, Watch, naming
 from tests.support.endings import NoEnding
 
@@ -124,8 +124,8 @@ def test_an_exchange_awaits_what_it_receives(pair: Watch, monkeypatch: pytest.Mo
     assert noted == [("dispatch", ((4, 40), (7, 0)))]
 
 
-def verdict(missing: tuple[int, ...], **states: str) -> Verdict:
-    return Verdict(missing, {int(rank[1:]): state for rank, state in states.items()}, "")
+def verdict(missing: tuple[int, ...], **states: str) -> RollCallVerdict:
+    return RollCallVerdict(missing, {int(rank[1:]): state for rank, state in states.items()}, "")
 
 
 def test_a_message_names_who_is_gone_before_who_is_late() -> None:

@@ -1,0 +1,135 @@
+"""The pool of verifier processes: order, deadlines, deaths, and None apart from 0."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from dryvine.trainer.rl.verifiers import names
+from dryvine.trainer.rl.verifiers.pool import Pool, VerifierError
+from dryvine.trainer.rl.verifiers.verdict import Job, Verdict, weighted
+from dryvine.trainer.rl.verifiers.worker import WorkerLimits
+
+ODD = """
+import os, time
+from dryvine.trainer.rl.verifiers.verdict import Verdict
+SECONDS = 1.0
+def verify(answer, problem):
+    print("noise on stdout")
+    match answer:
+        case "hang": time.sleep(600)
+        case "spin":
+            while True: pass
+        case "die": os._exit(3)
+        case "raise": raise ZeroDivisionError("odd")
+        case "huge": return Verdict(1.0, "x" * 10**7)
+        case "nan": return Verdict(float("nan"))
+        case "word": return Verdict("1")
+        case "memory": return Verdict(float(len(bytearray(2 << 30)) > 0))
+        case "file":
+            with open(problem["path"], "wb") as file: file.write(bytes(2 << 20))
+        case "shout": os.write(problem["fd"], b"x" * (1 << 20))
+        case "pid": return Verdict(float(os.getpid()))
+    return Verdict(float(answer))
+"""
+
+
+@pytest.fixture
+def odd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pool]:
+    """A pool with a verifier that does what the answer says; also the test that one file and one line are enough."""
+    (tmp_path / "odd.py").write_text(ODD)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setitem(names.VERIFIERS, "odd", "odd")
+    with Pool(["odd", "format"], 2, WorkerLimits(memory_mb=1024, file_mb=1, answer_chars=1000)) as pool:
+        yield pool
+
+
+def jobs(*answers: str, **problem: object) -> list[Job]:
+    return [Job("odd", answer, problem) for answer in answers]
+
+
+def test_verdicts_are_in_the_order_of_jobs_and_of_both_verifiers(odd: Pool) -> None:
+    mixed = [Job("format", "1", {}) if n % 3 == 0 else Job("odd", str(n), {}) for n in range(100)]
+    assert [verdict.score for verdict in odd.score(mixed)] == [0.0 if n % 3 == 0 else float(n) for n in range(100)]
+    assert odd.score([]) == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "why"),
+    [
+        ("hang", "ran past its deadline"),
+        ("spin", "ran past its deadline"),
+        ("die", "ended"),
+        ("raise", "ZeroDivisionError: odd"),
+        ("memory", "MemoryError"),
+        ("nan", "score was nan"),
+        ("word", "score was '1'"),
+        ("no number", "ValueError"),
+    ],
+)
+def test_what_cannot_be_scored_is_none_and_the_jobs_beside_it_are_scored(odd: Pool, answer: str, why: str) -> None:
+    began = time.monotonic()
+    verdicts = odd.score(jobs("1", "2", answer, "3", "4"))
+    assert [verdict.score for verdict in verdicts] == [1, 2, None, 3, 4]
+    assert why in verdicts[2].why
+    assert time.monotonic() - began < 60
+    assert odd.take_error_rates() == {"odd": 0.2}
+    assert odd.take_error_rates() == {}
+
+
+def test_a_worker_writes_no_large_file_and_replies_no_large_reason(odd: Pool, tmp_path: Path) -> None:
+    big = tmp_path / "big"
+    verdict, huge = odd.score(jobs("file", "huge", path=str(big)))
+    assert verdict.score is None
+    assert big.stat().st_size == 1 << 20
+    assert huge.score == 1.0
+    assert len(huge.why) == 500
+
+
+def test_what_is_no_verdict_in_the_reply_kills_the_worker(odd: Pool) -> None:
+    """File descriptor 3 is the worker's reply: a verifier that finds it cannot send the trainer what it likes."""
+    (verdict,) = odd.score(jobs("shout", fd=3))
+    assert verdict == Verdict(None, "the verifier's process gave a reply that is no verdict")
+    assert odd.counts["killed"] == 1
+    assert odd.score(jobs("1"))[0].score == 1
+
+
+def test_workers_killed_from_outside_are_replaced(odd: Pool) -> None:
+    for verdict in odd.score(jobs(*["pid"] * 50)):
+        assert verdict.score is not None
+        with suppress(ProcessLookupError):
+            os.kill(int(verdict.score), signal.SIGKILL)
+    assert [verdict.score for verdict in odd.score(jobs("1", "2", "3"))][-1] == 3
+
+
+def test_a_long_answer_is_wrong_and_not_read(odd: Pool) -> None:
+    assert odd.score(jobs("1" * 1001)) == [Verdict(0.0, "longer than 1000 characters")]
+
+
+def test_no_process_is_left_when_the_pool_is_closed(odd: Pool) -> None:
+    pids = {int(verdict.score or 0) for verdict in odd.score(jobs(*["pid"] * 20))}
+    odd.close()
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_a_verifier_that_does_not_exist_or_load_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(VerifierError, match="no verifier 'maths': there are countdown"):
+        Pool(["maths"])
+    monkeypatch.setitem(names.VERIFIERS, "gone", "dryvine.trainer.rl.verifiers.gone")
+    with pytest.raises(VerifierError, match="verifiers gone: No module named"):
+        Pool(["gone"])
+
+
+def test_rewards_are_weighted_and_none_stays_none() -> None:
+    one, half, none = Verdict(1.0), Verdict(0.5), Verdict(None)
+    assert weighted({"a": 1.0, "b": 0.2}, {"a": one, "b": half}) == pytest.approx(1.1)
+    assert weighted({"a": 1.0, "b": 0.2}, {"a": one, "b": none}) is None
+    assert weighted({}, {}) == 0

@@ -1,0 +1,90 @@
+"""One process of the pool: a job a line on stdin, its verdict a line on stdout. Arguments: modules and limits as JSON.
+
+Lines are JSON and not pickles: whoever takes over this process through an answer must not reach the trainer by its
+reply. What verifiers print goes nowhere. Limits hold for the worker and, since children inherit them, for all below it;
+the wall clock is the pool's, outside.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import resource
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from types import ModuleType
+from typing import TextIO
+
+from dryvine.trainer.rl.verifiers.verdict import SECONDS, Verdict
+
+WHY_LONGEST = 500  # characters of a verdict's reason
+
+
+@dataclass(frozen=True)
+class WorkerLimits:
+    """Of one verifier process. Its wall clock is its verifier's SECONDS."""
+
+    memory_mb: int = 4096  # of address space
+    file_mb: int = 64  # of any file it writes
+    files: int = 64  # open at a time
+    answer_chars: int = 200_000  # longer answers are not read
+
+
+def main() -> None:
+    files, limits = json.loads(sys.argv[1]), WorkerLimits(**json.loads(sys.argv[2]))
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    _limit(limits)
+    try:
+        modules = {name: importlib.import_module(file) for name, file in files.items()}
+    except ImportError as error:
+        _reply(replies, {"error": f"verifiers {', '.join(files)}: {error}"})
+        return
+    _reply(replies, {name: _seconds(module) for name, module in modules.items()})
+    for line in sys.stdin:
+        job = json.loads(line)
+        module = modules[job["verifier"]]
+        _limit_cpu(_seconds(module))
+        _reply(replies, asdict(_verdict(module, job["answer"], job["problem"])))
+
+
+def _verdict(module: ModuleType, answer: str, problem: Mapping[str, object]) -> Verdict:
+    try:
+        verdict = module.verify(answer, problem)
+        return Verdict(verdict.score, verdict.why[:WHY_LONGEST])
+    except Exception as error:  # a verifier's fault is no answer's fault
+        return Verdict(None, f"{type(error).__name__}: {error}"[:WHY_LONGEST])
+
+
+def _seconds(module: ModuleType) -> float:
+    return float(getattr(module, "SECONDS", SECONDS))
+
+
+def _limit(limits: WorkerLimits) -> None:
+    for what, most in (
+        (resource.RLIMIT_AS, limits.memory_mb << 20),
+        (resource.RLIMIT_FSIZE, limits.file_mb << 20),
+        (resource.RLIMIT_NOFILE, limits.files),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        hard = resource.getrlimit(what)[1]
+        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(what, (most, most))
+
+
+def _limit_cpu(seconds: float) -> None:
+    """From now. The pool's clock ends a job first; this ends a worker whose pool is gone."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    soft = int(used.ru_utime + used.ru_stime + seconds) + 2
+    resource.setrlimit(resource.RLIMIT_CPU, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
+
+
+def _reply(replies: TextIO, value: object) -> None:
+    print(json.dumps(value), file=replies, flush=True)
+
+
+if __name__ == "__main__":
+    main()
