@@ -15,6 +15,7 @@ from dryvine.launch.doctor import doctor
 from dryvine.launch.plan_cli import HardwareName, machine_of, plan, profile
 from dryvine.launch.report_cli import report, watch
 from dryvine.launch.schedule_cli import schedule
+from dryvine.launch.verifier_cli import check_verifier
 from dryvine.trainer.say import say
 
 app = typer.Typer(
@@ -36,6 +37,7 @@ app.command()(report)
 app.command()(watch)
 app.command()(schedule)
 app.command()(hand_off_cli.export)
+app.command()(check_verifier)
 app.command("import")(hand_off_cli.import_)
 
 ConfigFile = Annotated[Path, typer.Argument(help="a TOML file, see configs/", show_default=False)]

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from dryvine.launch.slurm.job import Job, JobError
+from dryvine.launch.slurm.job import JobError, SlurmJob
 from dryvine.launch.slurm.render import render
 from dryvine.trainer.config import Config
 from dryvine.trainer.run_plan import load_plan
@@ -49,7 +49,7 @@ def slurm(
 ) -> None:
     """Render a batch script for CONFIG and submit it. Run it again, or let SLURM requeue it, and the run goes on."""
     resolved = load_plan(config, overrides or ()).config
-    job = Job(
+    job = SlurmJob(
         nodes=nodes,
         gpus_per_node=gpus_per_node,
         name=name or resolved.run.name,

@@ -25,7 +25,7 @@ class JobError(ValueError):
 
 
 @dataclass(frozen=True)
-class Job:
+class SlurmJob:
     """Of one run. Empty texts and zeros are left to SLURM."""
 
     nodes: int

@@ -1,8 +1,8 @@
 """A run and what is asked of SLURM, as the script that sbatch takes.
 
 The script is a template beside this file, package data like any other, so what a cluster needs changed can be read in
-one place. Whatever comes from the user is quoted (`shlex`) or refused (`Job`), and put in once: a value that looks like
-one of the template's names stays as it is.
+one place. Whatever comes from the user is quoted (`shlex`) or refused (`SlurmJob`), and put in once: a value that looks
+like one of the template's names stays as it is.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from string import Template
 
 from dryvine.comm.host import MALLOC
-from dryvine.launch.slurm.job import Job, JobError, log_path, seconds
+from dryvine.launch.slurm.job import JobError, SlurmJob, log_path, seconds
 from dryvine.trainer.checkpoint import run_folder
 from dryvine.trainer.checkpoint.manifest import NAME
 from dryvine.trainer.config import Config
@@ -31,7 +31,7 @@ class _Script(Template):
     delimiter = "@"  # the shell has the dollar
 
 
-def render(config: Config, words: Sequence[str], job: Job) -> str:
+def render(config: Config, words: Sequence[str], job: SlurmJob) -> str:
     """The script for `words`, the path of a config and its overrides, which resolve to `config`. Raises JobError."""
     _fits(config, job)
     template = _Script(Path(__file__).with_name("pretrain.sbatch").read_text())
@@ -59,12 +59,12 @@ def _saves(folder: Path) -> Iterator[float]:
             yield float(json.loads((checkpoint / NAME).read_bytes()).get("seconds", 0.0))
 
 
-def python(job: Job) -> str:
+def python(job: SlurmJob) -> str:
     """The interpreter of this environment, which hosts share; a container has its own."""
     return "python3" if job.container else sys.executable
 
 
-def _fits(config: Config, job: Job) -> None:
+def _fits(config: Config, job: SlurmJob) -> None:
     if job.ranks != config.parallel.world:
         raise JobError(
             f"--nodes {job.nodes} x --gpus-per-node {job.gpus_per_node} are {job.ranks} ranks, but the config's layout "
@@ -78,7 +78,7 @@ def _fits(config: Config, job: Job) -> None:
         )
 
 
-def _directives(config: Config, job: Job) -> Iterator[str]:
+def _directives(config: Config, job: SlurmJob) -> Iterator[str]:
     yield f"job-name={job.name}"
     yield f"nodes={job.nodes}"
     yield f"ntasks-per-node={job.gpus_per_node if job.per_rank else 1}"
@@ -96,12 +96,12 @@ def _directives(config: Config, job: Job) -> Iterator[str]:
     yield f"signal=B:USR1@{min(lead(config), LONGEST_LEAD)}"
 
 
-def _cpus(job: Job) -> int:
+def _cpus(job: SlurmJob) -> int:
     """Of one task."""
     return job.cpus_per_rank * (1 if job.per_rank else job.gpus_per_node)
 
 
-def _environment(config: Config, job: Job) -> Iterator[tuple[str, str]]:
+def _environment(config: Config, job: SlurmJob) -> Iterator[tuple[str, str]]:
     yield "CUDA_DEVICE_MAX_CONNECTIONS", "32"  # streams that wait must not hold up others
     yield "OMP_NUM_THREADS", str(job.cpus_per_rank or 1)
     yield "PYTHONUNBUFFERED", "1"
@@ -116,7 +116,7 @@ def _environment(config: Config, job: Job) -> Iterator[tuple[str, str]]:
         yield from MALLOC.items()
 
 
-def _check(job: Job) -> str:
+def _check(job: SlurmJob) -> str:
     """One doctor a node, which agree on how the nodes reach each other; a bad one fails the job before it starts."""
     if not job.check:
         return ""
@@ -125,7 +125,7 @@ def _check(job: Job) -> str:
     return _lines([*srun, *_inside(job), *doctor]) + " || exit 1\n"
 
 
-def _srun(config: Config, job: Job) -> Iterator[str]:
+def _srun(config: Config, job: SlurmJob) -> Iterator[str]:
     yield from ("srun", "--kill-on-bad-exit=1", f"--ntasks-per-node={job.gpus_per_node if job.per_rank else 1}")
     # srun does not take --cpus-per-task from the job since SLURM 22.05.
     yield from (f"--cpus-per-task={_cpus(job)}", "--cpu-bind=cores") if job.cpus_per_rank else ("--cpu-bind=none",)
@@ -134,7 +134,7 @@ def _srun(config: Config, job: Job) -> Iterator[str]:
     yield from _pyxis(job)
 
 
-def _pyxis(job: Job) -> Iterator[str]:
+def _pyxis(job: SlurmJob) -> Iterator[str]:
     match job.image:
         case "pyxis", image:
             yield f"--container-image={shlex.quote(image)}"
@@ -143,7 +143,7 @@ def _pyxis(job: Job) -> Iterator[str]:
             yield f'--container-mounts="{mounts}"' + (f",{shlex.quote(job.mounts)}" if job.mounts else "")
 
 
-def _inside(job: Job) -> Iterator[str]:
+def _inside(job: SlurmJob) -> Iterator[str]:
     match job.image:
         case "apptainer", image:
             yield from ("apptainer", "exec", "--nv", '--bind "$PWD"')
@@ -156,7 +156,7 @@ def _ranks() -> Iterator[str]:
     yield from ('"$python" -m dryvine.trainer', '"${run[@]}"')
 
 
-def _torchrun(job: Job) -> Iterator[str]:
+def _torchrun(job: SlurmJob) -> Iterator[str]:
     """An agent a node. The store is served by node 0, of which each task must be told: names and addresses of hosts
     differ on many clusters."""
     host = '"is_host=$((SLURM_NODEID == 0))"'

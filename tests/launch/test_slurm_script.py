@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from dryvine.launch.slurm.job import Job, JobError, seconds
+from dryvine.launch.slurm.job import JobError, SlurmJob, seconds
 from dryvine.launch.slurm.render import FIRST_SAVE, SLACK, lead, render
 from dryvine.trainer.config import Config
 
@@ -36,9 +36,9 @@ NASTY = (
 )
 
 
-def job(**changed: object) -> Job:
+def job(**changed: object) -> SlurmJob:
     given: dict[str, object] = {"nodes": 2, "gpus_per_node": 2, "name": "tiny", **changed}
-    return Job(**given)  # type: ignore[arg-type]
+    return SlurmJob(**given)  # type: ignore[arg-type]
 
 
 @pytest.fixture

@@ -10,7 +10,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from dryvine.launch.cli import app
 from dryvine.trainer.rl.verifiers import names
 from dryvine.trainer.rl.verifiers.pool import Pool, VerifierError
 from dryvine.trainer.rl.verifiers.verdict import Job, Verdict, weighted
@@ -133,3 +135,19 @@ def test_rewards_are_weighted_and_none_stays_none() -> None:
     assert weighted({"a": 1.0, "b": 0.2}, {"a": one, "b": half}) == pytest.approx(1.1)
     assert weighted({"a": 1.0, "b": 0.2}, {"a": one, "b": none}) is None
     assert weighted({}, {}) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["countdown", "<answer>7*5-9</answer>", "--problem", '{"numbers": [7, 5, 9], "target": 26}'], 0, "1: 26,"),
+        (["integer", "<answer>4</answer>", "--problem", '{"answer": 5}'], 0, "0: 4, wanted 5"),
+        (["integer", "<answer>4</answer>"], 1, "not scored: ValueError: the problem's 'answer' is None"),
+        (["integer", "4", "--problem", "[1]"], 2, "--problem '[1]': not an object; write a JSON object"),
+        (["maths", "4"], 2, "no verifier 'maths': there are countdown"),
+    ],
+)
+def test_the_command_shows_a_verdict(words: list[str], code: int, said: str) -> None:
+    result = CliRunner().invoke(app, ["check-verifier", *words])
+    assert result.exit_code == code
+    assert said in result.output

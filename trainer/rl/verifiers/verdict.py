@@ -6,7 +6,7 @@ A verifier is a module with `verify(answer, problem) -> Verdict` and a line in `
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 SECONDS = 10.0  # that one answer may take, where its verifier says nothing else
@@ -36,15 +36,6 @@ def weighted(weights: Mapping[str, float], verdicts: Mapping[str, Verdict]) -> f
     """The reward of an answer from its verdicts, both by verifier: the weighted sum, or None if one is None."""
     scores = [(weights[name], verdicts[name].score) for name in weights]
     return None if any(score is None for _, score in scores) else sum(w * s for w, s in scores if s is not None)
-
-
-def strings(problem: Mapping[str, object], key: str) -> list[str]:
-    """A field that is a string or a list of strings, as a list. Raises ValueError, which makes the verdict None."""
-    value = problem.get(key)
-    values = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-    if not values or not all(isinstance(each, str) for each in values):
-        raise ValueError(f"the problem's {key!r} is {value!r}: a string or a list of strings is needed")
-    return [str(each) for each in values]
 
 
 def number(problem: Mapping[str, object], key: str) -> int:

@@ -1,0 +1,39 @@
+"""`dryvine check-verifier`: one answer through a verifier as training scores it, to see why a reward is what it is."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+
+from dryvine.trainer.rl.verifiers.names import VERIFIERS
+from dryvine.trainer.rl.verifiers.pool import Pool, VerifierError
+from dryvine.trainer.rl.verifiers.verdict import Job
+from dryvine.trainer.say import say
+
+
+def check_verifier(
+    name: Annotated[str, typer.Argument(help=", ".join(sorted(VERIFIERS)), show_default=False)],
+    answer: Annotated[str, typer.Argument(help="the answer's text; - reads it from stdin", show_default=False)],
+    problem: Annotated[str, typer.Option(help="The problem's record, as JSON.")] = "{}",
+) -> None:
+    """Score one answer. Exit code 0: it was scored; 1: it could not be; 2: no such verifier, or no record."""
+    try:
+        record = json.loads(problem)
+        if not isinstance(record, dict):
+            raise ValueError("not an object")
+        with Pool([name], workers=1) as pool:
+            text = sys.stdin.read() if answer == "-" else answer
+            (verdict,) = pool.score([Job(name, text, record)])
+    except ValueError as error:
+        say(f"--problem {problem!r}: {error}; write a JSON object, for example " + "'{\"answer\": 5}'")
+        raise typer.Exit(2) from None
+    except VerifierError as error:
+        say(error)
+        raise typer.Exit(2) from None
+    typer.echo(
+        f"{'not scored' if verdict.score is None else f'{verdict.score:g}'}{': ' * bool(verdict.why)}{verdict.why}"
+    )
+    raise typer.Exit(int(verdict.score is None))
