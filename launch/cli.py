@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from dryvine.launch import bench_comm, checkpoint_cli, data_cli, hand_off_cli, launch_cli
+from dryvine.launch.demos_cli import demos
 from dryvine.launch.doctor import doctor
 from dryvine.launch.plan_cli import HardwareName, machine_of, plan, profile
 from dryvine.launch.report_cli import report, watch
@@ -30,6 +31,7 @@ app.add_typer(data_cli.app, name="data")
 app.add_typer(checkpoint_cli.app, name="checkpoint")
 app.add_typer(launch_cli.app, name="launch")
 app.add_typer(bench, name="bench")
+app.command()(demos)
 app.command()(doctor)
 app.command()(plan)
 app.command()(profile)

@@ -1,0 +1,21 @@
+"""`dryvine demos`: demonstrations of countdown-3 to fine-tune on before reinforcement learning."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def demos(
+    out: Annotated[Path, typer.Option(help="Folder for tokenizer.json, train.jsonl and validation.jsonl.")],
+    count: Annotated[int, typer.Option(min=1, help="Of demonstrations.")] = 40_000,
+    wrong: Annotated[float, typer.Option(min=0, max=1, help="Share that aims at another target.")] = 0.6,
+    seed: int = 0,
+) -> None:
+    """Write demonstrations of countdown-3 by a teacher that is often wrong."""
+    from dryvine.trainer.rl.tasks.countdown_demos import write
+
+    write(out, count, wrong, seed)
+    typer.echo(f"{out}: {count} demonstrations, {wrong:.0%} of another target, and 25 tokens")

@@ -1,0 +1,70 @@
+"""Questions from a file of your own: a JSON object a line, scored by the verifiers that the table names.
+
+    [rl.task]
+    name = "jsonl"
+    train = "gsm8k/train.jsonl"
+    validation = "gsm8k/test.jsonl"
+    prompt = "question"            # the field that is the user's turn; or a field that holds a list of messages
+    system = "Think between <think> and </think>, then answer between <answer> and </answer>."
+    verifiers = { math = 1.0, format = 0.1 }
+
+The whole object is the record that verifiers read, so their fields stand beside the prompt: `answer` for math.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from pydantic import BaseModel, Field
+
+from dryvine.trainer.rl.tasks.question import Question, SplitOfTask, TaskError, user
+from dryvine.trainer.rl.verifiers.names import VERIFIERS
+
+
+class Options(BaseModel, frozen=True, extra="forbid"):
+    """The keys of `[rl.task]` beside `name`."""
+
+    train: str = Field(description="a .jsonl file")
+    validation: str = Field(description="a .jsonl file of other questions")
+    prompt: str = Field(default="prompt", description="field with the question, or with messages")
+    system: str = Field(default="", description="a first message of the role system")
+    verifiers: dict[str, float] = Field(min_length=1, description="weights in the reward; the first decides pass@k")
+
+
+def questions(options: Options, split: SplitOfTask) -> Sequence[Question]:
+    """In the file's order. Raises TaskError for a bad line, with its number."""
+    if unknown := sorted(options.verifiers.keys() - VERIFIERS.keys()):
+        raise TaskError(f"rl.task.verifiers: no verifier {unknown[0]!r}; there are {', '.join(sorted(VERIFIERS))}")
+    path = Path(options.train if split == "train" else options.validation)
+    try:
+        with path.open(encoding="utf-8") as file:
+            found = [_question(options, f"{path}:{n}", line) for n, line in enumerate(file, 1) if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise TaskError(f"rl.task.{split}: {path}: {error}; write a JSON object on each line") from None
+    if not found:
+        raise TaskError(f"rl.task.{split}: {path} has no questions")
+    return found
+
+
+def _question(options: Options, where: str, line: str) -> Question:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise TaskError(f"{where}: no JSON: {error}") from None
+    if not isinstance(record, dict) or options.prompt not in record:
+        raise TaskError(
+            f"{where}: no object with a field {options.prompt!r}; set rl.task.prompt to the one that has it"
+        )
+    system = ({"role": "system", "content": options.system},) if options.system else ()
+    return Question((*system, *_messages(record[options.prompt], where)), record, options.verifiers)
+
+
+def _messages(prompt: object, where: str) -> tuple[Mapping[str, str], ...]:
+    if isinstance(prompt, str) and prompt:
+        return user(prompt)
+    turns = prompt if isinstance(prompt, list) else []
+    if not turns or any(not isinstance(turn, dict) or {"role", "content"} - turn.keys() for turn in turns):
+        raise TaskError(f"{where}: the prompt is neither text nor a list of messages with role and content")
+    return tuple({"role": str(turn["role"]), "content": str(turn["content"])} for turn in turns)

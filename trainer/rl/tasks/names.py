@@ -1,0 +1,36 @@
+"""The tasks by name: the table `[rl.task]`. One of your own is a file and a line here.
+
+A task is a module with `Options`, a pydantic model of its keys, and `questions(options, split)`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+
+from pydantic import ValidationError
+
+from dryvine.trainer.rl.tasks.question import Question, SplitOfTask, TaskError
+
+TASKS = {
+    "countdown": "dryvine.trainer.rl.tasks.countdown",
+    "jsonl": "dryvine.trainer.rl.tasks.jsonl",
+}
+
+
+def questions(task: Mapping[str, object], split: SplitOfTask) -> Sequence[Question]:
+    """The questions of a task, always in the same order. `task` is the table: its name and its own keys. Raises
+    TaskError."""
+    name = task.get("name")
+    if name not in TASKS:
+        raise TaskError(f"rl.task.name = {name!r}: there are {', '.join(TASKS)}")
+    module = importlib.import_module(TASKS[str(name)])
+    try:
+        options = module.Options(**{key: value for key, value in task.items() if key != "name"})
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in ("rl.task", *first["loc"]))
+        known = f"; {name} has {', '.join(module.Options.model_fields)}" if first["type"] == "extra_forbidden" else ""
+        raise TaskError(f"{key}: {first['msg']}{known}") from None
+    found: Sequence[Question] = module.questions(options, split)
+    return found
