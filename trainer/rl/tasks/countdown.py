@@ -23,13 +23,16 @@ Numbers = tuple[int, int, int]  # ascending
 Solutions = dict[int, list[str]]  # by target: expressions, evaluated left to right
 
 
-class Options(BaseModel, frozen=True, extra="forbid"):
+class CountdownOptions(BaseModel, frozen=True, extra="forbid"):
     """The keys of `[rl.task]` beside `name`."""
 
     format_weight: float = Field(default=0.0, description="of the format's score in the reward; 0: only measured")
 
 
-def questions(options: Options, split: SplitOfTask) -> Sequence[Question]:
+OPTIONS = CountdownOptions
+
+
+def questions(options: CountdownOptions, split: SplitOfTask) -> Sequence[Question]:
     """All questions of a split, every order of the numbers one of its own, mixed: "7 5 9 26", the target last."""
     weights = {"countdown": 1.0, "format": options.format_weight}
     found = [

@@ -23,7 +23,7 @@ from dryvine.trainer.rl.tasks.question import Question, SplitOfTask, TaskError, 
 from dryvine.trainer.rl.verifiers.names import VERIFIERS
 
 
-class Options(BaseModel, frozen=True, extra="forbid"):
+class JsonlOptions(BaseModel, frozen=True, extra="forbid"):
     """The keys of `[rl.task]` beside `name`."""
 
     train: str = Field(description="a .jsonl file")
@@ -33,7 +33,10 @@ class Options(BaseModel, frozen=True, extra="forbid"):
     verifiers: dict[str, float] = Field(min_length=1, description="weights in the reward; the first decides pass@k")
 
 
-def questions(options: Options, split: SplitOfTask) -> Sequence[Question]:
+OPTIONS = JsonlOptions
+
+
+def questions(options: JsonlOptions, split: SplitOfTask) -> Sequence[Question]:
     """In the file's order. Raises TaskError for a bad line, with its number."""
     if unknown := sorted(options.verifiers.keys() - VERIFIERS.keys()):
         raise TaskError(f"rl.task.verifiers: no verifier {unknown[0]!r}; there are {', '.join(sorted(VERIFIERS))}")
@@ -48,7 +51,7 @@ def questions(options: Options, split: SplitOfTask) -> Sequence[Question]:
     return found
 
 
-def _question(options: Options, where: str, line: str) -> Question:
+def _question(options: JsonlOptions, where: str, line: str) -> Question:
     try:
         record = json.loads(line)
     except ValueError as error:

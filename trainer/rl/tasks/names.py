@@ -1,6 +1,6 @@
 """The tasks by name: the table `[rl.task]`. One of your own is a file and a line here.
 
-A task is a module with `Options`, a pydantic model of its keys, and `questions(options, split)`.
+A task is a module with `OPTIONS`, the pydantic model of its keys, and `questions(options, split)`.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ def questions(task: Mapping[str, object], split: SplitOfTask) -> Sequence[Questi
         raise TaskError(f"rl.task.name = {name!r}: there are {', '.join(TASKS)}")
     module = importlib.import_module(TASKS[str(name)])
     try:
-        options = module.Options(**{key: value for key, value in task.items() if key != "name"})
+        options = module.OPTIONS(**{key: value for key, value in task.items() if key != "name"})
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in ("rl.task", *first["loc"]))
-        known = f"; {name} has {', '.join(module.Options.model_fields)}" if first["type"] == "extra_forbidden" else ""
+        known = f"; {name} has {', '.join(module.OPTIONS.model_fields)}" if first["type"] == "extra_forbidden" else ""
         raise TaskError(f"{key}: {first['msg']}{known}") from None
     found: Sequence[Question] = module.questions(options, split)
     return found
