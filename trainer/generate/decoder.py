@@ -1,0 +1,237 @@
+"""The model as it decodes over the ranks of a run: lanes of sequences that pass the pipeline one behind the other.
+
+A lane is a batch with slots and caches of its own. Each data rank has several, as many as keep its pipeline busy, and a
+lane always takes the same route through the stages, since its latents lie where it has passed: with DualPipe half of
+the lanes enter at either end, and use the weights that each rank holds for both directions. Who feeds what is decided
+on every rank from the same values, so that nothing but hidden states and sampled tokens travels.
+
+All ranks wait for the tokens of all lanes at the end of a step: with W lanes on each of R routes a pipeline of p stages
+is busy for W of W + p - 1 turns. (Sending each lane's tokens back as they are made would close the gap, for messages
+that depend on when sequences end.)
+
+Legend: S sequences, H hidden, N tokens, M mixtures of the model, K choices per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dryvine.comm.mesh import Mesh
+from dryvine.comm.pending import Pending
+from dryvine.comm.wire import P2PWire
+from dryvine.trainer.generate.cache import Cache
+from dryvine.trainer.generate.feed import Feed, Piece, prefill_feed, step_feed
+from dryvine.trainer.generate.part import Part
+from dryvine.trainer.generate.sampling import Ways, sample
+
+PIECE = 512  # tokens of a sequence in a prefill, at most: its mask has so many rows
+
+
+class LaneStep(NamedTuple):
+    """What a lane feeds in a step: the newest token of each slot in use, its position, and how the next is drawn."""
+
+    tokens: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    ways: Ways | None  # None: no slot is in use
+
+
+class Drawn(NamedTuple):
+    """The next token of each slot of a lane, and its log-probability, FP64."""
+
+    tokens: NDArray[np.int64]
+    logprobs: NDArray[np.float64]
+
+
+class Span(NamedTuple):
+    """The first `length` tokens of a slot."""
+
+    lane: int
+    slot: int
+    length: int
+
+
+Caches = dict[tuple[int, int], Cache]  # of this rank: by wave and stage
+
+
+class Decoder:
+    """`routes[r][s]` is the pipeline rank of stage s for lanes of route r; `parts` are this rank's stages. A lane is
+    numbered data rank x waves + wave, and takes route wave mod routes. Every method is collective."""
+
+    def __init__(self, mesh: Mesh, routes: Sequence[Sequence[int]], parts: Mapping[int, Part], budget: int) -> None:
+        """`budget`: tokens that a rank feeds at once, at most."""
+        self.mesh, self.routes, self.parts, self.budget = mesh, routes, parts, budget
+        # Two lanes behind each other on every stage and route.
+        self.waves = 1 if mesh.pp == 1 else 2 * mesh.pp
+        self.lanes = mesh.data_ranks * self.waves
+        self.spec = next(iter(parts.values())).spec
+        self._wire = P2PWire(mesh)
+
+    def caches(self) -> Caches:
+        """Empty ones, for the lanes of this rank."""
+        return {
+            (wave, stage): self.parts[stage].cache()
+            for wave in range(self.waves)
+            for stage, rank in enumerate(self._route(wave))
+            if rank == self.mesh.pp_rank
+        }
+
+    def reserve(self, caches: Caches, lane: int, slots: int, positions: int) -> None:
+        """Room for so many slots of so many positions."""
+        for cache in self._caches_of(caches, lane):
+            cache.reserve(slots, positions)
+
+    def copy(self, caches: Caches, lane: int, sources: Sequence[int], targets: Sequence[int], positions: int) -> None:
+        """The first positions of some slots of a lane to others."""
+        for cache in self._caches_of(caches, lane):
+            cache.copy(sources, targets, positions)
+
+    def clear(self, caches: Caches, lane: int, slot: int) -> None:
+        """Leave nothing in a slot that could spoil its next answer."""
+        for cache in self._caches_of(caches, lane):
+            cache.clear(slot)
+
+    @torch.no_grad()
+    def prefill(self, caches: Caches, pieces: Mapping[int, Sequence[Piece]]) -> None:
+        """Feed what lanes are given, without drawing anything."""
+        rounds = {lane: list(_rounds(some, self.budget)) for lane, some in pieces.items()}
+        for number in range(max(map(len, rounds.values()), default=0)):
+            now = {lane: some[number] for lane, some in rounds.items() if number < len(some)}
+            waves = sorted({lane % self.waves for lane in now})
+            device, rope = self.mesh.device, self.spec.rope
+            self._pass(caches, {wave: prefill_feed(now.get(self._lane(wave), ()), rope, device) for wave in waves})
+
+    @torch.no_grad()
+    def step(self, caches: Caches, steps: Sequence[LaneStep]) -> list[Drawn]:
+        """Feed one token to every slot in use, and draw the next ones: for every lane, on every rank."""
+        waves = [w for w in range(self.waves) if any(len(steps[lane].tokens) for lane in self._lanes_of(w))]
+        own = {wave: steps[self._lane(wave)] for wave in waves}
+        device, rope = self.mesh.device, self.spec.rope
+        ended = self._pass(caches, {w: step_feed(one.tokens, one.positions, rope, device) for w, one in own.items()})
+        drawn = {self._lane(wave): self._draw(x_SH, own[wave]) for wave, x_SH in ended.items()}
+        return self._exchange(drawn, [len(step.tokens) for step in steps])
+
+    def routes_of(self, caches: Caches, spans: Sequence[Span]) -> list[Tensor]:
+        """The experts that tokens chose: int16 [M, length, K] of each span."""
+        s = self.spec.shape
+        out = [torch.zeros(s.layers - s.first_dense, span.length, s.top_k, dtype=torch.int32) for span in spans]
+        for routes, span in zip(out, spans, strict=True):
+            for (_, stage), cache in self._held(caches, span.lane):
+                routes[self.parts[stage].mixtures] = cache.routes[:, span.slot, : span.length].int().cpu()
+        if self.mesh.size > 1 and spans:
+            flat = self.mesh.sum(torch.cat([one.flatten() for one in out]).to(self.mesh.device), "experts chosen").cpu()
+            parts = flat.split([one.numel() for one in out])
+            out = [part.view(one.shape) for part, one in zip(parts, out, strict=True)]
+        return [one.short() for one in out]
+
+    def _route(self, wave: int) -> Sequence[int]:
+        return self.routes[wave % len(self.routes)]
+
+    def _lane(self, wave: int) -> int:
+        """This data rank's."""
+        return self.mesh.data_rank * self.waves + wave
+
+    def _lanes_of(self, wave: int) -> range:
+        """Every data rank's."""
+        return range(wave, self.lanes, self.waves)
+
+    def _held(self, caches: Caches, lane: int) -> Iterator[tuple[tuple[int, int], Cache]]:
+        data, wave = divmod(lane, self.waves)
+        return (pair for pair in caches.items() if data == self.mesh.data_rank and pair[0][0] == wave)
+
+    def _caches_of(self, caches: Caches, lane: int) -> list[Cache]:
+        return [cache for _, cache in self._held(caches, lane)]
+
+    def _pass(self, caches: Caches, feeds: Mapping[int, Feed]) -> dict[int, Tensor]:
+        """Lead feeds, by wave, through all stages. Returns the states [N, H] of those that end on this rank."""
+        states: dict[int, Tensor | None] = {}
+        ended, leaving = {}, []
+        for wave, stage in self._order(feeds):
+            x_NH = self._arrive(wave, stage, feeds[wave], states) if stage else None
+            x_NH = self.parts[stage](x_NH, feeds[wave], caches[wave, stage])
+            route = self._route(wave)
+            if stage + 1 == len(route):
+                ended[wave] = x_NH
+            elif route[stage + 1] == self.mesh.pp_rank:
+                states[wave] = x_NH
+            else:
+                leaving.append(self._send(wave, stage + 1, x_NH))
+        for pending in leaving:
+            pending.wait()
+        return ended
+
+    def _order(self, waves: Mapping[int, Feed]) -> list[tuple[int, int]]:
+        """The (wave, stage) that this rank plays. A wave enters when the one before it on its route has left the first
+        stage; all ranks count turns alike, so that what is sent first is received first, and nobody waits in a ring."""
+        turns = [
+            (wave // len(self.routes) + stage, wave, stage)
+            for wave in waves
+            for stage, rank in enumerate(self._route(wave))
+            if rank == self.mesh.pp_rank
+        ]
+        return [(wave, stage) for _, wave, stage in sorted(turns)]
+
+    def _arrive(self, wave: int, stage: int, feed: Feed, states: dict[int, Tensor | None]) -> Tensor | None:
+        """The state that a stage begins with."""
+        source = self._route(wave)[stage - 1]
+        if source == self.mesh.pp_rank:
+            return states.pop(wave)
+        if not len(feed.tokens):
+            return self._nothing()
+        like = torch.empty(len(feed.tokens), self.spec.shape.hidden, dtype=self.spec.dtype, device="meta")
+        channel = (wave % len(self.routes), "down")
+        return self._wire.receive((like,), source, channel, f"stage {stage}, lane {wave}").wait()[0]
+
+    def _send(self, wave: int, stage: int, x_NH: Tensor) -> Pending[None]:
+        """To a stage of another rank. Tokens of nobody are not sent."""
+        if not len(x_NH):
+            return Pending.done(None)
+        channel = (wave % len(self.routes), "down")
+        return self._wire.send((x_NH,), self._route(wave)[stage], channel, f"stage {stage}, lane {wave}")
+
+    def _nothing(self) -> Tensor:
+        return torch.empty(0, self.spec.shape.hidden, dtype=self.spec.dtype, device=self.mesh.device)
+
+    def _draw(self, x_SH: Tensor, step: LaneStep) -> Drawn:
+        if step.ways is None:
+            return Drawn(np.zeros(0, np.int64), np.zeros(0))
+        logits_SV = self.parts[len(self.routes[0]) - 1].logits(x_SH)
+        tokens, logprobs = sample(logits_SV, step.ways, (step.positions + 1).astype(np.uint64))
+        return Drawn(tokens.cpu().numpy(), logprobs.double().cpu().numpy())
+
+    def _exchange(self, drawn: Mapping[int, Drawn], sizes: Sequence[int]) -> list[Drawn]:
+        """What the last stage of each lane has drawn, to every rank."""
+        if self.mesh.size == 1:
+            return [drawn.get(lane, Drawn(np.zeros(0, np.int64), np.zeros(0))) for lane in range(self.lanes)]
+        ends = np.cumsum([0, *sizes])
+        table = torch.zeros(int(ends[-1]), 2, dtype=torch.float64)
+        for lane, (tokens, logprobs) in drawn.items():
+            table[ends[lane] : ends[lane + 1]] = torch.from_numpy(np.stack((tokens, logprobs), 1))
+        both = self.mesh.sum(table.to(self.mesh.device), "sampled tokens").cpu().numpy()
+        return [
+            Drawn(part[:, 0].astype(np.int64), part[:, 1])
+            for part in (both[start:end] for start, end in pairwise(ends))
+        ]
+
+
+def _rounds(pieces: Sequence[Piece], budget: int) -> Iterator[list[Piece]]:
+    """Pieces in batches of at most `budget` tokens, those that are too long in several."""
+    batch: list[Piece] = []
+    room = budget
+    for slot, start, tokens in pieces:
+        for first in range(0, len(tokens), min(PIECE, budget)):
+            piece = Piece(slot, start + first, tokens[first : first + min(PIECE, budget)])
+            # Two pieces of a sequence see each other's latents, and so never share a batch.
+            if len(piece.tokens) > room or (batch and batch[-1].slot == slot):
+                yield batch
+                batch, room = [], budget
+            batch.append(piece)
+            room -= len(piece.tokens)
+    if batch:
+        yield batch

@@ -1,0 +1,64 @@
+"""How rows reach the experts they chose while decoding: by the training run's own phases, or within this process.
+
+A dispatcher serves every layout, and plans a routing of thousands of rows with a few dozen operators. A decoding step
+on one CPU has a few rows, and sorts them itself in five.
+
+Legend: N tokens, H hidden, K choices per token, R = N x K rows, X experts, F width of an expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dryvine.parallel.stage import Flight, Phase, State
+from dryvine.trainer.generate.layers import ToExperts
+from dryvine.trainer.model.experts import Experts
+from dryvine.trainer.model.swiglu import swiglu_forward
+
+FFNOfExpert = Callable[[int, Tensor, Tensor], Tensor]  # expert, its rows [R, H], their weights [R] -> [R, H]
+
+
+def dispatched(phases: Sequence[Phase]) -> ToExperts:
+    """Through the phases of a layer from routing to combine: any dispatcher, any codec, any recipe. Collective over the
+    expert-parallel group, each of whose ranks may have no tokens."""
+
+    def run(rows_NH: Tensor, weights_NK: Tensor, experts_NK: Tensor) -> Tensor:
+        # A flight's tokens are read by embeddings and heads alone.
+        flight = Flight(experts_NK, 0.0, training=False)
+        state: State = (torch.zeros_like(rows_NH), rows_NH, weights_NK, experts_NK)
+        for phase in phases:
+            state = phase.forward(state, flight).wait()
+        return state[0]
+
+    return run
+
+
+def within(ffn: FFNOfExpert, experts: int) -> ToExperts:
+    """All experts are in this process, and each multiplies its rows by itself."""
+
+    def run(rows_NH: Tensor, weights_NK: Tensor, experts_NK: Tensor) -> Tensor:
+        chosen_R = experts_NK.flatten()
+        order_R = chosen_R.argsort(stable=True)
+        counts: list[int] = torch.bincount(chosen_R, minlength=experts).tolist()
+        parts_RH = rows_NH.index_select(0, order_R // experts_NK.shape[1]).split(counts)
+        weights_R = weights_NK.flatten().index_select(0, order_R).split(counts)
+        out_RH = torch.cat([ffn(x, parts_RH[x], weights_R[x]) for x, count in enumerate(counts) if count])
+        pairs_NKH = torch.empty_like(out_RH).index_copy_(0, order_R, out_RH).unflatten(0, experts_NK.shape)
+        return pairs_NKH.sum(1, dtype=torch.float32).to(rows_NH.dtype)
+
+    return run
+
+
+def held(experts: Experts) -> FFNOfExpert:
+    """Of experts in memory, in FP32 or BF16."""
+    gate_up, down = experts.gate_up.detach().unbind(), experts.down.detach().unbind()
+
+    def run(expert: int, rows_RH: Tensor, weights_R: Tensor) -> Tensor:
+        act_RF = swiglu_forward(functional.linear(rows_RH, gate_up[expert]), weights_R)
+        return functional.linear(act_RF, down[expert])
+
+    return run

@@ -1,0 +1,185 @@
+"""One call of `Sampler.generate`: requests into slots as there is room, a step for all of them, completions out.
+
+The control is a pure function of the requests and of the tokens drawn, and every rank runs all of it, so that ranks
+agree on every slot without a word. There is no scheduler process that could be lost; the price is that callbacks run on
+every rank, and must come to the same answer there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from dryvine.trainer.generate.decoder import Decoder, Span
+from dryvine.trainer.generate.feed import Piece
+from dryvine.trainer.generate.lane import Answer, Lane, Until
+from dryvine.trainer.generate.requests import Completion, Request
+from dryvine.trainer.model.shape import Shape
+
+
+class LaneRoom(NamedTuple):
+    """What a lane may hold: slots, and cached positions over all of them."""
+
+    slots: int
+    positions: int
+
+
+class Rollout:
+    """`cancelled` are requests to end; whoever iterates may add some between two completions."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        room: LaneRoom,
+        requests: Iterator[Request],
+        until: Until | None,
+        cancelled: set[Request],
+    ) -> None:
+        self._decoder, self._room, self._requests, self._until = decoder, room, requests, until
+        self._cancelled = cancelled
+        self._lanes = [Lane(decoder.mesh.device) for _ in range(decoder.lanes)]
+        self._caches = decoder.caches()
+        self._next: Answer | None = None  # taken from the iterable, and waiting for room
+        self._last: tuple[int | None, int] = (None, 0)  # the group that joined last, and its lane
+
+    def completions(self) -> Iterator[Completion]:
+        """All of them, as they end."""
+        while True:
+            for answer in self._admit():
+                yield self._completion(answer, self._no_routes())
+            if not any(lane.live for lane in self._lanes):
+                return
+            steps = [lane.step() for lane in self._lanes]
+            for lane, drawn in zip(self._lanes, self._decoder.step(self._caches, steps), strict=True):
+                lane.take(drawn, self._until)
+            yield from self._leave()
+            self._cancel()
+
+    def _cancel(self) -> None:
+        for lane in self._lanes if self._cancelled else ():
+            for answer in lane.live:
+                if answer.request in self._cancelled:
+                    answer.reason = "cancelled"
+        self._cancelled.clear()
+
+    def _leave(self) -> Iterator[Completion]:
+        """What has ended, with its routes; the last slots move into those that are free."""
+        ended = [
+            (answer, Span(number, slot, answer.cached))
+            for number, lane in enumerate(self._lanes)
+            for slot, answer in enumerate(lane.live)
+            if answer.reason is not None
+        ]
+        if not ended:
+            return
+        routes = self._decoder.routes_of(self._caches, [span for _, span in ended])
+        for answer, span in ended:
+            if answer.reason == "failed":
+                self._decoder.clear(self._caches, span.lane, span.slot)
+        for number, lane in enumerate(self._lanes):
+            if moves := lane.leave():
+                sources, targets = zip(*moves, strict=True)
+                length = max(lane.live[slot].cached for slot in targets)
+                self._decoder.copy(self._caches, number, sources, targets, length)
+        for (answer, _), chosen in zip(ended, routes, strict=True):
+            yield self._completion(answer, chosen)
+
+    def _admit(self) -> list[Answer]:
+        """Give slots to requests as long as there are both. Returns those that cannot be answered."""
+        refused: list[Answer] = []
+        joining: list[list[Answer]] = [[] for _ in self._lanes]
+        longest = [max((_positions(a.request) for a in lane.live), default=0) for lane in self._lanes]
+        while (answer := self._peek()) is not None:
+            if why := _refusal(answer.request, self._decoder.spec.shape):
+                answer.fail(why)
+                refused.append(answer)
+            elif (lane := self._lane_for(answer.request, joining, longest)) is not None:
+                joining[lane].append(answer)
+                longest[lane] = max(longest[lane], _positions(answer.request))
+                self._last = (answer.request.group, lane)
+            else:
+                break
+            self._next = None
+        self._join(joining, longest)
+        return refused
+
+    def _peek(self) -> Answer | None:
+        if self._next is None:
+            self._next = next((Answer(request) for request in self._requests), None)
+        return self._next
+
+    def _lane_for(self, request: Request, joining: list[list[Answer]], longest: list[int]) -> int | None:
+        """The lane of the request's group, else the emptiest, of those with room."""
+
+        def held(lane: int) -> int:
+            return len(self._lanes[lane].live) + len(joining[lane])
+
+        def fits(lane: int) -> bool:
+            slots = held(lane) + 1
+            positions = slots * max(longest[lane], _positions(request))
+            return slots == 1 or (slots <= self._room.slots and positions <= self._room.positions)
+
+        group, last = self._last
+        if group is not None and group == request.group and fits(last):
+            return last
+        free = [lane for lane in range(len(self._lanes)) if fits(lane)]
+        return min(free, key=held, default=None)
+
+    def _join(self, joining: list[list[Answer]], longest: list[int]) -> None:
+        """Feed the prompts of new answers, each prefix of a group once."""
+        feeds: dict[int, list[Piece]] = {}
+        late: dict[int, list[Piece]] = {}
+        shared = {}
+        for number, (lane, answers) in enumerate(zip(self._lanes, joining, strict=True)):
+            if answers:
+                joined = lane.join(answers)
+                self._decoder.reserve(self._caches, number, len(lane.live), longest[number])
+                followers = {target for _, target, _ in joined.shared}
+                feeds[number] = [piece for piece in joined.feed if piece.slot not in followers]
+                late[number] = [piece for piece in joined.feed if piece.slot in followers]
+                shared[number] = joined.shared
+        self._decoder.prefill(self._caches, feeds)
+        for number, copies in shared.items():
+            if copies:
+                sources, targets, lengths = zip(*copies, strict=True)
+                self._decoder.copy(self._caches, number, sources, targets, max(lengths))
+        self._decoder.prefill(self._caches, late)
+
+    def _completion(self, answer: Answer, routes: torch.Tensor) -> Completion:
+        assert answer.reason is not None
+        tokens, logprobs = torch.tensor(answer.tokens, dtype=torch.int64), torch.tensor(answer.logprobs).float()
+        return Completion(answer.request, tokens, logprobs, routes, answer.reason, answer.why)
+
+    def _no_routes(self) -> torch.Tensor:
+        s = self._decoder.spec.shape
+        return torch.empty(s.layers - s.first_dense, 0, s.top_k, dtype=torch.int16)
+
+
+def _positions(request: Request) -> int:
+    """That it needs in the cache: of all its tokens but the last, which nothing follows."""
+    return len(request.prompt) + request.max_tokens - 1
+
+
+def _refusal(request: Request, shape: Shape) -> str | None:
+    """What makes a request impossible, and the fix."""
+    wrong = next((token for token in request.prompt if not 0 <= token < shape.vocab), None)
+    reach = shape.max_position
+    checks = [
+        (not request.prompt, "the prompt is empty: give one token at least, such as the document's beginning"),
+        (wrong is not None, f"token {wrong} of the prompt is not in the vocabulary of {shape.vocab}: encode it anew"),
+        (request.max_tokens < 1, f"max_tokens = {request.max_tokens}: ask for one token at least"),
+        (
+            _positions(request) > reach,
+            f"prompt of {len(request.prompt)} + max_tokens {request.max_tokens} exceed the model's {reach} positions: "
+            f"shorten the prompt or lower max_tokens",
+        ),
+        (
+            not 0 <= request.temperature < math.inf,
+            f"temperature = {request.temperature}: 0 (the best token) or a positive number",
+        ),
+        (not 0 < request.top_p <= 1, f"top_p = {request.top_p}: a number above 0, and 1 at most"),
+    ]
+    return next((why for is_wrong, why in checks if is_wrong), None)

@@ -1,0 +1,78 @@
+"""The sampler that people and RL call: built once from a rig, whose live weights it reads, or from a model alone.
+
+It holds no weights of its own, so that nothing has to be sent or checked after an update: the model that generates is
+the model that trains. A second engine would need its weights again, in its layout, and would round differently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+
+from dryvine.comm.mesh import Layout, Mesh, make_mesh
+from dryvine.trainer.generate.decoder import Decoder
+from dryvine.trainer.generate.lane import Until
+from dryvine.trainer.generate.part import Part
+from dryvine.trainer.generate.requests import Completion, Request
+from dryvine.trainer.generate.rollout import LaneRoom, Rollout
+from dryvine.trainer.model.decoder import Model
+from dryvine.trainer.rig import Rig
+
+ALONE = 1 << 14  # tokens fed at once where no run's microbatch says otherwise
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a rank may hold: answers in progress, and bytes of their latents and routes."""
+
+    slots: int = 512
+    cache_bytes: int = 1 << 30
+
+
+class Sampler:
+    """Answers requests with a model whose weights are read where they lie: after an update, with the new ones.
+
+    In a layout of several ranks every rank makes the same calls with the same requests, and gets the same completions.
+    """
+
+    def __init__(self, decoder: Decoder, room: Room) -> None:
+        shape, dtype = decoder.spec.shape, decoder.spec.dtype
+        layers = sum(len(part.blocks) for part in decoder.parts.values())
+        row = layers * ((shape.kv_lora + shape.rope_dim) * dtype.itemsize + 2 * shape.top_k)
+        most = int(decoder.mesh.max(torch.tensor(row, device=decoder.mesh.device), "bytes of a cached token"))
+        slots = min(room.slots, decoder.budget) // decoder.waves
+        self._decoder = decoder
+        self._room = LaneRoom(max(1, slots), max(1, room.cache_bytes // (max(1, most) * decoder.waves)))
+        self._cancelled: set[Request] = set()
+
+    @staticmethod
+    def of_rig(rig: Rig, room: Room | None = None) -> Sampler:
+        """With the live weights of a training layout. Collective."""
+        budget = rig.config.parallel.microbatch_sequences * rig.config.data.seq_len
+        decoder = Decoder(rig.mesh, rig.plan.schedule.routes, _parts(rig.model), budget)
+        return Sampler(decoder, room or Room())
+
+    @staticmethod
+    def alone(model: Model, room: Room | None = None) -> Sampler:
+        """With a model of one stage that this process holds whole."""
+        device = torch.device(model.spec.device)
+        mesh: Mesh = make_mesh(Layout(), device, timedelta(minutes=10))
+        return Sampler(Decoder(mesh, ((0,),), _parts(model), ALONE), room or Room())
+
+    def generate(self, requests: Iterable[Request], until: Until | None = None) -> Iterator[Completion]:
+        """Completions in the order in which they end; requests are taken from the iterable as there is room. `until` is
+        asked after each token, with the tokens so far, whether that was the last. What is wrong with one request, or
+        raised by `until` for it, ends that one with reason "failed". To stop, drop the iterator."""
+        return Rollout(self._decoder, self._room, iter(requests), until, self._cancelled).completions()
+
+    def cancel(self, *requests: Request) -> None:
+        """End those of these that are being answered, before their next token. To be called between two completions,
+        and on every rank between the same ones."""
+        self._cancelled.update(requests)
+
+
+def _parts(model: Model) -> dict[int, Part]:
+    return {number: Part(model, stage) for number, stage in model.stages.items()}

@@ -1,0 +1,93 @@
+"""From logits to tokens: each a function of its request's seed, its position and its logits, and of nothing else.
+
+A generator per batch, as other samplers keep, gives a request other tokens whenever its neighbours change. Here the
+random number of a token is a hash of (seed, position), so that no state has to be kept, moved with a slot, or sent to
+another rank, and a token can be drawn again by whoever has its logits. Tokens are drawn by inverting the cumulative
+distribution, which needs one number, where Gumbel's way needs one for each word of the vocabulary.
+
+Legend: S sequences, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dryvine.trainer.generate.requests import Request
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def uniforms(seeds: NDArray[np.uint64], positions: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """A number in [0, 1) for each pair: splitmix64 (Steele et al., OOPSLA 2014) of the seed's own stream."""
+    bits = _mixed(_mixed(seeds + _GOLDEN) + positions * _GOLDEN) >> np.uint64(12)
+    return bits.astype(np.float64) * 2.0**-52
+
+
+def _mixed(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+class Ways(NamedTuple):
+    """How the next token of each of S sequences is drawn."""
+
+    temperatures: Tensor | None  # FP32 [S, 1], with 1 for 0; None: all 1
+    greedy: Tensor | None  # bool [S]; None: none is
+    top_p: Tensor | None  # FP64 [S, 1]; None: all 1
+    seeds: NDArray[np.uint64]  # [S]
+
+    @staticmethod
+    def of(requests: Sequence[Request], device: torch.device) -> Ways:
+        """Of the sequences of a batch, in their order."""
+        heat = [request.temperature for request in requests]
+        top_p = [request.top_p for request in requests]
+        greedy = [t == 0 for t in heat]
+        divide, cut = any(t not in (0, 1) for t in heat), any(p != 1 for p in top_p)
+        return Ways(
+            torch.tensor([t or 1.0 for t in heat], device=device).unsqueeze(1) if divide else None,
+            torch.tensor(greedy, device=device) if any(greedy) else None,
+            torch.tensor(top_p, dtype=torch.float64, device=device).unsqueeze(1) if cut else None,
+            np.array([request.seed % (1 << 64) for request in requests], dtype=np.uint64),
+        )
+
+
+def sample(logits_SV: Tensor, ways: Ways, positions: NDArray[np.uint64]) -> tuple[Tensor, Tensor]:
+    """FP32 logits, and each token's place in its sequence, the prompt counted -> tokens int64 [S], and their
+    log-probabilities in the full softmax at the temperature, FP32 [S]. Where a logit is not finite, NaN."""
+    if ways.temperatures is not None:
+        logits_SV = logits_SV / ways.temperatures
+    logprobs_SV = logits_SV.log_softmax(-1)
+    if ways.greedy is not None and ways.greedy.all():
+        tokens = logprobs_SV.argmax(-1)
+    else:
+        tokens = _drawn(logprobs_SV, ways, positions)
+        if ways.greedy is not None:
+            tokens = torch.where(ways.greedy, logprobs_SV.argmax(-1), tokens)
+    return tokens, logprobs_SV.gather(1, tokens.unsqueeze(1)).squeeze(1)
+
+
+def _drawn(logprobs_SV: Tensor, ways: Ways, positions: NDArray[np.uint64]) -> Tensor:
+    # The sum over a large vocabulary would lose the small probabilities in FP32.
+    probs_SV = logprobs_SV.double().exp_()
+    if ways.top_p is not None:
+        probs_SV = _nucleus(probs_SV, ways.top_p)
+    sums_SV = probs_SV.cumsum_(-1)
+    u_S1 = torch.from_numpy(uniforms(ways.seeds, positions)).to(sums_SV.device).unsqueeze(1)
+    drawn = torch.searchsorted(sums_SV, u_S1 * sums_SV[:, -1:], right=True).squeeze(1)
+    # Of logits that are not finite.
+    return drawn.clamp_(max=sums_SV.shape[1] - 1)
+
+
+def _nucleus(probs_SV: Tensor, top_p_S1: Tensor) -> Tensor:
+    """Zero what is outside the fewest best tokens that have `top_p` together. Rows with top_p 1 stay as they are."""
+    best_SV, order_SV = probs_SV.sort(stable=True, dim=-1, descending=True)
+    before_SV = best_SV.cumsum(-1) - best_SV
+    outside_SV = (before_SV >= top_p_S1) & (top_p_S1 < 1)
+    return probs_SV.masked_fill(torch.zeros_like(outside_SV).scatter_(1, order_SV, outside_SV), 0.0)
