@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from dryvine.trainer.generate import decoder
 from dryvine.trainer.generate.requests import Completion, Request
 from dryvine.trainer.generate.sampler import Room, Sampler
 from dryvine.trainer.generate.sampling import Ways, sample, uniforms
 from dryvine.trainer.model.decoder import Model
 from dryvine.trainer.model.shape import Yarn
-from tests.support.generate import largest_difference
+from tests.support.generate import largest_difference, training_forward
 from tests.support.model import filled, tiny
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -85,3 +86,155 @@ def test_neither_company_nor_order_nor_slots_change_an_answer(slots: int) -> Non
         assert same(completion, again[request])
         (alone,) = sampler_of(model).generate([request])
         assert same(completion, alone)
+
+
+def test_groups_and_what_they_share_change_no_answer() -> None:
+    model, prompt = filled(tiny()), tuple(range(20))
+    made = [Request((*prompt, *range(30, 30 + i % 3)), 12, seed=i, group=i % 2) for i in range(10)]
+    grouped = list(sampler_of(model, slots=6).generate(made))
+    assert max(largest_difference(model, completion) for completion in grouped) < 1e-5
+    alone = {
+        c.request.seed: c.tokens for c in sampler_of(model).generate(Request(r.prompt, 12, seed=r.seed) for r in made)
+    }
+    assert all(torch.equal(c.tokens, alone[c.request.seed]) for c in grouped)
+
+
+def test_a_long_prompt_is_fed_in_pieces_to_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, request = filled(tiny()), Request(tuple(i % 67 for i in range(50)), 8)
+    (whole,) = sampler_of(model).generate([request])
+    monkeypatch.setattr(decoder, "PIECE", 7)
+    (pieces,) = sampler_of(model).generate([request])
+    assert torch.equal(whole.tokens, pieces.tokens)
+    assert largest_difference(model, pieces) < 1e-5
+
+
+def test_the_next_token_is_the_updated_models() -> None:
+    model, request = filled(tiny()), Request((1, 2, 3), 10, temperature=0)
+    sampler = sampler_of(model)
+    (before,) = sampler.generate([request])
+    with torch.no_grad():
+        for _, weight in model.named_parameters():
+            weight.mul_(1.5)
+    (after,) = sampler.generate([request])
+    assert largest_difference(model, after) < 1e-5
+    assert not torch.equal(before.logprobs, after.logprobs)
+
+
+def test_answers_end_by_stop_length_callback_and_cancel() -> None:
+    model, sampler = (made := filled(tiny())), sampler_of(made)
+    base = Request((5, 6), 30, seed=4)
+    (free,) = sampler.generate([base])
+    third = int(free.tokens[2])
+    first = free.tokens.tolist().index(third)
+    (stopped,) = sampler.generate([Request((5, 6), 30, seed=4, stop=frozenset([third]))])
+    (asked,) = sampler.generate([base], until=lambda request, tokens: len(tokens) == 5)
+    assert (free.reason, len(free.tokens)) == ("length", 30)
+    assert (stopped.reason, stopped.tokens.tolist()) == ("stop", free.tokens[: first + 1].tolist())
+    assert (asked.reason, asked.tokens.tolist()) == ("callback", free.tokens[:5].tolist())
+    short, long = Request((5, 6), 3, seed=1), Request((5, 6), 30, seed=2)
+    endings = []
+    for completion in sampler.generate([short, long, base]):
+        endings.append((completion.request, completion.reason))
+        sampler.cancel(long)
+    assert sorted(endings, key=lambda pair: pair[0].seed) == [(short, "length"), (long, "cancelled"), (base, "length")]
+    assert largest_difference(model, asked) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        (Request((), 3), "empty"),
+        (Request((1, 99), 3), "token 99"),
+        (Request((1,), 0), "max_tokens = 0"),
+        (Request((1,) * 60, 6), "64 positions"),
+        (Request((1,), 3, temperature=-1.0), "temperature"),
+        (Request((1,), 3, temperature=float("nan")), "temperature"),
+        (Request((1,), 3, top_p=0.0), "top_p"),
+    ],
+)
+def test_a_request_that_cannot_be_answered_says_why_and_hurts_no_other(wrong: Request, why: str) -> None:
+    good = requests_of(4)
+    sampler = sampler_of(filled(tiny()), slots=2)
+    ended = by_request(sampler.generate([good[0], wrong, *good[1:]]))
+    assert (ended[wrong].reason, len(ended[wrong].tokens)) == ("failed", 0)
+    assert why in ended[wrong].why
+    alone = by_request(sampler.generate(good))
+    assert all(same(ended[request], alone[request]) for request in good)
+
+
+def test_a_callback_that_raises_ends_its_own_answer() -> None:
+    sampler, requests = sampler_of(filled(tiny())), [Request((1, 2), 9, seed=i) for i in range(4)]
+
+    def until(request: Request, tokens: list[int]) -> bool:
+        return bool(request.seed == 2 and 1 // (3 - len(tokens)) and False)
+
+    ended = by_request(sampler.generate(requests, until))
+    assert [ended[request].reason for request in requests] == ["length", "length", "failed", "length"]
+    assert "ZeroDivisionError" in ended[requests[2]].why
+    assert len(ended[requests[2]].tokens) == 3
+
+
+def test_numbers_that_are_not_finite_end_an_answer_and_do_not_stay_in_its_slot() -> None:
+    model = filled(tiny())
+    with torch.no_grad():
+        dict(model.named_parameters())["embed.weight"][13] = float("inf")
+    bad, good = Request((1, 13, 2), 5), Request((1, 4, 2), 12, seed=3)
+    sampler = sampler_of(model, slots=1)
+    failed, fine = sampler.generate([bad, good])
+    assert (failed.reason, fine.reason) == ("failed", "length")
+    assert "not finite" in failed.why
+    assert largest_difference(model, fine) < 1e-5
+
+
+def test_slots_and_memory_are_used_again() -> None:
+    """Over many requests from an iterator that would not fit into memory at once; the cache does not grow."""
+    sampler = sampler_of(filled(tiny(layers=1)), slots=4)
+    taken = 0
+
+    def many() -> Iterator[Request]:
+        nonlocal taken
+        for seed in range(400):
+            taken += 1
+            yield Request((seed % 60, 2), 1 + seed % 5, seed=seed)
+
+    ended = 0
+    for completion in sampler.generate(many()):
+        ended += 1
+        assert taken - ended <= 5
+        assert completion.reason == "length"
+    assert ended == 400
+
+
+def test_tokens_follow_the_distribution_and_log_probabilities_are_of_the_full_softmax() -> None:
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, float("-inf")]).expand(20_000, -1)
+    requests = [Request((0,), 1, temperature=2.0, top_p=p, seed=seed) for seed in range(10_000) for p in (1.0, 0.8)]
+    tokens, logprobs = sample(logits, Ways.of(requests, torch.device("cpu")), np.ones(20_000, np.uint64))
+    full = (logits[0] / 2).log_softmax(-1)
+    assert torch.allclose(logprobs, full[tokens])
+    frequencies = torch.bincount(tokens[0::2], minlength=5) / 10_000
+    assert (frequencies - full.exp()).abs().max() < 0.02
+    # 0.455 + 0.276 < 0.8 <= with 0.167: the fourth is never drawn.
+    cut = torch.bincount(tokens[1::2], minlength=5) / 10_000
+    assert (cut[:3] - full[:3].softmax(-1)).abs().max() < 0.02
+    assert cut[3:].tolist() == [0.0, 0.0]
+
+
+def test_uniforms_are_uniform_and_depend_on_seed_and_position() -> None:
+    seeds, positions = np.divmod(np.arange(40_000, dtype=np.uint64), np.uint64(200))
+    u = uniforms(seeds, positions)
+    assert u.min() >= 0
+    assert u.max() < 1
+    assert len(np.unique(u)) == len(u)
+    counts = np.histogram(u, 20, (0, 1))[0]
+    assert np.abs(counts - 2000).max() < 250
+    grid = u.reshape(200, 200)
+    assert np.abs(np.corrcoef(grid)[0, 1:]).max() < 0.35
+    assert np.abs(np.corrcoef(grid.T)[0, 1:]).max() < 0.35
+
+
+def test_bf16_decodes_close_to_its_training_forward() -> None:
+    model = filled(tiny(), dtype=torch.bfloat16)
+    for completion in sampler_of(model).generate(requests_of(6, temperature=1.0)):
+        logprobs, _ = training_forward(model, [*completion.request.prompt, *completion.tokens.tolist()][:-1])
+        there = logprobs[len(completion.request.prompt) - 1 :].gather(1, completion.tokens.unsqueeze(1)).squeeze(1)
+        assert (there - completion.logprobs).abs().median() < 0.05
