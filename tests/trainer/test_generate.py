@@ -102,7 +102,7 @@ def test_groups_and_what_they_share_change_no_answer() -> None:
 def test_a_long_prompt_is_fed_in_pieces_to_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
     model, request = filled(tiny()), Request(tuple(i % 67 for i in range(50)), 8)
     (whole,) = sampler_of(model).generate([request])
-    monkeypatch.setattr(decoder, "PIECE", 7)
+    monkeypatch.setattr(decoder, "STRETCH", 7)
     (pieces,) = sampler_of(model).generate([request])
     assert torch.equal(whole.tokens, pieces.tokens)
     assert largest_difference(model, pieces) < 1e-5

@@ -27,11 +27,11 @@ from dryvine.comm.mesh import Mesh
 from dryvine.comm.pending import Pending
 from dryvine.comm.wire import P2PWire
 from dryvine.trainer.generate.cache import Cache
-from dryvine.trainer.generate.feed import Feed, Piece, prefill_feed, step_feed
-from dryvine.trainer.generate.part import Part
+from dryvine.trainer.generate.feed import Feed, Stretch, prefill_feed, step_feed
 from dryvine.trainer.generate.sampling import Ways, sample
+from dryvine.trainer.generate.stage import CachedStage
 
-PIECE = 512  # tokens of a sequence in a prefill, at most: its mask has so many rows
+STRETCH = 512  # tokens of a sequence in a prefill, at most: its mask has so many rows
 
 
 class LaneStep(NamedTuple):
@@ -64,7 +64,9 @@ class Decoder:
     """`routes[r][s]` is the pipeline rank of stage s for lanes of route r; `parts` are this rank's stages. A lane is
     numbered data rank x waves + wave, and takes route wave mod routes. Every method is collective."""
 
-    def __init__(self, mesh: Mesh, routes: Sequence[Sequence[int]], parts: Mapping[int, Part], budget: int) -> None:
+    def __init__(
+        self, mesh: Mesh, routes: Sequence[Sequence[int]], parts: Mapping[int, CachedStage], budget: int
+    ) -> None:
         """`budget`: tokens that a rank feeds at once, at most."""
         self.mesh, self.routes, self.parts, self.budget = mesh, routes, parts, budget
         # Two lanes behind each other on every stage and route.
@@ -98,7 +100,7 @@ class Decoder:
             cache.clear(slot)
 
     @torch.no_grad()
-    def prefill(self, caches: Caches, pieces: Mapping[int, Sequence[Piece]]) -> None:
+    def prefill(self, caches: Caches, pieces: Mapping[int, Sequence[Stretch]]) -> None:
         """Feed what lanes are given, without drawing anything."""
         rounds = {lane: list(_rounds(some, self.budget)) for lane, some in pieces.items()}
         for number in range(max(map(len, rounds.values()), default=0)):
@@ -220,13 +222,13 @@ class Decoder:
         ]
 
 
-def _rounds(pieces: Sequence[Piece], budget: int) -> Iterator[list[Piece]]:
+def _rounds(pieces: Sequence[Stretch], budget: int) -> Iterator[list[Stretch]]:
     """Pieces in batches of at most `budget` tokens, those that are too long in several."""
-    batch: list[Piece] = []
+    batch: list[Stretch] = []
     room = budget
     for slot, start, tokens in pieces:
-        for first in range(0, len(tokens), min(PIECE, budget)):
-            piece = Piece(slot, start + first, tokens[first : first + min(PIECE, budget)])
+        for first in range(0, len(tokens), min(STRETCH, budget)):
+            piece = Stretch(slot, start + first, tokens[first : first + min(STRETCH, budget)])
             # Two pieces of a sequence see each other's latents, and so never share a batch.
             if len(piece.tokens) > room or (batch and batch[-1].slot == slot):
                 yield batch

@@ -19,7 +19,7 @@ from torch import Tensor
 from dryvine.trainer.model.rope import Rope
 
 
-class Piece(NamedTuple):
+class Stretch(NamedTuple):
     """Neighbouring tokens of one sequence, the first at position `start`."""
 
     slot: int
@@ -47,7 +47,7 @@ def step_feed(tokens: np.ndarray, positions: np.ndarray, rope: Rope, device: tor
     return Feed(torch.from_numpy(tokens).to(device), slots, at, turns(rope, at), length, mask, None, None)
 
 
-def prefill_feed(pieces: Sequence[Piece], rope: Rope, device: torch.device) -> Feed:
+def prefill_feed(pieces: Sequence[Stretch], rope: Rope, device: torch.device) -> Feed:
     """Tokens of several sequences at once."""
     sizes = [len(piece.tokens) for piece in pieces]
     most = max(sizes, default=0)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from dryvine.trainer.generate.decoder import Drawn, LaneStep
-from dryvine.trainer.generate.feed import Piece
+from dryvine.trainer.generate.feed import Stretch
 from dryvine.trainer.generate.requests import Reason, Request
 from dryvine.trainer.generate.sampling import Ways
 
@@ -65,7 +65,7 @@ class Answer:
 class Join(NamedTuple):
     """Answers that came into a lane: what is to be fed first, and prefixes that a slot has of another's."""
 
-    feed: list[Piece]
+    feed: list[Stretch]
     shared: list[tuple[int, int, int]]  # (from slot, to slot, positions)
 
 
@@ -90,7 +90,7 @@ class Lane:
                 shared = _common(self.live[other].request.prompt[:-1], request.prompt[:-1])
                 joined.shared.append((other, slot, shared))
             if shared < len(request.prompt) - 1:
-                joined.feed.append(Piece(slot, shared, request.prompt[shared:-1]))
+                joined.feed.append(Stretch(slot, shared, request.prompt[shared:-1]))
             self.live.append(answer)
         self._changed()
         return joined

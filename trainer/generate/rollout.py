@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from dryvine.trainer.generate.decoder import Decoder, Span
-from dryvine.trainer.generate.feed import Piece
+from dryvine.trainer.generate.feed import Stretch
 from dryvine.trainer.generate.lane import Answer, Lane, Until
 from dryvine.trainer.generate.requests import Completion, Request
 from dryvine.trainer.model.shape import Shape
@@ -130,8 +130,8 @@ class Rollout:
 
     def _join(self, joining: list[list[Answer]], longest: list[int]) -> None:
         """Feed the prompts of new answers, each prefix of a group once."""
-        feeds: dict[int, list[Piece]] = {}
-        late: dict[int, list[Piece]] = {}
+        feeds: dict[int, list[Stretch]] = {}
+        late: dict[int, list[Stretch]] = {}
         shared = {}
         for number, (lane, answers) in enumerate(zip(self._lanes, joining, strict=True)):
             if answers:

@@ -15,9 +15,9 @@ import torch
 from dryvine.comm.mesh import Layout, Mesh, make_mesh
 from dryvine.trainer.generate.decoder import Decoder
 from dryvine.trainer.generate.lane import Until
-from dryvine.trainer.generate.part import Part
 from dryvine.trainer.generate.requests import Completion, Request
 from dryvine.trainer.generate.rollout import LaneRoom, Rollout
+from dryvine.trainer.generate.stage import CachedStage
 from dryvine.trainer.model.decoder import Model
 from dryvine.trainer.rig import Rig
 
@@ -74,5 +74,5 @@ class Sampler:
         self._cancelled.update(requests)
 
 
-def _parts(model: Model) -> dict[int, Part]:
-    return {number: Part(model, stage) for number, stage in model.stages.items()}
+def _parts(model: Model) -> dict[int, CachedStage]:
+    return {number: CachedStage(model, stage) for number, stage in model.stages.items()}

@@ -21,7 +21,7 @@ from dryvine.trainer.model.spec import Spec
 _TO_EXPERTS = ("routing", "dispatch", "experts", "combine")  # phases
 
 
-class Part:
+class CachedStage:
     """Of stage `number` of a rank's model. MTP and losses are left out."""
 
     def __init__(self, model: Model, stage: Stage) -> None:
