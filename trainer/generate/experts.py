@@ -41,6 +41,8 @@ def within(ffn: FFNOfExpert, experts: int) -> ToExperts:
     """All experts are in this process, and each multiplies its rows by itself."""
 
     def run(rows_NH: Tensor, weights_NK: Tensor, experts_NK: Tensor) -> Tensor:
+        if not len(rows_NH):  # of a lane whose neighbours on other data ranks have some
+            return rows_NH
         chosen_R = experts_NK.flatten()
         order_R = chosen_R.argsort(stable=True)
         counts: list[int] = torch.bincount(chosen_R, minlength=experts).tolist()
