@@ -22,6 +22,9 @@ from dryvine.trainer.data.config import DataConfig
 from dryvine.trainer.fp8.recipe import Recipe
 from dryvine.trainer.model.shape import Shape
 from dryvine.trainer.ramps import BatchConfig, OptimConfig
+from dryvine.trainer.rl.config import RLConfig
+from dryvine.trainer.rl.presets import PRESETS
+from dryvine.trainer.rl.sft_config import SFTConfig
 
 WIDEST_HEAD = 256  # of flash attention, which packed documents need
 Positive = Annotated[int, Field(ge=1)]
@@ -72,6 +75,8 @@ class Config(BaseModel, frozen=True, extra="forbid"):
     comm: CommConfig = CommConfig()
     optim: OptimConfig = OptimConfig()
     fp8: Recipe = Recipe()  # off
+    sft: SFTConfig | None = None  # with it, the run reads conversations and not `data.source`
+    rl: RLConfig | None = None  # with it, the run makes its data by sampling
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -80,7 +85,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         _apply(tree, override)
     try:
-        config = Config.model_validate(tree)
+        config = Config.model_validate(_over_preset(tree))
     except ValidationError as error:
         raise ConfigError(f"{path}: {_explain(error)}") from None
     if problem := _conflict(config):
@@ -146,6 +151,13 @@ def _merge(base: Tree, over: Mapping[str, object]) -> Tree:
         old = out.get(key)
         out[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
     return out
+
+
+def _over_preset(tree: Tree) -> Tree:
+    """The tree over what its rl.preset names. One that is not known is left for the model to refuse."""
+    table = tree.get("rl")
+    name = table.get("preset", "grpo") if isinstance(table, dict) else None
+    return _merge(dict(PRESETS[name]), tree) if name in PRESETS else tree
 
 
 def _apply(tree: Tree, override: str) -> None:

@@ -23,6 +23,7 @@ from dryvine.parallel.executor import EdgeWire, Executor
 from dryvine.parallel.flow_control import rank_program, slots_by_line
 from dryvine.parallel.overlap import ORDERS
 from dryvine.parallel.schedule.ir import Program
+from dryvine.parallel.schedule.lower import forward_only, lower
 from dryvine.parallel.streams import Streams, make_streams
 from dryvine.parallel.zero import Zero
 from dryvine.trainer.checkpoint.state import RunState
@@ -54,6 +55,7 @@ class Rig:
     streams: Callable[[], Streams]
     fp8: FP8 | None
     _training: dict[int, Executor] = field(default_factory=dict)
+    _forward: dict[int, Executor] = field(default_factory=dict)
 
     @property
     def config(self) -> Config:
@@ -64,6 +66,13 @@ class Rig:
         if sequences not in self._training:
             self._training[sequences] = self.executor(self.plan.training[sequences], self.wire)
         return self._training[sequences]
+
+    def forward(self, sequences: int) -> Executor:
+        """Runs a step's forwards alone, for `sequences` that `training` takes too."""
+        if sequences not in self._forward:
+            schedule = forward_only(self.plan.training[sequences].schedule)
+            self._forward[sequences] = self.executor(lower(schedule), self.wire)
+        return self._forward[sequences]
 
     @cached_property
     def validation(self) -> Executor:

@@ -13,12 +13,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dryvine.comm.integers import ceil_div
 from dryvine.parallel.partition import partition
 from dryvine.parallel.schedule.check import check
 from dryvine.parallel.schedule.ir import Program, Schedule
 from dryvine.parallel.schedule.lower import forward_only, lower
 from dryvine.parallel.schedule.rules import ScheduleError
-from dryvine.parallel.schedule.table import build
+from dryvine.parallel.schedule.table import build, legal
 from dryvine.trainer.config import Config, ConfigError, load
 from dryvine.trainer.model.shape import units
 
@@ -67,14 +68,26 @@ def make_plan(config: Config) -> RunPlan:
             f"batch.sequences = {config.batch.sequences}, of which parallel.dp x ep ranks take microbatch_sequences at "
             f"a time: schedules of {ops:,} ops, and {MOST_OPS:,} can be planned; raise microbatch_sequences or dp"
         )
-    training = {sequences: _program(config, sequences) for sequences in config.batch.sizes()}
+    training = {sequences: _program(config, sequences) for sequences in _sizes(config)}
     full = training[config.batch.sequences].schedule
     return RunPlan(config, training, _checked(forward_only(full)), _split(config, full.stages))
 
 
+def _sizes(config: Config) -> list[int]:
+    """Of batches. An update of reinforcement learning has as many rows as its answers fill, at most batch.sequences at
+    a time; eighths of that are planned, as far as the schedule has them."""
+    if config.rl is None:
+        return config.batch.sizes()
+    p, full = config.parallel, config.batch.sequences
+    per_microbatch = p.microbatch_sequences * p.dp * p.ep
+    parts = {ceil_div(full * eighths, 8 * per_microbatch) for eighths in range(1, 8)}
+    fewer = [n for n in sorted(parts) if n * per_microbatch < full and not legal(p.schedule, p.pp, n, p.chunks)]
+    return [*(n * per_microbatch for n in fewer), full]
+
+
 def _ops(config: Config) -> int:
     """About how many ops the schedules of all batch sizes have: F, I and W of every microbatch and stage."""
-    p, sizes = config.parallel, config.batch.sizes()
+    p, sizes = config.parallel, _sizes(config)
     return 3 * sum(sizes) * p.pp * p.chunks // (p.microbatch_sequences * p.dp * p.ep)
 
 

@@ -19,6 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dryvine.trainer.model.lesson import Lesson
+
 
 @dataclass(frozen=True, eq=False)
 class Documents:
@@ -28,6 +30,7 @@ class Documents:
     bounds: Tensor  # int32 [D + 1]: where each document begins among the N tokens, and N
     lengths: tuple[int, ...]  # of each document
     weights: tuple[Tensor, ...]  # FP32 [N] each
+    lesson: Lesson | None = None  # instead of the next token, which then has no loss
 
     @property
     def longest(self) -> int:

@@ -44,6 +44,16 @@ class Gate(nn.Module):
         """What `route` returns; `count`: choices add to `load`."""
         return route(logits_NE, self.bias, self.shape, sequences, self.load if count else None)
 
+    def replay(self, logits_NE: Tensor, given_NK: Tensor, sequences: int) -> tuple[Choice, Tensor]:
+        """What `route` returns for experts that were chosen before, where `given` has some, and on how many of those
+        tokens the gate would choose another set now: int64 [2], these and all of them. Counts no load."""
+        scores_NE = score(logits_NE, self.shape)
+        own_NK = choose(scores_NE.detach(), self.bias, self.shape)
+        given_N1 = given_NK[:, :1] >= 0
+        other_N = (own_NK.sort(-1).values != given_NK.sort(-1).values).any(-1) & given_N1.squeeze(1)
+        choice = weigh(scores_NE, torch.where(given_N1, given_NK, own_NK), sequences, self.shape)
+        return choice, torch.stack((other_N.sum(), given_N1.sum()))
+
 
 @torch.no_grad()
 def move_bias(bias_E: Tensor, load_E: Tensor, gamma: float) -> None:
@@ -59,11 +69,21 @@ def route(logits_NE: Tensor, bias_E: Tensor, shape: Shape, sequences: int, load_
 
     Of equal experts a GPU takes the first; a CPU's topk promises nothing. A score that is NaN counts as the highest.
     """
-    scores_NE = logits_NE.sigmoid() if shape.score == "sigmoid" else logits_NE.softmax(-1)
+    scores_NE = score(logits_NE, shape)
     experts_NK = choose(scores_NE.detach(), bias_E, shape)
     if load_E is not None:
         chosen = experts_NK.flatten()
         load_E.scatter_add_(0, chosen, torch.ones_like(chosen))
+    return weigh(scores_NE, experts_NK, sequences, shape)
+
+
+def score(logits_NE: Tensor, shape: Shape) -> Tensor:
+    """[N, E], of which the best are chosen."""
+    return logits_NE.sigmoid() if shape.score == "sigmoid" else logits_NE.softmax(-1)
+
+
+def weigh(scores_NE: Tensor, experts_NK: Tensor, sequences: int, shape: Shape) -> Choice:
+    """What `route` returns, by the scores of the experts that were chosen."""
     weights_NK = scores_NE.gather(1, experts_NK)
     if shape.normalise:
         weights_NK = weights_NK / (weights_NK.sum(-1, keepdim=True) + 1e-20)

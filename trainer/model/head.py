@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from dryvine.trainer.model.lesson import Scored
 from dryvine.trainer.model.linear import Linear
-from dryvine.trainer.model.loss import cross_entropy
+from dryvine.trainer.model.loss import cross_entropy, target_logprobs
 from dryvine.trainer.model.norm import Normed, RMSNorm, through_norm
 
 
@@ -24,5 +25,13 @@ class Head:
 
         def predict(normed: Normed) -> tuple[Tensor, Tensor]:
             return normed.x, cross_entropy(self.project(normed.x), targets_N, weights_N)
+
+        return through_norm(self.norm, x_NH, predict, self.again)
+
+    def score(self, x_NH: Tensor, targets_N: Tensor, temperature: float) -> tuple[Tensor, Scored]:
+        """-> normed x, as above, and what is known of each target."""
+
+        def predict(normed: Normed) -> tuple[Tensor, Scored]:
+            return normed.x, target_logprobs(self.project(normed.x), targets_N, temperature)
 
         return through_norm(self.norm, x_NH, predict, self.again)

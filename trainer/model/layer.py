@@ -48,11 +48,14 @@ class DenseLayer(Layer):
 
 
 class Routed(NamedTuple):
+    """`other`: as `Gate.replay` returns it, of choices that were given."""
+
     x: Tensor  # [N, H], the residual with attention and shared experts
     rows: Tensor  # [N, H], what experts read
     weights: Tensor  # FP32 [N, K]
     experts: Tensor  # int64 [N, K]
     loss: Tensor | None  # balance loss
+    other: Tensor | None = None
 
 
 class MoELayer(Layer):
@@ -62,8 +65,16 @@ class MoELayer(Layer):
         self.gate, self.experts = Gate(spec), Experts(spec)
         self.shared = FFN(spec, s.shared * s.expert_ffn) if s.shared else None
 
-    def route(self, x_NH: Tensor, sequences: int, count: bool, documents: Documents | None = None) -> Routed:
-        """Attention, shared experts, and which experts each row goes to. `count`: choices add to `gate.load`."""
+    def route(
+        self,
+        x_NH: Tensor,
+        sequences: int,
+        count: bool,
+        documents: Documents | None = None,
+        given_NK: Tensor | None = None,
+    ) -> Routed:
+        """Attention, shared experts, and which experts each row goes to. `count`: choices add to `gate.load`, unless
+        they were `given`."""
         x_NH = self.attend(x_NH, sequences, documents)
 
         def use(normed: Normed) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,4 +82,7 @@ class MoELayer(Layer):
             return shared_NH, normed.x, self.gate(normed.x)
 
         shared_NH, rows_NH, logits_NE = through_norm(self.ffn_norm, x_NH, use, self.again)
-        return Routed(shared_NH, rows_NH, *self.gate.choose(logits_NE, sequences, count))
+        if given_NK is None:
+            return Routed(shared_NH, rows_NH, *self.gate.choose(logits_NE, sequences, count))
+        choice, other = self.gate.replay(logits_NE, given_NK, sequences)
+        return Routed(shared_NH, rows_NH, *choice, other)

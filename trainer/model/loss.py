@@ -1,4 +1,5 @@
-"""Mean cross entropy that keeps one copy of the logits, in the model's dtype, and makes it their gradient in place.
+"""Cross entropy, and log-probabilities by token, that keep one copy of the logits, in the model's dtype, and make it
+their gradient in place.
 
 At a vocabulary of 129280 the FP32 logits of one 4096-token sequence are 2.1 GB; plain autograd keeps them, their
 log-softmax and the gradient. Here FP32 exists in slices of a few hundred rows, and on a GPU in registers.
@@ -9,6 +10,7 @@ Legend: N tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from dryvine.comm.by_device import kernel_in
+from dryvine.trainer.model.lesson import Scored
 from dryvine.trainer.tensors.context import Context
 
 KERNELS = "dryvine.trainer.model.kernels.loss"
@@ -60,6 +63,42 @@ class _CrossEntropy(Function):
         scales_N = scale * weights[0] if weights else scale.expand(targets_N.shape[0])
         logits_to_gradient(logits_NV, targets_N, norm_N, scales_N.contiguous())
         return logits_NV, None, None
+
+
+class _ScoredContext(Context, Protocol):
+    temperature: float
+
+    def mark_non_differentiable(self, *tensors: Tensor) -> None: ...
+
+
+class _TargetLogprobs(Function):
+    @staticmethod
+    def forward(ctx: _ScoredContext, logits_NV: Tensor, targets_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        if temperature != 1.0:
+            logits_NV.div_(temperature)
+        norm_N, entropies_N = log_sum_exp(logits_NV), torch.empty_like(targets_N, dtype=torch.float32)
+        for part in _slices(logits_NV):
+            logits = logits_NV[part].float()
+            # -sum p log p = log sum exp - sum p x
+            chances = (logits - norm_N[part].unsqueeze(1)).exp_()
+            entropies_N[part] = norm_N[part] - chances.mul_(logits).sum(-1)
+        ctx.save_for_backward(logits_NV, targets_N, norm_N)
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(entropies_N)
+        return logits_NV.gather(1, targets_N.unsqueeze(1)).squeeze(1).float() - norm_N, entropies_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: _ScoredContext, dlogprobs_N: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+        logits_NV, targets_N, norm_N = ctx.saved_tensors
+        logits_to_gradient(logits_NV, targets_N, norm_N, (dlogprobs_N / -ctx.temperature).contiguous())
+        return logits_NV, None, None
+
+
+def target_logprobs(logits_NV: Tensor, targets_N: Tensor, temperature: float) -> Scored:
+    """log softmax(logits / temperature)[target] of each row, and the entropy. The logits' memory becomes their
+    gradient: keep them nowhere else."""
+    return Scored(*_TargetLogprobs.apply(logits_NV, targets_N, temperature))
 
 
 def cross_entropy(logits_NV: Tensor, targets_N: Tensor, weights_N: Tensor | None = None) -> Tensor:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 
 from dryvine.comm.dispatch.api import AnyDispatcher
@@ -140,10 +141,16 @@ def _routed(rank: Wiring, name: str, layer: MoELayer, enter: Callable[[Tensor, F
     codec = codec_of(rank.spec.fp8.recipe) if rank.spec.fp8 else AS_IS
 
     def attention(state: State, flight: Flight) -> Outcome:
-        *routed, loss = layer.route(
-            enter(state[0], flight), len(flight.tokens), count=flight.training, documents=_documents(flight)
-        )
-        return Outcome(cast(State, tuple(routed)), {} if loss is None else {f"balance.{name}": loss})
+        documents = _documents(flight)
+        lesson = documents.lesson if documents else None
+        given = lesson.experts.get(name) if lesson else None
+        routed = layer.route(enter(state[0], flight), len(flight.tokens), flight.training, documents, given)
+        found = {} if routed.loss is None else {f"balance.{name}": routed.loss}
+        if routed.other is not None:
+            found[f"other.{name}"] = routed.other
+        if lesson and lesson.record:
+            found[f"routes.{name}"] = routed.experts.to(torch.int16)
+        return Outcome(routed[:4], found)
 
     return [
         rank.compute("attention", name, attention),
@@ -186,6 +193,9 @@ def _predict(rank: Wiring, name: str, norm: RMSNorm, depth: int) -> Phase:
 
     def predict(state: State, flight: Flight) -> Outcome:
         documents = _documents(flight)
+        if depth == 0 and documents and documents.lesson:
+            normed_NH, scored = run.score(state[0], rank.tokens(flight, 1), documents.lesson.temperature)
+            return Outcome(() if last else (normed_NH,), documents.lesson.objective(scored))
         weights = None if documents is None else documents.weights[depth]
         normed_NH, loss = run(state[0], rank.tokens(flight, depth + 1), weights)
         weight = 1.0 if depth == 0 else rank.weights.mtp / shape.mtp_depth

@@ -1,0 +1,205 @@
+"""An update of reinforcement learning: rows, the gradient in every split and layout, and replayed experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dryvine.comm import local
+from dryvine.trainer.config import Config
+from dryvine.trainer.deviations import Part, assembled
+from dryvine.trainer.model.loss import target_logprobs
+from dryvine.trainer.rig import Rig
+from dryvine.trainer.rl.choices import LossChoices
+from dryvine.trainer.rl.passes import Learnt, LessonPlan, learn, score
+from dryvine.trainer.rl.rows import Answer, pack, token_rows
+from tests.support.rig import rig_of
+
+Tiny = Callable[..., Config]
+RL = ('rl.chat.tokenizer="none"', "rl.max_tokens=16", "model.balance_alpha=0.0", "batch.sequences=16")
+CHOICES = LossChoices(kl=0.05, ratio="token", aggregate="token_mean")
+PLAIN = LessonPlan(temperature=0.7, replay=True)
+
+
+def answers_of(config: Config, count: int = 24, seed: int = 0, routes: bool = True) -> list[Answer]:
+    """Random ones, with random experts of their own."""
+    draw = torch.Generator().manual_seed(seed)
+    shape = config.model
+    integer = lambda low, high: int(torch.randint(low, high, (1,), generator=draw))  # noqa: E731
+    normal = lambda n: torch.randn(n, generator=draw)  # noqa: E731
+    out = []
+    for _ in range(count):
+        p, n = integer(2, 8), integer(1, 12)
+        tokens = torch.randint(shape.vocab, (p + n,), generator=draw)
+        # Two experts of one group, as the gate's limit allows.
+        size = (shape.layers - shape.first_dense, p + n - 1)
+        group = torch.randint(shape.groups, size, generator=draw)
+        chosen = torch.stack((2 * group, 2 * group + 1), -1).to(torch.int16)
+        logprobs = -5 - normal(n).abs()
+        out.append(
+            Answer(
+                tuple(tokens[:p].tolist()), tokens[p:], logprobs, chosen if routes else None,
+                float(normal(1)), logprobs + normal(n) * 0.05, logprobs + normal(n) * 0.1,
+            )
+        )  # fmt: skip
+    return out
+
+
+def test_rows_hold_every_answer_as_a_document_of_its_own(tiny: Tiny) -> None:
+    answers = answers_of(tiny(*RL), 40)
+    packing = pack(answers, 32)
+    assert packing.rows <= 1 + sum(answer.size for answer in answers) * 11 / 9 / 33
+    tokens, documents = token_rows(packing, 0, packing.rows + 1, extra=2)
+    for number, answer in enumerate(answers):
+        place = packing.places[number]
+        span = slice(place.start, place.start + answer.size)
+        line = [*answer.prompt, *answer.tokens.tolist()]
+        assert tokens[place.row, span].tolist() == line
+        own = documents[place.row, span]
+        assert len(set(own.tolist())) == 1
+        assert int((documents[place.row] == own[0]).sum()) == answer.size
+        # The position that predicts the first token of the answer is the prompt's last.
+        at = packing.targets(number)
+        assert tokens[place.row, 1:][at].tolist() == answer.tokens.tolist()
+    assert not tokens[packing.rows].any()
+    assert (np.diff(documents, axis=1) >= 0).all()
+
+
+def test_an_answer_that_fits_in_no_row_is_refused() -> None:
+    exact = Answer((1,) * 20, torch.ones(13, dtype=torch.int64), torch.zeros(13))
+    assert pack([exact], 32).rows == 1
+    with pytest.raises(ValueError, match=r"34 tokens, and a row 32 \+ 1: raise data.seq_len"):
+        pack([replace(exact, prompt=(1,) * 21)], 32)
+
+
+def test_log_probabilities_are_those_of_the_softmax_at_the_temperature() -> None:
+    torch.manual_seed(0)
+    logits, targets = torch.randn(9, 31, requires_grad=True), torch.randint(31, (9,))
+    expected = (logits / 0.7).log_softmax(-1)
+    picked = expected.gather(1, targets[:, None]).squeeze(1)
+    weights = torch.randn(9)
+    (wanted,) = torch.autograd.grad((picked * weights).sum(), logits)
+    again = logits.detach().clone().requires_grad_()
+    found = target_logprobs(again * 1.0, targets, 0.7)
+    torch.testing.assert_close(found.logprobs, picked)
+    torch.testing.assert_close(found.entropies, -(expected.exp() * expected).sum(-1))
+    (grad,) = torch.autograd.grad((found.logprobs * weights).sum(), again)
+    torch.testing.assert_close(grad, wanted)
+
+
+# -- the same update everywhere
+
+
+def played(rank: int, config: Config, answers: list[Answer], steps: int = 1) -> tuple[Learnt, Part, Part, list[Tensor]]:
+    """For `local.run`: figures, gradients and weights of this rank after updates, and the scores before them."""
+    rig = rig_of(config)
+    before = [answer.old for answer in score(rig, answers, PLAIN)]
+    for step in range(steps):
+        learnt = learn(rig, answers, CHOICES, PLAIN, step)
+    grads = {(p.name, p.start): p.grad.numpy().copy() for p in rig.optimizer.pieces}
+    weights = {(p.name, p.start): p.master.numpy().copy() for p in rig.optimizer.pieces}
+    return replace(learnt, played=None), grads, weights, before  # type: ignore[arg-type]
+
+
+def compare(one: Config, many: Config, answers: list[Answer]) -> None:
+    alone = played(0, one, answers)
+    parts = (
+        local.run(played, many.parallel.world, many, answers) if many.parallel.world > 1 else [played(0, many, answers)]
+    )
+    for part in parts:
+        assert part[0].norm == pytest.approx(alone[0].norm, rel=1e-5)
+        assert part[0].loss == pytest.approx(alone[0].loss, rel=1e-5)
+        assert part[0].sums == pytest.approx(alone[0].sums, rel=1e-5)
+        for scores, expected in zip(part[3], alone[3], strict=True):
+            torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
+    for which in (1, 2):
+        whole, expected = assembled([part[which] for part in parts]), assembled([alone[which]])
+        for name, values in expected.items():
+            apart = np.linalg.norm(whole[name] - values) / max(1e-30, np.linalg.norm(values))
+            assert apart < 1e-5, (name, apart)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ("parallel.microbatch_sequences=4",),
+        ("data.seq_len=24",),
+        ("batch.sequences=2",),
+        ('model.recompute=["norm", "mla_up", "swiglu"]',),
+        ("parallel.dp=2", "parallel.schedule=dualpipev"),
+        ("parallel.pp=2", "parallel.ep=2", "parallel.schedule=dualpipe"),
+    ],
+    ids=["microbatches", "packs", "passes", "recompute", "dp2", "pp2 x ep2 dualpipe"],
+)
+def test_an_update_is_the_same_in_every_split_and_layout(tiny: Tiny, layout: tuple[str, ...]) -> None:
+    answers = answers_of(tiny(*RL))
+    compare(tiny(*RL), tiny(*RL, *layout), answers)
+
+
+def test_a_share_by_microbatch_would_be_seen(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the test above is for: an update whose mean forgets how many microbatches there are."""
+    answers = answers_of(tiny(*RL))
+    alone = played(0, tiny(*RL), answers)
+    other = played(0, tiny(*RL), [*answers[:-1], replace(answers[-1], advantage=0.5)])
+    assert abs(other[0].norm / alone[0].norm - 1) > 1e-4
+
+
+# -- experts
+
+
+def live_routes(rig: Rig, answers: list[Answer]) -> list[Answer]:
+    return score(rig, answers, LessonPlan(0.7, replay=False, record=True))
+
+
+def test_a_pass_records_the_experts_that_gates_choose(tiny: Tiny) -> None:
+    """And replaying them changes nothing, while others do."""
+    rig = rig_of(tiny(*RL))
+    answers = answers_of(rig.config)
+    recorded = live_routes(rig, answers)
+    assert all(a.routes.shape == (5, a.size - 1, 2) for a in recorded)  # type: ignore[union-attr]
+    same = score(rig, recorded, LessonPlan(0.7, replay=True))
+    other = score(rig, answers, LessonPlan(0.7, replay=True))
+    for one, two, three in zip(recorded, same, other, strict=True):
+        torch.testing.assert_close(one.old, two.old, rtol=1e-6, atol=1e-6)
+        assert not torch.allclose(one.old, three.old, atol=1e-4)  # type: ignore[arg-type]
+    learnt = learn(rig, recorded, CHOICES, PLAIN, 0)
+    assert learnt.other_routes == 0
+    assert learn(rig_of(tiny(*RL)), answers, CHOICES, PLAIN, 0).other_routes > 0.3
+
+
+def test_layouts_record_the_same_experts(tiny: Tiny) -> None:
+    layout = ("parallel.pp=2", "parallel.ep=2", "parallel.schedule=dualpipe")
+    answers = answers_of(tiny(*RL))
+    alone = live_routes(rig_of(tiny(*RL)), answers)
+    for found in local.run(recorded_on, 4, tiny(*RL, *layout), answers):
+        for one, other in zip(alone, found, strict=True):
+            assert torch.equal(one.routes, other.routes)  # type: ignore[arg-type]
+
+
+def recorded_on(rank: int, config: Config, answers: list[Answer]) -> list[Answer]:
+    return live_routes(rig_of(config), answers)
+
+
+def test_replay_takes_the_choice_and_not_the_weights(tiny: Tiny) -> None:
+    """Gates learn from replayed choices, and their biases are frozen."""
+    rig = rig_of(tiny(*RL))
+    before = {name: bias.clone() for name, bias in rig.model.buffers.items()}
+    learn(rig, answers_of(rig.config), CHOICES, PLAIN, 0)
+    gates = {p.name: float(p.grad.abs().sum()) for p in rig.optimizer.pieces if p.name.endswith("gate.weight")}
+    assert len(gates) == 6
+    assert all(total > 0 for name, total in gates.items() if not name.startswith("mtp"))
+    assert all(torch.equal(bias, before[name]) for name, bias in rig.model.buffers.items())
+    assert not any(load.any() for load in rig.model.loads.values())
+
+
+def test_a_gradient_that_is_not_finite_updates_nothing(tiny: Tiny) -> None:
+    rig = rig_of(tiny(*RL))
+    before = [p.master.clone() for p in rig.optimizer.pieces]
+    broken = [replace(answer, advantage=float("nan")) for answer in answers_of(rig.config)]
+    assert not learn(rig, broken, CHOICES, PLAIN, 0).finite
+    assert all(torch.equal(p.master, old) for p, old in zip(rig.optimizer.pieces, before, strict=True))

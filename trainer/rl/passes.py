@@ -1,0 +1,268 @@
+"""Answers through the training layout: a forward pass that returns log-probabilities (`score`), and an update
+(`learn`), both by the schedule, wires and dispatchers of pretraining.
+
+The alternative that most frameworks take, a second engine for old and reference probabilities, has numbers of its own.
+Here one model definition computes all of them, so the ratio of an update's first step is 1 to rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dryvine.parallel.executor import Batch, Played
+from dryvine.trainer.model.documents import Documents, documents_of
+from dryvine.trainer.model.lesson import Lesson, Scored
+from dryvine.trainer.model.shape import blocks
+from dryvine.trainer.ramps import Point, gradient_scale
+from dryvine.trainer.rig import Rig
+from dryvine.trainer.rl.choices import LossChoices
+from dryvine.trainer.rl.losses import Tokens, k3, shares, token_losses
+from dryvine.trainer.rl.rows import Answer, Packing, answer_numbers, fill_targets, pack, route_rows, token_rows
+from dryvine.trainer.step import update
+
+
+class LessonPlan(NamedTuple):
+    """What answers are put through the model for."""
+
+    temperature: float
+    replay: bool  # their routes, where they have some
+    record: bool = False  # the routes that gates choose
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """`count` rows from `first` on: what one run of the schedule takes."""
+
+    first: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """What an update did, over all ranks."""
+
+    norm: float  # of the gradient, before the clip
+    loss: float
+    sums: TokenSums
+    largest_apart: float  # |log-probability of the trainer - of the sampler|
+    other_routes: float  # share of the choices of experts, by token and layer, that the gate would make otherwise now
+    played: Played  # the last run of the schedule
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.norm)
+
+
+class TokenSums(NamedTuple):
+    """Over answers' tokens."""
+
+    tokens: float
+    k3: float  # of the trainer's policy against what answers were sampled with
+    k3_reference: float
+    clipped: float
+    entropy: float
+
+    def mean(self, name: str) -> float:
+        return float(getattr(self, name)) / max(1.0, self.tokens)
+
+
+def moe_layers(rig: Rig) -> list[str]:
+    """The blocks whose routes a rollout records, in its order."""
+    return [block.name for block in blocks(rig.config.model) if block.kind == "moe"]
+
+
+# -- forward
+
+
+def score(rig: Rig, answers: Sequence[Answer], plan: LessonPlan) -> list[Answer]:
+    """The answers with the trainer's own log-probabilities as `old`, and with `plan.record` its routes, by the weights
+    that are now published. The same on every rank. Collective."""
+    packing = pack(answers, rig.config.data.seq_len)
+    logprobs = torch.zeros(packing.rows, packing.length, dtype=torch.float64, device=rig.mesh.device)
+    routes: dict[str, Tensor] = {}
+    shape = rig.config.model
+    if plan.record:
+        size = (packing.rows, packing.length, shape.top_k)
+        routes = {name: torch.zeros(size, dtype=torch.int32, device=rig.mesh.device) for name in moe_layers(rig)}
+    for one in _passes(rig, packing):
+        batch = _batch(rig, packing, one, plan, lambda first, count: _record_logprobs)
+        played = rig.forward(one.count).run(replace(batch, training=False))
+        _collect(rig, packing, one, played, "logprobs", logprobs)
+        for name, own in routes.items():
+            _collect(rig, packing, one, played, f"routes.{name}", own)
+    whole = rig.mesh.sum(logprobs, "log-probabilities").float().cpu()
+    found = [replace(a, old=whole[packing.places[i].row, packing.targets(i)]) for i, a in enumerate(answers)]
+    if not plan.record:
+        return found
+    # Both copies of a DualPipe stage see other microbatches, so each row is recorded once.
+    layers = torch.stack([rig.mesh.sum(own, "routes").cpu().to(torch.int16) for own in routes.values()])
+    return [replace(a, routes=_routes_of(layers, packing, i)) for i, a in enumerate(found)]
+
+
+def _routes_of(layers: Tensor, packing: Packing, number: int) -> Tensor:
+    place, size = packing.places[number], packing.answers[number].size
+    return layers[:, place.row, place.start : place.start + size - 1]
+
+
+def _record_logprobs(scored: Scored) -> dict[str, Tensor]:
+    return {"logprobs": scored.logprobs}
+
+
+def _collect(rig: Rig, packing: Packing, one: _Pass, played: Played, name: str, into: Tensor) -> None:
+    """Put what this rank recorded under a name into its rows, [R, T, ..]."""
+    for microbatch, values in zip(played.microbatches.get(name, ()), played.losses.get(name, ()), strict=True):
+        first = _first_row(rig, one, microbatch)
+        rows = into[first : first + rig.config.parallel.microbatch_sequences]  # fewer where a pass is filled up
+        rows.copy_(values.view(-1, packing.length, *values.shape[1:])[: len(rows)])
+
+
+# -- an update
+
+
+def learn(rig: Rig, answers: Sequence[Answer], choices: LossChoices, plan: LessonPlan, step: int) -> Learnt:
+    """Update the weights from all of `answers`. As in pretraining, a gradient that is not finite on any rank updates
+    nothing. Gate biases stay as they are. Collective."""
+    rl = rig.config.rl
+    assert rl is not None
+    packing = pack(answers, rig.config.data.seq_len)
+    passes = list(_passes(rig, packing))
+    point = Point(step, 0, sum(one.count for one in passes), packing.length)
+    parts = shares([len(answer.tokens) for answer in answers], choices.aggregate, rl.max_tokens)
+    microbatches = point.sequences / rig.config.parallel.microbatch_sequences
+    fields = _Fields(packing, choices, parts, microbatches)
+    rig.optimizer.zero.zero_grads()
+    played = []
+    for one in passes:
+        batch = _batch(rig, packing, one, plan, fields.objective)
+        # Losses are means over microbatches, as in pretraining: shares are multiplied up in `fields`.
+        played.append(rig.training(one.count).run(replace(batch, loss_scale=gradient_scale(point) / microbatches)))
+    norm = rig.optimizer.reduce(gradient_scale(point))
+    if math.isfinite(norm):
+        update(rig, point, norm)
+    rig.model.reset_loads()
+    return _learnt(rig, norm, microbatches, played)
+
+
+@dataclass(frozen=True)
+class _Fields:
+    """What is known of the answers of an update, and their objective."""
+
+    packing: Packing
+    choices: LossChoices
+    parts: Sequence[float]  # the share of each token of each answer
+    microbatches: float  # of the whole update
+
+    def tokens(self, first: int, count: int) -> Tokens:
+        answers = self.packing.answers
+        columns = (
+            [torch.tensor(answer.advantage) for answer in answers],
+            [answer.sampled if answer.old is None else answer.old for answer in answers],
+            [answer.sampled for answer in answers],
+            [torch.zeros(1) if answer.reference is None else answer.reference for answer in answers],
+            [torch.tensor(part) for part in self.parts],
+        )
+        filled = [fill_targets(self.packing, first, count, column) for column in columns]
+        return Tokens._make([*filled, answer_numbers(self.packing, first, count)])
+
+    def objective(self, first: int, count: int) -> Callable[[Scored], dict[str, Tensor]]:
+        known = self.tokens(first, count)
+
+        def run(scored: Scored) -> dict[str, Tensor]:
+            tokens = Tokens(*(column.to(scored.logprobs.device) for column in known))
+            counted = tokens.share > 0
+            terms = token_losses(self.choices, scored.logprobs, tokens)
+            loss = torch.where(counted, terms.loss * tokens.share, 0.0).sum() * self.microbatches
+            apart = torch.where(counted, scored.logprobs.detach() - tokens.sampled, 0.0)
+            moved = torch.where(counted, scored.logprobs.detach() - tokens.reference, 0.0)
+            entropies = torch.where(counted, scored.entropies, 0.0)
+            sums = (counted, k3(-apart), k3(moved), terms.clipped, entropies)  # in the order of `TokenSums`
+            return {
+                "loss": loss,
+                "token_sums": torch.stack([column.sum().double() for column in sums]),
+                "apart": apart.abs().max(),
+            }
+
+        return run
+
+
+def _learnt(rig: Rig, norm: float, microbatches: float, played: Sequence[Played]) -> Learnt:
+    """The figures of all ranks, by two reductions."""
+    device = rig.mesh.device
+    losses = [loss for one in played for loss in one.losses.get("loss", ())]
+    sums = [values for one in played for values in one.losses.get("token_sums", ())]
+    others = [
+        counts for one in played for name, some in one.losses.items() if name.startswith("other.") for counts in some
+    ]
+    apart = [value for one in played for value in one.losses.get("apart", ())]
+    zeros = torch.zeros(1, dtype=torch.float64, device=device)
+    own = torch.cat(
+        (
+            sum((loss.double().view(1) for loss in losses), zeros) / microbatches,
+            sum(sums, zeros.expand(len(TokenSums._fields))),
+            sum((counts.double() for counts in others), zeros.expand(2)),
+        )
+    )
+    loss, *rest = rig.mesh.sum(own, "figures of an update").tolist()
+    largest = rig.mesh.max(torch.stack([*apart, zeros[0].float()]).max(), "differences of log-probabilities")
+    other, routed = rest[-2:]
+    return Learnt(norm, loss, TokenSums(*rest[:-2]), float(largest), other / max(1.0, routed), played[-1])
+
+
+# -- rows to microbatches
+
+
+def _passes(rig: Rig, packing: Packing) -> Iterator[_Pass]:
+    """Full runs of the schedule, and the smallest that takes the rest."""
+    sizes = sorted(rig.plan.training)
+    for first in range(0, packing.rows, sizes[-1]):
+        left = packing.rows - first
+        yield _Pass(first, next(size for size in sizes if size >= min(left, sizes[-1])))
+
+
+def _first_row(rig: Rig, one: _Pass, microbatch: int) -> int:
+    mesh = rig.mesh
+    return one.first + (microbatch * mesh.data_ranks + mesh.data_rank) * rig.config.parallel.microbatch_sequences
+
+
+def _batch(
+    rig: Rig,
+    packing: Packing,
+    one: _Pass,
+    plan: LessonPlan,
+    objective: Callable[[int, int], Callable[[Scored], dict[str, Tensor]]],
+) -> Batch:
+    """This data rank's microbatches of a pass, with a loss scale of 0. `objective` is told which rows."""
+    size = rig.config.parallel.microbatch_sequences
+    count = one.count // (size * rig.mesh.data_ranks)
+    tokens, documents = [], []
+    for first in (_first_row(rig, one, microbatch) for microbatch in range(count)):
+        rows, numbers = token_rows(packing, first, size, 1 + rig.config.model.mtp_depth)
+        tokens.append(rows.to(rig.mesh.device))
+        experts = _experts(rig, packing, first) if plan.replay else {}
+        lesson = Lesson(objective(first, size), plan.temperature, experts, plan.record)
+        documents.append(_documents(rig, numbers, lesson))
+    return Batch(tokens, 0.0, documents=documents)
+
+
+def _documents(rig: Rig, numbers: np.ndarray, lesson: Lesson) -> Documents:
+    """MTP does not learn: its targets have no weight."""
+    depths = 1 + rig.config.model.mtp_depth
+    nothing = np.zeros((len(numbers), numbers.shape[1] - depths), np.float32)
+    return replace(documents_of(numbers, [nothing] * depths, rig.mesh.device), lesson=lesson)
+
+
+def _experts(rig: Rig, packing: Packing, first: int) -> dict[str, Tensor]:
+    """Of the MoE layers on this rank."""
+    size, top_k = rig.config.parallel.microbatch_sequences, rig.config.model.top_k
+    return {
+        name: route_rows(packing, first, size, layer, top_k).to(rig.mesh.device)
+        for layer, name in enumerate(moe_layers(rig))
+        if name in rig.model.gates
+    }

@@ -1,0 +1,123 @@
+"""Answers to rows of tokens: packed behind each other, each with its prompt a document of its own.
+
+Every rank packs the same answers in the same way, and takes from the rows the microbatches that are its own, as
+pretraining takes sequences: so no row travels, and a layout decides nothing but who computes what.
+
+Legend: R rows, T positions, N = S * T tokens of a microbatch of S rows, K choices of experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+NOWHERE = -1  # the experts of a token that has not been routed before
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """A sampled answer and what is known of it. Tensors are on the CPU."""
+
+    prompt: tuple[int, ...]
+    tokens: Tensor  # int64 [n]
+    sampled: Tensor  # FP32 [n], log-probabilities that it was drawn with
+    routes: Tensor | None = None  # int16 [MoE layers, len(prompt) + n - 1, K]
+    advantage: float = 0.0
+    old: Tensor | None = None  # FP32 [n]; None: as sampled
+    reference: Tensor | None = None  # FP32 [n]; None: there is no reference
+
+    @property
+    def size(self) -> int:
+        """Tokens, the prompt's included."""
+        return len(self.prompt) + len(self.tokens)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an answer lies: its prompt begins at `start` of `row`."""
+
+    row: int
+    start: int
+
+
+@dataclass(frozen=True)
+class Packing:
+    """`places[i]` is that of answer i, among `rows` rows of `length` tokens; one more is only predicted."""
+
+    places: tuple[Place, ...]
+    rows: int
+    length: int
+    answers: Sequence[Answer] = field(repr=False)
+
+    def in_rows(self, first: int, count: int) -> list[int]:
+        """The numbers of the answers in these rows."""
+        return [i for i, place in enumerate(self.places) if first <= place.row < first + count]
+
+    def targets(self, number: int) -> slice:
+        """The positions of the row that predict the tokens of an answer."""
+        answer, place = self.answers[number], self.places[number]
+        start = place.start + len(answer.prompt) - 1
+        return slice(start, start + len(answer.tokens))
+
+
+def pack(answers: Sequence[Answer], length: int) -> Packing:
+    """First fit, longest first: at most 11/9 of the fewest rows. Raises ValueError for an answer that fits in none."""
+    places: dict[int, Place] = {}
+    room: list[int] = []  # left in each row
+    for number in sorted(range(len(answers)), key=lambda i: -answers[i].size):
+        size = answers[number].size
+        if size > length + 1:
+            raise ValueError(f"an answer and its prompt have {size} tokens, and a row {length} + 1: raise data.seq_len")
+        row = next((r for r, left in enumerate(room) if left >= size), len(room))
+        if row == len(room):
+            room.append(length + 1)
+        places[number] = Place(row, length + 1 - room[row])
+        room[row] -= size
+    return Packing(tuple(places[i] for i in range(len(answers))), len(room), length, answers)
+
+
+def token_rows(packing: Packing, first: int, count: int, extra: int) -> tuple[Tensor, NDArray[np.int64]]:
+    """Tokens, and the numbers of their documents, of `count` rows from `first` on: int64 [count, T + extra]. What no
+    answer fills, and rows past the last, is a document of zeros."""
+    tokens = torch.zeros(count, packing.length + extra, dtype=torch.int64)
+    documents = np.zeros((count, packing.length + extra), np.int64)
+    for number in packing.in_rows(first, count):
+        answer, place = packing.answers[number], packing.places[number]
+        line = torch.cat((torch.tensor(answer.prompt, dtype=torch.int64), answer.tokens))
+        row = place.row - first
+        tokens[row, place.start : place.start + len(line)] = line
+        # Each document's first token raises the number of all that follow.
+        documents[row, place.start :] += 1
+        documents[row, place.start + len(line) :] += 1
+    return tokens, documents
+
+
+def fill_targets(packing: Packing, first: int, count: int, values: Sequence[Tensor]) -> Tensor:
+    """FP32 [N] of these rows: `values[i]`, [n] or [1], where the tokens of answer i are predicted, and 0 elsewhere."""
+    out = torch.zeros(count, packing.length)
+    for number in packing.in_rows(first, count):
+        out[packing.places[number].row - first, packing.targets(number)] = values[number]
+    return out.flatten()
+
+
+def answer_numbers(packing: Packing, first: int, count: int) -> Tensor:
+    """int64 [N]: for each position its answer's place among those in these rows; 0 elsewhere."""
+    out = torch.zeros(count, packing.length, dtype=torch.int64)
+    for place, number in enumerate(packing.in_rows(first, count)):
+        out[packing.places[number].row - first, packing.targets(number)] = place
+    return out.flatten()
+
+
+def route_rows(packing: Packing, first: int, count: int, layer: int, top_k: int) -> Tensor:
+    """int64 [N, K]: the experts of every token in a MoE layer, by its number among them."""
+    out = torch.full((count, packing.length, top_k), NOWHERE, dtype=torch.int64)
+    for number in packing.in_rows(first, count):
+        routes, place = packing.answers[number].routes, packing.places[number]
+        if routes is not None:
+            out[place.row - first, place.start : place.start + routes.shape[1]] = routes[layer].long()
+    return out.flatten(0, 1)
