@@ -10,12 +10,13 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from dryvine.launch import bench_comm, checkpoint_cli, data_cli, hand_off_cli, launch_cli
+from dryvine.launch import bench_comm, checkpoint_cli, data_cli, hand_off_cli, launch_cli, rl_cli
 from dryvine.launch.demos_cli import demos
 from dryvine.launch.doctor import doctor
 from dryvine.launch.plan_cli import HardwareName, machine_of, plan, profile
 from dryvine.launch.report_cli import report, watch
 from dryvine.launch.schedule_cli import schedule
+from dryvine.launch.start import start
 from dryvine.launch.verifier_cli import check_verifier
 from dryvine.trainer.say import say
 
@@ -38,6 +39,8 @@ app.command()(profile)
 app.command()(report)
 app.command()(watch)
 app.command()(schedule)
+app.command()(rl_cli.sft)
+app.command()(rl_cli.rl)
 app.command()(hand_off_cli.export)
 app.command()(check_verifier)
 app.command("import")(hand_off_cli.import_)
@@ -65,26 +68,14 @@ def train(
     process per rank. Exit code 0: finished; 1: a fault; 2: refused; 3: diverged; 75: stopped by a signal and saved."""
     if one_gpu:
         config, overrides = _one_gpu(config, overrides or ()), None
-    from dryvine.trainer.data.prepare import prepare
     from dryvine.trainer.run_plan import load_plan
 
     planned = load_plan(config, overrides or ())
-    resolved = planned.config
     if dry_run:
         from dryvine.launch.dry_run import dry_run as play
 
-        return play(planned, machine_of(hardware, resolved.run, None), rank, Console())
-    with data_cli.progress_bar(Console(stderr=True)) as on_progress:
-        for source in resolved.data.sources:
-            prepare(resolved.data, source, on_progress)
-    world, words = resolved.parallel.world, [str(config), *(overrides or ())]
-    if world == 1 and not max_restarts:
-        from dryvine.trainer.__main__ import main as rank_main
-
-        raise typer.Exit(rank_main(words))
-    from dryvine.launch.spawn import Launch, spawn
-
-    raise typer.Exit(spawn(Launch(world, words, resolved.comm.deadline), max_restarts))
+        return play(planned, machine_of(hardware, planned.config.run, None), rank, Console())
+    raise typer.Exit(start(planned, [str(config), *(overrides or ())], max_restarts))
 
 
 def _one_gpu(config: Path, overrides: Sequence[str]) -> Path:

@@ -28,7 +28,7 @@ from dryvine.trainer.checkpoint.manifest import CannotSave, CheckpointError
 from dryvine.trainer.config import Config, ConfigError, check_world
 from dryvine.trainer.data.atomic import CannotWrite
 from dryvine.trainer.data.config import DataError
-from dryvine.trainer.data.splits import Data, open_data
+from dryvine.trainer.data.splits import Data
 from dryvine.trainer.exit_codes import ExitCode
 from dryvine.trainer.facts import facts
 from dryvine.trainer.fits import check_fits, out_of_memory
@@ -40,6 +40,7 @@ from dryvine.trainer.rig import mesh_of
 from dryvine.trainer.run_lock import RunLock
 from dryvine.trainer.run_plan import RunPlan, load_plan
 from dryvine.trainer.say import say
+from dryvine.trainer.sources import open_sources
 from dryvine.trainer.wandb_board import check_wandb
 
 CODES = {CannotSave: ExitCode.FAULT, CheckpointError: ExitCode.REFUSED, Diverged: ExitCode.DIVERGED}
@@ -92,7 +93,7 @@ def _ready(words: Sequence[str], place: LaunchedRank) -> Ready:
     device = _device(config, place.local_rank)
     check(config.fp8, device, (config.model.ffn, config.model.expert_ffn))
     check_fits(config, device)
-    topology, data = _topology(config, place, device), open_data(config)
+    topology, data = _topology(config, place, device), open_sources(config)
     same_run(config, data.identity)
     check_wandb(config)
     check_source(config)

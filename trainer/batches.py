@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from dryvine.parallel.executor import Batch
-from dryvine.trainer.data.source import SequenceSource
+from dryvine.trainer.data.source import PartlyLearnt, SequenceSource
 from dryvine.trainer.model.documents import Documents, documents_of, same_document
 from dryvine.trainer.rig import Rig
 
@@ -25,13 +25,13 @@ def read_batch(rig: Rig, source: SequenceSource, first: int, sequences: int) -> 
     tokens = [torch.from_numpy(source.sequences(n, size)).to(mesh.device) for n in firsts]
     if rig.config.data.mask == "none":
         return Batch(tokens, 0.0)
-    return Batch(tokens, 0.0, documents=_documents(rig, [source.documents(n, size) for n in firsts]))
+    numbers = [source.documents(n, size) for n in firsts]
+    return Batch(tokens, 0.0, documents=_documents(rig, numbers, [_targets(rig, source, n, size) for n in firsts]))
 
 
-def _documents(rig: Rig, numbers: list[Numbers]) -> list[Documents]:
-    """Every target inside its document has one weight, such that the mean over the microbatches of all data ranks is
-    the mean over such targets of the whole step, however they are spread."""
-    inside = [_targets(rig, each) for each in numbers]
+def _documents(rig: Rig, numbers: list[Numbers], inside: list[list[NDArray[np.bool_]]]) -> list[Documents]:
+    """Every target that counts has one weight, such that the mean over the microbatches of all data ranks is the mean
+    over such targets of the whole step, however they are spread."""
     counts = np.sum([[each[0].size, *(same.sum() for same in each)] for each in inside], axis=0)
     everywhere = rig.mesh.sum(torch.from_numpy(counts).to(rig.mesh.device), "targets inside documents").tolist()
     weights = [everywhere[0] / max(count, 1) for count in everywhere[1:]]
@@ -39,10 +39,15 @@ def _documents(rig: Rig, numbers: list[Numbers]) -> list[Documents]:
     return [documents_of(each, of, rig.mesh.device) for each, of in zip(numbers, weighted, strict=True)]
 
 
-def _targets(rig: Rig, numbers: Numbers) -> list[NDArray[np.bool_]]:
-    """Which targets are in their token's document: the next one, and that of every depth of MTP."""
-    depths = 1 + rig.config.model.mtp_depth
-    return [same_document(numbers, ahead, depths) for ahead in range(1, depths + 1)]
+def _targets(rig: Rig, source: SequenceSource, first: int, size: int) -> list[NDArray[np.bool_]]:
+    """Which targets are in their token's document, and learnt: the next one, and that of every depth of MTP."""
+    depths, length = 1 + rig.config.model.mtp_depth, rig.config.data.seq_len
+    numbers = source.documents(first, size)
+    inside = [same_document(numbers, ahead, depths) for ahead in range(1, depths + 1)]
+    if isinstance(source, PartlyLearnt):
+        learnt = source.learnt(first, size)
+        inside = [same & learnt[:, ahead : ahead + length] for ahead, same in enumerate(inside, 1)]
+    return inside
 
 
 def repeated_batch(rig: Rig, microbatches: int, training: bool) -> Batch:
@@ -53,5 +58,7 @@ def repeated_batch(rig: Rig, microbatches: int, training: bool) -> Batch:
     if rig.config.data.mask == "none":
         return batch
     numbers = source.documents(0, size)
-    documents = documents_of(numbers, [same.astype(np.float32) for same in _targets(rig, numbers)], rig.mesh.device)
+    documents = documents_of(
+        numbers, [same.astype(np.float32) for same in _targets(rig, source, 0, size)], rig.mesh.device
+    )
     return replace(batch, documents=[documents] * microbatches)

@@ -228,6 +228,10 @@ def _conflict(config: Config) -> str | None:
         return f"model.routed = {m.routed} experts do not divide over parallel.ep = {ep}; ep may be one of {divisors}"
     if m.vocab < config.data.vocab_size:
         return f"model.vocab = {m.vocab} is less than data.vocab_size = {config.data.vocab_size}; raise model.vocab"
+    if (config.sft or config.rl) and config.data.mask != "document":
+        return "data.mask = 'none' lets answers see each other; set data.mask = 'document'"
+    if config.sft and config.rl:
+        return "[sft] and [rl] are two runs: run.init_from begins the second with the weights of the first"
     if config.data.mask == "document" and m.qk_dim > WIDEST_HEAD:
         return (
             f"data.mask = 'document' has no kernel for heads of nope_dim + rope_dim = {m.qk_dim} elements; "

@@ -15,7 +15,7 @@ import torch
 from dryvine.parallel.executor import Played
 from dryvine.trainer.batches import read_batch
 from dryvine.trainer.config import Config
-from dryvine.trainer.data.source import TokenSource
+from dryvine.trainer.data.source import SequenceSource
 from dryvine.trainer.model.shape import blocks
 from dryvine.trainer.ramps import Point, changed, gradient_scale, learning_rate
 from dryvine.trainer.rig import Rig
@@ -117,7 +117,7 @@ def evaluate(rig: Rig) -> Validation:
     return Validation(sum(part.share * losses[name] for name, part in held_out.items()), losses)
 
 
-def _evaluate(rig: Rig, source: TokenSource) -> float:
+def _evaluate(rig: Rig, source: SequenceSource) -> float:
     batches, sequences = rig.config.run.eval_batches, rig.config.batch.sequences
     total = torch.zeros(1, dtype=torch.float64, device=rig.mesh.device)
     for number in range(batches):

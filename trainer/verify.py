@@ -21,12 +21,12 @@ from dryvine.comm import local
 from dryvine.comm.world import backend, prepare
 from dryvine.parallel.config import ParallelConfig
 from dryvine.trainer.config import Config
-from dryvine.trainer.data.splits import open_data
 from dryvine.trainer.deviations import Deviation, RankRun, Run, assembled, deviations, table
 from dryvine.trainer.ramps import gradient_scale, points
 from dryvine.trainer.rehearse import rehearse, report_loads
 from dryvine.trainer.rig import make_rig, mesh_of
 from dryvine.trainer.run_plan import RunPlan, make_plan
+from dryvine.trainer.sources import open_sources
 from dryvine.trainer.step import accumulate, balance, bias_gamma, update
 
 STEPS = 3
@@ -86,7 +86,7 @@ def alone(config: Config) -> Config:
 
 def play(config: Config, device: str = "cpu", steps: int = STEPS) -> Run:
     """Train `steps` steps and put the pieces of all ranks together."""
-    open_data(config)
+    open_sources(config)
     plan = make_plan(config)
     parts = _in_this_world(plan, steps, device) if dist.is_initialized() else _started(plan, steps, device)
     losses = tuple(map(sum, zip(*(part.losses for part in parts), strict=True)))
@@ -113,7 +113,7 @@ def _in_this_world(plan: RunPlan, steps: int, device: str) -> list[RankRun]:
 def _rank(rank: int, plan: RunPlan, steps: int, device: str) -> RankRun:
     config = plan.config
     where = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
-    rig = make_rig(plan, mesh_of(plan, where), open_data(config))
+    rig = make_rig(plan, mesh_of(plan, where), open_sources(config))
     if device == "cuda":
         rehearse(rig)
         report_loads(rank)

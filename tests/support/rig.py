@@ -7,17 +7,17 @@ from itertools import islice
 import torch
 
 from dryvine.trainer.config import Config
-from dryvine.trainer.data.splits import open_data
 from dryvine.trainer.loop import train
 from dryvine.trainer.ramps import points
 from dryvine.trainer.rig import Rig, make_rig, mesh_of
 from dryvine.trainer.run_plan import make_plan
+from dryvine.trainer.sources import open_sources
 from dryvine.trainer.step import train_step
 
 
 def rig_of(config: Config, device: str = "cpu") -> Rig:
     plan = make_plan(config)
-    return make_rig(plan, mesh_of(plan, torch.device(device)), open_data(config))
+    return make_rig(plan, mesh_of(plan, torch.device(device)), open_sources(config))
 
 
 def go(rig: Rig, steps: int) -> list[float]:
@@ -32,4 +32,4 @@ def go(rig: Rig, steps: int) -> list[float]:
 def train_on(rank: int, config: Config) -> None:
     """For `local.run`: a rank of a whole run."""
     plan = make_plan(config)
-    train(plan, mesh_of(plan, torch.device("cpu")), open_data(config))
+    train(plan, mesh_of(plan, torch.device("cpu")), open_sources(config))

@@ -220,7 +220,7 @@ def test_k3_is_a_divergence_in_the_mean() -> None:
 
 # -- settings
 
-CHAT = ('rl.chat.tokenizer="t.json"',)
+CHAT = ('rl.chat.tokenizer="t.json"', 'data.mask="document"')
 
 
 def test_r1_zero_is_the_table_in_nature(tmp_path: Path) -> None:

@@ -17,16 +17,22 @@ from dryvine.trainer.model.loss import target_logprobs
 from dryvine.trainer.rig import Rig
 from dryvine.trainer.rl.choices import LossChoices
 from dryvine.trainer.rl.passes import Learnt, LessonPlan, learn, score
-from dryvine.trainer.rl.rows import Answer, pack, token_rows
+from dryvine.trainer.rl.rows import Sample, pack, token_rows
 from tests.support.rig import rig_of
 
 Tiny = Callable[..., Config]
-RL = ('rl.chat.tokenizer="none"', "rl.max_tokens=16", "model.balance_alpha=0.0", "batch.sequences=16")
+RL = (
+    'rl.chat.tokenizer="none"',
+    'data.mask="document"',
+    "rl.max_tokens=16",
+    "model.balance_alpha=0.0",
+    "batch.sequences=16",
+)
 CHOICES = LossChoices(kl=0.05, ratio="token", aggregate="token_mean")
 PLAIN = LessonPlan(temperature=0.7, replay=True)
 
 
-def answers_of(config: Config, count: int = 24, seed: int = 0, routes: bool = True) -> list[Answer]:
+def answers_of(config: Config, count: int = 24, seed: int = 0, routes: bool = True) -> list[Sample]:
     """Random ones, with random experts of their own."""
     draw = torch.Generator().manual_seed(seed)
     shape = config.model
@@ -42,7 +48,7 @@ def answers_of(config: Config, count: int = 24, seed: int = 0, routes: bool = Tr
         chosen = torch.stack((2 * group, 2 * group + 1), -1).to(torch.int16)
         logprobs = -5 - normal(n).abs()
         out.append(
-            Answer(
+            Sample(
                 tuple(tokens[:p].tolist()), tokens[p:], logprobs, chosen if routes else None,
                 float(normal(1)), logprobs + normal(n) * 0.05, logprobs + normal(n) * 0.1,
             )
@@ -71,7 +77,7 @@ def test_rows_hold_every_answer_as_a_document_of_its_own(tiny: Tiny) -> None:
 
 
 def test_an_answer_that_fits_in_no_row_is_refused() -> None:
-    exact = Answer((1,) * 20, torch.ones(13, dtype=torch.int64), torch.zeros(13))
+    exact = Sample((1,) * 20, torch.ones(13, dtype=torch.int64), torch.zeros(13))
     assert pack([exact], 32).rows == 1
     with pytest.raises(ValueError, match=r"34 tokens, and a row 32 \+ 1: raise data.seq_len"):
         pack([replace(exact, prompt=(1,) * 21)], 32)
@@ -95,7 +101,7 @@ def test_log_probabilities_are_those_of_the_softmax_at_the_temperature() -> None
 # -- the same update everywhere
 
 
-def played(rank: int, config: Config, answers: list[Answer], steps: int = 1) -> tuple[Learnt, Part, Part, list[Tensor]]:
+def played(rank: int, config: Config, answers: list[Sample], steps: int = 1) -> tuple[Learnt, Part, Part, list[Tensor]]:
     """For `local.run`: figures, gradients and weights of this rank after updates, and the scores before them."""
     rig = rig_of(config)
     before = [answer.old for answer in score(rig, answers, PLAIN)]
@@ -106,7 +112,7 @@ def played(rank: int, config: Config, answers: list[Answer], steps: int = 1) -> 
     return replace(learnt, played=None), grads, weights, before  # type: ignore[arg-type]
 
 
-def compare(one: Config, many: Config, answers: list[Answer]) -> None:
+def compare(one: Config, many: Config, answers: list[Sample]) -> None:
     alone = played(0, one, answers)
     parts = (
         local.run(played, many.parallel.world, many, answers) if many.parallel.world > 1 else [played(0, many, answers)]
@@ -152,7 +158,7 @@ def test_a_share_by_microbatch_would_be_seen(tiny: Tiny, monkeypatch: pytest.Mon
 # -- experts
 
 
-def live_routes(rig: Rig, answers: list[Answer]) -> list[Answer]:
+def live_routes(rig: Rig, answers: list[Sample]) -> list[Sample]:
     return score(rig, answers, LessonPlan(0.7, replay=False, record=True))
 
 
@@ -181,7 +187,7 @@ def test_layouts_record_the_same_experts(tiny: Tiny) -> None:
             assert torch.equal(one.routes, other.routes)  # type: ignore[arg-type]
 
 
-def recorded_on(rank: int, config: Config, answers: list[Answer]) -> list[Answer]:
+def recorded_on(rank: int, config: Config, answers: list[Sample]) -> list[Sample]:
     return live_routes(rig_of(config), answers)
 
 

@@ -9,7 +9,7 @@ microseconds.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +47,15 @@ class SequenceSource(Protocol):
 
     def documents(self, first: int, count: int, stride: int = 1) -> NDArray[np.int64]:
         """The number of each of these tokens' documents, from 0 in each sequence: int64 [count, seq_len + extra]."""
+        ...
+
+
+@runtime_checkable
+class PartlyLearnt(SequenceSource, Protocol):
+    """A source some of whose tokens are not predicted: what others said."""
+
+    def learnt(self, first: int, count: int, stride: int = 1) -> NDArray[np.bool_]:
+        """Which of these tokens are: [count, seq_len + extra]."""
         ...
 
 

@@ -31,7 +31,7 @@ class Data:
     """`val` is the first source's validation split; a blend has one for each source in `held_out`, by label."""
 
     train: SequenceSource
-    val: TokenSource
+    val: SequenceSource
     identity: DataIdentity = UNKNOWN
     held_out: Mapping[str, HeldOut] = field(default_factory=dict)
 

@@ -24,7 +24,7 @@ from dryvine.trainer.ramps import Point, gradient_scale
 from dryvine.trainer.rig import Rig
 from dryvine.trainer.rl.choices import LossChoices
 from dryvine.trainer.rl.losses import Tokens, k3, shares, token_losses
-from dryvine.trainer.rl.rows import Answer, Packing, answer_numbers, fill_targets, pack, route_rows, token_rows
+from dryvine.trainer.rl.rows import Packing, Sample, answer_numbers, fill_targets, pack, route_rows, token_rows
 from dryvine.trainer.step import update
 
 
@@ -81,7 +81,7 @@ def moe_layers(rig: Rig) -> list[str]:
 # -- forward
 
 
-def score(rig: Rig, answers: Sequence[Answer], plan: LessonPlan) -> list[Answer]:
+def score(rig: Rig, answers: Sequence[Sample], plan: LessonPlan) -> list[Sample]:
     """The answers with the trainer's own log-probabilities as `old`, and with `plan.record` its routes, by the weights
     that are now published. The same on every rank. Collective."""
     packing = pack(answers, rig.config.data.seq_len)
@@ -126,7 +126,7 @@ def _collect(rig: Rig, packing: Packing, one: _Pass, played: Played, name: str, 
 # -- an update
 
 
-def learn(rig: Rig, answers: Sequence[Answer], choices: LossChoices, plan: LessonPlan, step: int) -> Learnt:
+def learn(rig: Rig, answers: Sequence[Sample], choices: LossChoices, plan: LessonPlan, step: int) -> Learnt:
     """Update the weights from all of `answers`. As in pretraining, a gradient that is not finite on any rank updates
     nothing. Gate biases stay as they are. Collective."""
     rl = rig.config.rl

@@ -16,11 +16,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dryvine.trainer.rl.fitting import Fitted, fit
+
 NOWHERE = -1  # the experts of a token that has not been routed before
 
 
 @dataclass(frozen=True, eq=False)
-class Answer:
+class Sample:
     """A sampled answer and what is known of it. Tensors are on the CPU."""
 
     prompt: tuple[int, ...]
@@ -38,21 +40,13 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where an answer lies: its prompt begins at `start` of `row`."""
-
-    row: int
-    start: int
-
-
-@dataclass(frozen=True)
 class Packing:
     """`places[i]` is that of answer i, among `rows` rows of `length` tokens; one more is only predicted."""
 
-    places: tuple[Place, ...]
+    places: Sequence[Fitted]
     rows: int
     length: int
-    answers: Sequence[Answer] = field(repr=False)
+    answers: Sequence[Sample] = field(repr=False)
 
     def in_rows(self, first: int, count: int) -> list[int]:
         """The numbers of the answers in these rows."""
@@ -65,20 +59,15 @@ class Packing:
         return slice(start, start + len(answer.tokens))
 
 
-def pack(answers: Sequence[Answer], length: int) -> Packing:
-    """First fit, longest first: at most 11/9 of the fewest rows. Raises ValueError for an answer that fits in none."""
-    places: dict[int, Place] = {}
-    room: list[int] = []  # left in each row
-    for number in sorted(range(len(answers)), key=lambda i: -answers[i].size):
-        size = answers[number].size
-        if size > length + 1:
-            raise ValueError(f"an answer and its prompt have {size} tokens, and a row {length} + 1: raise data.seq_len")
-        row = next((r for r, left in enumerate(room) if left >= size), len(room))
-        if row == len(room):
-            room.append(length + 1)
-        places[number] = Place(row, length + 1 - room[row])
-        room[row] -= size
-    return Packing(tuple(places[i] for i in range(len(answers))), len(room), length, answers)
+def pack(answers: Sequence[Sample], length: int) -> Packing:
+    """Raises ValueError for an answer that fits in no row."""
+    sizes = [answer.size for answer in answers]
+    if max(sizes) > length + 1:
+        raise ValueError(
+            f"an answer and its prompt have {max(sizes)} tokens, and a row {length} + 1: raise data.seq_len"
+        )
+    places = fit(sizes, length + 1)
+    return Packing(places, 1 + max(place.row for place in places), length, answers)
 
 
 def token_rows(packing: Packing, first: int, count: int, extra: int) -> tuple[Tensor, NDArray[np.int64]]:

@@ -1,0 +1,34 @@
+"""`dryvine sft` and `dryvine rl`: the same runs as `dryvine train`, of configs that have such a table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dryvine.launch.start import start
+
+ConfigFile = Annotated[Path, typer.Argument(help="a TOML file with the table [sft] or [rl], see configs/")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="table.key=value ...", show_default=False)]
+Restarts = Annotated[int, typer.Option(min=0, help="Start again so often what fails, from its newest save.")]
+
+
+def sft(config: ConfigFile, overrides: Overrides = None, max_restarts: Restarts = 0) -> None:
+    """Fine-tune on conversations, with a loss on answers only. Exit codes as of `dryvine train`."""
+    raise typer.Exit(_run(config, overrides or [], max_restarts, "sft"))
+
+
+def rl(config: ConfigFile, overrides: Overrides = None, max_restarts: Restarts = 0) -> None:
+    """Learn from verified rewards of sampled answers. Exit codes as of `dryvine train`; 3 also if an alarm ended it."""
+    raise typer.Exit(_run(config, overrides or [], max_restarts, "rl"))
+
+
+def _run(config: Path, overrides: list[str], max_restarts: int, table: str) -> int:
+    from dryvine.trainer.config import ConfigError
+    from dryvine.trainer.run_plan import load_plan
+
+    planned = load_plan(config, overrides)
+    if getattr(planned.config, table) is None:
+        raise ConfigError(f"{config}: has no table [{table}]; `dryvine train` runs it, or add the table (docs/rl.md)")
+    return start(planned, [str(config), *overrides], max_restarts)

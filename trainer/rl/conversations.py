@@ -1,0 +1,148 @@
+"""Conversations as what a training run reads: packed into rows, each a document of its own, a loss on answers only.
+
+It is a source of sequences like those of pretraining, so fine-tuning is the same loop: schedules, checkpoints, resumes,
+validation and layouts are those that are tested there. All of it is read into memory, five bytes a token; a set of
+hundreds of thousands of long traces wants a machine with that much.
+
+Legend: S sequences, L = seq_len + 1 + mtp_depth tokens of one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dryvine.trainer.config import Config
+from dryvine.trainer.data.config import DataError
+from dryvine.trainer.data.identity import identify
+from dryvine.trainer.data.order import SequenceOrder
+from dryvine.trainer.data.splits import Data
+from dryvine.trainer.rl.chat import BadConversation, Chat, Turns
+from dryvine.trainer.rl.fitting import Fitted, fit
+
+SHOWN = 5  # bad lines in a message
+
+
+class Conversations:
+    """A `SequenceSource` whose epochs go over all rows, each time in another order."""
+
+    def __init__(self, turns: list[Turns], seq_len: int, extra: int, seed: int) -> None:
+        self.length = seq_len + extra
+        self.starts = np.cumsum([0, *(len(one.tokens) for one in turns)])
+        self._tokens = np.fromiter((t for one in turns for t in one.tokens), np.int32, self.starts[-1])
+        self._learnt = np.fromiter((t for one in turns for t in one.learnt), np.bool_, self.starts[-1])
+        # The last target of a row may lie behind its last input.
+        places = fit([len(one.tokens) for one in turns], seq_len + 1)
+        self.rows: list[list[tuple[int, Fitted]]] = [[] for _ in range(1 + max(place.row for place in places))]
+        for number, place in enumerate(places):
+            self.rows[place.row].append((number, place))
+        self._order = SequenceOrder(seed, len(self.rows))
+
+    def sequences(self, first: int, count: int, stride: int = 1) -> NDArray[np.int64]:
+        """int64 [S, L]; 0 behind the last conversation of a row."""
+        return self._lines(self._tokens, first, count, stride).astype(np.int64)
+
+    def learnt(self, first: int, count: int, stride: int = 1) -> NDArray[np.bool_]:
+        """Which of these tokens are to be predicted: [S, L]."""
+        return self._lines(self._learnt, first, count, stride)
+
+    def documents(self, first: int, count: int, stride: int = 1) -> NDArray[np.int64]:
+        """The number of each token's conversation in its row: int64 [S, L]. What fills a row up is one, too."""
+        out = np.zeros((count, self.length), np.int64)
+        for line, row in zip(out, self._rows(first, count, stride), strict=True):
+            for number, place in row:
+                line[place.start + self._size(number) :] += 1
+        return out
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def tokens(self, start: int, length: int) -> NDArray[np.integer]:
+        """Of all conversations behind each other; those that are learnt are negative, so that an identity sees both."""
+        part = slice(start, start + length)
+        return np.where(self._learnt[part], -1 - self._tokens[part], self._tokens[part])
+
+    def ends_between(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Where conversations end between these tokens."""
+        return self.starts[(self.starts > start) & (self.starts < stop)]
+
+    def _rows(self, first: int, count: int, stride: int) -> Iterator[list[tuple[int, Fitted]]]:
+        return (self.rows[self._order.window(first + i * stride)] for i in range(count))
+
+    def _size(self, number: int) -> int:
+        return int(self.starts[number + 1] - self.starts[number])
+
+    def _lines(self, values: NDArray, first: int, count: int, stride: int) -> NDArray:
+        out = np.zeros((count, self.length), values.dtype)
+        for line, row in zip(out, self._rows(first, count, stride), strict=True):
+            for number, place in row:
+                part = values[self.starts[number] : self.starts[number + 1]]
+                line[place.start : place.start + len(part)] = part
+        return out
+
+
+def open_conversations(config: Config) -> Data:
+    """Both splits of `[sft]`. Raises DataError, which names every line that cannot be used."""
+    assert config.sft is not None
+    chat = Chat(config.sft.chat)
+    if chat.vocabulary.size > config.data.vocab_size:
+        raise DataError(
+            f"data.vocab_size = {config.data.vocab_size}: {config.sft.chat.tokenizer} has {chat.vocabulary.size} "
+            f"token ids; set data.vocab_size = {chat.vocabulary.size} or more"
+        )
+    train, validation = (
+        Conversations(
+            read(Path(path), chat, config.data.seq_len),
+            config.data.seq_len,
+            1 + config.model.mtp_depth,
+            config.run.seed,
+        )
+        for path in (config.sft.train, config.sft.validation)
+    )
+    return Data(train, validation, identify((train, validation), chat.vocabulary.sha256))
+
+
+def read(path: Path, chat: Chat, seq_len: int) -> list[Turns]:
+    """The conversations of a file. Raises DataError with the numbers of all bad lines, and what is wrong with some."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; name a .jsonl file of conversations") from None
+    turns, bad = [], []
+    for number, line in enumerate(lines, 1):
+        try:
+            turns.append(_turns(line, chat, seq_len))
+        except BadConversation as error:
+            bad.append((number, str(error)))
+    if bad:
+        raise DataError(_complaint(path, bad))
+    if not turns:
+        raise DataError(f"{path}: has no conversations; write one on each line")
+    return turns
+
+
+def _turns(line: bytes, chat: Chat, seq_len: int) -> Turns:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise BadConversation(f"no JSON: {error}") from None
+    messages = record.get("messages") if isinstance(record, dict) else None
+    if not isinstance(messages, list) or not messages:
+        raise BadConversation('no object with a list "messages" of one or more')
+    turns = chat.encode(messages)
+    if not any(turns.learnt):
+        raise BadConversation(f"has no message of the role {chat.config.answers!r}, which is what is learnt")
+    if len(turns.tokens) > seq_len + 1:
+        raise BadConversation(f"has {len(turns.tokens)} tokens, and data.seq_len + 1 are {seq_len + 1}")
+    return turns
+
+
+def _complaint(path: Path, bad: list[tuple[int, str]]) -> str:
+    """In one line."""
+    what = "; ".join(f"line {number}: {why}" for number, why in bad[:SHOWN])
+    more = f"; and lines {', '.join(str(number) for number, _ in bad[SHOWN:])}" if bad[SHOWN:] else ""
+    return f"{path}: {len(bad)} bad line{'s' * (len(bad) > 1)}, mend or drop them: {what}{more}"
