@@ -37,6 +37,7 @@ from dryvine.trainer.journal import same_run
 from dryvine.trainer.loop import train
 from dryvine.trainer.nonfinite import Diverged
 from dryvine.trainer.rig import mesh_of
+from dryvine.trainer.rl.loop import reinforce
 from dryvine.trainer.run_lock import RunLock
 from dryvine.trainer.run_plan import RunPlan, load_plan
 from dryvine.trainer.say import say
@@ -115,7 +116,7 @@ def run(ready: Ready, met: tuple[LaunchedRank, Store] | None) -> int:
     def body(watch: Watch | None) -> int:
         mesh = replace(mesh_of(plan, device), watch=watch)
         try:
-            finished = train(plan, mesh, ready.data, ready.topology)
+            finished = (reinforce if plan.config.rl else train)(plan, mesh, ready.data, ready.topology)
         except (CheckpointError, Diverged) as error:
             if mesh.rank == 0:  # all ranks have the same message
                 say(error)

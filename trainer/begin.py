@@ -25,9 +25,10 @@ from dryvine.trainer.rig import Rig
 NO_MATTER = {"run.name", "run.out", "run.steps", "run.init_from", "run.init_optimizer"}  # of what a run computes
 
 
-def resume(rig: Rig, console: Console) -> int:
-    """Load the newest checkpoint of the run folder, or what `run.init_from` names if there is none. Returns the steps
-    done. Raises CheckpointError. Collective."""
+def resume(rig: Rig, console: Console, state: RunState | None = None) -> int:
+    """Load the newest checkpoint of the run folder, or what `run.init_from` names if there is none. `state` is what
+    checkpoints of this run hold, if that is more than the rig's. Returns the steps done. Raises CheckpointError.
+    Collective."""
     run = rig.config.run
     found = newest_sound(run.folder, rig.mesh, run.on_damage)
     for damaged in found.passed_over:
@@ -36,7 +37,7 @@ def resume(rig: Rig, console: Console) -> int:
         if run.init_from is not None:
             _begin_from(rig, Path(run.init_from), console)
         return 0
-    loaded = load(found.reader, rig.state(), rig.mesh, optional=("ema",))
+    loaded = load(found.reader, state or rig.state(), rig.mesh, optional=("ema",))
     rig.publish()
     if rig.optimizer.ema and "ema" in loaded.missing:
         rig.optimizer.ema.restart()

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import math
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -80,8 +80,11 @@ class MetricsRow:
 class Journal:
     """An open run folder. `resume_step` drops the rows after it, which a resumed run makes again."""
 
-    def __init__(self, config: Config, schedule: Schedule, resume_step: int) -> None:
-        self.folder = config.run.folder
+    def __init__(
+        self, config: Config, schedule: Schedule, resume_step: int, draw: Callable[[Path], None] | None = None
+    ) -> None:
+        """`draw` makes the pictures of a folder when the run ends; None: loss.png."""
+        self.folder, self._draw = config.run.folder, draw or plot
         self.folder.mkdir(parents=True, exist_ok=True)
         rows = "".join(json.dumps(row) + "\n" for row in read(self.folder) if row["step"] <= resume_step)
         for name, content in {
@@ -92,7 +95,7 @@ class Journal:
         }.items():
             write_atomically(self.folder / name, content)
         start = {"after_step": resume_step, "at": datetime.now(UTC).isoformat(timespec="seconds")}
-        self._append("starts.jsonl", start)
+        self.append("starts.jsonl", start)
         self._metrics = self.folder / "metrics.jsonl"
         self._lines = self._metrics.open("a")
         with CannotWrite.naming(self.folder / "events.out.tfevents"):
@@ -102,6 +105,10 @@ class Journal:
     def write(self, row: MetricsRow) -> None:
         named = {name: value for name, value in vars(row).items() if name != "val_losses"}
         named |= {f"val_loss.{source}": loss for source, loss in row.val_losses.items()}
+        self.write_figures(row.step, named)
+
+    def write_figures(self, step: int, named: Mapping[str, float | None]) -> None:
+        """A row of metrics.jsonl, to the boards too. `named` has the step."""
         figures = {name: value if value is None or math.isfinite(value) else None for name, value in named.items()}
         with CannotWrite.naming(self._metrics):
             self._lines.write(json.dumps(figures) + "\n")
@@ -109,15 +116,16 @@ class Journal:
         with CannotWrite.naming(self.folder / "events.out.tfevents"):
             for name, value in figures.items():
                 if value is not None and name != "step":
-                    self._board.add_scalar(name, value, row.step)
+                    self._board.add_scalar(name, value, step)
         if self._wandb:
-            self._wandb.write(row.step, figures)
+            self._wandb.write(step, figures)
 
     def write_loads(self, step: int, loads: Sequence[Sequence[int]]) -> None:
         """Tokens of the step's batch that chose each expert, by MoE layer."""
-        self._append("expert_load.jsonl", {"step": step, "loads": loads})
+        self.append("expert_load.jsonl", {"step": step, "loads": loads})
 
-    def _append(self, name: str, row: dict[str, object]) -> None:
+    def append(self, name: str, row: Mapping[str, object]) -> None:
+        """A line of another file."""
         with CannotWrite.naming(self.folder / name), (self.folder / name).open("a") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -128,8 +136,8 @@ class Journal:
             self._board.close()
         if self._wandb:
             self._wandb.close()
-        with CannotWrite.naming(self.folder / "loss.png"):
-            plot(self.folder)
+        with CannotWrite.naming(self.folder / "pictures"):
+            self._draw(self.folder)
 
 
 def plot(folder: Path) -> None:

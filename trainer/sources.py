@@ -1,18 +1,21 @@
-"""What a run reads, whichever of its three kinds it is: packed text, conversations, or nothing but what it samples."""
+"""What a run reads, whichever of its three kinds it is: packed text, conversations, or questions that it answers."""
 
 from __future__ import annotations
 
 from dryvine.trainer.config import Config
+from dryvine.trainer.data.identity import DataIdentity
 from dryvine.trainer.data.splits import Data, open_data
-from dryvine.trainer.rl.blank import Blank
+from dryvine.trainer.rl.asked import Asked
 from dryvine.trainer.rl.conversations import open_conversations
+from dryvine.trainer.rl.questions import open_task
 
 
 def open_sources(config: Config) -> Data:
-    """Raises DataError."""
+    """Raises DataError, and ConfigError for a task."""
     if config.sft:
         return open_conversations(config)
     if config.rl:
-        blank = Blank(config.data.seq_len + 1 + config.model.mtp_depth)
-        return Data(blank, blank)
+        task = open_task(config)
+        asked = Asked(task, config.data.seq_len + 1 + config.model.mtp_depth)
+        return Data(asked, asked, DataIdentity(None, task.chat.vocabulary.sha256))
     return open_data(config)

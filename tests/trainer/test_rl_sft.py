@@ -77,7 +77,7 @@ def test_a_chat_that_cannot_work_is_refused(chat: Chat, changes: dict[str, objec
 
 
 def test_templates_need_a_place_for_content(tiny: Tiny) -> None:
-    with pytest.raises(ConfigError, match="must hold .content. once"):
+    with pytest.raises(ConfigError, match=r"must hold .content. once"):
         tiny('sft.train="a"', 'sft.validation="b"', 'sft.chat={tokenizer="c", roles={assistant="x"}}')
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from dryvine.trainer.checkpoint import run_folder
 from dryvine.trainer.checkpoint.manifest import NAME, CheckpointError, Manifest, StoredFile, StoredTensor, render
 
-CODES = {torch.float32: "F32", torch.bfloat16: "BF16"}  # safetensors' names of dtypes
+CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64"}  # safetensors' names of dtypes
 CHUNK = 1 << 24  # bytes read at a time when a file is checked
 
 

@@ -53,7 +53,7 @@ class Learnt:
     sums: TokenSums
     largest_apart: float  # |log-probability of the trainer - of the sampler|
     other_routes: float  # share of the choices of experts, by token and layer, that the gate would make otherwise now
-    played: Played  # the last run of the schedule
+    bubble: float  # idle share of the worst rank's schedules
 
     @property
     def finite(self) -> bool:
@@ -131,12 +131,14 @@ def learn(rig: Rig, answers: Sequence[Sample], choices: LossChoices, plan: Lesso
     nothing. Gate biases stay as they are. Collective."""
     rl = rig.config.rl
     assert rl is not None
-    packing = pack(answers, rig.config.data.seq_len)
+    parts = shares([len(answer.tokens) for answer in answers], choices.aggregate, rl.max_tokens)
+    # Without a KL term an answer of no advantage counts in the mean, and is in no pass.
+    taught = [i for i, answer in enumerate(answers) if answer.advantage or choices.kl] or [0]
+    packing = pack([answers[i] for i in taught], rig.config.data.seq_len)
     passes = list(_passes(rig, packing))
     point = Point(step, 0, sum(one.count for one in passes), packing.length)
-    parts = shares([len(answer.tokens) for answer in answers], choices.aggregate, rl.max_tokens)
     microbatches = point.sequences / rig.config.parallel.microbatch_sequences
-    fields = _Fields(packing, choices, parts, microbatches)
+    fields = _Fields(packing, choices, [parts[i] for i in taught], microbatches)
     rig.optimizer.zero.zero_grads()
     played = []
     for one in passes:
@@ -210,9 +212,11 @@ def _learnt(rig: Rig, norm: float, microbatches: float, played: Sequence[Played]
         )
     )
     loss, *rest = rig.mesh.sum(own, "figures of an update").tolist()
-    largest = rig.mesh.max(torch.stack([*apart, zeros[0].float()]).max(), "differences of log-probabilities")
+    idle = sum(one.idle for one in played) / sum(one.ended - one.started for one in played)
+    largest_apart = max((float(value) for value in apart), default=0.0)
+    most = rig.mesh.max(torch.tensor([largest_apart, idle], dtype=torch.float64, device=device), "figures of an update")
     other, routed = rest[-2:]
-    return Learnt(norm, loss, TokenSums(*rest[:-2]), float(largest), other / max(1.0, routed), played[-1])
+    return Learnt(norm, loss, TokenSums(*rest[:-2]), float(most[0]), other / max(1.0, routed), float(most[1]))
 
 
 # -- rows to microbatches

@@ -1,16 +1,18 @@
-"""The source of a run that samples its own data: rows of one document of zeros, for the step that is rehearsed."""
+"""The source of a run that samples its own data: its task, and rows of zeros for the step that is rehearsed."""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dryvine.trainer.rl.questions import Task
 
-class Blank:
-    """A `SequenceSource` of rows of `length` tokens."""
 
-    def __init__(self, length: int) -> None:
-        self.length = length
+class Asked:
+    """A `SequenceSource` of rows of `length` tokens, none of which anything learns from."""
+
+    def __init__(self, task: Task, length: int) -> None:
+        self.task, self.length = task, length
 
     def sequences(self, first: int, count: int, stride: int = 1) -> NDArray[np.int64]:
         return np.zeros((count, self.length), np.int64)

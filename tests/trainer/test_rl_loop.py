@@ -1,0 +1,321 @@
+"""The loop: groups, minibatches, refills, overlong answers, the reference, alarms, and a resume to the bit."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from dryvine.comm.mesh import Mesh
+from dryvine.trainer.config import Config, ConfigError
+from dryvine.trainer.generate.requests import Completion, Request
+from dryvine.trainer.nonfinite import Diverged
+from dryvine.trainer.rig import mesh_of
+from dryvine.trainer.rl.alarms import WINDOW, AlarmMemory
+from dryvine.trainer.rl.config import Alarms
+from dryvine.trainer.rl.evaluate import evaluation
+from dryvine.trainer.rl.groups import Group
+from dryvine.trainer.rl.judge import Judge, Judged, overlong_penalty
+from dryvine.trainer.rl.learner import Learner
+from dryvine.trainer.rl.loop import reinforce
+from dryvine.trainer.rl.questions import open_task
+from dryvine.trainer.rl.tasks.countdown_demos import tokenizer
+from dryvine.trainer.rl.tasks.question import Question, user
+from dryvine.trainer.rl.verifiers.verdict import Verdict
+from dryvine.trainer.run_plan import make_plan
+from dryvine.trainer.run_rows import read
+from dryvine.trainer.sources import open_sources
+from tests.support.rig import rig_of
+from tests.support.rl import NaiveSampler
+
+Tiny = Callable[..., Config]
+
+
+@pytest.fixture
+def run(tiny: Tiny, tmp_path: Path) -> Tiny:
+    """Counting: the right answer to any question is 5, and a shift of the first token from chance is enough to be
+    rewarded for."""
+    tokenizer().save(str(tmp_path / "tokenizer.json"))
+    lines = "".join(json.dumps({"prompt": f"{n}+{5 - n}", "answer": 5}) + "\n" for n in range(5))
+    for name in ("train", "validation"):
+        (tmp_path / f"{name}.jsonl").write_text(lines)
+    rl = (
+        f'rl.chat.tokenizer="{tmp_path}/tokenizer.json"', 'data.mask="document"', "model.balance_alpha=0.0",
+        f'rl.task={{name="jsonl", train="{tmp_path}/train.jsonl", validation="{tmp_path}/validation.jsonl", '
+        'verifiers={digits=1.0}}', "rl.questions=4", "rl.samples=4", "rl.max_tokens=4", "rl.eval_problems=2",
+        "rl.eval_samples=2", "run.steps=4", "run.eval_every=4", "run.checkpoint_every=2", "model.layers=2",
+        "optim.lr=1e-2", "rl.loss.kl=0.01",
+    )  # fmt: skip
+    return lambda *overrides: tiny(*rl, *overrides)
+
+
+class DigitJudge:
+    """In a judge's place: the share of an answer that is digits, without processes."""
+
+    def __init__(self, rl: Any, chat: Any, mesh: Mesh, names: Any) -> None:
+        self.rl, self.chat = rl, chat
+
+    def __enter__(self) -> DigitJudge:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def judge(self, asked: list[tuple[Question, Completion]]) -> list[Judged]:
+        out = []
+        for _, completion in asked:
+            text = self.chat.text(completion.tokens.tolist())
+            score = sum(c in "0123456789" for c in text) / 4
+            reward = score + (
+                overlong_penalty(len(completion.tokens), self.rl.max_tokens, self.rl.overlong_buffer)
+                if self.rl.overlong == "penalty"
+                else 0.0
+            )
+            out.append(Judged(completion, text, {"digits": Verdict(score)}, reward, score == 1))
+        return out
+
+
+@pytest.fixture(autouse=True)
+def _digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dryvine.trainer.rl.loop.Judge", DigitJudge)
+    monkeypatch.setitem(__import__("dryvine.trainer.rl.verifiers.names", fromlist=["x"]).VERIFIERS, "digits", "none")
+
+
+def go(config: Config, make: Callable[..., Any] = NaiveSampler) -> bool:
+    plan = make_plan(config)
+    return reinforce(plan, mesh_of(plan, torch.device("cpu")), open_sources(config), make_sampler=make)
+
+
+def learner_of(config: Config) -> Learner:
+    rig = rig_of(config)
+    task = open_task(config)
+    return Learner(rig, task, NaiveSampler(rig), DigitJudge(task.rl, task.chat, rig.mesh, ()))  # type: ignore[arg-type]
+
+
+def quiet(*_: int) -> None:
+    return None
+
+
+def test_a_run_earns_more_and_writes_what_it_did(run: Tiny) -> None:
+    config = run("run.steps=30", "rl.loss.kl=0.0", "run.eval_every=15")
+    assert go(config)
+    rows = read(config.run.folder)
+    assert [row["step"] for row in rows] == list(range(31))
+    rewards = [row["reward"] for row in rows[1:]]
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.15
+    # The sampler's probabilities are the trainer's: nothing is stale in a run of one update a rollout.
+    assert max(row["mismatch_k3"] for row in rows[1:]) < 1e-6
+    assert max(row["route_mismatch"] for row in rows[1:]) < 0.01
+    assert [row["step"] for row in rows if row.get("eval_pass_1") is not None] == [0, 15, 30]
+    assert (config.run.folder / "rl.png").exists()
+    samples = read(config.run.folder, "samples.jsonl")
+    assert {"question", "answer", "reward", "advantage", "verdicts", "step"} == set(samples[0])
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(run: Tiny) -> None:
+    """Through a checkpoint: weights, moments, reference, alarms and how many questions were asked."""
+    more = ("rl.reference_every=2", "rl.minibatches=2", "run.steps=8", "rl.questions=2")
+    whole, halves = run(*more, 'run.name="whole"'), run(*more, 'run.name="halves"')
+    go(whole)
+    first = halves.model_copy(update={"run": halves.run.model_copy(update={"steps": 4})})
+    go(first)
+    go(halves)
+    kept = ("step", "reward", "loss", "grad_norm", "reference_k3", "entropy", "mismatch_logprob")
+    rows = [[{k: row.get(k) for k in kept} for row in read(c.run.folder)] for c in (whole, halves)]
+    assert rows[0] == rows[1]
+    assert [row["step"] for row in rows[0]] == [0, 2, 4, 6, 8]
+    assert rows[0][-1]["reference_k3"] > 0
+
+
+def test_the_reference_is_the_policy_of_before_and_is_refreshed(run: Tiny) -> None:
+    still, fresh = (
+        run('run.name="still"', "run.steps=6"),
+        run('run.name="fresh"', "run.steps=6", "rl.reference_every=1"),
+    )
+    for config in (still, fresh):
+        go(config)
+    apart = [[row["reference_k3"] for row in read(c.run.folder)[1:]] for c in (still, fresh)]
+    assert apart[0][0] < 1e-9 < 1e-5 < apart[0][-1]
+    assert max(apart[1]) < 1e-9
+
+
+def test_dynamic_sampling_fills_up_with_other_questions_and_has_an_end(run: Tiny) -> None:
+    learner = learner_of(run("rl.dynamic=true", "rl.refills=2"))
+    asked: list[list[int]] = []
+    answers = learner.answers
+
+    def some(numbers: Any, ask: Any, on_answer: Any) -> list[Group]:
+        """Every other question has answers of one reward."""
+        asked.append(list(numbers))
+        groups = answers(numbers, ask, on_answer)
+        flat = [replace(a, reward=0.5) for a in groups[0].answers]
+        mixed = [replace(a, reward=float(i)) for i, a in enumerate(groups[0].answers)]
+        return [replace(g, answers=mixed if g.number % 2 else flat) for g in groups]
+
+    learner.answers = some  # type: ignore[method-assign]
+    outcome = learner.rollout(0, quiet)
+    assert asked == [[0, 1, 2, 3], [4, 5], [6]]
+    assert [group.number for group in outcome.groups] == [1, 3, 5]
+    assert (outcome.left_out, outcome.refills, int(learner.asked)) == (4, 2, 7)
+
+
+@pytest.mark.parametrize(("overlong", "learnt"), [("keep", 16), ("mask", 0)])
+def test_answers_that_ran_out_of_tokens(run: Tiny, overlong: str, learnt: int) -> None:
+    learner = learner_of(run(f'rl.overlong="{overlong}"', "rl.max_tokens=1"))
+    groups, _, _ = learner._ask(quiet)
+    cut = sum(answer.overlong for group in groups for answer in group.answers)
+    assert cut >= 14
+    lessons, _ = learner._lessons(groups)
+    assert len(lessons) == learnt + (16 - cut if not learnt else 0)
+
+
+def test_a_penalty_grows_over_the_buffer() -> None:
+    assert [overlong_penalty(n, 100, 20) for n in (10, 80, 90, 100)] == [0, 0, -0.5, -1]
+
+
+def test_minibatches_have_every_answer_once_an_epoch(run: Tiny) -> None:
+    learner = learner_of(run("rl.minibatches=3", "rl.epochs=2", "rl.questions=1"))
+    lessons = list(range(11))
+    parts = list(learner._minibatches(lessons, 5))  # type: ignore[arg-type]
+    assert [len(part) for part in parts] == [4, 4, 3] * 2
+    for epoch in (parts[:3], parts[3:]):
+        assert sorted(n for part in epoch for n in part) == lessons  # type: ignore[type-var]
+    assert parts[:3] != parts[3:]
+    assert parts == list(learner._minibatches(lessons, 5))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        ('rl.replay="trainer"', 'rl.old="trainer"', 'rl.loss.correction="truncate"'),
+        ('rl.replay="off"', "rl.minibatches=2", "rl.epochs=2"),
+        ('rl.loss.kl_place="reward"', 'rl.loss.kl_estimator="k1"', 'rl.overlong="penalty"', "rl.overlong_buffer=2"),
+        ('rl.preset="gspo"', "rl.minibatches=2"),
+        ('rl.preset="dapo"', "rl.minibatches=2", "rl.overlong_buffer=2"),
+    ],
+)
+def test_choices_of_the_loop_make_finite_updates(run: Tiny, choices: tuple[str, ...]) -> None:
+    outcome = learner_of(run(*choices)).rollout(0, quiet)
+    assert outcome.updates
+    assert all(one.finite and one.norm > 0 for one in outcome.updates)
+    assert outcome.updates[0].largest_apart < 1e-4
+
+
+def test_answers_that_no_verifier_scored_teach_nothing(run: Tiny) -> None:
+    learner = learner_of(run("rl.loss.kl=0.0"))
+    before = [p.master.clone() for p in learner.rig.optimizer.pieces]
+    judge = learner.judge.judge
+    learner.judge.judge = lambda asked: [replace(one, reward=None) for one in judge(asked)]  # type: ignore[method-assign]
+    assert learner.rollout(0, quiet).updates == []
+    assert all(torch.equal(p.master, old) for p, old in zip(learner.rig.optimizer.pieces, before, strict=True))
+
+
+# -- alarms
+
+
+def sound(**changes: float | None) -> dict[str, float | None]:
+    return {
+        "reward": 0.3, "mismatch_k3": 1e-7, "mismatch_logprob": 1e-4, "route_mismatch": 0.0, "clip_fraction": 0.01,
+        "entropy": 0.8, "zero_variance": 0.3, "unscored": 0.0, **changes,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"mismatch_k3": 0.1}, "mismatch_k3: 0.1 is over 0.01"),
+        ({"mismatch_logprob": math.nan}, "mismatch_logprob: nan"),
+        ({"route_mismatch": 0.5}, 'set rl.replay = "rollout"'),
+        ({"clip_fraction": 0.9}, "clip_fraction"),
+        ({"entropy": 0.001}, "one answer is left"),
+        ({"entropy": 5.0}, "become noise"),
+        ({"zero_variance": 1.0}, "too easy or too hard"),
+        ({"unscored": 0.2}, "verifiers fail"),
+        ({}, None),
+        ({"mismatch_k3": None, "entropy": None}, None),
+    ],
+)
+def test_an_alarm_for_every_way_to_go_wrong(change: dict[str, float | None], said: str | None) -> None:
+    found = AlarmMemory(Alarms()).check(sound(**change))
+    assert bool(found) == bool(said)
+    assert said is None or said in found[0]
+
+
+def test_a_reward_that_falls_is_an_alarm() -> None:
+    memory = AlarmMemory(Alarms(action="stop", patience=2))
+    for reward in [0.1, 0.2, 0.3] + [0.4] * WINDOW:
+        assert not memory.check(sound(reward=reward))
+    falling = [memory.check(sound(reward=0.0)) for _ in range(WINDOW)]
+    assert not falling[0]
+    assert "reward: its mean over 8 rollouts" in falling[-1][0]
+    assert memory.stops
+
+
+def test_alarms_end_a_run_after_a_checkpoint(run: Tiny) -> None:
+    config = run("rl.alarms.action=stop", "rl.alarms.patience=2", "rl.alarms.entropy_above=1e-3", "run.steps=9")
+    with pytest.raises(Diverged, match="alarms in 2 rollouts in a row"):
+        go(config)
+    assert [row["step"] for row in read(config.run.folder, "alarms.jsonl")] == [1, 2]
+    assert (config.run.folder / "checkpoints" / "step-00000002").exists()
+
+
+# -- evaluation
+
+
+def judged(correct: list[bool]) -> Group:
+    completion = Completion(Request((1,), 1), torch.ones(1), torch.zeros(1), torch.zeros(1), "stop")
+    answers = [Judged(completion, "", {"v": Verdict(float(c))}, float(c), c) for c in correct]
+    return Group(0, Question(user("x"), {}, {"v": 1.0}), answers)
+
+
+def test_an_evaluation_has_shares_and_intervals() -> None:
+    groups = [
+        judged([True, False, False, False]),
+        judged([False] * 4),
+        judged([True] * 4),
+        judged([True, True, False, False]),
+    ]
+    found = evaluation([judged([c]) for c in (True, False, True, True)], groups)
+    assert (found.greedy, found.pass_1, found.pass_k) == (0.75, 7 / 16, 0.75)
+    assert found.scores == {"v": 7 / 16}
+    assert found.greedy_low < 0.75 < found.greedy_high <= 1
+    assert found.pass_1_low == pytest.approx(7 / 16 - 1.96 * torch.tensor([0.25, 0, 1, 0.5]).std().item() / 2)
+
+
+# -- refusals
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("rl.max_tokens=60", "rl.max_tokens = 60, behind a prompt of 5 tokens, is more than data.seq_len"),
+        ("model.vocab=320", None),
+        ('rl.task={name="chess"}', "rl.task.name = 'chess': there are"),
+        ('rl.task={name="jsonl"}', "rl.task.train"),
+    ],
+)
+def test_a_task_that_cannot_be_run_is_refused(run: Tiny, override: str, said: str | None) -> None:
+    if said is None:
+        assert open_task(run(override)).train
+        return
+    with pytest.raises(ConfigError, match=said):
+        open_task(run(override))
+
+
+def test_verdicts_are_shared_by_rank_0() -> None:
+    """Other ranks start no processes, and have the same rewards."""
+    question = Question(user("x"), {}, {"integer": 1.0})
+    verdicts = [{"integer": Verdict(None, "killed")}, {"integer": Verdict(1.0)}]
+    mesh = SimpleNamespace(rank=1, gather=lambda own, what: [verdicts, own])
+    chat = SimpleNamespace(text=lambda tokens: "5")
+    judge = Judge(SimpleNamespace(overlong="keep"), chat, mesh, ["integer"])  # type: ignore[arg-type]
+    completion = judged([True]).answers[0].completion
+    found = judge.judge([(question, completion)] * 2)
+    assert [(one.reward, one.correct) for one in found] == [(None, False), (1.0, True)]

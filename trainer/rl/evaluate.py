@@ -1,0 +1,63 @@
+"""How good the policy is on questions that are held out: greedy, and pass@1 and pass@k of sampled answers.
+
+Intervals are 95%, over questions, which is what a new set of questions would draw anew: normal for the means, Wilson's
+for the greedy share. The same questions and seeds every time, so that two evaluations differ by the policy alone.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dryvine.trainer.rl.groups import Group
+
+Z = 1.96
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Shares of held-out questions or answers; `*_low` and `*_high` are the ends of intervals."""
+
+    greedy: float
+    greedy_low: float
+    greedy_high: float
+    pass_1: float
+    pass_1_low: float
+    pass_1_high: float
+    pass_k: float  # with k = rl.eval_samples
+    pass_k_low: float
+    pass_k_high: float
+    scores: dict[str, float]  # mean of each verifier over sampled answers
+
+    def figures(self) -> dict[str, float]:
+        """For a row of metrics."""
+        named = {f"eval_{name}": value for name, value in vars(self).items() if name != "scores"}
+        return named | {f"eval_score.{name}": value for name, value in self.scores.items()}
+
+
+def evaluation(greedy: Sequence[Group], sampled: Sequence[Group]) -> Evaluation:
+    """Of groups of one greedy answer, and of groups of k sampled ones, to the same questions."""
+    right = [group.answers[0].correct for group in greedy]
+    shares = [statistics.fmean(answer.correct for answer in group.answers) for group in sampled]
+    some = [float(share > 0) for share in shares]
+    answers = [answer for group in sampled for answer in group.answers]
+    names = answers[0].verdicts
+    scores = {name: statistics.fmean(answer.verdicts[name].score or 0.0 for answer in answers) for name in names}
+    return Evaluation(
+        statistics.fmean(right), *_wilson(sum(right), len(right)), *_mean(shares), *_mean(some), scores=scores
+    )
+
+
+def _mean(values: Sequence[float]) -> tuple[float, float, float]:
+    mean = statistics.fmean(values)
+    half = Z * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return mean, mean - half, mean + half
+
+
+def _wilson(right: int, count: int) -> tuple[float, float]:
+    share, spread = right / count, Z * Z / count
+    middle = (share + spread / 2) / (1 + spread)
+    half = Z * math.sqrt(share * (1 - share) / count + spread / (4 * count)) / (1 + spread)
+    return middle - half, middle + half

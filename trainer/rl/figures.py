@@ -1,0 +1,85 @@
+"""A rollout as a row of metrics.jsonl, and as samples to read."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+
+from dryvine.trainer.rl.groups import Group
+from dryvine.trainer.rl.learner import RolloutOutcome
+from dryvine.trainer.rl.passes import Learnt
+
+READ = 4  # samples of a rollout that are kept to read
+
+Row = dict[str, float | None]
+
+
+def figures_of(outcome: RolloutOutcome) -> Row:
+    """Everything but the step and what an evaluation adds. A figure that is not known is None."""
+    groups = outcome.groups
+    answers = [answer for group in groups for answer in group.answers]
+    lengths = [len(answer.completion.tokens) for answer in answers]
+    tokens, seconds = sum(lengths), sum(outcome.seconds.values())
+    rewards = [answer.reward for answer in answers if answer.reward is not None]
+    every = len(groups) + outcome.left_out
+    idle = outcome.left_out + sum(not group.teaches for group in groups)
+    return {
+        "reward": statistics.fmean(rewards) if rewards else None,
+        "correct": statistics.fmean(answer.correct for answer in answers),
+        **_scores(groups),
+        "answers": len(answers),
+        "answer_tokens": tokens,
+        "length": statistics.fmean(lengths),
+        "longest": max(lengths),
+        "overlong": statistics.fmean(answer.overlong for answer in answers),
+        "unscored": 1 - len(rewards) / len(answers),
+        "zero_variance": min(1.0, idle / every),
+        "refills": outcome.refills,
+        **_learnt(outcome.updates),
+        "tokens_per_second": tokens / seconds,
+        **{f"seconds_{name}": value for name, value in outcome.seconds.items()},
+    }
+
+
+def _scores(groups: Sequence[Group]) -> Row:
+    """Of each verifier, over the answers that it could score."""
+    found: dict[str, list[float]] = {}
+    for group in groups:
+        for answer in group.answers:
+            for name, verdict in answer.verdicts.items():
+                if verdict.score is not None:
+                    found.setdefault(name, []).append(verdict.score)
+    return {f"score.{name}": statistics.fmean(scores) for name, scores in found.items()}
+
+
+def _learnt(updates: Sequence[Learnt]) -> Row:
+    """Over all updates; mismatches are those of the first, whose weights are the sampler's."""
+    if not updates:
+        return {}
+    first, mean = updates[0], statistics.fmean
+    return {
+        "loss": mean(one.loss for one in updates),
+        "grad_norm": mean(one.norm for one in updates),
+        "mismatch_k3": first.sums.mean("k3"),
+        "mismatch_logprob": first.largest_apart,
+        "route_mismatch": first.other_routes,
+        "reference_k3": mean(one.sums.mean("k3_reference") for one in updates),
+        "clip_fraction": mean(one.sums.mean("clipped") for one in updates),
+        "entropy": mean(one.sums.mean("entropy") for one in updates),
+        "bubble": mean(one.bubble for one in updates),
+    }
+
+
+def sample_lines(outcome: RolloutOutcome, step: int) -> Iterator[dict[str, object]]:
+    """Answers to read, spread over the rollout: the text, what verifiers said, and what it was worth."""
+    every = max(1, len(outcome.groups) // READ)
+    for group, worth in list(zip(outcome.groups, outcome.advantages, strict=True))[::every][:READ]:
+        answer = group.answers[0]
+        yield {
+            "step": step,
+            "question": group.question.messages[-1]["content"],
+            "answer": answer.text,
+            "reward": answer.reward,
+            "advantage": worth[0],
+            "verdicts": {name: [verdict.score, verdict.why] for name, verdict in answer.verdicts.items()},
+        }

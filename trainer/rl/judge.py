@@ -1,0 +1,92 @@
+"""Answers to rewards: verifiers in processes of their own, on one rank, which tells the others.
+
+Every rank could score by itself, but a deadline that one of them misses would be another reward there, and layouts
+would come apart without a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import cast
+
+from dryvine.comm.mesh import Mesh
+from dryvine.trainer.generate.requests import Completion
+from dryvine.trainer.rl.chat import Chat
+from dryvine.trainer.rl.config import RLConfig
+from dryvine.trainer.rl.tasks.question import Question
+from dryvine.trainer.rl.verifiers.pool import Pool
+from dryvine.trainer.rl.verifiers.verdict import Job, Verdict, weighted
+
+CORRECT = 1.0  # the score of an answer that is right
+
+
+@dataclass(frozen=True)
+class Judged:
+    """An answer, its text, and what verifiers say; `reward` is None where one of them could not score it."""
+
+    completion: Completion
+    text: str
+    verdicts: dict[str, Verdict]
+    reward: float | None
+    correct: bool
+
+    @property
+    def overlong(self) -> bool:
+        """It ran out of tokens."""
+        return self.completion.reason == "length"
+
+
+@dataclass
+class Judge:
+    """Raises VerifierError on rank 0 if a verifier cannot be loaded. Use it as a context manager."""
+
+    rl: RLConfig
+    chat: Chat
+    mesh: Mesh
+    names: Iterable[str]  # of verifiers
+    _pool: Pool | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._pool = Pool(self.names) if self.mesh.rank == 0 else None
+
+    def __enter__(self) -> Judge:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if self._pool:
+            self._pool.close()
+
+    def judge(self, asked: Sequence[tuple[Question, Completion]]) -> list[Judged]:
+        """In order. Collective."""
+        texts = [self.chat.text(completion.tokens.tolist()) for _, completion in asked]
+        own = self._verdicts(asked, texts) if self._pool else None
+        verdicts = cast(list[dict[str, Verdict]], self.mesh.gather(own, "verdicts")[0])
+        return [
+            self._judged(question, completion, text, found)
+            for (question, completion), text, found in zip(asked, texts, verdicts, strict=True)
+        ]
+
+    def _verdicts(self, asked: Sequence[tuple[Question, Completion]], texts: list[str]) -> list[dict[str, Verdict]]:
+        assert self._pool
+        jobs = [
+            Job(name, text, {**question.record, "completion_tokens": len(completion.tokens)})
+            for (question, completion), text in zip(asked, texts, strict=True)
+            for name in question.weights
+        ]
+        scored = iter(self._pool.score(jobs))
+        return [{name: next(scored) for name in question.weights} for question, _ in asked]
+
+    def _judged(self, question: Question, completion: Completion, text: str, verdicts: dict[str, Verdict]) -> Judged:
+        answered = completion.reason not in ("failed", "cancelled")
+        reward = weighted(question.weights, verdicts) if answered else None
+        if reward is not None and self.rl.overlong == "penalty":
+            reward += overlong_penalty(len(completion.tokens), self.rl.max_tokens, self.rl.overlong_buffer)
+        correct = (verdicts[question.deciding].score or 0.0) >= CORRECT
+        return Judged(completion, text, verdicts, reward, correct)
+
+
+def overlong_penalty(tokens: int, most: int, buffer: int) -> float:
+    """0 up to `most` - `buffer` tokens, then falling to -1 at `most` (DAPO, equation 13)."""
+    return -max(0.0, tokens - (most - buffer)) / buffer

@@ -1,0 +1,171 @@
+"""The loop of `dryvine rl`: resume, roll out, learn, evaluate, watch, save, leave cleanly.
+
+As in pretraining, signals only set a flag, all ranks agree on it at the end of a rollout, and a checkpoint holds all
+that the next rollout depends on. A rollout that a kill cuts short is made again from the checkpoint before, to the same
+tokens, since those are functions of the weights and of the question's number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from dryvine.comm.mesh import Mesh
+from dryvine.comm.topology import Topology
+from dryvine.trainer.begin import resume
+from dryvine.trainer.checkpoint.save import Keep, Saver
+from dryvine.trainer.data.splits import Data
+from dryvine.trainer.journal import Journal
+from dryvine.trainer.nonfinite import Diverged
+from dryvine.trainer.ramps import Point, learning_rate
+from dryvine.trainer.rehearse import rehearse, report_loads
+from dryvine.trainer.rig import Rig, make_rig
+from dryvine.trainer.rl.asked import Asked
+from dryvine.trainer.rl.figures import figures_of, sample_lines
+from dryvine.trainer.rl.judge import Judge
+from dryvine.trainer.rl.learner import Learner, Samples
+from dryvine.trainer.rl.pictures import draw
+from dryvine.trainer.run_plan import RunPlan
+from dryvine.trainer.startup import startup_lines
+from dryvine.trainer.stop import Stop
+
+MakeSampler = Callable[[Rig], Samples]
+Figures = Mapping[str, float | None]
+
+
+def reinforce(
+    plan: RunPlan,
+    mesh: Mesh,
+    data: Data,
+    topology: Topology | None = None,
+    make_sampler: MakeSampler | None = None,
+) -> bool:
+    """Learn for `run.steps` updates, from the newest checkpoint of the run folder if it has one. Returns False if a
+    signal stopped it before, after a save. Raises Diverged, CheckpointError, VerifierError. Collective."""
+    config, run, source = plan.config, plan.config.run, data.train
+    assert isinstance(source, Asked)
+    rig = make_rig(plan, mesh, data, topology)
+    console = Console(quiet=mesh.rank != 0)
+    names = {name for question in (*source.task.train, *source.task.held_out) for name in question.weights}
+    with Judge(source.task.rl, source.task.chat, mesh, names) as judge:
+        learner = Learner(rig, source.task, (make_sampler or sampler_of)(rig), judge)
+        done = resume(rig, console, learner.state())
+        if done == 0 and learner.reference:
+            learner.reference.refresh()
+        if mesh.device.type == "cuda":
+            rehearse(rig)
+            report_loads(mesh.rank)
+        for line in startup_lines(rig, topology, done):
+            console.print(line)
+        saver = Saver(run.folder, Keep(run.keep_checkpoints, run.keep_every), mesh, data.identity)
+        saver.prepare(learner.state())
+        journal = Journal(config, plan.schedule, done, draw) if mesh.rank == 0 else None
+        try:
+            reached = _Run(learner, saver, journal, console).go(done)
+        finally:
+            if journal:
+                journal.close()
+    if reached < run.steps:
+        console.print(f"stopped by a signal after update {reached}; the same command goes on from there")
+    return reached >= run.steps
+
+
+class _Run:
+    """A run under way."""
+
+    def __init__(self, learner: Learner, saver: Saver, journal: Journal | None, console: Console) -> None:
+        self.learner, self.saver, self.journal, self.console = learner, saver, journal, console
+        self.mesh, self.run, self.rl = learner.rig.mesh, learner.rig.config.run, learner.task.rl
+        self.nonfinite = 0  # updates in a row that changed nothing
+
+    def go(self, done: int) -> int:
+        """From after `done` updates to the last, or to a signal. Returns how many are done then."""
+        with Stop().on_signals() as stop, _progress(self.console) as bar:
+            self.bar = bar
+            self.whole = bar.add_task(self.run.name, total=self.run.steps, completed=done, figures="")
+            self.part = bar.add_task("answers", total=None, figures="")
+            if done == 0:
+                self._write({"step": 0, **self._evaluate()})
+            stopped = False
+            while done < self.run.steps and not stopped:
+                before, done = done, done + self.rl.updates
+                figures = self._rollout(before, done)
+                stopped = self._agree(stop.asked)
+                self._save(before, done, figures, stopped)
+            self.saver.close()
+        return done
+
+    def _rollout(self, before: int, done: int) -> Figures:
+        """One, and its row."""
+        outcome = self.learner.rollout(before, self._on_answer)
+        point = Point(done - 1, 0, self.rl.questions * self.rl.samples, self.learner.rig.config.data.seq_len)
+        figures = {"step": done, "lr": learning_rate(self.learner.rig.config.optim, point), **figures_of(outcome)}
+        if _crosses(before, done, self.run.eval_every) or done >= self.run.steps:
+            figures |= self._evaluate()
+        self._write(figures)
+        alarms = self.learner.alarms.check(figures)
+        if self.journal:
+            for line in sample_lines(outcome, done):
+                self.journal.append("samples.jsonl", line)
+            for alarm in alarms:
+                self.journal.append("alarms.jsonl", {"step": done, "alarm": alarm})
+        for alarm in alarms:
+            self.console.print(f"alarm, update {done}: {alarm}", markup=False)
+        for learnt in outcome.updates:
+            self.nonfinite = 0 if learnt.finite else self.nonfinite + 1
+        shown = f"reward {figures['reward']:.3f}" if figures["reward"] is not None else "nothing scored"
+        self.bar.update(self.whole, completed=done, figures=shown)
+        return figures
+
+    def _evaluate(self) -> dict[str, float]:
+        return self.learner.evaluate(self._on_answer).figures()
+
+    def _on_answer(self, ended: int, of: int) -> None:
+        self.bar.update(self.part, completed=ended, total=of)
+
+    def _write(self, figures: Figures) -> None:
+        if self.journal:
+            self.journal.write_figures(int(figures["step"] or 0), figures)
+
+    def _agree(self, asked: bool) -> bool:
+        """Whether any rank was asked to stop."""
+        return bool(self.mesh.max(torch.tensor(float(asked), device=self.mesh.device), "whether to stop"))
+
+    def _save(self, before: int, done: int, figures: Figures, stopped: bool) -> None:
+        """If it is time; and end the run if its figures say so."""
+        last = stopped or done >= self.run.steps or self.learner.alarms.stops
+        if last or _crosses(before, done, self.run.checkpoint_every):
+            self.saver.begin(done, self.learner.state())
+        if self.nonfinite >= self.learner.rig.config.optim.skips:
+            self.saver.close()
+            raise Diverged(f"update {done}: {self.nonfinite} gradients in a row are not finite; lower optim.lr")
+        if self.learner.alarms.stops:
+            self.saver.close()
+            raise Diverged(
+                f"update {done}: alarms in {self.rl.alarms.patience} rollouts in a row, see alarms.jsonl; "
+                'lower optim.lr, or set rl.alarms.action = "warn"'
+            )
+
+
+def sampler_of(rig: Rig) -> Samples:
+    """The runtime's, on the rig's live weights."""
+    raise NotImplementedError
+
+
+def _crosses(before: int, done: int, every: int) -> bool:
+    return done // every > before // every
+
+
+def _progress(console: Console) -> Progress:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[figures]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=console, disable=console.quiet)

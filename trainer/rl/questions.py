@@ -1,0 +1,77 @@
+"""Which questions a run asks, as which requests: pure functions of the run's seed and of how many were asked before.
+
+Question n is another in every epoch's order, and the seed of answer j to it depends on (seed, n, j) alone. So the only
+state of a run's sampling is a count, and a rollout that is made again after a kill is the same to the token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from dryvine.trainer.config import Config, ConfigError
+from dryvine.trainer.data.order import SequenceOrder
+from dryvine.trainer.generate.requests import Request
+from dryvine.trainer.rl.chat import BadConversation, Chat
+from dryvine.trainer.rl.config import RLConfig
+from dryvine.trainer.rl.tasks.names import questions
+from dryvine.trainer.rl.tasks.question import Question, TaskError
+
+LOOKED_AT = 1000  # of the questions with most characters, when the one with most tokens is sought
+
+
+@dataclass(frozen=True)
+class Ask:
+    """How a question is sampled: `samples` answers, at a temperature."""
+
+    samples: int
+    temperature: float
+
+
+@dataclass(frozen=True)
+class Task:
+    """The questions of a run, and its chat. Made before any process group exists."""
+
+    rl: RLConfig
+    chat: Chat
+    train: Sequence[Question]
+    held_out: Sequence[Question]
+    seed: int
+
+    def question(self, number: int) -> Question:
+        """The one that is asked as number `number` of the run, from 0."""
+        return self.train[SequenceOrder(self.seed, len(self.train)).window(number)]
+
+    def requests(self, question: Question, number: int, ask: Ask, purpose: str = "train") -> Iterator[Request]:
+        """One for each answer; a group of their own."""
+        prompt = self.chat.prompt(question.messages)
+        for sample in range(ask.samples):
+            key = f"{purpose} {self.seed} {number} {sample}".encode()
+            seed = int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "big")
+            stop = frozenset((self.chat.stop,))
+            yield Request(prompt, self.rl.max_tokens, ask.temperature, 1.0, seed, stop, number)
+
+
+def open_task(config: Config) -> Task:
+    """Raises ConfigError, DataError."""
+    rl = config.rl
+    assert rl is not None
+    chat = Chat(rl.chat)
+    if chat.vocabulary.size > config.model.vocab:
+        raise ConfigError(
+            f"model.vocab = {config.model.vocab}: {rl.chat.tokenizer} has {chat.vocabulary.size} token ids; "
+            "name the tokenizer that the model was trained with"
+        )
+    try:
+        train, held_out = questions(rl.task, "train"), questions(rl.task, "validation")[: rl.eval_problems]
+        by_size = sorted((*train, *held_out), key=lambda question: sum(len(m["content"]) for m in question.messages))
+        longest = max(len(chat.prompt(question.messages)) for question in by_size[-LOOKED_AT:])
+    except (TaskError, BadConversation) as error:
+        raise ConfigError(str(error)) from None
+    if longest + rl.max_tokens > config.data.seq_len + 1:
+        raise ConfigError(
+            f"rl.max_tokens = {rl.max_tokens}, behind a prompt of {longest} tokens, is more than data.seq_len + 1 = "
+            f"{config.data.seq_len + 1}; lower it, or raise data.seq_len"
+        )
+    return Task(rl, chat, train, held_out, config.run.seed)
