@@ -16,6 +16,7 @@ import torch
 from dryvine.comm.mesh import Mesh
 from dryvine.trainer.config import Config, ConfigError
 from dryvine.trainer.generate.requests import Completion, Request
+from dryvine.trainer.generate.sampler import Sampler
 from dryvine.trainer.nonfinite import Diverged
 from dryvine.trainer.rig import mesh_of
 from dryvine.trainer.rl.alarms import WINDOW, AlarmMemory
@@ -33,7 +34,6 @@ from dryvine.trainer.run_plan import make_plan
 from dryvine.trainer.run_rows import read
 from dryvine.trainer.sources import open_sources
 from tests.support.rig import rig_of
-from tests.support.rl import NaiveSampler
 
 Tiny = Callable[..., Config]
 
@@ -88,15 +88,15 @@ def _digits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("dryvine.trainer.rl.verifiers.names", fromlist=["x"]).VERIFIERS, "digits", "none")
 
 
-def go(config: Config, make: Callable[..., Any] = NaiveSampler) -> bool:
+def go(config: Config) -> bool:
     plan = make_plan(config)
-    return reinforce(plan, mesh_of(plan, torch.device("cpu")), open_sources(config), make_sampler=make)
+    return reinforce(plan, mesh_of(plan, torch.device("cpu")), open_sources(config))
 
 
 def learner_of(config: Config) -> Learner:
     rig = rig_of(config)
     task = open_task(config)
-    return Learner(rig, task, NaiveSampler(rig), DigitJudge(task.rl, task.chat, rig.mesh, ()))  # type: ignore[arg-type]
+    return Learner(rig, task, Sampler.of_rig(rig), DigitJudge(task.rl, task.chat, rig.mesh, ()))  # type: ignore[arg-type]
 
 
 def quiet(*_: int) -> None:

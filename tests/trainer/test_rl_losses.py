@@ -58,6 +58,10 @@ def with_shares(choices: LossChoices, tokens: list[Tokens], max_tokens: int = 16
     return [one._replace(share=torch.full_like(one.old, part)) for one, part in zip(tokens, parts, strict=True)]
 
 
+def loss_of(choices: LossChoices, logprobs: Tensor, tokens: Tokens) -> Tensor:
+    return objective(token_losses(choices, logprobs, tokens), tokens.share)
+
+
 def by_hand(choices: LossChoices, logprobs: list[Tensor], tokens: list[Tokens], max_tokens: int = 16) -> Tensor:
     """The same in plain formulas, an answer and a token at a time."""
     per_answer = []
@@ -115,7 +119,7 @@ def packed(pairs: list[tuple[Tensor, Tokens]], padding: int = 0) -> tuple[Tensor
 def test_an_objective_is_its_formula(name: str) -> None:
     choices = CHOICES[name]
     logprobs, tokens = draw(1)
-    loss = objective(choices, *packed(list(zip(logprobs, with_shares(choices, tokens), strict=True))))
+    loss = loss_of(choices, *packed(list(zip(logprobs, with_shares(choices, tokens), strict=True))))
     expected = by_hand(choices, logprobs, tokens)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     found, wanted = torch.autograd.grad(loss, logprobs), torch.autograd.grad(expected, logprobs)
@@ -138,12 +142,12 @@ def test_any_split_gives_the_same_gradient(
     choices = CHOICES[name]
     logprobs, tokens = draw(seed, tuple(lengths))
     pairs = list(zip(logprobs, with_shares(choices, tokens), strict=True))
-    (whole,) = [torch.autograd.grad(objective(choices, *packed(pairs)), logprobs)]
+    (whole,) = [torch.autograd.grad(loss_of(choices, *packed(pairs)), logprobs)]
     shuffled = [pairs[i] for i in torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()]
     bounds = sorted({0, len(pairs), *(cut for cut in cuts if cut < len(pairs))})
     sums = [torch.zeros_like(g) for g in whole]
     for start, stop in pairwise(bounds):
-        part = objective(choices, *packed(shuffled[start:stop], padding))
+        part = loss_of(choices, *packed(shuffled[start:stop], padding))
         grads = torch.autograd.grad(part, logprobs, allow_unused=True)
         sums = [total if grad is None else total + grad for total, grad in zip(sums, grads, strict=True)]
     for one, other in zip(whole, sums, strict=True):
@@ -155,10 +159,10 @@ def test_a_mean_in_each_microbatch_would_be_seen() -> None:
     choices = CHOICES["dapo"]
     logprobs, tokens = draw(3)
     whole = torch.autograd.grad(
-        objective(choices, *packed(list(zip(logprobs, with_shares(choices, tokens), strict=True)))), logprobs
+        loss_of(choices, *packed(list(zip(logprobs, with_shares(choices, tokens), strict=True)))), logprobs
     )
     halves = [
-        objective(choices, *packed(list(zip(logprobs[part], with_shares(choices, tokens[part]), strict=True)))) / 2
+        loss_of(choices, *packed(list(zip(logprobs[part], with_shares(choices, tokens[part]), strict=True)))) / 2
         for part in (slice(0, 2), slice(2, 6))
     ]
     assert not torch.allclose(torch.autograd.grad(sum(halves), logprobs)[0], whole[0], rtol=1e-2)

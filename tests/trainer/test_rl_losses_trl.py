@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from dryvine.trainer.rl.choices import LossChoices
-from dryvine.trainer.rl.losses import objective
-from tests.trainer.test_rl_losses import draw, packed, with_shares
+from tests.trainer.test_rl_losses import draw, loss_of, packed, with_shares
 
 LENGTHS = (3, 7, 16, 12, 5, 9)
 MAX = 16
@@ -91,7 +90,7 @@ def test_an_objective_is_trls(name: str) -> None:
     for seed in range(5):
         logprobs, tokens = draw(seed, LENGTHS)
         tokens = with_shares(choices, tokens, MAX)
-        ours = objective(choices, *packed(list(zip(logprobs, tokens, strict=True)), padding=2))
+        ours = loss_of(choices, *packed(list(zip(logprobs, tokens, strict=True)), padding=2))
         theirs = trl_loss(told, logprobs, tokens)
         assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
         found, wanted = torch.autograd.grad(ours, logprobs), torch.autograd.grad(theirs, logprobs)

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from dryvine.comm import local
 from dryvine.trainer.config import Config
+from dryvine.trainer.data.splits import Data
 from dryvine.trainer.deviations import Part, assembled
 from dryvine.trainer.model.loss import target_logprobs
-from dryvine.trainer.rig import Rig
+from dryvine.trainer.rig import Rig, make_rig, mesh_of
 from dryvine.trainer.rl.choices import LossChoices
 from dryvine.trainer.rl.passes import Learnt, LessonPlan, learn, score
 from dryvine.trainer.rl.rows import Sample, pack, token_rows
-from tests.support.rig import rig_of
+from dryvine.trainer.run_plan import make_plan
 
 Tiny = Callable[..., Config]
 RL = (
@@ -30,6 +31,12 @@ RL = (
 )
 CHOICES = LossChoices(kl=0.05, ratio="token", aggregate="token_mean")
 PLAIN = LessonPlan(temperature=0.7, replay=True)
+
+
+def bare(config: Config) -> Rig:
+    """A rig without questions: answers come from here."""
+    plan = make_plan(config)
+    return make_rig(plan, mesh_of(plan, torch.device("cpu")), Data(None, None))  # type: ignore[arg-type]
 
 
 def answers_of(config: Config, count: int = 24, seed: int = 0, routes: bool = True) -> list[Sample]:
@@ -103,7 +110,7 @@ def test_log_probabilities_are_those_of_the_softmax_at_the_temperature() -> None
 
 def played(rank: int, config: Config, answers: list[Sample], steps: int = 1) -> tuple[Learnt, Part, Part, list[Tensor]]:
     """For `local.run`: figures, gradients and weights of this rank after updates, and the scores before them."""
-    rig = rig_of(config)
+    rig = bare(config)
     before = [answer.old for answer in score(rig, answers, PLAIN)]
     for step in range(steps):
         learnt = learn(rig, answers, CHOICES, PLAIN, step)
@@ -164,7 +171,7 @@ def live_routes(rig: Rig, answers: list[Sample]) -> list[Sample]:
 
 def test_a_pass_records_the_experts_that_gates_choose(tiny: Tiny) -> None:
     """And replaying them changes nothing, while others do."""
-    rig = rig_of(tiny(*RL))
+    rig = bare(tiny(*RL))
     answers = answers_of(rig.config)
     recorded = live_routes(rig, answers)
     assert all(a.routes.shape == (5, a.size - 1, 2) for a in recorded)  # type: ignore[union-attr]
@@ -175,25 +182,25 @@ def test_a_pass_records_the_experts_that_gates_choose(tiny: Tiny) -> None:
         assert not torch.allclose(one.old, three.old, atol=1e-4)  # type: ignore[arg-type]
     learnt = learn(rig, recorded, CHOICES, PLAIN, 0)
     assert learnt.other_routes == 0
-    assert learn(rig_of(tiny(*RL)), answers, CHOICES, PLAIN, 0).other_routes > 0.3
+    assert learn(bare(tiny(*RL)), answers, CHOICES, PLAIN, 0).other_routes > 0.3
 
 
 def test_layouts_record_the_same_experts(tiny: Tiny) -> None:
     layout = ("parallel.pp=2", "parallel.ep=2", "parallel.schedule=dualpipe")
     answers = answers_of(tiny(*RL))
-    alone = live_routes(rig_of(tiny(*RL)), answers)
+    alone = live_routes(bare(tiny(*RL)), answers)
     for found in local.run(recorded_on, 4, tiny(*RL, *layout), answers):
         for one, other in zip(alone, found, strict=True):
             assert torch.equal(one.routes, other.routes)  # type: ignore[arg-type]
 
 
 def recorded_on(rank: int, config: Config, answers: list[Sample]) -> list[Sample]:
-    return live_routes(rig_of(config), answers)
+    return live_routes(bare(config), answers)
 
 
 def test_replay_takes_the_choice_and_not_the_weights(tiny: Tiny) -> None:
     """Gates learn from replayed choices, and their biases are frozen."""
-    rig = rig_of(tiny(*RL))
+    rig = bare(tiny(*RL))
     before = {name: bias.clone() for name, bias in rig.model.buffers.items()}
     learn(rig, answers_of(rig.config), CHOICES, PLAIN, 0)
     gates = {p.name: float(p.grad.abs().sum()) for p in rig.optimizer.pieces if p.name.endswith("gate.weight")}
@@ -204,7 +211,7 @@ def test_replay_takes_the_choice_and_not_the_weights(tiny: Tiny) -> None:
 
 
 def test_a_gradient_that_is_not_finite_updates_nothing(tiny: Tiny) -> None:
-    rig = rig_of(tiny(*RL))
+    rig = bare(tiny(*RL))
     before = [p.master.clone() for p in rig.optimizer.pieces]
     broken = [replace(answer, advantage=float("nan")) for answer in answers_of(rig.config)]
     assert not learn(rig, broken, CHOICES, PLAIN, 0).finite

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from dryvine.trainer.rl.questions import Task
+from dryvine.trainer.rl.questions import Curriculum
 
 
 class Asked:
     """A `SequenceSource` of rows of `length` tokens, none of which anything learns from."""
 
-    def __init__(self, task: Task, length: int) -> None:
+    def __init__(self, task: Curriculum, length: int) -> None:
         self.task, self.length = task, length
 
     def sequences(self, first: int, count: int, stride: int = 1) -> NDArray[np.int64]:

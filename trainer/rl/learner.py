@@ -8,33 +8,27 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from dryvine.trainer.checkpoint.state import RunState
-from dryvine.trainer.generate.requests import Completion, Request
+from dryvine.trainer.generate.requests import Completion
+from dryvine.trainer.generate.sampler import Sampler
 from dryvine.trainer.rig import Rig
 from dryvine.trainer.rl.alarms import AlarmMemory
 from dryvine.trainer.rl.evaluate import Evaluation, evaluation
 from dryvine.trainer.rl.groups import Group, sample_of, valued
 from dryvine.trainer.rl.judge import Judge, Judged
 from dryvine.trainer.rl.passes import Learnt, LessonPlan, learn, score
-from dryvine.trainer.rl.questions import Ask, Task
+from dryvine.trainer.rl.questions import Ask, Curriculum
 from dryvine.trainer.rl.reference import FIELD, Reference
 from dryvine.trainer.rl.rows import Sample
 from dryvine.trainer.rl.tasks.question import Question
 
 OnAnswer = Callable[[int, int], None]  # answers that have ended, of so many
-
-
-class Samples(Protocol):
-    """What a rollout needs of a `generate.Sampler`."""
-
-    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]: ...
 
 
 @dataclass(frozen=True)
@@ -52,8 +46,8 @@ class Learner:
     """One rank's part of a run. Its methods are collective."""
 
     rig: Rig
-    task: Task
-    sampler: Samples
+    task: Curriculum
+    sampler: Sampler
     judge: Judge
     asked: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))  # questions, in the whole run
     reference: Reference | None = field(init=False)

@@ -7,7 +7,7 @@ tokens, since those are functions of the weights and of the question's number.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from rich.console import Console
@@ -18,21 +18,21 @@ from dryvine.comm.topology import Topology
 from dryvine.trainer.begin import resume
 from dryvine.trainer.checkpoint.save import Keep, Saver
 from dryvine.trainer.data.splits import Data
+from dryvine.trainer.generate.sampler import Sampler
 from dryvine.trainer.journal import Journal
 from dryvine.trainer.nonfinite import Diverged
 from dryvine.trainer.ramps import Point, learning_rate
 from dryvine.trainer.rehearse import rehearse, report_loads
-from dryvine.trainer.rig import Rig, make_rig
+from dryvine.trainer.rig import make_rig
 from dryvine.trainer.rl.asked import Asked
 from dryvine.trainer.rl.figures import figures_of, sample_lines
 from dryvine.trainer.rl.judge import Judge
-from dryvine.trainer.rl.learner import Learner, Samples
+from dryvine.trainer.rl.learner import Learner
 from dryvine.trainer.rl.pictures import draw
 from dryvine.trainer.run_plan import RunPlan
 from dryvine.trainer.startup import startup_lines
 from dryvine.trainer.stop import Stop
 
-MakeSampler = Callable[[Rig], Samples]
 Figures = Mapping[str, float | None]
 
 
@@ -41,7 +41,6 @@ def reinforce(
     mesh: Mesh,
     data: Data,
     topology: Topology | None = None,
-    make_sampler: MakeSampler | None = None,
 ) -> bool:
     """Learn for `run.steps` updates, from the newest checkpoint of the run folder if it has one. Returns False if a
     signal stopped it before, after a save. Raises Diverged, CheckpointError, VerifierError. Collective."""
@@ -51,7 +50,7 @@ def reinforce(
     console = Console(quiet=mesh.rank != 0)
     names = {name for question in (*source.task.train, *source.task.held_out) for name in question.weights}
     with Judge(source.task.rl, source.task.chat, mesh, names) as judge:
-        learner = Learner(rig, source.task, (make_sampler or sampler_of)(rig), judge)
+        learner = Learner(rig, source.task, Sampler.of_rig(rig), judge)
         done = resume(rig, console, learner.state())
         if done == 0 and learner.reference:
             learner.reference.refresh()
@@ -148,11 +147,6 @@ class _Run:
                 f"update {done}: alarms in {self.rl.alarms.patience} rollouts in a row, see alarms.jsonl; "
                 'lower optim.lr, or set rl.alarms.action = "warn"'
             )
-
-
-def sampler_of(rig: Rig) -> Samples:
-    """The runtime's, on the rig's live weights."""
-    raise NotImplementedError
 
 
 def _crosses(before: int, done: int, every: int) -> bool:

@@ -120,10 +120,9 @@ def token_losses(choices: LossChoices, logprobs: Tensor, tokens: Tokens) -> Term
     return Terms(loss, ratio.detach(), clipped & counted)
 
 
-def objective(choices: LossChoices, logprobs: Tensor, tokens: Tokens) -> Tensor:
+def objective(terms: Terms, share: Tensor) -> Tensor:
     """What a microbatch adds to the loss of its update."""
-    terms = token_losses(choices, logprobs, tokens)
-    return torch.where(tokens.share > 0, terms.loss * tokens.share, 0.0).sum()
+    return torch.where(share > 0, terms.loss * share, 0.0).sum()
 
 
 def answer_means(values: Tensor, answer: Tensor, counted: Tensor) -> Tensor:

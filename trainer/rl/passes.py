@@ -23,7 +23,7 @@ from dryvine.trainer.model.shape import blocks
 from dryvine.trainer.ramps import Point, gradient_scale
 from dryvine.trainer.rig import Rig
 from dryvine.trainer.rl.choices import LossChoices
-from dryvine.trainer.rl.losses import Tokens, k3, shares, token_losses
+from dryvine.trainer.rl.losses import Tokens, k3, objective, shares, token_losses
 from dryvine.trainer.rl.rows import Packing, Sample, answer_numbers, fill_targets, pack, route_rows, token_rows
 from dryvine.trainer.step import update
 
@@ -180,7 +180,7 @@ class _Fields:
             tokens = Tokens(*(column.to(scored.logprobs.device) for column in known))
             counted = tokens.share > 0
             terms = token_losses(self.choices, scored.logprobs, tokens)
-            loss = torch.where(counted, terms.loss * tokens.share, 0.0).sum() * self.microbatches
+            loss = objective(terms, tokens.share) * self.microbatches
             apart = torch.where(counted, scored.logprobs.detach() - tokens.sampled, 0.0)
             moved = torch.where(counted, scored.logprobs.detach() - tokens.reference, 0.0)
             entropies = torch.where(counted, scored.entropies, 0.0)

@@ -51,6 +51,7 @@ def _line(panel: Axes, rows: list[Figures], name: str) -> None:
     if known and any(value for _, value in known):
         marker = "o-" if name.startswith("eval_") else "-"
         (line,) = panel.plot(*zip(*known, strict=True), marker, ms=3, lw=1, label=name)
-        bands = [(r["step"], r[f"{name}_low"], r[f"{name}_high"]) for r in rows if r.get(f"{name}_low") is not None]
-        if bands:
-            panel.fill_between(*zip(*bands, strict=True), alpha=0.15, color=line.get_color())
+        banded = [row for row in rows if row.get(f"{name}_low") is not None]
+        if banded:
+            steps, low, high = ([row[key] for row in banded] for key in ("step", f"{name}_low", f"{name}_high"))
+            panel.fill_between(steps, low, high, alpha=0.15, color=line.get_color())

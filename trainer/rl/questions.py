@@ -30,7 +30,7 @@ class Ask:
 
 
 @dataclass(frozen=True)
-class Task:
+class Curriculum:
     """The questions of a run, and its chat. Made before any process group exists."""
 
     rl: RLConfig
@@ -53,7 +53,7 @@ class Task:
             yield Request(prompt, self.rl.max_tokens, ask.temperature, 1.0, seed, stop, number)
 
 
-def open_task(config: Config) -> Task:
+def open_task(config: Config) -> Curriculum:
     """Raises ConfigError, DataError."""
     rl = config.rl
     assert rl is not None
@@ -74,4 +74,4 @@ def open_task(config: Config) -> Task:
             f"rl.max_tokens = {rl.max_tokens}, behind a prompt of {longest} tokens, is more than data.seq_len + 1 = "
             f"{config.data.seq_len + 1}; lower it, or raise data.seq_len"
         )
-    return Task(rl, chat, train, held_out, config.run.seed)
+    return Curriculum(rl, chat, train, held_out, config.run.seed)
