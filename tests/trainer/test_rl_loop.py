@@ -23,12 +23,13 @@ from dryvine.trainer.rl.alarms import WINDOW, AlarmMemory
 from dryvine.trainer.rl.config import Alarms
 from dryvine.trainer.rl.evaluate import evaluation
 from dryvine.trainer.rl.groups import Group
-from dryvine.trainer.rl.judge import Judge, Judged, overlong_penalty
+from dryvine.trainer.rl.judge import Judge, Judged
 from dryvine.trainer.rl.learner import Learner
 from dryvine.trainer.rl.loop import reinforce
 from dryvine.trainer.rl.questions import open_task
 from dryvine.trainer.rl.tasks.countdown_demos import tokenizer
 from dryvine.trainer.rl.tasks.question import Question, user
+from dryvine.trainer.rl.verifiers.length import soft_overlong
 from dryvine.trainer.rl.verifiers.verdict import Verdict
 from dryvine.trainer.run_plan import make_plan
 from dryvine.trainer.run_rows import read
@@ -74,7 +75,7 @@ class DigitJudge:
             text = self.chat.text(completion.tokens.tolist())
             score = sum(c in "0123456789" for c in text) / 4
             reward = score + (
-                overlong_penalty(len(completion.tokens), self.rl.max_tokens, self.rl.overlong_buffer)
+                soft_overlong(len(completion.tokens), self.rl.max_tokens, self.rl.overlong_buffer)
                 if self.rl.overlong == "penalty"
                 else 0.0
             )
@@ -174,10 +175,6 @@ def test_answers_that_ran_out_of_tokens(run: Tiny, overlong: str, learnt: int) -
     assert cut >= 14
     lessons, _ = learner._lessons(groups)
     assert len(lessons) == learnt + (16 - cut if not learnt else 0)
-
-
-def test_a_penalty_grows_over_the_buffer() -> None:
-    assert [overlong_penalty(n, 100, 20) for n in (10, 80, 90, 100)] == [0, 0, -0.5, -1]
 
 
 def test_minibatches_have_every_answer_once_an_epoch(run: Tiny) -> None:

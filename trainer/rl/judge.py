@@ -16,6 +16,7 @@ from dryvine.trainer.generate.requests import Completion
 from dryvine.trainer.rl.chat import Chat
 from dryvine.trainer.rl.config import RLConfig
 from dryvine.trainer.rl.tasks.question import Question
+from dryvine.trainer.rl.verifiers.length import soft_overlong
 from dryvine.trainer.rl.verifiers.pool import Pool
 from dryvine.trainer.rl.verifiers.verdict import Job, Verdict, weighted
 
@@ -70,8 +71,9 @@ class Judge:
 
     def _verdicts(self, asked: Sequence[tuple[Question, Completion]], texts: list[str]) -> list[dict[str, Verdict]]:
         assert self._pool
+        bounds = {"max_tokens": self.rl.max_tokens, "overlong_buffer": self.rl.overlong_buffer}
         jobs = [
-            Job(name, text, {**question.record, "completion_tokens": len(completion.tokens)})
+            Job(name, text, {**bounds, **question.record, "completion_tokens": len(completion.tokens)})
             for (question, completion), text in zip(asked, texts, strict=True)
             for name in question.weights
         ]
@@ -82,11 +84,6 @@ class Judge:
         answered = completion.reason not in ("failed", "cancelled")
         reward = weighted(question.weights, verdicts) if answered else None
         if reward is not None and self.rl.overlong == "penalty":
-            reward += overlong_penalty(len(completion.tokens), self.rl.max_tokens, self.rl.overlong_buffer)
+            reward += soft_overlong(len(completion.tokens), self.rl.max_tokens, self.rl.overlong_buffer)
         correct = (verdicts[question.deciding].score or 0.0) >= CORRECT
         return Judged(completion, text, verdicts, reward, correct)
-
-
-def overlong_penalty(tokens: int, most: int, buffer: int) -> float:
-    """0 up to `most` - `buffer` tokens, then falling to -1 at `most` (DAPO, equation 13)."""
-    return -max(0.0, tokens - (most - buffer)) / buffer

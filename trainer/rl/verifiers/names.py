@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 VERIFIERS = {
-    "format": "dryvine.trainer.rl.verifiers.format",
-    "integer": "dryvine.trainer.rl.verifiers.integer",
+    "code": "dryvine.trainer.rl.verifiers.code",
     "countdown": "dryvine.trainer.rl.verifiers.countdown",
+    "format": "dryvine.trainer.rl.verifiers.format",
+    "instructions": "dryvine.trainer.rl.verifiers.instructions",
+    "integer": "dryvine.trainer.rl.verifiers.integer",
+    "language": "dryvine.trainer.rl.verifiers.language",
+    "length": "dryvine.trainer.rl.verifiers.length",
+    "math": "dryvine.trainer.rl.verifiers.math",
 }

@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass, field
 from typing import IO
 
 from dryvine.trainer.rl.verifiers.names import VERIFIERS
+from dryvine.trainer.rl.verifiers.sandbox import UNCONTAINED
 from dryvine.trainer.rl.verifiers.verdict import Job, Verdict
 from dryvine.trainer.rl.verifiers.worker import WorkerLimits
 
@@ -187,7 +188,7 @@ def _environment() -> dict[str, str]:
     """Of a worker: what Python needs to start as here, and no tokens or keys of the user's."""
     kept = {
         name: os.environ[name]
-        for name in ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "LANG", "TMPDIR")
+        for name in ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "LANG", "TMPDIR", UNCONTAINED)
         if name in os.environ
     }
     return kept | {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}

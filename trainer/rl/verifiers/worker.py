@@ -39,7 +39,9 @@ def main() -> None:
     _limit(limits)
     try:
         modules = {name: importlib.import_module(file) for name, file in files.items()}
-    except ImportError as error:
+        for module in modules.values():
+            getattr(module, "check", lambda: None)()
+    except (ImportError, RuntimeError) as error:
         _reply(replies, {"error": f"verifiers {', '.join(files)}: {error}"})
         return
     _reply(replies, {name: _seconds(module) for name, module in modules.items()})
