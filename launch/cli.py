@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from dryvine.launch import bench_comm, checkpoint_cli, data_cli, hand_off_cli, launch_cli, rl_cli
+from dryvine.launch import bench_comm, checkpoint_cli, data_cli, generate_cli, hand_off_cli, launch_cli, rl_cli
 from dryvine.launch.demos_cli import demos
 from dryvine.launch.doctor import doctor
 from dryvine.launch.plan_cli import HardwareName, machine_of, plan, profile
@@ -41,6 +41,8 @@ app.command()(watch)
 app.command()(schedule)
 app.command()(rl_cli.sft)
 app.command()(rl_cli.rl)
+app.command()(generate_cli.generate)
+app.command()(generate_cli.chat)
 app.command()(hand_off_cli.export)
 app.command()(check_verifier)
 app.command("import")(hand_off_cli.import_)

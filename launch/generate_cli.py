@@ -1,0 +1,207 @@
+"""`dryvine generate` and `dryvine chat`: what a model that was trained, exported or released has to say."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+
+import typer
+from rich.console import Console
+
+from dryvine.launch.data_cli import progress_bar
+
+if TYPE_CHECKING:
+    from dryvine.trainer.data.tokenizer import Vocabulary
+    from dryvine.trainer.generate.dialogue import Dialogue
+    from dryvine.trainer.generate.open import WeightSource
+    from dryvine.trainer.generate.requests import Completion, Request
+    from dryvine.trainer.generate.sampler import Sampler
+    from dryvine.trainer.hand_off.tokenizer_files import TokenizerFiles
+
+Model = Annotated[
+    str, typer.Argument(help="A run folder, RUN@STEP, or a folder of exported or released weights.", show_default=False)
+]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Of an answer, at most.")]
+Temperature = Annotated[float, typer.Option(min=0, help="0: always the best token.")]
+TopP = Annotated[float, typer.Option(min=0.0, max=1, help="Sample among the fewest tokens of so much probability.")]
+Seed = Annotated[int, typer.Option(help="The same seed, the same text.")]
+Dtype = Annotated[Literal["auto", "fp32", "bf16"], typer.Option(help="auto: bf16 on a GPU, fp32 on a CPU.")]
+Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option()]
+Tokenizer = Annotated[Path | None, typer.Option(help="A tokenizer.json, or its folder.  [default: the model's]")]
+
+
+def generate(
+    model: Model,
+    prompts: Annotated[list[str] | None, typer.Argument(help="Text to go on from; - reads lines of stdin.")] = None,
+    max_tokens: MaxTokens = 128,
+    temperature: Temperature = 1.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    samples: Annotated[int, typer.Option(min=1, help="Continuations of each prompt.")] = 1,
+    tokenizer: Tokenizer = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="A line of JSON for each: text, tokens, log-probabilities, routes.")
+    ] = False,
+) -> None:
+    """Continue texts. All of them are decoded side by side; one alone is written as it comes. Tokens depend on the
+    seed, the prompt and the weights only: neither on the other prompts nor on their order."""
+    from dryvine.trainer.generate.requests import Request
+
+    asked = list(_lines(prompts or [""]))
+    _, sampler, files = _open(model, dtype, device, tokenizer)
+    stop = frozenset({files.vocabulary.end})
+    requests = [
+        Request(
+            _prompt(files, text), max_tokens, temperature, top_p, seed + i, frozenset({files.vocabulary.end}), number
+        )
+        for number, text in enumerate(asked)
+        for i in range(samples)
+    ]
+    started = time.perf_counter()
+    if len(requests) == 1 and not as_json:
+        sys.stdout.write(asked[0])
+        streamed = _stream(sampler, requests[0], files.vocabulary)
+        code, tokens = streamed.code, len(streamed.tokens)
+    else:
+        code = tokens = 0
+        for completion in sampler.generate(requests):
+            assert completion.request.group is not None
+            _print(asked[completion.request.group], completion, files, as_json)
+            code |= completion.reason == "failed"
+            tokens += len(completion.tokens)
+    seconds = time.perf_counter() - started
+    print(f"{tokens} tokens in {seconds:.2f} s, {tokens / seconds:.0f} a second", file=sys.stderr)
+    if code:
+        raise typer.Exit(code)
+
+
+def chat(
+    model: Model,
+    system: Annotated[str, typer.Option(help="What the model is told first.")] = "",
+    max_tokens: MaxTokens = 512,
+    temperature: Temperature = 0.7,
+    top_p: TopP = 0.95,
+    seed: Seed = 0,
+    tokenizer: Tokenizer = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+) -> None:
+    """Talk with a model in the terminal, by the template it was fine-tuned with or that came with its tokenizer.
+    Ctrl-C ends an answer; /new begins anew; an empty line or Ctrl-D leaves."""
+    from dryvine.trainer.generate.requests import Request
+
+    source, sampler, files = _open(model, dtype, device, tokenizer)
+    dialogue = source.dialogue(files)
+    first = [{"role": "system", "content": system}] if system else []
+    messages = list(first)
+    console = Console(stderr=True)
+    while said := _ask(console):
+        if said == "/new":
+            messages = list(first)
+            continue
+        messages.append({"role": "user", "content": said})
+        prompt = dialogue.prompt(messages)
+        room = min(max_tokens, source.shape.max_position - len(prompt))
+        if room < 1:
+            console.print(f"The conversation fills the model's {source.shape.max_position} positions: /new begins anew")
+            messages.pop()
+            continue
+        answer = _stream(sampler, Request(prompt, room, temperature, top_p, seed, dialogue.stop), dialogue)
+        messages.append({"role": "assistant", "content": dialogue.text(answer.tokens)})
+        seed += 1
+
+
+def _open(model: str, dtype: str, device: str, tokenizer: Path | None) -> tuple[WeightSource, Sampler, TokenizerFiles]:
+    """What is wrong is said before a weight is read."""
+    import torch
+
+    from dryvine.trainer.generate.open import load, open_weights
+    from dryvine.trainer.generate.sampler import Sampler
+
+    on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    where = torch.device("cuda" if on_gpu else "cpu")
+    numbers = torch.bfloat16 if dtype == "bf16" or (dtype == "auto" and on_gpu) else torch.float32
+    source = open_weights(model)
+    files = source.tokenizer(tokenizer)
+    with progress_bar(Console(stderr=True)) as on_progress:
+        loaded = load(source, numbers, where, on_progress)
+    return source, Sampler.alone(loaded), files
+
+
+def _lines(prompts: Sequence[str]) -> Iterator[str]:
+    for prompt in prompts:
+        if prompt == "-":
+            yield from (line.rstrip("\n") for line in sys.stdin)
+        else:
+            yield prompt
+
+
+def _prompt(files: TokenizerFiles, text: str) -> tuple[int, ...]:
+    """As documents begin in training: behind the end of the one before."""
+    from dryvine.trainer.generate.dialogue import plain
+
+    return (files.vocabulary.end, *plain(files.vocabulary, text))
+
+
+class Streamed(NamedTuple):
+    """What was written, and the exit code it stands for."""
+
+    tokens: list[int]
+    code: int
+
+
+def _stream(sampler: Sampler, request: Request, text: Dialogue | Vocabulary) -> Streamed:
+    """Write an answer as it comes; Ctrl-C ends it."""
+    from dryvine.trainer.generate.dialogue import Stream
+
+    stream, seen = Stream(text), list[int]()
+
+    def until(_: Request, tokens: list[int]) -> bool:
+        seen[:] = tokens
+        sys.stdout.write(stream.more(tokens))
+        sys.stdout.flush()
+        return False
+
+    try:
+        (completion,) = sampler.generate([request], until)
+    except KeyboardInterrupt:
+        print()
+        return Streamed(seen, 130)
+    tokens = completion.tokens.tolist()
+    print(stream.rest(tokens))
+    if completion.reason == "failed":
+        print(completion.why, file=sys.stderr)
+    return Streamed(tokens, int(completion.reason == "failed"))
+
+
+def _print(prompt: str, completion: Completion, files: TokenizerFiles, as_json: bool) -> None:
+    from dryvine.trainer.generate.dialogue import text_of
+
+    text = text_of(files.vocabulary, completion.tokens.tolist())
+    if not as_json:
+        print(f"{prompt}{text}\n---" if completion.reason != "failed" else f"{prompt}\n{completion.why}\n---")
+        return
+    row = {
+        "prompt": prompt,
+        "text": text,
+        "seed": completion.request.seed,
+        "reason": completion.reason,
+        "why": completion.why,
+        "tokens": completion.tokens.tolist(),
+        "logprobs": [round(value, 6) for value in completion.logprobs.tolist()],
+        "routes": completion.routes.tolist(),
+    }
+    print(json.dumps(row, ensure_ascii=False))
+
+
+def _ask(console: Console) -> str:
+    try:
+        return console.input("[bold]> [/]").strip()
+    except (EOFError, KeyboardInterrupt):
+        return ""

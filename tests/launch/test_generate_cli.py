@@ -1,0 +1,107 @@
+"""`dryvine generate` and `dryvine chat` as typed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from dryvine.launch.cli import app
+from dryvine.trainer.generate.dialogue import Stream, TemplateDialogue
+from dryvine.trainer.generate.open import load, open_weights
+from dryvine.trainer.generate.requests import Request
+from dryvine.trainer.generate.sampler import Sampler
+from dryvine.trainer.hand_off.encodings import Encoding
+from dryvine.trainer.hand_off.export_hf import export_hf
+from dryvine.trainer.hand_off.tokenizer_files import TokenizerFiles
+from tests.support.hand_off import quiet, run_of, small, tokenizer_of
+
+
+def invoke(*words: str, stdin: str | None = None) -> tuple[int, str]:
+    result = CliRunner().invoke(app, list(words), input=stdin, env={"COLUMNS": "200"}, catch_exceptions=False)
+    return result.exit_code, result.stdout
+
+
+def test_a_run_and_its_export_go_on_alike_and_the_seed_reproduces(tmp_path: Path) -> None:
+    run = run_of(small(mtp_depth=1), tmp_path / "run")
+    export_hf(run, tmp_path / "out", Encoding("fp32"), tokenizer_of(run), quiet, 1 << 30)
+    words = ("def f", "x", "--max-tokens", "12", "--samples", "2", "--json", "--seed", "5")
+    each = [invoke("generate", str(tmp_path / name), *words) for name in ("run", "out", "run")]
+    assert each[0] == each[1] == each[2]
+    code, said = each[0]
+    rows = [json.loads(line) for line in said.splitlines()]
+    assert code == 0
+    assert sorted((row["prompt"], row["seed"]) for row in rows) == [("def f", 5), ("def f", 6), ("x", 5), ("x", 6)]
+    assert all(len(row["tokens"]) == len(row["logprobs"]) == 12 or row["reason"] == "stop" for row in rows)
+
+
+def test_one_text_is_written_as_it_comes(tmp_path: Path) -> None:
+    run_of(small(), tmp_path / "run")
+    code, said = invoke("generate", str(tmp_path / "run"), "def f", "--max-tokens", "9")
+    _, row = invoke("generate", str(tmp_path / "run"), "-", "--max-tokens", "9", "--json", stdin="def f\n")
+    assert code == 0
+    assert said == "def f" + json.loads(row)["text"] + "\n"
+
+
+def test_an_answer_that_cannot_be_given_is_told_by_the_exit_code(tmp_path: Path) -> None:
+    run_of(small(), tmp_path / "run")
+    code, said = invoke("generate", str(tmp_path / "run"), "a", "b " * 70, "--max-tokens", "5")
+    assert code == 1
+    assert "64 positions" in said
+
+
+@pytest.mark.parametrize(("spec", "line"), [("nothing", "no checkpoint here"), ("run@9", "no checkpoint of step 9")])
+def test_a_model_that_is_not_there_is_one_line(tmp_path: Path, spec: str, line: str) -> None:
+    run_of(small(), tmp_path / "run")
+    with pytest.raises(ValueError, match=line):
+        invoke("generate", str(tmp_path / spec), "x")
+
+
+def test_chat_answers_line_by_line_until_an_empty_one(tmp_path: Path) -> None:
+    run_of(small(), tmp_path / "run")
+    code, said = invoke("chat", str(tmp_path / "run"), "--max-tokens", "4", stdin="hello\n/new\nhello\n\nnever\n")
+    assert code == 0
+    _, other = invoke("chat", str(tmp_path / "run"), "--max-tokens", "4", stdin="hello\n\n")
+    assert said.startswith(other.rstrip("\n").split("> ")[0])
+
+
+def test_what_a_user_types_is_never_a_control_token(tmp_path: Path) -> None:
+    files = tokenizer_of(run_of(small(), tmp_path / "run"))
+    template = "{% for m in messages %}{{ '<|endoftext|>' + m['role'] + ':' + m['content'] }}{% endfor %}"
+    dialogue = TemplateDialogue(TokenizerFiles(files.folder, files.vocabulary, template))
+    prompt = dialogue.prompt([{"role": "user", "content": "a<|endoftext|>b"}])
+    assert prompt.count(files.vocabulary.end) == 1
+    assert dialogue.text(prompt) == "user:a<|endoftext|>b"
+
+
+def test_a_template_cannot_leave_its_sandbox(tmp_path: Path) -> None:
+    files = tokenizer_of(run_of(small(), tmp_path / "run"))
+    template = "{{ messages.__class__.__base__.__subclasses__() }}"
+    with pytest.raises(ValueError, match="chat template failed"):
+        TemplateDialogue(TokenizerFiles(files.folder, files.vocabulary, template)).prompt([])
+
+
+def test_a_character_of_several_tokens_comes_whole(tmp_path: Path) -> None:
+    vocabulary = tokenizer_of(run_of(small(), tmp_path / "run")).vocabulary
+    ids = vocabulary.tokenizer.encode("aé€b", add_special_tokens=False).ids
+    stream = Stream(vocabulary)
+    assert [stream.more(ids[: n + 1]) for n in range(len(ids))] == ["a", "", "é", "", "", "€", "b"]
+    assert stream.rest([*ids, ids[1]]) == "\ufffd"
+
+
+def test_memory_that_is_not_there_is_refused_before_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_of(small(), tmp_path / "run")
+    source = open_weights(str(tmp_path / "run"))
+    monkeypatch.setattr("os.sysconf", lambda name: 100)
+    with pytest.raises(ValueError, match="--dtype bf16 needs half"):
+        load(source, torch.float32, torch.device("cpu"), quiet)
+
+
+def test_a_model_in_bf16_answers_too(tmp_path: Path) -> None:
+    run_of(small(), tmp_path / "run")
+    model = load(open_weights(str(tmp_path / "run")), torch.bfloat16, torch.device("cpu"), quiet)
+    (completion,) = Sampler.alone(model).generate([Request((1, 2), 5)])
+    assert completion.reason == "length"

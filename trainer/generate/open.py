@@ -1,0 +1,131 @@
+"""A model to generate with, opened from what people have: a run folder, RUN@STEP, or a folder of released weights.
+
+Weights are read in slices into the parameters that will be multiplied, so that a model needs its own size in memory and
+32 MiB. MTP is left out.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from dryvine.comm.dispatch.single_rank import SingleRank
+from dryvine.trainer.data.spec import OnProgress
+from dryvine.trainer.generate.dialogue import Dialogue, TemplateDialogue, TunedDialogue
+from dryvine.trainer.hand_off.errors import HandOffError
+from dryvine.trainer.hand_off.export_hf import weights
+from dryvine.trainer.hand_off.names import places
+from dryvine.trainer.hand_off.released import open_released
+from dryvine.trainer.hand_off.run_files import CONFIG, OpenRun, open_run
+from dryvine.trainer.hand_off.slices import Slice, slices
+from dryvine.trainer.hand_off.tokenizer_files import TokenizerFiles, open_tokenizer
+from dryvine.trainer.model.decoder import Model
+from dryvine.trainer.model.shape import Shape, blocks, count_parameters
+from dryvine.trainer.model.spec import Spec
+from dryvine.trainer.rl.chat import Chat
+from dryvine.trainer.rl.chat_config import ChatConfig
+
+Read = Callable[[Slice], Tensor]  # FP32, in the slice's shape
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """Where weights are and what they are of: nothing of them has been read yet."""
+
+    name: str  # as typed
+    folder: Path
+    shape: Shape  # without MTP
+    read: Read
+    biases: dict[str, Tensor]  # of gates, that a slice does not name
+    run: OpenRun | None
+
+    def tokenizer(self, given: Path | None) -> TokenizerFiles:
+        """`given`, or that of the run or folder. Raises HandOffError or DataError."""
+        found = self.run.tokenizer() if self.run else self.folder
+        if given is None and found is not None and not (found / "tokenizer.json").exists():
+            found = None
+        return open_tokenizer(found, given, None, self.shape.vocab)
+
+    def dialogue(self, files: TokenizerFiles) -> Dialogue:
+        """As the run was fine-tuned, if it was; else by the tokenizer's chat template."""
+        config = self.folder / CONFIG
+        tables = tomllib.loads(config.read_text()) if self.run and config.exists() else {}
+        tuned = next((tables[name] for name in ("rl", "sft") if "chat" in tables.get(name, {})), None)
+        if tuned is None:
+            return TemplateDialogue(files)
+        try:
+            return TunedDialogue(Chat(ChatConfig.model_validate(tuned["chat"])))
+        except ValidationError as error:
+            raise HandOffError(f"{config}: chat: {str(error).splitlines()[0]}") from None
+
+
+def open_weights(spec: str) -> WeightSource:
+    """Raises HandOffError or CheckpointError naming what is wrong."""
+    folder = Path(spec)
+    if (folder / "config.json").exists():
+        released = open_released(folder)
+        return WeightSource(
+            spec,
+            folder,
+            _main(released.shape),
+            lambda piece: released.weights[piece.place.theirs].rows(piece),
+            {},
+            None,
+        )
+    run = open_run(spec)
+    return WeightSource(
+        spec, run.folder, _main(run.shape), lambda piece: weights(run.stored, piece), run.stored.buffers, run
+    )
+
+
+def load(source: WeightSource, dtype: torch.dtype, device: torch.device, on_progress: OnProgress) -> Model:
+    """All of it, as one stage on one device. Raises HandOffError if it cannot fit."""
+    shape = source.shape
+    _check_memory(source, dtype, device)
+    names = tuple(block.name for block in blocks(shape))
+    model = Model(Spec(shape, dtype, device), {0: names}, SingleRank(shape.routed))
+    for buffer in model.buffers.values():
+        buffer.zero_()
+    total, done = count_parameters(shape)[0], 0
+    for count in fill(dict(model.named_parameters()) | model.buffers, source):
+        done += count
+        on_progress("reading weights", done, max(done, total))
+    return model
+
+
+@torch.no_grad()
+def fill(tensors: dict[str, Tensor], source: WeightSource) -> Iterator[int]:
+    """Read what `tensors` has names of, in place. Yields how many elements each slice had."""
+    for name, bias in source.biases.items():
+        if name in tensors:
+            tensors[name].copy_(bias)
+    for place in places(source.shape):
+        if place.ours in tensors and not place.copy:
+            flat = tensors[place.ours].view(-1)
+            for piece in slices(place):
+                flat[piece.start : piece.start + piece.elements] = source.read(piece).flatten()
+                yield piece.elements
+
+
+def _main(shape: Shape) -> Shape:
+    return shape.model_copy(update={"mtp_depth": 0, "recompute": ()})
+
+
+def _check_memory(source: WeightSource, dtype: torch.dtype, device: torch.device) -> None:
+    needed = count_parameters(source.shape)[0] * dtype.itemsize
+    if device.type == "cuda":
+        there = torch.cuda.mem_get_info(device)[0]
+    else:
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        smaller = "; --dtype bf16 needs half" if dtype == torch.float32 else ""
+        raise HandOffError(
+            f"{source.name}: {needed / 1e9:.1f} GB of weights, and this {device.type} has {there / 1e9:.1f} GB{smaller}"
+        )
