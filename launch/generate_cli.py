@@ -57,9 +57,7 @@ def generate(
     _, sampler, files = _open(model, dtype, device, tokenizer)
     stop = frozenset({files.vocabulary.end})
     requests = [
-        Request(
-            _prompt(files, text), max_tokens, temperature, top_p, seed + i, frozenset({files.vocabulary.end}), number
-        )
+        Request(_prompt(files, text), max_tokens, temperature, top_p, seed + i, stop, number)
         for number, text in enumerate(asked)
         for i in range(samples)
     ]

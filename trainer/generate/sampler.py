@@ -64,8 +64,9 @@ class Sampler:
 
     def generate(self, requests: Iterable[Request], until: Until | None = None) -> Iterator[Completion]:
         """Completions in the order in which they end; requests are taken from the iterable as there is room. `until` is
-        asked after each token but the last of a budget or a stop, with the tokens so far, whether to end there. What is wrong with one request, or
-        raised by `until` for it, ends that one with reason "failed". To stop, drop the iterator."""
+        asked after each token, with the tokens so far, whether to end there; not after one that ends the answer anyway.
+        What is wrong with one request, or raised by `until` for it, ends that one with reason "failed". To stop, drop
+        the iterator."""
         return Rollout(self._decoder, self._room, iter(requests), until, self._cancelled).completions()
 
     def cancel(self, *requests: Request) -> None:
