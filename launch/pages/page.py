@@ -26,6 +26,8 @@ table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 th,td{padding:6px 14px;text-align:right;border-top:1px solid var(--line);white-space:nowrap}
 tr:first-child>*{border-top:0}th{color:var(--dim);font-weight:500}td:first-child,th:first-child{text-align:left}
 td.text,th.text{text-align:left;white-space:normal;min-width:260px}
+pre{background:var(--panel);border:1px solid var(--line);border-radius:10px;padding:10px 14px;margin:0 0 14px;
+white-space:pre-wrap;overflow-wrap:anywhere;font:13px/1.5 ui-monospace,Menlo,Consolas,monospace}
 .bad{color:var(--bad)}.good{color:var(--good)}
 .wide.pic{background:#fff;padding:6px}.pic svg{display:block;width:100%;height:auto;min-width:560px}
 @media(max-width:600px){body{font-size:14px}th,td{padding:5px 9px}}
@@ -48,6 +50,11 @@ def heading(text: str) -> str:
 def paragraph(text: str, kind: str = "") -> str:
     """`kind`: bad or good."""
     return f'<p class="{kind}">{escape(text)}</p>' if kind else f"<p>{escape(text)}</p>"
+
+
+def quote(text: str) -> str:
+    """Text as it is, its lines kept."""
+    return f"<pre>{escape(text)}</pre>"
 
 
 def cards(figures: dict[str, str]) -> str:

@@ -27,11 +27,12 @@ COLOURS = (
 
 
 class Curve(NamedTuple):
-    """Points of one curve; None where there is none."""
+    """Points of one curve; None where there is none. `band`: the ends of an interval around each."""
 
     x: Sequence[float]
     y: Sequence[float | None]
     dashed: bool = False
+    band: tuple[Sequence[float | None], Sequence[float | None]] | None = None
 
 
 class Mark(NamedTuple):
@@ -56,6 +57,8 @@ def lines(curves: Mapping[str, Curve], x: str, y: str, marks: Sequence[Mark] = (
             label=name,
             color=_colour(number),
         )
+        if curve.band:
+            _shade(axes, curve, _colour(number))
     for mark in marks:
         axes.axvline(mark.x, color="#64748b", lw=0.8, ls=":")
         axes.annotate(
@@ -65,6 +68,14 @@ def lines(curves: Mapping[str, Curve], x: str, y: str, marks: Sequence[Mark] = (
         axes.set_yscale("log")
     _legend_below(axes, max(map(len, curves), default=1))
     return _svg(figure)
+
+
+def _shade(axes: Axes, curve: Curve, colour: str) -> None:
+    low, high = curve.band or ((), ())
+    known = [(x, a, b) for x, a, b in zip(curve.x, low, high, strict=True) if a is not None and b is not None]
+    if known:
+        x, bottom, top = zip(*known, strict=True)
+        axes.fill_between(x, bottom, top, alpha=0.15, color=colour, lw=0)
 
 
 def bars(groups: Mapping[str, Mapping[str, float]], y: str, limit: float | None = None, limit_name: str = "") -> str:

@@ -10,14 +10,22 @@ from dryvine.launch.pages.page import cards, heading, page, paragraph, picture, 
 from dryvine.launch.pages.plots import Curve, Mark
 from dryvine.launch.plan.hardware import GIGA
 from dryvine.launch.plan.summary import large
+from dryvine.launch.report.curves import curves, label
+from dryvine.launch.report.reinforced import reinforced_parts
 from dryvine.launch.report.runs import RunFolder
+from dryvine.trainer.config import ConfigError
 
 NAMES = {"loss": "training", "val_loss": "validation", "val_loss_ema": "validation, averaged weights"}
 MOST_EVENTS = 60  # in the table; marks of plots are fewer
 
 
 def report_page(runs: Sequence[RunFolder]) -> str:
-    return page("Report of " + " and ".join(run.name for run in runs), _parts(runs))
+    """Of runs of one kind. Raises ConfigError where some of them learn from rewards and others from text."""
+    kinds = {run.reinforced for run in runs}
+    if len(kinds) > 1:
+        raise ConfigError("runs of `dryvine rl` have other figures than those of `train`: compare runs of one kind")
+    parts = reinforced_parts(runs) if kinds == {True} else _parts(runs)
+    return page("Report of " + " and ".join(run.name for run in runs), parts)
 
 
 def _parts(runs: Sequence[RunFolder]) -> Iterator[str]:
@@ -35,7 +43,7 @@ def _parts(runs: Sequence[RunFolder]) -> Iterator[str]:
         ("Norm of the gradient", "grad_norm", "L2"),
     ):
         yield heading(title)
-        yield picture(plots.lines(_curves(runs, column), "step", unit, marks), f"{title} by step")
+        yield picture(plots.lines(curves(runs, column), "step", unit, marks), f"{title} by step")
     yield from _shares(runs, marks)
     yield from _loads(runs)
     yield from _sensors(runs, marks)
@@ -57,51 +65,38 @@ def _figures(run: RunFolder) -> dict[str, str]:
 
 
 def _losses(runs: Sequence[RunFolder]) -> dict[str, Curve]:
-    curves: dict[str, Curve] = {}
+    found: dict[str, Curve] = {}
     for run in runs:
         for name in ("loss", *run.validations):
             title = NAMES.get(name) or f"validation, {name.removeprefix('val_loss').strip('._')}"
-            curves[_label(runs, run, title)] = Curve(run.steps, run.column(name), dashed=name != "loss")
-    return curves
-
-
-def _curves(runs: Sequence[RunFolder], column: str, title: str = "", scale: float = 1.0) -> dict[str, Curve]:
-    """One column of every run that has it."""
-    return {
-        _label(runs, run, title or column): Curve(run.steps, [v and v * scale for v in run.column(column)])
-        for run in runs
-        if run.known(column)
-    }
-
-
-def _label(runs: Sequence[RunFolder], run: RunFolder, title: str) -> str:
-    return title if len(runs) == 1 else f"{run.name}: {title}"
+            found[label(runs, run, title)] = Curve(run.steps, run.column(name), dashed=name != "loss")
+    return found
 
 
 def _shares(runs: Sequence[RunFolder], marks: Sequence[Mark]) -> Iterator[str]:
     """Bubble, exposed communication, MFU: shares of a step, beside what was planned."""
-    curves = {
-        **_curves(runs, "bubble", "bubble, worst rank"),
-        **_curves(runs, "exposed_comm_share", "exposed all-to-all"),
+    shares = {
+        **curves(runs, "bubble", "bubble, worst rank"),
+        **curves(runs, "exposed_comm_share", "exposed all-to-all"),
     }
     for run in runs:
         if any(value is not None for value in run.mfu()):
-            curves[_label(runs, run, "MFU")] = Curve(run.steps, run.mfu())
+            shares[label(runs, run, "MFU")] = Curve(run.steps, run.mfu())
         if run.plan:
             bubble = run.plan.timeline.bubble / run.plan.step_seconds
             ends = [run.steps[0], run.steps[-1]]
-            curves[_label(runs, run, "bubble, planned")] = Curve(ends, [bubble, bubble], dashed=True)
+            shares[label(runs, run, "bubble, planned")] = Curve(ends, [bubble, bubble], dashed=True)
     yield heading("Shares of a step")
-    yield picture(plots.lines(curves, "step", "share", marks), "bubble, exposed communication and MFU by step")
+    yield picture(plots.lines(shares, "step", "share", marks), "bubble, exposed communication and MFU by step")
 
 
 def _loads(runs: Sequence[RunFolder]) -> Iterator[str]:
-    curves = {
-        **_curves(runs, "load_imbalance", "busiest expert over the mean"),
-        **_curves(runs, "rank_imbalance", "busiest rank over the mean"),
+    loads = {
+        **curves(runs, "load_imbalance", "busiest expert over the mean"),
+        **curves(runs, "rank_imbalance", "busiest rank over the mean"),
     }
     yield heading("Load of the experts")
-    yield picture(plots.lines(curves, "step", "over the mean"), "imbalance of experts and ranks by step")
+    yield picture(plots.lines(loads, "step", "over the mean"), "imbalance of experts and ranks by step")
     for run in (run for run in runs if run.loads):
         means = [sum(layer) / len(layer) or 1.0 for layer in run.loads]
         shares = [[load / mean for load in layer] for layer, mean in zip(run.loads, means, strict=True)]
@@ -116,9 +111,9 @@ def _sensors(runs: Sequence[RunFolder], marks: Sequence[Mark]) -> Iterator[str]:
     columns = {"watts": ("W", 1.0), "celsius": ("degrees C", 1.0), "peak_mbytes": ("GB", 1e-3)}
     titles = {"watts": "Power", "celsius": "Temperature", "peak_mbytes": "Memory, peak of the fullest GPU"}
     for column, (unit, scale) in columns.items():
-        if curves := _curves(runs, column, titles[column], scale):
+        if measured := curves(runs, column, titles[column], scale):
             yield heading(titles[column])
-            yield picture(plots.lines(curves, "step", unit, marks), f"{titles[column]} by step")
+            yield picture(plots.lines(measured, "step", unit, marks), f"{titles[column]} by step")
 
 
 def _planned(runs: Sequence[RunFolder]) -> Iterator[str]:

@@ -19,7 +19,7 @@ class Event(NamedTuple):
     """Something that happened after a step."""
 
     step: int
-    kind: str  # start | checkpoint | skip
+    kind: str  # start | checkpoint | skip | alarm
     what: str
 
 
@@ -46,6 +46,11 @@ class RunFolder:
         return self.path.name
 
     @property
+    def reinforced(self) -> bool:
+        """It learns from rewards."""
+        return self.config.rl is not None
+
+    @property
     def steps(self) -> list[float]:
         return [float(row["step"]) for row in self.rows]
 
@@ -67,6 +72,11 @@ class RunFolder:
         """Of the newest validation: tokens by MoE layer and expert; empty without experts."""
         rows = read(self.path, "expert_load.jsonl")
         return rows[-1]["loads"] if rows else []
+
+    @cached_property
+    def samples(self) -> list[Figures]:
+        """Answers that were kept to be read, oldest first; of `dryvine rl`."""
+        return read(self.path, "samples.jsonl")
 
     @cached_property
     def plan(self) -> Plan | None:
@@ -92,4 +102,5 @@ class RunFolder:
                 found.append(Event(row["step"], "checkpoint", stall))
             if row.get("skipped"):
                 found.append(Event(row["step"], "skip", f"updated nothing ({row['skipped']} in a row): skipped.jsonl"))
+        found += [Event(row["step"], "alarm", row["alarm"]) for row in read(self.path, "alarms.jsonl")]
         return iter(sorted(found))

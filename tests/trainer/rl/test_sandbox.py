@@ -17,18 +17,8 @@ from dryvine.trainer.rl.verifiers.code import verify
 from dryvine.trainer.rl.verifiers.pool import Pool, VerifierError
 from dryvine.trainer.rl.verifiers.sandbox import UNCONTAINED, Allowed, SandboxError
 from dryvine.trainer.rl.verifiers.verdict import Job
+from tests.support.sandbox import needs_sandbox, sandboxed, wait_until_none
 
-
-def contained() -> str:
-    """Why programs cannot be contained here, or ""."""
-    try:
-        sandbox.check()
-    except SandboxError as error:
-        return str(error)
-    return ""
-
-
-needs_sandbox = pytest.mark.skipif(bool(contained()), reason=contained())
 QUICK = Allowed(seconds=1)
 
 
@@ -112,19 +102,6 @@ def test_threads_and_processes_within_the_limit_work(tmp_path: Path) -> None:
     assert run(tmp_path, program).out == b"thread\n1\n\n"
 
 
-def nobodys() -> list[int]:
-    """Processes of the users that children of root become, or of sandboxes of this user: by their command line."""
-    found = []
-    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
-        try:
-            words = Path(f"/proc/{pid}/cmdline").read_bytes()
-        except OSError:
-            continue
-        if b"/program.py" in words:
-            found.append(pid)
-    return found
-
-
 HIDES = """
 import os, signal, time
 for _ in range(3):
@@ -136,30 +113,23 @@ time.sleep({rest})
 """
 
 
-def wait_until_none(pids: set[int]) -> None:
-    until = time.monotonic() + 20
-    while pids & set(nobodys()):
-        assert time.monotonic() < until, f"still there: {pids & set(nobodys())}"
-        time.sleep(0.05)
-
-
 @needs_sandbox
 @pytest.mark.parametrize("rest", [0, 600])
 def test_processes_that_hide_in_sessions_of_their_own_end_with_the_program(tmp_path: Path, rest: int) -> None:
-    before = set(nobodys())
+    before = set(sandboxed())
     run(tmp_path, HIDES.format(rest=rest))
-    wait_until_none(set(nobodys()) - before)
+    wait_until_none(set(sandboxed()) - before)
 
 
 @needs_sandbox
 def test_a_sandbox_dies_with_its_worker(tmp_path: Path) -> None:
-    before = set(nobodys())
+    before = set(sandboxed())
     answer = f"```\n{HIDES.format(rest=600)}```"
     with Pool(["code"], 1) as pool:
         pool.seconds["code"] = 2.0
         (verdict,) = pool.score([Job("code", answer, {"tests": [{"stdin": "", "stdout": "1"}], "seconds": 10})])
     assert verdict.score is None
-    wait_until_none(set(nobodys()) - before)
+    wait_until_none(set(sandboxed()) - before)
 
 
 @needs_sandbox

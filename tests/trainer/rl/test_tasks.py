@@ -107,7 +107,7 @@ def test_a_file_of_questions(tmp_path: Path) -> None:
         ('{"q": 1}', {}, r"q.jsonl:2: no object with a field 'question'"),
         ('{"question": 1}', {}, r"q.jsonl:2: the prompt is neither text nor a list of messages"),
         ('{"question": [{"role": "user"}]}', {}, r"q.jsonl:2: the prompt is neither"),
-        ("", {"verifiers": {"maths": 1}}, r"rl.task.verifiers: no verifier 'maths'; there are countdown"),
+        ("", {"verifiers": {"maths": 1}}, r"rl.task.verifiers: no verifier 'maths'; there are code"),
         ("", {"verifiers": {}}, r"rl.task.verifiers: "),
         ("", {"file": "x"}, r"rl.task.file: .*; jsonl has train, validation, prompt, system, verifiers"),
         ("", {"train": "none.jsonl"}, r"rl.task.train: none.jsonl: .*No such file"),

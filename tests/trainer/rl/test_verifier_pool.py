@@ -123,7 +123,7 @@ def test_no_process_is_left_when_the_pool_is_closed(odd: Pool) -> None:
 
 
 def test_a_verifier_that_does_not_exist_or_load_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(VerifierError, match="no verifier 'maths': there are countdown"):
+    with pytest.raises(VerifierError, match="no verifier 'maths': there are code"):
         Pool(["maths"])
     monkeypatch.setitem(names.VERIFIERS, "gone", "dryvine.trainer.rl.verifiers.gone")
     with pytest.raises(VerifierError, match="verifiers gone: No module named"):
@@ -144,7 +144,7 @@ def test_rewards_are_weighted_and_none_stays_none() -> None:
         (["integer", "<answer>4</answer>", "--problem", '{"answer": 5}'], 0, "0: 4, wanted 5"),
         (["integer", "<answer>4</answer>"], 1, "not scored: ValueError: the problem's 'answer' is None"),
         (["integer", "4", "--problem", "[1]"], 2, "--problem '[1]': not an object; write a JSON object"),
-        (["maths", "4"], 2, "no verifier 'maths': there are countdown"),
+        (["maths", "4"], 2, "no verifier 'maths': there are code"),
     ],
 )
 def test_the_command_shows_a_verdict(words: list[str], code: int, said: str) -> None:

@@ -35,7 +35,8 @@ class WorkerLimits:
 def main() -> None:
     files, limits = json.loads(sys.argv[1]), WorkerLimits(**json.loads(sys.argv[2]))
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
     _limit(limits)
     try:
         modules = {name: importlib.import_module(file) for name, file in files.items()}
@@ -44,6 +45,7 @@ def main() -> None:
     except (ImportError, RuntimeError) as error:
         _reply(replies, {"error": f"verifiers {', '.join(files)}: {error}"})
         return
+    os.dup2(nowhere, 2)  # libraries log answers, which terminals may act on
     _reply(replies, {name: _seconds(module) for name, module in modules.items()})
     for line in sys.stdin:
         job = json.loads(line)
