@@ -11,6 +11,8 @@ import typer
 from rich.console import Console
 
 from dryvine.launch import bench_comm, checkpoint_cli, data_cli, generate_cli, hand_off_cli, launch_cli, rl_cli
+from dryvine.launch.data_peek_cli import peek
+from dryvine.launch.data_quality_cli import dedup, stats
 from dryvine.launch.demos_cli import demos
 from dryvine.launch.doctor import doctor
 from dryvine.launch.plan_cli import HardwareName, machine_of, plan, profile
@@ -28,6 +30,8 @@ app = typer.Typer(
 )
 bench = typer.Typer(no_args_is_help=True, help="Measure this machine.")
 bench.command("comm")(bench_comm.comm)
+for command in (peek, stats, dedup):
+    data_cli.app.command()(command)
 app.add_typer(data_cli.app, name="data")
 app.add_typer(checkpoint_cli.app, name="checkpoint")
 app.add_typer(launch_cli.app, name="launch")

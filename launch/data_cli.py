@@ -12,17 +12,24 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
 from dryvine.trainer.data.build import build as build_dataset
 from dryvine.trainer.data.config import DataConfig, DataError
-from dryvine.trainer.data.dataset import Dataset, SplitName
+from dryvine.trainer.data.dataset import Dataset
 from dryvine.trainer.data.inputs import match_files, printable
-from dryvine.trainer.data.megatron import MegatronTokens, megatron_prefix, write_megatron
+from dryvine.trainer.data.megatron import write_megatron
 from dryvine.trainer.data.shards import SPLITS
-from dryvine.trainer.data.source import TokenSource
 from dryvine.trainer.data.spec import BuildSpec, OnProgress
 
 app = typer.Typer(help="Datasets: text files into packed tokens.", no_args_is_help=True)
@@ -85,37 +92,6 @@ def build(
 
 
 @app.command()
-def peek(
-    source: Annotated[Path, typer.Argument(help="A dataset folder, or a Megatron prefix.")],
-    split: Annotated[str, typer.Option(help="train or val")] = "train",
-    first: Annotated[int, typer.Option(min=0, help="Number of the sequence in the run.")] = 0,
-    sequences: Annotated[int, typer.Option(min=1)] = 1,
-    seq_len: Annotated[int, typer.Option(min=1, help="As data.seq_len of the run.")] = 512,
-    seed: Annotated[int, typer.Option(help="As run.seed.")] = 0,
-    tokenizer: Annotated[Path | None, typer.Option(help="The tokenizer.json of a Megatron prefix.")] = None,
-) -> None:
-    """Show sequences of a run as the model will see them: cut, packed and with special tokens spelled out."""
-    from dryvine.trainer.data.peek import pieces, tokenizer_of
-
-    out = Console()
-    with errors_in_one_line(Console(stderr=True), "peek"):
-        name = split_name(split)
-        prefix = megatron_prefix(source)
-        if prefix and not tokenizer:
-            raise DataError(f"{source}: Megatron's files have no tokenizer; name it with --tokenizer tokenizer.json")
-        line = MegatronTokens(prefix, name, VAL_FRACTION) if prefix else source
-        found = TokenSource(line, name, seq_len, extra=1, seed=seed)
-        decode = tokenizer_of(source, tokenizer)
-        for number in range(first, first + sequences):
-            out.rule(f"sequence {number}: {seq_len} tokens")
-            for piece in pieces(found, number, seq_len, decode):
-                out.print(f"document {piece.document}, {piece.tokens} tokens", style="bold cyan")
-                out.print(piece.text, markup=False, highlight=False, soft_wrap=True)
-                if not piece.ends:
-                    out.print("(goes on)", style="cyan")
-
-
-@app.command()
 def export(
     source: Annotated[Path, typer.Argument(help="A dataset folder.")],
     out: Annotated[Path, typer.Option(help="Prefix: PREFIX_train.bin and .idx are written, and PREFIX_val.")],
@@ -129,14 +105,6 @@ def export(
                 print(f"{prefix}.bin, .idx: {documents:,} documents")
 
 
-def split_name(name: str) -> SplitName:
-    """Raises DataError unless there is such a split."""
-    for split in SPLITS:
-        if name == split:
-            return split
-    raise DataError(f"--split {name}: there are {' and '.join(SPLITS)}")
-
-
 @contextmanager
 def errors_in_one_line(console: Console, command: str = "build") -> Iterator[None]:
     """Print what the user can fix, and exit with 2; or with 130 after Ctrl-C, as shells do."""
@@ -146,15 +114,17 @@ def errors_in_one_line(console: Console, command: str = "build") -> Iterator[Non
         console.print(printable(f"dryvine data {command}: {error}"), style="red", markup=False, soft_wrap=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
-        console.print("Interrupted. The same command continues after the last whole shard.")
+        goes_on = " The same command continues after the last whole shard." if command == "build" else ""
+        console.print(f"Interrupted.{goes_on}")
         raise typer.Exit(130) from None
 
 
 @contextmanager
-def progress_bar(console: Console) -> Iterator[OnProgress]:
-    """A progress bar with a row for each pass over the inputs, added when the pass reports for the first time."""
+def progress_bar(console: Console, counted: ProgressColumn | None = None) -> Iterator[OnProgress]:
+    """A progress bar with a row for each pass over the inputs, added when the pass reports for the first time. Bytes
+    are counted, unless another column says what."""
     rows: dict[str, TaskID] = {}
-    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+    columns = TextColumn("{task.description}"), BarColumn(), counted or DownloadColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console) as bar:
 
         def on_progress(stage: str, done: int, total: int) -> None:

@@ -11,8 +11,13 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
+from dryvine.launch import data_cli
+from dryvine.launch.cli import app as main_app
 from dryvine.launch.data_cli import app, progress_bar
+from dryvine.trainer.data.config import DataError
 from dryvine.trainer.data.dataset import Dataset
+from dryvine.trainer.data.peek import pieces, tokenizer_of
+from dryvine.trainer.data.source import TokenSource
 
 
 @pytest.fixture
@@ -99,8 +104,75 @@ def test_every_option_reaches_the_build(folder: Path) -> None:
     recipe = Dataset.load(folder / "o").recipe
     given = (recipe["vocab_size"], recipe["field"], recipe["validation_fraction"], recipe["fim_rate"])
     assert given == (290, "body", 0.25, 0.5)
+    where = ["--where", "body!=x", "--where", "body>=record"]
+    assert run("--text", "in/*", "--out", "w", "--field", "body", *where).exit_code == 0
+    assert Dataset.load(folder / "w").recipe["where"] == "body!=x and body>=record"
     assert run("--text", "in/*.txt", "--out", "p").exit_code == 0
     assert Dataset.load(folder / "p").recipe["vocab_size"] == 4096
+
+
+def test_a_process_a_core_by_default(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def build(*_: object, processes: int) -> Dataset:
+        asked.append(processes)
+        raise DataError("far enough")
+
+    monkeypatch.setattr(data_cli, "build_dataset", build)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 2, 5})
+    for words in ([], ["--processes", "7"]):
+        assert "far enough" in run("--text", "in/*.txt", "--out", "o", *words).output
+    assert asked == [3, 7]
+
+
+def test_peek_shows_the_sequences_that_a_run_reads(folder: Path) -> None:
+    assert run("--text", "in/*.txt", "--out", "o", "--vocab-size", "300", "--val-fraction", "0").exit_code == 0
+    words = ["data", "peek", "o", "--seq-len", "9", "--first", "4", "--sequences", "2", "--seed", "5"]
+    shown = CliRunner().invoke(main_app, words).output
+    source = TokenSource(folder / "o", "train", 9, extra=1, seed=5)
+    tokenizer = tokenizer_of(Path("o/tokenizer.json"))
+    found = [piece for number in (4, 5) for piece in pieces(source, number, 9, tokenizer)]
+    expected = "".join(
+        f"document {p.document}, {p.tokens} tokens {p.text}{'' if p.ends else '(goes on)'}" for p in found
+    )
+    heads = [word for word in shown.split("\n") if "sequence" in word]
+    assert ["sequence 4: 9 tokens" in heads[0], "sequence 5: 9 tokens" in heads[1], len(heads)] == [True, True, 2]
+    rest = "".join(line for line in shown.split("\n") if "sequence" not in line)
+    assert "".join(rest.split()) == "".join(expected.split())
+    assert "<|endoftext|>" in CliRunner().invoke(main_app, ["data", "peek", "o", "--seq-len", "200"]).output
+
+
+def test_peek_shows_records_before_a_build(folder: Path) -> None:
+    """Those that it would leave out with the reason, and with a tokenizer what it would write."""
+    shown = peek("--text", "in/*.jsonl", "--field", "body", "--first", "3", "--sequences", "4")
+    assert shown.exit_code == 0, shown.output
+    words = " ".join(shown.output.split())
+    assert "a.jsonl, line 4" in words
+    assert "characters record [bold]3" in words
+    assert "left out: line 6: not JSON" in words
+    assert "line 8" not in words
+    unwanted = peek("--text", "in/*.jsonl", "--field", "body", "--where", "body!=record [bold]0")
+    assert "not wanted by --where" in unwanted.output
+    assert run("--text", "in/*.txt", "--out", "o", "--vocab-size", "300", "--val-fraction", "0").exit_code == 0
+    given = peek("--text", "in/07.txt", "--tokenizer", "o/tokenizer.json")
+    dataset = Dataset.load(folder / "o")
+    assert f", {dataset.train.tokens // 30:,} tokens" in given.output
+    assert "file 7\n<|endoftext|>" in given.output
+    for words, complaint in (
+        (["--text", "in/07.txt", "--first", "1"], "--first 1: the files have fewer records"),
+        (["o", "--text", "in/07.txt"], "name a dataset folder, or files with --text; not both"),
+        ([], "name a dataset folder, or files with --text; not both"),
+        (["--text", "none/*"], "matches no file"),
+        (["--text", "in/07.txt", "--where", "lang"], "write FIELD=VALUE"),
+        (["--text", "in/07.txt", "--tokenizer", "in/07.txt"], "not a tokenizer.json"),
+    ):
+        refused = peek(*words)
+        assert refused.exit_code == 2
+        assert complaint in " ".join(refused.output.split())
+
+
+def peek(*words: str) -> Result:
+    return CliRunner().invoke(main_app, ["data", "peek", *words])
 
 
 def test_the_table_has_a_row_for_each_split(folder: Path) -> None:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import random
 import sysconfig
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dryvine.trainer import journal, verify
+from dryvine.trainer.batches import read_batch
 from dryvine.trainer.config import Config, ConfigError
 from dryvine.trainer.data.blend import Blend, BlendPart
 from dryvine.trainer.data.blend_order import BlendOrder, whole_weights
@@ -26,6 +32,7 @@ from dryvine.trainer.data.inputs import match_files
 from dryvine.trainer.data.source import TokenSource
 from dryvine.trainer.data.spec import BuildSpec
 from dryvine.trainer.data.splits import open_data
+from dryvine.trainer.rig import Rig
 from tests.support.rig import train_on
 from tests.trainer.test_data_order import write_dataset
 
@@ -68,12 +75,13 @@ def test_a_resume_finds_its_place_without_the_way_there(weights: list[float], fa
         assert counts == walked.counts(number + 1)
 
 
-def test_a_share_is_kept_at_every_single_prefix() -> None:
-    order = BlendOrder([50, 49, 1])
-    counts = [0, 0, 0]
-    for number in range(3000):
+@pytest.mark.parametrize("weights", [[50, 49, 1], [1, 2500, 2499]], ids=["of 100", "a rare one"])
+def test_a_share_is_kept_at_every_single_prefix(weights: list[int]) -> None:
+    """Also of a source that has one sequence in thousands, over the edges of its blocks."""
+    order, counts = BlendOrder(weights), [0, 0, 0]
+    for number in range(3 * order.length):
         counts[order.place(number).source] += 1
-        assert all(abs(count - (number + 1) * w / 100) < 1 for count, w in zip(counts, order.weights, strict=True))
+        assert all(abs(count - (number + 1) * w / sum(weights)) < 1 for count, w in zip(counts, weights, strict=True))
 
 
 def test_the_blend_order_never_changes() -> None:
@@ -81,6 +89,10 @@ def test_the_blend_order_never_changes() -> None:
     order = BlendOrder([6, 3, 1])
     assert [order.place(n).source for n in range(10)] == [0, 0, 1, 0, 1, 0, 0, 1, 0, 2]
     assert order.place(10**12) == (0, 600000000000)
+    for weights, digest in (([50, 49, 1, 7, 3], "65c0f1e81e2cbac9"), ([1, 2500, 2499], "6f0a17d65f739be9")):
+        order = BlendOrder(weights)
+        sources = bytes(order.place(n).source for n in range(3 * order.length))
+        assert hashlib.sha256(sources).hexdigest()[:16] == digest
 
 
 @settings(max_examples=100, deadline=None)
@@ -115,7 +127,7 @@ def blend_of(folder: Path, amounts: list[dict[str, float]], tokens: list[int]) -
 
 
 @settings(max_examples=20, deadline=None)
-@given(sizes=st.lists(st.integers(21, 400), min_size=2, max_size=6), seed=st.integers(0, 1000))
+@given(sizes=st.lists(st.integers(21, 200), min_size=2, max_size=50), seed=st.integers(0, 1000))
 def test_nothing_is_read_twice_in_an_epoch_and_nothing_left_out(
     tmp_path_factory: pytest.TempPathFactory, sizes: list[int], seed: int
 ) -> None:
@@ -131,6 +143,59 @@ def test_nothing_is_read_twice_in_an_epoch_and_nothing_left_out(
     for seen, part in zip(read, blend.parts, strict=True):
         windows = part.source.windows
         assert sorted(seen[:windows]) == sorted(seen[windows : 2 * windows]) == list(range(windows))
+
+
+@settings(max_examples=20, deadline=None)
+@given(sizes=st.lists(st.integers(21, 200), min_size=2, max_size=50), seed=st.integers(0, 1000))
+def test_amounts_are_kept_to_the_sequence_and_read_without_repetition(
+    tmp_path_factory: pytest.TempPathFactory, sizes: list[int], seed: int
+) -> None:
+    draw = random.Random(seed)
+    amounts = [draw.choice([{"epochs": 1}, {"epochs": 0.5}, {"tokens": draw.randint(1, 20)}]) for _ in sizes]
+    blend = blend_of(tmp_path_factory.mktemp("blend"), amounts, sizes)
+    wanted = [
+        max(1, int(amount["tokens"] / 10 if "tokens" in amount else amount["epochs"] * part.source.windows))
+        for amount, part in zip(amounts, blend.parts, strict=True)
+    ]
+    assert blend.limit == sum(wanted)
+    read = [blend.order.place(number) for number in range(blend.limit)]
+    assert Counter(place.source for place in read) == dict(enumerate(wanted))
+    assert len(set(read)) == len(read)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    weights=st.lists(st.integers(1, 30), min_size=2, max_size=12),
+    data_ranks=st.sampled_from([1, 2, 4]),
+    size=st.sampled_from([1, 2, 3]),
+    steps=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+)
+def test_every_layout_reads_the_same_set_at_every_step(
+    tmp_path_factory: pytest.TempPathFactory,
+    weights: list[int],
+    data_ranks: int,
+    size: int,
+    steps: tuple[int, int],
+) -> None:
+    """As read_batch reads it, with a batch that grows from the first step to the second."""
+    amounts = [{"weight": weight} for weight in weights]
+    blend = blend_of(tmp_path_factory.mktemp("blend"), amounts, [31 + 10 * i for i in range(len(weights))])
+    first = 7
+    for microbatches in steps:
+        sequences = microbatches * data_ranks * size
+        ranks = [microbatches_of(blend, rank, data_ranks, size, first, sequences) for rank in range(data_ranks)]
+        assert {len(microbatches_read) for microbatches_read in ranks} == {microbatches}
+        read = sorted(row.tolist() for rank in ranks for batch in rank for row in batch)
+        assert read == sorted(blend.sequences(first, sequences).tolist())
+        first += sequences
+
+
+def microbatches_of(
+    blend: Blend, rank: int, data_ranks: int, size: int, first: int, sequences: int
+) -> Sequence[torch.Tensor]:
+    config = SimpleNamespace(parallel=SimpleNamespace(microbatch_sequences=size), data=SimpleNamespace(mask="none"))
+    rig = SimpleNamespace(config=config, mesh=SimpleNamespace(data_rank=rank, data_ranks=data_ranks, device="cpu"))
+    return read_batch(cast(Rig, rig), blend, first, sequences).tokens
 
 
 def test_epochs_and_tokens_are_counts_of_the_whole_run(tmp_path: Path) -> None:
@@ -150,6 +215,11 @@ def test_strides_of_a_layout_read_the_same_sequences(tmp_path: Path) -> None:
     whole = blend.sequences(5, 12)
     for rank in range(4):
         np.testing.assert_array_equal(blend.sequences(5 + rank, 3, stride=4), whole[rank::4])
+
+
+def test_weights_of_a_config_are_the_decimals_that_were_typed(tmp_path: Path) -> None:
+    blend = blend_of(tmp_path, [{"weight": 0.7}, {"weight": 0.25}, {"weight": 0.05}], [30, 30, 30])
+    assert blend.order.weights == (14, 5, 1)
 
 
 def test_sources_of_one_length_are_not_read_in_step(tmp_path: Path) -> None:
@@ -215,6 +285,27 @@ def test_what_a_source_gives_is_said_before_the_start(blended: Tiny, capsys: pyt
     windows = data.train.parts[1].source.windows
     (line,) = [line for line in data.train.lines(8 * windows) if "data.blend: t" in line]
     assert f"2.00 epochs of {windows:,}; runs out and is read again" in line
+
+
+def test_sources_of_a_run_have_orders_of_their_own(tiny: Tiny, corpus: Path) -> None:
+    entries = f'[{{source="{corpus}", weight=1, name="a"}}, {{source="{corpus}", weight=1, name="b"}}]'
+    data = open_data(tiny(f"data.blend={entries}"))
+    assert isinstance(data.train, Blend)
+    first, second = ([part.source.order.window(i) for i in range(50)] for part in data.train.parts)
+    assert sum(a == b for a, b in zip(first, second, strict=True)) < 5
+
+
+def test_the_validation_loss_is_shared_out_among_sources_that_hold_text_out(
+    tiny: Tiny, corpus: Path, tmp_path: Path
+) -> None:
+    write_dataset(tmp_path / "few", [200])
+    sha256 = json.loads((corpus / "dataset.json").read_text())["tokenizer_sha256"]
+    described = json.loads((tmp_path / "few" / "dataset.json").read_text()) | {"tokenizer_sha256": sha256}
+    (tmp_path / "few" / "dataset.json").write_text(json.dumps(described))
+    sources = ((corpus, 3, "a"), (corpus, 1, "b"), (tmp_path / "few", 4, "few"))
+    entries = ", ".join(f'{{source="{source}", weight={weight}, name="{name}"}}' for source, weight, name in sources)
+    found = open_data(tiny(f"data.blend=[{entries}]")).held_out
+    assert {name: held_out.share for name, held_out in found.items()} == {"a": 0.75, "b": 0.25}
 
 
 def test_a_run_longer_than_its_blend_is_refused(tiny: Tiny, corpus: Path) -> None:

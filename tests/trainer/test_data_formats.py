@@ -6,6 +6,7 @@ import gzip
 import json
 import struct
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,9 @@ def test_a_megatron_prefix_is_read_in_place(tmp_path: Path, code: int, dtype: st
     assert train.ends_between(0, 12).tolist() == [3, 7]
     assert train.ends_between(3, 8).tolist() == [7]
     assert val.ends_between(0, 2).tolist() == []
+    half = MegatronTokens(tmp_path / "web", "val", 0.5)
+    assert half.tokens(0, len(half)).tolist() == [7, 8, 9, 10, 0, 11, 0]
+    assert half.ends_between(0, 7).tolist() == [5]
     for start, length in ((-1, 2), (11, 2)):
         with pytest.raises(IndexError):
             train.tokens(start, length)
@@ -85,6 +89,11 @@ def test_damaged_and_foreign_files_are_named(tmp_path: Path) -> None:
     line = MegatronTokens(tmp_path / "web", "train", 0.0, vocab_size=50)
     with pytest.raises(DataError, match=r"web\.bin: token ids up to 70 near token 0; set data\.vocab_size above 70"):
         line.tokens(0, 5)
+    with pytest.raises(DataError, match="token ids up to 70"):
+        MegatronTokens(tmp_path / "web", "train", 0.0, vocab_size=70).tokens(0, 5)
+    megatron_style(tmp_path / "signed", [[[1, -2, 3]]], 4, "<i4")
+    with pytest.raises(DataError, match="token ids from -2"):
+        MegatronTokens(tmp_path / "signed", "train", 0.0, vocab_size=70).tokens(0, 3)
     index = (tmp_path / "web.idx").read_bytes()
     for content, complaint in (
         (index[:-30], "cut off"),
@@ -190,7 +199,7 @@ def test_a_condition_without_a_sign_is_refused_before_anything_is_written(tmp_pa
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst"])
 def test_a_damaged_archive_keeps_what_lies_before_the_damage(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"rows{suffix}"
-    lines = b"".join(json.dumps({"text": f"{i} " + "x" * (i * 7919 % 500)}).encode() + b"\n" for i in range(20_000))
+    lines = b"".join(json.dumps({"text": f"{i} " + "x" * (i * 7919 % 500)}).encode() + b"\n" for i in range(5000))
     with pa.CompressedOutputStream(str(path), {".gz": "gzip", ".zst": "zstd"}[path.suffix]) as out:
         out.write(lines)
     whole = path.read_bytes()
@@ -201,6 +210,17 @@ def test_a_damaged_archive_keeps_what_lies_before_the_damage(tmp_path: Path, suf
     (entry,) = broken(records)
     assert entry.line == len(texts) + 1
     assert "damaged from here on" in entry.reason
+    assert texts == whole_lines_before_damage(path)
+
+
+def whole_lines_before_damage(path: Path) -> list[str]:
+    """By another route: read byte by byte."""
+    content = bytearray()
+    stream = pa.CompressedInputStream(pa.OSFile(str(path)), {".gz": "gzip", ".zst": "zstd"}[path.suffix])
+    with suppress(OSError):
+        while byte := stream.read(1):
+            content += byte
+    return [json.loads(line)["text"] for line in content.splitlines(keepends=True) if line.endswith(b"\n")]
 
 
 def test_a_build_of_every_format_is_the_same_when_it_is_resumed(

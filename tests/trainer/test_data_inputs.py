@@ -103,6 +103,14 @@ def test_names_with_brackets_are_names_first(tmp_path: Path) -> None:
     assert names(f"{tmp_path}/part*.txt") == ["part1.txt", "part[1].txt"]
 
 
+def test_a_list_names_files_with_brackets_and_bytes_that_are_not_utf8(tmp_path: Path) -> None:
+    odd = os.fsdecode(b"caf\xe9[1].txt")
+    write(tmp_path, "in/part[1].txt", "in/part1.txt")
+    (tmp_path / "in" / odd).write_text("x")
+    (tmp_path / "list").write_bytes(b"in/part[1].txt\nin/caf\xe9[1].txt\nin/part[0-9].txt\n")
+    assert names(f"@{tmp_path}/list") == ["part[1].txt", odd, "part1.txt"]
+
+
 def test_a_file_called_like_a_pattern_does_not_hide_what_the_pattern_matches(tmp_path: Path) -> None:
     write(tmp_path, "*.txt", "a.txt", "?.txt", "**/b.txt")
     assert names(f"{tmp_path}/*.txt") == ["*.txt", "?.txt", "a.txt"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 
 import pyarrow as pa
@@ -77,6 +78,22 @@ def test_parquet_beside_text_has_its_share(tmp_path: Path) -> None:
     assert 0.35 < size_of([text for text in drawn if text.startswith("parquet")]) / size_of(drawn) < 0.65
 
 
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst", ".arrow"])
+def test_other_compressed_inputs(tmp_path: Path, suffix: str) -> None:
+    """What is on disk is less than a fifth of the text."""
+    rows = [text * 20 for text in texts(400, 60)]
+    path = tmp_path / f"a{suffix}"
+    if suffix == ".arrow":
+        table, options = pa.table({"text": rows}), pa.ipc.IpcWriteOptions(compression="zstd")
+        with pa.ipc.new_file(str(path), table.schema, options=options) as out:
+            out.write_table(table, max_chunksize=50)
+    else:
+        with pa.CompressedOutputStream(str(path), {".gz": "gzip", ".zst": "zstd"}[path.suffix]) as out:
+            out.write("".join(json.dumps({"text": row}) + "\n" for row in rows).encode())
+    assert size_of(rows) > 5 * path.stat().st_size
+    assert 0.6 * BOUND < size_of(sampled(tmp_path)) < 1.3 * BOUND
+
+
 def test_json_lines_with_other_fields(tmp_path: Path) -> None:
     """At most the bound: what lies around the text counts as text."""
     lines = [json.dumps({"text": text, "more": "x" * 600}) for text in texts(400)]
@@ -100,3 +117,15 @@ def test_pieces_of_one_text_are_drawn_one_by_one(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(text_reader, "PIECE_BYTES", 600)
     (tmp_path / "a.txt").write_text("\n".join(texts(400)))
     assert 0.7 * BOUND < size_of(sampled(tmp_path)) < 1.3 * BOUND
+
+
+@pytest.mark.parametrize("word", ["x", "-", " ", "é", "\n", "ab1+"], ids=ascii)
+def test_words_of_any_length_are_learned_from_in_bounded_pieces(tmp_path: Path, word: str) -> None:
+    """What is learned takes time quadratic in the longest run without, or of, blanks."""
+    text = f"short words\n{word * 10_000} and more"
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}))
+    pieces = sampled(tmp_path, 10**6)
+    assert "".join(pieces) == text
+    assert max(len(run) for piece in pieces for run in re.findall(r"\S+|\s+", piece)) <= 4096
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "short words"}))
+    assert sampled(tmp_path, 10**6) == ["short words"]

@@ -57,6 +57,37 @@ def test_added_tokens_are_not_injected_special_or_not(tmp_path: Path, special: t
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == path.read_bytes()
 
 
+MAKERS = {
+    "Llama 3": ("<|end_of_text|>", "<|begin_of_text|>", "<|start_header_id|>", "<|reserved_special_token_0|>"),
+    "ChatML": ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>"),
+    "StarCoder": ("<|endoftext|>", "<fim_prefix>", "<fim_suffix>", "<filename>"),
+    "Mistral": ("</s>", "<s>", "[TOOL_CALLS]", "[/INST]"),
+    "Gemma": ("<eos>", "<bos>", "<start_of_turn>", "<unused99>"),
+}
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+def test_the_control_tokens_of_other_makers_are_text_too(tmp_path: Path, maker: str, suffix: str) -> None:
+    """In one file and in records; beside each other, between letters and behind blanks, which a token may strip."""
+    names = MAKERS[maker]
+    made = Tokenizer.from_file(str(given(tmp_path / "given.json")))
+    made.add_tokens([AddedToken(name, special=False, lstrip=True, rstrip=True) for name in names])
+    path = save(tmp_path / "t.json", made)
+    text = "".join(names) + "".join(f"a {name} b" for name in names)
+    (tmp_path / f"in{suffix}").write_text(text if suffix == ".txt" else json.dumps({"text": text}))
+    dataset = build(
+        match_files([f"{tmp_path}/in{suffix}"]), BuildSpec(tokenizer=path, validation_fraction=0), tmp_path / "out"
+    )
+    tokens = PackedTokens(tmp_path / "out", "train").tokens(0, dataset.train.tokens).tolist()
+    # DeepSeek's end token is in this vocabulary, too: the first known one ends documents.
+    assert {name: tokens.count(made.token_to_id(name)) for name in names if name != "<|endoftext|>"} == {
+        name: 0 for name in names if name != "<|endoftext|>"
+    }
+    assert tokens.count(dataset.end_token) == 1
+    assert len(tokens) == 1 + len(text.encode())
+
+
 def test_added_tokens_that_are_words_or_blanks_are_text(tmp_path: Path) -> None:
     path = given(tmp_path / "given.json")
     vocabulary, plain = tokenizer.load(path), Tokenizer.from_file(str(path))

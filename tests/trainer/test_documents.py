@@ -290,6 +290,26 @@ def test_a_masked_run_trains_like_one_process(short: Tiny, layout: tuple[str, ..
     assert not [d for d in found if not d.fine]
 
 
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ("parallel.pp=2", "parallel.ep=2", "parallel.schedule=dualpipe"),
+        ("parallel.pp=2", "parallel.ep=2", "parallel.schedule=dualpipe", "parallel.overlap=off"),
+        ("parallel.pp=2", "parallel.dp=2", "parallel.schedule=dualpipev"),
+        ("parallel.pp=2", "parallel.dp=2", "parallel.schedule=zbv"),
+        ("parallel.pp=2", "parallel.schedule=zb1p", "parallel.microbatch_sequences=2"),
+        ("parallel.pp=4", "parallel.schedule=one_f_one_b"),
+        ("parallel.pp=2", "parallel.chunks=2", "parallel.schedule=interleaved"),
+        ("parallel.dp=2", "parallel.ep=2", "parallel.schedule=gpipe"),
+    ],
+    ids=lambda layout: " ".join(key.partition(".")[2] for key in layout),
+)
+def test_a_masked_run_trains_like_one_process_in_combined_layouts(short: Tiny, layout: tuple[str, ...]) -> None:
+    found = verify.compare(short(*MASKED, *layout))
+    assert not [d for d in found if not d.fine]
+
+
 @pytest.fixture
 def short(tiny: Tiny, tmp_path: Path) -> Tiny:
     """The tiny config on documents of a few tokens each."""

@@ -7,12 +7,13 @@ import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dryvine.trainer import journal
 from dryvine.trainer.config import Config, ConfigError
 from dryvine.trainer.data.build import build
-from dryvine.trainer.data.identity import DataIdentity
+from dryvine.trainer.data.identity import DataIdentity, identify
 from dryvine.trainer.data.inputs import match_files
 from dryvine.trainer.data.spec import BuildSpec
 from dryvine.trainer.data.splits import open_data
@@ -51,6 +52,37 @@ def test_data_made_anew_in_place_is_refused(trained: Callable[..., Config], tmp_
         journal.same_run(trained("data"), after)
     with pytest.raises(ConfigError, match="the tokenizer of this run is not what it was"):
         journal.same_run(trained("data"), DataIdentity(before.data, after.tokenizer))
+
+
+class Line:
+    """Tokens as a line."""
+
+    def __init__(self, tokens: np.ndarray) -> None:
+        self.all = tokens
+
+    def __len__(self) -> int:
+        return len(self.all)
+
+    def tokens(self, start: int, length: int) -> np.ndarray:
+        return self.all[start : start + length]
+
+    def ends_between(self, start: int, stop: int) -> np.ndarray:
+        raise NotImplementedError
+
+
+def test_the_place_where_the_splits_part_counts() -> None:
+    line = np.arange(100)
+    first, second = (identify((Line(line[:at]), Line(line[at:])), None) for at in (60, 70))
+    assert first != second
+
+
+def test_of_a_blend_the_validation_splits_count_too(tiny: Tiny, corpus: Path, tmp_path: Path) -> None:
+    shutil.copytree(corpus, tmp_path / "data")
+    entries = f'[{{source="{corpus}", weight=1, name="a"}}, {{source="{tmp_path}/data", weight=1}}]'
+    before = identity(tiny(f"data.blend={entries}"))
+    (shard,) = (tmp_path / "data" / "val").glob("*.bin")
+    shard.write_bytes(bytes(2) + shard.read_bytes()[2:])
+    assert identity(tiny(f"data.blend={entries}")) != before
 
 
 def test_one_block_of_tokens_tells_two_datasets_apart(trained: Callable[..., Config], tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from dryvine.trainer.data.config import DataError
 
 FORMAT = 1
 SplitName = Literal["train", "val"]
-_FILES = ("dataset.json", "tokenizer.json", "inputs.json", "quarantine.jsonl", "progress.json")
+_FILES = ("dataset.json", "tokenizer.json", "inputs.json", "quarantine.jsonl", "progress.json", "dropped.jsonl")
 _SHARD_FILE = re.compile(r"\d+\.(bin|ends\.npy)")
 
 

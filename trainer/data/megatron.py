@@ -12,7 +12,6 @@ split: the last `data.validation_fraction` of the documents is held out, so that
 from __future__ import annotations
 
 import struct
-from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
@@ -76,20 +75,15 @@ class MegatronTokens:
             raise IndexError(f"tokens {start} to {start + length} of {len(self)}")
         found = self._bin[self._start + start : self._start + start + length]
         if self.vocab_size and length and not 0 <= found.min() <= found.max() < self.vocab_size:
-            raise DataError(
-                f"{self.prefix}.bin: token ids up to {found.max()} near token {self._start + start}; "
-                f"set data.vocab_size above {found.max()}"
-            )
+            ids = f"up to {found.max()}" if found.min() >= 0 else f"from {found.min()}"
+            fix = f"set data.vocab_size above {found.max()}" if found.min() >= 0 else "write the file anew"
+            raise DataError(f"{self.prefix}.bin: token ids {ids} near token {self._start + start}; {fix}")
         return found
 
     def ends_between(self, start: int, stop: int) -> NDArray[np.int64]:
         """As in `PackedTokens`."""
         low, high = np.searchsorted(self._ends, (self._start + start, self._start + stop - 1), side="right")
         return self._ends[low:high] - self._start
-
-    @cached_property
-    def documents(self) -> int:
-        return int(((self._ends > self._start) & (self._ends <= self._stop)).sum())
 
 
 def _type_of(path: Path) -> str:

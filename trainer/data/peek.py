@@ -1,8 +1,8 @@
-"""Sequences of a run as the model will see them, as text: `dryvine data peek`."""
+"""Sequences of a run as the model will see them, and records as a build will, as text: `dryvine data peek`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from dryvine.trainer.data import tokenizer
+from dryvine.trainer.data.config import DataError
+from dryvine.trainer.data.encoded import encode_batch
+from dryvine.trainer.data.inputs import Input
+from dryvine.trainer.data.readers.record import Broken
 from dryvine.trainer.data.source import SequenceSource
+from dryvine.trainer.data.spec import BuildSpec
+from dryvine.trainer.data.stream import StreamPosition, read_stream
 
 
 class DocumentText(NamedTuple):
@@ -22,16 +29,42 @@ class DocumentText(NamedTuple):
     ends: bool  # the document ends here, not the sequence
 
 
-def pieces(source: SequenceSource, number: int, seq_len: int, tokenizer: Tokenizer) -> Iterator[DocumentText]:
+def pieces(source: SequenceSource, number: int, seq_len: int, decode: Tokenizer) -> Iterator[DocumentText]:
     """The documents of sequence `number` of a run, in order, without what is only predicted behind its end."""
     tokens, owners = source.sequences(number, 1)[0], source.documents(number, 1)[0]
     for document in np.unique(owners[:seq_len]).tolist():
         own: NDArray[np.int64] = tokens[:seq_len][owners[:seq_len] == document]
-        text = tokenizer.decode(own.tolist(), skip_special_tokens=False)
+        text = decode.decode(own.tolist(), skip_special_tokens=False)
         yield DocumentText(document, len(own), text, ends=document < owners[seq_len])
 
 
-def tokenizer_of(source: Path, given: Path | None) -> Tokenizer:
-    """The tokenizer of a dataset folder, or the one that is given: Megatron's files have none."""
-    path = given or source / "tokenizer.json"
-    return Tokenizer.from_file(str(path))
+def tokenizer_of(path: Path) -> Tokenizer:
+    """Raises DataError if there is none. Any will do: it only decodes."""
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises a bare Exception
+        raise DataError(f"{path}: not a tokenizer.json ({error})") from None
+
+
+class RecordText(NamedTuple):
+    """A record of an input file: a document, or a piece of a large one."""
+
+    place: str  # the file, and the last line that has been read of it
+    broken: tuple[Broken, ...]  # lines that were left out on the way
+    text: str  # given a tokenizer: decoded again, with the special tokens that a build adds
+    tokens: int | None  # None without a tokenizer
+    ends: bool  # the document ends here
+    held_out: bool
+
+
+def records(inputs: Sequence[Input], spec: BuildSpec) -> Iterator[RecordText]:
+    """What a build would read, in its order. Raises DataError for a tokenizer or a condition that cannot be used."""
+    vocabulary = tokenizer.load(spec.tokenizer) if spec.tokenizer else None
+    for item in read_stream(inputs, spec.fields, StreamPosition()):
+        text, count = item.record.text, None
+        if vocabulary:
+            (encoded,) = encode_batch([item], spec, vocabulary)
+            text = vocabulary.tokenizer.decode(encoded.ids.tolist(), skip_special_tokens=False)
+            count = encoded.ids.size
+        place = f"{item.name}, line {item.record.line}"
+        yield RecordText(place, item.record.broken, text, count, item.record.ends, spec.holds_out(item.key))

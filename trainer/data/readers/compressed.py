@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import pyarrow as pa
 
@@ -38,8 +38,46 @@ def open_by_suffix(path: Path) -> Iterator[OpenFile]:
         if codec is None:
             yield OpenFile(raw, raw, False)
             return
-        with pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), codec) as stream:
-            yield OpenFile(io.BufferedReader(cast(io.RawIOBase, stream), _STEP_BYTES), raw, True)
+        yield OpenFile(io.BufferedReader(_Decompressed(raw, codec), _STEP_BYTES), raw, True)
+
+
+class _Decompressed(io.RawIOBase):
+    """The bytes up to the damage, then its OSError. A read of pyarrow's that meets damage gives nothing at all: the
+    file is then opened again and read to the damage byte by byte."""
+
+    def __init__(self, raw: io.BufferedReader, codec: str) -> None:
+        self.path, self.codec, self.given = raw.name, codec, 0
+        self.damage: OSError | None = None
+        self.stream = self._decompress(raw)
+
+    def _decompress(self, raw: io.BufferedReader) -> pa.NativeFile:
+        return pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), self.codec)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, into: memoryview) -> int:  # type: ignore[override]
+        if self.damage:
+            raise self.damage
+        try:
+            part = self.stream.read(len(into))
+        except OSError as error:
+            self.damage, part = error, self._before_damage(len(into))
+            if not part:
+                raise
+        into[: len(part)] = part
+        self.given += len(part)
+        return len(part)
+
+    def _before_damage(self, most: int) -> bytes:
+        left, part = self.given, bytearray()
+        with open(self.path, "rb") as raw, self._decompress(raw) as stream:
+            while left:
+                left -= len(stream.read(min(left, _STEP_BYTES)))
+            with suppress(OSError):
+                while len(part) < most:
+                    part += stream.read(1)
+        return bytes(part)
 
 
 def decompressed_bytes(path: Path, field: str) -> int:

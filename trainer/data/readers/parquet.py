@@ -48,7 +48,7 @@ def read_parquet(path: Path, fields: Fields, line: int, byte: int) -> Iterator[R
                     line = before + index + 1
                     yield _record(batch, index, fields, RowPlace(line, int(size * rows.share(line))))
     except _DAMAGE as error:
-        yield broken_record(line, size, str(error))
+        yield broken_record(line + 1, size, str(error))
 
 
 def column_bytes(path: Path, field: str) -> int:
