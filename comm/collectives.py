@@ -3,18 +3,20 @@ deprecates `*_into_tensor` for `*_single`, which 2.11 lacks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch.distributed as dist
 from torch import Tensor
 
+from dryvine.comm.posted import Posted
+from dryvine.comm.roll_call import Due
 from dryvine.comm.watch import Watch, naming
 
 
 def all_reduce(values: Tensor, op: dist.ReduceOp.RedOpType, watch: Watch | None, what: str) -> None:
     """Reduce `values` over the world, in place."""
-    with _in_group(watch, what, None, values):
+    ranks = dist.get_process_group_ranks(None)
+    with naming(watch, f"{what} over ranks {_spans(ranks)}", _due(ranks, values), on_device=values.is_cuda):
         dist.all_reduce(values, op=op)
 
 
@@ -24,25 +26,34 @@ def barrier(watch: Watch | None, what: str) -> None:
         dist.barrier()
 
 
-def reduce_scatter(out: Tensor, full: Tensor, group: dist.ProcessGroup, watch: Watch | None, what: str) -> None:
-    """Write this rank's slice of the sum of every rank's `full` to `out`; slices are equal and in rank order."""
-    with _in_group(watch, what, group, out):
-        getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)(out, full, group=group)
+def reduce_scatter(out: Tensor, full: Tensor, group: dist.ProcessGroup, watch: Watch | None, what: str) -> Posted:
+    """Begin to write this rank's slice of the sum of every rank's `full` to `out`; slices are equal, in rank order."""
+    call = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+    return _post(lambda: call(out, full, group=group, async_op=True), watch, what, group, out)
 
 
-def all_gather(out: Tensor, part: Tensor, group: dist.ProcessGroup, watch: Watch | None, what: str) -> None:
-    """Write every rank's `part` to `out`, in rank order."""
-    with _in_group(watch, what, group, part):
-        getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(out, part, group=group)
+def all_gather(out: Tensor, part: Tensor, group: dist.ProcessGroup, watch: Watch | None, what: str) -> Posted:
+    """Begin to write every rank's `part` to `out`, in rank order."""
+    call = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+    return _post(lambda: call(out, part, group=group, async_op=True), watch, what, group, part)
 
 
-@contextmanager
-def _in_group(watch: Watch | None, what: str, group: dist.ProcessGroup | None, part: Tensor) -> Iterator[None]:
-    """Around a collective in which every other rank of the group owes `part`."""
+def exchange(out: Tensor, full: Tensor, group: dist.ProcessGroup, watch: Watch | None, what: str) -> Posted:
+    """Begin to send each rank its slice of `full`, and to write what the others send to `out`; in rank order."""
+    part = out[: len(out) // group.size()]
+    return _post(lambda: dist.all_to_all_single(out, full, group=group, async_op=True), watch, what, group, part)
+
+
+def _post(
+    post: Callable[[], dist.Work | None], watch: Watch | None, what: str, group: dist.ProcessGroup, part: Tensor
+) -> Posted:
+    """A collective in which every other rank of the group owes `part`."""
     ranks = dist.get_process_group_ranks(group)
-    due = tuple((rank, part.nbytes) for rank in ranks if rank != dist.get_rank())
-    with naming(watch, f"{what} over ranks {_spans(ranks)}", due, on_device=part.is_cuda):
-        yield
+    return Posted(watch, f"{what} over ranks {_spans(ranks)}", _due(ranks, part), lambda: [post()], part.is_cuda)
+
+
+def _due(ranks: list[int], part: Tensor) -> Due:
+    return tuple((rank, part.nbytes) for rank in ranks if rank != dist.get_rank())
 
 
 def _spans(ranks: list[int]) -> str:

@@ -111,7 +111,7 @@ def _neighbours(run: RunPlan, pp_rank: int) -> set[int]:
 def _bucket(bucket: BucketSize) -> str:
     homes = ", ".join(map(str, bucket.homes))
     return (
-        f"{'experts' if bucket.one_slice else 'parameters'}: {bucket.elements:,} elements; gradients are summed over "
+        f"bucket of {bucket.layout.name}: {bucket.layout.elements:,} elements; gradients are summed over "
         f"{bucket.copies:,} ranks (pipeline ranks {homes}), of which each updates {bucket.shard:,}"
     )
 

@@ -15,6 +15,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from torch import Tensor
 
@@ -72,6 +73,38 @@ class EdgeWire:
         return self.wire.send(state, edge.target, channel(edge), _label(edge))
 
 
+class LayerHooks(Protocol):
+    """What goes on beside a schedule with the weights of layers: each is told when, in the stream where it happens."""
+
+    def begin(self) -> None:
+        """A run of the schedule begins."""
+        ...
+
+    def need(self, layer: str) -> None:
+        """The layer is about to read its weights."""
+        ...
+
+    def summed(self, layer: str) -> None:
+        """The layer's last gradient of the run has been added."""
+        ...
+
+
+class NoHooks:
+    """Nothing goes on."""
+
+    def begin(self) -> None:
+        pass
+
+    def need(self, layer: str) -> None:
+        pass
+
+    def summed(self, layer: str) -> None:
+        pass
+
+
+NO_HOOKS = NoHooks()
+
+
 def _label(edge: Edge) -> str:
     return f"stage {edge.stage}, microbatch {edge.microbatch}"
 
@@ -90,12 +123,15 @@ class Executor:
         wire: EdgeWire,
         streams: Callable[[], Streams],
         order: dict[str, PairOrder] | None,
+        hooks: LayerHooks = NO_HOOKS,
     ) -> None:
         self.program, self.stages, self.wire, self.streams, self.order = program, stages, wire, streams, order
+        self.hooks, self._last = hooks, last_gradients(program)
 
     def run(self, batch: Batch) -> Played:
         """Play every slot once. The gradients are in the parameters' `main_grad` when it returns."""
         play = _Play(batch, self.streams())
+        self.hooks.begin()
         for step, posts in zip(self.program.steps, self.program.posts, strict=True):
             for edge in posts:
                 play.arrivals[edge] = self.wire.receive(edge)
@@ -131,9 +167,10 @@ class Executor:
         stage, flight = self.stages[op.stage], play.flight(op)
         match op.kind:
             case "F":
-                return weave.forward(stage, flight, state)
+                return weave.forward(stage, flight, state, self.hooks.need)
             case "B" | "I":
-                return weave.backward(stage, flight, state, split=op.kind == "I")
+                summed = self.hooks.summed if (op.stage, op.microbatch) in self._last else None
+                return weave.backward(stage, flight, state, op.kind == "I", summed)
             case "W":
                 return weave.weights(flight)
 
@@ -141,6 +178,19 @@ class Executor:
         leaving = play.leaving[queue(edge)]
         leaving.append(self.wire.send(edge, state))
         _let_go(leaving, self.program.limits[queue(edge)])
+
+
+def last_gradients(program: RankProgram) -> frozenset[tuple[int, int]]:
+    """(stage, microbatch) of the ops that add the last gradients to each of a rank's stages. Without a stage two of
+    whose ops share its last slot: which of them ends last is not known."""
+    ops: dict[int, list[Op]] = {}
+    for step in program.steps:
+        in_slot: defaultdict[int, list[Op]] = defaultdict(list)
+        for op in step.slot:
+            if op.kind in "BW":
+                in_slot[op.stage].append(op)
+        ops |= in_slot
+    return frozenset((stage, last[0].microbatch) for stage, last in ops.items() if len(last) == 1)
 
 
 class _Play:

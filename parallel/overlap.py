@@ -14,8 +14,9 @@ between ranks, and deadlock on collectives. Phases without a row of their own (e
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple, cast
 
 from dryvine.comm.pending import Pending
@@ -26,6 +27,7 @@ from dryvine.parallel.wgrad import Closure
 FORWARD = ("attention", "routing", "dispatch", "experts", "combine")
 ROUND = 2 * len(FORWARD)  # places in the round of a unit
 
+Told = Callable[[str], None]  # of a layer, by name
 TrackPhase = tuple[int, str]  # 0 or 1, and the row's name
 PairOrder = dict[TrackPhase, int]  # its place in the round of its unit, of ROUND places
 
@@ -92,11 +94,15 @@ class Track:
     closures: deque[list[Closure]] = field(default_factory=deque)  # W's
 
 
-def forward(stage: Stage, flight: Flight, state: State) -> Track:
-    """F of one microbatch. Its baton ends with the state for the next stage."""
+def forward(stage: Stage, flight: Flight, state: State, need: Told | None = None) -> Track:
+    """F of one microbatch. Its baton ends with the state for the next stage. `need` is told of each layer before it
+    reads its weights."""
+    firsts = _first_phases(stage)
 
     def step(phase: Phase) -> Step:
         def run(state: Grads) -> StepResult:
+            if need and phase is firsts[phase.layer]:
+                need(phase.layer)
             return StepResult(phase.forward(cast(State, state), flight), [])
 
         return Step(_row(phase), phase.stream, run)
@@ -104,12 +110,16 @@ def forward(stage: Stage, flight: Flight, state: State) -> Track:
     return Track("F", Baton(Pending.done(state)), [[step(phase) for phase in unit] for unit in _units(stage)])
 
 
-def backward(stage: Stage, flight: Flight, grads: Grads, split: bool) -> Track:
-    """B of one microbatch, or I when `split`: then the weight gradients stay in `flight.wgrads`."""
+def backward(stage: Stage, flight: Flight, grads: Grads, split: bool, summed: Told | None = None) -> Track:
+    """B of one microbatch, or I when `split`: then the weight gradients stay in `flight.wgrads`. `summed`, given if no
+    later op adds to the stage's gradients, is told of each layer as one more weight gradient after its last."""
+    firsts = _first_phases(stage)
 
     def step(phase: Phase) -> Step:
         def run(grads: Grads) -> StepResult:
             result = phase.backward(grads, flight)
+            if summed and phase is firsts[phase.layer]:
+                result.closures.append(partial(summed, phase.layer))
             if not (split and result.closures):
                 return result
             flight.wgrads.append(result.closures)
@@ -170,6 +180,11 @@ def _units(stage: Stage) -> list[list[Phase]]:
             units.append([])
         units[-1].append(phase)
     return units
+
+
+def _first_phases(stage: Stage) -> dict[str, Phase]:
+    """The first phase of each layer, with which its backward ends."""
+    return {phase.layer: phase for phase in reversed(stage.phases)}
 
 
 def _row(phase: Phase) -> str:

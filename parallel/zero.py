@@ -3,9 +3,12 @@
 A parameter's copies are wherever its global name is held: both ranks of a DualPipe stage, all data ranks (for an
 expert, those with the same expert-parallel rank), and the ranks of the first and last stage for what MTP shares. So
 the groups come from the names, which come from the schedule's routes, and no layout is a special case. Parameters with
-the same copies share one flat bucket: its gradient is reduce-scattered, each rank updates its shard in FP32, and the
-result is gathered in the parameters' own dtype. Every element of every gradient is then on exactly one rank, which
-makes the global norm right in any layout: the sum of the shards' squares, each counted once.
+the same copies share flat buckets (`buckets.py`): a bucket's gradient is reduce-scattered, each rank updates its shard
+in FP32, and the result is gathered in the parameters' own dtype. Every element of every gradient is then on exactly one
+rank, which makes the global norm right in any layout: the sum of the shards' squares, each counted once.
+
+Nothing of this stands alone at the end of a step. A bucket's sum begins when its last gradient has been added, while
+the pipeline's tail still runs, and the new weights of a layer are waited for when a forward first reads them.
 
 The alternative, an optimizer over `.grad` with hooks (DDP, DeepSpeed), sees neither the two copies of a stage nor
 gradients that a schedule defers.
@@ -16,117 +19,97 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from dryvine.comm.collectives import all_gather, reduce_scatter
-from dryvine.comm.integers import round_up
 from dryvine.comm.mesh import Mesh
-from dryvine.comm.watch import Watch
+from dryvine.comm.pending import Pending
+from dryvine.parallel.bucket import ON_DEVICE, BucketMemory, Piece, is_expert, make_bucket
+from dryvine.parallel.buckets import BucketTurns, Copies, Entry, Reader, layouts, turns
+from dryvine.parallel.schedule.ir import Schedule
+from dryvine.parallel.stalls import Stalls
 
 NORM_PART = 1 << 24  # elements whose norm is taken at a time: 128 MiB in FP64
-Ranks = tuple[int, ...]  # world ranks, ascending
-
-
-class Piece(NamedTuple):
-    """The elements of one parameter that this rank owns: neighbours in it, and in the bucket's shard."""
-
-    name: str
-    start: int  # the first, counted in the whole parameter, all experts in
-    in_shard: slice  # where they are in any tensor that is sharded like the master
-    master: Tensor  # FP32, a view of the bucket's master
-    grad: Tensor  # FP32, a view of the bucket's summed gradient
-    shape: tuple[int, ...]  # of the whole parameter, all experts in
-
-    @property
-    def matrix(self) -> bool:
-        """Two dimensions or more: weight decay applies."""
-        return len(self.shape) > 1
-
-
-class Member(NamedTuple):
-    """A parameter in a bucket, of which it is a view, and so is its gradient."""
-
-    name: str
-    first: int  # its first element, counted in the whole parameter: an expert slice does not start at 0
-    shape: tuple[int, ...]  # of the whole parameter
-    parameter: nn.Parameter
-    grad: Tensor  # FP32, in the parameter's shape: its `main_grad`
-
-
-@dataclass
-class Bucket:
-    """Parameters with the same copies, flat: one after the other, then zeros up to a multiple of the copies' number."""
-
-    group: dist.ProcessGroup | None  # of the copies; None if there is one
-    index: int  # this rank's place among the copies
-    members: list[Member]
-    values: Tensor  # [padded], the parameters' dtype
-    grads: Tensor  # [padded], FP32: of this rank's microbatches
-    master: Tensor  # [padded / copies], FP32: this rank's shard of the values
-    grad_shard: Tensor  # [padded / copies], FP32: this rank's shard of the summed `grads`; `grads` if there is one copy
-
-    @property
-    def own(self) -> slice:
-        """This rank's shard, as a part of the bucket."""
-        size = self.master.numel()
-        return slice(self.index * size, (self.index + 1) * size)
-
-    def pieces(self) -> Iterator[Piece]:
-        own, at = self.own, 0
-        for name, first, shape, parameter, _ in self.members:
-            end = at + parameter.numel()
-            low, high = max(at, own.start), min(end, own.stop)
-            if low < high:
-                inside = slice(low - own.start, high - own.start)
-                master, grad = self.master[inside], self.grad_shard[inside]
-                yield Piece(name, first + low - at, inside, master, grad, shape)
-            at = end
-
-    def reduce(self, watch: Watch | None, what: str) -> None:
-        """Sum `grads` over the copies, each rank its shard."""
-        if self.group is not None:
-            reduce_scatter(self.grad_shard, self.grads, self.group, watch, what)
-
-    def publish(self, shard: Tensor, watch: Watch | None, what: str) -> None:
-        """Set the values of every copy from the shards of all of them, FP32 [padded / copies]."""
-        own = self.values[self.own]
-        own.copy_(shard)
-        if self.group is not None:
-            all_gather(self.values, own.clone(), self.group, watch, what)
+ANYWHERE = (Reader(0, 0, "all"),)  # of parameters whose layers nobody has told
 
 
 class Zero:
-    """This rank's buckets. Made once from the parameters of all its stages, which become views of them; collective."""
+    """This rank's buckets. Made once from the parameters of all its stages, which become views of them; collective.
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], mesh: Mesh) -> None:
+    In a step: `begin`, then `summed` for each layer while the schedule runs, `reduce`, the update of the masters,
+    `send`, and in the next step `need` before a layer is read. All ranks must begin with the same turns.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        mesh: Mesh,
+        readers: Mapping[str, tuple[Reader, ...]] | None = None,
+        memory: BucketMemory = ON_DEVICE,
+    ) -> None:
+        """`readers` are this rank's layers that read each parameter; without, all parameters are one layer's."""
         self.mesh = mesh
-        copies = _copies(parameters, mesh)
-        groups = mesh.new_groups(sorted(set(copies.values())))
-        alike: defaultdict[tuple[Ranks, torch.dtype], dict[str, nn.Parameter]] = defaultdict(dict)
-        for name, parameter in sorted(parameters.items()):
-            ranks = copies[name, mesh.ep_rank if _is_expert(parameter) else None]
-            alike[ranks, parameter.dtype][name] = parameter
-        # Each bucket is a collective, so they come in the same order on every rank.
-        kinds = sorted(alike, key=str)
-        self.buckets = [_bucket(alike[ranks, dtype], ranks, groups.get(ranks), mesh) for ranks, dtype in kinds]
+        self.stalls = Stalls(mesh.device)
+        own = readers or dict.fromkeys(parameters, ANYWHERE)
+        holders, world = _holders(parameters, own, mesh)
+        groups = mesh.new_groups(sorted({mesh.ranks(*held) for held in world}), mesh.sms)
+        made = layouts(_entry(name, parameter, *holders[name]) for name, parameter in parameters.items())
+        self.buckets = [make_bucket(layout, parameters, groups, mesh, memory) for layout in made]
+        self._layers = [frozenset(r.layer for name in layout.starts for r in own[name]) for layout in made]
+        self._turns = BucketTurns(tuple(range(len(made))), tuple(range(len(made))))
+        self._unsummed = [set(of) for of in self._layers]  # layers whose gradients are not complete, of each bucket
+        self._to_sum = list(self._turns.sums)
+        self._sums: dict[int, Pending[None]] = {}
+        self._gathers: dict[int, Pending[None]] = {}
 
     def pieces(self) -> Iterator[Piece]:
         """What this rank owns of every parameter. Over all ranks, each element is owned once."""
         return (piece for bucket in self.buckets for piece in bucket.pieces())
+
+    @property
+    def gathers_turn(self) -> Sequence[int]:
+        """The numbers of the buckets in the order in which their new weights are needed."""
+        return self._turns.gathers
 
     def zero_grads(self) -> None:
         """Set this rank's gradients to zero, ready for a step."""
         for bucket in self.buckets:
             bucket.grads.zero_()
 
+    # -- sums
+
+    def turns(self, schedule: Schedule) -> BucketTurns:
+        """Those of this rank's buckets in a schedule."""
+        return turns(schedule, [bucket.layout for bucket in self.buckets])
+
+    def begin(self, turns: BucketTurns) -> None:
+        """A schedule begins, in which `summed` will be told of layers: sums and gathers take these turns."""
+        self._turns, self._to_sum = turns, list(turns.sums)
+        self._unsummed = [set(layers) for layers in self._layers]
+
+    def summed(self, layer: str) -> None:
+        """The last gradient of the step has been added to the layer's weights, in the current stream. Begins the sums
+        of the buckets that are complete, as far as their turns have come."""
+        for missing in self._unsummed:
+            missing.discard(layer)
+        while self._to_sum and not self._unsummed[self._to_sum[0]]:
+            self._begin_sum(self._to_sum.pop(0))
+
     def reduce(self) -> None:
-        """Sum the gradients over all copies; each rank keeps the shard it owns."""
-        for number, bucket in enumerate(self.buckets):
-            bucket.reduce(self.mesh.watch, f"sum of the gradients of bucket {number}")
+        """Sum the gradients over all copies; each rank keeps the shard it owns. Begins what has not begun, and waits
+        for all."""
+        for number in self._to_sum:
+            self._begin_sum(number)
+        self._to_sum = list(self._turns.sums)
+        with self.stalls.noted():
+            for number in list(self._sums):
+                self._sums.pop(number).wait()
+
+    def _begin_sum(self, number: int) -> None:
+        bucket = self.buckets[number]
+        self._sums[number] = bucket.sum(self.mesh.watch, f"sum of the gradients of {bucket.layout.name}")
 
     def grad_norm(self) -> Tensor:
         """L2 norm of the whole gradient, every parameter counted once. Call after `reduce`; a scalar, FP64.
@@ -138,58 +121,87 @@ class Zero:
         norms = torch.stack(torch._foreach_norm(parts, 2.0, dtype=torch.float64))
         return self.mesh.sum(norms.square().sum(), "gradient norms").sqrt()
 
+    # -- new weights
+
+    def send(self, number: int, shard: Tensor | None = None) -> None:
+        """Begin to give every copy of a bucket its new values, from the FP32 masters of their owners or from `shard`.
+        All ranks send in the order of `gathers_turn`."""
+        bucket = self.buckets[number]
+        values = bucket.master if shard is None else shard
+        self._settle(number)
+        self._gathers[number] = bucket.send(values, self.mesh.watch, f"gathering the weights of {bucket.layout.name}")
+
+    def need(self, layer: str) -> None:
+        """The layer's weights are about to be read in the current stream: wait until they are the new ones."""
+        for number in [number for number in self._gathers if layer in self._layers[number]]:
+            self._settle(number)
+
+    def settle(self) -> None:
+        """Wait until all weights are the new ones, for whoever reads them outside a forward."""
+        for number in list(self._gathers):
+            self._settle(number)
+
     def publish(self, shards: Sequence[Tensor] | None = None) -> None:
-        """Give every copy the new values, from the FP32 masters of their owners, or from `shards`, one per bucket."""
-        values = shards or [bucket.master for bucket in self.buckets]
-        for number, (bucket, shard) in enumerate(zip(self.buckets, values, strict=True)):
-            bucket.publish(shard, self.mesh.watch, f"gathering the weights of bucket {number}")
+        """`send` all buckets, from the masters or from `shards`, one per bucket, and `settle`."""
+        for number in self._turns.gathers:
+            self.send(number, shards[number] if shards else None)
+        self.settle()
+
+    def _settle(self, number: int) -> None:
+        if number in self._gathers:
+            with self.stalls.noted():
+                self._gathers.pop(number).wait()
 
 
-def _copies(parameters: Mapping[str, nn.Parameter], mesh: Mesh) -> dict[tuple[str, int | None], Ranks]:
-    """(name, and the ep rank for an expert's slice) -> the world ranks that hold a copy. Collective."""
-    own = [(name, _is_expert(parameter)) for name, parameter in parameters.items()]
-    every = cast(list[list[tuple[str, bool]]], mesh.gather(own, "parameter names"))
+Holders = tuple[Copies, tuple[Reader, ...]]  # of a parameter, over all ranks
+
+
+def _holders(
+    parameters: Mapping[str, nn.Parameter], readers: Mapping[str, tuple[Reader, ...]], mesh: Mesh
+) -> tuple[dict[str, Holders], set[Copies]]:
+    """Of each of this rank's parameters, and who holds any parameter of the world. Collective."""
+    own = [(name, is_expert(parameter), readers[name]) for name, parameter in parameters.items()]
+    every = cast(list[list[tuple[str, bool, tuple[Reader, ...]]]], mesh.gather(own, "parameter names"))
     homes: defaultdict[tuple[str, bool], set[int]] = defaultdict(set)  # pipeline ranks
+    reading: defaultdict[str, set[Reader]] = defaultdict(set)
     for rank, held in enumerate(every):
-        for key in held:
-            homes[key].add(rank // mesh.data_ranks)
-    return {
-        (name, ep): mesh.ranks(homes[name, expert], ep)
-        for name, expert in sorted(homes)
-        for ep in (range(mesh.ep) if expert else (None,))
+        for name, expert, of_rank in held:
+            homes[name, expert].add(rank // mesh.data_ranks)
+            reading[name].update(of_rank)
+    slices = range(mesh.ep) if mesh.ep > 1 else (None,)
+    world = {Copies(_sorted(at), ep) for (_, expert), at in homes.items() for ep in (slices if expert else (None,))}
+    mine = {
+        name: (
+            Copies(_sorted(homes[name, expert]), mesh.ep_rank if expert and mesh.ep > 1 else None),
+            tuple(sorted(reading[name])),
+        )
+        for name, expert, _ in own
     }
+    return mine, world
 
 
-def _bucket(
-    parameters: Mapping[str, nn.Parameter], ranks: Ranks, group: dist.ProcessGroup | None, mesh: Mesh
-) -> Bucket:
-    """Move parameters of one dtype and device into a bucket."""
-    like = next(iter(parameters.values()))
-    size = round_up(sum(p.numel() for p in parameters.values()), len(ranks))
-    values = torch.zeros(size, dtype=like.dtype, device=like.device)
-    grads, master = (torch.zeros(n, dtype=torch.float32, device=like.device) for n in (size, size // len(ranks)))
-    shard = grads if group is None else torch.zeros_like(master)
-    bucket = Bucket(group, ranks.index(mesh.rank), [], values, grads, master, shard)
-    at = 0
-    for name, parameter in parameters.items():
-        bucket.members.append(_move(name, parameter, bucket, at, mesh))
-        at += parameter.numel()
-    master.copy_(values[bucket.own])
-    return bucket
+def _sorted(ranks: set[int]) -> tuple[int, ...]:
+    return tuple(sorted(ranks))
 
 
-def _move(name: str, parameter: nn.Parameter, bucket: Bucket, at: int, mesh: Mesh) -> Member:
-    """Move a parameter into a bucket, to element `at`, and make its `main_grad` a view too."""
-    place = slice(at, at + parameter.numel())
-    bucket.values[place] = parameter.detach().flatten()
-    parameter.data = bucket.values[place].view(parameter.shape)
-    grad = bucket.grads[place].view(parameter.shape)
-    parameter.main_grad = grad  # type: ignore[attr-defined]
-    if not _is_expert(parameter):
-        return Member(name, 0, tuple(parameter.shape), parameter, grad)
-    experts, *of_one = parameter.shape
-    return Member(name, mesh.ep_rank * parameter.numel(), (mesh.ep * experts, *of_one), parameter, grad)
+def _entry(name: str, parameter: nn.Parameter, copies: Copies, readers: tuple[Reader, ...]) -> Entry:
+    return Entry(name, parameter.numel(), parameter.dim() > 1, copies, readers, str(parameter.dtype))
 
 
-def _is_expert(parameter: nn.Parameter) -> bool:
-    return getattr(parameter, "expert", False)
+@dataclass(frozen=True)
+class ZeroHooks:
+    """Sums and gathers beside a schedule: an executor's hooks. Without turns, sums are left to `reduce`."""
+
+    zero: Zero
+    turns: BucketTurns | None = None
+
+    def begin(self) -> None:
+        if self.turns:
+            self.zero.begin(self.turns)
+
+    def need(self, layer: str) -> None:
+        self.zero.need(layer)
+
+    def summed(self, layer: str) -> None:
+        if self.turns:
+            self.zero.summed(layer)

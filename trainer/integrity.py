@@ -17,7 +17,8 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from dryvine.parallel.zero import Bucket, Zero
+from dryvine.parallel.bucket import Bucket
+from dryvine.parallel.zero import Zero
 from dryvine.trainer.nonfinite import Diverged
 
 SHOWN = 4  # copies in a message
@@ -40,6 +41,7 @@ class CorruptWeights(Diverged):
 
 def check_copies(zero: Zero) -> None:
     """Raise CorruptWeights, on all ranks the same, that names rank, host and tensor of what differs. Collective."""
+    zero.settle()
     own = [held for bucket in zero.buckets for held in _held(bucket)]
     every = cast(list[tuple[str, list[Held]]], zero.mesh.gather((socket.gethostname(), own), "sums of weights"))
     if bad := list(_differing(every)):
@@ -66,8 +68,9 @@ def sums(values: Tensor) -> Sums:
 
 def _held(bucket: Bucket) -> Iterator[Held]:
     """Of each member, the part in each shard of the bucket."""
-    size, own, at = bucket.master.numel(), bucket.own, 0
+    size, own = bucket.master.numel(), bucket.own
     for member in bucket.members:
+        at = member.at
         end = at + member.parameter.numel()
         for start in range(at // size * size, end, size):
             low, high = max(at, start), min(end, start + size)
@@ -76,7 +79,6 @@ def _held(bucket: Bucket) -> Iterator[Held]:
                 masters = bucket.master[low - start : high - start].to(bucket.values.dtype)
                 rounded = sums(masters)
             yield Held(member.name, member.first + low - at, sums(bucket.values[low:high]), rounded)
-        at = end
 
 
 def _differing(every: list[tuple[str, list[Held]]]) -> Iterator[str]:

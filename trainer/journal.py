@@ -75,6 +75,7 @@ class MetricsRow:
     peak_mbytes: float | None = None  # of the fullest GPU's allocator, since the start
     watts: float | None = None  # of the GPU that takes most, after the step
     celsius: float | None = None  # of the hottest
+    exposed_zero_ms: float | None = None  # for which a rank stood still for gradient sums and new weights, the mean
 
 
 class Journal:

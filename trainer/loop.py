@@ -87,6 +87,7 @@ def _steps(rig: Rig, saver: Saver, journal: Journal | None, console: Console, do
             if step.stop:
                 break
         saver.close()
+    rig.optimizer.zero.settle()  # nothing is under way when ranks part
     if len(nonfinite) == config.optim.skips:
         raise Diverged(diverged_line(nonfinite))
     return step.row if step else None

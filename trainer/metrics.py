@@ -28,6 +28,7 @@ class Sums(NamedTuple):
     forwards: float
     paired_forwards: float  # those that ran in a pair with a backward
     exposed: float  # seconds in which the rank stood still for the all-to-all
+    exposed_zero: float  # seconds in which it stood still for sums of gradients and new weights
     played: float  # seconds from the start of the schedule to its end
     bytes_inside_nodes: float
     bytes_between_nodes: float
@@ -106,6 +107,7 @@ def metrics_row(rig: Rig, point: Point, outcome: StepOutcome, figures: StepFigur
         overlapped_share=sums.paired_forwards / sums.forwards if config.parallel.overlap == "on" else 0.0,
         exposed_comm_ms=1e3 * figures.mean_exposed,
         exposed_comm_share=figures.mean_exposed / seconds,
+        exposed_zero_ms=1e3 * sums.exposed_zero / figures.ranks,
         slowest_rank_ms=1e3 * figures.mean_wait,
         mtp_loss=sums.mtp_loss / microbatches if config.model.mtp_depth else None,
         balance_loss=sums.balance_loss / microbatches if config.model.balance_alpha else None,
@@ -134,6 +136,7 @@ def _own_sums(rig: Rig, played: Played) -> Sums:
         forwards=len(slot_sizes),
         paired_forwards=slot_sizes.count(2),
         exposed=played.exposed,
+        exposed_zero=rig.optimizer.zero.stalls.take(),
         played=played.ended - played.started,
         bytes_inside_nodes=sent.get("intra", 0),
         bytes_between_nodes=sent.get("inter", 0),

@@ -42,6 +42,8 @@ class OptimConfig(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     clip: Annotated[float, Field(gt=0)] = 1.0
     moments: Literal["fp32", "bf16"] = "fp32"  # the published run has BF16, with FP32 masters
+    sums: Literal["fp32", "bf16"] = "fp32"  # in which gradients travel to their owner; it adds them in FP32
+    offload: Literal["none", "cpu"] = "none"  # "cpu": masters and moments in host memory, updated there
     ema: Decay = 0.0  # decay of an average of the parameters, kept on the CPU; 0: none
     # Late changes of model.mtp_weight and model.bias_gamma; V3: 0.1 after 10T tokens, and 0 after 14.3T.
     mtp_weight_plan: tuple[Change, ...] = ()

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from dryvine.comm.pending import Pending
-from dryvine.parallel.executor import EdgeWire
+from dryvine.parallel.executor import NO_HOOKS, EdgeWire
 from dryvine.trainer.batches import repeated_batch
 from dryvine.trainer.rig import Rig
 
@@ -48,7 +48,7 @@ class EchoWire:
 
 def rehearse(rig: Rig) -> None:
     """Play a full training step, with and without the FP8 guard, and a validation batch, and forget them: weights,
-    moments, biases and what is counted are as before. Collective over each expert-parallel group."""
+    moments, biases and what is counted are as before. Collective."""
     wire = EdgeWire(EchoWire(rig.mesh.device), rig.wire.shape)
     runs = [(rig.plan.training[rig.config.batch.sequences], True), (rig.plan.validation, False)]
     for guarded in (False,) if rig.fp8 is None else (True, False):
@@ -56,7 +56,10 @@ def rehearse(rig: Rig) -> None:
             rig.fp8.guard.on = guarded
         for program, training in runs:
             batch = repeated_batch(rig, program.schedule.microbatches, training)
-            rig.executor(program, wire).run(batch)
+            rig.executor(program, wire, NO_HOOKS).run(batch)
+    # Sums and gathers run beside the schedule, and so must not be the first to load their kernels.
+    rig.optimizer.zero.reduce()
+    rig.publish()
     rig.optimizer.zero.zero_grads()
     rig.model.reset_loads()
     rig.dispatcher.meter.take()

@@ -5,6 +5,7 @@ Everything that a step needs is made here, once, and handed to it as `Rig`; the 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,13 +20,15 @@ from dryvine.comm.mesh import Layout, Mesh, make_mesh
 from dryvine.comm.pipeline_wire import make_wire
 from dryvine.comm.topology import Topology
 from dryvine.comm.world import timeout
-from dryvine.parallel.executor import EdgeWire, Executor
+from dryvine.parallel.bucket import BucketMemory
+from dryvine.parallel.buckets import Reader
+from dryvine.parallel.executor import EdgeWire, Executor, LayerHooks
 from dryvine.parallel.flow_control import rank_program, slots_by_line
 from dryvine.parallel.overlap import ORDERS
 from dryvine.parallel.schedule.ir import Program
 from dryvine.parallel.schedule.lower import forward_only, lower
 from dryvine.parallel.streams import Streams, make_streams
-from dryvine.parallel.zero import Zero
+from dryvine.parallel.zero import Zero, ZeroHooks
 from dryvine.trainer.checkpoint.state import RunState
 from dryvine.trainer.config import Config
 from dryvine.trainer.data.splits import Data
@@ -64,7 +67,10 @@ class Rig:
     def training(self, sequences: int) -> Executor:
         """Runs a training step of `sequences`, counted over all data ranks."""
         if sequences not in self._training:
-            self._training[sequences] = self.executor(self.plan.training[sequences], self.wire)
+            program = self.plan.training[sequences]
+            zero = self.optimizer.zero
+            turns = zero.turns(program.schedule) if self.config.parallel.overlap == "on" else None
+            self._training[sequences] = self.executor(program, self.wire, ZeroHooks(zero, turns))
         return self._training[sequences]
 
     def forward(self, sequences: int) -> Executor:
@@ -77,21 +83,29 @@ class Rig:
     @cached_property
     def validation(self) -> Executor:
         """Runs one validation batch, forward only."""
-        return self.executor(self.plan.validation, self.wire)
+        return self.executor(self.plan.validation, self.wire, ZeroHooks(self.optimizer.zero))
 
-    def executor(self, program: Program, wire: EdgeWire) -> Executor:
+    def executor(self, program: Program, wire: EdgeWire, hooks: LayerHooks) -> Executor:
         """Runs this rank's part of `program` against `wire`."""
         order = ORDERS[self.mesh.device.type] if self.config.parallel.overlap == "on" else None
-        return Executor(rank_program(program, self.mesh.pp_rank), self.model.stages, wire, self.streams, order)
+        return Executor(rank_program(program, self.mesh.pp_rank), self.model.stages, wire, self.streams, order, hooks)
 
     def state(self) -> RunState:
         """What a checkpoint stores of this rank, live."""
         return RunState(self.optimizer.state(), self.model.buffers, self.optimizer.shapes())
 
+    def update(self, rate: float, norm: float, scale: float) -> None:
+        """`Optimizer.update`, after which each layer waits for its new weights when a forward reads them."""
+        self._forget_copies()
+        self.optimizer.update(rate, norm, scale)
+
     def publish(self, shards: Sequence[torch.Tensor] | None = None) -> None:
         """Set every copy of the weights from the FP32 masters, or from `shards`, one per bucket. Collective."""
+        self._forget_copies()
         self.optimizer.zero.publish(shards)
-        # The FP8 copies were made of the old weights.
+
+    def _forget_copies(self) -> None:
+        """The FP8 copies were made of the old weights."""
         if self.fp8 is not None:
             self.fp8.cache.clear()
 
@@ -111,12 +125,25 @@ def make_rig(plan: RunPlan, mesh: Mesh, data: Data, topology: Topology | None = 
     spec = Spec(config.model, DTYPES[config.run.dtype], mesh.device, mesh.ep_rank, mesh.ep, fp8)
     model = Model(spec, plan.blocks_of(mesh.pp_rank), dispatcher)
     model.initialise(config.run.seed)
-    optimizer = Optimizer(Zero(dict(model.named_parameters()), mesh), config.optim)
+    memory = BucketMemory(config.optim.sums, config.optim.offload == "cpu")
+    zero = Zero(dict(model.named_parameters()), mesh, readers(model, plan, mesh.pp_rank), memory)
+    optimizer = Optimizer(zero, config.optim)
     state = _boundary(config)
     slots = slots_by_line(plan.programs)
     wire, carrier = make_wire(mesh, topology, slots, state)
     messages = EdgeWire(wire, lambda edge: state)
     return Rig(plan, mesh, model, optimizer, data, dispatcher, messages, carrier, make_streams(mesh.device), fp8)
+
+
+def readers(model: Model, plan: RunPlan, pp_rank: int) -> dict[str, tuple[Reader, ...]]:
+    """The layers of a pipeline rank that read each of its parameters."""
+    places = {layer: place for place, layer in enumerate(layer for layers in plan.blocks for layer in layers)}
+    found: defaultdict[str, list[Reader]] = defaultdict(list)
+    for stage, layers in plan.blocks_of(pp_rank).items():
+        for layer in layers:
+            for name in model.parameters_of(layer):
+                found[name].append(Reader(places[layer], stage, layer))
+    return {name: tuple(sorted(of)) for name, of in found.items()}
 
 
 def _boundary(config: Config) -> tuple[torch.Tensor]:

@@ -68,9 +68,9 @@ def accumulate(rig: Rig, point: Point) -> Played:
 
 
 def update(rig: Rig, point: Point, norm: float) -> None:
-    """Step the optimizer with the gradients of `accumulate` and `reduce`, and give every copy the new weights."""
-    rig.optimizer.update(learning_rate(rig.config.optim, point), norm, gradient_scale(point))
-    rig.publish()
+    """Step the optimizer with the gradients of `accumulate` and `reduce`, and begin to give every copy the new
+    weights."""
+    rig.update(learning_rate(rig.config.optim, point), norm, gradient_scale(point))
 
 
 def bias_gamma(config: Config, point: Point) -> float:

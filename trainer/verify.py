@@ -128,5 +128,6 @@ def _rank(rank: int, plan: RunPlan, steps: int, device: str) -> RankRun:
         balance(rig, bias_gamma(config, point))
         microbatches = plan.training[point.sequences].schedule.microbatches * rig.mesh.data_ranks
         losses.append(sum(float(loss) for some in played.losses.values() for loss in some) / microbatches)
+    rig.optimizer.zero.settle()
     weights = {(p.name, p.start): p.master.cpu().numpy() for p in rig.optimizer.pieces}
     return RankRun(tuple(losses), tuple(norms), grads, weights)

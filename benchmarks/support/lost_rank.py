@@ -128,7 +128,7 @@ def reduction(mesh: Mesh) -> Step:
 
     def step(label: str, may_lose: Callable[[], None]) -> None:
         may_lose()
-        reduce_scatter(part, whole, group, mesh.watch, f"sum of the gradients of {label}")
+        reduce_scatter(part, whole, group, mesh.watch, f"sum of the gradients of {label}").wait()
         mesh.sum(part.square().sum(), "gradient norms")
 
     return step

@@ -36,6 +36,15 @@ class KernelRates(BaseModel, frozen=True, extra="forbid"):
     attention_backward: PositiveFloat
 
 
+class Host(BaseModel, frozen=True, extra="forbid"):
+    """A GPU's share of its host, for what is kept off the GPU. By default that of a node of 8 H100 (NVIDIA's data sheet
+    of DGX H100: 2 TB; two sockets of eight DDR5-4800 channels, 614 GB/s; PCIe 5 x16, 50 of 64 GB/s a guess)."""
+
+    memory_gb: PositiveFloat = 250
+    bandwidth: PositiveFloat = 60  # GB/s of memory: of 77, a guess
+    link: PositiveFloat = 50  # GB/s each way between GPU and host memory
+
+
 class Machine(BaseModel, frozen=True, extra="forbid"):
     """A kind of machine. `dollars` is for an hour of one GPU."""
 
@@ -53,6 +62,7 @@ class Machine(BaseModel, frozen=True, extra="forbid"):
     comm_sms: int = Field(default=0, ge=0)  # taken from arithmetic while an all-to-all runs beside it
     casts: float = Field(ge=0, lt=1)  # share of FP8's arithmetic time that goes into casts and transposes
     tflops: KernelRates
+    host: Host = Host()
     dollars: float = Field(default=2.0, ge=0)
     cuda: bool = True
 

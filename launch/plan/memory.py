@@ -66,8 +66,8 @@ def _kinds(plan: RunPlan, rank: _Rank, sent: Dispatching, cuda: bool) -> dict[st
     return kinds
 
 
-def state(plan: RunPlan, mine: Iterable[BucketSize], index: int = 0) -> dict[str, int]:
-    """What outlives a step, of a rank that is copy `index` of each bucket."""
+def state(plan: RunPlan, mine: Iterable[BucketSize]) -> dict[str, int]:
+    """What outlives a step."""
     optim, wide = plan.config.optim, DTYPE_BYTES[plan.config.run.dtype]
     mine = list(mine)
     return {
@@ -76,7 +76,7 @@ def state(plan: RunPlan, mine: Iterable[BucketSize], index: int = 0) -> dict[str
         # Where there is one copy, its sums are the shard.
         SHARDS: 4 * sum(b.shard for b in mine if b.copies > 1),
         MASTERS: 4 * sum(b.shard for b in mine),
-        MOMENTS: 2 * DTYPE_BYTES[optim.moments] * sum(b.owned(index) for b in mine),
+        MOMENTS: 2 * DTYPE_BYTES[optim.moments] * sum(b.shard for b in mine),
     }
 
 

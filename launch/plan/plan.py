@@ -8,7 +8,6 @@ line was from what was measured.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import mean
@@ -19,7 +18,7 @@ from dryvine.launch.plan import traffic
 from dryvine.launch.plan.hardware import GIGA, TERA, Machine
 from dryvine.launch.plan.memory import RankMemory, memory
 from dryvine.launch.plan.profiled import Profile
-from dryvine.launch.plan.shards import BucketSize, buckets
+from dryvine.launch.plan.sharding import Sharding, shard
 from dryvine.launch.plan.times import PhaseTimes, StagePrices, roofline
 from dryvine.launch.plan.traffic import Dispatching, LinkBytes
 from dryvine.launch.plan.work import tasks
@@ -56,10 +55,7 @@ class Plan:
     times: dict[str, PhaseTimes]  # seconds of the phases of every kind of block
     prices: StagePrices
     timeline: Timeline  # seconds
-    reduce_seconds: float  # sums of gradients over their copies
-    update_seconds: float  # AdamW
-    gather_seconds: float  # new weights to all copies
-    gradient_bytes: LinkBytes  # a rank's, of both, a step
+    sharding: Sharding  # sums of gradients, the update, new weights to all copies
     source: str  # of the times of phases
 
     @property
@@ -74,7 +70,9 @@ class Plan:
 
     @property
     def optimizer_seconds(self) -> float:
-        return self.reduce_seconds + self.update_seconds + self.gather_seconds
+        """After the pipeline's tail and before the next forwards: what is not hidden by them."""
+        sharding = self.sharding
+        return sharding.sums.exposed + sharding.update_seconds + sharding.gathers.exposed
 
     @property
     def step_seconds(self) -> float:
@@ -224,10 +222,7 @@ def make(run: RunPlan, machine: Machine, profile: Profile | None = None) -> Plan
         machine.beside_comm,
         _message_seconds(config, machine),
     )
-    shards = buckets(run)
-    gradients = [_gradient_bytes(run, mine, machine) for mine in shards]
-    worst = max(gradients, key=lambda sent: traffic.seconds(sent, machine))
-    wide = DTYPE_BYTES[config.run.dtype]
+    timeline = simulate(run.schedule, prices)
     return Plan(
         run=run,
         machine=machine,
@@ -235,11 +230,8 @@ def make(run: RunPlan, machine: Machine, profile: Profile | None = None) -> Plan
         ranks=memory(run, sent, machine.cuda),
         times=by_kind,
         prices=prices,
-        timeline=simulate(run.schedule, prices),
-        reduce_seconds=traffic.seconds(worst, machine),
-        update_seconds=max(_update_seconds(config, mine, machine, profile) for mine in shards),
-        gather_seconds=traffic.seconds(_scaled(worst, wide / 4), machine),
-        gradient_bytes=_scaled(worst, 1 + wide / 4),
+        timeline=timeline,
+        sharding=shard(run, machine, timeline, profile.update_seconds if profile else None),
         source=f"a profile of {profile.device}" if profile else f"roofline of {machine.name}",
     )
 
@@ -252,49 +244,3 @@ def _message_seconds(config: Config, machine: Machine) -> float:
     size = p.microbatch_sequences * config.data.seq_len * config.model.hidden * DTYPE_BYTES[config.run.dtype]
     link = machine.intra if p.world <= machine.gpus_per_node else machine.inter
     return size / (link.gigabytes * GIGA) + machine.latency_us * 1e-6
-
-
-def _gradient_bytes(run: RunPlan, mine: Iterable[BucketSize], machine: Machine) -> LinkBytes:
-    """FP32 sums of a reduce-scatter as rings do it: all but the own node's part crosses nodes, once for all members of
-    a node, and the rest stays inside."""
-    p, total = run.config.parallel, Counter[str]()
-    for bucket in mine:
-        together = bucket.copies if p.world <= machine.gpus_per_node else _in_node(bucket, run, machine)
-        nodes = bucket.copies / together
-        size = 4 * bucket.padded
-        total["inter"] += round(size * (nodes - 1) / nodes / together)
-        total["intra"] += round(size * (together - 1) / together)
-    return total  # type: ignore[return-value]
-
-
-def _in_node(bucket: BucketSize, run: RunPlan, machine: Machine) -> int:
-    """How many of a bucket's copies share a node."""
-    p = run.config.parallel
-    in_node = min(machine.gpus_per_node, p.world)
-    ranks = [
-        (home * p.dp + d) * p.ep + e
-        for home in bucket.homes
-        for d in range(p.dp)
-        for e in (range(1) if bucket.one_slice else range(p.ep))
-    ]
-    first = ranks[0] // in_node
-    return max(1, sum(rank // in_node == first for rank in ranks))
-
-
-def _scaled(sent: LinkBytes, factor: float) -> LinkBytes:
-    return Counter({link: round(size * factor) for link, size in sent.items()})
-
-
-def _update_seconds(
-    config: Config,
-    mine: Iterable[BucketSize],
-    machine: Machine,
-    measured: Profile | None,
-) -> float:
-    """As profiled, else memory traffic of the norm, the clip and AdamW: the gradient three times, master and
-    moments read and written."""
-    per_element = 4 * 5 + 4 * 2 + 2 * 2 * DTYPE_BYTES[config.optim.moments]
-    owned = sum(bucket.owned() for bucket in mine)
-    if measured:
-        return owned * measured.update_seconds
-    return owned * per_element / (machine.memory_bandwidth * machine.streaming * GIGA)

@@ -1,15 +1,15 @@
 """ZeRO's buckets of a layout, counted instead of built: how many elements, over how many copies.
 
-The same rule as `parallel.zero`: parameters held by the same ranks share one flat bucket, padded to a multiple of their
-number. So bytes of weights, sums, masters and moments are exact, padding included.
+By the rule of `parallel.buckets`, which the run itself uses. So bytes of weights, sums, masters and moments are exact,
+padding included.
 """
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass
 
-from dryvine.comm.integers import round_up
+from dryvine.parallel.buckets import BucketLayout, Copies, Entry, Reader, layouts
 from dryvine.trainer.model.parameters import ParameterSize, parameters
 from dryvine.trainer.run_plan import RunPlan
 
@@ -18,22 +18,26 @@ from dryvine.trainer.run_plan import RunPlan
 class BucketSize:
     """A bucket of one rank."""
 
-    homes: tuple[int, ...]  # pipeline ranks that hold its parameters
-    one_slice: bool  # of the experts, so that copies are those of one expert-parallel rank
-    elements: int
+    layout: BucketLayout
     copies: int
 
     @property
+    def homes(self) -> tuple[int, ...]:
+        """Pipeline ranks that hold its parameters."""
+        return self.layout.copies.homes
+
+    @property
+    def one_slice(self) -> bool:
+        """Of the experts, so that copies are those of one expert-parallel rank."""
+        return self.layout.copies.ep is not None
+
+    @property
     def padded(self) -> int:
-        return round_up(self.elements, self.copies)
+        return self.layout.padded(self.copies)
 
     @property
     def shard(self) -> int:
         return self.padded // self.copies
-
-    def owned(self, index: int = 0) -> int:
-        """Elements that are no padding in the shard of the copy of that number. The first copy owns most."""
-        return max(0, min(self.elements - index * self.shard, self.shard))
 
 
 def held(plan: RunPlan, pp_rank: int) -> dict[str, ParameterSize]:
@@ -43,21 +47,38 @@ def held(plan: RunPlan, pp_rank: int) -> dict[str, ParameterSize]:
 
 
 def buckets(plan: RunPlan) -> list[list[BucketSize]]:
-    """Those of each pipeline rank."""
+    """Those of each pipeline rank, of its first expert-parallel rank."""
     p = plan.config.parallel
     by_rank = [held(plan, rank) for rank in range(p.pp)]
     homes: defaultdict[str, list[int]] = defaultdict(list)
     for rank, names in enumerate(by_rank):
         for name in names:
             homes[name].append(rank)
-    return [_of_rank(names, homes, p.dp, p.ep) for names in by_rank]
+    entries = _entries(plan, homes)
+    return [_of_rank([entries[name] for name in names], p.dp, p.ep) for names in by_rank]
 
 
-def _of_rank(names: dict[str, ParameterSize], homes: dict[str, list[int]], dp: int, ep: int) -> list[BucketSize]:
-    sizes: Counter[tuple[tuple[int, ...], bool]] = Counter()
-    for name, parameter in names.items():
-        sizes[tuple(homes[name]), parameter.expert and ep > 1] += parameter.elements(ep)
-    return [
-        BucketSize(ranks, one_slice, elements, len(ranks) * dp * (1 if one_slice else ep))
-        for (ranks, one_slice), elements in sizes.items()
-    ]
+def _entries(plan: RunPlan, homes: dict[str, list[int]]) -> dict[str, Entry]:
+    ep, readers = plan.config.parallel.ep, defaultdict[str, list[Reader]](list)
+    sizes: dict[str, ParameterSize] = {}
+    layers = [(stage, layer) for stage, names in enumerate(plan.blocks) for layer in names]
+    for place, (stage, layer) in enumerate(layers):
+        for name, size in parameters(plan.config.model, [layer]).items():
+            readers[name].append(Reader(place, stage, layer))
+            sizes[name] = size
+    return {
+        name: Entry(
+            name,
+            size.elements(ep),
+            len(size.shape) > 1,
+            Copies(tuple(homes[name]), 0 if size.expert and ep > 1 else None),
+            tuple(readers[name]),
+            plan.config.run.dtype,
+        )
+        for name, size in sizes.items()
+    }
+
+
+def _of_rank(entries: list[Entry], dp: int, ep: int) -> list[BucketSize]:
+    made = layouts(entries)
+    return [BucketSize(of, len(of.copies.homes) * dp * (1 if of.copies.ep is not None else ep)) for of in made]

@@ -50,7 +50,7 @@ def figures(plan: Plan) -> dict[str, object]:
         "fits": plan.fits,
         "dispatcher": plan.sent.name,
         "dispatch_bytes": dict(plan.dispatch_bytes),
-        "gradient_bytes": dict(plan.gradient_bytes),
+        "gradient_bytes": dict(plan.sharding.bytes),
         "phase_seconds": {kind: {p: t._asdict() for p, t in phases.items()} for kind, phases in plan.times.items()},
         "ranks": [{"rank": r.rank, "bytes": r.total, "by_kind": r.kinds} for r in plan.ranks],
     }
@@ -101,11 +101,13 @@ def step_rows(plan: Plan) -> Rows:
     return [
         *((*line(_slot_name(kinds), t.seconds)[:3], f"{t.slots:.4g}", f"{1e3 * t.each:.4g}") for kinds, t in slots),
         line("bubble, as scheduled", plan.bubble_seconds),
-        line("gradients summed over copies", plan.reduce_seconds),
-        line("AdamW", plan.update_seconds),
-        line("new weights to all copies", plan.gather_seconds),
+        line("gradients summed over copies, not hidden", plan.sharding.sums.exposed),
+        line("AdamW", plan.sharding.update_seconds),
+        line("new weights to all copies, not hidden", plan.sharding.gathers.exposed),
         line("step", step),
         line("of it exposed all-to-all", plan.exposed_seconds),
+        line("hidden under it: sums of gradients, of", plan.sharding.sums.seconds),
+        line("hidden under it: new weights, of", plan.sharding.gathers.seconds),
         ("forwards that run in a pair", "", f"{plan.overlapped_share:.1%}", "", ""),
         ("waits for a slower rank, checkpoints, validation", "not planned", "", "", ""),
     ]
@@ -137,7 +139,7 @@ def memory_rows(plan: Plan) -> tuple[list[str], Rows]:
 
 def byte_rows(plan: Plan) -> Rows:
     """GB that a rank sends in a step, by link class."""
-    every = {"expert all-to-all": plan.dispatch_bytes, "gradients and weights": plan.gradient_bytes}
+    every = {"expert all-to-all": plan.dispatch_bytes, "gradients and weights": plan.sharding.bytes}
     return [
         (name, *(f"{sent[link] / GIGA:.4g}" for link in ("intra", "inter"))) for name, sent in every.items()
     ]  # fmt: skip

@@ -60,8 +60,8 @@ def test_one_process_has_no_groups() -> None:
 def slices(rank: int) -> tuple[list[float], list[float]]:
     """Rank r has r + 1 times 0..5."""
     part, every = torch.zeros(2), torch.zeros(6)
-    reduce_scatter(part, torch.arange(6.0) * (rank + 1), dist.group.WORLD, None, "slices")
-    all_gather(every, part, dist.group.WORLD, None, "slices")
+    reduce_scatter(part, torch.arange(6.0) * (rank + 1), dist.group.WORLD, None, "slices").wait()
+    all_gather(every, part, dist.group.WORLD, None, "slices").wait()
     return part.tolist(), every.tolist()
 
 

@@ -34,6 +34,7 @@ def measure(rank: int, config: Config) -> RankBytes:
         for gate in rig.model.gates.values():
             gate.choose = evenly(gate)  # type: ignore[method-assign]
         train_step(rig, next(points(config.batch, config.data.seq_len)))
+        rig.optimizer.zero.settle()
     results = profiled.kineto_results
     assert results is not None
     events = sorted((e for e in results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())

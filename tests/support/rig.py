@@ -26,6 +26,7 @@ def go(rig: Rig, steps: int) -> list[float]:
     for point in islice(points(rig.config.batch, rig.config.data.seq_len), steps):
         played = train_step(rig, point).played
         sums.append(sum(float(loss) for losses in played.losses.values() for loss in losses))
+    rig.optimizer.zero.settle()
     return sums
 
 

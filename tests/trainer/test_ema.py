@@ -29,6 +29,7 @@ TIMES = (
     "tokens_per_second",
     "bubble",
     "exposed_comm_ms",
+    "exposed_zero_ms",
     "exposed_comm_share",
 )
 HIGH = ("optim.ema=0.75", "optim.lr=1e-2")  # so that a few steps move it, and away from the weights

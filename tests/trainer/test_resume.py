@@ -24,6 +24,7 @@ TIMES = (
     "tokens_per_second",
     "bubble",
     "exposed_comm_ms",
+    "exposed_zero_ms",
     "exposed_comm_share",
 )
 

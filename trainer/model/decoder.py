@@ -8,6 +8,7 @@ of a rank use (the embedding and MTP, say) is built once, so that a name is one 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -45,15 +46,22 @@ class Model:
         rank = Wiring(spec, dispatcher, self.loss_weights)
         kinds = {block.name: block.kind for block in blocks(spec.shape)}
         self.stages = {
-            number: Stage(number, [phase for name in names for phase in BLOCKS[kinds[name]](rank, name)])
+            number: Stage(
+                number, [phase for name in names for phase in BLOCKS[kinds[name]](replace(rank, block=name), name)]
+            )
             for number, names in stages.items()
         }
-        self.spec, self.root, self.gates = spec, rank.root, rank.gates
+        self.spec, self.root, self.gates, self._used = spec, rank.root, rank.gates, rank.used
         for _, weight in self.named_parameters():
             weight.queue = rank.wgrad.put
 
     def named_parameters(self) -> Iterator[tuple[str, Weight]]:
         return cast(Iterator[tuple[str, Weight]], self.root.named_parameters())
+
+    def parameters_of(self, block: str) -> list[str]:
+        """Names of the parameters that a block of this rank reads, in any order."""
+        modules = tuple(f"{module}." for module in self._used[block])
+        return [name for name, _ in self.named_parameters() if name.startswith(modules)]
 
     @property
     def buffers(self) -> dict[str, Tensor]:

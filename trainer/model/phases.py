@@ -9,6 +9,7 @@ A new kind of block is a file with its module and a builder, and a line in decod
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar, cast
@@ -66,9 +67,12 @@ class Wiring:
     root: nn.ModuleDict = field(default_factory=nn.ModuleDict)
     gates: dict[str, Gate] = field(default_factory=dict)  # by block
     wgrad: WGrad = field(default_factory=WGrad)
+    block: str = ""  # the one that is being built
+    used: defaultdict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # by block, names of modules
 
     def module(self, name: str, make: Callable[[], M]) -> M:
         """The module of that dotted name, made at first use: what two blocks of a rank share is one Parameter."""
+        self.used[self.block].append(name)
         holder = self.root
         *path, last = name.split(".")
         for key in path:

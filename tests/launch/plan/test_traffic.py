@@ -70,4 +70,4 @@ def test_gradients_cross_nodes_once_for_a_node(tiny: Callable[..., Config]) -> N
     """Two data ranks in one node: half of the FP32 sums and of the FP32 weights leave a rank."""
     plan = make(make_plan(tiny("parallel.dp=2")), load_hardware("cpu"))
     sums = plan.ranks[0].kinds["gradient sums"]
-    assert plan.gradient_bytes == {"intra": sums, "inter": 0}
+    assert plan.sharding.bytes == {"intra": sums, "inter": 0}

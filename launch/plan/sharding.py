@@ -1,0 +1,148 @@
+"""What ZeRO-1 adds to a step: sums of gradients under the pipeline's tail, the update, new weights under the first
+forwards.
+
+Each rank's buckets travel one after the other in the turns that the run takes (`parallel.buckets`). A bucket's sum can
+begin when its last copy has all its gradients, and is exposed as far as it ends after the step's last slot; a gather is
+exposed as far as it ends after the first forward that reads it would have begun.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+from dryvine.launch.plan import traffic
+from dryvine.launch.plan.hardware import GIGA, Machine
+from dryvine.launch.plan.shards import BucketSize, buckets
+from dryvine.launch.plan.traffic import LinkBytes
+from dryvine.parallel.buckets import stage_times, turns
+from dryvine.parallel.schedule.simulate import Timeline
+from dryvine.trainer.activations import DTYPE_BYTES
+from dryvine.trainer.config import Config
+from dryvine.trainer.run_plan import RunPlan
+
+
+class Transfers(NamedTuple):
+    """Of the rank that sends most, in a step."""
+
+    bytes: LinkBytes
+    seconds: float  # alone
+    exposed: float  # that no compute of the pipeline hides, of the rank with most
+
+
+class Sharding(NamedTuple):
+    sums: Transfers
+    gathers: Transfers
+    update_seconds: float  # norm, clip and AdamW, of the slowest rank; with offload, new weights to the GPU too
+
+    @property
+    def bytes(self) -> LinkBytes:
+        """Sums and gathers."""
+        return self.sums.bytes + self.gathers.bytes
+
+
+class _Times(NamedTuple):
+    """By stage, in seconds from the start of a step: the first read of its weights, and the end of its gradients."""
+
+    read: Mapping[int, float]
+    summed: Mapping[int, float]
+    end: float  # of the step's last slot
+
+
+def shard(run: RunPlan, machine: Machine, timeline: Timeline, per_element: float | None) -> Sharding:
+    """`per_element`: seconds of the update as profiled; None: by memory bandwidth."""
+    config, every = run.config, buckets(run)
+    times = _Times(*stage_times(timeline), max(cell.end for row in timeline.cells for cell in row))
+    sums, gathers = (
+        [[_moved(run, one, machine, width) for one in mine] for mine in every]
+        for width in (sum_bytes(config), DTYPE_BYTES[config.run.dtype])
+    )
+    update = max(_update_seconds(config, mine, machine, per_element) for mine in every)
+    if config.parallel.overlap == "off":
+        return Sharding(_transfers(machine, sums, None), _transfers(machine, gathers, None), update)
+    ranks = zip(every, sums, gathers, strict=True)
+    exposed = [_exposed(run, machine, mine, times, _each(machine, s), _each(machine, g)) for mine, s, g in ranks]
+    return Sharding(
+        _transfers(machine, sums, max(late for late, _ in exposed)),
+        _transfers(machine, gathers, max(late for _, late in exposed)),
+        update,
+    )
+
+
+def sum_bytes(config: Config) -> int:
+    """Of a gradient's element on its way to its owner."""
+    return DTYPE_BYTES[config.optim.sums]
+
+
+def _transfers(machine: Machine, by_rank: Sequence[Sequence[LinkBytes]], exposed: float | None) -> Transfers:
+    """`exposed` None: all of it."""
+    worst = max((sum(moved, Counter()) for moved in by_rank), key=lambda sent: traffic.seconds(sent, machine))
+    seconds = traffic.seconds(worst, machine)
+    return Transfers(worst, seconds, seconds if exposed is None else exposed)
+
+
+def _each(machine: Machine, moved: Iterable[LinkBytes]) -> list[float]:
+    return [traffic.seconds(sent, machine) for sent in moved]
+
+
+def _exposed(
+    run: RunPlan, machine: Machine, mine: list[BucketSize], times: _Times, sums: list[float], gathers: list[float]
+) -> tuple[float, float]:
+    """Seconds of a rank's sums after the last slot, and of its gathers beyond the first reads."""
+    made = [one.layout for one in mine]
+    order = turns(run.schedule, made)
+    fetch = [_fetch_seconds(run.config, one, machine) for one in mine]
+    sent = fetched = 0.0
+    for number in order.sums:
+        sent = max(sent, *(times.summed[stage] for stage in made[number].stages)) + sums[number]
+        fetched = max(fetched, sent) + fetch[number]
+    arrived = accumulate(gathers[number] for number in order.gathers)
+    read = [min(times.read[stage] for stage in made[number].stages) for number in order.gathers]
+    late = (there - needed for there, needed in zip(arrived, read, strict=True))
+    return max(fetched - times.end, 0.0), max(0.0, *late)
+
+
+def _moved(run: RunPlan, bucket: BucketSize, machine: Machine, width: int) -> LinkBytes:
+    """Of a reduce-scatter or a gather as rings do it: all but the own node's part crosses nodes, once for all members
+    of a node, and the rest stays inside. `width`: bytes of an element."""
+    together = bucket.copies if run.config.parallel.world <= machine.gpus_per_node else _in_node(bucket, run, machine)
+    nodes, size = bucket.copies / together, width * bucket.padded
+    moved = {
+        "inter": round(size * (nodes - 1) / nodes / together),
+        "intra": round(size * (together - 1) / together),
+    }
+    return Counter(moved)  # type: ignore[arg-type]
+
+
+def _in_node(bucket: BucketSize, run: RunPlan, machine: Machine) -> int:
+    """How many of a bucket's copies share a node."""
+    p = run.config.parallel
+    in_node = min(machine.gpus_per_node, p.world)
+    ranks = [
+        (home * p.dp + d) * p.ep + e
+        for home in bucket.homes
+        for d in range(p.dp)
+        for e in (range(1) if bucket.one_slice else range(p.ep))
+    ]
+    first = ranks[0] // in_node
+    return max(1, sum(rank // in_node == first for rank in ranks))
+
+
+def _fetch_seconds(config: Config, bucket: BucketSize, machine: Machine) -> float:
+    """A summed shard on its way to host memory."""
+    return 4 * bucket.shard / (machine.host.link * GIGA) if config.optim.offload == "cpu" else 0.0
+
+
+def _update_seconds(config: Config, mine: Iterable[BucketSize], machine: Machine, per_element: float | None) -> float:
+    """As profiled, else memory traffic of the norm, the clip and AdamW: the gradient three times, master and
+    moments read and written. Off the GPU the host's memory has that traffic; weights go back while it works."""
+    touched = 4 * 5 + 4 * 2 + 2 * 2 * DTYPE_BYTES[config.optim.moments]
+    owned = sum(bucket.shard for bucket in mine)
+    if config.optim.offload == "cpu":
+        back = owned * DTYPE_BYTES[config.run.dtype] / (machine.host.link * GIGA)
+        return max(owned * touched / (machine.host.bandwidth * GIGA), back)
+    if per_element is not None:
+        return owned * per_element
+    return owned * touched / (machine.memory_bandwidth * machine.streaming * GIGA)
