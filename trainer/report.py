@@ -28,7 +28,8 @@ def final_table(config: Config, rows: Sequence[Figures]) -> Table:
     table.add_row(
         "exposed all-to-all", f"{_median(rows, 'exposed_comm_ms'):.0f} ms ({_median(rows, 'exposed_comm_share'):.1%})"
     )
-    table.add_row("exposed sums and gathers", f"{_median(rows, 'exposed_zero_ms'):.0f} ms")
+    if _known(rows, "exposed_zero_ms"):  # rows of earlier versions have none
+        table.add_row("exposed sums and gathers", f"{_median(rows, 'exposed_zero_ms'):.0f} ms")
     table.add_row("wait for the slowest rank", f"{_median(rows, 'slowest_rank_ms'):.0f} ms")
     table.add_row("run folder", str(config.run.folder))
     return table

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
+from dryvine.comm.topology import LinkClass
 from dryvine.launch.plan import traffic
 from dryvine.launch.plan.hardware import GIGA, Machine
 from dryvine.launch.plan.shards import BucketSize, buckets
@@ -40,7 +41,8 @@ class Sharding(NamedTuple):
     @property
     def bytes(self) -> LinkBytes:
         """Sums and gathers."""
-        return self.sums.bytes + self.gathers.bytes
+        links: tuple[LinkClass, ...] = ("intra", "inter")
+        return Counter({link: self.sums.bytes[link] + self.gathers.bytes[link] for link in links})
 
 
 class _Times(NamedTuple):
