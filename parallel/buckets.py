@@ -30,7 +30,7 @@ LANES = 16  # FP32 elements of the widest vector of a CPU
 CUT = 1 << 23  # elements from which a bucket is cut: 32 MiB of sums
 
 
-class Reader(NamedTuple):
+class ReadingLayer(NamedTuple):
     """A layer that reads a parameter."""
 
     place: int  # of the layer, in the model's order
@@ -38,24 +38,24 @@ class Reader(NamedTuple):
     layer: str
 
 
-class Copies(NamedTuple):
+class Holders(NamedTuple):
     """Who holds a parameter."""
 
     homes: tuple[int, ...]  # pipeline ranks
     ep: int | None  # the expert-parallel rank, of a slice of the experts; None: all
 
 
-Identity = tuple[tuple[Reader, ...], tuple[int, ...], int, str]
+Identity = tuple[tuple[ReadingLayer, ...], tuple[int, ...], int, str]
 
 
-class Entry(NamedTuple):
+class BucketEntry(NamedTuple):
     """A parameter as buckets see it; `elements` are those of one copy."""
 
     name: str
     elements: int
     matrix: bool
-    copies: Copies
-    readers: tuple[Reader, ...]  # ascending
+    copies: Holders
+    readers: tuple[ReadingLayer, ...]  # ascending
     dtype: str
 
 
@@ -63,9 +63,9 @@ class Entry(NamedTuple):
 class BucketLayout:
     """The parameters of a bucket in their order, and where each begins."""
 
-    copies: Copies
+    copies: Holders
     dtype: str
-    readers: tuple[Reader, ...]  # of all its parameters, ascending
+    readers: tuple[ReadingLayer, ...]  # of all its parameters, ascending
     starts: Mapping[str, int]
     vectors: int  # where vectors begin
     end: int  # of the last parameter
@@ -92,9 +92,9 @@ class BucketLayout:
         return self.readers, self.copies.homes, -1 if self.copies.ep is None else self.copies.ep, self.dtype
 
 
-def layouts(entries: Iterable[Entry]) -> list[BucketLayout]:
+def layouts(entries: Iterable[BucketEntry]) -> list[BucketLayout]:
     """The buckets of a rank's parameters, in the model's order."""
-    alike: defaultdict[tuple[object, ...], list[Entry]] = defaultdict(list)
+    alike: defaultdict[tuple[object, ...], list[BucketEntry]] = defaultdict(list)
     for entry in entries:
         stages = tuple(sorted({reader.stage for reader in entry.readers}))
         alike[entry.copies, entry.dtype, stages].append(entry)
@@ -102,9 +102,9 @@ def layouts(entries: Iterable[Entry]) -> list[BucketLayout]:
     return sorted(made, key=lambda layout: layout.identity)
 
 
-def _cut(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
+def _cut(entries: Iterable[BucketEntry]) -> Iterator[list[BucketEntry]]:
     """In runs of whole layers of at least CUT elements; the last may be smaller."""
-    part: list[Entry] = []
+    part: list[BucketEntry] = []
     for entry in sorted(entries, key=lambda entry: (entry.readers, entry.name)):
         if part and entry.readers != part[-1].readers and sum(e.elements for e in part) >= CUT:
             yield part
@@ -113,7 +113,7 @@ def _cut(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
     yield part
 
 
-def _layout(entries: Sequence[Entry]) -> BucketLayout:
+def _layout(entries: Sequence[BucketEntry]) -> BucketLayout:
     matrices = sorted((e for e in entries if e.matrix), key=lambda e: e.name)
     vectors = sorted((e for e in entries if not e.matrix), key=lambda e: e.name)
     boundary = round_up(sum(e.elements for e in matrices), LANES)

@@ -27,12 +27,12 @@ from torch import Tensor, nn
 from dryvine.comm.mesh import Mesh
 from dryvine.comm.pending import Pending
 from dryvine.parallel.bucket import ON_DEVICE, BucketMemory, Piece, is_expert, make_bucket
-from dryvine.parallel.buckets import BucketTurns, Copies, Entry, Reader, layouts, turns
+from dryvine.parallel.buckets import BucketEntry, BucketTurns, Holders, ReadingLayer, layouts, turns
 from dryvine.parallel.schedule.ir import Schedule
 from dryvine.parallel.stalls import Stalls
 
 NORM_PART = 1 << 24  # elements whose norm is taken at a time: 128 MiB in FP64
-ANYWHERE = (Reader(0, 0, "all"),)  # of parameters whose layers nobody has told
+ANYWHERE = (ReadingLayer(0, 0, "all"),)  # of parameters whose layers nobody has told
 
 
 class Zero:
@@ -46,16 +46,16 @@ class Zero:
         self,
         parameters: Mapping[str, nn.Parameter],
         mesh: Mesh,
-        readers: Mapping[str, tuple[Reader, ...]] | None = None,
+        readers: Mapping[str, tuple[ReadingLayer, ...]] | None = None,
         memory: BucketMemory = ON_DEVICE,
     ) -> None:
         """`readers` are this rank's layers that read each parameter; without, all parameters are one layer's."""
         self.mesh = mesh
         self.stalls = Stalls(mesh.device)
         own = readers or dict.fromkeys(parameters, ANYWHERE)
-        holders, world = _holders(parameters, own, mesh)
+        held, world = _held(parameters, own, mesh)
         groups = mesh.new_groups(sorted({mesh.ranks(*held) for held in world}), mesh.sms)
-        made = layouts(_entry(name, parameter, *holders[name]) for name, parameter in parameters.items())
+        made = layouts(_entry(name, parameter, *held[name]) for name, parameter in parameters.items())
         self.buckets = [make_bucket(layout, parameters, groups, mesh, memory) for layout in made]
         self._layers = [frozenset(r.layer for name in layout.starts for r in own[name]) for layout in made]
         self._turns = BucketTurns(tuple(range(len(made))), tuple(range(len(made))))
@@ -153,26 +153,26 @@ class Zero:
                 self._gathers.pop(number).wait()
 
 
-Holders = tuple[Copies, tuple[Reader, ...]]  # of a parameter, over all ranks
+HoldersAndReaders = tuple[Holders, tuple[ReadingLayer, ...]]  # of a parameter, over all ranks
 
 
-def _holders(
-    parameters: Mapping[str, nn.Parameter], readers: Mapping[str, tuple[Reader, ...]], mesh: Mesh
-) -> tuple[dict[str, Holders], set[Copies]]:
+def _held(
+    parameters: Mapping[str, nn.Parameter], readers: Mapping[str, tuple[ReadingLayer, ...]], mesh: Mesh
+) -> tuple[dict[str, HoldersAndReaders], set[Holders]]:
     """Of each of this rank's parameters, and who holds any parameter of the world. Collective."""
     own = [(name, is_expert(parameter), readers[name]) for name, parameter in parameters.items()]
-    every = cast(list[list[tuple[str, bool, tuple[Reader, ...]]]], mesh.gather(own, "parameter names"))
+    every = cast(list[list[tuple[str, bool, tuple[ReadingLayer, ...]]]], mesh.gather(own, "parameter names"))
     homes: defaultdict[tuple[str, bool], set[int]] = defaultdict(set)  # pipeline ranks
-    reading: defaultdict[str, set[Reader]] = defaultdict(set)
+    reading: defaultdict[str, set[ReadingLayer]] = defaultdict(set)
     for rank, held in enumerate(every):
         for name, expert, of_rank in held:
             homes[name, expert].add(rank // mesh.data_ranks)
             reading[name].update(of_rank)
     slices = range(mesh.ep) if mesh.ep > 1 else (None,)
-    world = {Copies(_sorted(at), ep) for (_, expert), at in homes.items() for ep in (slices if expert else (None,))}
+    world = {Holders(_sorted(at), ep) for (_, expert), at in homes.items() for ep in (slices if expert else (None,))}
     mine = {
         name: (
-            Copies(_sorted(homes[name, expert]), mesh.ep_rank if expert and mesh.ep > 1 else None),
+            Holders(_sorted(homes[name, expert]), mesh.ep_rank if expert and mesh.ep > 1 else None),
             tuple(sorted(reading[name])),
         )
         for name, expert, _ in own
@@ -184,8 +184,8 @@ def _sorted(ranks: set[int]) -> tuple[int, ...]:
     return tuple(sorted(ranks))
 
 
-def _entry(name: str, parameter: nn.Parameter, copies: Copies, readers: tuple[Reader, ...]) -> Entry:
-    return Entry(name, parameter.numel(), parameter.dim() > 1, copies, readers, str(parameter.dtype))
+def _entry(name: str, parameter: nn.Parameter, copies: Holders, readers: tuple[ReadingLayer, ...]) -> BucketEntry:
+    return BucketEntry(name, parameter.numel(), parameter.dim() > 1, copies, readers, str(parameter.dtype))
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from dryvine.comm.pipeline_wire import make_wire
 from dryvine.comm.topology import Topology
 from dryvine.comm.world import timeout
 from dryvine.parallel.bucket import BucketMemory
-from dryvine.parallel.buckets import Reader
+from dryvine.parallel.buckets import ReadingLayer
 from dryvine.parallel.executor import EdgeWire, Executor, LayerHooks
 from dryvine.parallel.flow_control import rank_program, slots_by_line
 from dryvine.parallel.overlap import ORDERS
@@ -135,14 +135,14 @@ def make_rig(plan: RunPlan, mesh: Mesh, data: Data, topology: Topology | None = 
     return Rig(plan, mesh, model, optimizer, data, dispatcher, messages, carrier, make_streams(mesh.device), fp8)
 
 
-def readers(model: Model, plan: RunPlan, pp_rank: int) -> dict[str, tuple[Reader, ...]]:
+def readers(model: Model, plan: RunPlan, pp_rank: int) -> dict[str, tuple[ReadingLayer, ...]]:
     """The layers of a pipeline rank that read each of its parameters."""
     places = {layer: place for place, layer in enumerate(layer for layers in plan.blocks for layer in layers)}
-    found: defaultdict[str, list[Reader]] = defaultdict(list)
+    found: defaultdict[str, list[ReadingLayer]] = defaultdict(list)
     for stage, layers in plan.blocks_of(pp_rank).items():
         for layer in layers:
             for name in model.parameters_of(layer):
-                found[name].append(Reader(places[layer], stage, layer))
+                found[name].append(ReadingLayer(places[layer], stage, layer))
     return {name: tuple(sorted(of)) for name, of in found.items()}
 
 

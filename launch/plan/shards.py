@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 
-from dryvine.parallel.buckets import BucketLayout, Copies, Entry, Reader, layouts
+from dryvine.parallel.buckets import BucketEntry, BucketLayout, Holders, ReadingLayer, layouts
 from dryvine.trainer.model.parameters import ParameterSize, parameters
 from dryvine.trainer.run_plan import RunPlan
 
@@ -58,20 +58,20 @@ def buckets(plan: RunPlan) -> list[list[BucketSize]]:
     return [_of_rank([entries[name] for name in names], p.dp, p.ep) for names in by_rank]
 
 
-def _entries(plan: RunPlan, homes: dict[str, list[int]]) -> dict[str, Entry]:
-    ep, readers = plan.config.parallel.ep, defaultdict[str, list[Reader]](list)
+def _entries(plan: RunPlan, homes: dict[str, list[int]]) -> dict[str, BucketEntry]:
+    ep, readers = plan.config.parallel.ep, defaultdict[str, list[ReadingLayer]](list)
     sizes: dict[str, ParameterSize] = {}
     layers = [(stage, layer) for stage, names in enumerate(plan.blocks) for layer in names]
     for place, (stage, layer) in enumerate(layers):
         for name, size in parameters(plan.config.model, [layer]).items():
-            readers[name].append(Reader(place, stage, layer))
+            readers[name].append(ReadingLayer(place, stage, layer))
             sizes[name] = size
     return {
-        name: Entry(
+        name: BucketEntry(
             name,
             size.elements(ep),
             len(size.shape) > 1,
-            Copies(tuple(homes[name]), 0 if size.expert and ep > 1 else None),
+            Holders(tuple(homes[name]), 0 if size.expert and ep > 1 else None),
             tuple(readers[name]),
             plan.config.run.dtype,
         )
@@ -79,6 +79,6 @@ def _entries(plan: RunPlan, homes: dict[str, list[int]]) -> dict[str, Entry]:
     }
 
 
-def _of_rank(entries: list[Entry], dp: int, ep: int) -> list[BucketSize]:
+def _of_rank(entries: list[BucketEntry], dp: int, ep: int) -> list[BucketSize]:
     made = layouts(entries)
     return [BucketSize(of, len(of.copies.homes) * dp * (1 if of.copies.ep is not None else ep)) for of in made]

@@ -7,21 +7,23 @@ from unittest import mock
 import pytest
 
 from dryvine.parallel import buckets
-from dryvine.parallel.buckets import LANES, BucketLayout, Copies, Entry, Reader, layouts, turns
+from dryvine.parallel.buckets import LANES, BucketEntry, BucketLayout, Holders, ReadingLayer, layouts, turns
 from dryvine.parallel.executor import last_gradients
 from dryvine.parallel.flow_control import RankProgram, rank_program
 from dryvine.parallel.schedule.ir import Op, ProgramStep
 from dryvine.parallel.schedule.lower import lower
 from dryvine.parallel.schedule.table import SCHEDULES, build
 
-BOTH = Copies((0, 1), None)
+BOTH = Holders((0, 1), None)
 
 
-def entry(name: str, elements: int, place: int, stage: int = 0, matrix: bool = True, copies: Copies = BOTH) -> Entry:
-    return Entry(name, elements, matrix, copies, (Reader(place, stage, f"layers.{place}"),), "fp32")
+def entry(
+    name: str, elements: int, place: int, stage: int = 0, matrix: bool = True, copies: Holders = BOTH
+) -> BucketEntry:
+    return BucketEntry(name, elements, matrix, copies, (ReadingLayer(place, stage, f"layers.{place}"),), "fp32")
 
 
-def cut(elements: int, *entries: Entry) -> list[list[str]]:
+def cut(elements: int, *entries: BucketEntry) -> list[list[str]]:
     with mock.patch.object(buckets, "CUT", elements):
         return [list(layout.starts) for layout in layouts(entries)]
 
@@ -36,8 +38,8 @@ def test_a_bucket_ends_with_a_layer_once_it_is_large_enough() -> None:
 def test_stages_copies_and_dtypes_do_not_mix() -> None:
     others = [
         entry("stage", 40, 1, stage=1),
-        entry("slice", 40, 0, copies=Copies((0, 1), 1)),
-        entry("home", 40, 0, copies=Copies((0,), None)),
+        entry("slice", 40, 0, copies=Holders((0, 1), 1)),
+        entry("home", 40, 0, copies=Holders((0,), None)),
         entry("half", 40, 0)._replace(dtype="bf16"),
     ]
     assert sorted(cut(1000, entry("one", 40, 0), *others)) == [["half"], ["home"], ["one"], ["slice"], ["stage"]]
@@ -53,7 +55,7 @@ def test_no_call_of_a_kernel_ends_within_a_vector() -> None:
 
 
 def of_stages(*stages: int, first: int = 0) -> BucketLayout:
-    readers = tuple(Reader(first + n, stage, f"{first + n}") for n, stage in enumerate(stages))
+    readers = tuple(ReadingLayer(first + n, stage, f"{first + n}") for n, stage in enumerate(stages))
     return BucketLayout(BOTH, "fp32", readers, {}, 0, 0, 0)
 
 
