@@ -98,7 +98,7 @@ def _figures(run: RunFolder) -> dict[str, str]:
     for column, title in {"eval_pass_1": "held-out pass@1", "eval_pass_k": "held-out pass@k"}.items():
         if known := run.known(column):
             low, high = run.known(f"{column}_low")[-1], run.known(f"{column}_high")[-1]
-            found[f"{title} (95%: {low:.1%} to {high:.1%})"] = f"{known[0]:.1%} to {known[-1]:.1%}"
+            found[f"{title}, now {low:.0%} to {high:.0%}"] = f"{known[0]:.1%} to {known[-1]:.1%}"
     if rates := run.known("tokens_per_second"):
         found["tokens/s of the whole loop"] = f"{median(rates):,.0f}"
     return found
@@ -124,7 +124,7 @@ def _marks(run: RunFolder) -> list[Mark]:
     """Of starts after the first, and of the first of alarms that follow each other."""
     seen, marks = set[str](), []
     for event in run.events():
-        kind = event.what.split()[0] if event.kind == "alarm" else event.kind
+        kind = event.what.split()[0].strip(":") if event.kind == "alarm" else event.kind
         if event.kind in ("start", "alarm") and event.step > 0 and (event.kind == "start" or kind not in seen):
             marks.append(Mark(event.step, kind))
             seen.add(kind)

@@ -18,6 +18,16 @@ if TYPE_CHECKING:
 SPARKS = " ▁▂▃▄▅▆▇█"
 RECENT = 20  # steps that rates are medians over
 SHOWN = {
+    "reward": "{:.4f}",
+    "correct": "{:.1%}",
+    "eval_pass_1": "{:.1%}",
+    "eval_pass_k": "{:.1%}",
+    "length": "{:,.1f}",
+    "entropy": "{:.3f}",
+    "mismatch_k3": "{:.2g}",
+    "clip_fraction": "{:.1%}",
+    "zero_variance": "{:.1%}",
+    "unscored": "{:.1%}",
     "loss": "{:.4f}",
     "val_loss": "{:.4f}",
     "lr": "{:.3g}",
@@ -58,7 +68,7 @@ def view(config: Config, rows: Sequence[Figures], quiet: float) -> RenderableTyp
     if not rows:
         return f"{config.run.name}: no step yet"
     last, recent = rows[-1], rows[-RECENT:]
-    seconds = median(row["seconds"] for row in recent)
+    seconds = median(map(_seconds, recent)) / (config.rl.updates if config.rl else 1)
     left = timedelta(seconds=round(seconds * (config.run.steps - last["step"])))
     silent = quiet > 10 * seconds + 5 and last["step"] < config.run.steps
     late = f"; nothing for {quiet:.0f} s, a step takes {seconds:.0f}" if silent else ""
@@ -69,6 +79,12 @@ def view(config: Config, rows: Sequence[Figures], quiet: float) -> RenderableTyp
         if known:
             table.add_row(name, form.format(known[-1]), sparks(known))
     return Group(title, table)
+
+
+def _seconds(row: Figures) -> float:
+    """Of a row: a step's, or all parts of a rollout; 0 of one that only evaluates."""
+    parts: list[float] = [value for name, value in row.items() if name.startswith("seconds_")]
+    return float(row.get("seconds", sum(parts)))
 
 
 def sparks(values: Sequence[float], width: int = 40) -> str:

@@ -1,7 +1,8 @@
 """How good the policy is on questions that are held out: greedy, and pass@1 and pass@k of sampled answers.
 
-Intervals are 95%, over questions, which is what a new set of questions would draw anew: normal for the means, Wilson's
-for the greedy share. The same questions and seeds every time, so that two evaluations differ by the policy alone.
+Intervals are 95%, over questions, which is what a new set of questions would draw anew: normal for pass@1, a mean of
+shares, and Wilson's for greedy and pass@k, where a question is right or not and a few of them prove nothing. The same
+questions and seeds every time, so that two evaluations differ by the policy alone.
 """
 
 from __future__ import annotations
@@ -41,23 +42,22 @@ def evaluation(greedy: Sequence[Group], sampled: Sequence[Group]) -> Evaluation:
     """Of groups of one greedy answer, and of groups of k sampled ones, to the same questions."""
     right = [group.answers[0].correct for group in greedy]
     shares = [statistics.fmean(answer.correct for answer in group.answers) for group in sampled]
-    some = [float(share > 0) for share in shares]
+    some = [share > 0 for share in shares]
     answers = [answer for group in sampled for answer in group.answers]
     names = answers[0].verdicts
     scores = {name: statistics.fmean(answer.verdicts[name].score or 0.0 for answer in answers) for name in names}
-    return Evaluation(
-        statistics.fmean(right), *_wilson(sum(right), len(right)), *_mean(shares), *_mean(some), scores=scores
-    )
+    return Evaluation(*_share(right), *_mean(shares), *_share(some), scores=scores)
 
 
 def _mean(values: Sequence[float]) -> tuple[float, float, float]:
     mean = statistics.fmean(values)
     half = Z * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-    return mean, mean - half, mean + half
+    return mean, max(0.0, mean - half), min(1.0, mean + half)
 
 
-def _wilson(right: int, count: int) -> tuple[float, float]:
-    share, spread = right / count, Z * Z / count
+def _share(right: Sequence[bool]) -> tuple[float, float, float]:
+    """With Wilson's interval."""
+    share, spread = statistics.fmean(right), Z * Z / len(right)
     middle = (share + spread / 2) / (1 + spread)
-    half = Z * math.sqrt(share * (1 - share) / count + spread / (4 * count)) / (1 + spread)
-    return middle - half, middle + half
+    half = Z * math.sqrt(share * (1 - share) / len(right) + spread / (4 * len(right))) / (1 + spread)
+    return share, middle - half, middle + half
