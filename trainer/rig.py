@@ -77,7 +77,7 @@ class Rig:
         """Runs a step's forwards alone, for `sequences` that `training` takes too."""
         if sequences not in self._forward:
             schedule = forward_only(self.plan.training[sequences].schedule)
-            self._forward[sequences] = self.executor(lower(schedule), self.wire)
+            self._forward[sequences] = self.executor(lower(schedule), self.wire, ZeroHooks(self.optimizer.zero))
         return self._forward[sequences]
 
     @cached_property

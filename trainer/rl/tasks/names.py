@@ -15,6 +15,7 @@ from dryvine.trainer.rl.tasks.question import Question, SplitOfTask, TaskError
 TASKS = {
     "countdown": "dryvine.trainer.rl.tasks.countdown",
     "jsonl": "dryvine.trainer.rl.tasks.jsonl",
+    "reasoning_gym": "dryvine.trainer.rl.tasks.gym",
 }
 
 

@@ -11,4 +11,5 @@ VERIFIERS = {
     "language": "dryvine.trainer.rl.verifiers.language",
     "length": "dryvine.trainer.rl.verifiers.length",
     "math": "dryvine.trainer.rl.verifiers.math",
+    "reasoning_gym": "dryvine.trainer.rl.verifiers.gym",
 }

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -32,6 +33,7 @@ UNCONTAINED = (
 INSIDE = Path(__file__).with_name("inside.py")
 WALL = 3.0  # wall-clock time in units of CPU time: a busy machine must not make a program wrong
 START = 3.0  # and so many seconds to make the sandbox
+REPLY_LONGEST = 1 << 16  # bytes of a server's line
 NOBODY, NOBODIES = 60_001, 5_000  # user ids that no user has, for the children of root: one for each worker
 FIX = (
     "programs cannot be contained on this machine ({}): install bubblewrap 0.8 or newer (apt-get install bubblewrap, "
@@ -53,6 +55,7 @@ class Allowed:
     processes: int = 8  # and threads, at a time
     output_bytes: int = 1 << 20  # of stdout, of stderr, and of any file
     scratch_mb: int = 16  # of all files together
+    shared: tuple[Path, ...] = ()  # folders that it may read, at their places
 
 
 @dataclass(frozen=True)
@@ -90,34 +93,83 @@ def check() -> None:
 def run(command: Sequence[str | Path], stdin: bytes, allowed: Allowed) -> Ran:
     """Run a Python script with its arguments and wait for it. A Path in `command` is a file that it may read, and that
     is all it sees of the file's folder. Raises SandboxError."""
-    contained = os.environ.get(UNCONTAINED) != "1"
     with ExitStack() as stack:
-
-        def held(content: bytes) -> IO[bytes]:
-            return stack.enter_context(_memory(content))
-
-        inp, out, err, started = held(stdin), held(b""), held(b""), held(b"")
-        files = {path: held(path.read_bytes()).fileno() for path in (INSIDE, *command) if isinstance(path, Path)}
-        calls = held(seccomp.program() or b"").fileno()
-        words = [*_namespaces(files, calls, allowed)] if contained else [sys.executable, "-I", "-S", str(INSIDE)]
-        words += [str(_uid()), str(started.fileno()), json.dumps(_limits(allowed))]
-        words += [f"/{word.name}" if contained and isinstance(word, Path) else str(word) for word in command]
-        popen = subprocess.Popen(
-            words,
-            stdin=inp,
-            stdout=out,
-            stderr=err,
-            pass_fds=(started.fileno(), calls, *files.values()),
-            cwd=stack.enter_context(tempfile.TemporaryDirectory()),
-            env={},
-            start_new_session=True,
-        )
+        inp, out, err = (stack.enter_context(_memory(content)) for content in (stdin, b"", b""))
+        popen, started = _launch(stack, command, allowed, (inp, out, err))
         code = _wait(popen, START + allowed.seconds * WALL)
         if not _content(started):
-            raise SandboxError(
-                _content(err).decode(errors="replace").strip()[-300:] or f"ended with {code}, before it began"
-            )
+            raise _failed(err, code)
         return Ran(_content(out), _content(err), code)
+
+
+class Server:
+    """A script in a sandbox that answers each line with a line. For what takes long to begin; whatever an answer does
+    to it, it may do to later ones, so `ask` is for scripts that fork before they touch one. Raises SandboxError."""
+
+    def __init__(self, command: Sequence[str | Path], allowed: Allowed) -> None:
+        self._stack = ExitStack()
+        self._err = self._stack.enter_context(_memory(b""))
+        pipes = (subprocess.PIPE, subprocess.PIPE, self._err)
+        self._popen, self._started = _launch(self._stack, command, allowed, pipes)
+
+    def ask(self, line: str, seconds: float) -> str:
+        """Its reply. Raises SandboxError, and ends it, where none comes in time."""
+        assert self._popen.stdin
+        assert self._popen.stdout
+        try:
+            self._popen.stdin.write(line.encode() + b"\n")
+            self._popen.stdin.flush()
+            if select.select([self._popen.stdout], [], [], seconds)[0]:
+                reply = self._popen.stdout.readline(REPLY_LONGEST)
+                if reply.endswith(b"\n"):
+                    return reply.decode()
+        except OSError:
+            pass  # it has ended
+        self.close()
+        raise _failed(self._err, self._popen.returncode)
+
+    def close(self) -> None:
+        """End it, and all that it has started."""
+        _wait(self._popen, 0.0)
+        for pipe in (self._popen.stdin, self._popen.stdout):
+            with suppress(OSError, AttributeError):
+                pipe.close()  # type: ignore[union-attr]
+
+    def __del__(self) -> None:
+        self._stack.close()
+
+
+def _launch(
+    stack: ExitStack, command: Sequence[str | Path], allowed: Allowed, streams: Sequence[IO[bytes] | int]
+) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
+    """The process, and a file that has a byte once its script begins. `stack` holds what it needs until it ends."""
+
+    def held(content: bytes) -> IO[bytes]:
+        return stack.enter_context(_memory(content))
+
+    contained, started = os.environ.get(UNCONTAINED) != "1", held(b"")
+    files = {path: held(path.read_bytes()).fileno() for path in (INSIDE, *command) if isinstance(path, Path)}
+    calls = held(seccomp.program() or b"").fileno()
+    words = [*_namespaces(files, calls, allowed)] if contained else [sys.executable, "-I", "-S", str(INSIDE)]
+    words += [str(_uid()), str(started.fileno()), json.dumps(_limits(allowed))]
+    words += [f"/{word.name}" if contained and isinstance(word, Path) else str(word) for word in command]
+    stdin, stdout, stderr = streams
+    popen = subprocess.Popen(
+        words,
+        stdin=stdin,
+        stdout=stdout,
+        stderr=stderr,
+        pass_fds=(started.fileno(), calls, *files.values()),
+        cwd=stack.enter_context(tempfile.TemporaryDirectory()),
+        env={},
+        start_new_session=True,
+    )
+    return popen, started
+
+
+def _failed(err: IO[bytes], code: int | None) -> SandboxError:
+    said = _content(err).decode(errors="replace").strip()[-300:]
+    return SandboxError(said or f"ended with {code}, before it began")
 
 
 def _wait(popen: subprocess.Popen[bytes], seconds: float) -> int | None:
@@ -144,7 +196,7 @@ def _namespaces(files: Mapping[Path, int], calls: int, allowed: Allowed) -> Iter
         yield from ("--unshare-user", "--uid", "65534", "--gid", "65534", "--disable-userns")
     if seccomp.program():
         yield from ("--seccomp", str(calls))
-    seen = _seen()
+    seen = [*_seen(), *allowed.shared]
     # bubblewrap makes parents that only root may enter.
     for folder in sorted({str(parent) for path in seen for parent in path.parents[:-1]}):
         yield from ("--perms", "0755", "--dir", folder)
