@@ -1,4 +1,4 @@
-# make setup | train | test | test-long | prove | prove-llama | lint | check. PYTHON names the interpreter that makes .venv; TORCH a torch requirement.
+# make setup | train | rl | test | test-long | prove | prove-llama | lint | check. PYTHON names the interpreter that makes .venv; TORCH a torch requirement.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
@@ -6,7 +6,7 @@ export OMP_NUM_THREADS ?= 1
 # Two at a time, each test file in one process: many tests wait for deadlines or for the disk.
 SIDE_BY_SIDE := -n 2 --dist loadfile
 
-.PHONY: setup setup-test train test test-long prove prove-llama lint types check
+.PHONY: setup setup-test train rl test test-long prove prove-llama lint types check
 
 setup: .venv/.setup
 setup-test: .venv/.setup-test
@@ -26,6 +26,12 @@ setup-test: .venv/.setup-test
 
 train: setup
 	$(BIN)/dryvine train configs/tiny_cpu.toml
+
+# Demonstrations, warm start and reinforcement of the countdown demo: docs/rl.md.
+rl: setup
+	$(BIN)/dryvine demos --out data/countdown
+	$(BIN)/dryvine sft configs/countdown_sft.toml
+	$(BIN)/dryvine rl configs/countdown_r1zero.toml
 
 test: setup-test
 	$(BIN)/python -m pytest -m "not long" $(SIDE_BY_SIDE)

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from dryvine.comm import local
+from dryvine.trainer.checkpoint.manifest import read_manifest
 from dryvine.trainer.config import Config
 from dryvine.trainer.rig import mesh_of
 from dryvine.trainer.rl.loop import reinforce
@@ -96,9 +97,7 @@ def test_a_run_that_is_killed_at_random_moments_ends_in_the_same_bits(
     assert start("killed").wait(300) == 0
     rows = [[{k: row.get(k) for k in COMPARED} for row in read(tmp_path / name)] for name in ("whole", "killed")]
     assert rows[0] == rows[1]
-    manifests = [
-        json.loads((tmp_path / n / "checkpoints/step-00000016/manifest.json").read_text()) for n in ("whole", "killed")
-    ]
-    sums = [{(t["name"], t["first"], t["field"]): t["checksum"] for t in m["manifest"]["tensors"]} for m in manifests]
+    paths = [tmp_path / name / "checkpoints" / "step-00000016" for name in ("whole", "killed")]
+    sums = [{(t.name, t.first, t.field): t.checksum for t in read_manifest(path).tensors} for path in paths]
     assert sums[0] == sums[1]
     assert ("rl.asked", 0, "buffer") in sums[0]

@@ -43,13 +43,12 @@ def reinforce(
     topology: Topology | None = None,
 ) -> bool:
     """Learn for `run.steps` updates, from the newest checkpoint of the run folder if it has one. Returns False if a
-    signal stopped it before, after a save. Raises Diverged, CheckpointError, VerifierError. Collective."""
+    signal stopped it before, after a save. Raises Diverged and CheckpointError. Collective."""
     config, run, source = plan.config, plan.config.run, data.train
     assert isinstance(source, Asked)
     rig = make_rig(plan, mesh, data, topology)
     console = Console(quiet=mesh.rank != 0)
-    names = {name for question in (*source.task.train, *source.task.held_out) for name in question.weights}
-    with Judge(source.task.rl, source.task.chat, mesh, names) as judge:
+    with Judge(source.task.rl, source.task.chat, mesh, source.task.verifiers) as judge:
         learner = Learner(rig, source.task, Sampler.of_rig(rig), judge)
         done = resume(rig, console, learner.state())
         if done == 0 and learner.reference:

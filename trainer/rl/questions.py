@@ -17,6 +17,7 @@ from dryvine.trainer.rl.chat import BadConversation, Chat
 from dryvine.trainer.rl.config import RLConfig
 from dryvine.trainer.rl.tasks.names import questions
 from dryvine.trainer.rl.tasks.question import Question, TaskError
+from dryvine.trainer.rl.verifiers.pool import Pool, VerifierError
 
 LOOKED_AT = 1000  # of the questions with most characters, when the one with most tokens is sought
 
@@ -52,6 +53,11 @@ class Curriculum:
             stop = frozenset((self.chat.stop,))
             yield Request(prompt, self.rl.max_tokens, ask.temperature, 1.0, seed, stop, number)
 
+    @property
+    def verifiers(self) -> set[str]:
+        """The names of all that score its answers."""
+        return {name for question in (*self.train, *self.held_out) for name in question.weights}
+
 
 def open_task(config: Config) -> Curriculum:
     """Raises ConfigError, DataError."""
@@ -75,3 +81,12 @@ def open_task(config: Config) -> Curriculum:
             f"{config.data.seq_len + 1}; lower it, or raise data.seq_len"
         )
     return Curriculum(rl, chat, train, held_out, config.run.seed)
+
+
+def check_verifiers(curriculum: Curriculum) -> None:
+    """Load every verifier once, and say which cannot be: its process would end a run that holds GPUs by then. Raises
+    ConfigError."""
+    try:
+        Pool(curriculum.verifiers, workers=1).close()
+    except VerifierError as error:
+        raise ConfigError(f"rl.task: {error}") from None
