@@ -14,6 +14,8 @@ import pytest
 import torch
 
 from dryvine.comm.mesh import Mesh
+from dryvine.launch.report.page import report_page
+from dryvine.launch.report.runs import RunFolder
 from dryvine.trainer.config import Config, ConfigError
 from dryvine.trainer.generate.requests import Completion, Request
 from dryvine.trainer.generate.sampler import Sampler
@@ -116,6 +118,9 @@ def test_a_run_earns_more_and_writes_what_it_did(run: Tiny) -> None:
     assert max(row["route_mismatch"] for row in rows[1:]) < 0.01
     assert [row["step"] for row in rows if row.get("eval_pass_1") is not None] == [0, 15, 30]
     assert (config.run.folder / "rl.png").exists()
+    page = report_page([RunFolder.open(config.run.folder)])
+    assert "answers to read" in page
+    assert "Held out" in page
     samples = read(config.run.folder, "samples.jsonl")
     assert {"question", "answer", "reward", "advantage", "verdicts", "step"} == set(samples[0])
 
