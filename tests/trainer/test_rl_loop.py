@@ -22,7 +22,9 @@ from dryvine.trainer.generate.sampler import Sampler
 from dryvine.trainer.nonfinite import Diverged
 from dryvine.trainer.rig import mesh_of
 from dryvine.trainer.rl.alarms import WINDOW, AlarmMemory
+from dryvine.trainer.rl.chat import Chat
 from dryvine.trainer.rl.config import Alarms
+from dryvine.trainer.rl.conversations import read as read_conversations
 from dryvine.trainer.rl.evaluate import evaluation
 from dryvine.trainer.rl.groups import Group
 from dryvine.trainer.rl.judge import Judge, Judged
@@ -217,6 +219,25 @@ def test_answers_that_no_verifier_scored_teach_nothing(run: Tiny) -> None:
     learner.judge.judge = lambda asked: [replace(one, reward=None) for one in judge(asked)]  # type: ignore[method-assign]
     assert learner.rollout(0, quiet).updates == []
     assert all(torch.equal(p.master, old) for p, old in zip(learner.rig.optimizer.pieces, before, strict=True))
+
+
+def test_right_answers_are_harvested_as_conversations_that_fine_tuning_reads(run: Tiny, tmp_path: Path) -> None:
+    """From the weights of another run; one of a kind, the shortest first."""
+    go(run("run.steps=2"))
+    out = tmp_path / "right" / "answers.jsonl"
+    init = f'run.init_from="{tmp_path}/tiny"'
+    config = run('run.name="rejection"', init, f'rl.harvest="{out}"', "rl.harvest_per_question=2", "rl.max_tokens=12")
+    assert config.rl is not None
+    judge = DigitJudge.judge
+    easy = lambda self, asked: [replace(one, correct="0" in one.text) for one in judge(self, asked)]  # noqa: E731
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DigitJudge, "judge", easy)
+        assert go(config)
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert records
+    assert all("0" in record["messages"][-1]["content"] for record in records)
+    assert len(read_conversations(out, Chat(config.rl.chat), 32)) == len(records)
+    assert not (tmp_path / "rejection").exists()
 
 
 # -- alarms

@@ -14,9 +14,15 @@ from dryvine.comm import local
 from dryvine.trainer.config import Config
 from dryvine.trainer.data.splits import Data
 from dryvine.trainer.deviations import Part, assembled
+from dryvine.trainer.generate.requests import Request
+from dryvine.trainer.generate.sampler import Sampler
+from dryvine.trainer.model.decoder import Model
 from dryvine.trainer.model.loss import target_logprobs
+from dryvine.trainer.model.shape import blocks
+from dryvine.trainer.model.spec import Spec
 from dryvine.trainer.rig import Rig, make_rig, mesh_of
 from dryvine.trainer.rl.choices import LossChoices
+from dryvine.trainer.rl.losses import k3
 from dryvine.trainer.rl.passes import Learnt, LessonPlan, learn, score
 from dryvine.trainer.rl.rows import Sample, pack, token_rows
 from dryvine.trainer.run_plan import make_plan
@@ -216,3 +222,26 @@ def test_a_gradient_that_is_not_finite_updates_nothing(tiny: Tiny) -> None:
     broken = [replace(answer, advantage=float("nan")) for answer in answers_of(rig.config)]
     assert not learn(rig, broken, CHOICES, PLAIN, 0).finite
     assert all(torch.equal(p.master, old) for p, old in zip(rig.optimizer.pieces, before, strict=True))
+
+
+def test_replay_takes_most_of_the_difference_between_a_bf16_sampler_and_an_fp32_trainer(tiny: Tiny) -> None:
+    """R3: what is left are the roundings of one network, and not the outputs of two. Weights are large, so that
+    experts matter as in a trained model, and gates are close calls."""
+    rig = bare(tiny(*RL, "model.init_std=0.25", "model.routed=8", "model.groups=1", "model.mtp_depth=0"))
+    whole = {name: weight.detach() for name, weight in rig.model.named_parameters()} | dict(rig.model.buffers)
+    names = tuple(block.name for block in blocks(rig.config.model))
+    rounded = Model(Spec(rig.config.model, torch.bfloat16, "cpu"), {0: names}, rig.dispatcher)
+    rounded.load(whole)
+    draw = torch.Generator().manual_seed(0)
+    prompts = torch.randint(320, (256, 6), generator=draw).tolist()
+    requests = [Request(tuple(prompt), 16, seed=number) for number, prompt in enumerate(prompts)]
+    answers = [
+        Sample(done.request.prompt, done.tokens, done.logprobs, done.routes)
+        for done in Sampler.alone(rounded).generate(requests)
+    ]
+    found = {}
+    for replay in (False, True):
+        scored = score(rig, answers, LessonPlan(1.0, replay=replay))
+        apart = torch.cat([one.sampled - one.old for one in scored])  # type: ignore[operator]
+        found[replay] = float(k3(apart).mean())
+    assert found[True] * 10 < found[False], found

@@ -64,6 +64,9 @@ class RLConfig(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     # `overlong_buffer` tokens to 1 (DAPO, equation 13).
     overlong: Literal["keep", "mask", "penalty"] = "keep"
     overlong_buffer: Positive = 1
+    # A file for right answers, as conversations: the run writes it instead of learning (rejection sampling).
+    harvest: str | None = None
+    harvest_per_question: Positive = 4
     eval_problems: Positive = 64  # held out; run.eval_every says when
     eval_samples: Positive = 16  # to each, for pass@1 and pass@16
     alarms: Alarms = Alarms()

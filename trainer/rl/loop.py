@@ -8,6 +8,7 @@ tokens, since those are functions of the weights and of the question's number.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -26,6 +27,7 @@ from dryvine.trainer.rehearse import rehearse, report_loads
 from dryvine.trainer.rig import make_rig
 from dryvine.trainer.rl.asked import Asked
 from dryvine.trainer.rl.figures import figures_of, sample_lines
+from dryvine.trainer.rl.harvest import harvest
 from dryvine.trainer.rl.judge import Judge
 from dryvine.trainer.rl.learner import Learner
 from dryvine.trainer.rl.pictures import draw
@@ -50,6 +52,8 @@ def reinforce(
     console = Console(quiet=mesh.rank != 0)
     with Judge(source.task.rl, source.task.chat, mesh, source.task.verifiers) as judge:
         learner = Learner(rig, source.task, Sampler.of_rig(rig), judge)
+        if source.task.rl.harvest:
+            return _harvest(learner, Path(source.task.rl.harvest), console)
         done = resume(rig, console, learner.state())
         if done == 0 and learner.reference:
             learner.reference.refresh()
@@ -69,6 +73,16 @@ def reinforce(
     if reached < run.steps:
         console.print(f"stopped by a signal after update {reached}; the same command goes on from there")
     return reached >= run.steps
+
+
+def _harvest(learner: Learner, path: Path, console: Console) -> bool:
+    """With the weights that a run would begin or go on with."""
+    resume(learner.rig, console)
+    with _progress(console) as bar:
+        task = bar.add_task("answers", total=None, figures="")
+        kept, of = harvest(learner, path, lambda ended, every: bar.update(task, completed=ended, total=every))
+    console.print(f"{path}: {kept} right answers of {of}; fine-tune on it with sft.train", markup=False)
+    return True
 
 
 class _Run:

@@ -1,0 +1,41 @@
+"""Right answers as conversations to fine-tune on: rejection sampling where the model learns from its own, distillation
+where a smaller one does (DeepSeek-R1 distils so: fine-tuning on samples, and no matching of logits).
+
+Instead of updates: `rl.harvest` names the file. Answers that verifiers call right are kept, one of a kind, at most so
+many of a question, the shortest first, since length is what repetition of one's own answers makes grow.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from dryvine.trainer.data.atomic import write_atomically
+from dryvine.trainer.rl.groups import Group
+from dryvine.trainer.rl.learner import Learner
+from dryvine.trainer.rl.questions import Ask
+
+
+def harvest(learner: Learner, path: Path, on_answer: Callable[[int, int], None]) -> tuple[int, int]:
+    """Ask as many questions as a run would, and write what was right. Returns answers kept, of how many. Collective."""
+    rl, steps = learner.task.rl, learner.rig.config.run.steps
+    ask = Ask(rl.samples, rl.temperature)
+    lines: list[str] = []
+    asked = 0
+    for first in range(0, steps * rl.questions, rl.questions):
+        groups = learner.answers(range(first, first + rl.questions), ask, on_answer)
+        asked += sum(len(group.answers) for group in groups)
+        lines += _lines(groups, rl.chat.answers, rl.harvest_per_question)
+    if learner.rig.mesh.rank == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, "".join(line + "\n" for line in lines))
+    learner.rig.mesh.barrier("writing answers")
+    return len(lines), asked
+
+
+def _lines(groups: Sequence[Group], role: str, most: int) -> Iterator[str]:
+    for group in groups:
+        right = {answer.text for answer in group.answers if answer.correct and answer.completion.reason == "stop"}
+        for text in sorted(right, key=lambda text: (len(text), text))[:most]:
+            yield json.dumps({"messages": [*group.question.messages, {"role": role, "content": text}]})
