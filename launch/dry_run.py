@@ -73,7 +73,7 @@ def _whole(plan: Plan) -> Iterator[str]:
     yield f"simulated: {plan.timeline.figures} (seconds)"
     for stage, names in enumerate(run.blocks):
         yield f"stage {stage}, on pipeline rank {' and '.join(map(str, run.schedule.copies(stage)))}: {_spans(names)}"
-    source = plan.config.data.source
+    source = STDLIB if plan.config.sft or plan.config.rl else plan.config.data.source
     if source != STDLIB and not (Path(source) / "dataset.json").exists():
         yield f"data: {source} is not on this machine; a run does not start without it (see `dryvine data build`)"
 

@@ -32,7 +32,8 @@ ROOMS = tuple(
     )
 )
 PACKAGES = ("numpy", "triton", "nvidia-nccl-cu12", "nvidia-nccl-cu13", "transformer-engine", "deep-ep", "deepspeed")
-ELSEWHERE = {"data.source", "data.dir"}  # paths that may differ between hosts
+# Paths that may differ between hosts; what is read there is compared.
+ELSEWHERE = {"data.source", "data.dir", "sft.train", "sft.validation", "sft.chat.tokenizer", "rl.chat.tokenizer"}
 
 
 def facts(plan: RunPlan, data: Data) -> dict[str, str]:

@@ -19,6 +19,8 @@ from dryvine.launch.report.runs import RunFolder
 from dryvine.trainer.config import Config, ConfigError
 from dryvine.trainer.generate.requests import Completion, Request
 from dryvine.trainer.generate.sampler import Sampler
+from dryvine.trainer.hand_off.names import biases
+from dryvine.trainer.hand_off.run_files import open_run
 from dryvine.trainer.nonfinite import Diverged
 from dryvine.trainer.rig import mesh_of
 from dryvine.trainer.rl.alarms import WINDOW, AlarmMemory
@@ -123,6 +125,7 @@ def test_a_run_earns_more_and_writes_what_it_did(run: Tiny) -> None:
     page = report_page([RunFolder.open(config.run.folder)])
     assert "answers to read" in page
     assert "Held out" in page
+    assert open_run(str(config.run.folder)).stored.buffers.keys() == set(biases(config.model))
     samples = read(config.run.folder, "samples.jsonl")
     assert {"question", "answer", "reward", "advantage", "verdicts", "step"} == set(samples[0])
 
@@ -219,6 +222,16 @@ def test_answers_that_no_verifier_scored_teach_nothing(run: Tiny) -> None:
     learner.judge.judge = lambda asked: [replace(one, reward=None) for one in judge(asked)]  # type: ignore[method-assign]
     assert learner.rollout(0, quiet).updates == []
     assert all(torch.equal(p.master, old) for p, old in zip(learner.rig.optimizer.pieces, before, strict=True))
+
+
+def test_an_evaluation_by_itself_says_what_the_run_would(run: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    config = run("run.steps=1", "rl.eval_samples=4")
+    go(config)
+    row = read(config.run.folder)[-1]
+    go(run("run.steps=1", "rl.eval_samples=4", "rl.evaluate_only=true"))
+    said = capsys.readouterr().out
+    for name in ("eval_pass_1", "eval_greedy", "eval_pass_k_high", "eval_score.digits"):
+        assert f"{name} {row[name]:.4f}" in said
 
 
 def test_right_answers_are_harvested_as_conversations_that_fine_tuning_reads(run: Tiny, tmp_path: Path) -> None:

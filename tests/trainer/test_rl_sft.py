@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken
 
 from dryvine.trainer import verify
@@ -18,6 +19,8 @@ from dryvine.trainer.batches import read_batch
 from dryvine.trainer.config import Config, ConfigError
 from dryvine.trainer.data.config import DataError
 from dryvine.trainer.data.tokenizer import train as learn_vocabulary
+from dryvine.trainer.hand_off.commands import ExportAs
+from dryvine.trainer.hand_off.run_files import open_run
 from dryvine.trainer.rl.chat import BadConversation, Chat
 from dryvine.trainer.rl.chat_config import ChatConfig
 from dryvine.trainer.rl.conversations import Conversations, open_conversations, read
@@ -202,3 +205,18 @@ def test_messages_that_are_none_are_refused(chat: Chat) -> None:
     for messages in ([1], [{"role": "user"}], [{"role": 3, "content": "x"}], [{"content": "x"}]):
         with pytest.raises(BadConversation):
             chat.encode(messages)  # type: ignore[arg-type]
+
+
+def test_a_fine_tuned_run_is_exported_with_its_tokenizer_and_template(tuned: Tiny, chat: Chat, tmp_path: Path) -> None:
+    """The template writes what fine-tuning taught."""
+    config = tuned("run.steps=1")
+    train_on(0, config)
+    run = open_run(str(config.run.folder))
+    files = ExportAs("hf").tokenizer_of(run)
+    assert files.vocabulary.sha256 == chat.vocabulary.sha256
+    template = ImmutableSandboxedEnvironment().from_string(files.chat_template)
+    turns = [*say('say "hi"', "yo {}"), *say("b", "c")]
+    text = chat.vocabulary.tokenizer.decode(chat.encode(turns).tokens, skip_special_tokens=False)
+    assert template.render(messages=turns) == text
+    asked = template.render(messages=turns[:3], add_generation_prompt=True)
+    assert asked == chat.vocabulary.tokenizer.decode(list(chat.prompt(turns[:3])), skip_special_tokens=False)

@@ -10,6 +10,7 @@ from torch import Tensor
 from dryvine.trainer.checkpoint.files import Place
 from dryvine.trainer.checkpoint.manifest import BUFFER, Size
 
+COUNTS = "rl."  # begins the names of buffers that are of a loop, and none of a model's
 Fields = Mapping[str, Tensor]  # "master", "exp_avg", ...; a field of no dimension holds for the whole piece
 Pieces = Mapping[tuple[str, int], Fields]  # (parameter, first element) -> the piece's fields
 

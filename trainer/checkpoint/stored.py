@@ -19,7 +19,7 @@ from dryvine.trainer.checkpoint import run_folder
 from dryvine.trainer.checkpoint.files import Place, write_file, write_manifest
 from dryvine.trainer.checkpoint.manifest import BUFFER, CheckpointError, Manifest, Size, StoredPieces, overlaps
 from dryvine.trainer.checkpoint.reader import open_checkpoint
-from dryvine.trainer.checkpoint.state import Fields
+from dryvine.trainer.checkpoint.state import COUNTS, Fields
 
 Piece = tuple[str, int, Fields]  # (parameter, first element, fields)
 FILE_BYTES = 1 << 27  # of tensors in memory until a file of them is written
@@ -45,8 +45,13 @@ class Stored:
 
     @cached_property
     def buffers(self) -> dict[str, Tensor]:
+        """Of the model: what a loop counts is stored as buffers too."""
         stored = self._reader.manifest.buffers()
-        return {name: self._reader.read(tensor, slice(None)) for name, tensor in stored.items()}
+        return {
+            name: self._reader.read(tensor, slice(None))
+            for name, tensor in stored.items()
+            if not name.startswith(COUNTS)
+        }
 
     @property
     def bytes(self) -> int:

@@ -44,7 +44,10 @@ class ExportAs(NamedTuple):
 
     def tokenizer_of(self, run: OpenRun) -> TokenizerFiles:
         found = None if self.tokenizer else run.tokenizer()
-        return open_tokenizer(found, self.tokenizer, self.chat_template, run.shape.vocab)
+        chat = run.chat()
+        return open_tokenizer(
+            found, self.tokenizer, self.chat_template, run.shape.vocab, chat.jinja() if chat else None
+        )
 
 
 def export_run(run: OpenRun, out: Path, ways: ExportAs, on_progress: OnProgress) -> None:

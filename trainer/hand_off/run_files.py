@@ -18,6 +18,7 @@ from dryvine.trainer.data.prepare import prepare
 from dryvine.trainer.hand_off.errors import HandOffError
 from dryvine.trainer.hand_off.names import biases, sizes
 from dryvine.trainer.model.shape import Shape
+from dryvine.trainer.rl.chat_config import ChatConfig
 
 CONFIG = "config.toml"
 MODEL = "model.toml"  # of an imported run: its [model] table, for a config to extend
@@ -37,9 +38,17 @@ class OpenRun:
         if (self.folder / TOKENIZER / "tokenizer.json").exists():
             return self.folder / TOKENIZER
         try:
-            return prepare(load(self.folder / CONFIG).data)
+            return Path(chat.tokenizer) if (chat := self.chat()) else prepare(load(self.folder / CONFIG).data)
         except (ConfigError, DataError):
             return None
+
+    def chat(self) -> ChatConfig | None:
+        """How it was fine-tuned to talk, if it was."""
+        if not (self.folder / CONFIG).exists():
+            return None
+        config = load(self.folder / CONFIG)
+        tuned = config.sft or config.rl
+        return tuned.chat if tuned else None
 
 
 def open_run(spec: str) -> OpenRun:

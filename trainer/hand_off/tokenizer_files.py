@@ -37,8 +37,11 @@ class TokenizerFiles(NamedTuple):
         return str(self.vocabulary.tokenizer.id_to_token(self.vocabulary.end))
 
 
-def open_tokenizer(found: Path | None, given: Path | None, chat_template: Path | None, vocab: int) -> TokenizerFiles:
-    """`given` (a tokenizer.json, or its folder) before the `found` one of the run. Raises HandOffError or DataError."""
+def open_tokenizer(
+    found: Path | None, given: Path | None, chat_template: Path | None, vocab: int, tuned: str | None = None
+) -> TokenizerFiles:
+    """`given` (a tokenizer.json, or its folder) before the `found` one of the run. `tuned`: the template that the run
+    was fine-tuned with. Raises HandOffError or DataError."""
     path = given or found
     if path is None:
         raise HandOffError("the run's dataset is gone and with it the tokenizer: name one with --tokenizer PATH")
@@ -46,7 +49,7 @@ def open_tokenizer(found: Path | None, given: Path | None, chat_template: Path |
     vocabulary = tokenizers.load(path / "tokenizer.json" if path.is_dir() else path)
     if vocabulary.size > vocab:
         raise HandOffError(f"{path}: has {vocabulary.size} token ids, and the model {vocab}: not its tokenizer")
-    template = chat_template.read_text() if chat_template else _released_template(folder)
+    template = chat_template.read_text() if chat_template else tuned or _released_template(folder)
     return TokenizerFiles(folder, vocabulary, template or PLAIN_TEMPLATE)
 
 

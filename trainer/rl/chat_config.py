@@ -3,6 +3,8 @@ from one to the other. Imports no torch."""
 
 from __future__ import annotations
 
+import json
+
 from pydantic import BaseModel, Field, model_validator
 
 
@@ -20,6 +22,20 @@ class ChatConfig(BaseModel, frozen=True, extra="forbid"):
     controls: tuple[str, ...] = Field(
         default=(), description='control tokens that the role `answers` may spell in its content, such as "<think>"'
     )
+
+    def jinja(self) -> str:
+        """The same as a chat template of transformers and of servers."""
+        parts = {role: text.split("{content}") for role, text in self.roles.items()}
+        turns = "".join(
+            f"{{% if message['role'] == {json.dumps(role)} %}}{{{{ {json.dumps(before)} + message['content'] + "
+            f"{json.dumps(after)} }}}}{{% endif %}}"
+            for role, (before, after) in parts.items()
+        )
+        opening = json.dumps(parts[self.answers][0])
+        return (
+            f"{{% for message in messages %}}{turns}{{% endfor %}}"
+            f"{{% if add_generation_prompt %}}{{{{ {opening} }}}}{{% endif %}}"
+        )
 
     @model_validator(mode="after")
     def _templates_hold_content(self) -> ChatConfig:

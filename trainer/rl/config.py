@@ -67,6 +67,7 @@ class RLConfig(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     # A file for right answers, as conversations: the run writes it instead of learning (rejection sampling).
     harvest: str | None = None
     harvest_per_question: Positive = 4
+    evaluate_only: bool = False  # answer the held-out questions, say how well, and learn nothing
     eval_problems: Positive = 64  # held out; run.eval_every says when
     eval_samples: Positive = 16  # to each, for pass@1 and pass@16
     alarms: Alarms = Alarms()

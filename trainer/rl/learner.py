@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from dryvine.trainer.checkpoint.state import RunState
+from dryvine.trainer.checkpoint.state import COUNTS, RunState
 from dryvine.trainer.generate.requests import Completion
 from dryvine.trainer.generate.sampler import Sampler
 from dryvine.trainer.rig import Rig
@@ -64,7 +64,7 @@ class Learner:
         if self.reference:
             held = self.reference.pieces()
             pieces = {place: {**fields, FIELD: held[place]} for place, fields in pieces.items()}
-        counts = {"rl.asked": self.asked, "rl.alarms": self.alarms.state}
+        counts = {f"{COUNTS}asked": self.asked, f"{COUNTS}alarms": self.alarms.state}
         return replace(state, pieces=pieces, buffers={**state.buffers, **counts})
 
     # -- sampling

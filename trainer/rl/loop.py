@@ -52,8 +52,8 @@ def reinforce(
     console = Console(quiet=mesh.rank != 0)
     with Judge(source.task.rl, source.task.chat, mesh, source.task.verifiers) as judge:
         learner = Learner(rig, source.task, Sampler.of_rig(rig), judge)
-        if source.task.rl.harvest:
-            return _harvest(learner, Path(source.task.rl.harvest), console)
+        if source.task.rl.evaluate_only or source.task.rl.harvest:
+            return _only_answer(learner, console)
         done = resume(rig, console, learner.state())
         if done == 0 and learner.reference:
             learner.reference.refresh()
@@ -75,13 +75,23 @@ def reinforce(
     return reached >= run.steps
 
 
-def _harvest(learner: Learner, path: Path, console: Console) -> bool:
-    """With the weights that a run would begin or go on with."""
+def _only_answer(learner: Learner, console: Console) -> bool:
+    """With the weights that a run would begin or go on with: an evaluation, or right answers for a file."""
     resume(learner.rig, console)
+    path = learner.task.rl.harvest
     with _progress(console) as bar:
         task = bar.add_task("answers", total=None, figures="")
-        kept, of = harvest(learner, path, lambda ended, every: bar.update(task, completed=ended, total=every))
-    console.print(f"{path}: {kept} right answers of {of}; fine-tune on it with sft.train", markup=False)
+
+        def on_answer(ended: int, of: int) -> None:
+            bar.update(task, completed=ended, total=of)
+
+        if path is None:
+            lines = [f"{name} {value:.4f}" for name, value in learner.evaluate(on_answer).figures().items()]
+        else:
+            kept, of = harvest(learner, Path(path), on_answer)
+            lines = [f"{path}: {kept} right answers of {of}; fine-tune on it with sft.train"]
+    for line in lines:
+        console.print(line, markup=False, highlight=False)
     return True
 
 
