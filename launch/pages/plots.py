@@ -66,7 +66,8 @@ def lines(curves: Mapping[str, Curve], x: str, y: str, marks: Sequence[Mark] = (
         )
     if log:
         axes.set_yscale("log")
-    _legend_below(axes, max(map(len, curves), default=1))
+    if curves:
+        _legend_below(axes, max(map(len, curves)))
     return _svg(figure)
 
 

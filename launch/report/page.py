@@ -95,6 +95,8 @@ def _loads(runs: Sequence[RunFolder]) -> Iterator[str]:
         **curves(runs, "load_imbalance", "busiest expert over the mean"),
         **curves(runs, "rank_imbalance", "busiest rank over the mean"),
     }
+    if not curves:
+        return
     yield heading("Load of the experts")
     yield picture(plots.lines(loads, "step", "over the mean"), "imbalance of experts and ranks by step")
     for run in (run for run in runs if run.loads):
