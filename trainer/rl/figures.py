@@ -35,7 +35,7 @@ def figures_of(outcome: RolloutOutcome) -> Row:
         "unscored": 1 - len(rewards) / len(answers),
         "zero_variance": min(1.0, idle / every),
         "refills": outcome.refills,
-        **_learnt(outcome.updates),
+        **_learnt(outcome.updates, outcome.has_reference),
         "tokens_per_second": tokens / seconds,
         **{f"seconds_{name}": value for name, value in outcome.seconds.items()},
     }
@@ -52,7 +52,7 @@ def _scores(groups: Sequence[Group]) -> Row:
     return {f"score.{name}": statistics.fmean(scores) for name, scores in found.items()}
 
 
-def _learnt(updates: Sequence[Learnt]) -> Row:
+def _learnt(updates: Sequence[Learnt], has_reference: bool) -> Row:
     """Over all updates; mismatches are those of the first, whose weights are the sampler's."""
     if not updates:
         return {}
@@ -63,7 +63,7 @@ def _learnt(updates: Sequence[Learnt]) -> Row:
         "mismatch_k3": first.sums.mean("k3"),
         "mismatch_logprob": first.largest_apart,
         "route_mismatch": first.other_routes,
-        "reference_k3": mean(one.sums.mean("k3_reference") for one in updates),
+        "reference_k3": mean(one.sums.mean("k3_reference") for one in updates) if has_reference else None,
         "clip_fraction": mean(one.sums.mean("clipped") for one in updates),
         "entropy": mean(one.sums.mean("entropy") for one in updates),
         "bubble": mean(one.bubble for one in updates),

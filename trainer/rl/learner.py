@@ -39,6 +39,7 @@ class RolloutOutcome:
     updates: Sequence[Learnt]
     advantages: Sequence[Sequence[float]]
     seconds: dict[str, float]  # of sampling, scoring, learning
+    has_reference: bool
 
 
 @dataclass
@@ -115,9 +116,8 @@ class Learner:
         if self.reference and rl.reference_every and _crosses(step, rl.updates, rl.reference_every):
             self.reference.refresh()
         seconds = (sampled - started, scored - sampled, time.perf_counter() - scored)
-        return RolloutOutcome(
-            groups, left_out, refills, updates, values, dict(zip(("sample", "score", "learn"), seconds, strict=True))
-        )
+        named = dict(zip(("sample", "score", "learn"), seconds, strict=True))
+        return RolloutOutcome(groups, left_out, refills, updates, values, named, self.reference is not None)
 
     @property
     def _plan(self) -> LessonPlan:

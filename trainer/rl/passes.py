@@ -163,12 +163,21 @@ class _Fields:
 
     def tokens(self, first: int, count: int) -> Tokens:
         answers = self.packing.answers
+
+        def old(number: int) -> Tensor:
+            answer = answers[number]
+            return answer.sampled if answer.old is None else answer.old
+
+        def reference(number: int) -> Tensor | float:
+            found = answers[number].reference
+            return 0.0 if found is None else found
+
         columns = (
-            [torch.tensor(answer.advantage) for answer in answers],
-            [answer.sampled if answer.old is None else answer.old for answer in answers],
-            [answer.sampled for answer in answers],
-            [torch.zeros(1) if answer.reference is None else answer.reference for answer in answers],
-            [torch.tensor(part) for part in self.parts],
+            lambda i: answers[i].advantage,
+            old,
+            lambda i: answers[i].sampled,
+            reference,
+            lambda i: self.parts[i],
         )
         filled = [fill_targets(self.packing, first, count, column) for column in columns]
         return Tokens._make([*filled, answer_numbers(self.packing, first, count)])

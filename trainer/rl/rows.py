@@ -8,7 +8,7 @@ Legend: R rows, T positions, N = S * T tokens of a microbatch of S rows, K choic
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -86,11 +86,11 @@ def token_rows(packing: Packing, first: int, count: int, extra: int) -> tuple[Te
     return tokens, documents
 
 
-def fill_targets(packing: Packing, first: int, count: int, values: Sequence[Tensor]) -> Tensor:
-    """FP32 [N] of these rows: `values[i]`, [n] or [1], where the tokens of answer i are predicted, and 0 elsewhere."""
+def fill_targets(packing: Packing, first: int, count: int, value: Callable[[int], Tensor | float]) -> Tensor:
+    """FP32 [N] of these rows: `value(i)`, [n] or one number, where answer i is predicted, and 0 elsewhere."""
     out = torch.zeros(count, packing.length)
     for number in packing.in_rows(first, count):
-        out[packing.places[number].row - first, packing.targets(number)] = values[number]
+        out[packing.places[number].row - first, packing.targets(number)] = value(number)
     return out.flatten()
 
 
