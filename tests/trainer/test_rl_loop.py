@@ -242,13 +242,21 @@ def test_right_answers_are_harvested_as_conversations_that_fine_tuning_reads(run
     config = run('run.name="rejection"', init, f'rl.harvest="{out}"', "rl.harvest_per_question=2", "rl.max_tokens=12")
     assert config.rl is not None
     judge = DigitJudge.judge
-    easy = lambda self, asked: [replace(one, correct="0" in one.text) for one in judge(self, asked)]  # noqa: E731
+
+    def easy(self: Any, asked: Any) -> list[Judged]:
+        """Whatever has a digit is right, and ended by itself."""
+        found = judge(self, asked)
+        return [
+            replace(one, correct=one.reward > 0, completion=replace(one.completion, reason="stop")) for one in found
+        ]
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DigitJudge, "judge", easy)
         assert go(config)
     records = [json.loads(line) for line in out.read_text().splitlines()]
     assert records
-    assert all("0" in record["messages"][-1]["content"] for record in records)
+    texts = [record["messages"][-1]["content"] for record in records]
+    assert all(any(character.isdigit() for character in text) for text in texts)
     assert len(read_conversations(out, Chat(config.rl.chat), 32)) == len(records)
     assert not (tmp_path / "rejection").exists()
 

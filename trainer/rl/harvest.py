@@ -36,6 +36,7 @@ def harvest(learner: Learner, path: Path, on_answer: Callable[[int, int], None])
 
 def _lines(groups: Sequence[Group], role: str, most: int) -> Iterator[str]:
     for group in groups:
-        right = {answer.text for answer in group.answers if answer.correct and answer.completion.reason == "stop"}
+        ended = [answer for answer in group.answers if answer.completion.reason == "stop" and answer.text]
+        right = {answer.text for answer in ended if answer.correct}
         for text in sorted(right, key=lambda text: (len(text), text))[:most]:
             yield json.dumps({"messages": [*group.question.messages, {"role": role, "content": text}]})
