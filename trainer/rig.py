@@ -59,6 +59,7 @@ class Rig:
     fp8: FP8 | None
     _training: dict[int, Executor] = field(default_factory=dict)
     _forward: dict[int, Executor] = field(default_factory=dict)
+    _accumulating: dict[int, Executor] = field(default_factory=dict)
 
     @property
     def config(self) -> Config:
@@ -79,6 +80,13 @@ class Rig:
             schedule = forward_only(self.plan.training[sequences].schedule)
             self._forward[sequences] = self.executor(lower(schedule), self.wire, ZeroHooks(self.optimizer.zero))
         return self._forward[sequences]
+
+    def accumulating(self, sequences: int) -> Executor:
+        """Runs what `training` does as a part of a step that goes on: sums of gradients are left to the last part."""
+        if sequences not in self._accumulating:
+            hooks = ZeroHooks(self.optimizer.zero)
+            self._accumulating[sequences] = self.executor(self.plan.training[sequences], self.wire, hooks)
+        return self._accumulating[sequences]
 
     @cached_property
     def validation(self) -> Executor:

@@ -95,7 +95,7 @@ def _loads(runs: Sequence[RunFolder]) -> Iterator[str]:
         **curves(runs, "load_imbalance", "busiest expert over the mean"),
         **curves(runs, "rank_imbalance", "busiest rank over the mean"),
     }
-    if not curves:
+    if not loads:
         return
     yield heading("Load of the experts")
     yield picture(plots.lines(loads, "step", "over the mean"), "imbalance of experts and ranks by step")

@@ -86,6 +86,7 @@ class Learner:
     ) -> list[Group]:
         requests = [[*self.task.requests(question, n, ask, purpose)] for n, question in asked]
         every = [request for group in requests for request in group]
+        self.rig.optimizer.zero.settle()  # a sampler reads weights without the hooks that wait for new ones
         found: dict[tuple[int | None, int], Completion] = {}
         for completion in self.sampler.generate(every):
             found[completion.request.group, completion.request.seed] = completion

@@ -118,6 +118,7 @@ class _Run:
                 stopped = self._agree(stop.asked)
                 self._save(before, done, figures, stopped)
             self.saver.close()
+        self.learner.rig.optimizer.zero.settle()  # nothing is under way when ranks part
         return done
 
     def _rollout(self, before: int, done: int) -> Figures:

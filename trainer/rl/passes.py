@@ -144,7 +144,8 @@ def learn(rig: Rig, answers: Sequence[Sample], choices: LossChoices, plan: Lesso
     for one in passes:
         batch = _batch(rig, packing, one, plan, fields.objective)
         # Losses are means over microbatches, as in pretraining: shares are multiplied up in `fields`.
-        played.append(rig.training(one.count).run(replace(batch, loss_scale=gradient_scale(point) / microbatches)))
+        executor = rig.training(one.count) if one is passes[-1] else rig.accumulating(one.count)
+        played.append(executor.run(replace(batch, loss_scale=gradient_scale(point) / microbatches)))
     norm = rig.optimizer.reduce(gradient_scale(point))
     if math.isfinite(norm):
         update(rig, point, norm)

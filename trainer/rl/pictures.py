@@ -7,11 +7,22 @@ from typing import TYPE_CHECKING
 
 import matplotlib
 
-from dryvine.trainer.rl.panels import LOGARITHMIC, PANELS
 from dryvine.trainer.run_rows import Figures, read
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+
+# Each panel: its title, and the figures that it shows.
+PANELS: dict[str, tuple[str, ...]] = {
+    "reward": ("reward", "correct", "score.format"),
+    "held out": ("eval_pass_1", "eval_greedy", "eval_pass_k"),
+    "answer length, tokens": ("length", "longest"),
+    "entropy, nats": ("entropy",),
+    "sampler and trainer": ("mismatch_k3", "mismatch_logprob", "reference_k3"),
+    "shares": ("zero_variance", "clip_fraction", "route_mismatch", "overlong", "unscored"),
+}
+LOGARITHMIC = ("sampler and trainer",)
 
 
 def draw(folder: Path) -> None:
