@@ -13,6 +13,8 @@ from dryvine.trainer.rl.verifiers.pool import Pool, VerifierError
 from dryvine.trainer.rl.verifiers.verdict import Job
 from dryvine.trainer.say import say
 
+EXAMPLE = """'{"answer": 5}'"""  # as a shell takes it
+
 
 def check_verifier(
     name: Annotated[str, typer.Argument(help=", ".join(sorted(VERIFIERS)), show_default=False)],
@@ -27,13 +29,12 @@ def check_verifier(
         with Pool([name], workers=1) as pool:
             text = sys.stdin.read() if answer == "-" else answer
             (verdict,) = pool.score([Job(name, text, record)])
-    except ValueError as error:
-        say(f"--problem {problem!r}: {error}; write a JSON object, for example " + "'{\"answer\": 5}'")
-        raise typer.Exit(2) from None
     except VerifierError as error:
         say(error)
         raise typer.Exit(2) from None
-    typer.echo(
-        f"{'not scored' if verdict.score is None else f'{verdict.score:g}'}{': ' * bool(verdict.why)}{verdict.why}"
-    )
+    except ValueError as error:
+        say(f"--problem {problem!r}: {error}; write a JSON object, for example {EXAMPLE}")
+        raise typer.Exit(2) from None
+    score = "not scored" if verdict.score is None else f"{verdict.score:g}"
+    typer.echo(f"{score}: {verdict.why}" if verdict.why else score)
     raise typer.Exit(int(verdict.score is None))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,6 +13,10 @@ import pytest
 from typer.testing import CliRunner
 
 from dryvine.launch.cli import app
+from dryvine.trainer.__main__ import main
+from dryvine.trainer.config import Config, dump
+from dryvine.trainer.exit_codes import ExitCode
+from dryvine.trainer.rl.tasks.countdown_demos import tokenizer
 from dryvine.trainer.rl.verifiers import names
 from dryvine.trainer.rl.verifiers.pool import Pool, VerifierError
 from dryvine.trainer.rl.verifiers.verdict import Job, Verdict, weighted
@@ -151,3 +155,25 @@ def test_the_command_shows_a_verdict(words: list[str], code: int, said: str) -> 
     result = CliRunner().invoke(app, ["check-verifier", *words])
     assert result.exit_code == code
     assert said in result.output
+
+
+def test_a_run_whose_verifier_does_not_load_is_refused_before_it_begins(
+    tiny: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(names.VERIFIERS, "gone", "dryvine.trainer.rl.verifiers.gone")
+    tokenizer().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "questions.jsonl").write_text('{"prompt": "1+4", "answer": 5}\n')
+    file = f'"{tmp_path}/questions.jsonl"'
+    config = tiny(
+        f'rl.chat.tokenizer="{tmp_path}/tokenizer.json"',
+        f'rl.task={{name="jsonl", train={file}, validation={file}, verifiers={{gone=1.0}}}}',
+        'data.mask="document"',
+        "model.balance_alpha=0.0",
+        "rl.max_tokens=4",
+    )
+    path = tmp_path / "run.toml"
+    path.write_text(dump(config))
+    monkeypatch.setattr(os, "environ", dict(os.environ))  # which `main` adds to
+    assert main([str(path)]) == ExitCode.REFUSED
+    assert "verifiers gone: No module named" in capsys.readouterr().err
+    assert not config.run.folder.exists()

@@ -33,7 +33,7 @@ REPLY_LONGEST = 1 << 16  # bytes of a reply; more is no verdict
 
 
 class VerifierError(Exception):
-    """A verifier that does not exist or cannot be loaded: one line, with the fix."""
+    """A verifier that does not exist or cannot work on this machine: one line, with the fix."""
 
 
 @dataclass
@@ -50,12 +50,13 @@ class _Process:
 
 
 class Pool:
-    """`workers` processes that have loaded the verifiers `names`. Raises VerifierError where one cannot be.
+    """`workers` processes that have loaded the verifiers `names`; by default one for each two cores, 2 to 8. Raises
+    VerifierError where one cannot be loaded.
 
     Use it as a context manager, or call `close`. Processes are started at once and again after each kill.
     """
 
-    def __init__(self, names: Iterable[str], workers: int = 2, limits: WorkerLimits | None = None) -> None:
+    def __init__(self, names: Iterable[str], workers: int | None = None, limits: WorkerLimits | None = None) -> None:
         self.names = sorted(set(names))
         if unknown := [name for name in self.names if name not in VERIFIERS]:
             raise VerifierError(f"no verifier {unknown[0]!r}: there are {', '.join(sorted(VERIFIERS))}")
@@ -63,6 +64,7 @@ class Pool:
         self.seconds: dict[str, float] = {}
         self.counts: Counter[str] = Counter()
         self._failed_starts = 0
+        workers = workers or min(8, max(2, (os.cpu_count() or 2) // 2))
         self._processes = [self._start() for _ in range(workers)]
         try:
             while not all(process.ready for process in self._processes):
@@ -142,16 +144,17 @@ class Pool:
     def _take(self, process: _Process, line: bytes, waiting: deque[int], done: dict[int, Verdict]) -> None:
         try:
             reply = json.loads(line)
-            if "error" in reply:
-                raise VerifierError(str(reply["error"]))
-            if not process.ready:
+            if process.ready:
+                verdict = _verdict(reply["score"], str(reply["why"]))
+            elif "error" not in reply:
                 self.seconds = {name: float(reply[name]) for name in self.names}
-                process.ready, self._failed_starts = True, 0
-            elif process.job is not None:
-                done[process.job] = _verdict(reply["score"], str(reply["why"]))
-                process.job = None
         except (ValueError, KeyError, TypeError):
-            self._lost(process, waiting, done, "gave a reply that is no verdict")
+            return self._lost(process, waiting, done, "gave a reply that is no verdict")
+        if process.ready and process.job is not None:
+            done[process.job], process.job = verdict, None
+        elif "error" in reply:
+            raise VerifierError(str(reply["error"]))
+        process.ready, self._failed_starts = True, 0
 
     def _lost(self, process: _Process, waiting: deque[int], done: dict[int, Verdict], how: str) -> None:
         """Kill the process, whose job cannot be scored, and start another in its place."""

@@ -125,17 +125,16 @@ class Server:
                     return reply.decode()
         except OSError:
             pass  # it has ended
+        failure = _failed(self._err, _wait(self._popen, 0.0))
         self.close()
-        raise _failed(self._err, self._popen.returncode)
+        raise failure
 
     def close(self) -> None:
         """End it, and all that it has started."""
         _wait(self._popen, 0.0)
         for pipe in (self._popen.stdin, self._popen.stdout):
-            with suppress(OSError, AttributeError):
+            with suppress(OSError):
                 pipe.close()  # type: ignore[union-attr]
-
-    def __del__(self) -> None:
         self._stack.close()
 
 
@@ -169,7 +168,7 @@ def _launch(
 
 def _failed(err: IO[bytes], code: int | None) -> SandboxError:
     said = _content(err).decode(errors="replace").strip()[-300:]
-    return SandboxError(said or f"ended with {code}, before it began")
+    return SandboxError(said or ("said nothing in time" if code is None else f"ended with {code}, saying nothing"))
 
 
 def _wait(popen: subprocess.Popen[bytes], seconds: float) -> int | None:
