@@ -19,6 +19,7 @@ from dryvine.trainer.generate.layers import ToExperts
 from dryvine.trainer.model.experts import Experts
 from dryvine.trainer.model.swiglu import swiglu_forward
 
+FEW = 256  # tokens x experts, up to which all of both are multiplied
 FFNOfExpert = Callable[[int, Tensor, Tensor], Tensor]  # expert, its rows [R, H], their weights [R] -> [R, H]
 
 
@@ -51,6 +52,31 @@ def within(ffn: FFNOfExpert, experts: int) -> ToExperts:
         out_RH = torch.cat([ffn(x, parts_RH[x], weights_R[x]) for x, count in enumerate(counts) if count])
         pairs_NKH = torch.empty_like(out_RH).index_copy_(0, order_R, out_RH).unflatten(0, experts_NK.shape)
         return pairs_NKH.sum(1, dtype=torch.float32).to(rows_NH.dtype)
+
+    return run
+
+
+def all_at_once(experts: Experts) -> ToExperts:
+    """Every expert multiplies every token, and what was not chosen is left out of the sum. For few tokens a product of
+    all rows takes no longer than one of some, and nothing is sorted, counted or called once per expert."""
+    gate_up_XHF, down_XFH = (weight.detach().transpose(1, 2) for weight in (experts.gate_up, experts.down))
+
+    def run(rows_NH: Tensor, weights_NK: Tensor, experts_NK: Tensor) -> Tensor:
+        gate_up_XNF = torch.bmm(rows_NH.expand(len(gate_up_XHF), -1, -1), gate_up_XHF)
+        out_XNH = torch.bmm(swiglu_forward(gate_up_XNF, None), down_XFH)
+        weights_NX = weights_NK.new_zeros(len(rows_NH), len(gate_up_XHF)).scatter_(1, experts_NK, weights_NK)
+        sums_N1H = torch.bmm(weights_NX.unsqueeze(1), out_XNH.transpose(0, 1).float())
+        return sums_N1H.squeeze(1).to(rows_NH.dtype)
+
+    return run
+
+
+def in_memory(experts: Experts) -> ToExperts:
+    """All experts in this process's memory, on a CPU: for a few tokens of few experts at once, else one by one."""
+    few, many, number = all_at_once(experts), within(held(experts), len(experts.gate_up)), len(experts.gate_up)
+
+    def run(rows_NH: Tensor, weights_NK: Tensor, experts_NK: Tensor) -> Tensor:
+        return (few if len(rows_NH) * number <= FEW else many)(rows_NH, weights_NK, experts_NK)
 
     return run
 

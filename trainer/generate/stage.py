@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from dryvine.parallel.stage import Stage
 from dryvine.trainer.generate.cache import Cache
-from dryvine.trainer.generate.experts import dispatched, held, within
+from dryvine.trainer.generate.experts import dispatched, in_memory
 from dryvine.trainer.generate.feed import Feed
 from dryvine.trainer.generate.layers import CachedDense, CachedMixture, ToExperts, multiply, normed
 from dryvine.trainer.model.decoder import Model
@@ -71,5 +71,5 @@ class CachedStage:
 
 def _to_experts(spec: Spec, stage: Stage, name: str, layer: MoELayer) -> ToExperts:
     if spec.ep_size == 1 and spec.fp8 is None and layer.experts.gate_up.device.type == "cpu":
-        return within(held(layer.experts), spec.shape.routed)
+        return in_memory(layer.experts)
     return dispatched([phase for phase in stage.phases if phase.layer == name and phase.name in _TO_EXPERTS])

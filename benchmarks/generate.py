@@ -1,0 +1,164 @@
+"""Tokens per second beside transformers' generate, on the same weights, machine and threads, in one run.
+
+    python -m benchmarks.generate --sequences 16 --out generate.json
+
+transformers runs with its KV cache, greedy, and with each of its implementations of experts that the device can run;
+the fastest counts. Both are given the same prompts and return the same tokens but for ties, of which the share is told.
+The two take turns, and the best of several rounds is compared, so that whatever else the machine does falls on both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dryvine.comm.dispatch.single_rank import SingleRank
+from dryvine.trainer.generate.requests import Request
+from dryvine.trainer.generate.sampler import Sampler
+from dryvine.trainer.hand_off.hf_config import config_json
+from dryvine.trainer.hand_off.names import places
+from dryvine.trainer.model.decoder import Model
+from dryvine.trainer.model.shape import Shape, blocks, count_parameters
+from dryvine.trainer.model.spec import Spec
+
+TINY = Shape(
+    layers=4, first_dense=1, hidden=128, ffn=256, expert_ffn=64, heads=4, q_lora=64, kv_lora=32, nope_dim=16,
+    rope_dim=16, v_dim=32, routed=8, shared=1, top_k=2, groups=2, group_limit=1, score="sigmoid", normalise=True,
+    vocab=25, max_position=256, init_std=0.1,
+)  # fmt: skip
+HUNDRED = Shape(
+    layers=8, first_dense=1, hidden=512, ffn=1536, expert_ffn=256, heads=8, q_lora=256, kv_lora=128, nope_dim=64,
+    rope_dim=32, v_dim=64, routed=32, shared=1, top_k=4, groups=4, group_limit=2, score="sigmoid", normalise=True,
+    vocab=8192, max_position=512, init_std=0.04,
+)  # fmt: skip
+MODELS = {"1m": TINY, "100m": HUNDRED}
+IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
+ROUNDS = 3
+
+
+def ours(shape: Shape, device: str, dtype: torch.dtype) -> Model:
+    """Random weights."""
+    names = tuple(block.name for block in blocks(shape))
+    model = Model(Spec(shape, dtype, device), {0: names}, SingleRank(shape.routed))
+    model.initialise(0)
+    return model
+
+
+def theirs(model: Model, implementation: str) -> Callable[[Tensor, int], Tensor]:
+    """transformers' generate with the same weights: prompts [S, T] and how many new tokens -> [S, new]."""
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    shape, own = model.spec.shape, dict(model.named_parameters()) | model.buffers
+    config = DeepseekV3Config(**config_json(shape))
+    config._experts_implementation = implementation
+    with torch.device(model.spec.device):
+        other = DeepseekV3ForCausalLM(config).to(model.spec.dtype).eval()
+    fused = dict(other.named_parameters()) | dict(other.named_buffers())
+    with torch.no_grad():
+        for place in places(shape):
+            values = own[place.ours].flatten()[place.first : place.first + place.elements].view(place.shape)
+            _put(fused, place.theirs, values.detach())
+
+    def generate(prompts: Tensor, new: int) -> Tensor:
+        with torch.no_grad():
+            out = other.generate(
+                prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=new, min_new_tokens=new,
+                do_sample=False, eos_token_id=None, pad_token_id=0,
+            )  # fmt: skip
+        return out[:, prompts.shape[1] :]
+
+    return generate
+
+
+def _put(fused: dict[str, Tensor], name: str, values: Tensor) -> None:
+    """Experts are stacked there in memory, gate over up."""
+    if ".experts." not in name:
+        fused[name].copy_(values)
+        return
+    prefix, rest = name.split(".experts.")
+    expert, kind = int(rest.split(".")[0]), rest.split(".")[1]
+    if kind == "down_proj":
+        fused[f"{prefix}.experts.down_proj"][expert].copy_(values)
+        return
+    half = fused[f"{prefix}.experts.gate_up_proj"][expert].view(2, *values.shape)
+    half[0 if kind == "gate_proj" else 1].copy_(values)
+
+
+def sampler_of(model: Model) -> Callable[[Tensor, int], Tensor]:
+    sampler = Sampler.alone(model)
+
+    def generate(prompts: Tensor, new: int) -> Tensor:
+        requests = [Request(tuple(row), new, temperature=0.0, seed=i) for i, row in enumerate(prompts.tolist())]
+        ended = sorted(sampler.generate(requests), key=lambda completion: completion.request.seed)
+        return torch.stack([completion.tokens for completion in ended])
+
+    return generate
+
+
+def seconds(run: Callable[[], object], device: str) -> float:
+    started = time.perf_counter()
+    run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def compare(name: str, sequences: int, new: int, device: str, dtype: torch.dtype) -> dict[str, object]:
+    """A row: tokens per second of both, the ratio, and the share of equal tokens."""
+    shape = MODELS[name]
+    model = ours(shape, device, dtype)
+    prompts = torch.randint(shape.vocab, (sequences, 16), generator=torch.Generator().manual_seed(1)).to(device)
+    runs = {"dryvine": sampler_of(model)}
+    for implementation in IMPLEMENTATIONS:
+        try:
+            run = theirs(model, implementation)
+            run(prompts, 2)
+        except (RuntimeError, ValueError, NotImplementedError) as error:
+            print(f"transformers, {implementation}: {str(error).splitlines()[0]}")
+            continue
+        runs[f"transformers, {implementation}"] = run
+    tokens = {label: run(prompts, new).cpu() for label, run in runs.items()}
+    best = dict.fromkeys(runs, float("inf"))
+    for _ in range(ROUNDS):
+        for label, run in runs.items():
+            best[label] = min(best[label], seconds(lambda run=run: run(prompts, new), device))  # type: ignore[misc]
+    rates = {label: sequences * new / taken for label, taken in best.items()}
+    peer = max((label for label in rates if label != "dryvine"), key=rates.__getitem__)
+    return {
+        "model": name,
+        "parameters": count_parameters(shape)[0],
+        "sequences": sequences,
+        "new": new,
+        "tokens_per_second": {label: round(rate, 1) for label, rate in rates.items()},
+        "ratio": round(rates["dryvine"] / rates[peer], 2),
+        "peer": peer,
+        "same_tokens": float((tokens["dryvine"] == tokens[peer]).float().mean()),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=[*MODELS])
+    parser.add_argument("--sequences", type=int, default=16)
+    parser.add_argument("--new", type=int, default=64)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    rows = [compare(name, args.sequences, args.new, args.device, getattr(torch, args.dtype)) for name in args.models]
+    machine = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
+    result = {"machine": machine, "threads": torch.get_num_threads(), "torch": torch.__version__, "rows": rows}
+    print(json.dumps(result, indent=2))
+    if args.out:
+        args.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
