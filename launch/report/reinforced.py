@@ -11,12 +11,11 @@ from dryvine.launch.pages import plots
 from dryvine.launch.pages.page import cards, heading, paragraph, picture, quote, table
 from dryvine.launch.pages.plots import Curve, Mark
 from dryvine.launch.report.curves import curves
-from dryvine.launch.report.runs import RunFolder
+from dryvine.launch.report.runs import Event, RunFolder
 from dryvine.trainer.run_rows import Figures
 
 SHOWN = 1500  # characters of an answer
 ROLLOUTS = (1, 5)  # whose samples are shown: so many of the first, and of the newest
-MOST_ALARMS = 60
 
 # Each plot: what it says, the unit of its axis, its columns by name, and whether the axis is logarithmic.
 PLOTS: dict[str, tuple[str, str, dict[str, str], bool]] = {
@@ -121,25 +120,37 @@ def _scores(runs: Sequence[RunFolder]) -> dict[str, str]:
 
 
 def _marks(run: RunFolder) -> list[Mark]:
-    """Of starts after the first, and of the first of alarms that follow each other."""
-    seen, marks = set[str](), []
+    """Of starts after the first, and of the first alarm of each figure."""
+    marks: dict[str, Mark] = {}
     for event in run.events():
-        kind = event.what.split()[0].strip(":") if event.kind == "alarm" else event.kind
-        if event.kind in ("start", "alarm") and event.step > 0 and (event.kind == "start" or kind not in seen):
-            marks.append(Mark(event.step, kind))
-            seen.add(kind)
-    return marks[-20:]
+        if event.kind == "alarm":
+            marks.setdefault(_crossed(event), Mark(event.step, _crossed(event)))
+        elif event.kind == "start" and event.step > 0:
+            marks[event.what] = Mark(event.step, event.kind)
+    return list(marks.values())[-20:]
 
 
 def _alarms(runs: Sequence[RunFolder]) -> Iterator[str]:
-    rows = [(run.name, str(event.step), event.what) for run in runs for event in run.events() if event.kind == "alarm"]
+    """One line for each figure that crossed a bound, with how often it did."""
+    found: dict[tuple[str, str], list[Event]] = {}
+    for run in runs:
+        for event in run.events():
+            if event.kind == "alarm":
+                found.setdefault((run.name, _crossed(event)), []).append(event)
     yield heading("Alarms")
-    if not rows:
+    if not found:
         yield paragraph("None.", "good")
         return
-    if len(rows) > MOST_ALARMS:
-        yield paragraph(f"The last {MOST_ALARMS} of {len(rows)}.")
-    yield table(["run", "update", "what"], rows[-MOST_ALARMS:], text_last=True)
+    rows = [
+        (name, str(events[0].step), str(events[-1].step), str(len(events)), events[-1].what)
+        for (name, _), events in found.items()
+    ]
+    yield table(["run", "first update", "last", "times", "the last"], rows, text_last=True)
+
+
+def _crossed(alarm: Event) -> str:
+    """The figure that an alarm is of, its first word."""
+    return alarm.what.partition(":")[0]
 
 
 def _samples(run: RunFolder, named: bool) -> Iterator[str]:

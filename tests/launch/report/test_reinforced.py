@@ -78,7 +78,7 @@ def test_a_report_shows_what_matters_of_rewards(make: Folder) -> None:
     assert "&lt;think&gt;of 8&lt;/think&gt;\nline" in text
     assert "of 2&lt;" not in text, "samples are of the first rollout and of the newest"
     assert "more characters" in text
-    assert "entropy: 9.3 nats" in text
+    assert "<td>2</td><td>3</td><td>2</td><td class=text>entropy: 9.3 nats</td>" in text, "once, with how often it rang"
 
 
 def test_runs_of_one_kind_are_compared(make: Folder, tiny: Callable[..., Config], tmp_path: Path) -> None:

@@ -40,7 +40,6 @@ def test_a_tenth_is_held_out_whatever_the_order() -> None:
     texts = [question.messages[0]["content"] for question in questions({"name": "countdown"}, "validation")]
     assert {(tuple(sorted(numbers)), target) for *numbers, target in (map(int, text.split()) for text in texts)} == held
     first = questions({"name": "countdown"}, "train")[:64]
-    assert first == questions({"name": "countdown"}, "train")[:64]
     assert len({q.record["target"] for q in first}) > 20, "the first ones are no sample"
 
 
