@@ -159,3 +159,11 @@ def test_a_rank_that_is_stopped_is_named_and_ended_with_its_launcher(tmp_path: P
     assert found.named
     assert found.code == 1
     assert found.late < faults.GRACE
+
+
+@pytest.mark.long
+def test_verifiers_are_timed() -> None:
+    words = [sys.executable, "-m", "benchmarks.verifiers", "--scale=0.01"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=200, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "reasoning_gym" in done.stdout

@@ -7,7 +7,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from dryvine.launch.cli import app
 from dryvine.trainer.data.tokenizer import load
 from dryvine.trainer.rl.tasks.countdown import every_solution, puzzles
 from dryvine.trainer.rl.tasks.countdown_demos import CONTROLS, tokenizer, worked, write
@@ -123,3 +125,10 @@ def test_what_is_no_question_is_refused_with_its_place(
 def test_an_empty_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match="has no questions"):
         questions(of_lines(tmp_path), "validation")
+
+
+def test_the_command_writes_demonstrations(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["demos", "--out", str(tmp_path / "new" / "folder"), "--count", "20"])
+    assert result.exit_code == 0, result.output
+    assert "20 demonstrations, 60% of another target" in result.output
+    assert len((tmp_path / "new" / "folder" / "train.jsonl").read_text().splitlines()) == 20
