@@ -227,6 +227,16 @@ MATHS = (
 
 WORDS: dict[str, object] = {"checks": [{"kind": "words", "least": 1, "most": 3}, {"kind": "keyword", "word": "yes"}]}
 
+GYM: dict[str, object] = {"options": {}, "seed": 1, "size": 5, "index": 0}
+GYMS = {
+    "countdown": ("__import__('os').system('touch {file}.x')", "9**9**9**9", "int(309)", "exit(0)!", "309 if 1 else 0"),
+    "puzzle24": ("(lambda: 24)()", "24", "sqrt(\"__import__('os').system('touch {file}.x')\")", "[24][0]"),
+    "n_queens": ("[__import__('os').system('touch {file}.x')]", "[[]]*9**9", "[['_' for _ in 'x']]"),
+    "polynomial_multiplication": ("eval('1')", "x.__class__", "f'{x}'", "x**9**9**9"),
+    "binary_matrix": ("[(y := 5)]", "[" * 5000 + "]" * 5000, "().__class__.__bases__[0].__subclasses__()"),
+    "chain_sum": ("", "1 2 3", "-4 or 5", "−4", "9" * 9000),
+}
+
 ANSWERS = [
     *(Answer("countdown", f"{THOUGHT}<answer>{text}</answer>", PUZZLE) for text in EXPRESSIONS),
     Answer("countdown", f"{THOUGHT}<answer>1</answer><answer>3*7+5</answer>", PUZZLE),
@@ -234,6 +244,7 @@ ANSWERS = [
     *(Answer("integer", f"{THOUGHT}<answer>{text}</answer>", FIVE) for text in ("5.0", "5!", "V", "９", "4 or 5", "2**3-3", "5\0")),
     *(Answer("format", text, {}) for text in FORMATS),
     *(Answer("math", text, MATH) for text in MATHS),
+    *(Answer("reasoning_gym", f"<answer>{text}</answer>", GYM | {"dataset": name}) for name, texts in GYMS.items() for text in texts),
     Answer("instructions", "<answer>yes</answer><answer>yes</answer>", WORDS),
     Answer("instructions", "yes " * 1000, WORDS),
     Answer("instructions", "", WORDS),

@@ -42,14 +42,18 @@ def figures_of(outcome: RolloutOutcome) -> Row:
 
 
 def _scores(groups: Sequence[Group]) -> Row:
-    """Of each verifier, over the answers that it could score."""
-    found: dict[str, list[float]] = {}
+    """Of each verifier: the mean over the answers that it could score, and the share of those that it could not."""
+    found: dict[str, list[float | None]] = {}
     for group in groups:
         for answer in group.answers:
             for name, verdict in answer.verdicts.items():
-                if verdict.score is not None:
-                    found.setdefault(name, []).append(verdict.score)
-    return {f"score.{name}": statistics.fmean(scores) for name, scores in found.items()}
+                found.setdefault(name, []).append(verdict.score)
+    row: Row = {}
+    for name, scores in found.items():
+        known = [score for score in scores if score is not None]
+        row[f"score.{name}"] = statistics.fmean(known) if known else None
+        row[f"unscored.{name}"] = 1 - len(known) / len(scores)
+    return row
 
 
 def _learnt(updates: Sequence[Learnt], has_reference: bool) -> Row:

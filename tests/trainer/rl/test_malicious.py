@@ -23,7 +23,7 @@ from dryvine.trainer.rl.verifiers.verdict import Job
 from tests.support.malicious import ANSWERS, CALLS, PROGRAMS, SECRET, Answer
 from tests.support.sandbox import needs_sandbox, sandboxed, wait_until_none
 
-VERIFIERS = ("code", "countdown", "format", "instructions", "integer", "language", "math")
+VERIFIERS = ("code", "countdown", "format", "instructions", "integer", "language", "math", "reasoning_gym")
 SLACK = 15.0  # seconds beside a verifier's own deadline, on a busy machine
 Count = Callable[[int, int], int]
 
@@ -93,6 +93,7 @@ GOOD = [
 @pytest.mark.long
 def test_nothing_malicious_scores_escapes_or_hangs(host: Host, count: Count) -> None:
     pytest.importorskip("math_verify")
+    pytest.importorskip("reasoning_gym")
     jobs, before = cases(host), set(sandboxed())
     assert len(jobs) >= 200
     unscored, slowest = 0, 0.0

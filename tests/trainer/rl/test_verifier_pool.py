@@ -85,8 +85,6 @@ def test_what_cannot_be_scored_is_none_and_the_jobs_beside_it_are_scored(odd: Po
     assert [verdict.score for verdict in verdicts] == [1, 2, None, 3, 4]
     assert why in verdicts[2].why
     assert time.monotonic() - began < 60
-    assert odd.take_error_rates() == {"odd": 0.2}
-    assert odd.take_error_rates() == {}
 
 
 def test_a_worker_writes_no_large_file_and_replies_no_large_reason(odd: Pool, tmp_path: Path) -> None:
@@ -102,7 +100,6 @@ def test_what_is_no_verdict_in_the_reply_kills_the_worker(odd: Pool) -> None:
     """File descriptor 3 is the worker's reply: a verifier that finds it cannot send the trainer what it likes."""
     (verdict,) = odd.score(jobs("shout", fd=3))
     assert verdict == Verdict(None, "the verifier's process gave a reply that is no verdict")
-    assert odd.counts["killed"] == 1
     assert odd.score(jobs("1"))[0].score == 1
 
 
@@ -111,7 +108,8 @@ def test_workers_killed_from_outside_are_replaced(odd: Pool) -> None:
         assert verdict.score is not None
         with suppress(ProcessLookupError):
             os.kill(int(verdict.score), signal.SIGKILL)
-    assert [verdict.score for verdict in odd.score(jobs("1", "2", "3"))][-1] == 3
+    time.sleep(0.2)
+    assert [verdict.score for verdict in odd.score(jobs("1", "2", "3"))] == [1, 2, 3], "they were idle, so none is lost"
 
 
 def test_a_long_answer_is_wrong_and_not_read(odd: Pool) -> None:

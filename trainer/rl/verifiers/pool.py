@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -36,7 +36,7 @@ class VerifierError(Exception):
     """A verifier that does not exist or cannot work on this machine: one line, with the fix."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _Process:
     """A worker. `job` is the index of what it works at, None while it is idle or starts; `until` its deadline."""
 
@@ -62,7 +62,6 @@ class Pool:
             raise VerifierError(f"no verifier {unknown[0]!r}: there are {', '.join(sorted(VERIFIERS))}")
         self.limits = limits or WorkerLimits()
         self.seconds: dict[str, float] = {}
-        self.counts: Counter[str] = Counter()
         self._failed_starts = 0
         workers = workers or min(8, max(2, (os.cpu_count() or 2) // 2))
         self._processes = [self._start() for _ in range(workers)]
@@ -87,30 +86,25 @@ class Pool:
 
     def score(self, jobs: Sequence[Job]) -> list[Verdict]:
         """A verdict for each job, in order. Takes no longer than the deadlines of the jobs allow."""
-        done: dict[int, Verdict] = {}
-        waiting = deque(range(len(jobs)))
-        for index in list(waiting):
-            if len(jobs[index].answer) > self.limits.answer_chars:
-                done[index] = Verdict(0.0, f"longer than {self.limits.answer_chars} characters")
-                waiting.remove(index)
+        longest = self.limits.answer_chars
+        done = {
+            index: Verdict(0.0, f"longer than {longest} characters")
+            for index, job in enumerate(jobs)
+            if len(job.answer) > longest
+        }
+        waiting = deque(index for index in range(len(jobs)) if index not in done)
         while len(done) < len(jobs):
             self._step(jobs, waiting, done)
-        for index, job in enumerate(jobs):
-            self.counts[job.verifier] += 1
-            self.counts[f"{job.verifier} unscored"] += done[index].score is None
         return [done[index] for index in range(len(jobs))]
-
-    def take_error_rates(self) -> dict[str, float]:
-        """By verifier, the share of jobs since the last call whose verdict was None."""
-        rates = {name: self.counts[f"{name} unscored"] / self.counts[name] for name in self.names if self.counts[name]}
-        self.counts.clear()
-        return rates
 
     def _step(self, jobs: Sequence[Job], waiting: deque[int], done: dict[int, Verdict]) -> None:
         """Give idle workers jobs, and wait until one of them replies, dies or is out of time."""
-        for process in self._processes:
+        for process in list(self._processes):
             if waiting and process.ready and process.job is None:
-                self._give(process, waiting.popleft(), jobs)
+                if process.popen.poll() is None:
+                    self._give(process, waiting.popleft(), jobs)
+                else:
+                    self._lost(process, waiting, done, "ended")
         busy = [process for process in self._processes if not process.ready or process.job is not None]
         with selectors.DefaultSelector() as selector:
             for process in busy:
@@ -161,7 +155,6 @@ class Pool:
         _kill(process)
         if process.job is not None:
             done[process.job] = Verdict(None, f"the verifier's process {how}")
-            self.counts["killed"] += 1
         elif not process.ready:
             self._failed_starts += 1
             if self._failed_starts >= STARTS:
