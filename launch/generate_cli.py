@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from dryvine.trainer.data.tokenizer import Vocabulary
     from dryvine.trainer.generate.dialogue import Dialogue
     from dryvine.trainer.generate.open import WeightSource
+    from dryvine.trainer.generate.paged import ExpertPages
     from dryvine.trainer.generate.requests import Completion, Request
     from dryvine.trainer.generate.sampler import Sampler
     from dryvine.trainer.hand_off.tokenizer_files import TokenizerFiles
@@ -31,6 +33,9 @@ TopP = Annotated[float, typer.Option(min=0.0, max=1, help="Sample among the fewe
 Seed = Annotated[int, typer.Option(help="The same seed, the same text.")]
 Dtype = Annotated[Literal["auto", "fp32", "bf16"], typer.Option(help="auto: bf16 on a GPU, fp32 on a CPU.")]
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option()]
+ExpertMemory = Annotated[
+    str, typer.Option(help="2GiB, 500MB: read experts when they are asked for, and keep so much of them. CPU only.")
+]
 Tokenizer = Annotated[Path | None, typer.Option(help="A tokenizer.json, or its folder.  [default: the model's]")]
 
 
@@ -45,6 +50,7 @@ def generate(
     tokenizer: Tokenizer = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    expert_memory: ExpertMemory = "",
     as_json: Annotated[
         bool, typer.Option("--json", help="A line of JSON for each: text, tokens, log-probabilities, routes.")
     ] = False,
@@ -54,7 +60,8 @@ def generate(
     from dryvine.trainer.generate.requests import Request
 
     asked = list(_lines(prompts or [""]))
-    _, sampler, files = _open(model, dtype, device, tokenizer)
+    opened = _open(model, Ways(dtype, device, expert_memory), tokenizer)
+    sampler, files = opened.sampler, opened.files
     stop = frozenset({files.vocabulary.end})
     requests = [
         Request(_prompt(files, text), max_tokens, temperature, top_p, seed + i, stop, number)
@@ -75,6 +82,9 @@ def generate(
             tokens += len(completion.tokens)
     seconds = time.perf_counter() - started
     print(f"{tokens} tokens in {seconds:.2f} s, {tokens / seconds:.0f} a second", file=sys.stderr)
+    if opened.pages is not None:
+        f = opened.pages.figures
+        print(f"experts: {f.hit_rate:.1%} were there, {f.bytes_read / 1e6:,.0f} MB read", file=sys.stderr)
     if code:
         raise typer.Exit(code)
 
@@ -89,13 +99,15 @@ def chat(
     tokenizer: Tokenizer = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    expert_memory: ExpertMemory = "",
 ) -> None:
     """Talk with a model in the terminal, by the template it was fine-tuned with or that came with its tokenizer.
     Ctrl-C ends an answer; /new begins anew; an empty line or Ctrl-D leaves."""
     from dryvine.trainer.generate.requests import Request
 
-    source, sampler, files = _open(model, dtype, device, tokenizer)
-    dialogue = source.dialogue(files)
+    opened = _open(model, Ways(dtype, device, expert_memory), tokenizer)
+    sampler, source = opened.sampler, opened.source
+    dialogue = source.dialogue(opened.files)
     first = [{"role": "system", "content": system}] if system else []
     messages = list(first)
     console = Console(stderr=True)
@@ -115,21 +127,54 @@ def chat(
         seed += 1
 
 
-def _open(model: str, dtype: str, device: str, tokenizer: Path | None) -> tuple[WeightSource, Sampler, TokenizerFiles]:
+class Ways(NamedTuple):
+    """Options that say how to compute."""
+
+    dtype: str
+    device: str
+    expert_memory: str
+
+
+class Opened(NamedTuple):
+    """A model, ready to be asked."""
+
+    source: WeightSource
+    sampler: Sampler
+    files: TokenizerFiles
+    pages: ExpertPages | None
+
+
+def _open(model: str, ways: Ways, tokenizer: Path | None) -> Opened:
     """What is wrong is said before a weight is read."""
     import torch
 
     from dryvine.trainer.generate.open import load, open_weights
+    from dryvine.trainer.generate.paged import ExpertPages, paged_experts
     from dryvine.trainer.generate.sampler import Sampler
 
-    on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    where = torch.device("cuda" if on_gpu else "cpu")
-    numbers = torch.bfloat16 if dtype == "bf16" or (dtype == "auto" and on_gpu) else torch.float32
+    memory = _bytes(ways.expert_memory) if ways.expert_memory else None
+    on_gpu = ways.device == "cuda" or (ways.device == "auto" and torch.cuda.is_available() and memory is None)
+    if on_gpu and memory is not None:
+        raise typer.BadParameter("--expert-memory is for a CPU: add --device cpu")
+    numbers = torch.bfloat16 if ways.dtype == "bf16" or (ways.dtype == "auto" and on_gpu) else torch.float32
     source = open_weights(model)
     files = source.tokenizer(tokenizer)
+    pages = None if memory is None else ExpertPages(source, numbers, memory)
     with progress_bar(Console(stderr=True)) as on_progress:
-        loaded = load(source, numbers, where, on_progress)
-    return source, Sampler.alone(loaded), files
+        loaded = load(source, numbers, torch.device("cuda" if on_gpu else "cpu"), on_progress, experts=pages is None)
+    experts = None if pages is None else paged_experts(loaded, pages)
+    return Opened(source, Sampler.alone(loaded, experts=experts), files, pages)
+
+
+def _bytes(text: str) -> int:
+    """2GiB, 500MB, 1e9. Raises BadParameter."""
+    found = re.fullmatch(r"([\d.]+(?:e\d+)?)\s*(?:([KMGT])(i?)B?|B)?", text.strip(), re.IGNORECASE)
+    try:
+        number, unit, binary = float(found[1]), found[2], found[3]  # type: ignore[index]
+    except (TypeError, ValueError):
+        raise typer.BadParameter(f"--expert-memory {text!r}: write 2GiB or 500MB") from None
+    power = "KMGT".index(unit.upper()) + 1 if unit else 0
+    return int(number * (1024 if binary else 1000) ** power)
 
 
 def _lines(prompts: Sequence[str]) -> Iterator[str]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import tomllib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from pydantic import ValidationError
@@ -27,10 +28,11 @@ from dryvine.trainer.hand_off.run_files import CONFIG, OpenRun, open_run
 from dryvine.trainer.hand_off.slices import Slice, slices
 from dryvine.trainer.hand_off.tokenizer_files import TokenizerFiles, open_tokenizer
 from dryvine.trainer.model.decoder import Model
-from dryvine.trainer.model.shape import Shape, blocks, count_parameters
+from dryvine.trainer.model.shape import Shape, blocks
 from dryvine.trainer.model.spec import Spec
 from dryvine.trainer.rl.chat import Chat
 from dryvine.trainer.rl.chat_config import ChatConfig
+from dryvine.trainer.tensors.weight import Weight
 
 Read = Callable[[Slice], Tensor]  # FP32, in the slice's shape
 
@@ -85,19 +87,35 @@ def open_weights(spec: str) -> WeightSource:
     )
 
 
-def load(source: WeightSource, dtype: torch.dtype, device: torch.device, on_progress: OnProgress) -> Model:
-    """All of it, as one stage on one device. Raises HandOffError if it cannot fit."""
+def load(
+    source: WeightSource, dtype: torch.dtype, device: torch.device, on_progress: OnProgress, experts: bool = True
+) -> Model:
+    """All of it, as one stage on one device; without `experts` those have no memory. Raises HandOffError if it cannot
+    fit."""
     shape = source.shape
-    _check_memory(source, dtype, device)
     names = tuple(block.name for block in blocks(shape))
-    model = Model(Spec(shape, dtype, device), {0: names}, SingleRank(shape.routed))
-    for buffer in model.buffers.values():
-        buffer.zero_()
-    total, done = count_parameters(shape)[0], 0
-    for count in fill(dict(model.named_parameters()) | model.buffers, source):
+    model = Model(Spec(shape, dtype, "meta"), {0: names}, SingleRank(shape.routed))
+    held = {name: weight for name, weight in model.named_parameters() if experts or not weight.expert}
+    total = sum(weight.numel() for weight in held.values())
+    _check_memory(source, total * dtype.itemsize, dtype, device)
+    _give_memory(model, device, experts)
+    done = 0
+    tensors = {name: weight for name, weight in model.named_parameters() if name in held} | model.buffers
+    for count in fill(tensors, source):
         done += count
         on_progress("reading weights", done, max(done, total))
     return model
+
+
+def _give_memory(model: Model, device: torch.device, experts: bool) -> None:
+    """To all parameters, or to all but those of experts; biases are zeroed."""
+    for module in model.root.modules():
+        for name, old in module.named_parameters(recurse=False):
+            if experts or not cast(Weight, old).expert:
+                module.register_parameter(name, cast(Weight, old).empty_on(device))
+        for name, buffer in module.named_buffers(recurse=False):
+            module.register_buffer(name, torch.zeros_like(buffer, device=device))
+    model.spec = replace(model.spec, device=device)
 
 
 @torch.no_grad()
@@ -118,14 +136,14 @@ def _main(shape: Shape) -> Shape:
     return shape.model_copy(update={"mtp_depth": 0, "recompute": ()})
 
 
-def _check_memory(source: WeightSource, dtype: torch.dtype, device: torch.device) -> None:
-    needed = count_parameters(source.shape)[0] * dtype.itemsize
+def _check_memory(source: WeightSource, needed: int, dtype: torch.dtype, device: torch.device) -> None:
     if device.type == "cuda":
         there = torch.cuda.mem_get_info(device)[0]
     else:
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:
         smaller = "; --dtype bf16 needs half" if dtype == torch.float32 else ""
+        smaller += "; --expert-memory reads experts when they are asked for" if device.type == "cpu" else ""
         raise HandOffError(
             f"{source.name}: {needed / 1e9:.1f} GB of weights, and this {device.type} has {there / 1e9:.1f} GB{smaller}"
         )

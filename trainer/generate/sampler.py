@@ -6,7 +6,7 @@ the model that trains. A second engine would need its weights again, in its layo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -15,6 +15,7 @@ import torch
 from dryvine.comm.mesh import Layout, Mesh, make_mesh
 from dryvine.trainer.generate.decoder import Decoder
 from dryvine.trainer.generate.lane import Until
+from dryvine.trainer.generate.layers import ToExperts
 from dryvine.trainer.generate.requests import Completion, Request
 from dryvine.trainer.generate.rollout import LaneRoom, Rollout
 from dryvine.trainer.generate.stage import CachedStage
@@ -52,15 +53,15 @@ class Sampler:
     def of_rig(rig: Rig, room: Room | None = None) -> Sampler:
         """With the live weights of a training layout. Collective."""
         budget = rig.config.parallel.microbatch_sequences * rig.config.data.seq_len
-        decoder = Decoder(rig.mesh, rig.plan.schedule.routes, _parts(rig.model), budget)
+        decoder = Decoder(rig.mesh, rig.plan.schedule.routes, _parts(rig.model, {}), budget)
         return Sampler(decoder, room or Room())
 
     @staticmethod
-    def alone(model: Model, room: Room | None = None) -> Sampler:
-        """With a model of one stage that this process holds whole."""
+    def alone(model: Model, room: Room | None = None, experts: Mapping[str, ToExperts] | None = None) -> Sampler:
+        """With a model of one stage that this process holds whole, or but for the `experts`, by layer."""
         device = torch.device(model.spec.device)
         mesh: Mesh = make_mesh(Layout(), device, timedelta(minutes=10))
-        return Sampler(Decoder(mesh, ((0,),), _parts(model), ALONE), room or Room())
+        return Sampler(Decoder(mesh, ((0,),), _parts(model, experts or {}), ALONE), room or Room())
 
     def generate(self, requests: Iterable[Request], until: Until | None = None) -> Iterator[Completion]:
         """Completions in the order in which they end; requests are taken from the iterable as there is room. `until` is
@@ -75,5 +76,5 @@ class Sampler:
         self._cancelled.update(requests)
 
 
-def _parts(model: Model) -> dict[int, CachedStage]:
-    return {number: CachedStage(model, stage) for number, stage in model.stages.items()}
+def _parts(model: Model, experts: Mapping[str, ToExperts]) -> dict[int, CachedStage]:
+    return {number: CachedStage(model, stage, experts) for number, stage in model.stages.items()}

@@ -5,6 +5,8 @@ Legend: N tokens, S sequences, H hidden, V vocabulary, K choices.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -24,7 +26,8 @@ _TO_EXPERTS = ("routing", "dispatch", "experts", "combine")  # phases
 class CachedStage:
     """Of stage `number` of a rank's model. MTP and losses are left out."""
 
-    def __init__(self, model: Model, stage: Stage) -> None:
+    def __init__(self, model: Model, stage: Stage, experts: Mapping[str, ToExperts]) -> None:
+        """`experts`: how rows reach those of a layer, if not by the run's own phases or in memory."""
         names = list(dict.fromkeys(phase.layer for phase in stage.phases))
         modules = {name: model.root.get_submodule(name) for name in names if name.startswith("layers.")}
         self.spec = model.spec
@@ -34,7 +37,8 @@ class CachedStage:
             if isinstance(module, DenseLayer):
                 self.blocks.append(CachedDense(module))
             elif isinstance(module, MoELayer):
-                self.blocks.append(CachedMixture(module, _to_experts(model.spec, stage, name, module)))
+                to_experts = experts.get(name) or _to_experts(model.spec, stage, name, module)
+                self.blocks.append(CachedMixture(module, to_experts))
                 self.mixtures.append(int(name.removeprefix("layers.")) - model.spec.shape.first_dense)
         parameters = dict(model.named_parameters())
         self.table = parameters["embed.weight"].detach() if "embed" in names else None

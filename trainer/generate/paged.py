@@ -1,0 +1,167 @@
+"""Experts that are read from the file when a gate asks for them, so that a model may be larger than memory.
+
+A mixture multiplies a few of its experts per token, and they are most of its weights. Those used last stay in a fixed
+number of buffers; the one not used for longest makes room. Files are read and not mapped: what is resident is then
+exactly the buffers, whatever the kernel does with its cache, and a file that somebody cuts short is an error and no
+SIGBUS. A thread reads ahead: the next expert of a layer while one multiplies, and, as a layer ends, those that the next
+layer's gate would choose for the same rows, which the residual stream makes likely.
+
+Legend: N tokens, H hidden, F width of an expert, K choices.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dryvine.trainer.generate.experts import within
+from dryvine.trainer.generate.layers import ToExperts
+from dryvine.trainer.generate.open import WeightSource
+from dryvine.trainer.hand_off.errors import HandOffError
+from dryvine.trainer.hand_off.names import Mapped, places
+from dryvine.trainer.hand_off.slices import Slice
+from dryvine.trainer.model.decoder import Model
+from dryvine.trainer.model.gate import Gate, choose
+from dryvine.trainer.model.shape import Shape
+from dryvine.trainer.model.swiglu import swiglu_forward
+
+Key = tuple[str, int]  # layer, expert
+LEAST = 2  # buffers: one multiplies while the other is read
+AHEAD = 4  # experts that are being read at most beside those that were asked for
+
+
+class Page(NamedTuple):
+    """A buffer: gate_up [2F, H], down [H, F]."""
+
+    gate_up: Tensor
+    down: Tensor
+
+
+@dataclass
+class PageFigures:
+    """Since the start. `late`: hits that had to be waited for, since the reading had only begun."""
+
+    hits: int = 0
+    late: int = 0
+    misses: int = 0
+    bytes_read: int = 0
+
+    @property
+    def hit_rate(self) -> float:
+        return self.hits / max(1, self.hits + self.misses)
+
+
+class ExpertPages:
+    """Experts of all layers in at most `memory` bytes. Only one thread may call it; what it returned may be read until
+    its next call. Raises HandOffError if the memory is too small."""
+
+    def __init__(self, source: WeightSource, dtype: torch.dtype, memory: int) -> None:
+        self._source, self._dtype, self.figures = source, dtype, PageFigures()
+        s = source.shape
+        size = 3 * s.expert_ffn * s.hidden * dtype.itemsize
+        self._most = min(memory // size, s.routed * (s.layers - s.first_dense))
+        if self._most < LEAST:
+            raise HandOffError(
+                f"--expert-memory {memory:,} bytes: an expert has {size:,}, and {LEAST} must fit: give {LEAST * size:,}"
+            )
+        self._where = _places_by_expert(s)
+        self._pages: OrderedDict[Key, Future[Page]] = OrderedDict()
+        self._reader = ThreadPoolExecutor(1, "experts")
+
+    @property
+    def experts(self) -> int:
+        """Of each layer."""
+        return self._source.shape.routed
+
+    def get(self, key: Key) -> Page:
+        """An expert's weights, from a buffer if they are there."""
+        if key in self._pages:
+            self.figures.hits += 1
+            self.figures.late += not self._pages[key].done()
+        else:
+            self.figures.misses += 1
+            self._begin(key)
+        self._pages.move_to_end(key)
+        return self._pages[key].result()
+
+    def ahead(self, keys: Iterable[Key], most: int) -> None:
+        """Begin to read what is likely to be asked for, at most so many that are not there."""
+        new = [key for key in keys if key not in self._pages][: min(most, self._most - 1)]
+        for key in new:
+            self._begin(key)
+
+    def _begin(self, key: Key) -> None:
+        page = self._room()
+        self._pages[key] = self._reader.submit(self._read, key, page)
+
+    def _room(self) -> Page:
+        """A buffer that is free, new or of the expert that was not used for longest."""
+        if len(self._pages) == self._most:
+            return self._pages.popitem(last=False)[1].result()
+        s = self._source.shape
+        size = (2 * s.expert_ffn, s.hidden), (s.hidden, s.expert_ffn)
+        return Page(*(torch.empty(shape, dtype=self._dtype) for shape in size))
+
+    def _read(self, key: Key, page: Page) -> Page:
+        """In the reader's thread."""
+        with torch.no_grad():
+            for place in self._where[key]:
+                stacked = page.down if place.ours.endswith("down") else page.gate_up
+                first = place.first % stacked.numel()
+                values = self._source.read(Slice(place, 0, place.shape[0]))
+                stacked.view(-1)[first : first + place.elements] = values.flatten()
+                self.figures.bytes_read += place.elements * self._dtype.itemsize
+        return page
+
+
+def _places_by_expert(shape: Shape) -> dict[Key, list[Mapped]]:
+    found: dict[Key, list[Mapped]] = {}
+    for place in places(shape):
+        if ".experts." in place.ours:
+            layer = place.ours.split(".experts.")[0]
+            size = (1 if place.ours.endswith("down") else 2) * place.elements
+            found.setdefault((layer, place.first // size), []).append(place)
+    return found
+
+
+def paged(pages: ExpertPages, layer: str, after: tuple[str, Gate] | None) -> ToExperts:
+    """The experts of a layer; `after`: the next mixture and its gate, for which is read ahead."""
+
+    def ffn(expert: int, rows_RH: Tensor, weights_R: Tensor) -> Tensor:
+        page = pages.get((layer, expert))
+        act_RF = swiglu_forward(functional.linear(rows_RH, page.gate_up), weights_R)
+        return functional.linear(act_RF, page.down)
+
+    one_by_one = within(ffn, pages.experts)
+
+    def run(rows_NH: Tensor, weights_NK: Tensor, experts_NK: Tensor) -> Tensor:
+        pages.ahead(((layer, expert) for expert in experts_NK.unique().tolist()), AHEAD)
+        out_NH = one_by_one(rows_NH, weights_NK, experts_NK)
+        if after is not None and len(rows_NH):
+            name, gate = after
+            pages.ahead(((name, expert) for expert in _likely(gate, rows_NH)), AHEAD)
+        return out_NH
+
+    return run
+
+
+def _likely(gate: Gate, rows_NH: Tensor) -> list[int]:
+    """What a gate chooses for rows that are not yet its own, those of most tokens first."""
+    chosen = choose(gate(rows_NH).sigmoid(), gate.bias, gate.shape).flatten()
+    counts = torch.bincount(chosen, minlength=gate.shape.routed)
+    order: list[int] = counts.argsort(descending=True).tolist()
+    return order[: int((counts > 0).sum())]
+
+
+def paged_experts(model: Model, pages: ExpertPages) -> dict[str, ToExperts]:
+    """Those of every mixture of a model, by layer."""
+    gates = list(model.gates.items())
+    following = [*gates[1:], None]
+    return {name: paged(pages, name, after) for (name, _), after in zip(gates, following, strict=True)}
