@@ -60,7 +60,7 @@ def generate(
     from dryvine.trainer.generate.requests import Request
 
     asked = list(_lines(prompts or [""]))
-    opened = _open(model, Ways(dtype, device, expert_memory), tokenizer)
+    opened = _open(model, HowToCompute(dtype, device, expert_memory), tokenizer)
     sampler, files = opened.sampler, opened.files
     stop = frozenset({files.vocabulary.end})
     requests = [
@@ -105,7 +105,7 @@ def chat(
     Ctrl-C ends an answer; /new begins anew; an empty line or Ctrl-D leaves."""
     from dryvine.trainer.generate.requests import Request
 
-    opened = _open(model, Ways(dtype, device, expert_memory), tokenizer)
+    opened = _open(model, HowToCompute(dtype, device, expert_memory), tokenizer)
     sampler, source = opened.sampler, opened.source
     dialogue = source.dialogue(opened.files)
     first = [{"role": "system", "content": system}] if system else []
@@ -127,7 +127,7 @@ def chat(
         seed += 1
 
 
-class Ways(NamedTuple):
+class HowToCompute(NamedTuple):
     """Options that say how to compute."""
 
     dtype: str
@@ -144,7 +144,7 @@ class Opened(NamedTuple):
     pages: ExpertPages | None
 
 
-def _open(model: str, ways: Ways, tokenizer: Path | None) -> Opened:
+def _open(model: str, ways: HowToCompute, tokenizer: Path | None) -> Opened:
     """What is wrong is said before a weight is read."""
     import torch
 
