@@ -19,6 +19,7 @@ class ParallelConfig(BaseModel, frozen=True, extra="forbid"):
     chunks: Positive = 1  # stages per rank, for schedules that take a choice
     microbatch_sequences: Positive = 1
     overlap: Literal["on", "off"] = "on"
+    graphs: Literal["auto", "on", "off"] = "auto"  # replay ops as CUDA graphs; auto: where a run can
 
     @property
     def world(self) -> int:

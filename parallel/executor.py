@@ -23,6 +23,7 @@ from dryvine.comm.pending import Pending
 from dryvine.comm.wire import Wire
 from dryvine.parallel import overlap as weave
 from dryvine.parallel.flow_control import RankProgram, SendQueue, channel, queue
+from dryvine.parallel.graphs import Graphs
 from dryvine.parallel.overlap import PairOrder
 from dryvine.parallel.schedule.ir import Edge, Op, ProgramStep, Slot
 from dryvine.parallel.stage import Flight, Stage, State
@@ -32,12 +33,14 @@ from dryvine.parallel.streams import Streams
 @dataclass(frozen=True)
 class Batch:
     """One step's work for a data rank. `tokens[m]` are the sequences of microbatch m, int64 [sequences, T + extra];
-    `loss_scale` seeds the backward of every loss. `documents[m]` goes into the flights of microbatch m as it is."""
+    `loss_scale` seeds the backward of every loss. `documents[m]` goes into the flights of microbatch m as it is.
+    `eager`: without CUDA graphs, for a step that does more than others."""
 
     tokens: Sequence[Tensor]
     loss_scale: float
     training: bool = True
     documents: Sequence[object] | None = None
+    eager: bool = False
 
 
 @dataclass
@@ -113,7 +116,7 @@ class Executor:
     """One rank's part of a schedule, ready to run any number of times.
 
     `stages` maps the numbers of this rank's stages to them; `order` weaves pairs (`overlap.ORDERS`), and None plays a
-    pair's ops one by one, for the same bits.
+    pair's ops one by one, for the same bits, as do `graphs`, by which ops are replayed where a batch allows it.
     """
 
     def __init__(
@@ -124,13 +127,14 @@ class Executor:
         streams: Callable[[], Streams],
         order: dict[str, PairOrder] | None,
         hooks: LayerHooks = NO_HOOKS,
+        graphs: Graphs | None = None,
     ) -> None:
         self.program, self.stages, self.wire, self.streams, self.order = program, stages, wire, streams, order
-        self.hooks, self._last = hooks, last_gradients(program)
+        self.hooks, self._last, self.graphs = hooks, last_gradients(program), graphs
 
     def run(self, batch: Batch) -> Played:
         """Play every slot once. The gradients are in the parameters' `main_grad` when it returns."""
-        play = _Play(batch, self.streams())
+        play = _Play(batch, self.streams(), self._graphs(batch))
         self.hooks.begin()
         for step, posts in zip(self.program.steps, self.program.posts, strict=True):
             for edge in posts:
@@ -139,6 +143,18 @@ class Executor:
         for leaving in play.leaving.values():
             _let_go(leaving, 0)
         return play.end()
+
+    def _graphs(self, batch: Batch) -> Graphs | None:
+        """What plays the ops of this batch; None if the host calls their phases one by one."""
+        if self.graphs is None or not batch.training:
+            return None
+        if batch.eager or batch.documents is not None or not self.graphs.loaded:
+            # Both ways together would need the activations twice.
+            self.graphs.drop()
+            self.graphs.loaded = True
+            return None
+        self.graphs.begin()
+        return self.graphs
 
     def _step(self, step: ProgramStep, play: _Play) -> None:
         """Run a slot, then hand what its ops made to other ranks or to a stage of this one."""
@@ -155,24 +171,32 @@ class Executor:
         """Run the slot's ops. Returns what each of them hands on."""
         inputs = [play.arrivals.pop(edge).wait() if edge else () for edge in step.inputs]
         play.streams.mark()
-        tracks = [self._track(op, state, play) for op, state in zip(step.slot, inputs, strict=True)]
-        results = weave.play(tracks, play.streams, self.order)
+        ops = [(op, self.stages[op.stage], play.flight(op), state) for op, state in zip(step.slot, inputs, strict=True)]
+        if play.graphs is None:
+            results = weave.play([self._track(*op) for op in ops], play.streams, self.order)
+        else:
+            results = [self._replay(play.graphs, *op) for op in ops]
         for op in step.slot:
             play.land(op)
         play.streams.mark()
         play.slots.append(step.slot)
         return results
 
-    def _track(self, op: Op, state: State, play: _Play) -> weave.Track:
-        stage, flight = self.stages[op.stage], play.flight(op)
-        match op.kind:
-            case "F":
-                return weave.forward(stage, flight, state, self.hooks.need)
-            case "B" | "I":
-                summed = self.hooks.summed if (op.stage, op.microbatch) in self._last else None
-                return weave.backward(stage, flight, state, op.kind == "I", summed)
-            case "W":
-                return weave.weights(flight)
+    def _track(self, op: Op, stage: Stage, flight: Flight, state: State) -> weave.Track:
+        summed = self.hooks.summed if (op.stage, op.microbatch) in self._last else None
+        return weave.track(op, stage, flight, state, self.hooks.need, summed)
+
+    def _replay(self, graphs: Graphs, op: Op, stage: Stage, flight: Flight, state: State) -> State:
+        """A graph tells nobody where in it a layer begins or ends: all are told before it or after it."""
+        layers = dict.fromkeys(phase.layer for phase in stage.phases)
+        if op.kind == "F":
+            for layer in layers:
+                self.hooks.need(layer)
+        made = graphs.play(op, stage, flight, state)
+        if op.kind in "BW" and (op.stage, op.microbatch) in self._last:
+            for layer in layers:
+                self.hooks.summed(layer)
+        return made
 
     def _send(self, edge: Edge, state: State, play: _Play) -> None:
         leaving = play.leaving[queue(edge)]
@@ -199,8 +223,8 @@ class _Play:
     A flight is made by F and dropped by B or W (by F itself when not training).
     """
 
-    def __init__(self, batch: Batch, streams: Streams) -> None:
-        self.batch, self.streams = batch, streams
+    def __init__(self, batch: Batch, streams: Streams, graphs: Graphs | None) -> None:
+        self.batch, self.streams, self.graphs = batch, streams, graphs
         self.arrivals: dict[Edge, Pending[State]] = {}
         self.leaving: defaultdict[SendQueue, deque[Pending[None]]] = defaultdict(deque)
         self.slots: list[Slot] = []

@@ -20,6 +20,7 @@ from functools import partial
 from typing import NamedTuple, cast
 
 from dryvine.comm.pending import Pending
+from dryvine.parallel.schedule.ir import Op
 from dryvine.parallel.stage import Flight, Grads, Phase, Stage, State, StepResult, StreamName
 from dryvine.parallel.streams import Baton, Run, Streams
 from dryvine.parallel.wgrad import Closure
@@ -92,6 +93,19 @@ class Track:
     baton: Baton
     units: list[list[Step]] = field(default_factory=list)
     closures: deque[list[Closure]] = field(default_factory=deque)  # W's
+
+
+def track(
+    op: Op, stage: Stage, flight: Flight, state: State, need: Told | None = None, summed: Told | None = None
+) -> Track:
+    """An op of a schedule, on its microbatch's flight and the state that it starts from."""
+    match op.kind:
+        case "F":
+            return forward(stage, flight, state, need)
+        case "B" | "I":
+            return backward(stage, flight, state, op.kind == "I", summed)
+        case "W":
+            return weights(flight)
 
 
 def forward(stage: Stage, flight: Flight, state: State, need: Told | None = None) -> Track:

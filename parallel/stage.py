@@ -48,15 +48,16 @@ Grads = tuple[Tensor | None, ...]
 class Flight:
     """One microbatch in one stage, from the start of its F to the end of its W.
 
-    `loss_scale` is the gradient of every loss, so that gradients are those of the mean over the global batch. With
-    `training=False` nothing is saved for a backward.
+    `loss_scale` is the gradient of every loss, so that gradients are those of the mean over the global batch; a scalar
+    tensor where it is not yet known (`graphs.py`). With `training=False` nothing is saved for a backward.
     """
 
     tokens: Tensor  # int64 [sequences, T + 1 + mtp_depth]: inputs, and what they are to predict
-    loss_scale: float
+    loss_scale: float | Tensor
     training: bool = True
     microbatch: int = 0  # its number in the step
     documents: object = None  # where documents lie in the tokens, if phases are to know; nothing in this room reads it
+    recorded: bool = False  # its ops become CUDA graphs, so a backward leaves what it reads for the next replay
     losses: dict[str, Tensor] = field(default_factory=dict)  # name -> detached, already weighted scalar
     saved: dict[Phase, object] = field(default_factory=dict)  # what the backward of a phase needs of its forward
     handles: dict[str, Handle] = field(default_factory=dict)  # layer -> routing, shared by its phases
@@ -132,12 +133,22 @@ class Compute:
     def backward(self, grads: Grads, flight: Flight) -> StepResult:
         leaves, edges, losses = cast(_Graph, flight.saved.pop(self))
         roots = [(edge, g) for edge, g in zip(edges, grads[self.through :], strict=True) if edge is not None]
-        seeds = [(loss, torch.full_like(loss, flight.loss_scale)) for loss in losses if loss.requires_grad]
+        seeds = [(loss, _seed(loss, flight.loss_scale)) for loss in losses if loss.requires_grad]
         roots += [(get_gradient_edge(loss), seed) for loss, seed in seeds]
         with self.wgrad.collect() as closures:
-            torch.autograd.backward([edge for edge, _ in roots], [g for _, g in roots])
+            torch.autograd.backward(
+                [edge for edge, _ in roots], [g for _, g in roots], retain_graph=flight.recorded or None
+            )
         dx = grads[: self.through] + tuple(leaf.grad for leaf in leaves)
+        if flight.recorded:
+            # Or the next backward of the same graph would add to these.
+            for leaf in leaves:
+                leaf.grad = None
         return StepResult(Pending.done(dx), closures, [leaf.detach() for leaf in leaves])
+
+
+def _seed(loss: Tensor, scale: float | Tensor) -> Tensor:
+    return scale.to(loss.dtype) if isinstance(scale, Tensor) else torch.full_like(loss, scale)
 
 
 S = TypeVar("S")

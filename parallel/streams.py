@@ -133,6 +133,32 @@ class CpuStreams:
             self.made = min(self.made, len(self.fillers))
 
 
+class OneStream:
+    """Everything on the caller's stream, in the order of the calls: what a CUDA graph records. Measures nothing."""
+
+    def step(self, name: StreamName, baton: Baton, run: Run) -> None:
+        result = run(self.take(baton))
+        baton.value = Pending.done(result.value.wait())
+        self.later(result.closures)
+
+    def later(self, closures: list[Closure]) -> None:
+        for closure in closures:
+            closure()
+
+    def take(self, baton: Baton) -> Grads:
+        return baton.value.wait()
+
+    def meet(self) -> None: ...
+
+    def mark(self) -> None: ...
+
+    def marks(self) -> list[float]:
+        return []
+
+    def exposed(self) -> float:
+        return 0.0
+
+
 class CudaStreams:
     """Three streams. What a step read is held until `meet`, whichever stream made it.
 

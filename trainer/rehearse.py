@@ -17,13 +17,14 @@ from __future__ import annotations
 import sys
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from dryvine.comm.pending import Pending
 from dryvine.parallel.executor import NO_HOOKS, EdgeWire
+from dryvine.parallel.schedule.ir import Program
 from dryvine.trainer.batches import repeated_batch
 from dryvine.trainer.rig import Rig
 
@@ -55,8 +56,10 @@ def rehearse(rig: Rig) -> None:
         if rig.fp8 is not None:
             rig.fp8.guard.on = guarded
         for program, training in runs:
-            batch = repeated_batch(rig, program.schedule.microbatches, training)
-            rig.executor(program, wire, NO_HOOKS).run(batch)
+            _play(rig, program, wire, training, eager=True)
+    if rig.graphs is not None:
+        # Now that everything is loaded, which nothing may be while a graph is recorded.
+        _play(rig, runs[0][0], wire, training=True, eager=False)
     # Sums and gathers run beside the schedule, and so must not be the first to load their kernels.
     rig.optimizer.zero.reduce()
     rig.publish()
@@ -65,6 +68,11 @@ def rehearse(rig: Rig) -> None:
     rig.dispatcher.meter.take()
     if rig.fp8 is not None:
         deque(rig.fp8.guard.take(rig.model.named_parameters()), maxlen=0)
+
+
+def _play(rig: Rig, program: Program, wire: EdgeWire, training: bool, eager: bool) -> None:
+    batch = repeated_batch(rig, program.schedule.microbatches, training)
+    rig.executor(program, wire, NO_HOOKS).run(replace(batch, eager=eager))
 
 
 def report_loads(rank: int) -> None:

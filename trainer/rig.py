@@ -24,6 +24,7 @@ from dryvine.parallel.bucket import BucketMemory
 from dryvine.parallel.buckets import ReadingLayer
 from dryvine.parallel.executor import EdgeWire, Executor, LayerHooks
 from dryvine.parallel.flow_control import rank_program, slots_by_line
+from dryvine.parallel.graphs import Graphs
 from dryvine.parallel.overlap import ORDERS
 from dryvine.parallel.schedule.ir import Program
 from dryvine.parallel.schedule.lower import forward_only, lower
@@ -34,6 +35,7 @@ from dryvine.trainer.config import Config
 from dryvine.trainer.data.splits import Data
 from dryvine.trainer.fp8.choose import choose
 from dryvine.trainer.fp8.fp8 import FP8
+from dryvine.trainer.graphed import make_graphs
 from dryvine.trainer.model.decoder import Model
 from dryvine.trainer.model.phases import codec_of
 from dryvine.trainer.model.spec import Spec
@@ -56,6 +58,8 @@ class Rig:
     wire: EdgeWire
     carrier: str  # of the wire's messages, in words
     streams: Callable[[], Streams]
+    graphs: Graphs | None
+    replays: str  # what graphs do here, in words
     fp8: FP8 | None
     _training: dict[int, Executor] = field(default_factory=dict)
     _forward: dict[int, Executor] = field(default_factory=dict)
@@ -96,7 +100,8 @@ class Rig:
     def executor(self, program: Program, wire: EdgeWire, hooks: LayerHooks) -> Executor:
         """Runs this rank's part of `program` against `wire`."""
         order = ORDERS[self.mesh.device.type] if self.config.parallel.overlap == "on" else None
-        return Executor(rank_program(program, self.mesh.pp_rank), self.model.stages, wire, self.streams, order, hooks)
+        own = rank_program(program, self.mesh.pp_rank)
+        return Executor(own, self.model.stages, wire, self.streams, order, hooks, self.graphs)
 
     def state(self) -> RunState:
         """What a checkpoint stores of this rank, live."""
@@ -115,7 +120,7 @@ class Rig:
     def _forget_copies(self) -> None:
         """The FP8 copies were made of the old weights."""
         if self.fp8 is not None:
-            self.fp8.cache.clear()
+            self.fp8.cache.expire()
 
 
 def mesh_of(plan: RunPlan, device: torch.device) -> Mesh:
@@ -140,7 +145,9 @@ def make_rig(plan: RunPlan, mesh: Mesh, data: Data, topology: Topology | None = 
     slots = slots_by_line(plan.programs)
     wire, carrier = make_wire(mesh, topology, slots, state)
     messages = EdgeWire(wire, lambda edge: state)
-    return Rig(plan, mesh, model, optimizer, data, dispatcher, messages, carrier, make_streams(mesh.device), fp8)
+    graphs, replays = make_graphs(config, mesh.device, dispatcher, fp8, model.loss_weights)
+    streams = make_streams(mesh.device)
+    return Rig(plan, mesh, model, optimizer, data, dispatcher, messages, carrier, streams, graphs, replays, fp8)
 
 
 def readers(model: Model, plan: RunPlan, pp_rank: int) -> dict[str, tuple[ReadingLayer, ...]]:

@@ -21,6 +21,8 @@ def startup_lines(rig: Rig, topology: Topology | None, steps_done: int) -> Itera
     yield activations(rig.plan, rig.mesh.device.type == "cuda")
     if rig.fp8 is not None:
         yield rig.fp8.chosen
+    if rig.mesh.device.type == "cuda":
+        yield rig.replays
     yield from _blend(rig)
     if steps_done:
         yield f"resuming {rig.config.run.folder} after step {steps_done}"

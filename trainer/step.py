@@ -58,13 +58,21 @@ def accumulate(rig: Rig, point: Point) -> Played:
     config = rig.config
     rig.optimizer.zero.zero_grads()
     rig.model.loss_weights.mtp = changed(config.model.mtp_weight, config.optim.mtp_weight_plan, point)
-    if rig.fp8 is not None:
-        every = rig.config.fp8.guard_every
-        rig.fp8.guard.on = every > 0 and point.step % every == 0
+    guarded = _prepare_fp8(rig, point)
     batch = read_batch(rig, rig.data.train, point.first, point.sequences)
     # Each microbatch adds the gradient of its own mean loss; the step's loss is the mean over all of them.
     share = gradient_scale(point) / (len(batch.tokens) * rig.mesh.data_ranks)
-    return rig.training(point.sequences).run(replace(batch, loss_scale=share))
+    return rig.training(point.sequences).run(replace(batch, loss_scale=share, eager=guarded))
+
+
+def _prepare_fp8(rig: Rig, point: Point) -> bool:
+    """Make the FP8 copies of the weights, and turn the guard on for steps whose tiles are to be counted: True."""
+    if rig.fp8 is None:
+        return False
+    every = rig.config.fp8.guard_every
+    rig.fp8.guard.on = every > 0 and point.step % every == 0
+    rig.fp8.cache.refresh()
+    return rig.fp8.guard.on
 
 
 def update(rig: Rig, point: Point, norm: float) -> None:

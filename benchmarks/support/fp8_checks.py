@@ -121,7 +121,7 @@ def truth_product(a: Quantized, b: Quantized, groups: ExpertGroups | None) -> Te
     x, w = a.dequantize(torch.float32).double(), b.dequantize(torch.float32).double()
     if groups is None:
         return x @ w.t()
-    return torch.cat([part @ one.t() for part, one in zip(x.split(groups.counts), w, strict=True)])
+    return torch.cat([part @ one.t() for part, one in zip(x.split(list(groups.counts)), w, strict=True)])
 
 
 PRODUCTS = [(256, 256, 512, ()), (100, 2112, 7168, ()), (4096, 576, 1536, ()), (333, 7168, 2112, ()),

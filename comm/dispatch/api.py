@@ -26,7 +26,8 @@ class Handle(Protocol):
 
     @property
     def counts(self) -> Sequence[int]:
-        """Rows of each local expert, [X] on the host, in expert order; padding to the alignment included."""
+        """Rows of each local expert, [X] in expert order, padding to the alignment included: on the host, or
+        `DeviceCounts` where the host need not know them."""
         ...
 
 

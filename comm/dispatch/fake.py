@@ -32,7 +32,7 @@ class FakeHandle:
     sends: tuple[int, ...]
 
     @property
-    def counts(self) -> tuple[int, ...]:
+    def counts(self) -> Sequence[int]:
         return self.local.counts
 
 

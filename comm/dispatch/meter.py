@@ -8,7 +8,7 @@ by the caller, and one that is forgotten is missing from the metrics without a t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from dryvine.comm.topology import LinkClass
 
@@ -23,6 +23,10 @@ class Meter:
         """Count `rows[i]` rows of `row_bytes` bytes over link `links[i]`."""
         for link, count in zip(links, rows, strict=True):
             self._bytes[link] += count * row_bytes
+
+    def put(self, taken: Mapping[LinkClass, int]) -> None:
+        """Count what `take` returned: what a CUDA graph sends each time that it is replayed."""
+        self._bytes.update(taken)
 
     def take(self) -> dict[LinkClass, int]:
         """What was counted since the last call."""

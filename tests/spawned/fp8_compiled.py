@@ -18,7 +18,7 @@ FP8 = "fp8e4nv"
 # What is known of arguments at a real launch: pointers and these sizes are multiples of 16.
 ALIGNED = frozenset({"M", "N", "K", "R", "C", "F", "P", "x_stride", "c_stride", "sa_stride", "sb_stride"})
 SCALES = {"s": "fp32", "st": "fp32", "xs": "fp32", "ks": "fp32", "acts": "fp32", "sa": "fp32", "sb": "fp32"}
-VALUES = {"q": FP8, "qt": "i32", "saved": FP8, "act": "i32", "table": "i32", "starts": "i32"}
+VALUES = {"q": FP8, "qt": "i32", "saved": FP8, "act": "i32", "table": "i32", "starts": "i32", "live": "i32"}
 OTHERS = {"weights": "fp32", "dw": "fp32", "x": "bf16", "h": "bf16", "dy": "bf16", "w": "fp32", "weight": "bf16",
           "normed": "bf16", "inverse": "fp32", "high": "u8", "low": "u8", "c": "bf16"}  # fmt: skip
 

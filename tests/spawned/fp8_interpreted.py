@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from dryvine.comm.dispatch.counts import DeviceCounts
 from dryvine.trainer.fp8 import casts, fused
-from dryvine.trainer.tensors.groups import ExpertGroups
+from dryvine.trainer.tensors.groups import ExpertGroups, tables_of
 from dryvine.trainer.tensors.quantized import E5M6, Quantized
 from tests.support.interpreter import right_casts
 
@@ -91,6 +92,41 @@ def test_columns(kind: str, counts: tuple[int, ...]) -> None:
     _same(casts.quantize_both.kernel(x, groups), casts.quantize_both(x, groups))
     saved = casts.quantize_rows(x)
     _same(casts.quantize_columns.kernel(saved, groups, "ue8m0"), casts.quantize_columns(saved, groups, "ue8m0"))
+
+
+COUNTS = (0, 129, 256, 1, 0)
+
+
+def test_tables_of_counts_on_the_device() -> None:
+    for counts in (COUNTS, (0, 0), (700,), (1,) * 130):
+        ours, theirs = (ExpertGroups(counts, torch.device("cpu")).tables, known(counts).tables)
+        made = tables_of.kernel(torch.tensor(counts), sum(counts), known(counts).blocks)
+        assert [t.tolist() for t in made] == [t.tolist() for t in theirs]
+        live = int(ours.starts[-1])
+        assert theirs.blocks[:live].tolist() == ours.blocks.tolist()
+        assert (theirs.blocks[live:, 1] == theirs.blocks[live:, 2]).all()
+
+
+def test_casts_by_counts_on_the_device() -> None:
+    """More blocks than there are: the live ones are the same, and nothing is written beyond the last."""
+    x, exact, bound = (
+        INPUTS["normal"](sum(COUNTS), 200).bfloat16(),
+        ExpertGroups(COUNTS, torch.device("cpu")),
+        known(COUNTS),
+    )
+    live = exact.blocks
+    assert bound.blocks > live
+    kept = casts.quantize_rows(x)
+    for ours, theirs in (
+        (casts.quantize_both.kernel(x, bound)[1], casts.quantize_both(x, exact)[1]),
+        (casts.quantize_columns.kernel(kept, bound), casts.quantize_columns(kept, exact)),
+    ):
+        _same(Quantized(ours.values[:, : 128 * live], ours.scales[:, :live]), theirs)
+
+
+def known(counts: tuple[int, ...]) -> ExpertGroups:
+    """Groups whose host knows the sum of the counts alone."""
+    return ExpertGroups(DeviceCounts(torch.tensor(counts), sum(counts)), torch.device("cpu"))
 
 
 def test_no_rows_at_all() -> None:

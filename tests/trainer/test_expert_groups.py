@@ -11,10 +11,10 @@ CPU = torch.device("cpu")
 
 def test_tables_by_hand() -> None:
     groups = ExpertGroups((130, 0, 128), CPU)
-    blocks, starts = groups.tables
+    ends, starts, blocks = groups.tables
     assert blocks.tolist() == [[0, 0, 130], [0, 128, 130], [2, 130, 258]]
     assert starts.tolist() == [0, 2, 2, 3]
-    assert groups.ends.tolist() == [130, 130, 258]
+    assert ends.tolist() == [130, 130, 258]
 
 
 def test_no_count_moves_an_address() -> None:

@@ -15,7 +15,7 @@ from torch.nn import functional
 from dryvine.comm.by_device import kernel_in
 from dryvine.trainer.fp8.numbers import filled, scale_of, scaled, tiles_of
 from dryvine.trainer.tensors.groups import ExpertGroups
-from dryvine.trainer.tensors.quantized import E4M3, E5M6, Quantized, empty_blocks, empty_rows, empty_scales
+from dryvine.trainer.tensors.quantized import E4M3, E5M6, BothWays, Quantized, empty_both_ways, empty_rows, empty_scales
 from dryvine.trainer.tensors.tiles import E5M6_MAX, TILE, ScaleFormat
 
 KERNELS = "dryvine.trainer.fp8.kernels.casts"
@@ -38,7 +38,7 @@ def rows_of(tiles: Tensor, amax: Tensor, cols: int, scales: ScaleFormat) -> Quan
 
 def padded(x: Tensor, groups: ExpertGroups) -> Tensor:
     """Rows with every expert's filled up to whole blocks: [R, C] -> [P, C]."""
-    return torch.cat([filled(part, rows=-len(part) % TILE) for part in x.split(groups.counts)])
+    return torch.cat([filled(part, rows=-len(part) % TILE) for part in x.split(list(groups.counts))])
 
 
 @kernel_in(KERNELS)
@@ -65,10 +65,11 @@ def quantize_both(x: Tensor, groups: ExpertGroups, scales: ScaleFormat = "fp32")
 
 
 @kernel_in(KERNELS)
-def quantize_blocks(w: Tensor, scales: ScaleFormat = "fp32") -> tuple[Quantized, Quantized]:
-    """[..., R, C] -> 128x128 blocks of w, and of its transpose [..., C, R]: the same bytes and scales, transposed."""
+def quantize_blocks(w: Tensor, scales: ScaleFormat = "fp32", out: BothWays | None = None) -> BothWays:
+    """[..., R, C] -> 128x128 blocks of w, and of its transpose [..., C, R]: the same bytes and scales, transposed. Into
+    `out`, an earlier result for the same shape, if there is one."""
     tiles = blocks_of(w)
-    return blocks_and_transposed(w, tiles, tiles.abs().amax((-3, -1)), scales)
+    return blocks_and_transposed(w, tiles, tiles.abs().amax((-3, -1)), scales, out)
 
 
 def blocks_of(w: Tensor) -> Tensor:
@@ -78,16 +79,18 @@ def blocks_of(w: Tensor) -> Tensor:
     return full.unflatten(-1, (-1, TILE)).unflatten(-3, (-1, TILE))
 
 
-def blocks_and_transposed(w: Tensor, tiles: Tensor, amax: Tensor, scales: ScaleFormat) -> tuple[Quantized, Quantized]:
+def blocks_and_transposed(
+    w: Tensor, tiles: Tensor, amax: Tensor, scales: ScaleFormat, into: BothWays | None
+) -> BothWays:
     """`tiles`, as `blocks_of` returns them for w, cast by scales from `amax` [..., R / 128, C / 128]; both ways."""
     rows, cols = w.shape[-2:]
-    out, transposed = empty_blocks(w.shape, w.device), empty_blocks((*w.shape[:-2], cols, rows), w.device)
+    out, transposed = into or empty_both_ways(w)
     out.scales.copy_(scale_of(amax, scales))
     values = scaled(tiles, out.scales[..., :, None, :, None]).flatten(-4, -3).flatten(-2, -1)
     out.values.copy_(values[..., :rows, :cols].to(E4M3))
     transposed.values.copy_(out.values.transpose(-2, -1))
     transposed.scales.copy_(out.scales.transpose(-2, -1))
-    return out, transposed
+    return BothWays(out, transposed)
 
 
 @kernel_in(KERNELS)

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from dryvine.trainer.fp8.casts import blocks_and_transposed, blocks_of, rows_of
 from dryvine.trainer.fp8.numbers import tiles_of
-from dryvine.trainer.tensors.quantized import Quantized
+from dryvine.trainer.tensors.quantized import BothWays, Quantized
 from dryvine.trainer.tensors.tiles import TILE, ScaleFormat
 
 
@@ -28,8 +28,8 @@ def quantize_coarse(x: Tensor, tile: str, scales: ScaleFormat = "fp32") -> Quant
     return rows_of(tiles, amax, x.shape[1], scales)
 
 
-def quantize_whole(w: Tensor, scales: ScaleFormat = "fp32") -> tuple[Quantized, Quantized]:
+def quantize_whole(w: Tensor, scales: ScaleFormat = "fp32", out: BothWays | None = None) -> BothWays:
     """[..., R, C] -> `quantize_blocks` of it with one scale for each matrix."""
     tiles = blocks_of(w)
     amax = tiles.abs().amax((-3, -1)).amax((-2, -1), keepdim=True)
-    return blocks_and_transposed(w, tiles, amax, scales)
+    return blocks_and_transposed(w, tiles, amax, scales, out)

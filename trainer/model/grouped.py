@@ -13,23 +13,26 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from dryvine.comm.dispatch.counts import DeviceCounts
 from dryvine.trainer.model.linear import add_product
 from dryvine.trainer.tensors.context import Context
 from dryvine.trainer.tensors.groups import ExpertGroups
 from dryvine.trainer.tensors.weight import Weight
 
-# Experts of V3's sizes, whose weight gradients cuBLAS makes faster one by one; 64 it does not (docs/fp8.md).
+# Experts of V3's sizes, whose weight gradients cuBLAS makes faster one by one; 64 it does not (docs/fp8.md). Where
+# their counts are on the device, one by one would stop the host.
 FEW = 8
 
 
 def add_grouped_product(total_XOI: Tensor, dy_RO: Tensor, x_RI: Tensor, groups: ExpertGroups) -> None:
     """total[x] += dyᵀ x over the rows of expert x, as `add_product`; on Hopper many experts are one kernel."""
-    if x_RI.is_cuda and len(groups.counts) > FEW:
+    if x_RI.is_cuda and (len(groups.counts) > FEW or isinstance(groups.counts, DeviceCounts)):
         from dryvine.trainer.model.kernels import grouped
 
         if grouped.fits(dy_RO, x_RI):
             return grouped.wgrad(dy_RO, x_RI, groups, total_XOI)
-    for total, dy, x in zip(total_XOI, dy_RO.split(groups.counts), x_RI.split(groups.counts), strict=True):
+    counts = list(groups.counts)
+    for total, dy, x in zip(total_XOI, dy_RO.split(counts), x_RI.split(counts), strict=True):
         add_product(total, dy, x)
 
 
@@ -38,7 +41,8 @@ def grouped_product(x_RI: Tensor, weight_XOI: Tensor, groups: ExpertGroups) -> T
     if x_RI.is_cuda and x_RI.dtype == torch.bfloat16:
         return functional.grouped_mm(x_RI, weight_XOI.transpose(1, 2), offs=groups.ends)
     y_RO = x_RI.new_empty(x_RI.shape[0], weight_XOI.shape[1])
-    for x, weight, y in zip(x_RI.split(groups.counts), weight_XOI, y_RO.split(groups.counts), strict=True):
+    counts = list(groups.counts)
+    for x, weight, y in zip(x_RI.split(counts), weight_XOI, y_RO.split(counts), strict=True):
         torch.mm(x, weight.t(), out=y)
     return y_RO
 

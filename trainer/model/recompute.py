@@ -25,15 +25,22 @@ def _identity(tensor: Tensor) -> Identity:
 
 
 class _Remaker:
-    """Hooks of one `through`. The graph holds it, and what it made again, until the last backward that unpacks."""
+    """Hooks of one `through`. The graph holds it, and what it made again until the last saved place has been unpacked:
+    a graph that is kept for another backward keeps no more than its forward left."""
 
     def __init__(self, make: Make, made: tuple[Tensor, ...]) -> None:
         self.make = make
         self.numbers = {_identity(t): i for i, t in enumerate(made)}
         self.again: tuple[Tensor, ...] = ()
+        self.places = self.left = 0  # saved in place of a tensor; of those, still to be unpacked
 
     def pack(self, tensor: Tensor) -> Tensor | int:
-        return self.numbers.get(_identity(tensor), tensor)
+        number = self.numbers.get(_identity(tensor))
+        if number is None:
+            return tensor
+        self.places += 1
+        self.left += 1
+        return number
 
     def unpack(self, saved: Tensor | int) -> Tensor:
         if isinstance(saved, Tensor):
@@ -41,7 +48,11 @@ class _Remaker:
         if not self.again:
             with torch.no_grad():
                 self.again = self.make()
-        return self.again[saved]
+        made = self.again[saved]
+        self.left -= 1
+        if not self.left:
+            self.again, self.left = (), self.places
+        return made
 
 
 def through(make: Make, use: Callable[..., R], again: bool, remake: Make | None = None) -> R:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -93,3 +94,16 @@ def empty_blocks(shape: Sequence[int], device: torch.device) -> Quantized:
     *batch, rows, cols = shape
     scales = torch.empty(*batch, blocks(rows), round_up(blocks(cols), 4), device=device)[..., : blocks(cols)]
     return Quantized(torch.empty(*shape, dtype=E4M3, device=device), scales, (TILE, TILE))
+
+
+class BothWays(NamedTuple):
+    """FP8 blocks of a weight [O, I], or [X, O, I] by expert, and of its transpose: operands of Fprop and of Dgrad."""
+
+    fprop: Quantized
+    dgrad: Quantized
+
+
+def empty_both_ways(w: Tensor) -> BothWays:
+    """For the weight w; not filled."""
+    rows, cols = w.shape[-2:]
+    return BothWays(empty_blocks(w.shape, w.device), empty_blocks((*w.shape[:-2], cols, rows), w.device))

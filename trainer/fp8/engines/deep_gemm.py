@@ -74,7 +74,7 @@ def _grouped(a: Quantized, b: Quantized, groups: ExpertGroups) -> Tensor:
     if not groups.blocks:
         return a.values.new_empty(0, n, dtype=torch.bfloat16)
     # Of each block, which rows to take: the expert's next 128, and at its end the last one again.
-    table = groups.tables[0]
+    table = groups.tables.blocks
     rows = torch.minimum(table[:, 1:2] + torch.arange(TILE, dtype=torch.int32, device=table.device), table[:, 2:] - 1)
     rows = rows.flatten()
     values = a.values.view(torch.uint8).index_select(0, rows).view(a.values.dtype)

@@ -23,6 +23,10 @@ class Mixed(Products):
     grouped: Products
     gradients: Products
 
+    @property
+    def reads_counts(self) -> bool:
+        return self.grouped.reads_counts or self.gradients.reads_counts
+
     def product(
         self, a: Quantized, b: Quantized, groups: ExpertGroups | None = None, dtype: torch.dtype = torch.bfloat16
     ) -> Tensor:

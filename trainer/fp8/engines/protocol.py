@@ -20,6 +20,11 @@ from dryvine.trainer.tensors.quantized import Quantized
 class Products(Protocol):
     """What multiplies."""
 
+    @property
+    def reads_counts(self) -> bool:
+        """Whether the host reads how many rows each expert has, and so waits for the device where it does not know."""
+        ...
+
     def product(
         self, a: Quantized, b: Quantized, groups: ExpertGroups | None = None, dtype: torch.dtype = torch.bfloat16
     ) -> Tensor:
@@ -33,6 +38,8 @@ class Products(Protocol):
 
 class Engine(Products, Protocol):
     """Products by one means, which a machine may lack."""
+
+    reads_counts: bool = True
 
     @staticmethod
     def missing(device: torch.device) -> str | None:

@@ -18,6 +18,8 @@ from dryvine.trainer.tensors.quantized import Quantized
 class Triton(Engine):
     """K and N are multiples of 16 (TMA's alignment)."""
 
+    reads_counts = False
+
     @staticmethod
     def missing(device: torch.device) -> str | None:
         return no_hopper(device) or (None if find_spec("triton") else "needs triton >= 3.6: pip install triton")

@@ -27,7 +27,7 @@ from dryvine.trainer.fp8.kernels.numbers import (
     scaled,
 )
 from dryvine.trainer.tensors.groups import ExpertGroups
-from dryvine.trainer.tensors.quantized import E5M6, Quantized, empty_blocks, empty_rows, empty_scales
+from dryvine.trainer.tensors.quantized import E5M6, BothWays, Quantized, empty_both_ways, empty_rows, empty_scales
 from dryvine.trainer.tensors.tiles import TILE, ScaleFormat, blocks
 
 # Rows to a program of the row cast: each thread has 16 loads of 16 bytes in flight.
@@ -62,6 +62,8 @@ def columns_kernel(x, q, s, qt, st, table, R, C, P, s_stride, st_stride, ROWS_TO
     b = tl.program_id(0)
     block = tl.program_id(1)
     first, end = block_rows(block, table, R, GROUPED)
+    if first >= end:
+        return
     c = b * 128 + tl.arange(0, 128)
     # Every fourth row in one tensor, so that four bytes that end up side by side are in one thread.
     v0, r = fourth(x, first, end, c, C)
@@ -227,8 +229,8 @@ def _columns(x: Tensor, groups: ExpertGroups, scales: ScaleFormat, rows_too: boo
     out = empty_rows(rows, cols, x.device) if rows_too else columns
     if groups.blocks:
         columns_kernel[(blocks(cols), groups.blocks)](
-            x, out.values, out.scales, columns.values.view(torch.int32), columns.scales, groups.tables[0], rows, cols,
-            padded, out.scales.stride(1), columns.scales.stride(1), rows_too, len(groups.counts) > 1,
+            x, out.values, out.scales, columns.values.view(torch.int32), columns.scales, groups.tables.blocks, rows,
+            cols, padded, out.scales.stride(1), columns.scales.stride(1), rows_too, len(groups.counts) > 1,
             scales == "ue8m0", num_warps=8, maxnreg=128, enable_fp_fusion=False,
         )  # fmt: skip
     return out, columns
@@ -240,9 +242,9 @@ def _transpose(x: Quantized, groups: ExpertGroups, scales: ScaleFormat) -> Quant
     columns = empty_rows(cols, padded, x.values.device)
     if groups.blocks:
         transpose_kernel[(blocks(cols), groups.blocks)](
-            x.values, x.scales, columns.values.view(torch.int32), columns.scales, groups.tables[0], rows, cols, padded,
-            x.scales.stride(1), columns.scales.stride(1), len(groups.counts) > 1, scales == "ue8m0", TRANSPOSE_WORDS,
-            num_warps=4, maxnreg=96, enable_fp_fusion=False,
+            x.values, x.scales, columns.values.view(torch.int32), columns.scales, groups.tables.blocks, rows, cols,
+            padded, x.scales.stride(1), columns.scales.stride(1), len(groups.counts) > 1, scales == "ue8m0",
+            TRANSPOSE_WORDS, num_warps=4, maxnreg=96, enable_fp_fusion=False,
         )  # fmt: skip
     return columns
 
@@ -257,18 +259,18 @@ def quantize_both(x: Tensor, groups: ExpertGroups, scales: ScaleFormat = "fp32")
     return _columns(x, groups, scales, rows_too=True)
 
 
-def quantize_blocks(w: Tensor, scales: ScaleFormat = "fp32") -> tuple[Quantized, Quantized]:
+def quantize_blocks(w: Tensor, scales: ScaleFormat = "fp32", out: BothWays | None = None) -> BothWays:
     rows, cols = w.shape[-2:]
     if rows % 16 or cols % 16:
         raise ValueError(f"FP8 weights on a GPU have sizes that are multiples of 16, not {rows} x {cols}: pad them")
-    out, transposed = empty_blocks(w.shape, w.device), empty_blocks((*w.shape[:-2], cols, rows), w.device)
+    plain, transposed = out or empty_both_ways(w)
     batch = w.shape[0] if w.dim() == 3 else 1
     blocks_kernel[(blocks(cols), blocks(rows), batch)](
-        w, out.values, out.scales, transposed.values.view(torch.int32), transposed.scales, rows, cols,
-        out.scales.stride(0), out.scales.stride(-2), transposed.scales.stride(0), transposed.scales.stride(-2),
+        w, plain.values, plain.scales, transposed.values.view(torch.int32), transposed.scales, rows, cols,
+        plain.scales.stride(0), plain.scales.stride(-2), transposed.scales.stride(0), transposed.scales.stride(-2),
         scales == "ue8m0", num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
-    return out, transposed
+    return BothWays(plain, transposed)
 
 
 def pack_e5m6(x: Tensor) -> E5M6:

@@ -85,6 +85,8 @@ def swiglu_backward_kernel(dy, saved, ks, weights, q, s, qt, st, act, acts, dw, 
     b = tl.program_id(0)
     block = tl.program_id(1)
     first, end = block_rows(block, table, R, True)
+    if first >= end:
+        return
     c = b * 128 + tl.arange(0, 128)
     # The same columns of the half that belongs to up.
     far, far_b = c + F, b + F // 128
@@ -175,7 +177,7 @@ def swiglu_backward(
         swiglu_backward_kernel[(blocks(width), groups.blocks)](
             dy, gate_up.values, gate_up.scales, dy if weights is None else weights, out.values, out.scales,
             transposed.values.view(torch.int32), transposed.scales, act.values.view(torch.int32), act.scales, pieces,
-            groups.tables[0], rows, width, padded, gate_up.scales.stride(1), out.scales.stride(1),
+            groups.tables.blocks, rows, width, padded, gate_up.scales.stride(1), out.scales.stride(1),
             transposed.scales.stride(1), act.scales.stride(1), weights is not None, scales == "ue8m0", 8,
             num_warps=4, maxnreg=128, enable_fp_fusion=False,
         )  # fmt: skip

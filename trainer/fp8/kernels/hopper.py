@@ -139,11 +139,14 @@ def _product_sums(HALF: gl.constexpr, a_bufs, b_bufs, full, empty, c, sa, sb, ta
             gl.store(c_at + SUB * i, gl.convert_layout(sums[i].to(c.dtype.element_ty), out), mask=keep)
 
 
-@gluon.jit(do_not_specialize=["M", "num_m", "sa_stride"])
-def product_kernel(a_desc, b_desc, c, sa, sb, table, M, N, K, num_m, sa_stride, sb_expert, sb_row, c_stride,
+@gluon.jit(do_not_specialize=["live", "M", "num_m", "sa_stride"])
+def product_kernel(a_desc, b_desc, c, sa, sb, table, live, M, N, K, num_m, sa_stride, sb_expert, sb_row, c_stride,
                    GROUPED: gl.constexpr, GROUP_M: gl.constexpr, SUB: gl.constexpr,
                    COUNT: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr):  # fmt: skip
-    """Each stage holds 128 of K: two halves of 64 rows of A, one a warpgroup, and `COUNT` parts of `SUB` rows of B."""
+    """Each stage holds 128 of K: two halves of 64 rows of A, one a warpgroup, and `COUNT` parts of `SUB` rows of B.
+    Rows of tiles are `num_m`, of groups as many as `live` says: the host may know only a bound."""
+    if GROUPED:
+        num_m = gl.load(live)
     a_bufs = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * 2, 64, 128], a_desc.layout)
     b_bufs = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * COUNT, SUB, 128], b_desc.layout)
     full, empty = barriers(STAGES)
@@ -283,10 +286,11 @@ def product(a: Quantized, b: Quantized, groups: ExpertGroups | None = None, dtyp
     if not num_m:
         return c
     tiles = num_m * ceil_div(n, config.sub * config.count)
-    table = c if groups is None else groups.tables[0]  # dense kernels never read it
+    # Dense kernels read neither table.
+    table, live = (c, c) if groups is None else (groups.tables.blocks, groups.tables.starts[-1:])
     product_kernel[(programs(c.device, tiles),)](
-        _descriptor(a.values, 64), _descriptor(b.values, config.sub), c, a.scales, b.scales, table, m, n, k, num_m,
-        a.scales.stride(1), b.scales.stride(0) if groups else 0, b.scales.stride(-2), c.stride(0),
+        _descriptor(a.values, 64), _descriptor(b.values, config.sub), c, a.scales, b.scales, table, live, m, n, k,
+        num_m, a.scales.stride(1), b.scales.stride(0) if groups else 0, b.scales.stride(-2), c.stride(0),
         GROUPED=groups is not None, GROUP_M=config.group_m, SUB=config.sub, COUNT=config.count,
         STAGES=config.stages, REGISTERS=config.registers, num_warps=4,
     )  # fmt: skip
@@ -302,7 +306,7 @@ def wgrad(a: Quantized, b: Quantized, groups: ExpertGroups, total: Tensor, confi
     if not groups.blocks:
         return
     wgrad_kernel[(programs(total.device, tiles),)](
-        _descriptor(a.values, 64), _descriptor(b.values, config.sub), total, a.scales, b.scales, groups.tables[1], m, n,
-        num_m, tiles, a.scales.stride(1), b.scales.stride(1), GROUP_M=config.group_m, SUB=config.sub,
+        _descriptor(a.values, 64), _descriptor(b.values, config.sub), total, a.scales, b.scales, groups.tables.starts,
+        m, n, num_m, tiles, a.scales.stride(1), b.scales.stride(1), GROUP_M=config.group_m, SUB=config.sub,
         COUNT=config.count, STAGES=config.stages, REGISTERS=config.registers, num_warps=4,
     )  # fmt: skip

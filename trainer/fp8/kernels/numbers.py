@@ -120,7 +120,8 @@ def put_columns(qt, st, v0, v1, v2, v3, block, c, C, P, st_stride, UE8M0: tl.con
 
 @triton.jit
 def block_rows(block, table, R, GROUPED: tl.constexpr):
-    """(first row, end of rows) of a block of 128 rows that belong to one expert; `table` as in ExpertGroups."""
+    """(first row, end of rows) of a block of 128 rows that belong to one expert; `table` as in ExpertGroups. A block
+    that no expert has ends where it begins: it reads nothing, and nobody reads what it writes."""
     if GROUPED:
         return tl.load(table + 3 * block + 1), tl.load(table + 3 * block + 2)
     else:

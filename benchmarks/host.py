@@ -1,0 +1,171 @@
+"""Who limits a step, the device or the host that feeds it: with CUDA graphs and without.
+
+    python -m benchmarks.host [--set KEY=VALUE ...] [--deadline SECONDS] [--json FILE]
+
+The model of two_gpus.toml on one GPU, 8 microbatches of 4096 tokens, in BF16 and in FP8, each with graphs off and on in
+a process of its own. Device busy is the union of all kernels' times over the length of a profiled step; launches are
+calls that start kernels, copies or graphs; reads are the places in a step where torch makes the host wait for the
+device. Memory of graphs is the peak with them less the peak without. Losses and weights after the last step are
+compared with those without graphs, which run twice, since a kernel of a library may add in another order each time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.two_gpus import corpus
+from dryvine.comm import local
+from dryvine.trainer.config import load
+from dryvine.trainer.data.splits import open_data
+from dryvine.trainer.ramps import Point
+from dryvine.trainer.rehearse import rehearse
+from dryvine.trainer.rig import Rig, make_rig, mesh_of
+from dryvine.trainer.run_plan import RunPlan, make_plan
+from dryvine.trainer.step import train_step
+
+CONFIG = Path(__file__).parent / "two_gpus.toml"
+SEQUENCES, WARM, STEPS = 8, 3, 7
+NUMERICS = {"BF16": (), "FP8": ("fp8.preset=deepseek_v3", "fp8.guard_every=0")}
+LAUNCHES = ("Launch", "Memcpy", "Memset")
+
+
+@dataclass(frozen=True)
+class Measured:
+    milliseconds: float  # of a step, median
+    tokens_per_second: float
+    busy: float  # share of a profiled step in which a kernel runs
+    kernels: int
+    launches: int
+    reads: int  # of the device by the host, in a step
+    graphs: int
+    peak: int  # bytes reserved
+    bits: str  # of losses and weights
+    by_kind: dict[str, float]  # milliseconds of kernels by name, the longest
+    card: str
+
+
+def measure(rank: int, plan: RunPlan) -> Measured:
+    """On this process's GPU."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    rig = make_rig(plan, mesh_of(plan, device), open_data(plan.config))
+    rehearse(rig)
+    torch.cuda.reset_peak_memory_stats()
+    seconds, losses = [], []
+    for step in range(WARM + STEPS):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        losses += _step(rig, step)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    bits = hashlib.sha256(repr(losses).encode())
+    for _, weight in sorted(rig.model.named_parameters()):
+        bits.update(weight.detach().cpu().view(torch.uint8).numpy().tobytes())
+    peak, middle = torch.cuda.max_memory_reserved(), median(seconds[WARM:])
+    reads = _reads(rig, WARM + STEPS)
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+        _step(rig, WARM + STEPS + 1)
+        torch.cuda.synchronize()
+    # What is called "gpu_user_annotation" spans kernels and is none.
+    events = [e for e in profiled.events() if e.device_type == DeviceType.CUDA and not e.name.startswith("Optimizer")]
+    spans = sorted((e.time_range.start, e.time_range.end) for e in events)
+    calls = Counter(e.name for e in profiled.events() if e.device_type == DeviceType.CPU)
+    kinds: Counter[str] = Counter()
+    for event in events:
+        kinds[event.name[:60]] += event.time_range.elapsed_us() / 1e3
+    return Measured(
+        milliseconds=1e3 * middle,
+        tokens_per_second=SEQUENCES * plan.config.data.seq_len / middle,
+        busy=_union(spans) / (spans[-1][1] - spans[0][0]),
+        kernels=len(events),
+        launches=sum(n for name, n in calls.items() if name.startswith("cu") and any(w in name for w in LAUNCHES)),
+        reads=reads,
+        graphs=rig.graphs.count if rig.graphs else 0,
+        peak=peak,
+        bits=bits.hexdigest()[:12],
+        by_kind=dict(kinds.most_common(25)),
+        card=torch.cuda.get_device_name(),
+    )
+
+
+def _step(rig: Rig, number: int) -> list[float]:
+    point = Point(number, number * SEQUENCES, SEQUENCES, rig.config.data.seq_len)
+    played = train_step(rig, point).played
+    return [float(loss) for losses in played.losses.values() for loss in losses]
+
+
+def _reads(rig: Rig, number: int) -> int:
+    """Warnings of torch in the schedule of a step."""
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        train_step(rig, Point(number, number * SEQUENCES, SEQUENCES, rig.config.data.seq_len))
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(each.message) for each in seen)
+
+
+def _union(spans: Iterable[tuple[float, float]]) -> float:
+    """Time that is covered by intervals in order of their starts."""
+    covered, until = 0.0, 0.0
+    for start, end in spans:
+        covered += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return covered
+
+
+def main() -> int:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--set", nargs="*", default=[], help="more of the config, as table.key=value")
+    options.add_argument("--deadline", type=float, default=120.0, help="seconds for each process")
+    options.add_argument("--json", type=Path)
+    options.add_argument("--numerics", nargs="*", default=list(NUMERICS), choices=list(NUMERICS))
+    given = options.parse_args()
+    table = Table("", "graphs", "ms", "tokens/s", "busy", "kernels", "launches", "reads", "peak GB", "bits")
+    made: dict[str, Measured] = {}
+    local.preload(__name__)
+    with tempfile.TemporaryDirectory() as folder:
+        source = f'data.source="{corpus(Path(folder), 320)}"'
+        for numerics in given.numerics:
+            for way in ("off", "off again", "on"):
+                graphs = f"parallel.graphs={way.split()[0]}"
+                words = ("parallel.pp=1", "parallel.schedule=one_f_one_b", graphs, source)
+                plan = make_plan(load(CONFIG, (*words, *NUMERICS[numerics], *given.set)))
+                (found,) = local.run(measure, 1, plan, deadline=given.deadline, device="cuda")
+                made[f"{numerics} {way}"] = found
+                table.add_row(
+                    f"{numerics} {way}", f"{found.graphs}", f"{found.milliseconds:.0f}",
+                    f"{found.tokens_per_second:,.0f}", f"{found.busy:.1%}", f"{found.kernels}",
+                    f"{found.launches}", f"{found.reads}", f"{found.peak / 1e9:.1f}", found.bits,
+                )  # fmt: skip
+                print(f"{numerics} {way}: {found.milliseconds:.0f} ms, busy {found.busy:.1%}", flush=True)
+    Console(width=120).print(table)
+    if given.json:
+        given.json.write_text(json.dumps({name: asdict(found) for name, found in made.items()}, indent=1))
+    different = [
+        f"{numerics}: {way} and off have different bits"
+        for numerics in given.numerics
+        for way in ("off again", "on")
+        if made[f"{numerics} off"].bits != made[f"{numerics} {way}"].bits
+    ]
+    print("\n".join(different))
+    return any("on and" in line for line in different)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,109 @@
+"""Steps whose ops are replayed train, bit for bit, as steps whose phases are called: on graphs as a CPU plays them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import islice
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dryvine.comm.dispatch import routing
+from dryvine.comm.dispatch.single_rank import Local, SingleRank
+from dryvine.comm.pending import Pending
+from dryvine.parallel.graphs import Graphs
+from dryvine.trainer.config import Config
+from dryvine.trainer.model import grouped
+from dryvine.trainer.ramps import points
+from dryvine.trainer.rig import Rig
+from dryvine.trainer.step import train_step
+from tests.support.rig import rig_of
+from tests.support.tape import TapeRecorder
+
+Tiny = Callable[..., Config]
+STEPS = 2
+
+
+def _mask(groups: Any) -> Tensor:
+    """[X, R]: which rows are an expert's, without a read of the counts."""
+    ends = groups.counts.on_device.cumsum(0)[:, None]
+    row = torch.arange(groups.rows)[None, :]
+    return ((row < ends) & (row >= ends - groups.counts.on_device[:, None])).float()
+
+
+def _product(x_RI: Tensor, weight_XOI: Tensor, groups: Any) -> Tensor:
+    by_expert = torch.einsum("ri,xoi->xro", x_RI, weight_XOI)
+    return (by_expert * _mask(groups)[:, :, None]).sum(0)
+
+
+def _add(total_XOI: Tensor, dy_RO: Tensor, x_RI: Tensor, groups: Any) -> None:
+    total_XOI += torch.einsum("xr,ro,ri->xoi", _mask(groups), dy_RO, x_RI)
+
+
+@pytest.fixture(autouse=True)
+def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A single rank whose host does not read the counts, and products of experts that do not either."""
+
+    def plan_routing(self: SingleRank, experts_TK: Tensor, label: str = "") -> Pending[Local]:
+        order = routing.by_expert(experts_TK, 1, self.experts)
+        self._count(1, order.message)
+        return Pending.done(Local.unread(order))
+
+    monkeypatch.setattr(SingleRank, "plan_routing", plan_routing)
+    monkeypatch.setattr(grouped, "grouped_product", _product)
+    monkeypatch.setattr(grouped, "add_grouped_product", _add)
+
+
+def rigged(config: Config, recorder: TapeRecorder | None) -> Rig:
+    """`recorder` None: without graphs."""
+    rig = rig_of(config)
+    if recorder is not None:
+        rig.graphs = Graphs(recorder, rig.dispatcher.meter, lambda: rig.model.loss_weights.mtp)
+        rig.graphs.loaded = True
+    return rig
+
+
+def state(rig: Rig) -> dict[str, Tensor]:
+    found = {name: w.detach().clone() for name, w in rig.model.named_parameters()}
+    found |= {f"grad {name}": w.gradient().clone() for name, w in rig.model.named_parameters()}
+    return found | {name: buffer.clone() for name, buffer in rig.model.buffers.items()}
+
+
+def trained(rig: Rig) -> list[Any]:
+    """What a step returns and leaves, of each."""
+    seen: list[Any] = []
+    for point in islice(points(rig.config.batch, rig.config.data.seq_len), STEPS):
+        outcome = train_step(rig, point)
+        losses = {name: [float(loss) for loss in many] for name, many in outcome.played.losses.items()}
+        seen.append([losses, outcome.norm, outcome.loads, rig.dispatcher.meter.take(), state(rig)])
+    return seen
+
+
+def assert_same(ours: list[Any], theirs: list[Any]) -> None:
+    for mine, plain in zip(ours, theirs, strict=True):
+        assert mine[:2] == plain[:2]
+        assert torch.equal(mine[2], plain[2])
+        assert mine[3] == plain[3]
+        for name, value in plain[4].items():
+            assert torch.equal(mine[4][name], value), name
+
+
+def one_rank(tiny: Tiny, schedule: str, *more: str) -> Config:
+    name, *rest = schedule.split()
+    return tiny("parallel.pp=1", "parallel.ep=1", f"parallel.schedule={name}", *rest, *more)
+
+
+# The graphs: kinds of ops times flights of a stage under way at once, as the schedule has them for 6 microbatches.
+SCHEDULES = {"one_f_one_b": 2, "zb1p": 3, "dualpipev": 10, "interleaved parallel.chunks=2": 6}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_replayed_steps_have_the_same_bits(tiny: Tiny, schedule: str) -> None:
+    config, recorder = one_rank(tiny, schedule, "model.recompute=['norm','swiglu','mla_up']"), TapeRecorder()
+    rig = rigged(config, recorder)
+    assert_same(trained(rig), trained(rigged(config, None)))
+    assert rig.graphs is not None
+    assert rig.graphs.count == SCHEDULES[schedule]
+    print(schedule, recorder.replayed, recorder.freed)
