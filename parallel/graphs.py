@@ -37,7 +37,7 @@ from dryvine.parallel.streams import OneStream
 from dryvine.parallel.wgrad import Closure
 
 T = TypeVar("T")
-Pool = tuple[int, int]  # its number, as torch has it
+Pool = torch.cuda._POOL_HANDLE  # its number
 
 
 class Graph(Protocol):

@@ -71,7 +71,10 @@ def _prepare_fp8(rig: Rig, point: Point) -> bool:
         return False
     every = rig.config.fp8.guard_every
     rig.fp8.guard.on = every > 0 and point.step % every == 0
-    rig.fp8.cache.refresh()
+    if rig.graphs is not None:
+        # Graphs read the copies without asking for them.
+        rig.optimizer.zero.settle()
+        rig.fp8.cache.refresh()
     return rig.fp8.guard.on
 
 
