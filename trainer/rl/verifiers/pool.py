@@ -192,7 +192,7 @@ def _environment() -> dict[str, str]:
 
 def _kill(process: _Process) -> None:
     """It and its process group. Sandboxes die with it by themselves."""
-    with suppress(ProcessLookupError):
+    if process.popen.returncode is None:  # once it is reaped its number may be another's
         os.killpg(process.popen.pid, signal.SIGKILL)
     process.popen.wait()
     process.replies.close()

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ UNCONTAINED = (
 INSIDE = Path(__file__).with_name("inside.py")
 WALL = 3.0  # wall-clock time in units of CPU time: a busy machine must not make a program wrong
 START = 3.0  # and so many seconds to make the sandbox
+POLL = 0.004  # seconds between looks whether a program has ended
 REPLY_LONGEST = 1 << 16  # bytes of a server's line
 NOBODY, NOBODIES = 60_001, 5_000  # user ids that no user has, for the children of root: one for each worker
 FIX = (
@@ -174,14 +176,24 @@ def _failed(err: IO[bytes], code: int | None) -> SandboxError:
 def _wait(popen: subprocess.Popen[bytes], seconds: float) -> int | None:
     """The exit status, or None after a kill. Whatever else is in its session is killed too: in a namespace that is
     all there is."""
-    try:
-        return popen.wait(seconds)
-    except subprocess.TimeoutExpired:
-        return None
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(popen.pid, signal.SIGKILL)
-        popen.wait()
+    if popen.returncode is not None:
+        return popen.returncode
+    in_time = _ends(popen.pid, seconds)
+    # Before it is reaped: afterwards its number may be another's.
+    with suppress(ProcessLookupError):
+        os.killpg(popen.pid, signal.SIGKILL)
+    code = popen.wait()
+    return code if in_time else None
+
+
+def _ends(pid: int, seconds: float) -> bool:
+    """Whether a child ends in time. It stays to be reaped."""
+    until = time.monotonic() + seconds
+    while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
+        if time.monotonic() >= until:
+            return False
+        time.sleep(POLL)
+    return True
 
 
 def _namespaces(files: Mapping[Path, int], calls: int, allowed: Allowed) -> Iterator[str]:
