@@ -47,10 +47,9 @@ def peek(
             spec = BuildSpec(tokenizer=tokenizer, field=field, where=tuple(where or ()))
             _show_records(text, spec, first, sequences)
         elif source:
-            found = TokenSource(_line(source, _split_name(split), tokenizer), _split_name(split), seq_len, 1, seed)
-            _show_sequences(
-                found, range(first, first + sequences), tokenizer_file=tokenizer or source / "tokenizer.json"
-            )
+            name = _split_name(split)
+            found = TokenSource(_line(source, name, tokenizer), name, seq_len, extra=1, seed=seed)
+            _show_sequences(found, range(first, first + sequences), tokenizer or source / "tokenizer.json")
 
 
 def _line(source: Path, split: SplitName, tokenizer: Path | None) -> Path | MegatronTokens:

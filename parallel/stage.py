@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Generic, Literal, NamedTuple, Protocol, TypeVar, cast
 
 import torch
@@ -110,28 +110,32 @@ class _Graph(NamedTuple):
 
 
 class Compute:
-    """Arithmetic under autograd between detached boundaries. The state's first `through` tensors pass untouched."""
+    """Arithmetic under autograd between detached boundaries. The state's first `through` tensors pass untouched.
+
+    `again`: a flight keeps the inputs alone, and the backward begins by computing the phase again, to the same bits.
+    """
 
     stream: StreamName = "compute"
 
-    def __init__(self, name: str, layer: str, function: Function, wgrad: WGrad, through: int = 0) -> None:
+    def __init__(
+        self, name: str, layer: str, function: Function, wgrad: WGrad, through: int = 0, again: bool = False
+    ) -> None:
         self.name, self.layer, self.function, self.wgrad, self.through = name, layer, function, wgrad, through
+        self.again = again
 
     def forward(self, state: State, flight: Flight) -> Pending[State]:
         leaves = tuple(
             t.detach().requires_grad_(flight.training and t.is_floating_point()) for t in state[self.through :]
         )
-        with torch.set_grad_enabled(flight.training):
+        with torch.set_grad_enabled(flight.training and not self.again):
             out, losses = self.function(leaves, flight)
         flight.losses.update({name: loss.detach() for name, loss in losses.items()})
         if flight.training:
-            # Edges, not tensors: they lead to the graph, and leave the outputs' memory to the next phase to free.
-            edges = tuple(get_gradient_edge(t) if t.requires_grad else None for t in out)
-            flight.saved[self] = _Graph(leaves, edges, tuple(losses.values()))
+            flight.saved[self] = leaves if self.again else _graph(leaves, out, losses)
         return Pending.done(state[: self.through] + tuple(t.detach() for t in out))
 
     def backward(self, grads: Grads, flight: Flight) -> StepResult:
-        leaves, edges, losses = cast(_Graph, flight.saved.pop(self))
+        leaves, edges, losses = self._graph_of(flight)
         roots = [(edge, g) for edge, g in zip(edges, grads[self.through :], strict=True) if edge is not None]
         seeds = [(loss, _seed(loss, flight.loss_scale)) for loss in losses if loss.requires_grad]
         roots += [(get_gradient_edge(loss), seed) for loss, seed in seeds]
@@ -145,6 +149,21 @@ class Compute:
             for leaf in leaves:
                 leaf.grad = None
         return StepResult(Pending.done(dx), closures, [leaf.detach() for leaf in leaves])
+
+    def _graph_of(self, flight: Flight) -> _Graph:
+        saved = flight.saved.pop(self)
+        if not self.again:
+            return cast(_Graph, saved)
+        leaves = cast(State, saved)
+        with torch.enable_grad():
+            # As of a flight that does not train: what a function counts, it has counted.
+            return _graph(leaves, *self.function(leaves, replace(flight, training=False)))
+
+
+def _graph(leaves: State, out: State, losses: dict[str, Tensor]) -> _Graph:
+    # Edges, not tensors: they lead to the graph, and leave the outputs' memory to the next phase to free.
+    edges = tuple(get_gradient_edge(t) if t.requires_grad else None for t in out)
+    return _Graph(leaves, edges, tuple(losses.values()))
 
 
 def _seed(loss: Tensor, scale: float | Tensor) -> Tensor:

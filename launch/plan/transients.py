@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 from dryvine.launch.plan.shards import BucketSize
 from dryvine.trainer.activations import DTYPE_BYTES, microbatch_size
+from dryvine.trainer.model.memory import remade_bytes
 from dryvine.trainer.model.shape import Shape, blocks
 from dryvine.trainer.run_plan import RunPlan
 
@@ -26,7 +27,8 @@ def _in_blocks(plan: RunPlan, rank: int, cuda: bool) -> int:
     mine = {kinds[name] for names in plan.blocks_of(rank).values() for name in names}
     wide = DTYPE_BYTES[config.run.dtype]
     loss = 0 if cuda or not mine & {"head", "mtp"} else _in_loss(config.model, size.tokens, wide)
-    return max(loss, *(_in_block(config.model, kind, size.tokens, wide) for kind in mine))
+    again = {kind: remade_bytes(config.model, config.fp8, kind, size) for kind in mine}
+    return max(loss, *(_in_block(config.model, kind, size.tokens, wide) + again[kind] for kind in mine))
 
 
 def _in_loss(s: Shape, tokens: int, wide: int) -> int:

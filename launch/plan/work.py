@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from dryvine.trainer.fp8.recipe import Recipe
-from dryvine.trainer.model.memory import MicrobatchSize
+from dryvine.trainer.model.memory import MicrobatchSize, remade_phases
 from dryvine.trainer.model.shape import Shape
 
 STREAM = "stream"
@@ -34,7 +34,8 @@ def tasks(shape: Shape, recipe: Recipe, kind: str, size: MicrobatchSize, seq_len
     """Of one block of that kind, one microbatch."""
     block = _Block(shape, recipe, size, seq_len)
     makers = {"embed": block.embed, "dense": block.dense, "moe": block.moe, "head": block.head, "mtp": block.mtp}
-    return list(makers[kind]())
+    again = remade_phases(shape, recipe)
+    return [t._replace(inputs=t.inputs + t.forward) if t.phase in again else t for t in makers[kind]()]
 
 
 @dataclass(frozen=True)

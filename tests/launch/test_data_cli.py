@@ -18,6 +18,7 @@ from dryvine.trainer.data.config import DataError
 from dryvine.trainer.data.dataset import Dataset
 from dryvine.trainer.data.peek import pieces, tokenizer_of
 from dryvine.trainer.data.source import TokenSource
+from dryvine.trainer.data.spec import BuildSpec
 
 
 @pytest.fixture
@@ -135,6 +136,8 @@ def test_peek_shows_the_sequences_that_a_run_reads(folder: Path) -> None:
     expected = "".join(
         f"document {p.document}, {p.tokens} tokens {p.text}{'' if p.ends else '(goes on)'}" for p in found
     )
+    owners = [source.documents(number, 1)[0] for number in (4, 5)]
+    assert shown.count("(goes on)") == sum(row[8] == row[9] for row in owners) > 0
     heads = [word for word in shown.split("\n") if "sequence" in word]
     assert ["sequence 4: 9 tokens" in heads[0], "sequence 5: 9 tokens" in heads[1], len(heads)] == [True, True, 2]
     rest = "".join(line for line in shown.split("\n") if "sequence" not in line)
@@ -158,6 +161,9 @@ def test_peek_shows_records_before_a_build(folder: Path) -> None:
     dataset = Dataset.load(folder / "o")
     assert f", {dataset.train.tokens // 30:,} tokens" in given.output
     assert "file 7\n<|endoftext|>" in given.output
+    held_out = BuildSpec(vocab_size=300).holds_out
+    every = peek("--text", "in/*.txt", "--sequences", "30").output
+    assert every.count("validation, ") == sum(held_out(f"{i:02d}.txt".encode()) for i in range(30)) > 0
     for words, complaint in (
         (["--text", "in/07.txt", "--first", "1"], "--first 1: the files have fewer records"),
         (["o", "--text", "in/07.txt"], "name a dataset folder, or files with --text; not both"),

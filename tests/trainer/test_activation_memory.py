@@ -82,8 +82,8 @@ def test_bytes_kept_are_those_predicted(recipe: Recipe, names: tuple[str, ...]) 
     assert saved_bytes(shape, recipe, names, size()) == pytest.approx(measured(shape, recipe, names), rel=0.02)
 
 
-@pytest.mark.parametrize("ways", [("norm",), ("mla_up",), ("swiglu",), WAYS])
-@pytest.mark.parametrize("recipe", [RECIPES["bf16"], RECIPES["fp8"]], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("ways", [("norm",), ("mla_up",), ("swiglu",), WAYS, ("layer",), (*WAYS, "layer")])
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
 def test_each_recompute_saves_what_is_predicted(recipe: Recipe, ways: tuple[str, ...]) -> None:
     shape, names = middle(recompute=ways), ("layers.0", "layers.1", "head", "mtp.0")
     assert saved_bytes(shape, recipe, names, size()) == pytest.approx(measured(shape, recipe, names), rel=0.02)

@@ -89,7 +89,12 @@ def test_the_blend_order_never_changes() -> None:
     order = BlendOrder([6, 3, 1])
     assert [order.place(n).source for n in range(10)] == [0, 0, 1, 0, 1, 0, 0, 1, 0, 2]
     assert order.place(10**12) == (0, 600000000000)
-    for weights, digest in (([50, 49, 1, 7, 3], "65c0f1e81e2cbac9"), ([1, 2500, 2499], "6f0a17d65f739be9")):
+    many = [28, 13, 25, 29, 14, 2, 9, 17, 16, 13, 30, 26, 27, 10, 16, 12, 19, 29, 30, 7]
+    for weights, digest in (
+        ([50, 49, 1, 7, 3], "65c0f1e81e2cbac9"),
+        ([1, 2500, 2499], "6f0a17d65f739be9"),
+        (many, "a19cefc303c20fed"),
+    ):
         order = BlendOrder(weights)
         sources = bytes(order.place(n).source for n in range(3 * order.length))
         assert hashlib.sha256(sources).hexdigest()[:16] == digest

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
 import struct
 from collections.abc import Callable
 from contextlib import suppress
@@ -199,18 +200,20 @@ def test_a_condition_without_a_sign_is_refused_before_anything_is_written(tmp_pa
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst"])
 def test_a_damaged_archive_keeps_what_lies_before_the_damage(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"rows{suffix}"
-    lines = b"".join(json.dumps({"text": f"{i} " + "x" * (i * 7919 % 500)}).encode() + b"\n" for i in range(5000))
+    written = [f"{i} " + random.Random(i).randbytes(i * 7919 % 250).hex() for i in range(10_000)]
+    lines = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in written)
     with pa.CompressedOutputStream(str(path), {".gz": "gzip", ".zst": "zstd"}[path.suffix]) as out:
         out.write(lines)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     records = read(path)
     texts = documents(records)
-    assert texts == [json.loads(line)["text"] for line in lines.splitlines()[: len(texts)]]
+    assert texts == written[: len(texts)]
     (entry,) = broken(records)
     assert entry.line == len(texts) + 1
     assert "damaged from here on" in entry.reason
     assert texts == whole_lines_before_damage(path)
+    assert sum(map(len, texts)) > 2**20  # more than is decompressed at once
 
 
 def whole_lines_before_damage(path: Path) -> list[str]:

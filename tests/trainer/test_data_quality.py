@@ -104,6 +104,19 @@ def test_the_similarity_is_that_of_sets_of_5_grams(tmp_path: Path) -> None:
     assert not search(folder, CleanSpec(similarity=0.95))
 
 
+def test_candidates_that_are_less_similar_are_not_reported(tmp_path: Path) -> None:
+    """Hashing proposes pairs a little below the threshold, too."""
+    pytest.importorskip("datasketch")
+    texts = [text_of(seed) for seed in range(30)]
+    folder = dataset_of(tmp_path, [*texts, *(changed(text, 5) for text in texts)], val=0.0)
+    found = search(folder, CleanSpec(similarity=0.7))
+    assert len(found) == 30
+    shares = sorted(repeat.share for repeat in found)
+    middle = shares[15]
+    assert 0.75 < middle < 0.95
+    assert all(repeat.share >= middle for repeat in search(folder, CleanSpec(similarity=middle)))
+
+
 def test_what_training_text_quotes_of_validation_is_found(tmp_path: Path) -> None:
     """Each of a few validation texts inside a long training text, whole or by a third, amid other words."""
     pytest.importorskip("datasketch")
@@ -122,6 +135,19 @@ def test_what_training_text_quotes_of_validation_is_found(tmp_path: Path) -> Non
     assert all((f.what, f.of, f.place.split) == ("quoted", None, "val") and f.share > 0.85 for f in found)
     assert {by_place[f.place] for f in search(folder, CleanSpec(quoted=0.2))} == {held_out[i] for i in quoting}
     assert not search(folder, CleanSpec(ngram=2000))
+
+
+def test_a_copy_that_is_quoted_too_is_reported_once(tmp_path: Path) -> None:
+    pytest.importorskip("datasketch")
+    texts = [text_of(seed) for seed in range(60)]
+    held_out = texts_of(dataset_of(tmp_path, texts), "val")[0]
+    (tmp_path / "more").mkdir()
+    quoting = [f"{text_of(seed, 400)} {held_out}" for seed in (901, 902, 903)]
+    folder = dataset_of(tmp_path / "more", [*texts, held_out, *quoting])
+    found = search(folder, CleanSpec())
+    by_place = texts_by_place(folder)
+    assert sorted((f.what, by_place[f.place]) for f in found) == [("exact copy", held_out), ("quoted", held_out)]
+    assert len({f.place for f in found}) == 2
 
 
 def test_a_copy_in_training_is_no_quote(tmp_path: Path) -> None:
@@ -154,6 +180,8 @@ def test_a_clean_dataset_is_what_is_left(tmp_path: Path, monkeypatch: pytest.Mon
     assert Dataset.load(tmp_path / "clean") == after
     assert after.fingerprint != Dataset.load(folder).fingerprint
     assert after.recipe["dedup_similarity"] == 0.8
+    other = write_clean(tmp_path / "clean", tmp_path / "again", spec, [])
+    assert other.fingerprint not in (after.fingerprint, Dataset.load(folder).fingerprint)
     rows = [json.loads(line) for line in (tmp_path / "clean" / "dropped.jsonl").read_text().splitlines()]
     assert [(row["split"], row["document"]) for row in rows] == [tuple(f.place) for f in found]
     assert not search(tmp_path / "clean", spec)

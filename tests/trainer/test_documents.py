@@ -91,12 +91,13 @@ def test_attention_is_that_of_one_document_at_a_time(changes: dict[str, object],
 
 def test_recompute_changes_no_bit() -> None:
     found = []
-    for recompute in ((), ("norm", "mla_up", "swiglu")):
+    for recompute in ((), ("norm", "mla_up", "swiglu"), ("layer",)):
         model = filled(tiny(recompute=recompute, mtp_depth=1))
         found.append(train(model, tokens_of(model.spec.shape), plain_documents(*LENGTHS, depth=1)))
-    (plain, grads), (again, same) = found
-    assert all(torch.equal(plain[name], again[name]) for name in plain)
-    assert all(torch.equal(grads[name], same[name]) for name in grads)
+    plain, grads = found[0]
+    for again, same in found[1:]:
+        assert all(torch.equal(plain[name], again[name]) for name in plain)
+        assert all(torch.equal(grads[name], same[name]) for name in grads)
 
 
 def tokens_of(shape: Shape) -> Tensor:
@@ -295,10 +296,10 @@ def test_a_masked_run_trains_like_one_process(short: Tiny, layout: tuple[str, ..
     "layout",
     [
         ("parallel.pp=2", "parallel.ep=2", "parallel.schedule=dualpipe"),
-        ("parallel.pp=2", "parallel.ep=2", "parallel.schedule=dualpipe", "parallel.overlap=off"),
+        ("parallel.pp=2", "parallel.ep=2", "parallel.schedule=dualpipe", 'model.recompute=["layer"]'),
         ("parallel.pp=2", "parallel.dp=2", "parallel.schedule=dualpipev"),
         ("parallel.pp=2", "parallel.dp=2", "parallel.schedule=zbv"),
-        ("parallel.pp=2", "parallel.schedule=zb1p", "parallel.microbatch_sequences=2"),
+        ("parallel.pp=2", "parallel.schedule=zb1p", "parallel.microbatch_sequences=2", 'model.recompute=["layer"]'),
         ("parallel.pp=4", "parallel.schedule=one_f_one_b"),
         ("parallel.pp=2", "parallel.chunks=2", "parallel.schedule=interleaved"),
         ("parallel.dp=2", "parallel.ep=2", "parallel.schedule=gpipe"),

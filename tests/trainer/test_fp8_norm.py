@@ -100,3 +100,8 @@ def test_eps_is_added_to_the_mean_square(norm: Callable[[Tensor, Tensor, float],
     normed, inverse = norm(x.contiguous(), torch.ones(128), 1e-6)
     torch.testing.assert_close(inverse.flatten(), torch.tensor([1e3 / 2**0.5, 1e3]), rtol=1e-6, atol=0)
     torch.testing.assert_close(normed.abs().amax(1), torch.tensor([0.5**0.5, 1e-3]), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("shared", [1, 0])
+def test_recompute_of_whole_layers_changes_no_bit_in_fp8(shared: int) -> None:
+    same(step(shared=shared), step(shared=shared, recompute=("layer",)))

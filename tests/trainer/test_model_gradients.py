@@ -173,6 +173,22 @@ def test_recompute_gives_the_same_bits_and_runs_no_more_than_it_must(ways: tuple
     assert after.products - before.products == (2 * layers if "mla_up" in ways else 0)  # q_b and kv_b once more
 
 
+@pytest.mark.parametrize("others", [(), WAYS], ids=["alone", "with the others"])
+@pytest.mark.parametrize("changes", [{}, {"q_lora": None, "shared": 0}, {"score": "softmax", "normalise": False}])
+def test_recompute_of_whole_layers_gives_the_same_bits(others: tuple[str, ...], changes: dict[str, Any]) -> None:
+    """Losses, gradients, and the load of experts, which is counted once; the core runs once more in each layer."""
+    shape, again = (tiny(mtp_depth=1, recompute=ways, **changes) for ways in ((), ("layer", *others)))
+    plain, saving, tokens = filled(shape), filled(again), random_tokens(shape)
+    with Calls() as before:
+        losses = train(plain, tokens)
+    with Calls() as after:
+        assert train(saving, tokens) == losses
+    for (name, a), (_, b) in zip(plain.named_parameters(), saving.named_parameters(), strict=True):
+        assert torch.equal(a.gradient(), b.gradient()), name
+    assert all(torch.equal(plain.loads[name], saving.loads[name]) for name in plain.loads)
+    assert after.attentions == 2 * before.attentions
+
+
 def test_validation_keeps_nothing_and_counts_nothing() -> None:
     shape = tiny(mtp_depth=1)
     model = filled(shape)

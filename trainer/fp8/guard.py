@@ -8,6 +8,7 @@ reading them where they are made would stop the host at every Linear.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -34,6 +35,15 @@ class Guard:
     on: bool = False
     # (weight's id, role) -> int64 [3]: bad, floored, tiles.
     _counts: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Nothing is counted inside: what runs there has run before."""
+        before, self.on = self.on, False
+        try:
+            yield
+        finally:
+            self.on = before
 
     def count(self, weight: Tensor, role: str, q: Quantized) -> None:
         """Add the tiles of q, an operand of `weight` in that role ("input", "output gradient")."""

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from dryvine.comm.integers import round_up
 from dryvine.trainer.fp8.recipe import Recipe
-from dryvine.trainer.model.shape import Shape, blocks
+from dryvine.trainer.model.shape import LAYER_PHASES, Shape, blocks
 from dryvine.trainer.tensors.tiles import TILE
 
 
@@ -47,8 +47,7 @@ def saved_tensors(shape: Shape, recipe: Recipe, names: Iterable[str], size: Micr
     """
     kinds = {block.name: block.kind for block in blocks(shape)}
     rules = _Rules(shape, recipe, size)
-    by_kind = {"embed": rules.embed, "dense": rules.dense, "moe": rules.moe, "head": rules.head, "mtp": rules.mtp}
-    return tuple(SavedTensor(name, *row) for name in names for row in by_kind[kinds[name]](name) if row[-1])
+    return tuple(SavedTensor(name, *row) for name in names for row in rules.kept(kinds[name], name) if row[-1])
 
 
 def saved_bytes(shape: Shape, recipe: Recipe, names: Iterable[str], size: MicrobatchSize) -> int:
@@ -73,8 +72,33 @@ def deferred_bytes(shape: Shape, recipe: Recipe, names: Iterable[str], size: Mic
     names = tuple(names)
     kinds = {block.name: block.kind for block in blocks(shape)}
     rules = _Rules(shape, recipe, size)
-    freed = sum(row.bytes for row in saved_tensors(shape, recipe, names, size) if row.what in FREED)
-    return max(0, sum(rules.left(kinds[name]) for name in names) - freed)
+    made = saved_tensors(shape.model_copy(update={"recompute": _of_tensors(shape)}), recipe, names, size)
+    freed = sum(row.bytes for row in made if row.what in FREED)
+    again = sum(row.bytes for row in made) - saved_bytes(shape, recipe, names, size)
+    return max(0, sum(rules.left(kinds[name]) for name in names) + again - freed)
+
+
+def remade_bytes(shape: Shape, recipe: Recipe, kind: str, size: MicrobatchSize) -> int:
+    """What a backward of such a block makes again at once, with `recompute = ["layer"]`: of the phase that has most."""
+    if "layer" not in shape.recompute or kind in ("embed", "head"):
+        return 0
+    name = next(block.name for block in blocks(shape) if block.kind == kind)
+    plain = shape.model_copy(update={"recompute": _of_tensors(shape)})
+    by_phase: dict[str, int] = {}
+    for row in saved_tensors(plain, recipe, [name], size):
+        by_phase[row.phase] = by_phase.get(row.phase, 0) + row.bytes
+    return max(by_phase.get(phase, 0) for phase in remade_phases(shape, recipe))
+
+
+def remade_phases(shape: Shape, recipe: Recipe) -> tuple[str, ...]:
+    """Phases that the backward computes again. Experts whose rows arrive in FP8 keep little else, and do not."""
+    if "layer" not in shape.recompute:
+        return ()
+    return LAYER_PHASES[:-1] if recipe.fp8_dispatch else LAYER_PHASES
+
+
+def _of_tensors(shape: Shape) -> tuple[str, ...]:
+    return tuple(way for way in shape.recompute if way != "layer")
 
 
 Row = tuple[str, str, str, int]  # phase, what, reader, bytes
@@ -104,6 +128,19 @@ class _Rules:
         return self.size.tokens * self.shape.top_k
 
     # -- blocks
+
+    def kept(self, kind: str, name: str) -> Iterator[Row]:
+        by_kind = {"embed": self.embed, "dense": self.dense, "moe": self.moe, "head": self.head, "mtp": self.mtp}
+        rows = by_kind[kind](name)
+        yield from self._inputs_of_layers(kind, rows) if self.recomputed("layer") else rows
+
+    def _inputs_of_layers(self, kind: str, rows: Iterator[Row]) -> Iterator[Row]:
+        """What whole layers are computed again from, in place of what they would keep."""
+        if kind in ("dense", "moe"):  # an MTP module's x is counted as the normed x of the head before
+            x = self.in_dtype(self.size.tokens, self.shape.hidden)
+            yield "dense" if kind == "dense" else "attention", "x", "recompute", x
+        again = remade_phases(self.shape, self.recipe)
+        yield from (row for row in rows if row[0] not in again or row[1] in ("arrived rows", "weights of rows"))
 
     def embed(self, name: str) -> Iterator[Row]:
         yield "embed", "tokens", "embedding", self._tokens()

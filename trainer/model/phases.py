@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TypeVar, cast
 
@@ -26,6 +27,7 @@ from dryvine.parallel.stage import (
     Dispatch,
     Explicit,
     Flight,
+    Function,
     Grads,
     Outcome,
     Phase,
@@ -34,6 +36,7 @@ from dryvine.parallel.stage import (
 )
 from dryvine.parallel.wgrad import WGrad
 from dryvine.trainer.fp8.dispatch import Tiles
+from dryvine.trainer.fp8.guard import Guard
 from dryvine.trainer.fp8.recipe import Recipe
 from dryvine.trainer.model.documents import Documents
 from dryvine.trainer.model.embedding import Embedding
@@ -44,6 +47,7 @@ from dryvine.trainer.model.layer import DenseLayer, MoELayer
 from dryvine.trainer.model.linear import Linear
 from dryvine.trainer.model.mtp import MTP
 from dryvine.trainer.model.norm import RMSNorm
+from dryvine.trainer.model.shape import LAYER_PHASES
 from dryvine.trainer.model.spec import Spec
 from dryvine.trainer.tensors.quantized import Quantized
 
@@ -85,7 +89,10 @@ class Wiring:
 
     def compute(self, phase: str, block: str, function: Callable[[State, Flight], Outcome], through: int = 0) -> Phase:
         """A phase under autograd; the first `through` tensors of the state pass by it."""
-        return Compute(phase, block, function, self.wgrad, through)
+        again = phase in LAYER_PHASES and "layer" in self.spec.shape.recompute
+        if again and self.spec.fp8:
+            function = _counted_once(function, self.spec.fp8.guard)
+        return Compute(phase, block, function, self.wgrad, through, again)
 
     def local(self, phase: str, block: str, function: Callable[[Tensor, int], Tensor]) -> Phase:
         """A phase from hidden states [N, H] of so many sequences to hidden states, all on this rank."""
@@ -206,6 +213,16 @@ def _predict(rank: Wiring, name: str, norm: RMSNorm, depth: int) -> Phase:
         return Outcome(() if last else (normed_NH,), {loss_name: loss * weight})
 
     return rank.compute("head", name, predict)
+
+
+def _counted_once(function: Function, guard: Guard) -> Function:
+    """Recompute, which passes a flight that does not train, counts no tile a second time."""
+
+    def run(state: State, flight: Flight) -> Outcome:
+        with nullcontext() if flight.training else guard.paused():
+            return function(state, flight)
+
+    return run
 
 
 def _documents(flight: Flight) -> Documents | None:

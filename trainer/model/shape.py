@@ -17,6 +17,9 @@ Count = Annotated[int, Field(ge=1, le=1 << 16)]
 Width = Annotated[int, Field(ge=1, le=1 << 24)]
 
 
+LAYER_PHASES = ("dense", "attention", "experts")  # what recompute = ["layer"] computes again
+
+
 class Yarn(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     """YaRN (arXiv 2309.00071) on the rope dimensions: pairs that turn fewer than `alpha` times over `original`
     positions are slowed by `factor`, those that turn more than `beta` times are kept, and a ramp lies between."""
@@ -61,7 +64,8 @@ class Shape(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     bias_gamma: float = Field(default=1e-3, ge=0)
     init_std: float = Field(default=0.006, gt=0)
     norm_eps: float = Field(default=1e-6, gt=0)
-    recompute: tuple[Literal["norm", "mla_up", "swiglu"], ...] = ()  # outputs computed again in the backward
+    # Outputs computed again in the backward; "layer": everything between a layer's input, its dispatch and its output.
+    recompute: tuple[Literal["norm", "mla_up", "swiglu", "layer"], ...] = ()
 
     @property
     def sparse_gate(self) -> bool:

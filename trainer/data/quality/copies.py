@@ -34,7 +34,7 @@ def find_copies(
 ) -> Iterator[Repeat]:
     """Documents whose tokens, or n-grams to a Jaccard similarity of `threshold`, an earlier document has.
 
-    Takes about 1.5 KB of memory for each document that is no copy. Raises DataError without datasketch.
+    Takes about 4 KB of memory for each document that is no copy. Raises DataError without datasketch.
     """
     seen: dict[bytes, DocumentPlace] = {}
     near = _NearIndex(splits, threshold)
