@@ -23,6 +23,7 @@ from dryvine.comm.place import LaunchedRank, PlaceError, find_place
 from dryvine.comm.topology import Topology, discover
 from dryvine.comm.watch import Watch
 from dryvine.comm.world import in_world, meet, prepare, tell
+from dryvine.trainer.adam import load_cpu_adam
 from dryvine.trainer.begin import check_source
 from dryvine.trainer.checkpoint.manifest import CannotSave, CheckpointError
 from dryvine.trainer.config import Config, ConfigError, check_world
@@ -102,6 +103,8 @@ def _ready(words: Sequence[str], place: LaunchedRank) -> Ready:
     same_run(config, data.identity)
     check_wandb(config)
     check_source(config)
+    if config.optim.offload == "cpu":
+        load_cpu_adam()  # what it takes to compile it, no other rank waits for with a deadline
     return Ready(plan, data, device, topology)
 
 

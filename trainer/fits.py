@@ -18,7 +18,7 @@ from dryvine.trainer.model.shape import count_parameters
 
 def check_fits(config: Config, device: torch.device) -> None:
     """Raise ConfigError if the device is too small for the run."""
-    needed, memory = least_bytes(config), memory_of(device)
+    needed, memory = least_bytes(config, device), memory_of(device)
     if needed > memory:
         raise ConfigError(
             f"weights, gradient sums and optimizer take at least {needed / 1e9:.1f} GB a rank, and {device.type} has "
@@ -26,13 +26,14 @@ def check_fits(config: Config, device: torch.device) -> None:
         )
 
 
-def least_bytes(config: Config) -> float:
-    """That each rank holds on average, at least. Experts are spread over ep, all else over pp alone; counted here as
-    if spread over both."""
+def least_bytes(config: Config, device: torch.device) -> float:
+    """That each rank holds on its device on average, at least. Experts are spread over ep, all else over pp alone;
+    counted here as if spread over both."""
     p, parameters = config.parallel, count_parameters(config.model, mtp=True)[0]
     weight = 4 if config.run.dtype == "fp32" else 2
     moments = 2 * (4 if config.optim.moments == "fp32" else 2)
-    return parameters * ((weight + 4) / (p.pp * p.ep) + (4 + moments) / p.world)
+    state = 0 if config.optim.offload == "cpu" and device.type != "cpu" else 4 + moments
+    return parameters * ((weight + 4) / (p.pp * p.ep) + state / p.world)
 
 
 def memory_of(device: torch.device) -> float:

@@ -24,6 +24,8 @@ def startup_lines(rig: Rig, topology: Topology | None, steps_done: int) -> Itera
     if rig.mesh.device.type == "cuda":
         yield rig.replays
     yield from _blend(rig)
+    if rig.optimizer.chosen:
+        yield rig.optimizer.chosen
     if steps_done:
         yield f"resuming {rig.config.run.folder} after step {steps_done}"
 

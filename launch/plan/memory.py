@@ -32,17 +32,25 @@ class RankMemory:
     """Bytes by kind of one pipeline rank."""
 
     rank: int
-    kinds: dict[str, int]
+    kinds: dict[str, int]  # on its GPU
+    host: dict[str, int]  # in its host's memory, with optim.offload
 
     @property
     def total(self) -> int:
         return sum(self.kinds.values())
 
+    @property
+    def on_host(self) -> int:
+        return sum(self.host.values())
+
 
 def memory(plan: RunPlan, sent: Dispatching, cuda: bool) -> list[RankMemory]:
     """Of every pipeline rank. `sent`: what its dispatcher moves."""
     ranks = zip(buckets(plan), held_bytes(plan, cuda), strict=True)
-    return [RankMemory(rank, _kinds(plan, _Rank(rank, *parts), sent, cuda)) for rank, parts in enumerate(ranks)]
+    return [
+        RankMemory(rank, _kinds(plan, _Rank(rank, mine, most), sent, cuda), host_state(plan, mine))
+        for rank, (mine, most) in enumerate(ranks)
+    ]
 
 
 class _Rank(NamedTuple):
@@ -67,17 +75,28 @@ def _kinds(plan: RunPlan, rank: _Rank, sent: Dispatching, cuda: bool) -> dict[st
 
 
 def state(plan: RunPlan, mine: Iterable[BucketSize]) -> dict[str, int]:
-    """What outlives a step."""
-    optim, wide = plan.config.optim, DTYPE_BYTES[plan.config.run.dtype]
-    mine = list(mine)
-    return {
+    """What outlives a step on the GPU."""
+    wide, mine = DTYPE_BYTES[plan.config.run.dtype], list(mine)
+    kinds = {
         WEIGHTS: wide * sum(b.padded for b in mine),
         SUMS: 4 * sum(b.padded for b in mine),
         # Where there is one copy, its sums are the shard.
         SHARDS: 4 * sum(b.shard for b in mine if b.copies > 1),
-        MASTERS: 4 * sum(b.shard for b in mine),
-        MOMENTS: 2 * DTYPE_BYTES[optim.moments] * sum(b.shard for b in mine),
     }
+    return kinds if plan.config.optim.offload == "cpu" else kinds | _optimizer(plan, mine)
+
+
+def host_state(plan: RunPlan, mine: Iterable[BucketSize]) -> dict[str, int]:
+    """The same in host memory: with offload the optimizer's state, and summed gradients on their way to it."""
+    if plan.config.optim.offload != "cpu":
+        return {}
+    mine = list(mine)
+    return _optimizer(plan, mine) | {SHARDS: 4 * sum(b.shard for b in mine)}
+
+
+def _optimizer(plan: RunPlan, mine: Iterable[BucketSize]) -> dict[str, int]:
+    owned = sum(bucket.shard for bucket in mine)
+    return {MASTERS: 4 * owned, MOMENTS: 2 * DTYPE_BYTES[plan.config.optim.moments] * owned}
 
 
 def _copies(parameter: ParameterSize, ep: int) -> int:

@@ -165,7 +165,8 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return self.fullest.total <= self.machine.usable_bytes
+        on_host = max(rank.on_host for rank in self.ranks)
+        return self.fullest.total <= self.machine.usable_bytes and on_host <= self.machine.host.memory_gb * GIGA
 
     @property
     def dispatch_bytes(self) -> LinkBytes:

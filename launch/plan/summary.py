@@ -52,7 +52,10 @@ def figures(plan: Plan) -> dict[str, object]:
         "dispatch_bytes": dict(plan.dispatch_bytes),
         "gradient_bytes": dict(plan.sharding.bytes),
         "phase_seconds": {kind: {p: t._asdict() for p, t in phases.items()} for kind, phases in plan.times.items()},
-        "ranks": [{"rank": r.rank, "bytes": r.total, "by_kind": r.kinds} for r in plan.ranks],
+        "ranks": [
+            {"rank": r.rank, "bytes": r.total, "by_kind": r.kinds, "host_bytes": r.on_host, "host_by_kind": r.host}
+            for r in plan.ranks
+        ],
     }
 
 
@@ -73,6 +76,9 @@ def headline(plan: Plan) -> list[str]:
     fullest, usable = plan.fullest, plan.machine.usable_bytes / GIGA
     most = f"{fullest.total / GIGA:.1f} GB on pipeline rank {fullest.rank} of {p.pp}"
     reserved = f"{usable:.1f} GB ({plan.machine.memory_gb:g} less {plan.machine.reserved_gb:g} for CUDA and NCCL)"
+    if any(rank.host for rank in plan.ranks):
+        on_host, has = max(rank.on_host for rank in plan.ranks) / GIGA, plan.machine.host.memory_gb
+        lines.append(f"host memory: {on_host:.1f} GB a GPU with optim.offload, of {has:g} GB")
     return [
         *lines,
         f"memory: fits: {most}, of {reserved}" if plan.fits else f"memory: DOES NOT FIT: {most}, of {reserved}",
@@ -134,6 +140,9 @@ def memory_rows(plan: Plan) -> tuple[list[str], Rows]:
     kinds = list(dict.fromkeys(kind for _, rank in columns for kind in rank.kinds))
     rows = [(kind, *(f"{rank.kinds.get(kind, 0) / GIGA:.3g}" for _, rank in columns)) for kind in kinds]
     rows.append(("all", *(f"{rank.total / GIGA:.3g}" for _, rank in columns)))
+    on_host = dict.fromkeys(kind for _, rank in columns for kind in rank.host)
+    for kind in on_host:
+        rows.append((f"in host memory: {kind}", *(f"{rank.host[kind] / GIGA:.3g}" for _, rank in columns)))
     return [f"rank {numbers}" for numbers, _ in columns], rows
 
 

@@ -22,6 +22,7 @@ class RankBytes(NamedTuple):
     """Of one rank of a run."""
 
     state: dict[str, int]  # by kind, as in `launch.plan.memory`
+    host: dict[str, int]  # the same in host memory, with optim.offload
     peak: int  # the most that torch's allocator had given out at once, in any thread and inside any operator
     sent: dict[str, int]  # by link class, in the last step
 
@@ -39,7 +40,7 @@ def measure(rank: int, config: Config) -> RankBytes:
     assert results is not None
     events = sorted((e for e in results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
     changes = (event.nbytes() for event in events)
-    return RankBytes(state(rig), max(accumulate(changes)), rig.dispatcher.meter.take())
+    return RankBytes(state(rig), host_state(rig), max(accumulate(changes)), rig.dispatcher.meter.take())
 
 
 def evenly(gate: Gate) -> Callable[[torch.Tensor, int, bool], Choice]:
@@ -59,6 +60,18 @@ def state(rig: Rig) -> dict[str, int]:
         "weights": sum(b.values.nbytes for b in buckets),
         "gradient sums": sum(b.grads.nbytes for b in buckets),
         "summed gradient shards": sum(b.grad_shard.nbytes for b in buckets if b.grad_shard is not b.grads),
-        "FP32 masters": sum(b.master.nbytes for b in buckets),
+    } | ({} if buckets[0].host else _optimizer(rig))
+
+
+def host_state(rig: Rig) -> dict[str, int]:
+    buckets = rig.optimizer.zero.buckets
+    if not buckets[0].host:
+        return {}
+    return _optimizer(rig) | {"summed gradient shards": sum(b.grad.nbytes for b in buckets)}
+
+
+def _optimizer(rig: Rig) -> dict[str, int]:
+    return {
+        "FP32 masters": sum(b.master.nbytes for b in rig.optimizer.zero.buckets),
         "AdamW moments": sum(m.exp_avg.nbytes + m.exp_avg_sq.nbytes for m in rig.optimizer.moments),
     }

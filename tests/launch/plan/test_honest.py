@@ -22,6 +22,7 @@ LAYOUTS = {
     "dualpipev": ("parallel.pp=2", "parallel.schedule=dualpipev"),
     "dualpipe and experts": ("parallel.pp=2", "parallel.ep=2", "parallel.schedule=dualpipe"),
     "interleaved": ("parallel.pp=2", "parallel.schedule=interleaved", "parallel.chunks=2"),
+    "offload": ("parallel.pp=2", "parallel.ep=2", "parallel.schedule=dualpipe", "optim.offload=cpu"),
     "zb1p": ("parallel.pp=2", "parallel.schedule=zb1p", "parallel.microbatch_sequences=2"),
 }
 
@@ -43,6 +44,7 @@ def test_bytes_are_as_planned(tiny: Callable[..., Config], overrides: tuple[str,
 
 def compare(plan: Plan, pp_rank: int, found: RankBytes) -> None:
     planned = plan.ranks[pp_rank]
+    assert found.host == planned.host
     assert found.state == {kind: planned.kinds[kind] for kind in found.state}
     assert found.sent == {link: size for link, size in plan.dispatch_bytes_of(pp_rank).items() if size}
-    assert planned.total == pytest.approx(found.peak, rel=0.05)
+    assert planned.total + planned.on_host == pytest.approx(found.peak, rel=0.05)
