@@ -3,12 +3,20 @@ not started alike end together, in one line."""
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from dryvine.trainer.checkpoint import run_folder
+from dryvine.trainer.exit_codes import ExitCode
 from tests.support import netns_bed
 from tests.support.launching import BIN, MODULE, environment, losses, together, words
 
@@ -118,3 +126,45 @@ def test_mpirun_on_two_nodes_where_one_has_other_data(corpus: Path, tmp_path: Pa
         ((code, printed),) = together([command], environment(GLOO_SOCKET_IFNAME="eth0"))
     assert code == 2, printed
     assert "(rank 1): run.seed is 3, not 0" in printed
+
+
+def children(pid: int) -> list[int]:
+    """Processes that it started and that live, by /proc."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
+            if int(parent) == pid and state != "Z":
+                found.append(int(stat.parent.name))
+    return found
+
+
+def test_torchruns_restarts_go_on_from_the_newest_checkpoint(corpus: Path, tmp_path: Path) -> None:
+    """A rank is killed after a save; torchrun starts all again, and the run ends as one that was left alone."""
+    more = ("run.steps=12", "run.checkpoint_every=2", "run.eval_every=100")
+    agent = (str(BIN / "torchrun"), "--nproc-per-node", "2", "--max-restarts", "3", *MODULE)
+    ((code, printed),) = together([(*agent, *words(corpus, tmp_path / "calm", *more))], environment())
+    assert code == 0, printed
+    folder = tmp_path / "killed" / "tiny"
+    run = subprocess.Popen((*agent, *words(corpus, tmp_path / "killed", *more)), env=environment())
+    try:
+        until = time.monotonic() + 120
+        while run_folder.newest(folder) is None and time.monotonic() < until:
+            time.sleep(0.05)
+        os.kill(children(run.pid)[-1], signal.SIGKILL)
+        assert run.wait(200) == 0
+    finally:
+        run.kill()
+    starts = [json.loads(line)["after_step"] for line in (folder / "starts.jsonl").read_text().splitlines()]
+    assert len(starts) == 2
+    assert starts[0] == 0 < starts[1]
+    assert losses(folder) == losses(tmp_path / "calm" / "tiny")
+
+
+def test_a_run_that_diverges_says_so_with_its_code_and_is_not_started_again(corpus: Path, tmp_path: Path) -> None:
+    command = (str(BIN / "dryvine"), "train", *words(corpus, tmp_path, "run.steps=9", "optim.lr=1e30"))
+    ((code, printed),) = together([(*command, "--max-restarts", "5")], environment())
+    assert code == ExitCode.DIVERGED, printed
+    assert "restart 1" not in printed
+    assert "not finite" in printed
+    assert "Traceback" not in printed
