@@ -54,6 +54,8 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
     on_damage: Literal["stop", "previous"] = "stop"  # the newest checkpoint is damaged: end, or take the one before
     init_from: str | None = None  # a checkpoint, or a run folder for its newest: the weights that a new run begins with
     init_optimizer: bool = False  # and with its moments, averages and count of updates
+    # A loss so many times the median of the last 20: back to the newest checkpoint, and past the data that led there.
+    spike_factor: Annotated[float, Field(gt=1)] | None = None
     integrity_every: Positive | None = None  # steps between comparisons of all copies of the weights, bit by bit
     eval_every: Positive = 100
     eval_batches: Positive = 1

@@ -2,6 +2,7 @@
 
 config.toml      as resolved; `dryvine train` runs it again
 skipped.jsonl    a line per step that updated nothing: its data, and what was not finite on which rank
+rollbacks.jsonl  a line per loss that leapt: where the run went back to, and the data that it passed over
 commit.txt       the code's git commit, with `+` if the tree had changes
 metrics.jsonl    a row per step; a figure not known at a step is null
 events.out...    the same figures for TensorBoard

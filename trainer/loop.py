@@ -10,6 +10,8 @@ import math
 import time
 from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
+from typing import cast
 
 import torch
 from rich.console import Console
@@ -19,6 +21,7 @@ from dryvine.comm.mesh import Mesh
 from dryvine.comm.topology import Topology
 from dryvine.parallel.executor import Played
 from dryvine.trainer.begin import resume
+from dryvine.trainer.checkpoint import run_folder
 from dryvine.trainer.checkpoint.save import Keep, Saver
 from dryvine.trainer.config import RunConfig
 from dryvine.trainer.data.splits import Data
@@ -26,12 +29,13 @@ from dryvine.trainer.integrity import check_copies
 from dryvine.trainer.journal import Journal, MetricsRow
 from dryvine.trainer.metrics import metrics_row, reduce_figures
 from dryvine.trainer.nonfinite import Diverged, NonfiniteStep, blame, diverged_line
-from dryvine.trainer.ramps import Point, points
+from dryvine.trainer.ramps import Point, points, sequences_before
 from dryvine.trainer.rehearse import rehearse, report_loads
 from dryvine.trainer.report import final_table
 from dryvine.trainer.rig import Rig, make_rig
 from dryvine.trainer.run_plan import RunPlan
 from dryvine.trainer.run_rows import read
+from dryvine.trainer.spikes import STRIKES, LossSpike, Rollback, SpikeWatch, passing_over, rollbacks, write_down
 from dryvine.trainer.startup import startup_lines
 from dryvine.trainer.step import evaluate, evaluate_average, train_step
 from dryvine.trainer.stop import Stop
@@ -50,22 +54,59 @@ def train(plan: RunPlan, mesh: Mesh, data: Data, topology: Topology | None = Non
         report_loads(mesh.rank)
     for line in startup_lines(rig, topology, done):
         console.print(line)
-    saver = Saver(run.folder, Keep(run.keep_checkpoints, run.keep_every), mesh, data.identity)
-    saver.prepare(rig.state())
-    journal = Journal(config, plan.schedule, done) if mesh.rank == 0 else None
-    try:
-        last = _steps(rig, saver, journal, console, done)
-    finally:
-        if journal:
-            journal.close()
+    last = _past_spikes(rig, console, done)
     if last and last.step < run.steps:
         console.print(f"stopped by a signal after step {last.step}; the same command goes on from there")
         return False
-    if journal:
+    if mesh.rank == 0:
         console.print(final_table(config, read(run.folder)))
     if last and not math.isfinite(last.loss + (last.val_loss or 0.0)):
         raise Diverged(f"step {last.step}, the last, has a loss that is not finite; lower optim.lr")
     return True
+
+
+def _past_spikes(rig: Rig, console: Console, done: int) -> MetricsRow | None:
+    """`_attempt` until none of its losses leaps (`spikes`). Raises Diverged if they leap again and again."""
+    strikes: list[int] = []  # the checkpoints gone back to
+    while True:
+        try:
+            return _attempt(rig, console, done)
+        except LossSpike as spike:
+            back = _roll_back(rig, console, spike)
+            strikes = [*strikes, back] if back in strikes else [back]
+            if len(strikes) == STRIKES:
+                raise Diverged(f"{spike}, as {STRIKES - 1} times before after step {back}; lower optim.lr") from None
+            done = resume(rig, console)
+
+
+def _roll_back(rig: Rig, console: Console, spike: LossSpike) -> int:
+    """Write down what is passed over. Returns the step of the checkpoint to go on from."""
+    config, point = rig.config, spike.point
+    newest = cast(list[Path | None], rig.mesh.gather(run_folder.newest(config.run.folder), "the newest checkpoint"))[0]
+    if newest is None:
+        raise Diverged(f"{spike}, and there is no checkpoint to go back to: lower run.checkpoint_every")
+    step = run_folder.step_of(newest)
+    before = sequences_before(config.batch, config.data.seq_len, step)
+    first, given_up = before + point.passed_over, point.first + point.sequences - before
+    back = Rollback(point.step + 1, spike.loss, spike.usual, step, first, given_up)
+    console.print(f"{spike}: {back}", markup=False)
+    if rig.mesh.rank == 0:
+        write_down(config.run.folder, back)
+    rig.mesh.barrier("writing down a rollback")
+    return step
+
+
+def _attempt(rig: Rig, console: Console, done: int) -> MetricsRow | None:
+    """`_steps`, with what saves and records them."""
+    run, mesh = rig.config.run, rig.mesh
+    saver = Saver(run.folder, Keep(run.keep_checkpoints, run.keep_every), mesh, rig.data.identity)
+    saver.prepare(rig.state())
+    journal = Journal(rig.config, rig.plan.schedule, done) if mesh.rank == 0 else None
+    try:
+        return _steps(rig, saver, journal, console, done)
+    finally:
+        if journal:
+            journal.close()
 
 
 def _steps(rig: Rig, saver: Saver, journal: Journal | None, console: Console, done: int) -> MetricsRow | None:
@@ -73,11 +114,16 @@ def _steps(rig: Rig, saver: Saver, journal: Journal | None, console: Console, do
     None if there was none left."""
     config, run = rig.config, rig.config.run
     nonfinite: list[NonfiniteStep] = []  # in a row, up to now
+    spikes, spike = SpikeWatch(run.spike_factor), None
+    past = cast(list[list[Rollback]], rig.mesh.gather(rollbacks(run.folder), "rollbacks"))[0]
+    every = passing_over(points(config.batch, config.data.seq_len), past)
     step = None
     with Stop().on_signals() as stop, _progress(console) as bar:
         task = bar.add_task(run.name, total=run.steps, completed=done, loss=float("nan"))
-        for point in islice(points(config.batch, config.data.seq_len), done, run.steps):
+        for point in islice(every, done, run.steps):
             step = one_step(rig, point, stop, len(nonfinite), saver.busy)
+            if spike := spikes.see(point, step.row.loss):
+                break
             nonfinite = [*nonfinite, step.nonfinite] if step.nonfinite else []
             if len(nonfinite) == config.optim.skips:
                 _record(step, None, console, journal)
@@ -88,6 +134,8 @@ def _steps(rig: Rig, saver: Saver, journal: Journal | None, console: Console, do
                 break
         saver.close()
     rig.optimizer.zero.settle()  # nothing is under way when ranks part
+    if spike:
+        raise spike
     if len(nonfinite) == config.optim.skips:
         raise Diverged(diverged_line(nonfinite))
     return step.row if step else None

@@ -75,7 +75,7 @@ def blame(point: Point, played: Played, zero: Zero, mesh: Mesh) -> NonfiniteStep
         # Every rank's own gradients are finite: their sum has overflowed.
         sums = culprits((piece.name, piece.grad) for piece in zero.pieces())
         by_rank = _gather(mesh, Blame([], [], [], sums))
-    return NonfiniteStep(point.step + 1, point.first, point.sequences, by_rank)
+    return NonfiniteStep(point.step + 1, point.data_first, point.sequences, by_rank)
 
 
 def diverged_line(steps: Sequence[NonfiniteStep]) -> str:

@@ -115,6 +115,12 @@ class Point(NamedTuple):
     first: int  # number of its first sequence
     sequences: int  # in this step
     seq_len: int
+    passed_over: int = 0  # sequences before it that were given up (`spikes`)
+
+    @property
+    def data_first(self) -> int:
+        """The first sequence that it reads."""
+        return self.first + self.passed_over
 
     @property
     def tokens_before(self) -> int:

@@ -59,7 +59,7 @@ def accumulate(rig: Rig, point: Point) -> Played:
     rig.optimizer.zero.zero_grads()
     rig.model.loss_weights.mtp = changed(config.model.mtp_weight, config.optim.mtp_weight_plan, point)
     guarded = _prepare_fp8(rig, point)
-    batch = read_batch(rig, rig.data.train, point.first, point.sequences)
+    batch = read_batch(rig, rig.data.train, point.data_first, point.sequences)
     # Each microbatch adds the gradient of its own mean loss; the step's loss is the mean over all of them.
     share = gradient_scale(point) / (len(batch.tokens) * rig.mesh.data_ranks)
     return rig.training(point.sequences).run(replace(batch, loss_scale=share, eager=guarded))

@@ -1,0 +1,83 @@
+"""A step whose loss leaps: the run goes back to its newest checkpoint and passes over the data that led there.
+
+As PaLM's team did by hand (arXiv 2204.02311, section 5.1: spikes come of data and weights together, so other data from
+the same weights have none). What was passed over is written to rollbacks.jsonl, and which sequences a step reads is a
+pure function of its number and that file: a run that is restarted, in any layout, reads the same ones.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import cast
+
+from dryvine.trainer.data.atomic import CannotWrite
+from dryvine.trainer.ramps import Point
+from dryvine.trainer.run_rows import Figures, read
+
+WINDOW = 20  # losses whose median a new one is compared with; before there are so many, none is a spike
+STRIKES = 3  # spikes from the same checkpoint on that end a run
+FILE = "rollbacks.jsonl"
+
+
+class LossSpike(RuntimeError):
+    """A step's loss is far above those before it."""
+
+    def __init__(self, point: Point, loss: float, usual: float) -> None:
+        super().__init__(f"step {point.step + 1} has loss {loss:.4g}, {loss / usual:.2g} times the usual {usual:.4g}")
+        self.point, self.loss, self.usual = point, loss, usual
+
+
+class SpikeWatch:
+    """Knows the last losses. Starts anew with each start of the run and each rollback."""
+
+    def __init__(self, factor: float | None) -> None:
+        """`factor` over the median that a spike is; None: nothing is one."""
+        self.factor = factor
+        self._losses: deque[float] = deque(maxlen=WINDOW)
+
+    def see(self, point: Point, loss: float) -> LossSpike | None:
+        """Whether it is one. A loss that is not finite is none: see `nonfinite`."""
+        full = len(self._losses) == WINDOW
+        if self.factor and full and float("inf") > loss > self.factor * (usual := median(self._losses)):
+            return LossSpike(point, loss, usual)
+        self._losses.append(loss)
+        return None
+
+
+@dataclass(frozen=True)
+class Rollback:
+    """A line of rollbacks.jsonl."""
+
+    step: int  # that spiked, counted from 1
+    loss: float
+    usual: float
+    to_step: int  # of the checkpoint that the run went on from
+    first: int  # of the sequences that steps after it had read, and that are passed over
+    sequences: int
+
+    def __str__(self) -> str:
+        last = self.first + self.sequences - 1
+        return f"back to step {self.to_step}; sequences {self.first} to {last} are passed over ({FILE})"
+
+
+def write_down(folder: Path, one: Rollback) -> None:
+    """Add a line to rollbacks.jsonl."""
+    with CannotWrite.naming(folder / FILE), (folder / FILE).open("a") as lines:
+        lines.write(json.dumps(asdict(one)) + "\n")
+
+
+def rollbacks(folder: Path) -> list[Rollback]:
+    """Those of a run folder, in order."""
+    return [Rollback(**cast(Figures, row)) for row in read(folder, FILE)]
+
+
+def passing_over(points: Iterable[Point], past: Iterable[Rollback]) -> Iterator[Point]:
+    """The steps, each with what it passes over."""
+    past = list(past)
+    for point in points:
+        yield point._replace(passed_over=sum(one.sequences for one in past if one.to_step <= point.step))
