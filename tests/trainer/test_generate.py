@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import random
+from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -238,3 +242,33 @@ def test_bf16_decodes_close_to_its_training_forward() -> None:
         logprobs, _ = training_forward(model, [*completion.request.prompt, *completion.tokens.tolist()][:-1])
         there = logprobs[len(completion.request.prompt) - 1 :].gather(1, completion.tokens.unsqueeze(1)).squeeze(1)
         assert (there - completion.logprobs).abs().median() < 0.05
+
+
+@pytest.mark.long
+def test_memory_is_flat_over_ten_thousand_requests() -> None:
+    """Resident memory after 2,000 and after 10,000, some of which are refused, cancelled or fail."""
+    sampler, pages = sampler_of(filled(tiny(layers=2)), slots=64), os.sysconf("SC_PAGE_SIZE")
+    resident, reasons = [], Counter[str]()
+
+    def until(request: Request, tokens: list[int]) -> bool:
+        return request.seed % 7 == 0 and 1 // (request.seed % 2) > 0
+
+    made = (Request((i % 60, 2) * (1 + i % 40 // 39 * 40), 1 + i % 5, seed=i, group=i // 8) for i in range(10_000))
+    for number, completion in enumerate(sampler.generate(made, until)):
+        reasons[completion.reason] += 1
+        if completion.request.seed % 11 == 0:
+            sampler.cancel(Request((), 1), completion.request)
+        if number in (2000, 9999):
+            gc.collect()
+            resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * pages)
+    assert sum(reasons.values()) == 10_000
+    assert set(reasons) == {"length", "failed", "callback"}
+    assert resident[1] - resident[0] < 4 << 20
+
+
+@pytest.mark.long
+def test_transformers_generates_the_same_tokens_from_the_same_weights() -> None:
+    from benchmarks.generate import compare
+
+    row = compare("1m", sequences=3, new=6, device="cpu", dtype=torch.float32)
+    assert row["same_tokens"] == 1.0
