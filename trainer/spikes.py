@@ -13,11 +13,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import cast
 
 from dryvine.trainer.data.atomic import CannotWrite
 from dryvine.trainer.ramps import Point
-from dryvine.trainer.run_rows import Figures, read
+from dryvine.trainer.run_rows import read
 
 WINDOW = 20  # losses whose median a new one is compared with; before there are so many, none is a spike
 STRIKES = 3  # spikes from the same checkpoint on that end a run
@@ -73,7 +72,7 @@ def write_down(folder: Path, one: Rollback) -> None:
 
 def rollbacks(folder: Path) -> list[Rollback]:
     """Those of a run folder, in order."""
-    return [Rollback(**cast(Figures, row)) for row in read(folder, FILE)]
+    return [Rollback(**row) for row in read(folder, FILE)]
 
 
 def passing_over(points: Iterable[Point], past: Iterable[Rollback]) -> Iterator[Point]:
