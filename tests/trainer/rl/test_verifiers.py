@@ -93,6 +93,11 @@ def test_countdown(expression: str, points: float) -> None:
     assert score("countdown", SPOKEN.format(expression), **PUZZLE) == points
 
 
+@pytest.mark.parametrize(("expression", "target"), [("3*7", 21), ("7+7+7+5", 26), ("3*3*5*7", 315)])
+def test_countdown_uses_each_number_once(expression: str, target: int) -> None:
+    assert score("countdown", SPOKEN.format(expression), **{**PUZZLE, "target": target}) == 0
+
+
 def test_countdown_reads_one_answer_and_takes_one_reading_of_it() -> None:
     right = SPOKEN.format("3*7+5")
     assert score("countdown", right + right, **PUZZLE) == 0
@@ -129,6 +134,7 @@ def test_integer() -> None:
         ("5", "I guess 1, 2, 3, 4, 5", 0),
         ("5", "<answer>1=2=3=4=5</answer>", 0),
         ("5", r"\boxed{4} \boxed{5}", 0),
+        ("5", r"\boxed{5} \boxed{6}", 0),
         ("5", r"\boxed{5,6}", 0),
         ("5", "<answer>4</answer><answer>5</answer>", 0),
         ("5", r"\boxed{5", 0),
