@@ -44,11 +44,14 @@ def write(folder: Path) -> int:
     (folder / "config.json").write_text(json.dumps(config_json(SHAPE)))
     every = list(places(SHAPE))
     generator = torch.Generator().manual_seed(0)
+    # Windows of one run of random numbers: a new one for each weight would take most of the time.
+    numbers = (torch.randn(1 << 23, generator=generator) * 0.05).bfloat16()
     biases = {p.theirs for p in every if p.theirs.endswith("bias")}
     sizes = {p.theirs: (torch.float32 if p.theirs in biases else torch.bfloat16, p.shape) for p in every}
     with SafetensorsWriter(folder / "model.safetensors", sizes) as file:
         for place in every:
-            values = torch.randn(place.shape, generator=generator) * 0.05
+            first = int(torch.randint(len(numbers) - place.elements, (1,), generator=generator))
+            values = numbers[first : first + place.elements].view(place.shape)
             values = torch.ones(place.shape) if len(place.shape) == 1 else values
             values = torch.zeros(place.shape) if place.theirs in biases else values
             file.write(place.theirs, 0, values.to(sizes[place.theirs][0]))
