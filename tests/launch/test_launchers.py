@@ -141,7 +141,7 @@ def children(pid: int) -> list[int]:
 
 def test_torchruns_restarts_go_on_from_the_newest_checkpoint(corpus: Path, tmp_path: Path) -> None:
     """A rank is killed after a save; torchrun starts all again, and the run ends as one that was left alone."""
-    more = ("run.steps=12", "run.checkpoint_every=2", "run.eval_every=100")
+    more = ("run.steps=8", "run.checkpoint_every=2", "run.eval_every=100")
     agent = (str(BIN / "torchrun"), "--nproc-per-node", "2", "--max-restarts", "3", *MODULE)
     ((code, printed),) = together([(*agent, *words(corpus, tmp_path / "calm", *more))], environment())
     assert code == 0, printed
