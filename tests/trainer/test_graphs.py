@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -14,16 +15,18 @@ from dryvine.comm.dispatch import routing
 from dryvine.comm.dispatch.single_rank import Local, SingleRank
 from dryvine.comm.pending import Pending
 from dryvine.parallel.graphs import Graphs
-from dryvine.trainer.config import Config
+from dryvine.trainer.batches import read_batch
+from dryvine.trainer.config import Config, ConfigError
 from dryvine.trainer.model import grouped
 from dryvine.trainer.ramps import points
 from dryvine.trainer.rig import Rig
-from dryvine.trainer.step import train_step
+from dryvine.trainer.step import accumulate, train_step
 from tests.support.rig import rig_of
 from tests.support.tape import TapeRecorder
 
 Tiny = Callable[..., Config]
 STEPS = 2
+SMALL = ("model.layers=2", "batch.sequences=4")
 
 
 def _mask(groups: Any) -> Tensor:
@@ -95,15 +98,43 @@ def one_rank(tiny: Tiny, schedule: str, *more: str) -> Config:
     return tiny("parallel.pp=1", "parallel.ep=1", f"parallel.schedule={name}", *rest, *more)
 
 
-# The graphs: kinds of ops times flights of a stage under way at once, as the schedule has them for 6 microbatches.
+# The graphs: kinds of ops times flights of a stage under way at once. One rank has no bubble to fill: each schedule
+# but DualPipeV has a single flight in each stage.
 SCHEDULES = {"one_f_one_b": 2, "zb1p": 3, "dualpipev": 10, "interleaved parallel.chunks=2": 6}
+RECOMPUTE = "model.recompute=['norm','swiglu','mla_up']"
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_replayed_steps_have_the_same_bits(tiny: Tiny, schedule: str) -> None:
-    config, recorder = one_rank(tiny, schedule, "model.recompute=['norm','swiglu','mla_up']"), TapeRecorder()
+    config, recorder = one_rank(tiny, schedule, *SMALL, RECOMPUTE), TapeRecorder()
     rig = rigged(config, recorder)
     assert_same(trained(rig), trained(rigged(config, None)))
     assert rig.graphs is not None
     assert rig.graphs.count == SCHEDULES[schedule]
-    print(schedule, recorder.replayed, recorder.freed)
+    # Every op of both steps was replayed, recorded or not.
+    assert recorder.replayed == STEPS * len(list(rig.plan.training[config.batch.sequences].schedule.ops(0)))
+
+
+def test_what_is_a_number_in_a_graph_makes_new_graphs_when_it_changes(tiny: Tiny) -> None:
+    changes = "optim.mtp_weight_plan=[{after=128, to=0.1}]"
+    config, recorder = one_rank(tiny, "one_f_one_b", *SMALL, changes), TapeRecorder()
+    rig = rigged(config, recorder)
+    assert_same(trained(rig), trained(rigged(config, None)))
+    assert recorder.freed == 2
+
+
+def test_a_step_without_graphs_gives_their_memory_back(tiny: Tiny) -> None:
+    config, recorder = one_rank(tiny, "one_f_one_b", *SMALL), TapeRecorder()
+    rig = rigged(config, recorder)
+    first, second = islice(points(config.batch, config.data.seq_len), 2)
+    accumulate(rig, first)
+    assert rig.graphs is not None
+    assert rig.graphs.count == 2
+    batch = read_batch(rig, rig.data.train, second.first, second.sequences)
+    rig.training(second.sequences).run(replace(batch, eager=True))
+    assert (rig.graphs.count, recorder.freed) == (0, 2)
+
+
+def test_graphs_that_are_asked_for_and_cannot_be_are_refused_in_a_line(tiny: Tiny) -> None:
+    with pytest.raises(ConfigError, match=r"parallel.graphs = 'on': the device is a cpu; set parallel.graphs = 'auto'"):
+        rig_of(one_rank(tiny, "one_f_one_b", "parallel.graphs=on"))
