@@ -154,7 +154,7 @@ def _changes(before: Config, after: Config) -> Iterator[str]:
     """optim.lr = 0.001, was 0.002"""
     old, new = before.model_dump(mode="json"), after.model_dump(mode="json")
     for table, values in new.items():
-        for key, value in values.items():
+        for key, value in (values or {}).items():  # a table that is not there is None
             if value != old[table][key]:
                 yield f"{table}.{key} = {_short(value)}, was {_short(old[table][key])}"
 
