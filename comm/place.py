@@ -31,8 +31,8 @@ class PlaceError(ValueError):
 @dataclass(frozen=True)
 class LaunchedRank:
     """`local_rank` counts on this host. `port` 0 is one that rank 0 chooses and tells over MPI; at another one rank 0
-    serves the ranks' store, or, if `served`, the launcher does. `topology` is that of an MPI that was asked; other
-    launchers' is read from their environment (`topology.discover`)."""
+    serves the ranks' store, or, if `served`, the launcher does, for all `attempt`s that it makes. `topology` is that of
+    an MPI that was asked; other launchers' is read from their environment (`topology.discover`)."""
 
     rank: int = 0
     world: int = 1
@@ -42,6 +42,7 @@ class LaunchedRank:
     launcher: str = "none"
     topology: Topology | None = None
     served: bool = False
+    attempt: int = 0  # how often the launcher has started the ranks again
 
 
 def find_place(env: Mapping[str, str]) -> LaunchedRank:
@@ -70,7 +71,9 @@ def _by_torch_names(env: Mapping[str, str]) -> LaunchedRank:
     if missing:
         raise PlaceError(f"RANK and WORLD_SIZE are set, but not {' and '.join(missing)}: set them to rank 0's host")
     served = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return LaunchedRank(rank, world, local, env["MASTER_ADDR"], _number(env, "MASTER_PORT"), launcher, served=served)
+    attempt = int(env.get("TORCHELASTIC_RESTART_COUNT", 0)) if served else 0
+    port = _number(env, "MASTER_PORT")
+    return LaunchedRank(rank, world, local, env["MASTER_ADDR"], port, launcher, served=served, attempt=attempt)
 
 
 def _by_slurm(env: Mapping[str, str]) -> LaunchedRank:

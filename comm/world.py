@@ -70,6 +70,8 @@ def meet(place: LaunchedRank, facts: Facts, refusal: str = "") -> dist.Store | N
     if place.world == 1:
         return None
     store = join(place, PATIENCE)
+    if place.attempt:  # the launcher's store still has what ranks of the attempts before have said
+        store = dist.PrefixStore(f"attempt {place.attempt}", store)
     agree(store, place.world, Statement(place.rank, socket.gethostname(), facts, refusal), PATIENCE)
     return store
 
