@@ -31,6 +31,7 @@ class Posted:
         on_device: bool,
     ) -> None:
         self._watch, self._on_device = watch, on_device
+        self._posted = post  # has the tensors, whose memory nobody else may be given before the wait
         if watch is None:
             self._works = _works(post())
             return

@@ -118,7 +118,6 @@ class Bucket:
             self.grad_shard.copy_(parts[0])
             for part in parts[1:]:
                 self.grad_shard.add_(part)
-            sent.size()  # the closure holds what is being sent until it has left
 
         return Pending(add, posted.ready)
 

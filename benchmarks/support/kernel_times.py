@@ -27,7 +27,7 @@ KINDS = {
     "GEMM in FP32": r"sgemm|simt|gemm\w*_f32f32_f32f32",
     "GEMM": r"gemm|nvjet|cutlass|xmma|cublas|splitk|^product_kernel|^wgrad_kernel|grouped_mm|^aten::(\w*mm\w*|linear)$",
     "permutation": r"index|gather|scatter|sort|top_?k|embedding_?bag|histogram|bincount|scan|cumsum|repeat_interleave"
-    r"|^(sum|tally|place|arrive)_kernel",
+    r"|^(sum|tally|place|arrive|tables)_kernel",
     "copies": r"copy|CatArray|memcpy|memset|fill|^aten::(cat|zeros?_?|empty\w*|clone|contiguous|to)$",
     "elementwise": r"elementwise|reduce|triton_|^aten::"
     r"|^(gate|gate_backward|balance|gated|gated_backward|heads|heads_backward|logsumexp|logits_gradient)_kernel",

@@ -230,21 +230,22 @@ class Nccl:
         return self.rank
 
     def isend(self, tensor: Tensor, peer: int, group: str) -> Work:
-        with self._message(group, peer) as work:
+        with self._beside(f"{group} with {peer}") as work:
             self.races.use(tensor, "isend", write=False)
         return work
 
     def irecv(self, tensor: Tensor, peer: int, group: str) -> Work:
-        with self._message(group, peer) as work:
+        with self._beside(f"{group} with {peer}") as work:
             self.races.use(tensor, "irecv", write=True)
             with torch.utils._python_dispatch._disable_current_modes():
                 tensor.data.uniform_()  # not seen by autograd, either
         return work
 
     @contextmanager
-    def _message(self, group: str, peer: int) -> Iterator[Work]:
-        """One kernel of NCCL, in the stream of a communicator and a peer, behind the stream that posts it."""
-        stream = self.races.stream(f"{group} with {peer}")
+    def _beside(self, name: str) -> Iterator[Work]:
+        """One kernel of NCCL, in a stream of its own, behind the stream that posts it. Messages have one for each
+        communicator and peer, collectives one for each communicator."""
+        stream = self.races.stream(name)
         stream.wait_stream(self.races.here)
         work = Work(self.races, Event(self.races), self.coin)
         with self.races.on(stream):
@@ -252,13 +253,17 @@ class Nccl:
             yield work
         work.event.record(stream)
 
+    def reduce_scatter(self, out: Tensor, whole: Tensor, group: str, async_op: bool) -> Work:
+        with self._beside(group) as work:
+            out.copy_(whole[: out.numel()])
+        return work
+
+    def all_gather(self, out: Tensor, part: Tensor, group: str, async_op: bool) -> Work:
+        with self._beside(group) as work:
+            out[: part.numel()].copy_(part)
+        return work
+
     # A collective that is not async runs behind the stream that calls it, which waits for it: it is an op of that one.
-
-    def reduce_scatter(self, out: Tensor, whole: Tensor, group: str) -> None:
-        out.copy_(whole[: out.numel()])
-
-    def all_gather(self, out: Tensor, part: Tensor, group: str) -> None:
-        out[: part.numel()].copy_(part)
 
     def all_reduce(self, tensor: Tensor, **_: Any) -> None:
         tensor.mul_(1)

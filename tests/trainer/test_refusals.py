@@ -66,8 +66,8 @@ def test_a_ramp_of_too_many_sizes(tiny: Callable[..., Config]) -> None:
 def test_what_memory_a_rank_needs_at_least(tiny: Callable[..., Config]) -> None:
     alone, spread = tiny(), tiny("parallel.pp=2", "parallel.ep=2", "parallel.dp=2", "run.dtype=bf16")
     parameters = count_parameters(alone.model, mtp=True)[0]
-    assert least_bytes(alone) == parameters * (4 + 4 + 4 + 8)
-    assert least_bytes(spread) == parameters * ((2 + 4) / 4 + (4 + 8) / 8)
+    assert least_bytes(alone, CPU) == parameters * (4 + 4 + 4 + 8)
+    assert least_bytes(spread, CPU) == parameters * ((2 + 4) / 4 + (4 + 8) / 8)
 
 
 def test_a_model_larger_than_the_machine(tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,10 @@ def lines(config: Config, sizes: list[int] | None, steps_done: int = 0) -> list[
     p = config.parallel
     mesh = SimpleNamespace(pp=p.pp, ep=p.ep, size=p.world, device=torch.device("cpu"))
     data = open_data(config)
-    rig: Any = SimpleNamespace(config=config, plan=make_plan(config), mesh=mesh, data=data, carrier="gloo", fp8=None)
+    optimizer = SimpleNamespace(chosen="")
+    rig: Any = SimpleNamespace(
+        config=config, plan=make_plan(config), mesh=mesh, data=data, carrier="gloo", fp8=None, optimizer=optimizer
+    )
     return list(startup_lines(rig, None if sizes is None else by_sizes(sizes), steps_done))
 
 

@@ -157,13 +157,13 @@ class Decoder:
         for wave, stage in self._order(feeds):
             x_NH = self._arrive(wave, stage, feeds[wave], states) if stage else None
             x_NH = self.parts[stage](x_NH, feeds[wave], caches[wave, stage])
-            route = self._route(wave)
-            if stage + 1 == len(route):
+            _, *onward = self._route(wave)[stage:]
+            if not onward:
                 ended[wave] = x_NH
-            elif route[stage + 1] == self.mesh.pp_rank:
+            elif onward[0] == self.mesh.pp_rank:
                 states[wave] = x_NH
             else:
-                leaving.append(self._send(wave, stage + 1, x_NH))
+                leaving.append(self._send(wave, stage, onward[0], x_NH))
         for pending in leaving:
             pending.wait()
         return ended
@@ -181,7 +181,7 @@ class Decoder:
 
     def _arrive(self, wave: int, stage: int, feed: Feed, states: dict[int, Tensor | None]) -> Tensor | None:
         """The state that a stage begins with."""
-        source = self._route(wave)[stage - 1]
+        *_, source = self._route(wave)[:stage]
         if source == self.mesh.pp_rank:
             return states.pop(wave)
         if not len(feed.tokens):
@@ -190,12 +190,12 @@ class Decoder:
         channel = (wave % len(self.routes), "down")
         return self._wire.receive((like,), source, channel, f"stage {stage}, lane {wave}").wait()[0]
 
-    def _send(self, wave: int, stage: int, x_NH: Tensor) -> Pending[None]:
-        """To a stage of another rank. Tokens of nobody are not sent."""
+    def _send(self, wave: int, stage: int, target: int, x_NH: Tensor) -> Pending[None]:
+        """What a stage made, to another rank. Tokens of nobody are not sent."""
         if not len(x_NH):
             return Pending.done(None)
         channel = (wave % len(self.routes), "down")
-        return self._wire.send((x_NH,), self._route(wave)[stage], channel, f"stage {stage}, lane {wave}")
+        return self._wire.send((x_NH,), target, channel, f"behind stage {stage}, lane {wave}")
 
     def _nothing(self) -> Tensor:
         return torch.empty(0, self.spec.shape.hidden, dtype=self.spec.dtype, device=self.mesh.device)
