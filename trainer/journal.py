@@ -80,7 +80,8 @@ class MetricsRow:
 
 
 class Journal:
-    """An open run folder. `resume_step` drops the rows after it, which a resumed run makes again."""
+    """An open run folder. `resume_step` drops the rows after it, which a resumed run makes again; with 0 a run begins
+    anew and makes them all, that of step 0 too if it has one."""
 
     def __init__(
         self, config: Config, schedule: Schedule, resume_step: int, draw: Callable[[Path], None] | None = None
@@ -88,7 +89,8 @@ class Journal:
         """`draw` makes the pictures of a folder when the run ends; None: loss.png."""
         self.folder, self._draw = config.run.folder, draw or plot
         self.folder.mkdir(parents=True, exist_ok=True)
-        rows = "".join(json.dumps(row) + "\n" for row in read(self.folder) if row["step"] <= resume_step)
+        kept = read(self.folder) if resume_step else []
+        rows = "".join(json.dumps(row) + "\n" for row in kept if row["step"] <= resume_step)
         for name, content in {
             "config.toml": dump(config),
             "commit.txt": commit() + "\n",

@@ -52,6 +52,14 @@ def table(config: Config, rows: list[journal.Figures]) -> list[tuple[str, str]]:
     return list(zip(map(str, names), map(str, values), strict=True))
 
 
+def test_a_run_killed_before_its_first_checkpoint_begins_with_no_rows(tiny: Tiny) -> None:
+    """Reinforcement learning has a row of step 0, of what it begins with."""
+    config = tiny()
+    written(config, row(0), row(1))
+    written(config, row(0), row(1), row(2))
+    assert [r["step"] for r in journal.read(config.run.folder)] == [0, 1, 2]
+
+
 def test_a_resumed_run_replaces_the_rows_after_its_checkpoint(tiny: Tiny) -> None:
     config = tiny()
     written(config, row(1), row(2), row(3))
