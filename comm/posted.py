@@ -31,7 +31,7 @@ class Posted:
         on_device: bool,
     ) -> None:
         self._watch, self._on_device = watch, on_device
-        self._posted = post  # has the tensors, whose memory nobody else may be given before the wait
+        self._posted = post  # keeps the tensors alive: their memory must not be reused before the wait
         if watch is None:
             self._works = _works(post())
             return

@@ -15,7 +15,6 @@ from typing import cast
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dryvine.comm.mesh import Mesh
 from dryvine.comm.topology import Topology
@@ -30,13 +29,13 @@ from dryvine.trainer.journal import Journal, MetricsRow
 from dryvine.trainer.metrics import metrics_row, reduce_figures
 from dryvine.trainer.nonfinite import Diverged, NonfiniteStep, blame, diverged_line
 from dryvine.trainer.ramps import Point, points, sequences_before
-from dryvine.trainer.rehearse import rehearse, report_loads
 from dryvine.trainer.report import final_table
 from dryvine.trainer.rig import Rig, make_rig
+from dryvine.trainer.run_bar import run_bar
 from dryvine.trainer.run_plan import RunPlan
 from dryvine.trainer.run_rows import read
 from dryvine.trainer.spikes import STRIKES, LossSpike, Rollback, SpikeWatch, passing_over, rollbacks, write_down
-from dryvine.trainer.startup import startup_lines
+from dryvine.trainer.startup import get_ready
 from dryvine.trainer.step import evaluate, evaluate_average, train_step
 from dryvine.trainer.stop import Stop
 from dryvine.trainer.timeline import measured, write
@@ -49,11 +48,7 @@ def train(plan: RunPlan, mesh: Mesh, data: Data, topology: Topology | None = Non
     rig = make_rig(plan, mesh, data, topology)
     console = Console(quiet=mesh.rank != 0)
     done = resume(rig, console)
-    if mesh.device.type == "cuda":
-        rehearse(rig)
-        report_loads(mesh.rank)
-    for line in startup_lines(rig, topology, done):
-        console.print(line)
+    get_ready(rig, topology, console, done)
     last = _past_spikes(rig, console, done)
     if last and last.step < run.steps:
         console.print(f"stopped by a signal after step {last.step}; the same command goes on from there")
@@ -118,7 +113,7 @@ def _steps(rig: Rig, saver: Saver, journal: Journal | None, console: Console, do
     past = cast(list[list[Rollback]], rig.mesh.gather(rollbacks(run.folder), "rollbacks"))[0]
     every = passing_over(points(config.batch, config.data.seq_len), past)
     step = None
-    with Stop().on_signals() as stop, _progress(console) as bar:
+    with Stop().on_signals() as stop, run_bar(console, "loss {task.fields[loss]:.3f}") as bar:
         task = bar.add_task(run.name, total=run.steps, completed=done, loss=float("nan"))
         for point in islice(every, done, run.steps):
             step = one_step(rig, point, stop, len(nonfinite), saver.busy)
@@ -213,15 +208,3 @@ def save_if_due(rig: Rig, saver: Saver, step: LoopStep) -> float | None:
     else:
         return None
     return 1e3 * (time.perf_counter() - started)
-
-
-def _progress(console: Console) -> Progress:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=console, disable=console.quiet)

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from rich.console import Console
+
 from dryvine.comm.dispatch.choose import pick
 from dryvine.comm.topology import GroupLimit, Topology, mismatch
 from dryvine.trainer.activations import activations
 from dryvine.trainer.data.blend import Blend
 from dryvine.trainer.ramps import sequences_before
+from dryvine.trainer.rehearse import rehearse, report_loads
 from dryvine.trainer.rig import Rig, row_bytes
+
+
+def get_ready(rig: Rig, topology: Topology | None, console: Console, steps_done: int) -> None:
+    """Load what a GPU will launch, and print `startup_lines`: the last before the first step. Collective over each
+    expert-parallel group."""
+    if rig.mesh.device.type == "cuda":
+        rehearse(rig)
+        report_loads(rig.mesh.rank)
+    for line in startup_lines(rig, topology, steps_done):
+        console.print(line)
 
 
 def startup_lines(rig: Rig, topology: Topology | None, steps_done: int) -> Iterator[str]:

@@ -66,13 +66,13 @@ def accumulate(rig: Rig, point: Point) -> Played:
 
 
 def _prepare_fp8(rig: Rig, point: Point) -> bool:
-    """Make the FP8 copies of the weights, and turn the guard on for steps whose tiles are to be counted: True."""
+    """Turn the guard on in steps whose tiles are to be counted. Returns whether this is one; if not, and graphs play
+    it, makes the FP8 copies of the weights, which graphs read without asking for them."""
     if rig.fp8 is None:
         return False
     every = rig.config.fp8.guard_every
     rig.fp8.guard.on = every > 0 and point.step % every == 0
-    if rig.graphs is not None:
-        # Graphs read the copies without asking for them.
+    if rig.graphs is not None and not rig.fp8.guard.on:
         rig.optimizer.zero.settle()
         rig.fp8.cache.refresh()
     return rig.fp8.guard.on

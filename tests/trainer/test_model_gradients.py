@@ -154,6 +154,17 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def trained_alike(plain: Model, saving: Model, tokens: Tensor) -> tuple[Calls, Calls]:
+    """Train both, to the same losses and gradients. What each has called."""
+    with Calls() as before:
+        losses = train(plain, tokens)
+    with Calls() as after:
+        assert train(saving, tokens) == losses
+    for (name, a), (_, b) in zip(plain.named_parameters(), saving.named_parameters(), strict=True):
+        assert torch.equal(a.gradient(), b.gradient()), name
+    return before, after
+
+
 WAYS = ("norm", "mla_up", "swiglu")
 
 
@@ -162,12 +173,7 @@ def test_recompute_gives_the_same_bits_and_runs_no_more_than_it_must(ways: tuple
     shape = tiny(mtp_depth=1, v_dim=8, nope_dim=8, rope_dim=4)
     again = tiny(mtp_depth=1, recompute=ways, v_dim=8, nope_dim=8, rope_dim=4)
     plain, saving, tokens = filled(shape), filled(again), random_tokens(shape)
-    with Calls() as before:
-        losses = train(plain, tokens)
-    with Calls() as after:
-        assert train(saving, tokens) == losses
-    for (name, a), (_, b) in zip(plain.named_parameters(), saving.named_parameters(), strict=True):
-        assert torch.equal(a.gradient(), b.gradient()), name
+    before, after = trained_alike(plain, saving, tokens)
     layers = shape.layers + shape.mtp_depth
     assert before.attentions == after.attentions == layers
     assert after.products - before.products == (2 * layers if "mla_up" in ways else 0)  # q_b and kv_b once more
@@ -179,12 +185,7 @@ def test_recompute_of_whole_layers_gives_the_same_bits(others: tuple[str, ...], 
     """Losses, gradients, and the load of experts, which is counted once; the core runs once more in each layer."""
     shape, again = (tiny(mtp_depth=1, recompute=ways, **changes) for ways in ((), ("layer", *others)))
     plain, saving, tokens = filled(shape), filled(again), random_tokens(shape)
-    with Calls() as before:
-        losses = train(plain, tokens)
-    with Calls() as after:
-        assert train(saving, tokens) == losses
-    for (name, a), (_, b) in zip(plain.named_parameters(), saving.named_parameters(), strict=True):
-        assert torch.equal(a.gradient(), b.gradient()), name
+    before, after = trained_alike(plain, saving, tokens)
     assert all(torch.equal(plain.loads[name], saving.loads[name]) for name in plain.loads)
     assert after.attentions == 2 * before.attentions
 

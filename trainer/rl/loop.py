@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dryvine.comm.mesh import Mesh
 from dryvine.comm.topology import Topology
@@ -23,7 +22,6 @@ from dryvine.trainer.generate.sampler import Sampler
 from dryvine.trainer.journal import Journal
 from dryvine.trainer.nonfinite import Diverged
 from dryvine.trainer.ramps import Point, learning_rate
-from dryvine.trainer.rehearse import rehearse, report_loads
 from dryvine.trainer.rig import make_rig
 from dryvine.trainer.rl.asked import Asked
 from dryvine.trainer.rl.figures import figures_of, sample_lines
@@ -31,11 +29,13 @@ from dryvine.trainer.rl.harvest import harvest
 from dryvine.trainer.rl.judge import Judge
 from dryvine.trainer.rl.learner import Learner
 from dryvine.trainer.rl.pictures import draw
+from dryvine.trainer.run_bar import run_bar
 from dryvine.trainer.run_plan import RunPlan
-from dryvine.trainer.startup import startup_lines
+from dryvine.trainer.startup import get_ready
 from dryvine.trainer.stop import Stop
 
 Figures = Mapping[str, float | None]
+FIGURES = "{task.fields[figures]}"  # of the bars
 
 
 def reinforce(
@@ -57,11 +57,7 @@ def reinforce(
         done = resume(rig, console, learner.state())
         if done == 0 and learner.reference:
             learner.reference.refresh()
-        if mesh.device.type == "cuda":
-            rehearse(rig)
-            report_loads(mesh.rank)
-        for line in startup_lines(rig, topology, done):
-            console.print(line)
+        get_ready(rig, topology, console, done)
         saver = Saver(run.folder, Keep(run.keep_checkpoints, run.keep_every), mesh, data.identity)
         saver.prepare(learner.state())
         journal = Journal(config, plan.schedule, done, draw) if mesh.rank == 0 else None
@@ -79,7 +75,7 @@ def _only_answer(learner: Learner, console: Console) -> bool:
     """With the weights that a run would begin or go on with: an evaluation, or right answers for a file."""
     resume(learner.rig, console)
     path = learner.task.rl.harvest
-    with _progress(console) as bar:
+    with run_bar(console, FIGURES) as bar:
         task = bar.add_task("answers", total=None, figures="")
 
         def on_answer(ended: int, of: int) -> None:
@@ -105,7 +101,7 @@ class _Run:
 
     def go(self, done: int) -> int:
         """From after `done` updates to the last, or to a signal. Returns how many are done then."""
-        with Stop().on_signals() as stop, _progress(self.console) as bar:
+        with Stop().on_signals() as stop, run_bar(self.console, FIGURES) as bar:
             self.bar = bar
             self.whole = bar.add_task(self.run.name, total=self.run.steps, completed=done, figures="")
             self.part = bar.add_task("answers", total=None, figures="")
@@ -175,15 +171,3 @@ class _Run:
 
 def _crosses(before: int, done: int, every: int) -> bool:
     return done // every > before // every
-
-
-def _progress(console: Console) -> Progress:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[figures]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=console, disable=console.quiet)
