@@ -23,10 +23,10 @@ from dryvine.comm.place import LaunchedRank, PlaceError, find_place
 from dryvine.comm.topology import Topology, discover
 from dryvine.comm.watch import Watch
 from dryvine.comm.world import in_world, meet, prepare, tell
-from dryvine.trainer.adam import load_cpu_adam
 from dryvine.trainer.begin import check_source
 from dryvine.trainer.checkpoint.manifest import CannotSave, CheckpointError
 from dryvine.trainer.config import Config, ConfigError, check_world
+from dryvine.trainer.cpu_adam import load_cpu_adam
 from dryvine.trainer.data.atomic import CannotWrite
 from dryvine.trainer.data.config import DataError
 from dryvine.trainer.data.splits import Data

@@ -8,15 +8,13 @@ elements of a call between vector and scalar code, which round differently; call
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Callable
 from typing import NamedTuple, Protocol, cast
 
 from torch import Tensor
 from torch.optim.adamw import adamw
 
 from dryvine.comm.mesh import Mesh
+from dryvine.trainer.cpu_adam import CpuAdamOp, load_cpu_adam
 from dryvine.trainer.ramps import OptimConfig
 
 
@@ -68,13 +66,6 @@ class TorchAdamW:
         )
 
 
-class CpuAdamOp(Protocol):
-    """The part of DeepSpeed's compiled module that is called here."""
-
-    create_adam: Callable[..., int]
-    adam_update: Callable[..., int]
-
-
 class DeepSpeedAdamW:
     """DeepSpeed's CPU Adam, by its compiled module: its optimizer class would own parameters and steps.
 
@@ -93,19 +84,6 @@ class DeepSpeedAdamW:
         number, adamw_mode, log, correct_bias = 0, True, False, True
         self._op.create_adam(number, *settings, adamw_mode, log)
         self._op.adam_update(number, int(updates) + 1, *settings, correct_bias, *on)
-
-
-def load_cpu_adam() -> CpuAdamOp | str:
-    """DeepSpeed's CPU Adam, compiled at first use on a machine (minutes), or why there is none."""
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            from deepspeed.ops.op_builder import CPUAdamBuilder
-
-            return cast(CpuAdamOp, CPUAdamBuilder().load(verbose=False))
-    except Exception as error:  # whatever a compiler, an import or a build raises
-        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def choose(config: OptimConfig, mesh: Mesh) -> tuple[AdamW, str]:

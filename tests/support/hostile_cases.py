@@ -62,7 +62,7 @@ def _values() -> Iterator[tuple[str, str]]:
     """Each key of the config in turn with each value in turn, so that the number stays the number of keys times two."""
     values = TYPES + SIZES
     tree = load(TINY, ("data.source=x",)).model_dump(mode="json")
-    keys = [f"{table}.{key}" for table, inner in tree.items() for key in inner]
+    keys = [f"{table}.{key}" for table, inner in tree.items() if inner for key in inner]
     for number, key in enumerate(keys):
         for turn in range(2):
             yield key, values[(number + turn * (len(values) // 2)) % len(values)]

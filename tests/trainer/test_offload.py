@@ -19,9 +19,10 @@ from dryvine.parallel.bucket import BucketMemory
 from dryvine.parallel.host_copy import HostCopies
 from dryvine.parallel.zero import Zero
 from dryvine.trainer import adam
-from dryvine.trainer.adam import DeepSpeedAdamW, Operands, TorchAdamW, choose, load_cpu_adam
+from dryvine.trainer.adam import DeepSpeedAdamW, Operands, TorchAdamW, choose
 from dryvine.trainer.checkpoint.reader import open_checkpoint, whole
 from dryvine.trainer.config import Config
+from dryvine.trainer.cpu_adam import load_cpu_adam
 from dryvine.trainer.optim import Optimizer
 from dryvine.trainer.ramps import OptimConfig
 from tests.support.rig import train_on
