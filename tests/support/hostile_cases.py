@@ -8,9 +8,9 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
-from dryvine.trainer.config import load
+from dryvine.trainer.config import Config, load
 from tests.support.launching import TINY
 
 
@@ -62,17 +62,24 @@ def _values() -> Iterator[tuple[str, str]]:
     """Each key of the config in turn with each value in turn, so that the number stays the number of keys times two."""
     values = TYPES + SIZES
     tree = load(TINY, ("data.source=x",)).model_dump(mode="json")
-    keys = [f"{table}.{key}" for table, inner in tree.items() if inner for key in inner]
+    keys = [f"{table}.{key}" for table in tree for key in _keys(table)]
     for number, key in enumerate(keys):
         for turn in range(2):
             yield key, values[(number + turn * (len(values) // 2)) % len(values)]
-        if isinstance(_at(tree, key), int) and not isinstance(_at(tree, key), bool):
+        if type(_at(tree, key)) is int:
             yield key, "1000000000"
 
 
-def _at(tree: dict[str, dict[str, object]], key: str) -> object:
+def _keys(table: str) -> Iterator[str]:
+    """Of a table that a config need not have, too."""
+    kind = Config.model_fields[table].annotation
+    for model in get_args(kind) or (kind,):
+        yield from getattr(model, "model_fields", ())
+
+
+def _at(tree: dict[str, dict[str, object] | None], key: str) -> object:
     table, _, name = key.partition(".")
-    return tree[table][name]
+    return (tree[table] or {}).get(name)
 
 
 def _files(folder: Path) -> Iterator[Path]:
