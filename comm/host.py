@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 MALLOC: Mapping[str, str] = {
     # Large blocks come from the heap, not from the kernel, and go back to it.
@@ -36,3 +37,12 @@ def stop_with(parent: int) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:  # it died before
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def available_memory() -> int:
+    """Bytes that new processes can take without another being ended: Linux's own estimate, elsewhere all of it."""
+    path = Path("/proc/meminfo")
+    if not path.exists():
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    line = next(line for line in path.read_text().splitlines() if line.startswith("MemAvailable"))
+    return int(line.split()[1]) * 1024

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dryvine.comm.host import available_memory
 from dryvine.comm.topology import Topology, TopologyConfig, discover
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 Names = Annotated[str, typer.Option(help="backends, by comma")]
 Nodes = Annotated[str, typer.Option(help="CPU ranks on each node, e.g. 2,2; under torchrun: found")]
-Tokens = Annotated[str, typer.Option(help="tokens per rank, by comma")]
+Tokens = Annotated[str, typer.Option(help="tokens per rank, by comma; 256,1024 and under torchrun 4096 too")]
 Dtypes = Annotated[str, typer.Option(help="bf16, fp8 (values and a scale per 128)")]
 PARTS = ("routing", "dispatch", "combine", "plain")
 Out = Annotated[Path | None, typer.Option(help="where the plot goes (.png or .svg)")]
@@ -72,7 +73,7 @@ class CommShape:
 def comm(
     backends: Names = "flat,hierarchical",
     nodes: Nodes = "2,2",
-    tokens: Tokens = "256,1024,4096",
+    tokens: Tokens = "",
     dtypes: Dtypes = "bf16,fp8",
     hidden: int = 7168,
     experts: int = 64,
@@ -84,6 +85,7 @@ def comm(
     from rich.console import Console
 
     shape = CommShape(hidden, experts, top_k, rounds)
+    tokens = tokens or ("256,1024,4096" if "RANK" in os.environ else "256,1024")
     cases = [Case(b, int(t), d) for d in dtypes.split(",") for t in tokens.split(",") for b in backends.split(",")]
     figures, topology = _under_torchrun(shape, cases) if "RANK" in os.environ else _here(shape, cases, nodes)
     if int(os.environ.get("RANK", 0)) == 0:
@@ -99,7 +101,22 @@ def _here(shape: CommShape, cases: list[Case], nodes: str) -> tuple[list[CommFig
     os.environ.update(MALLOC)
     config = TopologyConfig(nodes=tuple(map(int, nodes.split(","))), inter="loopback")
     topology = discover(sum(config.nodes), config, {})
+    _check_memory(topology.ranks, shape, max(case.tokens for case in cases))
     return run(measure, topology.ranks, topology, shape, cases, deadline=3600)[0], topology
+
+
+# Copies of a rank's dispatched rows that are there at once at most: 7 to 10 of their bytes in BF16 were measured.
+COPIES = 10
+
+
+def _check_memory(ranks: int, shape: CommShape, tokens: int) -> None:
+    """End here if the ranks would take more than is free: the kernel would end some process, perhaps another."""
+    needed = COPIES * ranks * tokens * shape.top_k * shape.hidden * 2
+    free = available_memory()
+    if needed > free:
+        here = f"{needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free here"
+        typer.echo(f"dryvine: {ranks} ranks of {tokens} tokens take about {here}: set --tokens or --hidden", err=True)
+        raise typer.Exit(2)
 
 
 def _under_torchrun(shape: CommShape, cases: list[Case]) -> tuple[list[CommFigure], Topology]:

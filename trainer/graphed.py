@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 
 from dryvine.comm.dispatch.api import AnyDispatcher
-from dryvine.comm.dispatch.single_rank import SingleRank
 from dryvine.parallel.graphs import CudaRecorder, Graphs
 from dryvine.trainer.config import Config, ConfigError
 from dryvine.trainer.fp8.fp8 import FP8
+from dryvine.trainer.graph_memory import refusal
 from dryvine.trainer.model.phases import LossWeights
 
 
@@ -23,23 +23,17 @@ def make_graphs(
     asked = config.parallel.graphs
     if asked == "off":
         return None, "parallel.graphs: off, as asked"
-    if why := obstacle(config, device, dispatcher, fp8):
+    if why := obstacle(config, device, fp8):
         if asked == "on":
             raise ConfigError(f"parallel.graphs = 'on': {why}; set parallel.graphs = 'auto'")
         return None, f"parallel.graphs: auto takes none: {why}"
     return Graphs(CudaRecorder(device), dispatcher.meter, lambda: weights.mtp), f"parallel.graphs: {asked} replays ops"
 
 
-def obstacle(config: Config, device: torch.device, dispatcher: AnyDispatcher, fp8: FP8 | None) -> str | None:
+def obstacle(config: Config, device: torch.device, fp8: FP8 | None) -> str | None:
     """What keeps graphs from recording a training step; None if nothing does."""
-    if device.type != "cuda":
-        return f"the device is a {device.type}"
-    if not isinstance(dispatcher, SingleRank):
-        return "the host reads how many rows come from other expert-parallel ranks"
-    if config.data.mask != "none":
-        return f"data.mask = '{config.data.mask}' splits attention where the host says"
-    if config.run.dtype != "bf16":
-        return "products of experts in FP32 take them one by one"
+    if why := refusal(config, device.type == "cuda"):
+        return why
     if fp8 is not None and fp8.engine.reads_counts:
         return "the engine of [fp8] takes experts one by one"
     return None

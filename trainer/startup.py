@@ -10,6 +10,7 @@ from dryvine.comm.dispatch.choose import pick
 from dryvine.comm.topology import GroupLimit, Topology, mismatch
 from dryvine.trainer.activations import activations
 from dryvine.trainer.data.blend import Blend
+from dryvine.trainer.graph_memory import graph_line
 from dryvine.trainer.ramps import sequences_before
 from dryvine.trainer.rehearse import rehearse, report_loads
 from dryvine.trainer.rig import Rig, row_bytes
@@ -36,6 +37,8 @@ def startup_lines(rig: Rig, topology: Topology | None, steps_done: int) -> Itera
         yield rig.fp8.chosen
     if rig.mesh.device.type == "cuda":
         yield rig.replays
+        if rig.graphs is not None:
+            yield graph_line(rig.plan)
     yield from _blend(rig)
     if rig.optimizer.chosen:
         yield rig.optimizer.chosen

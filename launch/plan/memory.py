@@ -17,6 +17,7 @@ from dryvine.launch.plan.transients import transients
 from dryvine.parallel.flow_control import AHEAD, posts
 from dryvine.parallel.schedule.ir import ProgramStep
 from dryvine.trainer.activations import DTYPE_BYTES, held_bytes, microbatch_size
+from dryvine.trainer.graph_memory import graph_bytes
 from dryvine.trainer.model.parameters import ParameterSize
 from dryvine.trainer.run_plan import RunPlan
 from dryvine.trainer.tensors.tiles import TILE
@@ -25,6 +26,7 @@ from dryvine.trainer.tensors.tiles import TILE
 WEIGHTS, COPIES, SUMS, SHARDS = "weights", "FP8 copies of weights", "gradient sums", "summed gradient shards"
 MASTERS, MOMENTS, GATES = "FP32 masters", "AdamW moments", "gate biases and loads"
 ACTIVATIONS, MESSAGES, STAGING, TRANSIENT = "activations", "pipeline messages", "dispatch buffers", "temporaries"
+GRAPHS = "CUDA graphs"
 
 
 @dataclass(frozen=True)
@@ -46,10 +48,10 @@ class RankMemory:
 
 def memory(plan: RunPlan, sent: Dispatching, cuda: bool) -> list[RankMemory]:
     """Of every pipeline rank. `sent`: what its dispatcher moves."""
-    ranks = zip(buckets(plan), held_bytes(plan, cuda), strict=True)
+    ranks = zip(buckets(plan), held_bytes(plan, cuda), graph_bytes(plan, cuda), strict=True)
     return [
-        RankMemory(rank, _kinds(plan, _Rank(rank, mine, most), sent, cuda), host_state(plan, mine))
-        for rank, (mine, most) in enumerate(ranks)
+        RankMemory(rank, _kinds(plan, _Rank(rank, mine, *most), sent, cuda), host_state(plan, mine))
+        for rank, (mine, *most) in enumerate(ranks)
     ]
 
 
@@ -57,6 +59,7 @@ class _Rank(NamedTuple):
     number: int  # of the pipeline rank
     buckets: list[BucketSize]
     activations: int  # the most that it keeps
+    graphs: int  # what graphs hold beside that
 
 
 def _kinds(plan: RunPlan, rank: _Rank, sent: Dispatching, cuda: bool) -> dict[str, int]:
@@ -71,6 +74,7 @@ def _kinds(plan: RunPlan, rank: _Rank, sent: Dispatching, cuda: bool) -> dict[st
     kinds[MESSAGES] = boundary * _most_messages(plan.training[config.batch.sequences].ranks[rank.number])
     kinds[STAGING] = staging(sent) if gates else 0
     kinds[TRANSIENT] = transients(plan, rank.number, rank.buckets, rank.activations, cuda)
+    kinds[GRAPHS] = rank.graphs
     return kinds
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import typer
 
+from dryvine.comm.host import available_memory
 from dryvine.comm.local import run
 from dryvine.comm.topology import by_sizes
 from dryvine.launch.bench_comm import PARTS, Case, CommShape, comm, measure
@@ -34,3 +36,17 @@ def test_the_command_prints_a_line_per_case(
     assert "limit" in printed
     assert "…" not in printed  # nothing is cut at 80 columns
     assert out.read_text().startswith("<?xml")
+
+
+def test_what_would_not_fit_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """4 ranks x 1M tokens x 8 rows x 14,336 bytes, ten times."""
+    with pytest.raises(typer.Exit) as ended:
+        comm(tokens="4,1048576")
+    assert ended.value.exit_code == 2
+    assert "4 ranks of 1048576 tokens take about 4810.4 GB" in capsys.readouterr().err
+
+
+def test_memory_is_what_the_kernel_says() -> None:
+    told = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    assert available_memory() == pytest.approx(int(told["MemAvailable"].split()[0]) * 1024, rel=0.2)
+    assert available_memory() < int(told["MemTotal"].split()[0]) * 1024

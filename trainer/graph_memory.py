@@ -1,0 +1,70 @@
+"""What CUDA graphs hold beside what ops without them would: which runs have graphs, and bytes a rank. Torch-free.
+
+Without graphs, memory goes to whichever microbatch is in flight and to one op's temporaries at a time. A recorded
+flight has its own for good (`parallel/graphs.py`): what it keeps, temporaries, and what goes in and out of its ops. So
+stages that are full at different times no longer share, and each flight has temporaries of its own.
+"""
+
+from __future__ import annotations
+
+from dryvine.parallel.schedule.simulate import most_held
+from dryvine.trainer.activations import DTYPE_BYTES, held_bytes, left_bytes, microbatch_size, stage_bytes
+from dryvine.trainer.config import Config
+from dryvine.trainer.run_plan import RunPlan
+from dryvine.trainer.temporaries import temporary_bytes
+
+
+def refusal(config: Config, cuda: bool) -> str | None:
+    """What in a config keeps its ops from being recorded; None if nothing does."""
+    if not cuda:
+        return "the device is a cpu"
+    if not microbatch_size(config, cuda).single_rank:
+        return "the host reads how many rows come from other expert-parallel ranks"
+    if config.data.mask != "none":
+        return f"data.mask = '{config.data.mask}' splits attention where the host says"
+    if config.run.dtype != "bf16":
+        return "products of experts in FP32 take them one by one"
+    return None
+
+
+def graph_bytes(plan: RunPlan, cuda: bool) -> list[int]:
+    """Of each pipeline rank, beyond `held_bytes` and its temporaries; 0 for runs without graphs."""
+    if plan.config.parallel.graphs == "off" or refusal(plan.config, cuda):
+        return [0] * plan.config.parallel.pp
+    return [
+        max(sum(_recorded(plan, rank).values()) - held - temporary_bytes(plan, plan.blocks_of(rank), cuda), 0)
+        for rank, held in enumerate(held_bytes(plan, cuda))
+    ]
+
+
+def flights(plan: RunPlan, rank: int) -> dict[int, int]:
+    """Recorded flights of each stage of a pipeline rank: the microbatches that are in it at once."""
+    stages = range(plan.schedule.stages)
+    return {
+        stage: most_held(plan.schedule, rank, {s: int(s == stage) for s in stages})
+        for stage in plan.schedule.stages_of(rank)
+    }
+
+
+def _recorded(plan: RunPlan, rank: int) -> dict[int, int]:
+    """Bytes of all flights of each stage."""
+    config, size = plan.config, microbatch_size(plan.config, cuda=True)
+    kept, left = stage_bytes(plan, cuda=True), left_bytes(plan, cuda=True)
+    split = {op.stage for op in plan.schedule.ops(rank) if op.kind == "I"}
+    # In and out of the forward, in and out of the backward.
+    states = 4 * size.tokens * config.model.hidden * DTYPE_BYTES[config.run.dtype]
+    return {
+        stage: count
+        * (kept[stage] + (left[stage] if stage in split else 0) + temporary_bytes(plan, [stage], cuda=True) + states)
+        for stage, count in flights(plan, rank).items()
+    }
+
+
+def graph_line(plan: RunPlan) -> str:
+    """For the start of a run with graphs: the most that they hold beside activations and temporaries."""
+    extra = graph_bytes(plan, cuda=True)
+    rank = extra.index(max(extra))
+    count = sum(flights(plan, rank).values())
+    return (
+        f"CUDA graphs hold {extra[rank] / 1e9:.3g} GB more than ops without, on pipeline rank {rank}: {count} flights"
+    )

@@ -1,0 +1,45 @@
+"""Memory that comes and goes within a block's forward and backward: tensors that no microbatch keeps. Torch-free.
+
+Two moments can be the fullest: inside a block's backward, where gradients of what it kept are made; and in the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from dryvine.trainer.activations import DTYPE_BYTES, microbatch_size
+from dryvine.trainer.model.memory import remade_bytes
+from dryvine.trainer.model.shape import Shape, blocks
+from dryvine.trainer.run_plan import RunPlan
+
+
+def temporary_bytes(plan: RunPlan, stages: Iterable[int], cuda: bool) -> int:
+    """Bytes that the block of these stages takes which needs most."""
+    config = plan.config
+    size, kinds = microbatch_size(config, cuda), {block.name: block.kind for block in blocks(config.model)}
+    mine = {kinds[name] for stage in stages for name in plan.blocks[stage]}
+    wide = DTYPE_BYTES[config.run.dtype]
+    loss = 0 if cuda or not mine & {"head", "mtp"} else _in_loss(config.model, size.tokens, wide)
+    again = {kind: remade_bytes(config.model, config.fp8, kind, size) for kind in mine}
+    return max(loss, *(_in_block(config.model, kind, size.tokens, wide) + again[kind] for kind in mine))
+
+
+def _in_loss(s: Shape, tokens: int, wide: int) -> int:
+    """On a CPU the logits' gradient is made of FP32 copies, as many rows at a time as `loss.SLICE_ELEMENTS` hold: one,
+    and the logits themselves where they are not in FP32."""
+    rows = min(tokens, max(1, (1 << 26) // s.vocab))
+    return 4 * rows * s.vocab * (1 if wide == 4 else 2)
+
+
+def _in_block(s: Shape, kind: str, tokens: int, wide: int) -> int:
+    """Gradients of the widest tensors that are alive together in the backward of such a block: of gate and up and of
+    their product in FFNs, of queries, keys and values in attention."""
+    attention = tokens * s.heads * (3 * s.qk_dim + 2 * s.v_dim + s.nope_dim)
+    ffn = {
+        "embed": tokens * s.hidden,
+        "dense": 3 * tokens * s.ffn,
+        "moe": tokens * s.top_k * (3 * s.expert_ffn + s.hidden),
+        "head": 2 * tokens * s.hidden,
+        "mtp": tokens * s.top_k * (3 * s.expert_ffn + s.hidden),
+    }[kind]
+    return wide * max(ffn, attention if kind in ("dense", "moe", "mtp") else 0) + wide * 2 * tokens * s.hidden
