@@ -54,7 +54,7 @@ def test_a_layer_is_measured_by_phase_and_kind(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_peers_train_the_same_model(tmp_path: Path) -> None:
-    words = ("--small", "--steps=1", "--contender=dryvine bf16", "--contender=transformers grouped_mm")
+    words = ("--size=toy", "--steps=1", "--contender=dryvine", "--contender=transformers grouped_mm")
     ours, theirs = run("peer", tmp_path, *words)["found"].values()
     assert ours["parameters"] == theirs["parameters"]
     assert ours["losses"][0] == pytest.approx(theirs["losses"][0], abs=0.05)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from dryvine.trainer.activations import DTYPE_BYTES, microbatch_size
-from dryvine.trainer.model.memory import remade_bytes
+from dryvine.trainer.model.memory import SLICE_ELEMENTS, remade_bytes
 from dryvine.trainer.model.shape import Shape, blocks
 from dryvine.trainer.run_plan import RunPlan
 
@@ -25,9 +25,9 @@ def temporary_bytes(plan: RunPlan, stages: Iterable[int], cuda: bool) -> int:
 
 
 def _in_loss(s: Shape, tokens: int, wide: int) -> int:
-    """On a CPU the logits' gradient is made of FP32 copies, as many rows at a time as `loss.SLICE_ELEMENTS` hold: one,
+    """On a CPU the logits' gradient is made of FP32 copies, as many rows at a time as `SLICE_ELEMENTS` hold: one,
     and the logits themselves where they are not in FP32."""
-    rows = min(tokens, max(1, (1 << 26) // s.vocab))
+    rows = min(tokens, max(1, SLICE_ELEMENTS // s.vocab))
     return 4 * rows * s.vocab * (1 if wide == 4 else 2)
 
 

@@ -1,10 +1,13 @@
 """Full training steps, beside those of transformers' DeepseekV3 on the same card in the same run.
 
     python -m benchmarks.model.peer --device cuda [--deadline SECONDS] [--json FILE] [--contender NAME ...]
+    OMP_NUM_THREADS=1 python -m benchmarks.model.peer --size laptop
 
 One V3-shaped model of 3 billion parameters (hidden 2048, 10 layers, 64 experts, 8 a token), BF16 weights, sequences of
 4096 random tokens that all contenders share, the same microbatches and tokens a step: forward, backward, clip by the
-global norm, AdamW. Each trains as it does by default, which is not the same work:
+global norm, AdamW. `laptop` is tiny_cpu's model of 2.5 million without MTP, sequences of 256, in FP32; a CPU's steps
+are counted in the seconds that its cores worked for them, so that other processes do not count. Each contender trains
+as it does by default, which is not the same work:
 
     transformers   BF16 weights, BF16 gradients, BF16 moments (torch's fused AdamW on a BF16 model); sdpa
     dryvine        BF16 weights, FP32 gradient sums, FP32 masters and moments; the trainer's own `train_step`
@@ -26,7 +29,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -56,10 +59,28 @@ LARGE = Shape(
     layers=10, first_dense=1, hidden=2048, ffn=5120, expert_ffn=768, heads=16, q_lora=768, kv_lora=512, nope_dim=128,
     rope_dim=64, v_dim=128, routed=64, top_k=8, groups=8, group_limit=4, vocab=32768, max_position=4096, **COMMON,
 )  # fmt: skip
+LAPTOP = Shape(
+    layers=4, first_dense=1, hidden=128, ffn=384, expert_ffn=96, heads=4, q_lora=64, kv_lora=64, nope_dim=32,
+    rope_dim=16, v_dim=32, routed=8, top_k=2, groups=4, group_limit=2, vocab=4096, max_position=256, **COMMON,
+)  # fmt: skip
 SMALL = Shape(
     layers=2, first_dense=1, hidden=64, ffn=128, expert_ffn=128, heads=2, q_lora=32, kv_lora=32, nope_dim=16,
     rope_dim=8, v_dim=16, routed=8, top_k=2, groups=2, group_limit=1, vocab=320, max_position=64, **COMMON,
 )  # fmt: skip
+
+
+class Size(NamedTuple):
+    shape: Shape
+    sequences: int  # of a microbatch
+    microbatches: int  # of a step
+    dtype: str
+
+
+SIZES = {
+    "3b": Size(LARGE, 4, 2, "bf16"),
+    "laptop": Size(LAPTOP, 4, 4, "fp32"),
+    "toy": Size(SMALL, 2, 2, "bf16"),
+}
 
 
 class Work(NamedTuple):
@@ -68,6 +89,7 @@ class Work(NamedTuple):
     shape: Shape
     sequences: int  # of a microbatch
     microbatches: int  # of a step
+    dtype: str  # of weights, "bf16" or "fp32"
     device: torch.device
     warm: int  # steps before those measured
     steps: int
@@ -105,11 +127,11 @@ class Ready(NamedTuple):
     note: str = ""
 
 
-def dryvine(work: Work, recipe: str) -> Ready:
+def dryvine(work: Work, recipe: str = "bf16") -> Ready:
     # A run's folder keeps which engines `auto` chose.
     shape, folder = work.shape, tempfile.mkdtemp()
     config = Config.model_validate({
-        "run": {"name": "peer", "steps": 1, "dtype": "bf16", "device": work.device.type, "out": folder},
+        "run": {"name": "peer", "steps": 1, "dtype": work.dtype, "device": work.device.type, "out": folder},
         "model": shape,
         "data": {"source": "random", "seq_len": shape.max_position, "vocab_size": shape.vocab},
         "batch": {"sequences": work.sequences * work.microbatches},
@@ -136,7 +158,7 @@ def transformers(work: Work, experts: str, compiled: bool = False) -> Ready:
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
     torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_dtype(torch.bfloat16 if work.dtype == "bf16" else torch.float32)
     config = DeepseekV3Config(**config_json(work.shape), use_cache=False)
     with torch.device(work.device):
         settings = {"attn_implementation": "sdpa", "experts_implementation": experts}
@@ -162,7 +184,9 @@ def transformers(work: Work, experts: str, compiled: bool = False) -> Ready:
         adam.zero_grad(set_to_none=True)
         return float(torch.stack(losses).sum())
 
-    return Ready(step, parameters, "BF16 gradients and moments", f"transformers {_version('transformers')}")
+    return Ready(
+        step, parameters, f"{work.dtype.upper()} gradients and moments", f"transformers {_version('transformers')}"
+    )
 
 
 def _version(package: str) -> str:
@@ -172,12 +196,19 @@ def _version(package: str) -> str:
 
 
 CONTENDERS: dict[str, tuple[float, Callable[[Work], Ready]]] = {  # name -> seconds allowed, maker
-    "dryvine bf16": (70, lambda work: dryvine(work, "bf16")),
+    "dryvine": (70, dryvine),
     "dryvine fp8": (80, lambda work: dryvine(work, "deepseek_v3")),
     "transformers grouped_mm": (60, lambda work: transformers(work, "grouped_mm")),
     "transformers eager": (60, lambda work: transformers(work, "eager")),
     "transformers grouped_mm compiled": (150, lambda work: transformers(work, "grouped_mm", compiled=True)),
 }
+
+
+def _able(size: str) -> Iterator[str]:
+    """Contenders of a size: compiling takes longer than all of a small one, and FP8 is over BF16 weights."""
+    for name in CONTENDERS:
+        if size == "3b" or not ("compiled" in name or ("fp8" in name and SIZES[size].dtype == "fp32")):
+            yield name
 
 
 # ---- measuring
@@ -186,13 +217,14 @@ CONTENDERS: dict[str, tuple[float, Callable[[Work], Ready]]] = {  # name -> seco
 def measure(name: str, work: Work) -> dict[str, Any]:
     """Seconds of each of `steps` steps after `warm` of them. Every step ends in reading its loss, so the host waits."""
     warnings.filterwarnings("ignore")
+    clock = time.perf_counter if work.device.type == "cuda" else time.process_time
     started = time.perf_counter()
     ready = CONTENDERS[name][1](work)
     losses, times = [], []
     for number in range(work.warm + work.steps):
-        before = time.perf_counter()
+        before = clock()
         losses.append(ready.step(number))
-        times.append(time.perf_counter() - before)
+        times.append(clock() - before)
         print(f"  {name}: step {number}, loss {losses[-1]:.3f}, {times[-1]:.2f} s", file=sys.stderr, flush=True)
         if number == work.warm - 1 and work.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -260,29 +292,28 @@ def show(console: Console, results: dict[str, dict[str, Any]], work: Work) -> bo
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--small", action="store_true", help="a toy of seconds on a CPU")
-    parser.add_argument(
-        "--contender", action="append", choices=list(CONTENDERS), help="all but compiled if small, else all"
-    )
-    parser.add_argument("--sequences", type=int, help="of a microbatch; 4, small 2")
-    parser.add_argument("--microbatches", type=int, default=2, help="of a step")
+    parser.add_argument("--size", choices=list(SIZES), default="3b", help="toy: seconds on a CPU")
+    parser.add_argument("--contender", action="append", choices=list(CONTENDERS), help="3b: all; else all but compiled")
+    parser.add_argument("--sequences", type=int, help="of a microbatch")
+    parser.add_argument("--microbatches", type=int, help="of a step")
     parser.add_argument("--layers", type=int)
     parser.add_argument("--steps", type=int, default=6, help="measured, after 3 that are not")
     parser.add_argument("--deadline", type=float, default=235, help="seconds for all together")
     parser.add_argument("--json", type=Path, help="write every figure there")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    shape = SMALL if options.small else LARGE
-    shape = shape.model_copy(update={"layers": options.layers}) if options.layers else shape
+    size = SIZES[options.size]
+    shape = size.shape.model_copy(update={"layers": options.layers}) if options.layers else size.shape
     work = Work(
         shape,
-        options.sequences or (2 if options.small else 4),
-        options.microbatches,
+        options.sequences or size.sequences,
+        options.microbatches or size.microbatches,
+        size.dtype,
         torch.device(options.device),
         3,
         options.steps,
     )
-    names = options.contender or [name for name in CONTENDERS if not (options.small and "compiled" in name)]
+    names = options.contender or list(_able(options.size))
     if options.one:
         print(json.dumps(measure(names[0], work)))
         return 0
@@ -290,11 +321,11 @@ def main() -> int:
     named = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
     total, active = count_parameters(shape)
     console.print(
-        f"{named}, torch {torch.__version__}; {total / 1e9:.2f}B parameters, {active / 1e9:.2f}B active; "
+        f"{named}, torch {torch.__version__}; {total / 1e6:,.1f}M parameters, {active / 1e6:,.1f}M active; "
         f"{work.tokens} tokens a step in {work.microbatches} microbatches; {work.flops / 1e12:.1f} TFLOP a step"
     )
     words = [f"--device={options.device}", f"--sequences={work.sequences}", f"--microbatches={work.microbatches}",
-             f"--layers={shape.layers}", f"--steps={work.steps}", *(["--small"] if options.small else [])]  # fmt: skip
+             f"--layers={shape.layers}", f"--steps={work.steps}", f"--size={options.size}"]  # fmt: skip
     results, end = {}, time.monotonic() + options.deadline
     for name in names:
         left = end - time.monotonic()

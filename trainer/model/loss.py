@@ -2,7 +2,7 @@
 their gradient in place.
 
 At a vocabulary of 129280 the FP32 logits of one 4096-token sequence are 2.1 GB; plain autograd keeps them, their
-log-softmax and the gradient. Here FP32 exists in slices of a few hundred rows, and on a GPU in registers.
+log-softmax and the gradient. Here FP32 exists in slices that a CPU's cache holds, and on a GPU in registers.
 
 Legend: N tokens, V vocabulary.
 """
@@ -19,10 +19,10 @@ from torch.autograd.function import once_differentiable
 
 from dryvine.comm.by_device import kernel_in
 from dryvine.trainer.model.lesson import Scored
+from dryvine.trainer.model.memory import SLICE_ELEMENTS
 from dryvine.trainer.tensors.context import Context
 
 KERNELS = "dryvine.trainer.model.kernels.loss"
-SLICE_ELEMENTS = 1 << 26  # 256 MiB of FP32
 
 
 def _slices(logits_NV: Tensor) -> Iterator[slice]:

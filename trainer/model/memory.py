@@ -17,6 +17,9 @@ from dryvine.trainer.fp8.recipe import Recipe
 from dryvine.trainer.model.shape import LAYER_PHASES, Shape, blocks
 from dryvine.trainer.tensors.tiles import TILE
 
+# Of the logits that the loss widens to FP32 at once: 4 MiB, which a CPU's cache holds.
+SLICE_ELEMENTS = 1 << 20
+
 
 class SavedTensor(NamedTuple):
     block: str
