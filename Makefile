@@ -40,7 +40,7 @@ test: setup-test
 test-long: setup-test
 	$(BIN)/python -m pytest -m long --timeout 1200
 
-# The same with the full counts of the proofs, by hand and in parts: make prove ONLY=tests/trainer/test_chaos.py
+# The same with the full counts of the proofs, by hand and in parts: make prove ONLY=tests/launch/test_chaos.py
 prove: setup-test
 	$(BIN)/python -m pytest -m long --timeout 10800 --prove -v $(ONLY)
 

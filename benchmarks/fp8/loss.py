@@ -2,7 +2,7 @@
 
     python -m benchmarks.fp8.loss [--device cuda] [--jobs N] [--out runs/fp8_loss] [--figure docs/fp8_loss]
 
-Trains one small MoE (fp8_loss.toml) on the embedded corpus in BF16 and in FP8 from three seeds each, in FP32 once, and
+Trains one small MoE (loss.toml) on the embedded corpus in BF16 and in FP8 from three seeds each, in FP32 once, and
 with two choices that the recipe warns of; same seed, same data. Every run is `python -m dryvine.trainer` with
 overrides, `--jobs` of them at a time: they go on from their checkpoints, so this may be stopped and started at will
 (hours on a CPU). The gap is that of the loss averaged over the last `WINDOW` steps, to BF16 of the same seed.

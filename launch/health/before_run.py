@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from dryvine.comm.agreement import Disagreement
+from dryvine.comm.integers import ceil_div
 from dryvine.comm.nvml import nics
 from dryvine.comm.place import LaunchedRank, PlaceError, find_place
 from dryvine.comm.watch import Watch
@@ -74,7 +75,7 @@ def _opened(path: Path, overrides: Sequence[str], device: torch.device) -> tuple
 
 def _host(config: Config, place: LaunchedRank) -> Iterator[Finding]:
     needs_gpus = config.run.device == "cuda" or (config.run.device == "auto" and torch.cuda.is_available())
-    wanted = -(-config.parallel.world // place.world) if needs_gpus else 0
+    wanted = ceil_div(config.parallel.world, place.world) if needs_gpus else 0
     yield from host.versions()
     yield from host.limits(config.parallel.world, bool(wanted or nics(Path("/sys"))))
     yield from host.name_resolves()

@@ -13,6 +13,7 @@ from functools import cached_property
 from statistics import mean
 from typing import NamedTuple
 
+from dryvine.comm.integers import ceil_div
 from dryvine.comm.topology import by_sizes
 from dryvine.launch.plan import traffic
 from dryvine.launch.plan.hardware import GIGA, TERA, Machine
@@ -191,7 +192,7 @@ def budget(config: Config) -> list[tuple[int, float]]:
     sizes, steps, seq_len = config.batch.sizes(), config.run.steps, config.data.seq_len
     found: list[tuple[int, float]] = []
     for sequences in sizes[:-1]:
-        count = min(steps, -(-(config.batch.ramp_tokens or 0) // len(sizes) // (sequences * seq_len)))
+        count = min(steps, ceil_div(config.batch.ramp_tokens or 0, len(sizes) * sequences * seq_len))
         found.append((sequences, float(count * sequences * seq_len)))
         steps -= count
     return [*found, (sizes[-1], float(steps * sizes[-1] * seq_len))]

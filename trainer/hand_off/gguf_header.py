@@ -18,6 +18,7 @@ import gguf
 import numpy as np
 from gguf.quants import quant_shape_to_byte_shape
 
+from dryvine.comm.integers import round_up
 from dryvine.trainer.hand_off.errors import HandOffError
 from dryvine.trainer.hand_off.export_gguf import GgufFile
 from dryvine.trainer.hand_off.gguf_keys import ARCH, Key
@@ -84,7 +85,7 @@ def check_gguf(path: Path, expected: GgufFile) -> None:
         with path.open("rb") as file:
             read = _Bytes(file, path)
             keys, infos = _header(read)
-            start = -(-file.tell() // ALIGNMENT) * ALIGNMENT
+            start = round_up(file.tell(), ALIGNMENT)
             left = read.size - start
     except OSError as error:
         raise HandOffError(f"{path}: {error.strerror}") from None
@@ -142,7 +143,7 @@ def _wrong_tensors(infos: dict[str, Info], expected: GgufFile, left: int) -> Ite
         if info != wanted:
             yield f"{tensor.name}: is {_info(info)}, and should be {_info(wanted)}"
         size = math.prod(quant_shape_to_byte_shape(tensor.shape, tensor.type))
-        at += -(-size // ALIGNMENT) * ALIGNMENT
+        at += round_up(size, ALIGNMENT)
     for name in infos:
         yield f"{_short(name)}: nothing of this model"
     if at != left:
