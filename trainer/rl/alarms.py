@@ -1,8 +1,8 @@
-"""What a rollout's figures say when a run goes wrong: a policy that collapses does so within tens of updates, long
-before anybody looks. Bounds are in `config.Alarms`.
+"""Alarms on a rollout's figures: a policy that collapses does so within tens of updates, long before anybody looks at a
+plot. The bounds are in `config.Alarms`.
 
-Every rank has the same figures and so comes to the same alarms. What an alarm remembers, the best reward and how many
-rollouts in a row were over a bound, lies in a tensor that checkpoints keep.
+Every rank sees the same figures and so raises the same alarms. The state of the alarms (the best reward, how many
+rollouts in a row were over a bound) is a tensor that checkpoints store, so a resumed run continues the same counts.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ class AlarmMemory:
         self.alarms, self.state = alarms, torch.zeros(3 + WINDOW, dtype=torch.float32)
 
     def check(self, figures: Figures) -> list[str]:
-        """What is wrong with a rollout, a line each."""
+        """Update the state with a rollout's figures. Returns one line for each bound that is crossed."""
         found = [*_over(self.alarms, figures), *self._dropped(float(figures["reward"] or 0.0))]
         self.state[1] = self.state[1] + 1 if found else 0
         return found
 
     @property
     def stops(self) -> bool:
-        """Whether the run is to end."""
+        """Whether the alarms end the run now."""
         return self.alarms.action == "stop" and float(self.state[1]) >= self.alarms.patience
 
     def _dropped(self, reward: float) -> list[str]:

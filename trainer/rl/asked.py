@@ -1,4 +1,4 @@
-"""The source of a run that samples its own data: its task, and rows of zeros for the step that is rehearsed."""
+"""The data source of a run that samples its own data: the task, and rows of zeros for the rehearsed step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dryvine.trainer.rl.questions import Curriculum
 
 
 class Asked:
-    """A `SequenceSource` of rows of `length` tokens, none of which anything learns from."""
+    """A `SequenceSource` of rows of `length` zeros. Training never learns from them."""
 
     def __init__(self, task: Curriculum, length: int) -> None:
         self.task, self.length = task, length

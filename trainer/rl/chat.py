@@ -21,18 +21,19 @@ Message = Mapping[str, str]  # role, content
 
 
 class BadConversation(ValueError):
-    """Why messages are no conversation of these roles."""
+    """Messages that are not a conversation of the configured roles; says why."""
 
 
 class Turns(NamedTuple):
-    """A conversation's tokens, and which of them are learnt."""
+    """A conversation's tokens, and which of them have a loss."""
 
     tokens: list[int]
     learnt: list[bool]
 
 
 class Chat:
-    """Raises DataError if the tokenizer cannot be used or does not have a token of `controls`."""
+    """Encodes and decodes by a `chat` table. Raises DataError if the tokenizer cannot be used or lacks a token of
+    `controls`."""
 
     def __init__(self, config: ChatConfig) -> None:
         self.config, self.vocabulary = config, load(Path(config.tokenizer))
@@ -50,7 +51,7 @@ class Chat:
         self.stop = closing[0]  # the token that ends an answer
 
     def encode(self, messages: Sequence[Message]) -> Turns:
-        """Raises BadConversation."""
+        """The tokens of a conversation, with a loss on the answering role only. Raises BadConversation."""
         turns = Turns([], [])
         for message in messages:
             role, content = _role_and_content(message, self._parts)
@@ -62,11 +63,11 @@ class Chat:
         return turns
 
     def prompt(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """What an answer is sampled behind. Raises BadConversation."""
+        """The tokens that an answer is sampled after. Raises BadConversation."""
         return (*self.encode(messages).tokens, *self._opening)
 
     def text(self, tokens: Sequence[int]) -> str:
-        """Of an answer, control tokens spelled out, without the token that ends it."""
+        """The text of an answer, with control tokens spelled out and without the token that ends it."""
         written = tokens[:-1] if tokens and tokens[-1] == self.stop else tokens
         return str(self.vocabulary.tokenizer.decode(list(written), skip_special_tokens=False))
 
@@ -77,7 +78,7 @@ class Chat:
         return self._spelled(text, tuple(self._controls))
 
     def _spelled(self, text: str, controls: Sequence[str]) -> list[int]:
-        """Tokens of a text in which these control tokens are meant where they are spelled out."""
+        """Encode a text; where it spells one of `controls`, that becomes the control token."""
         if not controls:
             return self._plain(text)
         pattern = "|".join(re.escape(name) for name in sorted(controls, key=len, reverse=True))

@@ -24,7 +24,7 @@ class ChatConfig(BaseModel, frozen=True, extra="forbid"):
     )
 
     def jinja(self) -> str:
-        """The same as a chat template of transformers and of servers."""
+        """The same templates as a Jinja chat template, for transformers and for servers."""
         parts = {role: text.split("{content}") for role, text in self.roles.items()}
         turns = "".join(
             f"{{% if message['role'] == {json.dumps(role)} %}}{{{{ {json.dumps(before)} + message['content'] + "

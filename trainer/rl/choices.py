@@ -36,15 +36,15 @@ class LossChoices(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     clip: Clip = "ppo"
     clip_low: NotNegative = 0.2  # ratios from 1 - clip_low ...
     clip_high: NotNegative = 0.2  # ... to 1 + clip_high
-    dual_clip: Annotated[float, Field(gt=1)] | None = None  # the most a ratio counts where the advantage is negative
+    dual_clip: Annotated[float, Field(gt=1)] | None = None  # upper bound of the ratio where the advantage is negative
     # How tokens become one number: the mean over each answer, then over answers ("sample_mean"); the mean over all
     # tokens of the update; their sum over answers x rl.max_tokens; or the sum over each answer, then the mean.
     aggregate: Aggregate = "sample_mean"
-    kl: NotNegative = 0.0  # times the divergence from the reference policy; 0: there is no reference
+    kl: NotNegative = 0.0  # coefficient of the divergence from the reference policy; 0: no reference
     kl_estimator: Estimator = "k3"
     kl_place: Literal["loss", "reward"] = "loss"
-    # For what the sampler's probabilities and the trainer's old ones differ by (needs rl.old = "trainer"): weights
-    # old / sampled, cut at correction_high, or answers' tokens outside of [low, high] left out.
+    # Corrects for a sampler whose probabilities differ from the trainer's old ones (needs rl.old = "trainer"): weights
+    # old / sampled, truncated at correction_high, or tokens outside of [low, high] masked.
     correction: Correction = "none"
     correction_level: RatioLevel = "token"
     correction_low: NotNegative = 0.0

@@ -1,7 +1,7 @@
-"""What reinforcement learning with verified rewards is run with: the `[rl]` table. Imports no torch.
+"""The `[rl]` table: reinforcement learning with verified rewards. Imports no torch.
 
-An update reads `questions` x `samples` answers; a rollout makes the answers of `minibatches` updates at once, from the
-weights of that moment, and each is learnt from `epochs` times. `run.steps` counts updates.
+An update uses `questions` x `samples` answers. A rollout samples the answers of `minibatches` updates at once, from the
+current weights, and uses each answer `epochs` times. `run.steps` counts updates.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Alarms(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
-    """Bounds on a rollout's figures. What crosses one is written to alarms.jsonl and said; with `action` "stop", so
-    many rollouts in a row over any of them end the run with exit code 3, after a checkpoint."""
+    """Bounds on a rollout's figures. Crossing one prints a line and writes it to alarms.jsonl; with `action` "stop",
+    `patience` such rollouts in a row save a checkpoint and end the run with exit code 3."""
 
     action: Literal["warn", "stop"] = "warn"
     patience: Positive = 3
     mismatch_k3: Annotated[float, Field(gt=0)] = 1e-2  # mean k3 of trainer against sampler, before an update
-    mismatch_logprob: Annotated[float, Field(gt=0)] = 5.0  # the largest |log-probability| apart
-    route_mismatch: Share = 0.25  # choices of experts, by token and layer, that the trainer would make otherwise
+    mismatch_logprob: Annotated[float, Field(gt=0)] = 5.0  # largest |difference of log-probabilities|
+    route_mismatch: Share = 0.25  # share of expert choices, over tokens and layers, in which the trainer differs
     clip_fraction: Share = 0.5
     entropy_below: Annotated[float, Field(ge=0)] = 0.01  # nats
     entropy_above: Annotated[float, Field(gt=0)] = 4.0  # nats
@@ -36,7 +36,7 @@ class Alarms(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
 
 
 class RLConfig(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
-    """`preset` is applied first, the other keys over it (`presets.py`)."""
+    """`preset` is applied first, then the other keys override it (`presets.py`)."""
 
     preset: PresetName = "grpo"
     loss: LossChoices = LossChoices()
@@ -67,7 +67,7 @@ class RLConfig(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     # A file for right answers, as conversations: the run writes it instead of learning (rejection sampling).
     harvest: str | None = None
     harvest_per_question: Positive = 4
-    evaluate_only: bool = False  # answer the held-out questions, say how well, and learn nothing
+    evaluate_only: bool = False  # only evaluate the held-out questions; no updates
     eval_problems: Positive = 64  # held out; run.eval_every says when
     eval_samples: Positive = 16  # to each, for pass@1 and pass@16
     alarms: Alarms = Alarms()
@@ -84,5 +84,5 @@ class RLConfig(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
 
     @property
     def updates(self) -> int:
-        """Of a rollout."""
+        """Updates that one rollout provides answers for."""
         return self.minibatches * self.epochs

@@ -1,8 +1,9 @@
-"""Conversations as what a training run reads: packed into rows, each a document of its own, a loss on answers only.
+"""Conversations as a data source: packed into rows, each conversation a document of its own, with a loss on answers
+only.
 
-It is a source of sequences like those of pretraining, so fine-tuning is the same loop: schedules, checkpoints, resumes,
-validation and layouts are those that are tested there. All of it is read into memory, five bytes a token; a set of
-hundreds of thousands of long traces wants a machine with that much.
+The source has the interface of pretraining's, so fine-tuning uses the same loop: schedules, checkpoints, resumes,
+validation and layouts are already tested there. All conversations are held in memory, at five bytes a token; streaming
+from disk would save that and cost an index of packed rows that outlives the process.
 
 Legend: S sequences, L = seq_len + 1 + mtp_depth tokens of one.
 """
@@ -28,7 +29,7 @@ SHOWN = 5  # bad lines in a message
 
 
 class Conversations:
-    """A `SequenceSource` whose epochs go over all rows, each time in another order."""
+    """A `SequenceSource` that visits all rows in every epoch, in a new order each time."""
 
     def __init__(self, turns: list[Turns], seq_len: int, extra: int, seed: int) -> None:
         self.length = seq_len + extra
@@ -43,15 +44,15 @@ class Conversations:
         self._order = SequenceOrder(seed, len(self.rows))
 
     def sequences(self, first: int, count: int, stride: int = 1) -> NDArray[np.int64]:
-        """int64 [S, L]; 0 behind the last conversation of a row."""
+        """int64 [S, L]; 0 after the last conversation of a row."""
         return self._lines(self._tokens, first, count, stride).astype(np.int64)
 
     def learnt(self, first: int, count: int, stride: int = 1) -> NDArray[np.bool_]:
-        """Which of these tokens are to be predicted: [S, L]."""
+        """bool [S, L]: which of these tokens have a loss."""
         return self._lines(self._learnt, first, count, stride)
 
     def documents(self, first: int, count: int, stride: int = 1) -> NDArray[np.int64]:
-        """The number of each token's conversation in its row: int64 [S, L]. What fills a row up is one, too."""
+        """int64 [S, L]: the number of each token's conversation in its row; the padding of a row has a number too."""
         out = np.zeros((count, self.length), np.int64)
         for line, row in zip(out, self._rows(first, count, stride), strict=True):
             for number, place in row:
@@ -62,12 +63,13 @@ class Conversations:
         return len(self._tokens)
 
     def tokens(self, start: int, length: int) -> NDArray[np.integer]:
-        """Of all conversations behind each other; those that are learnt are negative, so that an identity sees both."""
+        """`length` tokens from `start`, over all conversations end to end. Tokens with a loss are negative, so that the
+        identity of the data covers the mask too."""
         part = slice(start, start + length)
         return np.where(self._learnt[part], -1 - self._tokens[part], self._tokens[part])
 
     def ends_between(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Where conversations end between these tokens."""
+        """Where conversations end after `start` and before `stop`."""
         return self.starts[(self.starts > start) & (self.starts < stop)]
 
     def _rows(self, first: int, count: int, stride: int) -> Iterator[list[tuple[int, Fitted]]]:
@@ -107,7 +109,7 @@ def open_conversations(config: Config) -> Data:
 
 
 def read(path: Path, chat: Chat, seq_len: int) -> list[Turns]:
-    """The conversations of a file. Raises DataError with the numbers of all bad lines, and what is wrong with some."""
+    """The conversations of a file. Raises DataError with the numbers of all bad lines and the reasons for some."""
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
@@ -142,7 +144,7 @@ def _turns(line: bytes, chat: Chat, seq_len: int) -> Turns:
 
 
 def _complaint(path: Path, bad: list[tuple[int, str]]) -> str:
-    """In one line."""
+    """All bad lines in one line of text."""
     what = "; ".join(f"line {number}: {why}" for number, why in bad[:SHOWN])
     more = f"; and lines {', '.join(str(number) for number, _ in bad[SHOWN:])}" if bad[SHOWN:] else ""
     return f"{path}: {len(bad)} bad line{'s' * (len(bad) > 1)}, mend or drop them: {what}{more}"

@@ -1,8 +1,8 @@
-"""How good the policy is on questions that are held out: greedy, and pass@1 and pass@k of sampled answers.
+"""Evaluation on held-out questions: greedy accuracy, and pass@1 and pass@k of sampled answers.
 
-Intervals are 95%, over questions, which is what a new set of questions would draw anew: normal for pass@1, a mean of
-shares, and Wilson's for greedy and pass@k, where a question is right or not and a few of them prove nothing. The same
-questions and seeds every time, so that two evaluations differ by the policy alone.
+Intervals are 95%, over questions, since those are what a repeated evaluation would draw anew: normal for pass@1 (a mean
+of shares), Wilson's for greedy and pass@k (each question is right or wrong, and there may be few). Questions and seeds
+are the same every time, so two evaluations differ by the policy alone.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ class Evaluation:
     scores: dict[str, float]  # mean of each verifier over sampled answers
 
     def figures(self) -> dict[str, float]:
-        """For a row of metrics."""
+        """The evaluation as columns of metrics.jsonl."""
         named = {f"eval_{name}": value for name, value in vars(self).items() if name != "scores"}
         return named | {f"eval_score.{name}": value for name, value in self.scores.items()}
 
 
 def evaluation(greedy: Sequence[Group], sampled: Sequence[Group]) -> Evaluation:
-    """Of groups of one greedy answer, and of groups of k sampled ones, to the same questions."""
+    """From groups of one greedy answer and groups of k sampled answers to the same questions."""
     right = [group.answers[0].correct for group in greedy]
     shares = [statistics.fmean(answer.correct for answer in group.answers) for group in sampled]
     some = [share > 0 for share in shares]
@@ -56,7 +56,7 @@ def _mean(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def _share(right: Sequence[bool]) -> tuple[float, float, float]:
-    """With Wilson's interval."""
+    """A share with its Wilson interval."""
     share, spread = statistics.fmean(right), Z * Z / len(right)
     middle = (share + spread / 2) / (1 + spread)
     half = Z * math.sqrt(share * (1 - share) / len(right) + spread / (4 * len(right))) / (1 + spread)

@@ -15,7 +15,7 @@ Row = dict[str, float | None]
 
 
 def figures_of(outcome: RolloutOutcome) -> Row:
-    """Everything but the step and what an evaluation adds. A figure that is not known is None."""
+    """The row of metrics.jsonl without the step and the evaluation's columns. A figure that is not known is None."""
     groups = outcome.groups
     answers = [answer for group in groups for answer in group.answers]
     lengths = [len(answer.completion.tokens) for answer in answers]
@@ -42,7 +42,7 @@ def figures_of(outcome: RolloutOutcome) -> Row:
 
 
 def _scores(groups: Sequence[Group]) -> Row:
-    """Of each verifier: the mean over the answers that it could score, and the share of those that it could not."""
+    """For each verifier, the mean over the answers it could score, and the share of those it could not."""
     found: dict[str, list[float | None]] = {}
     for group in groups:
         for answer in group.answers:
@@ -57,7 +57,7 @@ def _scores(groups: Sequence[Group]) -> Row:
 
 
 def _learnt(updates: Sequence[Learnt], has_reference: bool) -> Row:
-    """Over all updates; mismatches are those of the first, whose weights are the sampler's."""
+    """Figures of all updates of a rollout; mismatches are those of the first, whose weights are the sampler's."""
     if not updates:
         return {}
     first, mean = updates[0], statistics.fmean
@@ -75,7 +75,7 @@ def _learnt(updates: Sequence[Learnt], has_reference: bool) -> Row:
 
 
 def sample_lines(outcome: RolloutOutcome, step: int) -> Iterator[dict[str, object]]:
-    """Answers to read, spread over the rollout: the text, what verifiers said, and what it was worth."""
+    """Rows of samples.jsonl: answers spread over the rollout, with text, verdicts and advantage."""
     every = max(1, len(outcome.groups) // READ)
     for group, worth in list(zip(outcome.groups, outcome.advantages, strict=True))[::every][:READ]:
         answer = group.answers[0]

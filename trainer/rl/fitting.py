@@ -1,5 +1,5 @@
-"""Documents of different sizes into rows of one size: best fit, longest first, which is never more than 11/9 of the
-fewest rows. Which rows have room is looked up by how much, so a million documents take seconds."""
+"""Bin packing of documents into rows of one size: best fit decreasing, which needs at most 11/9 of the optimal number
+of rows. The row with the tightest room is found by bisection, so a million documents take seconds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 
 class Fitted(NamedTuple):
-    """Where a document lies."""
+    """The row that a document is in, and its first position there."""
 
     row: int
     start: int

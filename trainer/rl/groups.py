@@ -1,4 +1,4 @@
-"""The answers to one question, and what they teach."""
+"""A group: the answers to one question, and their advantages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dryvine.trainer.rl.tasks.question import Question
 
 @dataclass(frozen=True)
 class Group:
-    """`number`: of its question in the run."""
+    """`number`: which question of the run they answer."""
 
     number: int
     question: Question
@@ -25,12 +25,12 @@ class Group:
 
     @property
     def teaches(self) -> bool:
-        """Whether its scored answers differ in reward."""
+        """Whether its scored answers differ in reward: if not, all advantages are 0."""
         return len({answer.reward for answer in self.answers if answer.reward is not None}) > 1
 
 
 def valued(groups: Sequence[Group], baseline: Baseline, penalties: Sequence[Sequence[float]]) -> list[list[float]]:
-    """The advantage of every answer, of rewards less penalties; 0 for one that could not be scored."""
+    """The advantage of every answer, from rewards less penalties; 0 for an answer that could not be scored."""
     width = max(len(group.answers) for group in groups)
     rewards = torch.full((len(groups), width), math.nan, dtype=torch.float64)
     for row, group, minus in zip(rewards, groups, penalties, strict=True):
@@ -42,6 +42,6 @@ def valued(groups: Sequence[Group], baseline: Baseline, penalties: Sequence[Sequ
 
 
 def sample_of(answer: Judged) -> Sample:
-    """What an update reads of an answer."""
+    """The part of an answer that an update uses."""
     completion = answer.completion
     return Sample(completion.request.prompt, completion.tokens, completion.logprobs, completion.routes)

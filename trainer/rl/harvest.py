@@ -1,8 +1,8 @@
-"""Right answers as conversations to fine-tune on: rejection sampling where the model learns from its own, distillation
-where a smaller one does (DeepSeek-R1 distils so: fine-tuning on samples, and no matching of logits).
+"""Correct answers written as conversations to fine-tune on: rejection sampling if the same model learns from them,
+distillation if a smaller one does (DeepSeek-R1 distils in this way, without matching logits).
 
-Instead of updates: `rl.harvest` names the file. Answers that verifiers call right are kept, one of a kind, at most so
-many of a question, the shortest first, since length is what repetition of one's own answers makes grow.
+With `rl.harvest` set, a run writes this file instead of updating. Duplicates are dropped and at most so many answers of
+a question are kept, the shortest first, since models fine-tuned on their own answers tend to grow longer by repetition.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from dryvine.trainer.rl.questions import Ask
 
 
 def harvest(learner: Learner, path: Path, on_answer: Callable[[int, int], None]) -> tuple[int, int]:
-    """Ask as many questions as a run would, and write what was right. Returns answers kept, of how many. Collective."""
+    """Sample as many questions as a run would, and write the correct answers. Returns (answers kept, answers sampled).
+    Collective."""
     rl, steps = learner.task.rl, learner.rig.config.run.steps
     ask = Ask(rl.samples, rl.temperature)
     lines: list[str] = []

@@ -1,7 +1,7 @@
-"""Answers to rewards: verifiers in processes of their own, on one rank, which tells the others.
+"""Rewards: rank 0 scores answers with verifiers in processes of their own, and broadcasts the rewards.
 
-Every rank could score by itself, but a deadline that one of them misses would be another reward there, and layouts
-would come apart without a word.
+If every rank scored by itself, a deadline missed on one rank only would give it another reward, and the ranks would
+silently update to different weights.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CORRECT = 1.0  # the score of an answer that is right
 
 @dataclass(frozen=True)
 class Judged:
-    """An answer, its text, and what verifiers say; `reward` is None where one of them could not score it."""
+    """An answer, its text, and its verdicts; `reward` is None if one of the verifiers could not score it."""
 
     completion: Completion
     text: str
@@ -35,13 +35,13 @@ class Judged:
 
     @property
     def overlong(self) -> bool:
-        """It ran out of tokens."""
+        """Whether it ran out of tokens."""
         return self.completion.reason == "length"
 
 
 @dataclass
 class Judge:
-    """Raises VerifierError on rank 0 if a verifier cannot be loaded. Use it as a context manager."""
+    """Scores answers. Raises VerifierError on rank 0 if a verifier cannot be loaded. Use it as a context manager."""
 
     rl: RLConfig
     chat: Chat
@@ -60,7 +60,7 @@ class Judge:
             self._pool.close()
 
     def judge(self, asked: Sequence[tuple[Question, Completion]]) -> list[Judged]:
-        """In order. Collective."""
+        """Score answers; the results are in the same order on every rank. Collective."""
         texts = [self.chat.text(completion.tokens.tolist()) for _, completion in asked]
         own = self._verdicts(asked, texts) if self._pool else None
         verdicts = cast(list[dict[str, Verdict]], self.mesh.gather(own, "verdicts")[0])

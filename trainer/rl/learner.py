@@ -1,7 +1,9 @@
-"""A policy that learns from its own answers: a rollout, from questions to updates.
+"""One rollout, from questions to updates.
 
-Sampling, scoring and learning take turns on the same ranks with the same weights, so nothing is copied between an
-engine and a trainer, and an answer's probabilities are those of the weights that it is learnt with first.
+Sampling, scoring and learning take turns on the same ranks with the same weights, so no weights are copied between an
+inference engine and a trainer, and the probabilities of an answer are those of the weights that the first update starts
+from. A separate engine would sample beside the updates, and would need weights sent, converted and checked after each
+of them.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from dryvine.trainer.rl.reference import FIELD, Reference
 from dryvine.trainer.rl.rows import Sample
 from dryvine.trainer.rl.tasks.question import Question
 
-OnAnswer = Callable[[int, int], None]  # answers that have ended, of so many
+OnAnswer = Callable[[int, int], None]  # answers that have ended, answers in all
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class RolloutOutcome:
 
 @dataclass
 class Learner:
-    """One rank's part of a run. Its methods are collective."""
+    """One rank's part of a run. All methods are collective."""
 
     rig: Rig
     task: Curriculum
@@ -59,7 +61,7 @@ class Learner:
         self.alarms = AlarmMemory(self.task.rl.alarms)
 
     def state(self) -> RunState:
-        """All that a checkpoint stores, live: what is not here is a function of it and of the config."""
+        """The tensors that a checkpoint stores, live; the rest of the state follows from them and from the config."""
         state = self.rig.state()
         pieces = state.pieces
         if self.reference:
@@ -71,11 +73,11 @@ class Learner:
     # -- sampling
 
     def answers(self, numbers: Sequence[int], ask: Ask, on_answer: OnAnswer) -> list[Group]:
-        """A group for each of the run's questions with these numbers."""
+        """Sample and score a group for each of these question numbers of the run."""
         return self._groups([(n, self.task.question(n)) for n in numbers], ask, "train", on_answer)
 
     def evaluate(self, on_answer: OnAnswer) -> Evaluation:
-        """On the questions that are held out."""
+        """Evaluate the held-out questions."""
         rl, held_out = self.task.rl, list(enumerate(self.task.held_out))
         greedy = self._groups(held_out, Ask(1, 0.0), "greedy", on_answer)
         sampled = self._groups(held_out, Ask(rl.eval_samples, rl.temperature), "eval", on_answer)
@@ -103,7 +105,8 @@ class Learner:
     # -- learning
 
     def rollout(self, step: int, on_answer: OnAnswer) -> RolloutOutcome:
-        """Answers by the weights of now, and all the updates that are made from them; `step` is that of the first."""
+        """Sample answers with the current weights, then make all updates from them; the first is update `step`.
+        Collective."""
         rl, started = self.task.rl, time.perf_counter()
         groups, left_out, refills = self._ask(on_answer)
         sampled = time.perf_counter()
@@ -125,7 +128,7 @@ class Learner:
         return LessonPlan(self.task.rl.temperature, replay=self.task.rl.replay != "off")
 
     def _ask(self, on_answer: OnAnswer) -> tuple[list[Group], int, int]:
-        """The groups of a rollout; how many were left out, and how often others were asked in their place."""
+        """The groups of a rollout, how many groups were dropped, and how often others were sampled in their place."""
         rl = self.task.rl
         wanted, ask = rl.questions * rl.minibatches, Ask(rl.samples, rl.temperature)
         kept: list[Group] = []
@@ -138,11 +141,11 @@ class Learner:
             idle += [group for group in groups if rl.dynamic and not group.teaches]
             if len(kept) == wanted:
                 break
-        # Where none teaches there is still an update to make, of the KL term alone.
+        # If every group was dropped, the update still has its KL term.
         return kept or idle, len(idle), rounds - 1
 
     def _lessons(self, groups: Sequence[Group]) -> tuple[list[Sample], list[list[float]]]:
-        """The answers that are learnt from, with all that the loss reads; and the advantages of all answers."""
+        """The answers that the updates use, with everything the loss needs, and the advantages of all answers."""
         rl = self.task.rl
         samples = [[sample_of(answer) for answer in group.answers] for group in groups]
         flat = self._scored([sample for group in samples for sample in group])
@@ -163,7 +166,8 @@ class Learner:
         return answer.reward is not None and len(answer.completion.tokens) > 0 and not left_out
 
     def _scored(self, samples: list[Sample]) -> list[Sample]:
-        """With the probabilities that the loss compares, and the trainer's own experts if those are replayed."""
+        """The samples with the log-probabilities that the loss needs, and with the trainer's own expert choices if
+        those are replayed."""
         rl, own = self.task.rl, samples
         if rl.old == "trainer" or rl.replay == "trainer":
             plan = LessonPlan(rl.temperature, replay=rl.replay == "rollout", record=rl.replay == "trainer")
@@ -172,20 +176,20 @@ class Learner:
                 own = [replace(sample, old=None) for sample in own]
         if self.reference:
             with self.reference.in_place():
-                # By its own experts: those of the policy would make another network of it.
+                # The reference routes by its own gates: the policy's routes would make it another network.
                 judged = score(self.rig, samples, LessonPlan(rl.temperature, replay=False))
             own = [replace(sample, reference=other.old) for sample, other in zip(own, judged, strict=True)]
         return own
 
     def _penalty(self, sample: Sample) -> float:
-        """What divergence from the reference takes from the reward, if that is its place."""
+        """The divergence from the reference that is subtracted from the reward, if `kl_place` is "reward"."""
         loss = self.task.rl.loss
         if sample.reference is None or loss.kl_place == "loss":
             return 0.0
         return loss.kl * float((sample.sampled - sample.reference).sum())
 
     def _minibatches(self, lessons: list[Sample], step: int) -> Iterator[list[Sample]]:
-        """Answers at random, whatever their group, in equal parts; in another order every epoch."""
+        """Answers in random order, in `rl.minibatches` equal parts; shuffled anew in every epoch."""
         rl = self.task.rl
         for epoch in range(rl.epochs):
             order = list(range(len(lessons)))
@@ -195,5 +199,5 @@ class Learner:
 
 
 def _crosses(step: int, updates: int, every: int) -> bool:
-    """Whether a multiple of `every` lies in the updates after `step`."""
+    """Whether a multiple of `every` lies among the `updates` steps after `step`."""
     return (step + updates) // every > step // every

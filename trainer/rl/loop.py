@@ -1,8 +1,8 @@
-"""The loop of `dryvine rl`: resume, roll out, learn, evaluate, watch, save, leave cleanly.
+"""The loop of `dryvine rl`: resume, roll out, update, evaluate, check alarms, save, exit cleanly.
 
-As in pretraining, signals only set a flag, all ranks agree on it at the end of a rollout, and a checkpoint holds all
-that the next rollout depends on. A rollout that a kill cuts short is made again from the checkpoint before, to the same
-tokens, since those are functions of the weights and of the question's number.
+As in pretraining, a signal only sets a flag, and all ranks agree on it at the end of a rollout. A checkpoint holds
+everything the next rollout depends on. If a kill interrupts a rollout, it is repeated from the previous checkpoint and
+gives the same tokens, since those depend only on the weights and on the question's number.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def reinforce(
     data: Data,
     topology: Topology | None = None,
 ) -> bool:
-    """Learn for `run.steps` updates, from the newest checkpoint of the run folder if it has one. Returns False if a
-    signal stopped it before, after a save. Raises Diverged and CheckpointError. Collective."""
+    """Train for `run.steps` updates, from the newest checkpoint of the run folder if there is one. Returns False if a
+    signal stopped it early, after a save. Raises Diverged and CheckpointError. Collective."""
     config, run, source = plan.config, plan.config.run, data.train
     assert isinstance(source, Asked)
     rig = make_rig(plan, mesh, data, topology)
@@ -72,7 +72,7 @@ def reinforce(
 
 
 def _only_answer(learner: Learner, console: Console) -> bool:
-    """With the weights that a run would begin or go on with: an evaluation, or right answers for a file."""
+    """Evaluate or harvest with the weights that a run would start from, without updates."""
     resume(learner.rig, console)
     path = learner.task.rl.harvest
     with run_bar(console, FIGURES) as bar:
@@ -92,7 +92,7 @@ def _only_answer(learner: Learner, console: Console) -> bool:
 
 
 class _Run:
-    """A run under way."""
+    """The state of a run in progress."""
 
     def __init__(self, learner: Learner, saver: Saver, journal: Journal | None, console: Console) -> None:
         self.learner, self.saver, self.journal, self.console = learner, saver, journal, console
@@ -100,7 +100,7 @@ class _Run:
         self.nonfinite = 0  # updates in a row that changed nothing
 
     def go(self, done: int) -> int:
-        """From after `done` updates to the last, or to a signal. Returns how many are done then."""
+        """Run from after `done` updates to the last one, or until a signal. Returns how many updates are done."""
         with Stop().on_signals() as stop, run_bar(self.console, FIGURES) as bar:
             self.bar = bar
             self.whole = bar.add_task(self.run.name, total=self.run.steps, completed=done, figures="")
@@ -118,7 +118,7 @@ class _Run:
         return done
 
     def _rollout(self, before: int, done: int) -> Figures:
-        """One, and its row."""
+        """One rollout, and its row of metrics.jsonl."""
         outcome = self.learner.rollout(before, self._on_answer)
         point = Point(done - 1, 0, self.rl.questions * self.rl.samples, self.learner.rig.config.data.seq_len)
         figures = {"step": done, "lr": learning_rate(self.learner.rig.config.optim, point), **figures_of(outcome)}
@@ -150,11 +150,11 @@ class _Run:
             self.journal.write_figures(int(figures["step"] or 0), figures)
 
     def _agree(self, asked: bool) -> bool:
-        """Whether any rank was asked to stop."""
+        """Whether any rank received a stop signal. Collective."""
         return bool(self.mesh.max(torch.tensor(float(asked), device=self.mesh.device), "whether to stop"))
 
     def _save(self, before: int, done: int, figures: Figures, stopped: bool) -> None:
-        """If it is time; and end the run if its figures say so."""
+        """Save if it is time, and end the run if its figures require it."""
         last = stopped or done >= self.run.steps or self.learner.alarms.stops
         if last or _crosses(before, done, self.run.checkpoint_every):
             self.saver.begin(done, self.learner.state())

@@ -1,12 +1,12 @@
-"""Policy-gradient objectives as pure functions of log-probabilities and of what is known of each token.
+"""Policy-gradient objectives as pure functions of log-probabilities and per-token data.
 
-`advantages` turns the rewards of groups into what an answer's tokens are worth; `shares` gives every token its part of
-the update's mean, worked out once over the whole update; `token_losses` is the rest, and needs nothing but one
-microbatch. So an objective is sum(share * loss), and however an update is split into microbatches, ranks or packed
-rows, the gradients add up to the same. Trainers that take a mean in each microbatch give short answers, or microbatches
-with few tokens, another weight in every split.
+`advantages` turns the rewards of groups into advantages; `shares` gives every token its weight in the update's mean,
+computed once over the whole update; `token_losses` is the rest, and needs nothing but one microbatch. The objective is
+sum(share * loss), so however an update is split into microbatches, ranks or packed rows, the gradients add up to the
+same. Trainers that average within each microbatch weight short answers, or microbatches with few tokens, differently in
+every split.
 
-Legend: G groups, n answers of a group, N tokens of a microbatch; of those, only answers' tokens have a share.
+Legend: G groups, n answers of a group, N tokens of a microbatch; only the answers' tokens have a share.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ MOST = 20.0  # of a log-ratio's size: e^20 is finite in every dtype
 
 
 class Tokens(NamedTuple):
-    """What an update knows of N tokens before it begins, FP32 [N] each. Tokens without a share count for nothing, but
-    hold finite numbers too."""
+    """What is known of N tokens before an update begins, FP32 [N] each. Tokens without a share do not contribute, but
+    must be finite too."""
 
     advantage: Tensor
     old: Tensor  # log-probability under the policy that ratios are taken to
@@ -36,7 +36,7 @@ class Tokens(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """By token, [N]."""
+    """Per token, [N]."""
 
     loss: Tensor  # what is to be minimised, before shares
     ratio: Tensor  # of new to old policy, without gradient
@@ -47,8 +47,8 @@ class Terms(NamedTuple):
 
 
 def advantages(rewards_Gn: Tensor, baseline: Baseline) -> Tensor:
-    """FP32 [G, n] of rewards, NaN where an answer could not be scored. Those get 0 and count in no mean; so does the
-    only scored answer of a group, which there is nothing to compare with."""
+    """FP32 [G, n] from rewards [G, n], NaN where an answer could not be scored. Those get 0 and are in no mean; so is
+    the only scored answer of a group, which has nothing to be compared with."""
     rewards = rewards_Gn.double()
     scored = ~rewards.isnan()
     counts_G1 = scored.sum(1, keepdim=True)
@@ -89,8 +89,8 @@ BASELINES: dict[Baseline, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 
 
 def shares(lengths: Sequence[int], aggregate: Aggregate, max_tokens: int) -> list[float]:
-    """What each token of each answer counts, for all the answers of an update: these many tokens each, of which an
-    answer may have `max_tokens`."""
+    """The weight in the mean of each token of an answer, for each answer of an update: `lengths` are the answers'
+    tokens, at most `max_tokens`."""
     answers, tokens = max(1, len(lengths)), max(1, sum(lengths))
     match aggregate:
         case "sample_mean":
@@ -107,7 +107,7 @@ def shares(lengths: Sequence[int], aggregate: Aggregate, max_tokens: int) -> lis
 
 
 def token_losses(choices: LossChoices, logprobs: Tensor, tokens: Tokens) -> Terms:
-    """The objective of every token. `logprobs` [N], FP32, are those of the policy that learns, with gradient."""
+    """The objective of every token. `logprobs` FP32 [N] are those of the policy being trained, with gradient."""
     counted = tokens.share > 0
     log_ratio = torch.where(counted, logprobs - tokens.old, 0.0)
     if choices.ratio == "sequence":
@@ -121,12 +121,13 @@ def token_losses(choices: LossChoices, logprobs: Tensor, tokens: Tokens) -> Term
 
 
 def objective(terms: Terms, share: Tensor) -> Tensor:
-    """What a microbatch adds to the loss of its update."""
+    """The microbatch's contribution to the loss of its update."""
     return torch.where(share > 0, terms.loss * share, 0.0).sum()
 
 
 def answer_means(values: Tensor, answer: Tensor, counted: Tensor) -> Tensor:
-    """Each counted token's mean over its answer, [N]; 0 elsewhere. An answer lies in one microbatch."""
+    """For each counted token, the mean of `values` over its answer, [N]; 0 elsewhere. An answer is never split over
+    microbatches."""
     size = int(answer.max()) + 1 if answer.numel() else 0
     counts = values.new_zeros(size).index_add(0, answer, counted.to(values.dtype))
     sums = values.new_zeros(size).index_add(0, answer, torch.where(counted, values, 0.0))
@@ -181,8 +182,8 @@ def k3(log_ratio: Tensor) -> Tensor:
 
 
 def _trusted(choices: LossChoices, logprobs: Tensor, tokens: Tokens, counted: Tensor) -> Tensor:
-    """What each token's policy term is multiplied by, without gradient: for a sampler that is not the old policy, and
-    for answers that are too stale."""
+    """The factor on each token's policy term, without gradient: corrects for a sampler that is not the old policy, and
+    masks stale answers."""
     weight = torch.ones_like(tokens.share)
     if choices.correction != "none":
         apart = torch.where(counted, tokens.old - tokens.sampled, 0.0)

@@ -1,8 +1,8 @@
 """Answers through the training layout: a forward pass that returns log-probabilities (`score`), and an update
 (`learn`), both by the schedule, wires and dispatchers of pretraining.
 
-The alternative that most frameworks take, a second engine for old and reference probabilities, has numbers of its own.
-Here one model definition computes all of them, so the ratio of an update's first step is 1 to rounding.
+Most frameworks compute old and reference probabilities in a second engine, which rounds differently. Here one model
+definition computes all of them, so the ratio in the first update of a rollout is 1 to rounding.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from dryvine.trainer.step import update
 
 
 class LessonPlan(NamedTuple):
-    """What answers are put through the model for."""
+    """How a forward pass over answers runs."""
 
     temperature: float
     replay: bool  # their routes, where they have some
@@ -46,7 +46,7 @@ class _Pass:
 
 @dataclass(frozen=True)
 class Learnt:
-    """What an update did, over all ranks."""
+    """The figures of an update, over all ranks."""
 
     norm: float  # of the gradient, before the clip
     loss: float
@@ -61,7 +61,7 @@ class Learnt:
 
 
 class TokenSums(NamedTuple):
-    """Over answers' tokens."""
+    """Sums over the answers' tokens."""
 
     tokens: float
     k3: float  # of the trainer's policy against what answers were sampled with
@@ -74,7 +74,7 @@ class TokenSums(NamedTuple):
 
 
 def moe_layers(rig: Rig) -> list[str]:
-    """The blocks whose routes a rollout records, in its order."""
+    """The blocks whose routes a rollout records, in the order of `Sample.routes`."""
     return [block.name for block in blocks(rig.config.model) if block.kind == "moe"]
 
 
@@ -82,8 +82,8 @@ def moe_layers(rig: Rig) -> list[str]:
 
 
 def score(rig: Rig, answers: Sequence[Sample], plan: LessonPlan) -> list[Sample]:
-    """The answers with the trainer's own log-probabilities as `old`, and with `plan.record` its routes, by the weights
-    that are now published. The same on every rank. Collective."""
+    """The answers with the trainer's log-probabilities under the current weights as `old`, and with `plan.record` its
+    routes too. The same on every rank. Collective."""
     packing = pack(answers, rig.config.data.seq_len)
     logprobs = torch.zeros(packing.rows, packing.length, dtype=torch.float64, device=rig.mesh.device)
     routes: dict[str, Tensor] = {}
@@ -101,7 +101,7 @@ def score(rig: Rig, answers: Sequence[Sample], plan: LessonPlan) -> list[Sample]
     found = [replace(a, old=whole[packing.places[i].row, packing.targets(i)]) for i, a in enumerate(answers)]
     if not plan.record:
         return found
-    # Both copies of a DualPipe stage see other microbatches, so each row is recorded once.
+    # The two copies of a DualPipe stage see different microbatches, so each row is recorded once.
     layers = torch.stack([rig.mesh.sum(own, "routes").cpu().to(torch.int16) for own in routes.values()])
     return [replace(a, routes=_routes_of(layers, packing, i)) for i, a in enumerate(found)]
 
@@ -116,7 +116,7 @@ def _record_logprobs(scored: Scored) -> dict[str, Tensor]:
 
 
 def _collect(rig: Rig, packing: Packing, one: _Pass, played: Played, name: str, into: Tensor) -> None:
-    """Put what this rank recorded under a name into its rows, [R, T, ..]."""
+    """Copy what this rank recorded under a name to its rows of `into`, [R, T, ..]."""
     for microbatch, values in zip(played.microbatches.get(name, ()), played.losses.get(name, ()), strict=True):
         first = _first_row(rig, one, microbatch)
         rows = into[first : first + rig.config.parallel.microbatch_sequences]  # fewer where a pass is filled up
@@ -132,7 +132,7 @@ def learn(rig: Rig, answers: Sequence[Sample], choices: LossChoices, plan: Lesso
     rl = rig.config.rl
     assert rl is not None
     parts = shares([len(answer.tokens) for answer in answers], choices.aggregate, rl.max_tokens)
-    # Without a KL term an answer of no advantage counts in the mean, and is in no pass.
+    # Without a KL term, an answer with advantage 0 counts in the mean but needs no pass.
     taught = [i for i, answer in enumerate(answers) if answer.advantage or choices.kl] or [0]
     packing = pack([answers[i] for i in taught], rig.config.data.seq_len)
     passes = list(_passes(rig, packing))
@@ -155,7 +155,7 @@ def learn(rig: Rig, answers: Sequence[Sample], choices: LossChoices, plan: Lesso
 
 @dataclass(frozen=True)
 class _Fields:
-    """What is known of the answers of an update, and their objective."""
+    """The per-token data of an update's answers, and their objective."""
 
     packing: Packing
     choices: LossChoices
@@ -205,7 +205,7 @@ class _Fields:
 
 
 def _learnt(rig: Rig, norm: float, microbatches: float, played: Sequence[Played]) -> Learnt:
-    """The figures of all ranks, by two reductions."""
+    """The figures over all ranks, by two reductions."""
     device = rig.mesh.device
     losses = [loss for one in played for loss in one.losses.get("loss", ())]
     sums = [values for one in played for values in one.losses.get("token_sums", ())]
@@ -233,7 +233,7 @@ def _learnt(rig: Rig, norm: float, microbatches: float, played: Sequence[Played]
 
 
 def _passes(rig: Rig, packing: Packing) -> Iterator[_Pass]:
-    """Full runs of the schedule, and the smallest that takes the rest."""
+    """As many full runs of the schedule as there are rows for, then the smallest legal one that takes the rest."""
     sizes = sorted(rig.plan.training)
     for first in range(0, packing.rows, sizes[-1]):
         left = packing.rows - first
@@ -252,7 +252,7 @@ def _batch(
     plan: LessonPlan,
     objective: Callable[[int, int], Callable[[Scored], dict[str, Tensor]]],
 ) -> Batch:
-    """This data rank's microbatches of a pass, with a loss scale of 0. `objective` is told which rows."""
+    """This data rank's microbatches of a pass, with a loss scale of 0. `objective` gets (first row, count)."""
     size = rig.config.parallel.microbatch_sequences
     count = one.count // (size * rig.mesh.data_ranks)
     tokens, documents = [], []
@@ -266,14 +266,14 @@ def _batch(
 
 
 def _documents(rig: Rig, numbers: np.ndarray, lesson: Lesson) -> Documents:
-    """MTP does not learn: its targets have no weight."""
+    """Documents with every MTP target's weight 0: MTP does not learn in RL."""
     depths = 1 + rig.config.model.mtp_depth
     nothing = np.zeros((len(numbers), numbers.shape[1] - depths), np.float32)
     return replace(documents_of(numbers, [nothing] * depths, rig.mesh.device), lesson=lesson)
 
 
 def _experts(rig: Rig, packing: Packing, first: int) -> dict[str, Tensor]:
-    """Of the MoE layers on this rank."""
+    """The experts to replay, for the MoE layers on this rank."""
     size, top_k = rig.config.parallel.microbatch_sequences, rig.config.model.top_k
     return {
         name: route_rows(packing, first, size, layer, top_k).to(rig.mesh.device)

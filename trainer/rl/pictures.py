@@ -47,7 +47,7 @@ def draw(folder: Path) -> None:
 
 
 def _line(panel: Axes, rows: list[Figures], name: str) -> None:
-    """What is 0 everywhere has nothing to show on a logarithmic axis."""
+    """One curve. A column that is 0 everywhere is left out: a logarithmic axis cannot show it."""
     known = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
     if known and any(value for _, value in known):
         marker = "o-" if name.startswith("eval_") else "-"

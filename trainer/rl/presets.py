@@ -1,8 +1,9 @@
-"""Published recipes as trees of a config: what a paper states, and nothing that it does not. Imports no torch.
+"""Published recipes as config trees: what each paper states, and nothing else. Imports no torch.
 
 `r1_zero` is the table in the Methods of DeepSeek-R1 (Nature 645, 633-638, 2025). Its clip ratio of 10 is stated for
-R1's first RL stage only; with it the lower bound, -9, never binds, so what holds back tokens of negative advantage is
-the rate, the KL term and the refresh of the reference: a dual clip would change that silently, and there is none.
+R1's first RL stage only. With it the lower bound, -9, never binds: tokens of negative advantage are held back only by
+the learning rate, the KL term and the refresh of the reference. The paper has no dual clip, and adding one would change
+that silently.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Which questions a run asks, as which requests: pure functions of the run's seed and of how many were asked before.
+"""Which questions a run asks, and the requests they become: pure functions of the run's seed and of how many were asked
+before.
 
-Question n is another in every epoch's order, and the seed of answer j to it depends on (seed, n, j) alone. So the only
-state of a run's sampling is a count, and a rollout that is made again after a kill is the same to the token.
+Every epoch has its own order of questions, and the seed of answer j to question n depends on (seed, n, j) alone. So the
+only sampling state of a run is a count, and a rollout that is repeated after a kill samples the same tokens.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Ask:
 
 @dataclass(frozen=True)
 class Curriculum:
-    """The questions of a run, and its chat. Made before any process group exists."""
+    """The questions of a run and its chat. Built before any process group exists."""
 
     rl: RLConfig
     chat: Chat
@@ -41,11 +42,11 @@ class Curriculum:
     seed: int
 
     def question(self, number: int) -> Question:
-        """The one that is asked as number `number` of the run, from 0."""
+        """Question `number` of the run, from 0."""
         return self.train[SequenceOrder(self.seed, len(self.train)).window(number)]
 
     def requests(self, question: Question, number: int, ask: Ask, purpose: str = "train") -> Iterator[Request]:
-        """One for each answer; a group of their own."""
+        """One request for each answer; they form a group, so their prompt is computed once."""
         prompt = self.chat.prompt(question.messages)
         for sample in range(ask.samples):
             key = f"{purpose} {self.seed} {number} {sample}".encode()
@@ -55,7 +56,7 @@ class Curriculum:
 
     @property
     def verifiers(self) -> set[str]:
-        """The names of all that score its answers."""
+        """The names of all verifiers that the questions need."""
         return {name for question in (*self.train, *self.held_out) for name in question.weights}
 
 
@@ -84,8 +85,7 @@ def open_task(config: Config) -> Curriculum:
 
 
 def check_verifiers(curriculum: Curriculum) -> None:
-    """Load every verifier once, and say which cannot be: its process would end a run that holds GPUs by then. Raises
-    ConfigError."""
+    """Load every verifier once, before any GPU is held. Raises ConfigError for one that cannot be loaded."""
     try:
         Pool(curriculum.verifiers, workers=1).close()
     except VerifierError as error:

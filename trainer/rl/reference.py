@@ -17,20 +17,20 @@ FIELD = "reference"  # of a checkpoint's pieces
 
 
 class Reference:
-    """Of the weights that are now published."""
+    """Starts as a copy of the current weights."""
 
     def __init__(self, rig: Rig) -> None:
         self._rig = rig
         self._shards = [bucket.master.clone() for bucket in rig.optimizer.zero.buckets]
 
     def refresh(self) -> None:
-        """Let the newest weights be the reference."""
+        """Make the current weights the reference."""
         for shard, bucket in zip(self._shards, self._rig.optimizer.zero.buckets, strict=True):
             shard.copy_(bucket.master)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Every copy of the weights is the reference's for a while. Collective."""
+        """Within the context, all copies of the weights hold the reference's values. Collective."""
         self._rig.publish(self._shards)
         yield
         self._rig.publish()

@@ -1,7 +1,7 @@
-"""Answers to rows of tokens: packed behind each other, each with its prompt a document of its own.
+"""Answers packed into rows of tokens, each answer with its prompt a document of its own.
 
-Every rank packs the same answers in the same way, and takes from the rows the microbatches that are its own, as
-pretraining takes sequences: so no row travels, and a layout decides nothing but who computes what.
+Every rank packs the same answers in the same way and takes the microbatches that are its own, as pretraining takes
+sequences. So no row is sent between ranks, and the layout decides only who computes what.
 
 Legend: R rows, T positions, N = S * T tokens of a microbatch of S rows, K choices of experts per token.
 """
@@ -18,12 +18,12 @@ from torch import Tensor
 
 from dryvine.trainer.rl.fitting import Fitted, fit
 
-NOWHERE = -1  # the experts of a token that has not been routed before
+NOWHERE = -1  # the expert number of tokens without a recorded route
 
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """A sampled answer and what is known of it. Tensors are on the CPU."""
+    """A sampled answer and what an update needs of it. Tensors are on the CPU."""
 
     prompt: tuple[int, ...]
     tokens: Tensor  # int64 [n]
@@ -35,13 +35,14 @@ class Sample:
 
     @property
     def size(self) -> int:
-        """Tokens, the prompt's included."""
+        """Tokens, with the prompt."""
         return len(self.prompt) + len(self.tokens)
 
 
 @dataclass(frozen=True)
 class Packing:
-    """`places[i]` is that of answer i, among `rows` rows of `length` tokens; one more is only predicted."""
+    """`places[i]` is the place of answer i in `rows` rows of `length` input tokens; one more token is only
+    predicted."""
 
     places: Sequence[Fitted]
     rows: int
@@ -71,8 +72,8 @@ def pack(answers: Sequence[Sample], length: int) -> Packing:
 
 
 def token_rows(packing: Packing, first: int, count: int, extra: int) -> tuple[Tensor, NDArray[np.int64]]:
-    """Tokens, and the numbers of their documents, of `count` rows from `first` on: int64 [count, T + extra]. What no
-    answer fills, and rows past the last, is a document of zeros."""
+    """`count` rows from row `first` on: tokens, and the number of each token's document, both int64 [count, T + extra].
+    Padding, and rows past the last, is a document of zeros."""
     tokens = torch.zeros(count, packing.length + extra, dtype=torch.int64)
     documents = np.zeros((count, packing.length + extra), np.int64)
     for number in packing.in_rows(first, count):
@@ -80,7 +81,7 @@ def token_rows(packing: Packing, first: int, count: int, extra: int) -> tuple[Te
         line = torch.cat((torch.tensor(answer.prompt, dtype=torch.int64), answer.tokens))
         row = place.row - first
         tokens[row, place.start : place.start + len(line)] = line
-        # Each document's first token raises the number of all that follow.
+        # The number rises by one at each document's first token, and after its last.
         documents[row, place.start :] += 1
         documents[row, place.start + len(line) :] += 1
     return tokens, documents
@@ -95,7 +96,7 @@ def fill_targets(packing: Packing, first: int, count: int, value: Callable[[int]
 
 
 def answer_numbers(packing: Packing, first: int, count: int) -> Tensor:
-    """int64 [N]: for each position its answer's place among those in these rows; 0 elsewhere."""
+    """int64 [N]: for each target position, the index of its answer among those of these rows; 0 elsewhere."""
     out = torch.zeros(count, packing.length, dtype=torch.int64)
     for place, number in enumerate(packing.in_rows(first, count)):
         out[packing.places[number].row - first, packing.targets(number)] = place
@@ -103,7 +104,7 @@ def answer_numbers(packing: Packing, first: int, count: int) -> Tensor:
 
 
 def route_rows(packing: Packing, first: int, count: int, layer: int, top_k: int) -> Tensor:
-    """int64 [N, K]: the experts of every token in a MoE layer, by its number among them."""
+    """int64 [N, K]: the experts of every token in MoE layer number `layer`."""
     out = torch.full((count, packing.length, top_k), NOWHERE, dtype=torch.int64)
     for number in packing.in_rows(first, count):
         routes, place = packing.answers[number].routes, packing.places[number]

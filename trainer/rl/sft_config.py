@@ -1,4 +1,4 @@
-"""What a fine-tuning run reads: the `[sft]` table. Imports no torch."""
+"""The `[sft]` table: fine-tuning on conversations. Imports no torch."""
 
 from __future__ import annotations
 

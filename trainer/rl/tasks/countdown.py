@@ -33,7 +33,7 @@ OPTIONS = CountdownOptions
 
 
 def questions(options: CountdownOptions, split: SplitOfTask) -> Sequence[Question]:
-    """All questions of a split, every order of the numbers one of its own, mixed: "7 5 9 26", the target last."""
+    """All questions of a split, shuffled. Every order of the numbers is a question: "7 5 9 26", the target last."""
     weights = {"countdown": 1.0, "format": options.format_weight}
     found = [
         Question(user(shown(order, target)), {"numbers": list(order), "target": target, "left_to_right": True}, weights)
@@ -56,7 +56,7 @@ def puzzles(split: SplitOfTask) -> Iterator[tuple[Numbers, int]]:
 
 @cache
 def every_solution() -> dict[Numbers, Solutions]:
-    """For every three numbers the targets that can be reached, and how."""
+    """For every three numbers, the reachable targets and the expressions that reach them."""
     triples = itertools.combinations_with_replacement(range(1, LARGEST_NUMBER + 1), 3)
     return {numbers: _solutions(numbers) for numbers in triples}
 
@@ -73,7 +73,7 @@ def _solutions(numbers: Numbers) -> Solutions:
 
 
 def applied(left: int, sign: str, right: int) -> int | None:
-    """None where the result is no integer."""
+    """`left sign right`; None if that is not an integer."""
     match sign:
         case "+":
             return left + right

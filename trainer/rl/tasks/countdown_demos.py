@@ -34,7 +34,8 @@ def tokenizer() -> Tokenizer:
 
 
 def demonstration(numbers: Numbers, target: int, wrong: float, dice: random.Random) -> dict[str, object]:
-    """A conversation: one turn of the puzzle, one of its solution or, with probability `wrong`, of another target's."""
+    """A conversation: a turn with the puzzle, and one with its solution or, with probability `wrong`, the solution of
+    another target."""
     solutions = every_solution()[numbers]
     others = [other for other in solutions if other != target]
     reached = dice.choice(others) if others and dice.random() < wrong else target
@@ -44,7 +45,7 @@ def demonstration(numbers: Numbers, target: int, wrong: float, dice: random.Rand
 
 
 def worked(expression: str) -> str:
-    """The answer that has this expression, with its two steps as thoughts: 7*5=35,35-9=26."""
+    """The answer for an expression, with its two steps as thoughts: 7*5=35,35-9=26."""
     signs = [at for at, character in enumerate(expression) if character in OPERATIONS]
     first, second, third = (int(part) for part in (_between(expression, signs)))
     sign, next_sign = (expression[at] for at in signs)

@@ -34,7 +34,7 @@ OPTIONS = GymOptions
 
 
 def questions(options: GymOptions, split: SplitOfTask) -> Sequence[Question]:
-    """None of the training questions is a held-out one, which small datasets would repeat."""
+    """The questions of a split. Training questions that are also held out, as small datasets produce, are dropped."""
     held_out = _made(options, options.seed + 1, options.validation_size)
     if split == "validation":
         return held_out

@@ -1,4 +1,4 @@
-"""A problem that answers are sampled for: what the model reads, what verifiers compare with, what its reward is of."""
+"""A problem to sample answers for: the messages, the verifiers' record, and the weights of its reward."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Question:
 
     @property
     def deciding(self) -> str:
-        """The verifier that says whether an answer is right."""
+        """The verifier that decides whether an answer is right."""
         return next(iter(self.weights))
 
 

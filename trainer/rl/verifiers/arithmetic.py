@@ -83,7 +83,7 @@ def _digits(reader: _Reader) -> int:
 
 
 def _take(reader: _Reader, which: str) -> str:
-    """The next character, if it is one of `which`."""
+    """Consume the next character if it is one of `which`, and return it."""
     found = reader.text[reader.at : reader.at + 1]
     if not found or found not in which:
         return ""

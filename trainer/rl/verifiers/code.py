@@ -49,7 +49,7 @@ def verify(answer: str, problem: Mapping[str, object]) -> Verdict:
 
 
 def _printed(program: Path, test: Mapping[str, object], allowed: Allowed) -> str:
-    """What is wrong with its output for one stdin, or ""."""
+    """What is wrong with the program's output for one stdin; "" if nothing is."""
     ran = sandbox.run([program], str(test["stdin"]).encode(), allowed)
     if ran.trouble:
         return ran.trouble
@@ -59,7 +59,7 @@ def _printed(program: Path, test: Mapping[str, object], allowed: Allowed) -> str
 
 
 def _called(program: Path, function: str, test: Mapping[str, object], allowed: Allowed) -> str:
-    """What is wrong with what its function returns for one list of arguments, or ""."""
+    """What is wrong with what the program's function returns for one list of arguments; "" if nothing is."""
     ran = sandbox.run([CALL, program, function], json.dumps(test["args"]).encode(), allowed)
     if ran.trouble:
         return ran.trouble
@@ -74,7 +74,7 @@ def _called(program: Path, function: str, test: Mapping[str, object], allowed: A
 
 
 def _lines(text: str) -> list[str]:
-    """Blanks at ends of lines, and empty lines at the end, do not count."""
+    """Lines without trailing blanks, and without empty lines at the end."""
     return [line.rstrip() for line in text.rstrip().split("\n")]
 
 

@@ -47,7 +47,7 @@ class _Scorer:
         self._server: Server | None = None
 
     def ask(self, asked: Mapping[str, object]) -> Verdict:
-        """Raises SandboxError."""
+        """The score of one answer. Raises SandboxError."""
         if self._server is None:
             self._server = self.start()
         try:
@@ -67,7 +67,7 @@ class _Scorer:
 
 
 def check() -> None:
-    """Raise RuntimeError, with the fix, where the package is missing or programs cannot be contained."""
+    """Raise RuntimeError, with the fix, if the package is missing or programs cannot be contained."""
     _folder()
     sandbox.check()
 
@@ -118,7 +118,7 @@ def _scorer() -> _Scorer:
 
 
 def _folder() -> Path:
-    """That has the package. Raises RuntimeError."""
+    """The folder that holds the package. Raises RuntimeError."""
     found = importlib.util.find_spec("reasoning_gym")
     if found is None or found.origin is None:
         raise RuntimeError("there is no reasoning_gym: pip install dryvine[rl]")

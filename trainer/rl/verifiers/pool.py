@@ -181,7 +181,7 @@ def _verdict(score: object, why: str) -> Verdict:
 
 
 def _environment() -> dict[str, str]:
-    """Of a worker: what Python needs to start as here, and no tokens or keys of the user's."""
+    """The environment of a worker: the variables that Python needs, and none of the user's tokens or keys."""
     kept = {
         name: os.environ[name]
         for name in ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "LANG", "TMPDIR", UNCONTAINED)

@@ -70,7 +70,7 @@ class Ran:
 
     @property
     def trouble(self) -> str:
-        """Why it did not end well, or ""."""
+        """Why the program did not end well; "" if it did."""
         if self.code == 0:
             return ""
         if self.code in (None, 128 + signal.SIGXCPU, -signal.SIGXCPU):
@@ -80,7 +80,7 @@ class Ran:
 
 
 def check() -> None:
-    """Raise SandboxError, with the fix, where programs cannot be contained and nobody said that they need not be."""
+    """Raise SandboxError, with the fix, if programs cannot be contained and the user did not allow that."""
     if os.environ.get(UNCONTAINED) == "1":
         return
     with tempfile.NamedTemporaryFile(suffix=".py") as empty:
@@ -233,12 +233,12 @@ def _bubblewrap() -> str:
 
 
 def _interpreter() -> Path:
-    """Not a virtual environment's link to it."""
+    """The path of the interpreter, with a virtual environment's link resolved."""
     return Path(sys.executable).resolve()
 
 
 def _seen() -> list[Path]:
-    """What the interpreter needs of the host, no path inside another."""
+    """The host paths that the interpreter needs, none inside another."""
     paths = [_interpreter(), Path(os.__file__).resolve().parent, Path(str(sysconfig.get_config_var("LIBDIR")))]
     paths += [Path(folder) for folder in ("/lib", "/lib64", "/usr/lib", "/usr/lib64")]
     there = {path for path in paths if path.exists()}
@@ -246,7 +246,7 @@ def _seen() -> list[Path]:
 
 
 def _uid() -> int:
-    """The user that inside.py becomes: one of nobody's for this worker if it is root, else 0 for none."""
+    """The user id that inside.py switches to: an unused one for this worker if it is root, else 0 for no switch."""
     return NOBODY + os.getpid() % NOBODIES if os.geteuid() == 0 else 0
 
 
@@ -262,7 +262,7 @@ def _limits(allowed: Allowed) -> dict[str, int]:
 
 
 def _memory(content: bytes) -> IO[bytes]:
-    """A file without a name, which needs neither a reader beside it nor a cap: its size is limited as any file's."""
+    """An anonymous file in memory. A pipe would need a writer beside it and hold 64 KiB only."""
     linux = hasattr(os, "memfd_create")
     file = open(os.memfd_create("verifier"), "w+b", buffering=0) if linux else tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
     file.write(content)

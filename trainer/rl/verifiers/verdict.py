@@ -1,8 +1,8 @@
-"""What a verifier says of an answer, and what it is asked. Imports nothing heavy: every worker process loads it.
+"""The verdict of a verifier, and the job it is given. Imports nothing heavy, since every worker process loads it.
 
-A verifier is a module with `verify(answer, problem) -> Verdict` and a line in `names.py`. It may also have
-`SECONDS`, the wall-clock time that one answer may take before its process is killed (default 10), and `check()`, which
-raises RuntimeError, with the fix, where the verifier cannot work on this machine.
+A verifier is a module with `verify(answer, problem) -> Verdict` and a line in `names.py`. It may also have `SECONDS`,
+the wall-clock time that one answer may take before its process is killed (default 10), and `check()`, which raises
+RuntimeError, with the fix, where the verifier cannot work on this machine.
 """
 
 from __future__ import annotations

@@ -79,7 +79,8 @@ def _limit(limits: WorkerLimits) -> None:
 
 
 def _limit_cpu(seconds: float) -> None:
-    """From now. The pool's clock ends a job first; this ends a worker whose pool is gone."""
+    """Limit this process's CPU time from now on. The pool's wall clock ends a job earlier; this ends a worker whose
+    pool is gone."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
     soft = int(used.ru_utime + used.ru_stime + seconds) + 2
