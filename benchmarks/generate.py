@@ -19,11 +19,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.support.as_transformers import as_transformers
 from dryvine.comm.dispatch.single_rank import SingleRank
 from dryvine.trainer.generate.requests import Request
 from dryvine.trainer.generate.sampler import Sampler
-from dryvine.trainer.hand_off.hf_config import config_json
-from dryvine.trainer.hand_off.names import places
 from dryvine.trainer.model.decoder import Model
 from dryvine.trainer.model.shape import Shape, blocks, count_parameters
 from dryvine.trainer.model.spec import Spec
@@ -53,18 +52,7 @@ def ours(shape: Shape, device: str, dtype: torch.dtype) -> Model:
 
 def theirs(model: Model, implementation: str) -> Callable[[Tensor, int], Tensor]:
     """transformers' generate with the same weights: prompts [S, T] and how many new tokens -> [S, new]."""
-    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
-
-    shape, own = model.spec.shape, dict(model.named_parameters()) | model.buffers
-    config = DeepseekV3Config(**config_json(shape))
-    config._experts_implementation = implementation
-    with torch.device(model.spec.device):
-        other = DeepseekV3ForCausalLM(config).to(model.spec.dtype).eval()
-    fused = dict(other.named_parameters()) | dict(other.named_buffers())
-    with torch.no_grad():
-        for place in places(shape):
-            values = own[place.ours].flatten()[place.first : place.first + place.elements].view(place.shape)
-            _put(fused, place.theirs, values.detach())
+    other = as_transformers(model, implementation).eval()
 
     def generate(prompts: Tensor, new: int) -> Tensor:
         with torch.no_grad():
@@ -75,20 +63,6 @@ def theirs(model: Model, implementation: str) -> Callable[[Tensor, int], Tensor]
         return out[:, prompts.shape[1] :]
 
     return generate
-
-
-def _put(fused: dict[str, Tensor], name: str, values: Tensor) -> None:
-    """Experts are stacked there in memory, gate over up."""
-    if ".experts." not in name:
-        fused[name].copy_(values)
-        return
-    prefix, rest = name.split(".experts.")
-    expert, kind = int(rest.split(".")[0]), rest.split(".")[1]
-    if kind == "down_proj":
-        fused[f"{prefix}.experts.down_proj"][expert].copy_(values)
-        return
-    half = fused[f"{prefix}.experts.gate_up_proj"][expert].view(2, *values.shape)
-    half[0 if kind == "gate_proj" else 1].copy_(values)
 
 
 def sampler_of(model: Model) -> Callable[[Tensor, int], Tensor]:

@@ -13,17 +13,19 @@ from dryvine.comm.roll_call import Due
 from dryvine.comm.watch import Watch, naming
 
 
-def all_reduce(values: Tensor, op: dist.ReduceOp.RedOpType, watch: Watch | None, what: str) -> None:
-    """Reduce `values` over the world, in place."""
-    ranks = dist.get_process_group_ranks(None)
+def all_reduce(
+    values: Tensor, op: dist.ReduceOp.RedOpType, watch: Watch | None, what: str, world: dist.ProcessGroup | None = None
+) -> None:
+    """Reduce `values` over all ranks, in place. `world` None: by torch's own group of them."""
+    ranks = dist.get_process_group_ranks(world)
     with naming(watch, f"{what} over ranks {_spans(ranks)}", _due(ranks, values), on_device=values.is_cuda):
-        dist.all_reduce(values, op=op)
+        dist.all_reduce(values, op=op, group=world)
 
 
-def barrier(watch: Watch | None, what: str) -> None:
-    """Wait for every rank of the world; the host does."""
+def barrier(watch: Watch | None, what: str, world: dist.ProcessGroup | None = None) -> None:
+    """Wait for every rank; the host does."""
     with naming(watch, what, tuple((rank, 0) for rank in range(dist.get_world_size()))):
-        dist.barrier()
+        dist.barrier(group=world)
 
 
 def reduce_scatter(out: Tensor, full: Tensor, group: dist.ProcessGroup, watch: Watch | None, what: str) -> Posted:

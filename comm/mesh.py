@@ -44,6 +44,7 @@ class Mesh:
     # SMs of a GPU that the expert all-to-all may take; None: NCCL's choice.
     sms: int | None = None
     watch: Watch | None = None  # None: torch's own deadlines
+    world: dist.ProcessGroup | None = None  # of all ranks; None: torch's own
 
     @property
     def size(self) -> int:
@@ -86,19 +87,19 @@ class Mesh:
     def sum(self, values: torch.Tensor, what: str) -> torch.Tensor:
         """Sum over the world, in place. `what` is summed, for errors; as in the other collectives."""
         if self.size > 1:
-            all_reduce(values, dist.ReduceOp.SUM, self.watch, f"sum of {what}")
+            all_reduce(values, dist.ReduceOp.SUM, self.watch, f"sum of {what}", self.world)
         return values
 
     def max(self, values: torch.Tensor, what: str) -> torch.Tensor:
         """Maximum over the world, in place."""
         if self.size > 1:
-            all_reduce(values, dist.ReduceOp.MAX, self.watch, f"maximum of {what}")
+            all_reduce(values, dist.ReduceOp.MAX, self.watch, f"maximum of {what}", self.world)
         return values
 
     def barrier(self, what: str) -> None:
         """Wait for every rank of the world."""
         if self.size > 1:
-            barrier(self.watch, what)
+            barrier(self.watch, what, self.world)
 
     def gather(self, value: object, what: str) -> list[object]:
         """Every rank's `value`, in rank order. Pickles: for set-up, not for steps."""
@@ -106,7 +107,7 @@ class Mesh:
             return [value]
         out: list[object] = [None] * self.size
         with naming(self.watch, f"gathering {what}", tuple((rank, 0) for rank in range(self.size))):
-            dist.all_gather_object(out, value)
+            dist.all_gather_object(out, value, group=self.world)
         return out
 
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 
@@ -130,13 +131,34 @@ def mesh_of(plan: RunPlan, device: torch.device) -> Mesh:
     return make_mesh(layout, device, timeout(comm.deadline, device), comm.sms)
 
 
-def make_rig(plan: RunPlan, mesh: Mesh, data: Data, topology: Topology | None = None) -> Rig:
-    """Build this rank's stages and state, with the weights of `run.seed`. `topology` None is one node. Collective."""
+def mesh_beside(plan: RunPlan, mesh: Mesh) -> Mesh:
+    """The same ranks in groups of their own, for a thread beside the one that trains: neither takes the other's
+    messages for its own. Deadlines are torch's. Collective."""
+    every = tuple(range(mesh.size))
+    return replace(mesh_of(plan, mesh.device), world=mesh.new_groups([every]).get(every))
+
+
+class RankModel(NamedTuple):
+    """This rank's part of the model, and what it multiplies and sends with."""
+
+    model: Model
+    dispatcher: AnyDispatcher
+    fp8: FP8 | None
+
+
+def make_model(plan: RunPlan, mesh: Mesh, topology: Topology | None = None) -> RankModel:
+    """With weights that are not filled. Collective."""
     config = plan.config
     dispatcher = _dispatcher(config, mesh, topology)
     fp8 = FP8(config.fp8, *choose(config.fp8, mesh, config.run.folder)) if config.fp8.fp8 else None
     spec = Spec(config.model, DTYPES[config.run.dtype], mesh.device, mesh.ep_rank, mesh.ep, fp8)
-    model = Model(spec, plan.blocks_of(mesh.pp_rank), dispatcher)
+    return RankModel(Model(spec, plan.blocks_of(mesh.pp_rank), dispatcher), dispatcher, fp8)
+
+
+def make_rig(plan: RunPlan, mesh: Mesh, data: Data, topology: Topology | None = None) -> Rig:
+    """Build this rank's stages and state, with the weights of `run.seed`. `topology` None is one node. Collective."""
+    config = plan.config
+    model, dispatcher, fp8 = make_model(plan, mesh, topology)
     model.initialise(config.run.seed)
     memory = BucketMemory(config.optim.sums, config.optim.offload == "cpu")
     zero = Zero(dict(model.named_parameters()), mesh, readers(model, plan, mesh.pp_rank), memory)

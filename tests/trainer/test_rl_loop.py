@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +26,7 @@ from dryvine.trainer.hand_off.run_files import open_run
 from dryvine.trainer.nonfinite import Diverged
 from dryvine.trainer.rig import mesh_of
 from dryvine.trainer.rl.alarms import WINDOW, AlarmMemory
+from dryvine.trainer.rl.asker import Asker
 from dryvine.trainer.rl.chat import Chat
 from dryvine.trainer.rl.config import Alarms
 from dryvine.trainer.rl.conversations import read as read_conversations
@@ -36,6 +39,7 @@ from dryvine.trainer.rl.questions import open_task
 from dryvine.trainer.rl.tasks.countdown_demos import tokenizer
 from dryvine.trainer.rl.tasks.question import Question, user
 from dryvine.trainer.rl.verifiers.length import soft_overlong
+from dryvine.trainer.rl.verifiers.names import STOPS
 from dryvine.trainer.rl.verifiers.verdict import Verdict
 from dryvine.trainer.run_plan import make_plan
 from dryvine.trainer.run_rows import read
@@ -75,6 +79,9 @@ class DigitJudge:
     def __exit__(self, *_: object) -> None:
         return None
 
+    def over(self, mesh: Mesh) -> DigitJudge:
+        return self
+
     def judge(self, asked: list[tuple[Question, Completion]]) -> list[Judged]:
         out = []
         for _, completion in asked:
@@ -103,7 +110,8 @@ def go(config: Config) -> bool:
 def learner_of(config: Config) -> Learner:
     rig = rig_of(config)
     task = open_task(config)
-    return Learner(rig, task, Sampler.of_rig(rig), DigitJudge(task.rl, task.chat, rig.mesh, ()))  # type: ignore[arg-type]
+    judge = DigitJudge(task.rl, task.chat, rig.mesh, ())
+    return Learner(rig, Asker(task, Sampler.of_rig(rig), judge, rig.optimizer.zero.settle))  # type: ignore[arg-type]
 
 
 def quiet(*_: int) -> None:
@@ -129,9 +137,14 @@ def test_a_run_earns_more_and_writes_what_it_did(run: Tiny) -> None:
     assert {"question", "answer", "reward", "advantage", "verdicts", "step"} == set(samples[0])
 
 
-def test_a_stopped_run_goes_on_to_the_same_bits(run: Tiny) -> None:
-    """Through a checkpoint: weights, moments, reference, alarms and how many questions were asked."""
-    more = ("rl.reference_every=2", "rl.minibatches=2", "run.steps=8", "rl.questions=2", "rl.samples=2")
+@pytest.mark.parametrize("ahead", ["false", "true"])
+def test_a_stopped_run_goes_on_to_the_same_bits(run: Tiny, ahead: str) -> None:
+    """Through a checkpoint: weights, moments, reference, alarms, how many questions were asked, and with `rl.ahead` the
+    weights that the answers under way were made by."""
+    more = (
+        "rl.reference_every=2", "rl.minibatches=2", "run.steps=8", "rl.questions=2", "rl.samples=2",
+        f"rl.ahead={ahead}",
+    )  # fmt: skip
     whole, halves = run(*more, 'run.name="whole"'), run(*more, 'run.name="halves"')
     go(whole)
     first = halves.model_copy(update={"run": halves.run.model_copy(update={"steps": 4})})
@@ -142,6 +155,34 @@ def test_a_stopped_run_goes_on_to_the_same_bits(run: Tiny) -> None:
     assert rows[0] == rows[1]
     assert [row["step"] for row in rows[0]] == [0, 2, 4, 6, 8]
     assert rows[0][-1]["reference_k3"] > 0
+
+
+def test_answers_ahead_are_those_of_the_weights_before_the_last_rollout(run: Tiny) -> None:
+    """The first rollout and the second are the same policy's; and sampling in turn is as it was."""
+    ahead, turns = run('run.name="ahead"', "rl.ahead=true"), run('run.name="turns"')
+    for config in (ahead, turns):
+        go(config)
+    one, other = ([row for row in read(c.run.folder) if row["step"]] for c in (ahead, turns))
+    # By the same weights in the first, and in the second still by those, where the run in turn has new ones.
+    assert {k: one[0][k] for k in ("reward", "loss", "grad_norm")} == {
+        k: other[0][k] for k in ("reward", "loss", "grad_norm")
+    }
+    assert one[0]["mismatch_k3"] < 1e-9 < 1e-5 < min(row["mismatch_k3"] for row in one[1:])
+    assert max(row["mismatch_k3"] for row in other) < 1e-9
+    assert one[1]["reward"] != other[1]["reward"]
+
+
+def test_what_fails_while_sampling_ahead_fails_the_run(run: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    judge = DigitJudge.judge
+
+    def broken(self: Any, asked: Any) -> list[Judged]:
+        if threading.current_thread() is not threading.main_thread() and len(asked) > 8:
+            raise OSError("no more processes")
+        return judge(self, asked)
+
+    monkeypatch.setattr(DigitJudge, "judge", broken)
+    with pytest.raises(OSError, match="no more processes"):
+        go(run("rl.ahead=true"))
 
 
 def test_the_reference_is_the_policy_of_before_and_is_refreshed(run: Tiny) -> None:
@@ -159,7 +200,7 @@ def test_the_reference_is_the_policy_of_before_and_is_refreshed(run: Tiny) -> No
 def test_dynamic_sampling_fills_up_with_other_questions_and_has_an_end(run: Tiny) -> None:
     learner = learner_of(run("rl.dynamic=true", "rl.refills=2"))
     asked: list[list[int]] = []
-    answers = learner.answers
+    answers = learner.asker.answers
 
     def some(numbers: Any, ask: Any, on_answer: Any) -> list[Group]:
         """Every other question has answers of one reward."""
@@ -169,17 +210,35 @@ def test_dynamic_sampling_fills_up_with_other_questions_and_has_an_end(run: Tiny
         mixed = [replace(a, reward=float(i)) for i, a in enumerate(groups[0].answers)]
         return [replace(g, answers=mixed if g.number % 2 else flat) for g in groups]
 
-    learner.answers = some  # type: ignore[method-assign]
+    learner.asker.answers = some  # type: ignore[method-assign]
     outcome = learner.rollout(0, quiet)
     assert asked == [[0, 1, 2, 3], [4, 5], [6]]
-    assert [group.number for group in outcome.groups] == [1, 3, 5]
-    assert (outcome.left_out, outcome.refills, int(learner.asked)) == (4, 2, 7)
+    assert [group.number for group in outcome.answers.groups] == [1, 3, 5]
+    assert (outcome.answers.left_out, outcome.answers.refills, int(learner.asked)) == (4, 2, 7)
+
+
+def test_a_verifier_ends_an_answer(run: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where its module says so, by the text and the question's record; what it ended is no answer that was cut."""
+    seen: list[tuple[str, Any]] = []
+
+    def ended(answer: str, problem: Any) -> bool:
+        seen.append((answer, problem["answer"]))
+        return len(seen) % 2 == 0
+
+    monkeypatch.setitem(STOPS, "digits", "of_a_user")
+    monkeypatch.setitem(sys.modules, "of_a_user", SimpleNamespace(ended=ended))  # type: ignore[arg-type]
+    groups = learner_of(run("rl.questions=1", "rl.samples=2", "rl.max_tokens=8")).asker.rollout(0, quiet).groups
+    answers = groups[0].answers
+    assert {answer.completion.reason for answer in answers} == {"callback"}
+    assert not any(answer.overlong for answer in answers)
+    assert {problem for _, problem in seen} == {5}
+    assert {answer.text for answer in answers} <= {text for text, _ in seen}
 
 
 @pytest.mark.parametrize(("overlong", "learnt"), [("keep", 16), ("mask", 0)])
 def test_answers_that_ran_out_of_tokens(run: Tiny, overlong: str, learnt: int) -> None:
     learner = learner_of(run(f'rl.overlong="{overlong}"', "rl.max_tokens=1"))
-    groups, _, _ = learner._ask(quiet)
+    groups = learner.asker.rollout(0, quiet).groups
     cut = sum(answer.overlong for group in groups for answer in group.answers)
     assert cut >= 14
     lessons, _ = learner._lessons(groups)
@@ -217,8 +276,8 @@ def test_choices_of_the_loop_make_finite_updates(run: Tiny, choices: tuple[str, 
 def test_answers_that_no_verifier_scored_teach_nothing(run: Tiny) -> None:
     learner = learner_of(run("rl.loss.kl=0.0"))
     before = [p.master.clone() for p in learner.rig.optimizer.pieces]
-    judge = learner.judge.judge
-    learner.judge.judge = lambda asked: [replace(one, reward=None) for one in judge(asked)]  # type: ignore[method-assign]
+    judge = learner.asker.judge.judge
+    learner.asker.judge.judge = lambda asked: [replace(one, reward=None) for one in judge(asked)]  # type: ignore[method-assign]
     assert learner.rollout(0, quiet).updates == []
     assert all(torch.equal(p.master, old) for p, old in zip(learner.rig.optimizer.pieces, before, strict=True))
 

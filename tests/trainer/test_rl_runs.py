@@ -57,9 +57,11 @@ def rank(_: int, config: Config) -> list[Figures]:
     return read(config.run.folder)
 
 
+@pytest.mark.parametrize("ahead", ["false", "true"])
 def test_a_layout_samples_scores_and_learns_like_one_process(
-    tiny: Tiny, words: list[str], monkeypatch: pytest.MonkeyPatch
+    tiny: Tiny, words: list[str], monkeypatch: pytest.MonkeyPatch, ahead: str
 ) -> None:
+    words = [*words, f"rl.ahead={ahead}"]
     monkeypatch.setitem(VERIFIERS, "digits", "digits")
     monkeypatch.setenv("PYTHONPATH", str(TESTS / "spawned"))
     alone = rank(0, tiny(*words, 'run.name="alone"'))
@@ -74,10 +76,12 @@ def test_a_layout_samples_scores_and_learns_like_one_process(
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("ahead", ["false", "true"])
 def test_a_run_that_is_killed_at_random_moments_ends_in_the_same_bits(
-    words: list[str], tmp_path: Path, count: Callable[[int, int], int]
+    words: list[str], tmp_path: Path, count: Callable[[int, int], int], ahead: str
 ) -> None:
-    more = ["run.steps=16", "run.checkpoint_every=2", "run.eval_every=8", "rl.minibatches=2"]
+    """Most of them in the middle of a rollout; with `rl.ahead` another one is under way in a thread."""
+    more = ["run.steps=16", "run.checkpoint_every=2", "run.eval_every=8", "rl.minibatches=2", f"rl.ahead={ahead}"]
     environment = {**os.environ, "PYTHONPATH": str(TESTS / "spawned")}
 
     def start(name: str) -> subprocess.Popen[bytes]:

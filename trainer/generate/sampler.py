@@ -21,6 +21,7 @@ from dryvine.trainer.generate.rollout import LaneRoom, Rollout
 from dryvine.trainer.generate.stage import CachedStage
 from dryvine.trainer.model.decoder import Model
 from dryvine.trainer.rig import Rig
+from dryvine.trainer.run_plan import RunPlan
 
 ALONE = 1 << 14  # tokens fed at once where no run's microbatch says otherwise
 
@@ -52,9 +53,13 @@ class Sampler:
     @staticmethod
     def of_rig(rig: Rig, room: Room | None = None) -> Sampler:
         """With the live weights of a training layout. Collective."""
-        budget = rig.config.parallel.microbatch_sequences * rig.config.data.seq_len
-        decoder = Decoder(rig.mesh, rig.plan.schedule.routes, _parts(rig.model, {}), budget)
-        return Sampler(decoder, room or Room())
+        return Sampler.in_layout(rig.model, rig.mesh, rig.plan, room)
+
+    @staticmethod
+    def in_layout(model: Model, mesh: Mesh, plan: RunPlan, room: Room | None = None) -> Sampler:
+        """With this rank's part of a model. Collective."""
+        budget = plan.config.parallel.microbatch_sequences * plan.config.data.seq_len
+        return Sampler(Decoder(mesh, plan.schedule.routes, _parts(model, {}), budget), room or Room())
 
     @staticmethod
     def alone(model: Model, room: Room | None = None, experts: Mapping[str, ToExperts] | None = None) -> Sampler:

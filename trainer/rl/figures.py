@@ -16,13 +16,13 @@ Row = dict[str, float | None]
 
 def figures_of(outcome: RolloutOutcome) -> Row:
     """The row of metrics.jsonl without the step and the evaluation's columns. A figure that is not known is None."""
-    groups = outcome.groups
+    groups = outcome.answers.groups
     answers = [answer for group in groups for answer in group.answers]
     lengths = [len(answer.completion.tokens) for answer in answers]
-    tokens, seconds = sum(lengths), sum(outcome.seconds.values())
+    tokens = sum(lengths)
     rewards = [answer.reward for answer in answers if answer.reward is not None]
-    every = len(groups) + outcome.left_out
-    idle = outcome.left_out + sum(not group.teaches for group in groups)
+    every = len(groups) + outcome.answers.left_out
+    idle = outcome.answers.left_out + sum(not group.teaches for group in groups)
     return {
         "reward": statistics.fmean(rewards) if rewards else None,
         "correct": statistics.fmean(answer.correct for answer in answers),
@@ -34,10 +34,10 @@ def figures_of(outcome: RolloutOutcome) -> Row:
         "overlong": statistics.fmean(answer.overlong for answer in answers),
         "unscored": 1 - len(rewards) / len(answers),
         "zero_variance": min(1.0, idle / every),
-        "refills": outcome.refills,
+        "refills": outcome.answers.refills,
         **_learnt(outcome.updates, outcome.has_reference),
-        "tokens_per_second": tokens / seconds,
-        **{f"seconds_{name}": value for name, value in outcome.seconds.items()},
+        "tokens_per_second": tokens / outcome.seconds,
+        **{f"seconds_{name}": value for name, value in outcome.parts.items()},
     }
 
 
@@ -76,8 +76,9 @@ def _learnt(updates: Sequence[Learnt], has_reference: bool) -> Row:
 
 def sample_lines(outcome: RolloutOutcome, step: int) -> Iterator[dict[str, object]]:
     """Rows of samples.jsonl: answers spread over the rollout, with text, verdicts and advantage."""
-    every = max(1, len(outcome.groups) // READ)
-    for group, worth in list(zip(outcome.groups, outcome.advantages, strict=True))[::every][:READ]:
+    groups = outcome.answers.groups
+    every = max(1, len(groups) // READ)
+    for group, worth in list(zip(groups, outcome.advantages, strict=True))[::every][:READ]:
         answer = group.answers[0]
         yield {
             "step": step,

@@ -25,7 +25,7 @@ def harvest(learner: Learner, path: Path, on_answer: Callable[[int, int], None])
     lines: list[str] = []
     asked = 0
     for first in range(0, steps * rl.questions, rl.questions):
-        groups = learner.answers(range(first, first + rl.questions), ask, on_answer)
+        groups = learner.asker.answers(range(first, first + rl.questions), ask, on_answer)
         asked += sum(len(group.answers) for group in groups)
         lines += _lines(groups, rl.chat.answers, rl.harvest_per_question)
     if learner.rig.mesh.rank == 0:

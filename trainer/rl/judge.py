@@ -7,6 +7,7 @@ silently update to different weights.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import cast
@@ -58,6 +59,13 @@ class Judge:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if self._pool:
             self._pool.close()
+
+    def over(self, mesh: Mesh) -> Judge:
+        """The same verifiers, whose verdicts are told through the groups of another mesh; close this one only. Rank 0
+        asks the two of them in turn."""
+        other = copy(self)
+        other.mesh = mesh
+        return other
 
     def judge(self, asked: Sequence[tuple[Question, Completion]]) -> list[Judged]:
         """Score answers; the results are in the same order on every rank. Collective."""

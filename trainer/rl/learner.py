@@ -3,44 +3,42 @@
 Sampling, scoring and learning take turns on the same ranks with the same weights, so no weights are copied between an
 inference engine and a trainer, and the probabilities of an answer are those of the weights that the first update starts
 from. A separate engine would sample beside the updates, and would need weights sent, converted and checked after each
-of them.
+of them. With `rl.ahead` this rank samples the next rollout meanwhile, with the weights of
+before (`ahead.py`).
 """
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from dryvine.trainer.checkpoint.state import COUNTS, RunState
-from dryvine.trainer.generate.requests import Completion
-from dryvine.trainer.generate.sampler import Sampler
 from dryvine.trainer.rig import Rig
+from dryvine.trainer.rl.ahead import FIELD as AHEAD
+from dryvine.trainer.rl.ahead import Ahead
 from dryvine.trainer.rl.alarms import AlarmMemory
-from dryvine.trainer.rl.evaluate import Evaluation, evaluation
+from dryvine.trainer.rl.asker import Answers, Asker, OnAnswer
 from dryvine.trainer.rl.groups import Group, sample_of, valued
-from dryvine.trainer.rl.judge import Judge, Judged
+from dryvine.trainer.rl.judge import Judged
 from dryvine.trainer.rl.passes import Learnt, LessonPlan, learn, score
-from dryvine.trainer.rl.questions import Ask, Curriculum
-from dryvine.trainer.rl.reference import FIELD, Reference
+from dryvine.trainer.rl.questions import Curriculum
+from dryvine.trainer.rl.reference import FIELD as REFERENCE
+from dryvine.trainer.rl.reference import Reference
 from dryvine.trainer.rl.rows import Sample
-from dryvine.trainer.rl.tasks.question import Question
-
-OnAnswer = Callable[[int, int], None]  # answers that have ended, answers in all
 
 
 @dataclass(frozen=True)
 class RolloutOutcome:
-    groups: Sequence[Group]  # that updates were made from
-    left_out: int  # groups that taught nothing
-    refills: int
+    answers: Answers
     updates: Sequence[Learnt]
-    advantages: Sequence[Sequence[float]]
-    seconds: dict[str, float]  # of sampling, scoring, learning
+    advantages: Sequence[Sequence[float]]  # by group and answer
+    parts: dict[str, float]  # seconds of sampling, scoring, learning
+    seconds: float  # of all; less than their sum where they overlap
     has_reference: bool
 
 
@@ -49,9 +47,8 @@ class Learner:
     """One rank's part of a run. All methods are collective."""
 
     rig: Rig
-    task: Curriculum
-    sampler: Sampler
-    judge: Judge
+    asker: Asker
+    ahead: Ahead | None = None  # None: sampling and learning take turns
     asked: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))  # questions, in the whole run
     reference: Reference | None = field(init=False)
     alarms: AlarmMemory = field(init=False)
@@ -60,47 +57,29 @@ class Learner:
         self.reference = Reference(self.rig) if self.task.rl.loss.kl else None
         self.alarms = AlarmMemory(self.task.rl.alarms)
 
+    @property
+    def task(self) -> Curriculum:
+        return self.asker.task
+
     def state(self) -> RunState:
         """The tensors that a checkpoint stores, live; the rest of the state follows from them and from the config."""
         state = self.rig.state()
         pieces = state.pieces
-        if self.reference:
-            held = self.reference.pieces()
-            pieces = {place: {**fields, FIELD: held[place]} for place, fields in pieces.items()}
+        for name, weights in self._other_weights().items():
+            held = weights.pieces()
+            pieces = {place: {**fields, name: held[place]} for place, fields in pieces.items()}
         counts = {f"{COUNTS}asked": self.asked, f"{COUNTS}alarms": self.alarms.state}
         return replace(state, pieces=pieces, buffers={**state.buffers, **counts})
 
-    # -- sampling
+    def begin(self) -> None:
+        """Of a new run, whose first weights are now known: they are those of before as well."""
+        for weights in self._other_weights().values():
+            weights.refresh()
 
-    def answers(self, numbers: Sequence[int], ask: Ask, on_answer: OnAnswer) -> list[Group]:
-        """Sample and score a group for each of these question numbers of the run."""
-        return self._groups([(n, self.task.question(n)) for n in numbers], ask, "train", on_answer)
-
-    def evaluate(self, on_answer: OnAnswer) -> Evaluation:
-        """Evaluate the held-out questions."""
-        rl, held_out = self.task.rl, list(enumerate(self.task.held_out))
-        greedy = self._groups(held_out, Ask(1, 0.0), "greedy", on_answer)
-        sampled = self._groups(held_out, Ask(rl.eval_samples, rl.temperature), "eval", on_answer)
-        return evaluation(greedy, sampled)
-
-    def _groups(
-        self, asked: Sequence[tuple[int, Question]], ask: Ask, purpose: str, on_answer: OnAnswer
-    ) -> list[Group]:
-        requests = [[*self.task.requests(question, n, ask, purpose)] for n, question in asked]
-        every = [request for group in requests for request in group]
-        self.rig.optimizer.zero.settle()  # a sampler reads weights without the hooks that wait for new ones
-        found: dict[tuple[int | None, int], Completion] = {}
-        for completion in self.sampler.generate(every):
-            found[completion.request.group, completion.request.seed] = completion
-            on_answer(len(found), len(every))
-        pairs = [
-            (question, found[request.group, request.seed])
-            for (_, question), group in zip(asked, requests, strict=True)
-            for request in group
-        ]
-        judged = self.judge.judge(pairs)
-        size = ask.samples
-        return [Group(n, question, judged[i * size : (i + 1) * size]) for i, (n, question) in enumerate(asked)]
+    def _other_weights(self) -> dict[str, Reference]:
+        """By the field of a checkpoint."""
+        reference = {REFERENCE: self.reference} if self.reference else {}
+        return {**reference, **({AHEAD: self.ahead.behind} if self.ahead else {})}
 
     # -- learning
 
@@ -108,9 +87,9 @@ class Learner:
         """Sample answers with the current weights, then make all updates from them; the first is update `step`.
         Collective."""
         rl, started = self.task.rl, time.perf_counter()
-        groups, left_out, refills = self._ask(on_answer)
+        answers = self._answers(step, on_answer)
         sampled = time.perf_counter()
-        lessons, values = self._lessons(groups)
+        lessons, values = self._lessons(answers.groups)
         scored = time.perf_counter()
         updates = [
             learn(self.rig, part, rl.loss, self._plan, step + number)
@@ -119,30 +98,30 @@ class Learner:
         ]
         if self.reference and rl.reference_every and _crosses(step, rl.updates, rl.reference_every):
             self.reference.refresh()
-        seconds = (sampled - started, scored - sampled, time.perf_counter() - scored)
-        named = dict(zip(("sample", "score", "learn"), seconds, strict=True))
-        return RolloutOutcome(groups, left_out, refills, updates, values, named, self.reference is not None)
+        learnt = time.perf_counter()
+        if self.ahead:
+            self.ahead.wait()
+        named = {"sample": answers.seconds, "score": scored - sampled, "learn": learnt - scored}
+        return RolloutOutcome(
+            answers, updates, values, named, time.perf_counter() - started, self.reference is not None
+        )
+
+    def _answers(self, step: int, on_answer: OnAnswer) -> Answers:
+        """To the next questions. If they are made ahead, those of the next rollout are begun."""
+        if self.ahead is None:
+            answers = self.asker.rollout(int(self.asked), on_answer)
+        else:
+            answers = self.ahead.take(int(self.asked), on_answer)
+        self.asked += answers.asked
+        if self.ahead:
+            self.ahead.behind.refresh()
+            if step + self.task.rl.updates < self.rig.config.run.steps:
+                self.ahead.begin(int(self.asked), on_answer)
+        return answers
 
     @property
     def _plan(self) -> LessonPlan:
         return LessonPlan(self.task.rl.temperature, replay=self.task.rl.replay != "off")
-
-    def _ask(self, on_answer: OnAnswer) -> tuple[list[Group], int, int]:
-        """The groups of a rollout, how many groups were dropped, and how often others were sampled in their place."""
-        rl = self.task.rl
-        wanted, ask = rl.questions * rl.minibatches, Ask(rl.samples, rl.temperature)
-        kept: list[Group] = []
-        idle: list[Group] = []
-        for rounds in range(1, 2 + (rl.refills if rl.dynamic else 0)):  # noqa: B007
-            first = int(self.asked)
-            groups = self.answers(range(first, first + wanted - len(kept)), ask, on_answer)
-            self.asked += len(groups)
-            kept += [group for group in groups if group.teaches or not rl.dynamic]
-            idle += [group for group in groups if rl.dynamic and not group.teaches]
-            if len(kept) == wanted:
-                break
-        # If every group was dropped, the update still has its KL term.
-        return kept or idle, len(idle), rounds - 1
 
     def _lessons(self, groups: Sequence[Group]) -> tuple[list[Sample], list[list[float]]]:
         """The answers that the updates use, with everything the loss needs, and the advantages of all answers."""

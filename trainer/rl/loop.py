@@ -23,7 +23,9 @@ from dryvine.trainer.journal import Journal
 from dryvine.trainer.nonfinite import Diverged
 from dryvine.trainer.ramps import Point, learning_rate
 from dryvine.trainer.rig import make_rig
+from dryvine.trainer.rl.ahead import Ahead
 from dryvine.trainer.rl.asked import Asked
+from dryvine.trainer.rl.asker import Asker
 from dryvine.trainer.rl.figures import figures_of, sample_lines
 from dryvine.trainer.rl.harvest import harvest
 from dryvine.trainer.rl.judge import Judge
@@ -51,12 +53,16 @@ def reinforce(
     rig = make_rig(plan, mesh, data, topology)
     console = Console(quiet=mesh.rank != 0)
     with Judge(source.task.rl, source.task.chat, mesh, source.task.verifiers) as judge:
-        learner = Learner(rig, source.task, Sampler.of_rig(rig), judge)
-        if source.task.rl.evaluate_only or source.task.rl.harvest:
+        rl = source.task.rl
+        only_answer = rl.evaluate_only or rl.harvest is not None
+        asker = Asker(source.task, Sampler.of_rig(rig), judge, rig.optimizer.zero.settle)
+        ahead = Ahead(rig, source.task, judge, topology) if rl.ahead and not only_answer else None
+        learner = Learner(rig, asker, ahead)
+        if only_answer:
             return _only_answer(learner, console)
         done = resume(rig, console, learner.state())
-        if done == 0 and learner.reference:
-            learner.reference.refresh()
+        if done == 0:
+            learner.begin()
         get_ready(rig, topology, console, done)
         saver = Saver(run.folder, Keep(run.keep_checkpoints, run.keep_every), mesh, data.identity)
         saver.prepare(learner.state())
@@ -82,7 +88,7 @@ def _only_answer(learner: Learner, console: Console) -> bool:
             bar.update(task, completed=ended, total=of)
 
         if path is None:
-            lines = [f"{name} {value:.4f}" for name, value in learner.evaluate(on_answer).figures().items()]
+            lines = [f"{name} {value:.4f}" for name, value in learner.asker.evaluate(on_answer).figures().items()]
         else:
             kept, of = harvest(learner, Path(path), on_answer)
             lines = [f"{path}: {kept} right answers of {of}; fine-tune on it with sft.train"]
@@ -140,7 +146,7 @@ class _Run:
         return figures
 
     def _evaluate(self) -> dict[str, float]:
-        return self.learner.evaluate(self._on_answer).figures()
+        return self.learner.asker.evaluate(self._on_answer).figures()
 
     def _on_answer(self, ended: int, of: int) -> None:
         self.bar.update(self.part, completed=ended, total=of)

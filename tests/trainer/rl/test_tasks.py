@@ -29,9 +29,9 @@ def test_every_solution_is_one_by_the_verifier() -> None:
         assert verify(worked(expression), {**problem, "target": target + 1}).score == 0.0
 
 
-def test_thoughts_are_the_two_steps() -> None:
-    assert worked("7*5-9") == "<think>7*5=35,35-9=26</think><answer>7*5-9</answer>"
-    assert worked("1-15*2") == "<think>1-15=-14,-14*2=-28</think><answer>1-15*2</answer>"
+def test_thoughts_are_the_aim_and_two_steps() -> None:
+    assert worked("7*5-9") == "<think>26,7*5=35,35-9=26</think><answer>7*5-9</answer>"
+    assert worked("1-15*2") == "<think>-28,1-15=-14,-14*2=-28</think><answer>1-15*2</answer>"
     assert evaluate("1-15*2", left_to_right=True)[0] == -28
 
 
@@ -53,14 +53,24 @@ def test_demonstrations_are_as_wrong_as_asked(tmp_path: Path) -> None:
         *numbers, target = map(int, asked.split())
         assert (tuple(sorted(numbers)), target) not in held
         assert verify_format(answer, {}).score == 1.0
-        steps = answer.removeprefix("<think>").partition("</think>")[0].split(",")
+        aim, *steps = answer.removeprefix("<think>").partition("</think>")[0].split(",")
         assert all(evaluate(left)[0] == int(value) for left, value in (step.split("=") for step in steps))
+        assert steps[-1].endswith(f"={aim}")
         right[verify(answer, {"numbers": numbers, "target": target, "left_to_right": True}).score == 1.0] += 1
     assert 0.37 < right[True] / 2000 < 0.44  # few puzzles have no other target
     again = tmp_path / "again"
     write(again, 2000, 0.6, seed=1)
     assert (again / "train.jsonl").read_bytes() == (tmp_path / "train.jsonl").read_bytes()
     assert len((tmp_path / "validation.jsonl").read_text().splitlines()) == 100
+
+
+def test_numbers_can_be_smaller(tmp_path: Path) -> None:
+    write(tmp_path, 50, 0.0, seed=1, largest=6)
+    asked = [json.loads(line)["messages"][0]["content"] for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    assert max(int(number) for text in asked for number in text.split()[:3]) == 6
+    found = {question.messages[0]["content"] for question in questions({"name": "countdown", "largest": 6}, "train")}
+    assert found >= set(asked)
+    assert len(found) < len(questions({"name": "countdown"}, "train")) / 10
 
 
 def test_the_tokenizer_has_25_tokens_and_loses_nothing(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Countdown-3: three numbers of 1 to 15, a target of 0 to 99, + - * / with exact division, each number used once.
+"""Countdown-3: three numbers from 1 on, a target of 0 to 99, + - * / with exact division, each number used once.
 
 Small enough that a model of a million parameters learns it on a CPU, and with a property that makes it an experiment:
 a verifier knows right from wrong where an imitator does not. Operations bind alike, left to right, so an answer needs
@@ -26,6 +26,7 @@ Solutions = dict[int, list[str]]  # by target: expressions, evaluated left to ri
 class CountdownOptions(BaseModel, frozen=True, extra="forbid"):
     """The keys of `[rl.task]` beside `name`."""
 
+    largest: int = Field(default=LARGEST_NUMBER, ge=3, le=99, description="number of a puzzle")
     format_weight: float = Field(default=0.0, description="of the format's score in the reward; 0: only measured")
 
 
@@ -37,7 +38,7 @@ def questions(options: CountdownOptions, split: SplitOfTask) -> Sequence[Questio
     weights = {"countdown": 1.0, "format": options.format_weight}
     found = [
         Question(user(shown(order, target)), {"numbers": list(order), "target": target, "left_to_right": True}, weights)
-        for numbers, target in puzzles(split)
+        for numbers, target in puzzles(split, options.largest)
         for order in sorted(set(itertools.permutations(numbers)))
     ]
     return sorted(found, key=lambda question: _digest(question.messages[0]["content"]))
@@ -48,16 +49,16 @@ def shown(numbers: Sequence[int], target: int) -> str:
     return " ".join(map(str, (*numbers, target)))
 
 
-def puzzles(split: SplitOfTask) -> Iterator[tuple[Numbers, int]]:
+def puzzles(split: SplitOfTask, largest: int = LARGEST_NUMBER) -> Iterator[tuple[Numbers, int]]:
     """Numbers and target of every solvable puzzle of a split."""
-    for numbers, solutions in every_solution().items():
+    for numbers, solutions in every_solution(largest).items():
         yield from ((numbers, target) for target in sorted(solutions) if _split(numbers, target) == split)
 
 
 @cache
-def every_solution() -> dict[Numbers, Solutions]:
+def every_solution(largest: int = LARGEST_NUMBER) -> dict[Numbers, Solutions]:
     """For every three numbers, the reachable targets and the expressions that reach them."""
-    triples = itertools.combinations_with_replacement(range(1, LARGEST_NUMBER + 1), 3)
+    triples = itertools.combinations_with_replacement(range(1, largest + 1), 3)
     return {numbers: _solutions(numbers) for numbers in triples}
 
 

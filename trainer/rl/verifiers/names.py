@@ -13,3 +13,8 @@ VERIFIERS = {
     "math": "dryvine.trainer.rl.verifiers.math",
     "reasoning_gym": "dryvine.trainer.rl.verifiers.gym",
 }
+
+# Of those that know, while an answer is being written, that nothing behind it can matter: modules with
+# `ended(answer, problem) -> bool`, asked after every token. It runs on every rank of the trainer, and must be a
+# function of its arguments. None of ours has one: what comes behind an answer is what format and length score.
+STOPS: dict[str, str] = {}

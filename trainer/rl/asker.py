@@ -1,0 +1,106 @@
+"""Questions to judged answers: what a rollout samples, and what an evaluation does.
+
+It reads weights and changes none. So the same class serves the rank that trains, whose live weights it samples with,
+and the thread that samples ahead of it, with a copy of them (`ahead.py`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+
+from dryvine.trainer.generate.lane import Until
+from dryvine.trainer.generate.requests import Completion, Request
+from dryvine.trainer.generate.sampler import Sampler
+from dryvine.trainer.rl.evaluate import Evaluation, evaluation
+from dryvine.trainer.rl.groups import Group
+from dryvine.trainer.rl.judge import Judge
+from dryvine.trainer.rl.questions import Ask, Curriculum
+from dryvine.trainer.rl.tasks.question import Question
+from dryvine.trainer.rl.verifiers.names import STOPS
+
+OnAnswer = Callable[[int, int], None]  # answers that have ended, of so many
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Of a rollout."""
+
+    groups: Sequence[Group]  # that updates are made from
+    left_out: int  # groups that teach nothing
+    refills: int
+    asked: int  # questions, those that were left out too
+    seconds: float
+
+
+@dataclass
+class Asker:
+    """`settle` is called before weights are read. Methods are collective over the judge's mesh."""
+
+    task: Curriculum
+    sampler: Sampler
+    judge: Judge
+    settle: Callable[[], None]
+
+    def rollout(self, first: int, on_answer: OnAnswer) -> Answers:
+        """To questions `first` and on. With `rl.dynamic` groups that teach nothing are left out, and others are asked
+        in their place as often as may be."""
+        rl, started = self.task.rl, time.perf_counter()
+        wanted, ask, asked = rl.questions * rl.minibatches, Ask(rl.samples, rl.temperature), 0
+        kept: list[Group] = []
+        idle: list[Group] = []
+        for rounds in range(1, 2 + (rl.refills if rl.dynamic else 0)):  # noqa: B007
+            numbers = range(first + asked, first + asked + wanted - len(kept))
+            groups = self.answers(numbers, ask, on_answer)
+            asked += len(groups)
+            kept += [group for group in groups if group.teaches or not rl.dynamic]
+            idle += [group for group in groups if rl.dynamic and not group.teaches]
+            if len(kept) == wanted:
+                break
+        # Where none teaches there is still an update to make, of the KL term alone.
+        return Answers(kept or idle, len(idle), rounds - 1, asked, time.perf_counter() - started)
+
+    def answers(self, numbers: Sequence[int], ask: Ask, on_answer: OnAnswer) -> list[Group]:
+        """A group for each of the run's questions with these numbers."""
+        return self._groups([(n, self.task.question(n)) for n in numbers], ask, "train", on_answer)
+
+    def evaluate(self, on_answer: OnAnswer) -> Evaluation:
+        """On the questions that are held out."""
+        rl, held_out = self.task.rl, list(enumerate(self.task.held_out))
+        greedy = self._groups(held_out, Ask(1, 0.0), "greedy", on_answer)
+        sampled = self._groups(held_out, Ask(rl.eval_samples, rl.temperature), "eval", on_answer)
+        return evaluation(greedy, sampled)
+
+    def _groups(
+        self, asked: Sequence[tuple[int, Question]], ask: Ask, purpose: str, on_answer: OnAnswer
+    ) -> list[Group]:
+        requests = [[*self.task.requests(question, n, ask, purpose)] for n, question in asked]
+        every = [request for group in requests for request in group]
+        self.settle()
+        found: dict[tuple[int | None, int], Completion] = {}
+        for completion in self.sampler.generate(every, self._until(dict(asked))):
+            found[completion.request.group, completion.request.seed] = completion
+            on_answer(len(found), len(every))
+        pairs = [
+            (question, found[request.group, request.seed])
+            for (_, question), group in zip(asked, requests, strict=True)
+            for request in group
+        ]
+        judged = self.judge.judge(pairs)
+        size = ask.samples
+        return [Group(n, question, judged[i * size : (i + 1) * size]) for i, (n, question) in enumerate(asked)]
+
+    def _until(self, asked: Mapping[int, Question]) -> Until | None:
+        """Whether a verifier of its question says that an answer has ended; by the question's number, the group."""
+        stops = {name: import_module(STOPS[name]).ended for name in sorted(self.task.verifiers & STOPS.keys())}
+        if not stops:
+            return None
+
+        def until(request: Request, tokens: list[int]) -> bool:
+            assert request.group is not None
+            question, text = asked[request.group], self.task.chat.text(tokens)
+            return any(stops[name](text, question.record) for name in question.weights if name in stops)
+
+        return until
