@@ -27,11 +27,21 @@ setup-test: .venv/.setup-test
 train: setup
 	$(BIN)/dryvine train configs/tiny_cpu.toml
 
-# Demonstrations, warm start and reinforcement of the countdown demo: docs/rl.md.
+# The countdown demo, and what R1 does behind it: pretraining, warm start, reinforcement, the control, rejection sampling,
+# distillation, and an evaluation of each. docs/rl.md.
 rl: setup
-	$(BIN)/dryvine demos --out data/countdown
-	$(BIN)/dryvine sft configs/countdown_sft.toml
+	$(BIN)/dryvine demos --out data/countdown --largest 9
+	[ -e data/countdown/sums/dataset.json ] || $(BIN)/dryvine data build --text data/countdown/sums.jsonl --tokenizer data/countdown/tokenizer.json --out data/countdown/sums
+	$(BIN)/dryvine train configs/countdown_pretrain.toml
+	$(BIN)/dryvine sft configs/countdown_sft.toml run.init_from=runs/countdown_pretrain
 	$(BIN)/dryvine rl configs/countdown_r1zero.toml
+	$(BIN)/dryvine sft configs/countdown_control.toml
+	$(BIN)/dryvine rl configs/countdown_r1zero.toml rl.evaluate_only=true run.name=control run.init_from=runs/countdown_control
+	$(BIN)/dryvine rl configs/countdown_r1zero.toml rl.harvest=data/countdown/right.jsonl run.name=harvest run.init_from=runs/countdown_r1zero
+	$(BIN)/dryvine sft configs/countdown_rejection.toml
+	$(BIN)/dryvine rl configs/countdown_r1zero.toml rl.evaluate_only=true run.name=rejection run.init_from=runs/countdown_rejection
+	$(BIN)/dryvine sft configs/countdown_distil.toml
+	$(BIN)/dryvine rl configs/countdown_distil_eval.toml
 
 test: setup-test
 	$(BIN)/python -m pytest -m "not long" $(SIDE_BY_SIDE)

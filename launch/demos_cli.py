@@ -9,7 +9,7 @@ import typer
 
 
 def demos(
-    out: Annotated[Path, typer.Option(help="Folder for tokenizer.json, train.jsonl and validation.jsonl.")],
+    out: Annotated[Path, typer.Option(help="Folder for tokenizer.json, train.jsonl, validation.jsonl and sums.jsonl.")],
     count: Annotated[int, typer.Option(min=1, help="Of demonstrations.")] = 40_000,
     wrong: Annotated[float, typer.Option(min=0, max=1, help="Share that aims at another target.")] = 0.6,
     largest: Annotated[int, typer.Option(min=3, max=99, help="Number of a puzzle.")] = 15,

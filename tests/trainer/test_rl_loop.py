@@ -169,7 +169,7 @@ def test_answers_ahead_are_those_of_the_weights_before_the_last_rollout(run: Tin
     }
     assert one[0]["mismatch_k3"] < 1e-9 < 1e-5 < min(row["mismatch_k3"] for row in one[1:])
     assert max(row["mismatch_k3"] for row in other) < 1e-9
-    assert one[1]["reward"] != other[1]["reward"]
+    assert one[1]["grad_norm"] != other[1]["grad_norm"]
 
 
 def test_what_fails_while_sampling_ahead_fails_the_run(run: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:

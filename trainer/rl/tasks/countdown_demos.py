@@ -75,7 +75,7 @@ def _between(text: str, cuts: list[int]) -> Iterator[str]:
 
 def write(folder: Path, count: int, wrong: float, seed: int, largest: int = LARGEST_NUMBER) -> None:
     """`tokenizer.json`, `train.jsonl` of `count` demonstrations with numbers up to `largest`, and `validation.jsonl` of
-    a twentieth as many, which are right and of held-out puzzles."""
+    a twentieth as many, which are right and of held-out puzzles; and `sums.jsonl`, texts to pretrain on."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer().save(str(folder / "tokenizer.json"))
     solved, held_out = every_solution(largest), max(1, count // 20)
@@ -84,6 +84,16 @@ def write(folder: Path, count: int, wrong: float, seed: int, largest: int = LARG
     for name, lines, number in (("train", mixed, count), ("validation", right, held_out)):
         with (folder / f"{name}.jsonl").open("w") as file:
             file.writelines(json.dumps(line) + "\n" for line in itertools.islice(lines, number))
+    with (folder / "sums.jsonl").open("w") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in sums(largest))
+
+
+def sums(largest: int) -> Iterator[str]:
+    """Every step that a solution can have: 45-8=37."""
+    for left, sign, right in itertools.product(range(1 - largest, largest**2 + 1), OPERATIONS, range(1, largest + 1)):
+        value = applied(left, sign, right)
+        if value is not None:
+            yield f"{left}{sign}{right}={value}"
 
 
 def _demonstrations(
