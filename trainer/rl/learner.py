@@ -3,8 +3,7 @@
 Sampling, scoring and learning take turns on the same ranks with the same weights, so no weights are copied between an
 inference engine and a trainer, and the probabilities of an answer are those of the weights that the first update starts
 from. A separate engine would sample beside the updates, and would need weights sent, converted and checked after each
-of them. With `rl.ahead` this rank samples the next rollout meanwhile, with the weights of
-before (`ahead.py`).
+of them. With `rl.ahead` the next rollout is sampled meanwhile, with the weights from before (`ahead.py`).
 """
 
 from __future__ import annotations
