@@ -33,11 +33,12 @@ class Cache:
             self.latents, self.routes = _larger(self.latents, size), _larger(self.routes, size)
 
     def clear(self, slot: int) -> None:
-        """Of numbers that are not finite, which the next answer in the slot would multiply by zero."""
+        """Zero a slot. Numbers that are not finite would spoil the slot's next answer, which multiplies them by
+        zero."""
         self.latents[:, slot] = 0
 
     def copy(self, sources: Sequence[int], targets: Sequence[int], positions: int) -> None:
-        """The first positions of slots, to other slots."""
+        """Copy the first `positions` positions of slots `sources` to slots `targets`."""
         for part in (self.latents, self.routes):
             if part.shape[0]:
                 part[:, list(targets), :positions] = part[:, list(sources), :positions]

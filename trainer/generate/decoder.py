@@ -1,15 +1,13 @@
-"""The model as it decodes over the ranks of a run: lanes of sequences that pass the pipeline one behind the other.
+"""Decoding over the ranks of a run: lanes of sequences that pass through the pipeline one behind the other.
 
-A lane is a batch with slots and caches of its own. Each data rank has several, as many as keep its pipeline busy, and a
-lane always takes the same route through the stages, since its latents lie where it has passed: with DualPipe half of
-the lanes enter at either end, and use the weights that each rank holds for both directions. Who feeds what is decided
-on every rank from the same values, so that nothing but hidden states and sampled tokens travels.
+A lane is a batch with slots and caches of its own. Each data rank has enough lanes to keep its pipeline busy, and a
+lane always takes the same route through the stages, since its latents are cached there: with DualPipe, half of the
+lanes enter at each end and use the weights that each rank holds for both directions. Every rank makes the same
+decisions from the same values, so only hidden states and sampled tokens are sent. All ranks wait for the tokens of all
+lanes at the end of a step: with W lanes on each of R routes, a pipeline of p stages is busy for W of W + p - 1 turns.
+(Sending each lane's tokens back as they are made would close the gap, with messages that depend on when sequences end.)
 
-All ranks wait for the tokens of all lanes at the end of a step: with W lanes on each of R routes a pipeline of p stages
-is busy for W of W + p - 1 turns. (Sending each lane's tokens back as they are made would close the gap, for messages
-that depend on when sequences end.)
-
-Legend: S sequences, H hidden, N tokens, M mixtures of the model, K choices per token.
+Legend: S sequences, H hidden, N tokens, M MoE layers of the model, K choices per token.
 """
 
 from __future__ import annotations
@@ -31,11 +29,11 @@ from dryvine.trainer.generate.feed import Feed, Stretch, prefill_feed, step_feed
 from dryvine.trainer.generate.sampling import Ways, sample
 from dryvine.trainer.generate.stage import CachedStage
 
-STRETCH = 512  # tokens of a sequence in a prefill, at most: its mask has so many rows
+STRETCH = 512  # most tokens of a sequence in one prefill: the rows of its mask
 
 
 class LaneStep(NamedTuple):
-    """What a lane feeds in a step: the newest token of each slot in use, its position, and how the next is drawn."""
+    """What a lane feeds in a step: the newest token of each slot in use, its position, and how to sample the next."""
 
     tokens: NDArray[np.int64]
     positions: NDArray[np.int64]
@@ -76,7 +74,7 @@ class Decoder:
         self._wire = P2PWire(mesh)
 
     def caches(self) -> Caches:
-        """Empty ones, for the lanes of this rank."""
+        """Empty caches for the lanes of this rank."""
         return {
             (wave, stage): self.parts[stage].cache()
             for wave in range(self.waves)
@@ -85,23 +83,23 @@ class Decoder:
         }
 
     def reserve(self, caches: Caches, lane: int, slots: int, positions: int) -> None:
-        """Room for so many slots of so many positions."""
+        """Make room for `slots` slots of `positions` positions in a lane."""
         for cache in self._caches_of(caches, lane):
             cache.reserve(slots, positions)
 
     def copy(self, caches: Caches, lane: int, sources: Sequence[int], targets: Sequence[int], positions: int) -> None:
-        """The first positions of some slots of a lane to others."""
+        """Copy the first `positions` positions of some slots of a lane to others."""
         for cache in self._caches_of(caches, lane):
             cache.copy(sources, targets, positions)
 
     def clear(self, caches: Caches, lane: int, slot: int) -> None:
-        """Leave nothing in a slot that could spoil its next answer."""
+        """Zero a slot whose contents are not finite, so that the slot's next answer is not affected."""
         for cache in self._caches_of(caches, lane):
             cache.clear(slot)
 
     @torch.no_grad()
     def prefill(self, caches: Caches, pieces: Mapping[int, Sequence[Stretch]]) -> None:
-        """Feed what lanes are given, without drawing anything."""
+        """Feed tokens to lanes without sampling."""
         rounds = {lane: list(_rounds(some, self.budget)) for lane, some in pieces.items()}
         for number in range(max(map(len, rounds.values()), default=0)):
             now = {lane: some[number] for lane, some in rounds.items() if number < len(some)}
@@ -111,7 +109,7 @@ class Decoder:
 
     @torch.no_grad()
     def step(self, caches: Caches, steps: Sequence[LaneStep]) -> list[Drawn]:
-        """Feed one token to every slot in use, and draw the next ones: for every lane, on every rank."""
+        """Feed one token to every slot in use and sample the next ones: for every lane, on every rank."""
         waves = [w for w in range(self.waves) if any(len(steps[lane].tokens) for lane in self._lanes_of(w))]
         own = {wave: steps[self._lane(wave)] for wave in waves}
         device, rope = self.mesh.device, self.spec.rope
@@ -120,7 +118,7 @@ class Decoder:
         return self._exchange(drawn, [len(step.tokens) for step in steps])
 
     def routes_of(self, caches: Caches, spans: Sequence[Span]) -> list[Tensor]:
-        """The experts that tokens chose: int16 [M, length, K] of each span."""
+        """The experts that cached tokens chose: int16 [M, length, K] for each span."""
         s = self.spec.shape
         out = [torch.zeros(s.layers - s.first_dense, span.length, s.top_k, dtype=torch.int32) for span in spans]
         for routes, span in zip(out, spans, strict=True):
@@ -136,11 +134,11 @@ class Decoder:
         return self.routes[wave % len(self.routes)]
 
     def _lane(self, wave: int) -> int:
-        """This data rank's."""
+        """The number of this data rank's lane of a wave."""
         return self.mesh.data_rank * self.waves + wave
 
     def _lanes_of(self, wave: int) -> range:
-        """Every data rank's."""
+        """The lanes of a wave on all data ranks."""
         return range(wave, self.lanes, self.waves)
 
     def _held(self, caches: Caches, lane: int) -> Iterator[tuple[tuple[int, int], Cache]]:
@@ -151,7 +149,7 @@ class Decoder:
         return [cache for _, cache in self._held(caches, lane)]
 
     def _pass(self, caches: Caches, feeds: Mapping[int, Feed]) -> dict[int, Tensor]:
-        """Lead feeds, by wave, through all stages. Returns the states [N, H] of those that end on this rank."""
+        """Run feeds, by wave, through all stages. Returns the states [N, H] of the waves that end on this rank."""
         states: dict[int, Tensor | None] = {}
         ended, leaving = {}, []
         for wave, stage in self._order(feeds):
@@ -169,8 +167,9 @@ class Decoder:
         return ended
 
     def _order(self, waves: Mapping[int, Feed]) -> list[tuple[int, int]]:
-        """The (wave, stage) that this rank plays. A wave enters when the one before it on its route has left the first
-        stage; all ranks count turns alike, so that what is sent first is received first, and nobody waits in a ring."""
+        """The (wave, stage) pairs that this rank runs, in order. A wave enters when the one before it on its route
+        has left the first stage. All ranks count turns alike, so messages are received in the order in which they
+        are sent, and ranks never wait for each other in a ring."""
         turns = [
             (wave // len(self.routes) + stage, wave, stage)
             for wave in waves
@@ -180,7 +179,7 @@ class Decoder:
         return [(wave, stage) for _, wave, stage in sorted(turns)]
 
     def _arrive(self, wave: int, stage: int, feed: Feed, states: dict[int, Tensor | None]) -> Tensor | None:
-        """The state that a stage begins with."""
+        """The state that a stage starts from: embedded tokens, or what the stage before sent."""
         *_, source = self._route(wave)[:stage]
         if source == self.mesh.pp_rank:
             return states.pop(wave)
@@ -191,7 +190,7 @@ class Decoder:
         return self._wire.receive((like,), source, channel, f"stage {stage}, lane {wave}").wait()[0]
 
     def _send(self, wave: int, stage: int, target: int, x_NH: Tensor) -> Pending[None]:
-        """What a stage made, to another rank. Tokens of nobody are not sent."""
+        """Send a stage's output to another rank. A lane without tokens sends nothing."""
         if not len(x_NH):
             return Pending.done(None)
         channel = (wave % len(self.routes), "down")
@@ -208,7 +207,7 @@ class Decoder:
         return Drawn(tokens.cpu().numpy(), logprobs.double().cpu().numpy())
 
     def _exchange(self, drawn: Mapping[int, Drawn], sizes: Sequence[int]) -> list[Drawn]:
-        """What the last stage of each lane has drawn, to every rank."""
+        """The tokens that the last stage of each lane has sampled, on every rank. Collective."""
         if self.mesh.size == 1:
             return [drawn.get(lane, Drawn(np.zeros(0, np.int64), np.zeros(0))) for lane in range(self.lanes)]
         ends = np.cumsum([0, *sizes])
@@ -223,7 +222,7 @@ class Decoder:
 
 
 def _rounds(pieces: Sequence[Stretch], budget: int) -> Iterator[list[Stretch]]:
-    """Pieces in batches of at most `budget` tokens, those that are too long in several."""
+    """Pieces in batches of at most `budget` tokens; longer ones are split over several batches."""
     batch: list[Stretch] = []
     room = budget
     for slot, start, tokens in pieces:

@@ -1,9 +1,9 @@
-"""From a conversation to the tokens that an answer is sampled behind.
+"""A conversation to the tokens that an answer is sampled after.
 
-A run that was fine-tuned is asked in the tokens that it was taught. Others come with a chat template (Jinja, as
-transformers has it), which is a program from somebody else: it runs in Jinja's sandbox. The template writes a mark
-where a message's content belongs, and contents are encoded apart from it, so that nobody takes a role by spelling its
-token.
+A fine-tuned run uses the templates it was trained with. Other models come with a chat template (Jinja, as in
+transformers), which is a program from somebody else and so runs in Jinja's sandbox. The template is given a mark in
+place of each message's content, and contents are encoded separately, so that text which spells a control token cannot
+start a turn.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ _MARKS = re.compile("\ue000(\\d+)\ue001")
 
 
 class Dialogue(Protocol):
-    """How a model is talked to."""
+    """How messages become tokens, and tokens text."""
 
     @property
     def stop(self) -> frozenset[int]:
         """Tokens that end an answer."""
 
     def prompt(self, messages: Messages) -> tuple[int, ...]:
-        """What an answer is sampled behind."""
+        """The tokens that an answer is sampled after."""
 
     def text(self, tokens: Sequence[int]) -> str:
-        """Of an answer."""
+        """The text of an answer."""
 
 
 class TunedDialogue:
-    """By the templates of a fine-tuned run."""
+    """Uses the templates of a fine-tuned run."""
 
     def __init__(self, chat: Chat) -> None:
         self._chat, self.stop = chat, frozenset({chat.stop})
@@ -54,7 +54,7 @@ class TunedDialogue:
 
 
 class TemplateDialogue:
-    """By a chat template. Raises HandOffError if that cannot be used."""
+    """Uses a chat template. Raises HandOffError if it cannot be rendered."""
 
     def __init__(self, files: TokenizerFiles) -> None:
         self._files, self.stop = files, frozenset({files.vocabulary.end})
@@ -83,7 +83,7 @@ class TemplateDialogue:
         return text_of(self._files.vocabulary, tokens)
 
     def _own(self, text: str) -> list[int]:
-        """Of the template's text, in which a control token is meant where it is spelled out."""
+        """Encode the template's own text, where a spelled control token is one."""
         tokenizer = self._files.vocabulary.tokenizer
         tokenizer.encode_special_tokens = False
         try:
@@ -96,29 +96,29 @@ class TemplateDialogue:
 
 
 def plain(vocabulary: Vocabulary, text: str) -> list[int]:
-    """Tokens of text, in which nothing is a control token."""
+    """Encode text in which nothing is a control token."""
     return vocabulary.encode([TextPart(None, text)])[0] if text else []
 
 
 def text_of(vocabulary: Vocabulary, tokens: Sequence[int]) -> str:
-    """Without control tokens."""
+    """Decode tokens, leaving out control tokens."""
     return str(vocabulary.tokenizer.decode(list(tokens), skip_special_tokens=True))
 
 
 class Stream:
-    """Text as its tokens come: what is whole. A character of several tokens comes when its last has come."""
+    """Decodes tokens as they arrive. A character made of several tokens is returned with its last one."""
 
     def __init__(self, text: Dialogue | Vocabulary) -> None:
         self._text, self._shown = text, 0
 
     def more(self, tokens: Sequence[int]) -> str:
-        """What the tokens so far add to what was returned before."""
+        """The text that the tokens so far add to what was returned before."""
         whole = self._decode(tokens).rstrip("\ufffd")
         new, self._shown = whole[self._shown :], max(self._shown, len(whole))
         return new
 
     def rest(self, tokens: Sequence[int]) -> str:
-        """What is left at the end, broken or not."""
+        """The remaining text at the end, incomplete characters included."""
         return self._decode(tokens)[self._shown :]
 
     def _decode(self, tokens: Sequence[int]) -> str:

@@ -1,7 +1,7 @@
-"""How rows reach the experts they chose while decoding: by the training run's own phases, or within this process.
+"""How rows reach their experts while decoding: through the training run's own phases, or within this process.
 
-A dispatcher serves every layout, and plans a routing of thousands of rows with a few dozen operators. A decoding step
-on one CPU has a few rows, and sorts them itself in five.
+A dispatcher works in every layout, but plans a routing for thousands of rows with a few dozen operators. A decoding
+step on one CPU has a few rows, and sorting them here takes five.
 
 Legend: N tokens, H hidden, K choices per token, R = N x K rows, X experts, F width of an expert.
 """
@@ -24,11 +24,11 @@ FFNOfExpert = Callable[[int, Tensor, Tensor], Tensor]  # expert, its rows [R, H]
 
 
 def dispatched(phases: Sequence[Phase]) -> ToExperts:
-    """Through the phases of a layer from routing to combine: any dispatcher, any codec, any recipe. Collective over the
-    expert-parallel group, each of whose ranks may have no tokens."""
+    """Through the phases of a layer from routing to combine, with any dispatcher, codec and recipe. Collective over
+    the expert-parallel group; a rank may have no tokens."""
 
     def run(rows_NH: Tensor, weights_NK: Tensor, experts_NK: Tensor) -> Tensor:
-        # A flight's tokens are read by embeddings and heads alone.
+        # Only embeddings and heads read a flight's tokens.
         flight = Flight(experts_NK, 0.0, training=False)
         state: State = (torch.zeros_like(rows_NH), rows_NH, weights_NK, experts_NK)
         for phase in phases:
@@ -39,10 +39,10 @@ def dispatched(phases: Sequence[Phase]) -> ToExperts:
 
 
 def within(ffn: FFNOfExpert, experts: int) -> ToExperts:
-    """All experts are in this process, and each multiplies its rows by itself."""
+    """All experts are in this process and multiply their rows one after the other."""
 
     def run(rows_NH: Tensor, weights_NK: Tensor, experts_NK: Tensor) -> Tensor:
-        if not len(rows_NH):  # of a lane whose neighbours on other data ranks have some
+        if not len(rows_NH):  # a lane without tokens, while other data ranks have some
             return rows_NH
         chosen_R = experts_NK.flatten()
         order_R = chosen_R.argsort(stable=True)
@@ -57,8 +57,8 @@ def within(ffn: FFNOfExpert, experts: int) -> ToExperts:
 
 
 def all_at_once(experts: Experts) -> ToExperts:
-    """Every expert multiplies every token, and what was not chosen is left out of the sum. For few tokens a product of
-    all rows takes no longer than one of some, and nothing is sorted, counted or called once per expert."""
+    """Every expert multiplies every token, and products that were not chosen get weight 0. For few tokens this takes
+    no longer than multiplying only the chosen rows, and needs no sorting, counting or call per expert."""
     gate_up_XHF, down_XFH = (weight.detach().transpose(1, 2) for weight in (experts.gate_up, experts.down))
 
     def run(rows_NH: Tensor, weights_NK: Tensor, experts_NK: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ def in_memory(experts: Experts) -> ToExperts:
 
 
 def held(experts: Experts) -> FFNOfExpert:
-    """Of experts in memory, in FP32 or BF16."""
+    """The product of one expert held in memory, in FP32 or BF16."""
     gate_up, down = experts.gate_up.detach().unbind(), experts.down.detach().unbind()
 
     def run(expert: int, rows_RH: Tensor, weights_R: Tensor) -> Tensor:

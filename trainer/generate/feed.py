@@ -1,10 +1,10 @@
-"""Tokens on their way through the layers of one rank: which they are, where they are cached, and what they may see.
+"""The tokens of one step on their way through a rank's layers: which they are, where they are cached, and what they may
+attend to. Computed once for all layers.
 
-Made once for all layers. A decoding step feeds one token to each slot in use; a prefill feeds many to some of them.
-Matrices multiply the tokens as they lie, one after the other; only attention lays them out as sequences of equal
-length, so that filling costs nothing else.
+A decoding step feeds one token to each slot in use; a prefill feeds many to some of them. Linears see the tokens end to
+end; only attention pads them to sequences of equal length, so that padding costs nothing elsewhere.
 
-Legend: N tokens, S sequences, T most tokens of one, P positions cached, R of rope.
+Legend: N tokens, S sequences, T most tokens of one, P cached positions, R rope dimension.
 """
 
 from __future__ import annotations

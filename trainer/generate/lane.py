@@ -1,7 +1,7 @@
 """Which answer is in which slot: joining, ending, and what each feeds next. Plain values, the same on every rank.
 
-Continuous batching: an answer that ends leaves its slot in the same step, the last one moves into it, and the next
-request joins; so the slots in use are always the first ones, and a step multiplies no empty row.
+This is continuous batching: an answer that ends leaves its slot in the same step, the last one moves into it, and the
+next request joins. So the slots in use are always the first ones, and no step multiplies an empty row.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Until = Callable[[Request, list[int]], bool]
 
 @dataclass
 class Answer:
-    """What there is of a completion. Ends with a reason; `why` says what failed."""
+    """The completion so far. Once it has ended it has a `reason`; `why` says what failed."""
 
     request: Request
     tokens: list[int] = field(default_factory=list)
@@ -33,11 +33,11 @@ class Answer:
 
     @property
     def cached(self) -> int:
-        """Tokens that have been fed, once it has a token."""
+        """How many of its tokens are in the cache, once it has sampled one."""
         return len(self.request.prompt) + len(self.tokens) - 1
 
     def take(self, token: int, logprob: float, until: Until | None) -> None:
-        """Add a token, and end if that was the last."""
+        """Add a sampled token, and end the answer if it was the last."""
         if logprob != logprob:
             self.fail("the model's logits are not finite")
             return
@@ -54,7 +54,7 @@ class Answer:
         self.reason, self.why = "failed", why
 
     def _ask(self, until: Until) -> None:
-        """A callback's error ends this answer, and no other."""
+        """Call the user's callback. An error in it ends this answer only."""
         try:
             if until(self.request, self.tokens):
                 self.reason = "callback"
@@ -63,14 +63,14 @@ class Answer:
 
 
 class Join(NamedTuple):
-    """Answers that came into a lane: what is to be fed first, and prefixes that a slot has of another's."""
+    """What answers that joined a lane need first: tokens to feed, and prefixes to copy from another slot."""
 
     feed: list[Stretch]
     shared: list[tuple[int, int, int]]  # (from slot, to slot, positions)
 
 
 class Lane:
-    """Answers by slot."""
+    """The answers of a lane, by slot."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -79,8 +79,9 @@ class Lane:
         self._newest = self._positions = np.zeros(0, np.int64)
 
     def join(self, answers: Sequence[Answer]) -> Join:
-        """Put answers into slots. All of a prompt but its last token is fed before the first step, which feeds that.
-        What an answer of the same group has in its slot, or will have after the first feed, is copied."""
+        """Put answers into slots. All of a prompt but its last token is fed before the first step, which feeds the
+        last. A prefix that another answer of the same group has cached, or will have after the first feed, is
+        copied."""
         first = {a.request.group: slot for slot, a in reversed([*enumerate(self.live)])}
         joined = Join([], [])
         for slot, answer in enumerate(answers, len(self.live)):
@@ -96,17 +97,17 @@ class Lane:
         return joined
 
     def step(self) -> LaneStep:
-        """What the next step feeds."""
+        """The inputs of the next step."""
         return LaneStep(self._newest, self._positions, self._ways)
 
     def take(self, drawn: Drawn, until: Until | None) -> None:
-        """Give each answer its next token."""
+        """Give each answer its sampled token."""
         for answer, token, logprob in zip(self.live, drawn.tokens.tolist(), drawn.logprobs.tolist(), strict=True):
             answer.take(token, logprob, until)
         self._newest, self._positions = drawn.tokens, self._positions + 1
 
     def leave(self) -> list[tuple[int, int]]:
-        """Take out the answers that have ended. Returns who moves: (from slot, to slot)."""
+        """Remove the answers that have ended. Returns the moves: (from slot, to slot)."""
         staying = [slot for slot, answer in enumerate(self.live) if answer.reason is None]
         if len(staying) == len(self.live):
             return []
@@ -126,6 +127,6 @@ class Lane:
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens two sequences begin with alike."""
+    """The length of the common prefix of two sequences."""
     pairs = zip(one, other, strict=False)
     return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))

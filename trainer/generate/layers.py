@@ -1,15 +1,15 @@
-"""The model's blocks with a cache: MLA on latents with its up-projections absorbed, and the FFNs as training has them.
+"""The model's blocks with a cache: MLA on latents with its up-projections absorbed, and the FFNs of training.
 
-Built from the modules that training holds, whose weights are read where they lie: after an update the next token is the
-new model's, and nothing is synchronised. What autograd and recompute need of the modules is left out; norms, gates,
-SwiGLU, expert products and FP8 Linears are the same functions, so decoding cannot come to another model than training.
+They are built from the modules that training holds and read the weights in place, so after an update the next token is
+the new model's without any synchronisation. What only autograd and recompute need is left out; norms, gates, SwiGLU,
+expert products and FP8 Linears are the same functions, so decoding cannot differ from the trained model.
 
-Absorbed (arXiv 2405.04434, section 2.1.2): a query is taken through the up-projection of keys once, and then compared
-with the cached latents themselves; the weighted sum of latents goes through that of values. Expanding the cache to keys
-and values in each step would cost heads x (nope + v) products for each cached position.
+Absorption (arXiv 2405.04434, section 2.1.2): a query is multiplied by the up-projection of keys once and then compared
+with the cached latents; the weighted sum of latents is multiplied by that of values. Expanding the cache to keys and
+values in each step would cost heads x (nope + v) products for each cached position.
 
-Legend: N tokens, S sequences, T tokens of one, H hidden, A heads, P positions cached, C width of a latent, R of rope,
-W = C + R, K choices.
+Legend: N tokens, S sequences, T tokens of one, H hidden, A heads, P cached positions, C width of a latent, R rope
+dimension, W = C + R, K choices.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ToExperts = Callable[[Tensor, Tensor, Tensor], Tensor]  # rows [N, H], weights [
 
 
 def multiply(linear: Linear | FP8Linear) -> Multiply:
-    """x Wᵀ in the module's arithmetic."""
+    """x Wᵀ as the module's forward computes it (FP32, BF16 or FP8)."""
     if isinstance(linear, FP8Linear):
         return linear
     weight_IO = linear.weight.detach().t()
@@ -42,11 +42,11 @@ def multiply(linear: Linear | FP8Linear) -> Multiply:
 
 
 def normed(norm: RMSNorm) -> Multiply:
-    """RMSNorm without what its backward needs."""
+    """The forward of RMSNorm, without saving anything for a backward."""
     weight, eps = norm.weight.detach(), norm.eps
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
         return lambda x_NH: normalise(x_NH, weight, eps)[0]
-    # A step on a CPU is mostly the cost of calling operators: five of them in place of nine.
+    # On a CPU, calling operators dominates a step: these are five instead of nine.
     least, share = torch.tensor(eps), 1 / len(weight)
 
     def run(x_NH: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ def normed(norm: RMSNorm) -> Multiply:
 
 
 class CachedAttention:
-    """x -> x + attention(norm(x)), with the tokens' latents written to the cache before."""
+    """x -> x + attention(norm(x)); the tokens' latents are written to the cache first."""
 
     def __init__(self, layer: Layer) -> None:
         mla, s = layer.attention, layer.attention.shape
@@ -80,26 +80,27 @@ class CachedAttention:
         return x_NH + self.o(values_ANv.transpose(0, 1).flatten(1))
 
     def _latents(self, kv_NW: Tensor, turn: Tensor) -> Tensor:
-        """What is cached of a token: [N, W]."""
+        """The cache row of each token: [N, W]."""
         c, rope = kv_NW.split((self.shape.kv_lora, self.shape.rope_dim), 1)
         return torch.cat((self.kv_norm(c), rotate(rope.unsqueeze(1), turn).squeeze(1)), 1)
 
     def _absorbed(self, q: Tensor, turn: Tensor) -> Tensor:
-        """Queries as latents are compared with, softmax scale included: [N, A, W]."""
+        """Queries in the space of latents, scaled for the softmax: [N, A, W]."""
         q_NAD = q.unflatten(1, (self.shape.heads, -1)) * self.scale
         nope, rope = q_NAD.split((self.shape.nope_dim, self.shape.rope_dim), 2)
         return torch.cat((torch.bmm(nope.transpose(0, 1), self.keys_AnC).transpose(0, 1), rotate(rope, turn)), 2)
 
 
 def rotate(x_NAR: Tensor, turn: Tensor) -> Tensor:
-    """Neighbouring pairs turned, each in its place: the scores are those of `rope.rotate`, which puts first members
-    first."""
+    """Rotate neighbouring pairs in place of each other. `rope.rotate` also reorders the pairs' members, which leaves
+    scores unchanged."""
     pairs = torch.view_as_complex(x_NAR.float().contiguous().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * turn).flatten(-2).to(x_NAR.dtype)
 
 
 def attend(q_NAW: Tensor, latents_SPW: Tensor, feed: Feed, width: int) -> Tensor:
-    """Softmax-weighted sums of the first `width` columns of what each token may see: [N, A, width]."""
+    """Softmax-weighted sums of the first `width` columns of the latents that each token may attend to: [N, A,
+    width]."""
     if feed.sequences is None or feed.place is None:
         cached = latents_SPW[: len(q_NAW), : feed.length]
         return _step(q_NAW, cached, feed.mask, width)
@@ -114,7 +115,7 @@ def attend(q_NAW: Tensor, latents_SPW: Tensor, feed: Feed, width: int) -> Tensor
 
 
 def _step(q_SAW: Tensor, cached_SPW: Tensor, mask_S1TP: Tensor, width: int) -> Tensor:
-    """One token of each sequence, whose heads are compared with the same rows."""
+    """One token of each sequence; its heads share the sequence's latents."""
     if q_SAW.dtype == torch.float32:
         scores_SAP = torch.baddbmm(mask_S1TP.squeeze(1), q_SAW, cached_SPW.transpose(1, 2))
         return torch.bmm(scores_SAP.softmax(-1), cached_SPW[..., :width])
@@ -125,7 +126,7 @@ def _step(q_SAW: Tensor, cached_SPW: Tensor, mask_S1TP: Tensor, width: int) -> T
 
 
 def _ffn(norm: RMSNorm, ffn: FFN) -> tuple[Multiply, Multiply]:
-    """The norm before, and the FFN of what it returns."""
+    """The norm before an FFN, and the FFN applied to it."""
     if ffn.fp8 is not None:
         return normed(norm), ffn
     gate_up, down = multiply(ffn.gate_up), multiply(ffn.down)

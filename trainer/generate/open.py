@@ -1,7 +1,7 @@
-"""A model to generate with, opened from what people have: a run folder, RUN@STEP, or a folder of released weights.
+"""Opens a model to generate with: from a run folder, RUN@STEP, or a folder of released weights.
 
-Weights are read in slices into the parameters that will be multiplied, so that a model needs its own size in memory and
-32 MiB. MTP is left out.
+Weights are read in slices straight into the parameters, so loading needs the model's own size in memory and 32 MiB. MTP
+is left out.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Read = Callable[[Slice], Tensor]  # FP32, in the slice's shape
 
 @dataclass(frozen=True)
 class WeightSource:
-    """Where weights are and what they are of: nothing of them has been read yet."""
+    """Where weights are and what shape they have. No weight has been read yet."""
 
     name: str  # as typed
     folder: Path
@@ -56,7 +56,7 @@ class WeightSource:
         return open_tokenizer(found, given, None, self.shape.vocab)
 
     def dialogue(self, files: TokenizerFiles) -> Dialogue:
-        """As the run was fine-tuned, if it was; else by the tokenizer's chat template."""
+        """By the run's own templates if it was fine-tuned, else by the tokenizer's chat template."""
         config = self.folder / CONFIG
         tables = tomllib.loads(config.read_text()) if self.run and config.exists() else {}
         tuned = next((tables[name] for name in ("rl", "sft") if "chat" in tables.get(name, {})), None)
@@ -90,8 +90,8 @@ def open_weights(spec: str) -> WeightSource:
 def load(
     source: WeightSource, dtype: torch.dtype, device: torch.device, on_progress: OnProgress, experts: bool = True
 ) -> Model:
-    """All of it, as one stage on one device; without `experts` those have no memory. Raises HandOffError if it cannot
-    fit."""
+    """The whole model, as one stage on one device; without `experts`, expert weights get no memory. Raises
+    HandOffError if it cannot fit."""
     shape = source.shape
     names = tuple(block.name for block in blocks(shape))
     model = Model(Spec(shape, dtype, "meta"), {0: names}, SingleRank(shape.routed))
@@ -108,7 +108,7 @@ def load(
 
 
 def _give_memory(model: Model, device: torch.device, experts: bool) -> None:
-    """To all parameters, or to all but those of experts; biases are zeroed."""
+    """Allocate all parameters, or all but the experts'; zero the biases."""
     for module in model.root.modules():
         for name, old in module.named_parameters(recurse=False):
             if experts or not cast(Weight, old).expert:
@@ -120,7 +120,7 @@ def _give_memory(model: Model, device: torch.device, experts: bool) -> None:
 
 @torch.no_grad()
 def fill(tensors: dict[str, Tensor], source: WeightSource) -> Iterator[int]:
-    """Read what `tensors` has names of, in place. Yields how many elements each slice had."""
+    """Read the named tensors in place. Yields the number of elements of each slice."""
     for name, bias in source.biases.items():
         if name in tensors:
             tensors[name].copy_(bias)

@@ -1,10 +1,11 @@
-"""Experts that are read from the file when a gate asks for them, so that a model may be larger than memory.
+"""Experts that are read from the file when a gate chooses them, so that a model may be larger than memory.
 
-A mixture multiplies a few of its experts per token, and they are most of its weights. Those used last stay in a fixed
-number of buffers; the one not used for longest makes room. Files are read and not mapped: what is resident is then
-exactly the buffers, whatever the kernel does with its cache, and a file that somebody cuts short is an error and no
-SIGBUS. A thread reads ahead: the next expert of a layer while one multiplies, and, as a layer ends, those that the next
-layer's gate would choose for the same rows, which the residual stream makes likely.
+An MoE model multiplies a few of its experts per token, and they are most of its weights. A fixed number of buffers
+holds the experts used last; the least recently used one is evicted. Files are read rather than mapped: then exactly the
+buffers are resident, and a file that is truncated meanwhile raises an error instead of a SIGBUS.
+
+A thread reads ahead: the next expert of a layer while one multiplies, and, as a layer ends, those that the next layer's
+gate would choose for the same rows; the residual stream makes that choice likely.
 
 Legend: N tokens, H hidden, F width of an expert, K choices.
 """
@@ -34,11 +35,11 @@ from dryvine.trainer.model.swiglu import swiglu_forward
 
 Key = tuple[str, int]  # layer, expert
 LEAST = 2  # buffers: one multiplies while the other is read
-AHEAD = 4  # experts that are being read at most beside those that were asked for
+AHEAD = 4  # most experts that are read ahead at a time
 
 
 class Page(NamedTuple):
-    """A buffer: gate_up [2F, H], down [H, F]."""
+    """One buffer: gate_up [2F, H], down [H, F]."""
 
     gate_up: Tensor
     down: Tensor
@@ -46,7 +47,7 @@ class Page(NamedTuple):
 
 @dataclass
 class PageFigures:
-    """Since the start. `late`: hits that had to be waited for, since the reading had only begun."""
+    """Counts since the start. `late`: hits whose read was still in progress."""
 
     hits: int = 0
     late: int = 0
@@ -59,8 +60,8 @@ class PageFigures:
 
 
 class ExpertPages:
-    """Experts of all layers in at most `memory` bytes. Only one thread may call it; what it returned may be read until
-    its next call. Raises HandOffError if the memory is too small."""
+    """The experts of all layers in at most `memory` bytes. Not thread-safe; a returned expert may be used until the
+    next call. Raises HandOffError if `memory` is too small."""
 
     def __init__(self, source: WeightSource, dtype: torch.dtype, memory: int) -> None:
         self._source, self._dtype, self.figures = source, dtype, PageFigures()
@@ -77,11 +78,11 @@ class ExpertPages:
 
     @property
     def experts(self) -> int:
-        """Of each layer."""
+        """The experts of each layer."""
         return self._source.shape.routed
 
     def get(self, key: Key) -> Page:
-        """An expert's weights, from a buffer if they are there."""
+        """An expert's weights, from a buffer or from the file."""
         if key in self._pages:
             self.figures.hits += 1
             self.figures.late += not self._pages[key].done()
@@ -92,7 +93,7 @@ class ExpertPages:
         return self._pages[key].result()
 
     def ahead(self, keys: Iterable[Key], most: int) -> None:
-        """Begin to read what is likely to be asked for, at most so many that are not there."""
+        """Start reading experts that are likely to be needed; at most `most` that are not in a buffer."""
         new = [key for key in keys if key not in self._pages][: min(most, self._most - 1)]
         for key in new:
             self._begin(key)
@@ -102,7 +103,7 @@ class ExpertPages:
         self._pages[key] = self._reader.submit(self._read, key, page)
 
     def _room(self) -> Page:
-        """A buffer that is free, new or of the expert that was not used for longest."""
+        """A free buffer, a new one, or that of the least recently used expert."""
         if len(self._pages) == self._most:
             return self._pages.popitem(last=False)[1].result()
         s = self._source.shape
@@ -110,7 +111,7 @@ class ExpertPages:
         return Page(*(torch.empty(shape, dtype=self._dtype) for shape in size))
 
     def _read(self, key: Key, page: Page) -> Page:
-        """In the reader's thread."""
+        """Fill a page. Runs in the reader's thread."""
         with torch.no_grad():
             for place in self._where[key]:
                 stacked = page.down if place.ours.endswith("down") else page.gate_up
@@ -132,7 +133,7 @@ def _places_by_expert(shape: Shape) -> dict[Key, list[Mapped]]:
 
 
 def paged(pages: ExpertPages, layer: str, after: tuple[str, Gate] | None) -> ToExperts:
-    """The experts of a layer; `after`: the next mixture and its gate, for which is read ahead."""
+    """The experts of a layer; `after`: the next MoE layer and its gate, for reading ahead."""
 
     def ffn(expert: int, rows_RH: Tensor, weights_R: Tensor) -> Tensor:
         page = pages.get((layer, expert))
@@ -153,7 +154,7 @@ def paged(pages: ExpertPages, layer: str, after: tuple[str, Gate] | None) -> ToE
 
 
 def _likely(gate: Gate, rows_NH: Tensor) -> list[int]:
-    """What a gate chooses for rows that are not yet its own, those of most tokens first."""
+    """The experts that a gate chooses for the rows of the layer before, those of most tokens first."""
     chosen = choose(gate(rows_NH).sigmoid(), gate.bias, gate.shape).flatten()
     counts = torch.bincount(chosen, minlength=gate.shape.routed)
     order: list[int] = counts.argsort(descending=True).tolist()
@@ -161,7 +162,7 @@ def _likely(gate: Gate, rows_NH: Tensor) -> list[int]:
 
 
 def paged_experts(model: Model, pages: ExpertPages) -> dict[str, ToExperts]:
-    """Those of every mixture of a model, by layer."""
+    """The experts of every MoE layer of a model, by layer."""
     gates = list(model.gates.items())
     following = [*gates[1:], None]
     return {name: paged(pages, name, after) for (name, _), after in zip(gates, following, strict=True)}

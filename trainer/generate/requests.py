@@ -1,8 +1,8 @@
-"""What is asked of a sampler and what it answers: plain values that cross every boundary between rollouts and training.
+"""The requests and completions of a sampler: plain values that cross every boundary between rollouts and training.
 
-A request carries its own seed, so that its tokens are a function of the weights and of itself: not of what else was
-decoded at the time, in which slot, in which order, or over how many ranks. A `Completion` carries what an update needs
-besides: the log-probabilities it was sampled with, and the experts that every token went to.
+A request carries its own seed, so its tokens are a function of the weights and of itself: not of what else is decoded
+at the time, in which slot, in which order, or over how many ranks. A `Completion` also carries what an update needs:
+the log-probabilities it was sampled with, and the experts that every token was routed to.
 """
 
 from __future__ import annotations

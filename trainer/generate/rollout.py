@@ -1,8 +1,8 @@
-"""One call of `Sampler.generate`: requests into slots as there is room, a step for all of them, completions out.
+"""One call of `Sampler.generate`: requests enter slots as there is room, all lanes step together, completions come out.
 
-The control is a pure function of the requests and of the tokens drawn, and every rank runs all of it, so that ranks
-agree on every slot without a word. There is no scheduler process that could be lost; the price is that callbacks run on
-every rank, and must come to the same answer there.
+The control flow is a pure function of the requests and of the sampled tokens. Every rank runs all of it, so ranks agree
+on every slot without communication. There is no scheduler process that could fail; the price is that callbacks run on
+every rank and must return the same there.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from dryvine.trainer.model.shape import Shape
 
 
 class LaneRoom(NamedTuple):
-    """What a lane may hold: slots, and cached positions over all of them."""
+    """The limits of a lane: slots, and cached positions over all of them."""
 
     slots: int
     positions: int
 
 
 class Rollout:
-    """`cancelled` are requests to end; whoever iterates may add some between two completions."""
+    """`cancelled` holds requests to end; the caller may add some between two completions."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class Rollout:
         self._last: tuple[int | None, int] = (None, 0)  # the group that joined last, and its lane
 
     def completions(self) -> Iterator[Completion]:
-        """All of them, as they end."""
+        """All completions, in the order in which they end."""
         while True:
             for answer in self._admit():
                 yield self._completion(answer, self._no_routes())
@@ -66,7 +66,7 @@ class Rollout:
         self._cancelled.clear()
 
     def _leave(self) -> Iterator[Completion]:
-        """What has ended, with its routes; the last slots move into those that are free."""
+        """The answers that have ended, with their routes. The last slots move into the free ones."""
         ended = [
             (answer, Span(number, slot, answer.cached))
             for number, lane in enumerate(self._lanes)
@@ -88,7 +88,7 @@ class Rollout:
             yield self._completion(answer, chosen)
 
     def _admit(self) -> list[Answer]:
-        """Give slots to requests as long as there are both. Returns those that cannot be answered."""
+        """Give slots to waiting requests while there are both. Returns the requests that are impossible."""
         refused: list[Answer] = []
         joining: list[list[Answer]] = [[] for _ in self._lanes]
         longest = [max((_positions(a.request) for a in lane.live), default=0) for lane in self._lanes]
@@ -112,7 +112,7 @@ class Rollout:
         return self._next
 
     def _lane_for(self, request: Request, joining: list[list[Answer]], longest: list[int]) -> int | None:
-        """The lane of the request's group, else the emptiest, of those with room."""
+        """The lane of the request's group, or else the emptiest lane; only one with room."""
 
         def held(lane: int) -> int:
             return len(self._lanes[lane].live) + len(joining[lane])
@@ -129,7 +129,7 @@ class Rollout:
         return min(free, key=held, default=None)
 
     def _join(self, joining: list[list[Answer]], longest: list[int]) -> None:
-        """Feed the prompts of new answers, each prefix of a group once."""
+        """Feed the prompts of new answers; a prefix shared by a group is fed once."""
         feeds: dict[int, list[Stretch]] = {}
         late: dict[int, list[Stretch]] = {}
         shared = {}
@@ -159,12 +159,12 @@ class Rollout:
 
 
 def _positions(request: Request) -> int:
-    """That it needs in the cache: of all its tokens but the last, which nothing follows."""
+    """Cached positions that a request needs: all its tokens but the last, which is never fed."""
     return len(request.prompt) + request.max_tokens - 1
 
 
 def _refusal(request: Request, shape: Shape) -> str | None:
-    """What makes a request impossible, and the fix."""
+    """Why a request is impossible, and the fix; None if it is possible."""
     wrong = next((token for token in request.prompt if not 0 <= token < shape.vocab), None)
     reach = shape.max_position
     checks = [

@@ -1,7 +1,7 @@
-"""The sampler that people and RL call: built once from a rig, whose live weights it reads, or from a model alone.
+"""The public sampler: built from a rig, whose live weights it reads, or from a model alone.
 
-It holds no weights of its own, so that nothing has to be sent or checked after an update: the model that generates is
-the model that trains. A second engine would need its weights again, in its layout, and would round differently.
+It has no weights of its own, so nothing is sent or checked after an update: the model that generates is the model that
+trains. A second engine would need the weights again in its own layout, and would round differently.
 """
 
 from __future__ import annotations
@@ -28,17 +28,15 @@ ALONE = 1 << 14  # tokens fed at once where no run's microbatch says otherwise
 
 @dataclass(frozen=True)
 class Room:
-    """What a rank may hold: answers in progress, and bytes of their latents and routes."""
+    """The limits of a rank: answers in progress, and bytes of their latents and routes."""
 
     slots: int = 512
     cache_bytes: int = 1 << 30
 
 
 class Sampler:
-    """Answers requests with a model whose weights are read where they lie: after an update, with the new ones.
-
-    In a layout of several ranks every rank makes the same calls with the same requests, and gets the same completions.
-    """
+    """Generates with a model whose weights are read in place: after an update, with the new ones. In a layout of
+    several ranks, every rank makes the same calls with the same requests and gets the same completions."""
 
     def __init__(self, decoder: Decoder, room: Room) -> None:
         shape, dtype = decoder.spec.shape, decoder.spec.dtype
@@ -52,18 +50,18 @@ class Sampler:
 
     @staticmethod
     def of_rig(rig: Rig, room: Room | None = None) -> Sampler:
-        """With the live weights of a training layout. Collective."""
+        """A sampler over the live weights of a training layout. Collective."""
         return Sampler.in_layout(rig.model, rig.mesh, rig.plan, room)
 
     @staticmethod
     def in_layout(model: Model, mesh: Mesh, plan: RunPlan, room: Room | None = None) -> Sampler:
-        """With this rank's part of a model. Collective."""
+        """A sampler over this rank's part of a model. Collective."""
         budget = plan.config.parallel.microbatch_sequences * plan.config.data.seq_len
         return Sampler(Decoder(mesh, plan.schedule.routes, _parts(model, {}), budget), room or Room())
 
     @staticmethod
     def alone(model: Model, room: Room | None = None, experts: Mapping[str, ToExperts] | None = None) -> Sampler:
-        """With a model of one stage that this process holds whole, or but for the `experts`, by layer."""
+        """A sampler over a model of one stage in this process; `experts` by layer, if their weights are elsewhere."""
         device = torch.device(model.spec.device)
         mesh: Mesh = make_mesh(Layout(), device, timedelta(minutes=10))
         return Sampler(Decoder(mesh, ((0,),), _parts(model, experts or {}), ALONE), room or Room())
@@ -76,8 +74,8 @@ class Sampler:
         return Rollout(self._decoder, self._room, iter(requests), until, self._cancelled).completions()
 
     def cancel(self, *requests: Request) -> None:
-        """End those of these that are being answered, before their next token. To be called between two completions,
-        and on every rank between the same ones."""
+        """End these requests before their next token. Call it between two completions, and on every rank between the
+        same two."""
         self._cancelled.update(requests)
 
 

@@ -1,9 +1,9 @@
 """From logits to tokens: each a function of its request's seed, its position and its logits, and of nothing else.
 
-A generator per batch, as other samplers keep, gives a request other tokens whenever its neighbours change. Here the
-random number of a token is a hash of (seed, position), so that no state has to be kept, moved with a slot, or sent to
-another rank, and a token can be drawn again by whoever has its logits. Tokens are drawn by inverting the cumulative
-distribution, which needs one number, where Gumbel's way needs one for each word of the vocabulary.
+With one generator per batch, as other samplers have, a request's tokens change whenever its neighbours do. Here the
+random number of a token is a hash of (seed, position): there is no state to store, move with a slot or send to another
+rank, and whoever has the logits can sample the token again. Tokens are drawn by inverting the cumulative distribution,
+which needs one random number; the Gumbel trick needs one for each word of the vocabulary.
 
 Legend: S sequences, V vocabulary.
 """
@@ -36,7 +36,7 @@ def _mixed(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 class Ways(NamedTuple):
-    """How the next token of each of S sequences is drawn."""
+    """The sampling parameters of S sequences."""
 
     temperatures: Tensor | None  # FP32 [S, 1], with 1 for 0; None: all 1
     greedy: Tensor | None  # bool [S]; None: none is
@@ -45,7 +45,7 @@ class Ways(NamedTuple):
 
     @staticmethod
     def of(requests: Sequence[Request], device: torch.device) -> Ways:
-        """Of the sequences of a batch, in their order."""
+        """The parameters of a batch of requests, in their order."""
         heat = [request.temperature for request in requests]
         top_p = [request.top_p for request in requests]
         greedy = [t == 0 for t in heat]
@@ -81,7 +81,7 @@ def _drawn(logprobs_SV: Tensor, ways: Ways, positions: NDArray[np.uint64]) -> Te
     sums_SV = probs_SV.cumsum_(-1)
     u_S1 = torch.from_numpy(uniforms(ways.seeds, positions)).to(sums_SV.device).unsqueeze(1)
     drawn = torch.searchsorted(sums_SV, u_S1 * sums_SV[:, -1:], right=True).squeeze(1)
-    # Of logits that are not finite.
+    # NaN marks logits that are not finite.
     return drawn.clamp_(max=sums_SV.shape[1] - 1)
 
 

@@ -1,4 +1,4 @@
-"""A pipeline stage that decodes: the blocks of a training stage, each with its cache, and what begins and ends them.
+"""A pipeline stage for decoding: the blocks of a training stage, each with its cache, and the embedding and head.
 
 Legend: N tokens, S sequences, H hidden, V vocabulary, K choices.
 """
@@ -24,7 +24,7 @@ _TO_EXPERTS = ("routing", "dispatch", "experts", "combine")  # phases
 
 
 class CachedStage:
-    """Of stage `number` of a rank's model. MTP and losses are left out."""
+    """Stage `number` of a rank's model, without MTP and losses."""
 
     def __init__(self, model: Model, stage: Stage, experts: Mapping[str, ToExperts]) -> None:
         """`experts`: how rows reach those of a layer, if not by the run's own phases or in memory."""
@@ -48,7 +48,7 @@ class CachedStage:
             self._head = (normed(norm), multiply(project))  # type: ignore[arg-type]
 
     def cache(self) -> Cache:
-        """An empty one, for the blocks of this stage."""
+        """An empty cache for the blocks of this stage."""
         s, like = self.spec.shape, torch.empty(0, dtype=self.spec.dtype, device=self.spec.device)
         return Cache((len(self.blocks), len(self.mixtures)), (s.kv_lora + s.rope_dim, s.top_k), like)
 
