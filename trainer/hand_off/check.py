@@ -1,7 +1,7 @@
-"""Does the program that will serve this model compute what we computed? Log-probabilities of the same text, compared.
+"""Compares log-probabilities of the same text between the program that will serve an export and our own forward.
 
-A mistake in a name, a shape or a gating key mostly loads without a word and gives text that is merely worse. Only
-numbers show it: of every position and every token of the vocabulary, not of the sampled one.
+A wrong name, shape or gating key mostly loads without an error and only makes text worse. So every position and every
+token of the vocabulary is compared, not sampled text.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ class ReaderComparison:
     reader: str
     limit: float
     positions: int
-    same_tokens: bool  # it makes the same tokens of the text
+    same_tokens: bool  # whether it tokenizes the text as we do
     largest: float  # |difference| of log-probabilities
-    usual: float  # the largest of a position, in all but one of twenty positions
+    usual: float  # 95th percentile over positions of a position's largest
     same_best: int  # positions with the same most likely token
-    excused: int  # others, where our two best are closer than the limit
+    excused: int  # positions with another, where our two best are closer than the limit
 
     @property
     def fine(self) -> bool:
-        """In FP32 every position must agree. Arithmetic of fewer bits now and then sends a token to another expert,
-        where two are almost tied, and what follows differs by more than rounding; a mistake is seen at most positions,
-        so there one of twenty may stray."""
+        """Whether the reader agrees. In FP32 every position must. With fewer bits a token is sometimes routed to
+        another expert of nearly equal score, and what follows differs by more than rounding, so there one position
+        of twenty may exceed the limit; a real mistake shows at most positions."""
         exact = self.limit <= FP32
         agreed = self.same_best + self.excused
         within = (self.largest if exact else self.usual) <= self.limit  # False for NaN
@@ -47,7 +47,7 @@ class ReaderComparison:
 
 
 def prompts(tokenizer: TokenizerFiles, text: Path | None, max_position: int) -> list[tuple[str, list[int]]]:
-    """Pieces of the text with their tokens. Raises HandOffError if there is too little of it."""
+    """Pieces of the text, tokenized. Raises HandOffError if the text is too short."""
     whole = (text or Path(textwrap.__file__)).read_text()
     size = max(1, len(whole) // PROMPTS)
     parts = (whole[i * size : (i + 1) * size] for i in range(PROMPTS))

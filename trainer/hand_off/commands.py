@@ -1,4 +1,4 @@
-"""What `dryvine export` does, apart from its options: one value says how, for writing and for checking."""
+"""What `dryvine export` does, without its options: one `ExportAs` describes the export for writing and for checking."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dryvine.trainer.hand_off.tokenizer_files import TokenizerFiles, open_tokeni
 
 
 class ExportAs(NamedTuple):
-    """Which files, and what numbers are in them."""
+    """The format and number types of an export."""
 
     format: str  # hf or gguf
     dtype: str = "bf16"  # of hf
@@ -51,7 +51,7 @@ class ExportAs(NamedTuple):
 
 
 def export_run(run: OpenRun, out: Path, ways: ExportAs, on_progress: OnProgress) -> None:
-    """Write the folder `out`. Raises HandOffError."""
+    """Write the export to the new folder `out`. Raises HandOffError."""
     tokenizer = ways.tokenizer_of(run)
     _verify(run, on_progress)
     if ways.format == "hf":
@@ -64,7 +64,8 @@ def export_run(run: OpenRun, out: Path, ways: ExportAs, on_progress: OnProgress)
 
 
 def _verify(run: OpenRun, on_progress: OnProgress) -> None:
-    """Damaged weights look like any others. Raises HandOffError naming the file."""
+    """Compare the checkpoint with its checksums, since damaged weights look like any others. Raises HandOffError
+    naming the file."""
     done, total = 0, run.stored.bytes
     for size, wrong in run.stored.damage():
         if wrong:
@@ -74,14 +75,14 @@ def _verify(run: OpenRun, on_progress: OnProgress) -> None:
 
 
 def need_gguf() -> None:
-    """Raises HandOffError without the library."""
+    """Raises HandOffError if the gguf library is missing."""
     if installed("gguf") is None:
         raise HandOffError('--format gguf needs the gguf library: pip install "dryvine[gguf]"')
 
 
 def check_export(run: OpenRun, out: Path, ways: ExportAs, text: Path | None, console: Console) -> bool:
-    """Print a table of the readers that are installed. Returns whether all of them compute what we do; False, and why,
-    if there is none."""
+    """Print a table of the readers that are installed. Returns whether all of them agree with our forward; False,
+    with the reason printed, if none is installed."""
     check_files(run, out, ways)
     found = [(made, at) for made in READERS[ways.format] if (at := installed(made.package))]
     if not found:
@@ -93,7 +94,7 @@ def check_export(run: OpenRun, out: Path, ways: ExportAs, text: Path | None, con
     for made, at in found:
         try:
             opened = made(out, ways.written_as)
-        except ImportError as error:  # of FP8, transformers asks for accelerate
+        except ImportError as error:  # transformers needs accelerate for FP8
             raise HandOffError(f"{made.package}: {error}") from None
         comparisons.append(compare(f"{made.package} {at}", opened, forward.log_probs, some))
     console.print(table(comparisons, f"{out}: {ways.format}, {ways.written_as}, against our forward in FP32"))
@@ -101,7 +102,7 @@ def check_export(run: OpenRun, out: Path, ways: ExportAs, text: Path | None, con
 
 
 def check_files(run: OpenRun, out: Path, ways: ExportAs) -> None:
-    """Before another program opens them: the files must be those of this model. Raises HandOffError."""
+    """Check that the files are those of this model, before another program opens them. Raises HandOffError."""
     if ways.format == "hf":
         released = open_released(out)
         said, wanted = config_json(released.shape), config_json(run.shape)
@@ -117,7 +118,7 @@ def check_files(run: OpenRun, out: Path, ways: ExportAs) -> None:
 
 
 def rounded(run: OpenRun, ways: ExportAs) -> Callable[[Mapped, Tensor], Tensor]:
-    """Of weights: what is left of them in the files."""
+    """A function from weights to the values that the export's number types leave of them."""
     if ways.format == "hf":
         return ways.encoding.read_back
     need_gguf()

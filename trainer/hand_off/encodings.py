@@ -1,7 +1,7 @@
-"""How weights are written: FP32, BF16, or FP8 in blocks of 128 x 128 with a scale each.
+"""The number types of safetensors exports: FP32, BF16, or FP8 in blocks of 128 x 128 with a scale each.
 
-An encoding makes, of some rows of a matrix, the tensors that go into the file, and gives back the numbers that a reader
-of those tensors has. Rows come in multiples of a block's, so that a matrix can be written a slice at a time.
+An encoding turns rows of a matrix into the tensors of the file, and returns the values that a reader gets back. Rows
+come in multiples of a block, so a matrix can be written a slice at a time.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from dryvine.trainer.hand_off.names import BIAS, Mapped
 from dryvine.trainer.tensors.quantized import E4M3, Quantized
 from dryvine.trainer.tensors.tiles import TILE, blocks
 
-SCALE = "_scale_inv"  # what the name of a weight's scales ends in
+SCALE = "_scale_inv"  # suffix of the name of a weight's scales
 Announced = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 PLAIN = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8-block": torch.bfloat16}  # of what is not in FP8
 
 
 class Part(NamedTuple):
-    """Some rows of one tensor of the file: elements from `first` on."""
+    """Rows of one tensor of the file: its elements from `first` on."""
 
     name: str
     first: int
@@ -31,8 +31,8 @@ class Part(NamedTuple):
 
 
 class Encoding(NamedTuple):
-    """Of a whole checkpoint. `ragged`: FP8 also where blocks do not divide a matrix, which the format allows and
-    transformers 5.23 reads wrongly (docs/handoff.md)."""
+    """The number types of a whole export. `ragged`: use FP8 also where blocks do not divide a matrix, which the
+    format allows and transformers 5.23 reads wrongly (docs/handoff.md)."""
 
     dtype: str  # a key of PLAIN
     ragged: bool = False
@@ -42,15 +42,15 @@ class Encoding(NamedTuple):
         return self.dtype == "fp8-block" and place.linear and fits
 
     def tensors(self, place: Mapped) -> Announced:
-        """The tensors in the file that a weight is made of."""
+        """The tensors of the file that store a weight."""
         if not self.in_fp8(place):
             return {place.theirs: (self._plain(place), place.shape)}
         grid = tuple(blocks(size) for size in place.shape)
         return {place.theirs: (E4M3, place.shape), place.theirs + SCALE: (torch.float32, grid)}
 
     def encode(self, place: Mapped, first: int, rows: Tensor) -> list[Part]:
-        """FP32 rows from row `first` on, a multiple of 128, [R, C] (a vector: all of it). Raises ValueError if they are
-        not finite."""
+        """FP32 rows from row `first` on, a multiple of 128, [R, C] (a vector: all of it), as parts of the file's
+        tensors. Raises ValueError if they are not finite."""
         if not rows.isfinite().all():
             raise ValueError(f"{place.ours} ({place.theirs}) holds numbers that are not finite")
         cols = place.shape[-1] if len(place.shape) > 1 else 1
@@ -61,12 +61,12 @@ class Encoding(NamedTuple):
         return [Part(place.theirs, first * cols, quantized.values), grid]
 
     def read_back(self, place: Mapped, values: Tensor) -> Tensor:
-        """What a reader has of a whole weight that was written, in FP32."""
+        """The FP32 values that a reader gets for a whole weight."""
         parts = self.encode(place, 0, values)
         return parts[0].values.float() if len(parts) == 1 else dequantize(parts[0].values, parts[1].values)
 
     def kept_plain(self, all_places: Mapping[str, Mapped]) -> list[str]:
-        """Modules whose matrices would be in FP8 if blocks divided them."""
+        """Modules whose matrices stay BF16 only because 128 does not divide them."""
         kept = (name for name, place in all_places.items() if place.linear and not self.in_fp8(place))
         return [name.removesuffix(".weight") for name in kept] if self.dtype == "fp8-block" else []
 
@@ -81,7 +81,7 @@ def dequantize(values: Tensor, scales: Tensor) -> Tensor:
 
 
 def quantization_config(kept: list[str]) -> dict[str, object]:
-    """Of config.json."""
+    """The entry of this name in config.json."""
     return {
         "quant_method": "fp8",
         "fmt": "e4m3",

@@ -1,4 +1,4 @@
-"""What a file from elsewhere, or a model for elsewhere, can be refused for."""
+"""The error for a file or model that cannot be exported or imported."""
 
 from __future__ import annotations
 

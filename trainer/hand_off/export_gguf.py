@@ -1,7 +1,7 @@
-"""From a checkpoint to a GGUF file that llama.cpp opens, and a Modelfile with which ollama does.
+"""A checkpoint to a GGUF file for llama.cpp, and a Modelfile for ollama.
 
-Header and index are the `gguf` library's; the data is written slice by slice after them, since the library takes a
-tensor whole, and the experts of one layer of V3 are 15 GB.
+The `gguf` library writes the header and the index. The data is written here, slice by slice, since the library takes
+each tensor whole, and the experts of one layer of V3 are 15 GB.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ FILE_TYPES = {
 
 
 class GgufFile(NamedTuple):
-    """What a file is to hold."""
+    """The planned contents of a file."""
 
     keys: list[Key]
     tensors: list[GgufTensor]
 
 
 def plan_gguf(run: OpenRun, quant: str, tokenizer: TokenizerFiles) -> GgufFile:
-    """Raises HandOffError for a model or tokenizer that llama.cpp cannot take."""
+    """The file for a run. Raises HandOffError for a model or tokenizer that llama.cpp does not support."""
     shape = run.shape
     if reason := gguf_refusal(shape):
         raise HandOffError(reason)
@@ -63,7 +63,7 @@ def plan_gguf(run: OpenRun, quant: str, tokenizer: TokenizerFiles) -> GgufFile:
 
 
 def export_gguf(run: OpenRun, out: Path, quant: str, tokenizer: TokenizerFiles, on_progress: OnProgress) -> None:
-    """Write the folder `out`. Raises HandOffError, and leaves nothing then."""
+    """Write the new folder `out`. Raises HandOffError, and leaves no files then."""
     file = plan_gguf(run, quant, tokenizer)
     with new_folder(out) as folder:
         total, done = sum(map(_bytes, file.tensors)), 0
@@ -74,7 +74,7 @@ def export_gguf(run: OpenRun, out: Path, quant: str, tokenizer: TokenizerFiles, 
 
 
 def _moved_biases(run: OpenRun) -> Iterator[GgufTensor]:
-    """Those of softmax gates, which DeepSeek's own files cannot hold and GGUF can, where training has moved them."""
+    """The biases of softmax gates that training has moved. GGUF can hold them; DeepSeek's own V2 files cannot."""
     if run.shape.score == "softmax":
         for name, bias in run.stored.buffers.items():
             if name.startswith("layers.") and bias.any():
@@ -84,7 +84,7 @@ def _moved_biases(run: OpenRun) -> Iterator[GgufTensor]:
 
 
 def write_gguf(path: Path, file: GgufFile, stored: Stored) -> Iterator[int]:
-    """Yields the bytes of each slice after it is written."""
+    """Write the file. Yields the bytes of each slice after it is written."""
     writer = gguf.GGUFWriter(path, ARCH)
     try:
         for key in file.keys:
@@ -119,7 +119,7 @@ def _rows(tensor: GgufTensor, place: Mapped, stored: Stored) -> Iterator[Tensor]
 
 
 def encode(tensor: GgufTensor, place: Mapped, rows: Tensor) -> NDArray[np.uint8]:
-    """FP32 rows as the tensor's type has them. Raises HandOffError for what is not finite, there or here."""
+    """FP32 rows in the tensor's type. Raises HandOffError for values that are not finite before or after."""
     values = rows.numpy()
     if not np.isfinite(values).all():
         raise HandOffError(f"{place.ours} ({tensor.name}) holds numbers that are not finite; export an earlier step")
@@ -132,7 +132,7 @@ def encode(tensor: GgufTensor, place: Mapped, rows: Tensor) -> NDArray[np.uint8]
 
 
 def reader_of(shape: Shape, quant: str) -> Callable[[Mapped, Tensor], Tensor]:
-    """Of a whole weight in FP32: what a reader of the file has of it, in FP32."""
+    """A function from a whole FP32 weight to the FP32 values that a reader of the file gets."""
     parts: defaultdict[str, list[tuple[GgufTensor, Mapped]]] = defaultdict(list)
     for tensor in gguf_tensors(shape, quant):
         for part in tensor.parts:
@@ -162,8 +162,8 @@ def _bytes(tensor: GgufTensor) -> int:
 
 
 def modelfile(tokenizer: TokenizerFiles, shape: Shape) -> str:
-    """For `ollama create NAME -f Modelfile`. ollama reads the chat template of the GGUF; a base model has none worth
-    the name, and gets its prompt as it is."""
+    """A Modelfile for `ollama create NAME -f Modelfile`. ollama uses the GGUF's chat template; for a base model,
+    which has none that it was trained with, the prompt is passed through."""
     return (
         f"FROM ./{GGUF}\n"
         'TEMPLATE """{{ .Prompt }}"""\n'

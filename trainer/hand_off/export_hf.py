@@ -1,7 +1,7 @@
-"""From a checkpoint to what transformers, vLLM and converters open: DeepSeek's names in sharded safetensors.
+"""A checkpoint to safetensors with DeepSeek's names, for transformers, vLLM and converters.
 
-The files are laid out first, then each slice of each tensor is read from the checkpoint, cast and written to its place,
-so the memory needed does not grow with the model. The folder gets its name when everything is in it.
+The files are laid out first. Then each slice of each tensor is read from the checkpoint, cast and written to its place,
+so memory does not grow with the model. The folder is renamed to its final name when everything is in it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ INDEX = "model.safetensors.index.json"
 
 
 class ShardPlan(NamedTuple):
-    """A file, the places in it, and the tensors that they are written as."""
+    """One file: the weights in it, and the tensors that store them."""
 
     name: str
     places: list[Mapped]
@@ -53,7 +53,7 @@ def refusal(shape: Shape) -> str | None:
 
 
 def _lost_biases(run: OpenRun) -> str | None:
-    """V2's files have no place for biases of gates, which our softmax gates may have been trained with."""
+    """Why a V2 export would lose the biases of softmax gates, for which V2's files have no place; or None."""
     if run.shape.score == "sigmoid":
         return None
     moved = next((name for name, bias in run.stored.buffers.items() if bias.any()), None)
@@ -63,8 +63,8 @@ def _lost_biases(run: OpenRun) -> str | None:
 def export_hf(
     run: OpenRun, out: Path, encoding: Encoding, tokenizer: TokenizerFiles, on_progress: OnProgress, shard_bytes: int
 ) -> None:
-    """Write the folder `out`. Raises HandOffError for a model that the readers cannot take, and for weights that are
-    not finite; nothing is left then."""
+    """Write the new folder `out`. Raises HandOffError for a model that the readers do not support and for weights
+    that are not finite, and leaves no files then."""
     if reason := refusal(run.shape) or _lost_biases(run):
         raise HandOffError(reason)
     shards = plan_shards(places(run.shape), encoding, shard_bytes)
@@ -80,7 +80,7 @@ def export_hf(
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill, which is called `out` when that has gone well, and gone if not."""
+    """A temporary folder to fill; it is renamed to `out` on success and deleted on an error."""
     if out.exists():
         raise HandOffError(f"{out}: is there already; name another folder with --out, or delete it")
     part = out.with_name(out.name + ".part")
@@ -95,7 +95,7 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def plan_shards(all_places: Iterable[Mapped], encoding: Encoding, shard_bytes: int) -> list[ShardPlan]:
-    """Files of at most `shard_bytes`, or of one weight, in forward order."""
+    """Files of at most `shard_bytes`, or of one larger weight, in forward order."""
     groups: list[tuple[list[Mapped], Announced]] = []
     room = 0
     for place in all_places:
@@ -113,7 +113,7 @@ def plan_shards(all_places: Iterable[Mapped], encoding: Encoding, shard_bytes: i
 
 
 def _write_shard(path: Path, shard: ShardPlan, encoding: Encoding, stored: Stored) -> Iterator[int]:
-    """Yields the bytes of each slice after it is written."""
+    """Write a file. Yields the bytes of each slice after it is written."""
     with SafetensorsWriter(path, shard.tensors) as writer:
         for piece in (piece for place in shard.places for piece in slices(place)):
             try:

@@ -1,7 +1,7 @@
-"""The model as we compute it, on one CPU in FP32: what another program's log-probabilities are compared with.
+"""Our own forward on one CPU in FP32, which other programs' log-probabilities are compared with.
 
-Weights come from the checkpoint, rounded as the export wrote them, and not from the exported files: a mistake that
-export and import make alike must not cancel out.
+Weights come from the checkpoint, rounded as the export rounds them, and not from the exported files: otherwise a
+mistake that export and import share would cancel out.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Forward:
             self.head.weight.copy_(state["head.weight"])
 
     def log_probs(self, tokens: Sequence[int]) -> Tensor:
-        """FP32 [T, vocab]: of the next token after each."""
-        # A flight's last column is a target, which nothing here reads.
+        """FP32 [T, vocab]: log-probabilities of the next token after each token."""
+        # The last column of a flight's tokens is a target, which is unused here.
         flight = Flight(torch.tensor([[*tokens, 0]]), 0.0, training=False)
         state: State = ()
         with torch.no_grad():
@@ -65,7 +65,7 @@ def _state(run: OpenRun, rounded: Rounded) -> dict[str, Tensor]:
 
 
 def _check_memory(run: OpenRun) -> None:
-    """Weights are there twice while they are loaded."""
+    """Raises HandOffError if memory is too small: while loading, weights are there twice."""
     needed = 2 * 4 * count_parameters(run.shape)[0]
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:

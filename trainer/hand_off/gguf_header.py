@@ -1,8 +1,8 @@
-"""The header of a GGUF file, read as if it were hostile, and compared with what an export writes.
+"""Reads the header of a GGUF file as untrusted input, and compares it with what an export writes.
 
-llama.cpp ends the process on much of what can be wrong in a file, and the `gguf` library's reader believes lengths:
-of a string it returns what is there, and of an array it counts to 2^60. So a file is read here before anything else
-opens it: no length is believed that the file has no bytes for, and every key and tensor must be the expected one.
+llama.cpp aborts the process on many errors in a file, and the `gguf` library's reader trusts lengths: it returns
+truncated strings, and loops over arrays of up to 2^60 elements. So a file is checked here before another program opens
+it: every length must fit into the file, and every key and tensor must be the expected one.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Info(NamedTuple):
 
 
 class _Bytes:
-    """A file read forward, which says what was being read where it ends too early."""
+    """Reads a file forward; its errors name what was being read."""
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self.file, self.path, self.size = file, path, os.fstat(file.fileno()).st_size
@@ -80,7 +80,7 @@ class _Bytes:
 
 
 def check_gguf(path: Path, expected: GgufFile) -> None:
-    """Raises HandOffError naming the file and the key or tensor that is not as an export writes it."""
+    """Raises HandOffError naming the file and the first key or tensor that differs from the export's."""
     try:
         with path.open("rb") as file:
             read = _Bytes(file, path)
@@ -136,7 +136,7 @@ def _same(found: tuple[int, object], wanted: Key) -> bool:
 
 
 def _wrong_tensors(infos: dict[str, Info], expected: GgufFile, left: int) -> Iterator[str]:
-    """What is not as expected, by the tensor's name."""
+    """A message for each tensor that is not as expected."""
     at = 0
     for tensor in expected.tensors:
         info, wanted = infos.pop(tensor.name, None), Info(tensor.shape, int(tensor.type), at)

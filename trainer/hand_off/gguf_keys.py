@@ -1,7 +1,7 @@
-"""What a GGUF file of architecture deepseek2 says about the model: the keys that llama.cpp computes by.
+"""The metadata keys of a GGUF file of architecture deepseek2, from which llama.cpp configures its computation.
 
-A key left out is no error there. Without the gating function it takes softmax, without groups it chooses among all
-experts, and text comes out that is merely worse; a test leaves out each of them and must see it.
+A missing key is no error there: without the gating function it takes softmax, without groups it chooses among all
+experts, and the text is merely worse. A test leaves out each key and must notice.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dryvine.trainer.hand_off.tokenizer_files import TokenizerFiles
 from dryvine.trainer.model.shape import Shape
 
 ARCH = "deepseek2"
-# llama.cpp takes models of so many layers for ones without q_lora, whatever the file says.
+# llama.cpp assumes that models with these numbers of layers have no q_lora, whatever the file says.
 LITE_LAYERS = (26, 27)
 LITE_48_VOCAB = 128256
 Described = dict[str, list[dict[str, object]]]  # a tokenizer.json, as far as its added tokens
@@ -31,7 +31,8 @@ class Key(NamedTuple):
 
 
 def gguf_refusal(s: Shape) -> str | None:
-    """Why llama.cpp (of llama-cpp-python 0.3.36) would compute something else with this model, or abort; or None."""
+    """Why llama.cpp (of llama-cpp-python 0.3.36) would abort on this model or compute something else, with the fix;
+    or None."""
     lite = s.layers in LITE_LAYERS or (s.layers == 48 and s.vocab == LITE_48_VOCAB)
     yarn = s.yarn is not None and (s.yarn.mscale != s.yarn.mscale_all_dim or not s.yarn.mscale)
     for wrong, message in (
@@ -47,7 +48,7 @@ def gguf_refusal(s: Shape) -> str | None:
 
 
 def model_keys(s: Shape) -> Iterator[Key]:
-    """In the order of the file."""
+    """The model's keys, in the order of the file."""
     whole = gguf.GGUFValueType.UINT32
     number = gguf.GGUFValueType.FLOAT32
     gating = gguf.ExpertGatingFuncType.SIGMOID if s.score == "sigmoid" else gguf.ExpertGatingFuncType.SOFTMAX
@@ -58,7 +59,7 @@ def model_keys(s: Shape) -> Iterator[Key]:
         ("feed_forward_length", s.ffn),
         ("vocab_size", s.vocab),
         ("attention.head_count", s.heads),
-        # Of the latent that all heads share, as llama.cpp caches it.
+        # Sizes of the latent that all heads share, which llama.cpp caches.
         ("attention.head_count_kv", 1),
         ("attention.q_lora_rank", s.q_lora or 0),
         ("attention.kv_lora_rank", s.kv_lora),
@@ -87,7 +88,8 @@ def model_keys(s: Shape) -> Iterator[Key]:
 
 
 def _grouped(s: Shape) -> bool:
-    """llama.cpp wants fewer groups used than there are; all of them is the same as none."""
+    """Whether group-limited routing is in the file: llama.cpp requires fewer groups used than there are, and using
+    all is no limit."""
     return s.groups > 1 and s.group_limit < s.groups
 
 
@@ -104,7 +106,7 @@ def _yarn_keys(s: Shape) -> Iterator[Key]:
 
 
 def tokenizer_keys(tokenizer: TokenizerFiles, vocab: int) -> Iterator[Key]:
-    """A byte-level BPE. Ids that the tokenizer does not use are filled with names that no text has."""
+    """The keys of a byte-level BPE. Unused ids get names that occur in no text."""
     described = json.loads((tokenizer.folder / "tokenizer.json").read_bytes())
     if described["model"]["type"] != "BPE" or not described["model"]["merges"]:
         raise HandOffError(f"{tokenizer.folder}: its tokenizer is no BPE with merges, which llama.cpp asks for")
@@ -135,7 +137,7 @@ def _tokens(tokenizer: TokenizerFiles, described: Described, vocab: int) -> tupl
 
 
 def _pre_tokenizer(folder: Path, described: dict[str, object]) -> str:
-    """llama.cpp's name of how text is cut into words, which it has as code."""
+    """llama.cpp's name of the pre-tokenizer, which it has as code."""
     said = json.dumps(described["pre_tokenizer"], ensure_ascii=False)
     match described["pre_tokenizer"]:
         case {"type": "ByteLevel", "use_regex": True, "add_prefix_space": False}:

@@ -1,7 +1,8 @@
-"""Where every tensor of a GGUF file of architecture deepseek2 lies in our parameters.
+"""The tensors of a GGUF file of architecture deepseek2, in terms of our parameters.
 
-Names are those that the `gguf` library gives to the released names. Other than there, experts are stacked, and kv_b is
-split by head into keys, transposed, and values, since llama.cpp multiplies by them apart. MTP is left out.
+The names are those that the `gguf` library maps the released names to. Unlike in released files, experts are stacked,
+and kv_b is split by head into keys (transposed) and values, since llama.cpp multiplies by them separately. MTP is left
+out.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ QUANTS = {"f32": Type.F32, "bf16": Type.BF16, "f16": Type.F16, "q8_0": Type.Q8_0
 
 
 class GgufTensor(NamedTuple):
-    """Parts of ours one after the other, each transposed or not."""
+    """A tensor made of slices of our parameters, concatenated, each transposed or not."""
 
     name: str
     shape: tuple[int, ...]  # as numpy has it; the file lists it in reverse
@@ -31,7 +32,7 @@ class GgufTensor(NamedTuple):
 
 
 def gguf_tensors(shape: Shape, quant: str) -> list[GgufTensor]:
-    """All of the file, in forward order."""
+    """All tensors of the file, in forward order."""
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.DEEPSEEK2, shape.layers)
     return [_typed(tensor, quant) for tensor in _stacked(shape, names)]
 
@@ -55,7 +56,7 @@ def _stacked(shape: Shape, names: gguf.TensorNameMap) -> Iterator[GgufTensor]:
 
 
 def _split(s: Shape, place: Mapped, names: gguf.TensorNameMap) -> Iterator[GgufTensor]:
-    """kv_b has, for each head, the rows that make keys of the latent and then those that make values."""
+    """Split kv_b, which has for each head the rows of keys and then those of values."""
     keys, values = [], []
     for head in range(s.heads):
         first = head * (s.nope_dim + s.v_dim) * s.kv_lora
@@ -67,7 +68,8 @@ def _split(s: Shape, place: Mapped, names: gguf.TensorNameMap) -> Iterator[GgufT
 
 
 def _typed(tensor: GgufTensor, quant: str) -> GgufTensor:
-    """Vectors, gates and biases stay FP32. Rows that a block of the asked type does not divide get the next finer."""
+    """The type of a tensor. Vectors, gates and biases stay FP32; rows that the requested block size does not divide
+    get the next more precise type."""
     if len(tensor.shape) == 1 or tensor.parts[0].ours.endswith((BIAS, ".gate.weight")):
         return tensor
     finer = [QUANTS[quant], Type.Q8_0, Type.F16]

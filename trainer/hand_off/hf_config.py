@@ -1,9 +1,11 @@
-"""config.json of a released DeepSeek checkpoint, both ways.
+"""config.json of a released DeepSeek checkpoint, written and read.
 
-Written in both dialects: transformers 5 reads `rope_parameters`, while older ones, vLLM and converters read
-`rope_theta` and `rope_scaling`; and with the keys that transformers' own class lacks (`scoring_func`, `topk_method`,
-`moe_layer_freq`), without which vLLM takes softmax scores or drops the biases in silence. Read with suspicion: a key
-that changes the arithmetic to something that we do not compute is refused, and one that we do not know is reported.
+Written for both dialects: transformers 5 reads `rope_parameters`; older ones, vLLM and converters read `rope_theta` and
+`rope_scaling`. It also has the keys that transformers' own class lacks (`scoring_func`, `topk_method`,
+`moe_layer_freq`), without which vLLM silently takes softmax scores or drops the biases.
+
+Read strictly: a key that changes the computation to something we do not implement is refused, and an unknown key is
+reported.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ EPS = 1e-6  # of the norms of the latents, whatever rms_norm_eps says: fixed in 
 Size = Annotated[int, Field(ge=1, lt=1 << 31)]
 Count = Annotated[int, Field(ge=0, lt=1 << 31)]
 
-# config.json's name of what a Shape holds under another.
+# config.json's names for the fields of Shape that it calls something else.
 NAMES = {
     "vocab_size": "vocab",
     "hidden_size": "hidden",
@@ -52,7 +54,8 @@ _OURS = {ours: theirs for theirs, ours in NAMES.items()}
 
 
 def config_json(shape: Shape) -> dict[str, object]:
-    """For transformers' `DeepseekV3Config` (sigmoid scores) or `DeepseekV2Config` (softmax), and for vLLM."""
+    """The config for transformers' `DeepseekV3Config` (sigmoid scores) or `DeepseekV2Config` (softmax), and for
+    vLLM."""
     shared: dict[str, object] = {theirs: getattr(shape, ours) for theirs, ours in NAMES.items()}
     return (
         _kind(shape)
@@ -65,7 +68,7 @@ def config_json(shape: Shape) -> dict[str, object]:
 
 
 def _kind(shape: Shape) -> dict[str, object]:
-    """What only one of the two architectures has, or names its own way."""
+    """The keys that only one of the two architectures has or that it names differently."""
     if shape.score == "sigmoid":
         kind, method = "V3", "noaux_tc"
     else:
@@ -124,7 +127,7 @@ class _FP8Json(BaseModel, extra="ignore"):
 
 
 class ConfigJson(BaseModel, extra="allow", strict=True, allow_inf_nan=False):
-    """The keys that decide what the released code computes, with the only values that ours computes too."""
+    """The keys that change the computation, with the only values that we implement."""
 
     model_type: Literal["deepseek_v2", "deepseek_v3"]
     vocab_size: Size
@@ -176,7 +179,7 @@ _IDLE = {
 
 
 class HfConfig(BaseModel, frozen=True):
-    """What a config.json says."""
+    """What a config.json specifies."""
 
     shape: Shape
     fp8: bool  # weights may be in FP8 blocks of 128 x 128
@@ -256,7 +259,7 @@ def _yarn(rope: Mapping[str, object]) -> Yarn | None:
 
 
 def _explain(error: ValidationError) -> str:
-    """The first complaint, under config.json's own names."""
+    """The first validation error, under config.json's own key names."""
     first = error.errors()[0]
     key = ".".join(_OURS.get(str(part), str(part)) for part in first["loc"]) or error.title
     reason = first["ctx"]["error"] if first["type"] == "value_error" else f"{first['msg']}, not {first['input']!r}"

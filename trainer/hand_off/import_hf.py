@@ -1,7 +1,7 @@
-"""From released weights to a checkpoint that any layout loads: the other way to begin than from random numbers.
+"""Released weights to a checkpoint that any layout loads, as a start for training.
 
-The checkpoint holds FP32 master weights and no moments: `run.init_from` trains on it. With the moments of the run that
-the weights came from (`--optimizer-from`), it is a checkpoint like any other, and the run goes on as if never left.
+The checkpoint holds FP32 master weights and no moments; `run.init_from` trains on it. With `--optimizer-from` it also
+gets the moments of the run that the weights came from: then it is a full checkpoint, and that run continues exactly.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from dryvine.trainer.model.shape import Shape, count_parameters
 
 @dataclass(frozen=True)
 class Imported:
-    """What was made, for the report."""
+    """What was imported, for the report."""
 
     checkpoint: Path
     shape: Shape
@@ -53,8 +53,8 @@ class Imported:
 
 
 def import_hf(folder: Path, out: Path, optimizer: OpenRun | None, on_progress: OnProgress) -> Imported:
-    """Write checkpoint 0 of the run folder `out`, or with `optimizer` the one of its step, with its moments. Raises
-    HandOffError."""
+    """Write checkpoint 0 of the run folder `out`; with `optimizer`, the checkpoint of that run's step, with its
+    moments. Raises HandOffError."""
     if newest(out) is not None:
         raise HandOffError(f"{out}: has checkpoints already; name a new run folder with --out")
     released = open_released(folder)
@@ -72,7 +72,8 @@ def import_hf(folder: Path, out: Path, optimizer: OpenRun | None, on_progress: O
 
 
 def _same_model(released: Shape, run: OpenRun) -> Shape:
-    """The run's shape, which also has what only training needs, if it computes what the released one does."""
+    """The run's shape, which also has the fields that only training needs, if it computes what the released one
+    does. Raises HandOffError otherwise."""
     for key, wanted in config_json(run.shape).items():
         if config_json(released)[key] != wanted:
             raise HandOffError(f"{run.folder}: has {key} = {wanted}, and the checkpoint {config_json(released)[key]}")
@@ -93,7 +94,7 @@ def _pieces(released: Released, shapes: Mapping[str, tuple[int, ...]]) -> Iterat
 
 
 def _fresh(name: str, size: tuple[int, ...], shape: Shape) -> Iterator[Piece]:
-    """A parameter as a new run of seed 0 has it; experts one by one."""
+    """A parameter as a new run with seed 0 initialises it; experts one by one."""
     if len(size) < 3:
         yield name, 0, {"master": initial(name, size, 0, shape.init_std).flatten()}
         return
@@ -111,7 +112,7 @@ def _reporting(pieces: Iterator[Piece], total: int, on_progress: OnProgress) -> 
 
 
 def _with_moments(pieces: Iterator[Piece], stored: Stored) -> Iterator[Piece]:
-    """Each piece with what an optimizer has stored beside those elements."""
+    """Each piece with the optimizer state stored for the same elements."""
     for name, first, fields in pieces:
         count = fields["master"].numel()
         kept = {field: stored.read(name, first, count, field) for field in sorted(stored.fields - {"master"})}
@@ -119,7 +120,7 @@ def _with_moments(pieces: Iterator[Piece], stored: Stored) -> Iterator[Piece]:
 
 
 def _biases(released: Released) -> dict[str, Tensor]:
-    """Of every gate. V2 has none, and neither has an MTP layer that is new."""
+    """The bias of every gate; zeros where the files have none (V2, and a newly initialised MTP layer)."""
     found = {name: torch.zeros(released.shape.routed) for name in biases(released.shape)}
     for place in places(released.shape):
         if place.ours.endswith(BIAS) and place.theirs in released.weights:

@@ -1,7 +1,7 @@
-"""Where every tensor of a released DeepSeek checkpoint lies in ours.
+"""Where every tensor of a released DeepSeek checkpoint lies in our parameters.
 
-Theirs has a matrix for each projection and expert; ours stacks gate over up, and all experts. So each of theirs is a
-run of neighbouring elements of one of ours, and one list of such places, walked in either direction, is the whole
+Released files have a matrix for each projection and expert; ours stack gate over up, and all experts. So each of their
+tensors is a contiguous run of elements of one of ours, and one list of such runs, used in both directions, is the whole
 mapping: export and import cannot disagree, and neither needs more than a slice in memory.
 """
 
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from dryvine.trainer.model.shape import Shape, blocks
 
-BIAS = ".gate.bias"  # how our names of gate biases end: buffers, not parameters
+BIAS = ".gate.bias"  # suffix of our gate biases, which are buffers, not parameters
 
 
 class Mapped(NamedTuple):
@@ -24,7 +24,7 @@ class Mapped(NamedTuple):
     first: int
     shape: tuple[int, ...]  # of theirs
     linear: bool = False  # a weight that released checkpoints quantise
-    copy: bool = False  # of a tensor that is there already: MTP's embedding and head
+    copy: bool = False  # a duplicate of another tensor: MTP's embedding and head
 
     @property
     def elements(self) -> int:
@@ -32,7 +32,7 @@ class Mapped(NamedTuple):
 
 
 def places(shape: Shape) -> Iterator[Mapped]:
-    """Every tensor, in forward order. Lazily, since a config.json from elsewhere may claim a billion layers."""
+    """All tensors, in forward order. Lazy, since an untrusted config.json may claim a billion layers."""
     table = (shape.vocab, shape.hidden)
     yield Mapped("model.embed_tokens.weight", "embed.weight", 0, table)
     for i in range(shape.layers):
@@ -61,7 +61,7 @@ def sizes(shape: Shape) -> dict[str, tuple[int, ...]]:
 
 
 def _whole(shape: Shape, name: str, first: tuple[int, ...], end: int) -> tuple[int, ...]:
-    """Of what lies in ours one after the other: rows on rows, and experts on experts."""
+    """The whole shape of a parameter, from the places that fill it."""
     if len(first) == 1:
         return first
     rows = end // first[1]

@@ -1,8 +1,9 @@
-"""Q4_K, the 4-bit blocks of llama.cpp, which the `gguf` library reads and does not write.
+"""Q4_K, the 4-bit blocks of llama.cpp, which the `gguf` library reads but does not write.
 
-A block of 256 numbers is eight of 32. Each of those is q * scale - low with q in 0..15, and the eight scales and lows
-are 6-bit multiples of two FP16 numbers of the block: 4.5 bits a number. For each 32, a few steps are tried and, with
-the q that a step gives, the scale and low of least squared error are solved for; the best pair wins.
+A block of 256 numbers is eight sub-blocks of 32. Each number is q * scale - low with q in 0..15, and the eight scales
+and lows are 6-bit multiples of two FP16 numbers of the block: 4.5 bits a number. For each sub-block a few step sizes
+are tried: a step gives the q, for which the scale and low of least squared error are solved; the best candidate is
+kept. A search over more steps lowers the error little and costs time in proportion.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def _least_squares(q: Floats, x: Floats) -> tuple[Floats, Floats]:
     sq, sqq, sx, sqx = q.sum(-1), np.square(q).sum(-1), x.sum(-1), (q * x).sum(-1)
     determinant = SUB * sqq - sq * sq
     scale, low = _over(SUB * sqx - sq * sx, determinant), _over(sq * sqx - sqq * sx, determinant)
-    # Of equal q the two cannot be told apart: all of it is low where q is 0, and scale elsewhere.
+    # With all q equal, scale and low are not determined: put everything into low if q is 0, else into scale.
     low = np.where(determinant == 0, np.where(sq == 0, -sx / SUB, 0), low)
     alone = (determinant == 0) | (low < 0)
     return np.maximum(np.where(alone, _over(sqx, sqq), scale), 0), np.maximum(low, 0)
@@ -71,7 +72,8 @@ def _six_bits(values: Floats, unit: NDArray[np.float16]) -> Bytes:
 
 
 def _packed(scale: Bytes, low: Bytes) -> Bytes:
-    """[B, 8] each -> [B, 12]: six bits of the first four of both, and the last four split into four and two bits."""
+    """Scales and lows, [B, 8] each -> [B, 12]: six bits of the first four of both; the last four are split into four
+    and two bits."""
     first = scale[:, :4] | (scale[:, 4:] >> 4) << 6
     second = low[:, :4] | (low[:, 4:] >> 4) << 6
     third = (scale[:, 4:] & 15) | (low[:, 4:] & 15) << 4

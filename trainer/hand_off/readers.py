@@ -1,7 +1,7 @@
-"""Programs that open an export, each behind one interface. A new one: a class, and a line in READERS.
+"""Programs that open an export, behind one interface. A new one is a class and a line in READERS.
 
-They are asked to compute in FP32 as far as they can, so that what is left of a difference is a mistake and not their
-arithmetic; `limit` says how far they cannot.
+They compute in FP32 as far as they can, so that a remaining difference is a mistake and not rounding; `limit` is the
+difference that their arithmetic explains.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ FP32, LESS = 1e-3, 0.05  # |difference of log-probabilities| of arithmetic in FP
 
 
 class OpenedExport(Protocol):
-    """An export, opened."""
+    """An export, opened by one program."""
 
     package: ClassVar[str]  # what to install
     limit: float
 
     def tokens(self, text: str) -> list[int]:
-        """Without special tokens before or after."""
+        """The text's tokens, without special tokens before or after."""
 
     def log_probs(self, tokens: list[int]) -> Tensor:
-        """FP32 [T, vocab]: of the next token after each."""
+        """FP32 [T, vocab]: log-probabilities of the next token after each token."""
 
 
 class Transformers:
@@ -58,8 +58,8 @@ class Transformers:
 
 
 class LlamaCpp:
-    """Through llama-cpp-python's C interface: its class cannot turn off repacked weights, with which some CPUs give
-    wrong numbers for Q8_0. Keys and values are cached in FP32."""
+    """Through llama-cpp-python's C interface: its class cannot turn off repacked weights, which give wrong numbers
+    for Q8_0 on some CPUs. Keys and values are cached in FP32."""
 
     package: ClassVar[str] = "llama-cpp-python"
 
@@ -67,7 +67,7 @@ class LlamaCpp:
         import llama_cpp as lib
 
         self._lib = lib
-        # llama.cpp multiplies BF16 and quantised weights by inputs of as few bits.
+        # For BF16 and quantised weights, llama.cpp rounds the inputs to as few bits.
         self.limit = FP32 if written_as == "f32" else LESS
         self._silent = lib.llama_log_callback(lambda level, text, data: None)
         lib.llama_log_set(self._silent, None)
@@ -110,7 +110,7 @@ class LlamaCpp:
         return self._lib.llama_init_from_model(self._model, params)
 
     def _fill(self, batch: object, tokens: list[int]) -> None:
-        """Every position's logits are asked for."""
+        """Fill a batch that requests the logits of every position."""
         batch.n_tokens = len(tokens)  # type: ignore[attr-defined]
         for i, token in enumerate(tokens):
             batch.token[i], batch.pos[i], batch.logits[i] = token, i, 1  # type: ignore[attr-defined]
@@ -121,6 +121,6 @@ READERS: dict[str, tuple[type[Transformers] | type[LlamaCpp], ...]] = {"hf": (Tr
 
 
 def installed(package: str) -> str | None:
-    """Its version, or None."""
+    """A package's version, or None if it is not installed."""
     module = package.removesuffix("-python").replace("-", "_")
     return version(package) if importlib.util.find_spec(module) else None

@@ -1,8 +1,8 @@
-"""A released checkpoint as somebody left it in a folder, matched tensor by tensor with what its config.json promises.
+"""A folder of released weights, matched tensor by tensor with its config.json.
 
-Nothing is taken that was not expected and nothing is left over in silence: a tensor that is missing, has another shape
-or dtype, has no scale or a scale too many, or that nothing here reads, is refused by name before any weight is read.
-What may be left over is known to be a copy (MTP's embedding and head, compared bit for bit) or computed (rope tables).
+Every tensor must be expected and every expected tensor must be there: one that is missing, has another shape or dtype,
+lacks its scales or has unexpected ones, or is read by nothing here, is refused by name before any weight is read. The
+only exceptions are known copies (MTP's embedding and head, compared bit for bit) and computed tensors (rope tables).
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl")
 
 @dataclass(frozen=True)
 class ReleasedWeight:
-    """One of their tensors, and its scales if it is in FP8."""
+    """A tensor of the files, with its scales if it is in FP8."""
 
     entry: Entry
     scales: Entry | None
 
     def rows(self, piece: Slice) -> Tensor:
-        """FP32, in the slice's shape. Raises HandOffError if a number is not finite."""
+        """The FP32 values of a slice, in its shape. Raises HandOffError if one is not finite."""
         values = read(self.entry, piece.first * piece.cols, piece.elements).view(piece.shape)
         if self.scales is None:
             wide = values.float()
@@ -55,12 +55,12 @@ class ReleasedWeight:
 
 @dataclass(frozen=True)
 class Released:
-    """A folder that holds all that its config.json promises, and no more."""
+    """A folder that has exactly the tensors that its config.json calls for."""
 
     folder: Path
     config: HfConfig
     weights: dict[str, ReleasedWeight]  # by their name
-    without_mtp: bool  # config.json promises MTP, the files have none of it
+    without_mtp: bool  # config.json has MTP layers, the files have none
 
     @property
     def shape(self) -> Shape:
@@ -85,7 +85,7 @@ def open_released(folder: Path) -> Released:
 
 
 def _plausible(folder: Path, shape: Shape, tensors: int) -> None:
-    """Before anything is made as long as a number in config.json says."""
+    """Raises HandOffError before anything is allocated by a number of config.json that the files cannot match."""
     for key, number in (("num_hidden_layers", shape.layers), ("num_nextn_predict_layers", shape.mtp_depth)):
         if number > tensors:
             raise HandOffError(f"{folder / 'config.json'}: {key}: {number}, but the files hold {tensors} tensors")
@@ -140,7 +140,7 @@ def _indexed(folder: Path) -> dict[str, str]:
 
 
 def _take(folder: Path, place: Mapped, left: dict[str, Entry], fp8: bool) -> ReleasedWeight:
-    """Take a weight, and its scales, out of what is left."""
+    """Remove a weight, and its scales, from the tensors left."""
     entry, scales = left.pop(place.theirs, None), left.pop(place.theirs + SCALE, None)
     if entry is None:
         raise HandOffError(f"{folder}: has no {place.theirs} (our {place.ours}), which config.json promises")
@@ -180,7 +180,7 @@ def _refuse_left_over(left: dict[str, Entry], shape: Shape) -> None:
 
 
 def _check_copies(released: Released, shape: Shape) -> None:
-    """MTP's embedding and head must be those of the model, which is what ours trains."""
+    """MTP's embedding and head must equal the model's, since ours shares them."""
     mains = {place.ours: place for place in places(shape) if not place.copy}
     for place in (place for place in places(shape) if place.copy and place.theirs in released.weights):
         copy, main = released.weights[place.theirs], released.weights[mains[place.ours].theirs]

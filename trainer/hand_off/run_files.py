@@ -1,4 +1,4 @@
-"""What a run folder tells an export: the shape, the checkpoint of a step, the tokenizer."""
+"""What an export needs from a run folder: the shape, the checkpoint of a step, the tokenizer."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class OpenRun:
             return None
 
     def chat(self) -> ChatConfig | None:
-        """How it was fine-tuned to talk, if it was."""
+        """The chat templates that it was fine-tuned with, if it was."""
         if not (self.folder / CONFIG).exists():
             return None
         config = load(self.folder / CONFIG)
@@ -82,7 +82,7 @@ def write_shape(folder: Path, shape: Shape) -> None:
 
 
 def _check_sizes(run: OpenRun) -> None:
-    """The checkpoint must hold this shape's parameters and biases, all of them and no others."""
+    """The checkpoint must hold exactly the parameters and biases of this shape. Raises HandOffError."""
     wanted = {name: math.prod(size) for name, size in sizes(run.shape).items()}
     wanted |= dict.fromkeys(biases(run.shape), run.shape.routed)
     stored = run.stored.sizes | {name: bias.numel() for name, bias in run.stored.buffers.items()}

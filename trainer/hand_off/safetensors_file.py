@@ -1,10 +1,9 @@
-"""Safetensors files, read and written a slice at a time.
+"""Safetensors files, read and written a slice at a time: a length, a JSON header and the bytes.
 
-The format is a length, a JSON header and the bytes. The library maps a file and checks its header, but it does not say
-where a tensor lies, so that no slice could be written in place, and its messages name no key. Its own writer, and
-torch's `distributed.checkpoint.hf_storage`, want every tensor of a file in memory. Here a file is laid out first, with
-all of its space taken from the disk at once, and then filled in any order; reading copies the bytes asked for into
-memory of the process, and never maps a file that somebody may truncate meanwhile.
+The safetensors library maps a file and checks its header, but does not tell where a tensor lies, so no slice could be
+written in place, and its messages name no key. Its writer, and torch's `distributed.checkpoint.hf_storage`, need every
+tensor of a file in memory. Here a file is laid out first, with all of its disk space allocated at once, and then filled
+in any order. Reads copy the requested bytes and never map a file, which somebody may truncate meanwhile.
 """
 
 from __future__ import annotations
@@ -128,7 +127,7 @@ class SafetensorsWriter:
         self._file = path.open("wb")
         self._file.write(header)
         self._file.flush()
-        # Not every system can promise the space; then a full disk is found when it is full.
+        # Not every file system can allocate ahead; on those a full disk raises at a later write.
         reserve = getattr(os, "posix_fallocate", None)
         _ = reserve(self._file.fileno(), 0, start + at) if reserve else self._file.truncate(start + at)
 
@@ -141,7 +140,7 @@ class SafetensorsWriter:
         return self
 
     def __exit__(self, *raised: object) -> None:
-        """Close it, on the disk durably."""
+        """Sync the file to disk and close it."""
         with self._file:
             self._file.flush()
             os.fsync(self._file.fileno())

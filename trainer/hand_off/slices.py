@@ -1,4 +1,4 @@
-"""Which rows are in memory at one time: the bound on what an export or an import needs."""
+"""Cuts parameters into slices: the slice size bounds the memory of an export or an import."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SLICE = 1 << 23
 
 
 class Slice(NamedTuple):
-    """Rows first..first+rows of a place; a vector has one element a row."""
+    """Rows first..first+rows of a place; each element of a vector is a row."""
 
     place: Mapped
     first: int
@@ -40,7 +40,7 @@ class Slice(NamedTuple):
 
 
 def slices(place: Mapped) -> Iterator[Slice]:
-    """A place, cut at multiples of a block's rows."""
+    """The slices of a place, cut at multiples of a block's rows."""
     rows, cols = place.shape[0], math.prod(place.shape[1:])
     step = max(TILE, SLICE // cols // TILE * TILE)
     return (Slice(place, first, min(step, rows - first)) for first in range(0, rows, step))

@@ -1,4 +1,4 @@
-"""The files beside the weights that make text of tokens: tokenizer, chat template, generation config."""
+"""The text files beside the weights: tokenizer, chat template, generation config."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from dryvine.trainer.data.tokenizer import Vocabulary
 from dryvine.trainer.hand_off.errors import HandOffError
 
 CONFIG = "tokenizer_config.json"
-# What a released tokenizer may bring beside its tokenizer.json.
+# Files of a released tokenizer beside its tokenizer.json.
 COMPANIONS = (CONFIG, "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
-# A base model has never seen roles. This asks for the next line of a dialogue in plain text.
+# A base model was not trained on roles. This template asks for the next line of a plain-text dialogue.
 PLAIN_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'system' %}{{ message['content'] + '\\n\\n' }}"
@@ -40,8 +40,8 @@ class TokenizerFiles(NamedTuple):
 def open_tokenizer(
     found: Path | None, given: Path | None, chat_template: Path | None, vocab: int, tuned: str | None = None
 ) -> TokenizerFiles:
-    """`given` (a tokenizer.json, or its folder) before the `found` one of the run. `tuned`: the template that the run
-    was fine-tuned with. Raises HandOffError or DataError."""
+    """Of `given` (a tokenizer.json, or its folder) if there is one, else of the run's own, `found`. `tuned`: the
+    template that the run was fine-tuned with. Raises HandOffError or DataError."""
     path = given or found
     if path is None:
         raise HandOffError("the run's dataset is gone and with it the tokenizer: name one with --tokenizer PATH")
@@ -64,7 +64,7 @@ def _released_template(folder: Path) -> str | None:
 
 
 def write_tokenizer(tokenizer: TokenizerFiles, out: Path, max_position: int) -> None:
-    """tokenizer.json as it was, its config and the chat template; generation_config.json."""
+    """Write tokenizer.json unchanged, its config, the chat template, and generation_config.json."""
     shutil.copyfile(tokenizer.folder / "tokenizer.json", out / "tokenizer.json")
     end = tokenizer.end_text
     config = {
