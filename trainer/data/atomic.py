@@ -15,7 +15,7 @@ class CannotWrite(OSError):
     @staticmethod
     @contextmanager
     def naming(path: Path) -> Iterator[None]:
-        """Raise it for an OSError inside, which is of `path`."""
+        """Turn an OSError of the block, about `path`, into CannotWrite."""
         try:
             yield
         except OSError as error:
@@ -23,12 +23,12 @@ class CannotWrite(OSError):
 
 
 def open_temporary(path: Path) -> BinaryIO:
-    """A new file beside `path`, to be given its name by `publish`."""
+    """A new temporary file beside `path`; `publish` renames it."""
     return path.with_name(path.name + ".tmp").open("wb")
 
 
 def publish(file: BinaryIO, path: Path) -> None:
-    """Close a temporary file and rename it to `path`, which holds all of it or nothing even after a system crash."""
+    """Close a temporary file and rename it to `path`. After a crash of the system, `path` is whole or not there."""
     file.flush()
     os.fsync(file.fileno())
     file.close()

@@ -1,8 +1,8 @@
 """Several sources read as one: the `[[data.blend]]` of a config.
 
-Which source sequence n comes from is `BlendOrder`'s, and which of that source's windows it reads is the source's own
-`SequenceOrder`, so a blend has no state either. Interleaving texts when a dataset is built would fix the shares for
-good, and building a mixture again for every share tried costs a tokenization each.
+`BlendOrder` says which source sequence n comes from, and the source's own `SequenceOrder` which window it reads, so a
+blend has no state either. Mixing texts when a dataset is built would fix the shares for good, and trying another share
+would cost another tokenization.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class BlendPart(NamedTuple):
 
     @property
     def sequences(self) -> Fraction:
-        """How many there are of it in the blend, or its weight."""
+        """The sequences of it in the blend, or its weight."""
         if self.entry.tokens:
             return Fraction(self.entry.tokens, self.source.seq_len)
         return _fraction(self.entry.epochs) * self.source.windows if self.entry.epochs else _fraction(self.entry.weight)
@@ -43,11 +43,11 @@ class Blend:
         self._check_shares()
 
     def _counts(self) -> list[int]:
-        """Whole sequences of each source, of sources given by tokens or epochs."""
+        """Whole sequences of each source, for sources given by tokens or epochs."""
         return [max(1, int(part.sequences)) for part in self.parts]
 
     def _limit(self) -> int | None:
-        """How many sequences there are in all; None if sources have weights and are read again and again."""
+        """The sequences of the whole blend; None if sources have weights and repeat without end."""
         return None if self.parts[0].entry.weight else sum(self._counts())
 
     def _check_shares(self) -> None:
@@ -59,7 +59,7 @@ class Blend:
                 )
 
     def check_length(self, sequences: int) -> None:
-        """Raise DataError if a run of so many sequences is longer than the blend."""
+        """Raise DataError if a run of `sequences` is longer than the blend."""
         if self.limit and sequences > self.limit:
             needed = sequences * self.parts[0].source.seq_len
             raise DataError(
@@ -71,7 +71,7 @@ class Blend:
         return [weight / self.order.whole for weight in self.order.weights]
 
     def sequences(self, first: int, count: int, stride: int = 1) -> NDArray[np.int64]:
-        """As `TokenSource.sequences`, numbered over the blend."""
+        """As `SequenceSource.sequences`, numbered over the blend."""
         return np.concatenate([source.sequences(k, 1) for source, k in self._places(first, count, stride)])
 
     def documents(self, first: int, count: int, stride: int = 1) -> NDArray[np.int64]:
@@ -84,7 +84,7 @@ class Blend:
             yield self.parts[place.source].source, place.number
 
     def lines(self, sequences: int) -> Iterator[str]:
-        """What a run of so many sequences reads of each source, for its start."""
+        """What a run of `sequences` reads from each source: lines for the start of the run."""
         width = max(len(part.entry.label) for part in self.parts)
         for part, share, count in zip(self.parts, self.shares(), self.order.counts(sequences), strict=True):
             epochs = count / part.source.windows
@@ -96,5 +96,5 @@ class Blend:
 
 
 def _fraction(value: float | None) -> Fraction:
-    """The decimal number that was typed, not its nearest binary one: 0.7 is 7/10."""
+    """The decimal number as typed, not its nearest binary one: 0.7 is 7/10."""
     return Fraction(repr(value))

@@ -60,13 +60,13 @@ class BlendOrder:
         self._blocks: dict[int, _Stretch] = {}
 
     def place(self, number: int) -> BlendPlace:
-        """Where sequence `number` of the blend comes from."""
+        """The source of sequence `number` of the blend, and its number there."""
         index, offset = divmod(number, self.length)
         block = self._block(index)
         return BlendPlace(int(block.sources[offset]), int(block.numbers[offset]))
 
     def counts(self, length: int) -> list[int]:
-        """How many of the first `length` sequences each source gives."""
+        """How many of the first `length` sequences come from each source."""
         index, offset = divmod(length, self.length)
         inside = np.bincount(self._block(index).sources[:offset], minlength=len(self.weights))
         return [before + int(more) for before, more in zip(self._counts_at(index), inside, strict=True)]
@@ -126,7 +126,7 @@ class BlendOrder:
 
 
 def whole_weights(weights: Sequence[Fraction]) -> list[int]:
-    """Whole numbers in the ratio of the weights: exactly if their sum is then at most 2**40, else to 40 bits."""
+    """Integers in the ratio of the weights: exact if their sum is then at most 2**40, else to 40 bits."""
     common = math.lcm(*(weight.denominator for weight in weights))
     exact = [int(weight * common) for weight in weights]
     divisor = math.gcd(*exact)

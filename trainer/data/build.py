@@ -32,12 +32,9 @@ def build(
     deadline: float = 0,
     processes: int = 1,
 ) -> Dataset:
-    """Build the dataset in `out`, resume one that was interrupted, or return one that is finished. With `processes`
-    above 1 so many tokenize.
-
-    If another process is building there, waits for it up to `deadline` seconds. Raises DataError if that takes longer,
-    if `out` holds anything built from other files or settings, or if the inputs hold no text.
-    """
+    """Build the dataset in `out`, resume an interrupted build, or return a finished one. With `processes` above 1,
+    that many tokenize. If another process is building there, waits up to `deadline` seconds for it. Raises DataError
+    if that takes longer, if `out` holds anything built from other files or settings, or if the inputs hold no text."""
     spec.check()
     identity = fingerprint(inputs, spec)
     if finished := _finished(out, identity):
@@ -72,7 +69,7 @@ def _build(job: BuildJob, identity: str) -> Dataset:
 
 
 def _refuse_empty(job: BuildJob, progress: BuildProgress) -> None:
-    """Raise DataError, and leave a folder in which the build can be tried again with other settings."""
+    """Raise DataError, and leave a folder in which the build can be retried with other settings."""
     for name in ("progress.json", "tokenizer.json"):
         (job.folder / name).unlink()
     raise DataError(

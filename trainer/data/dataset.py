@@ -29,7 +29,7 @@ _SHARD_FILE = re.compile(r"\d+\.(bin|ends\.npy)")
 
 
 class Shard(BaseModel, frozen=True, extra="forbid"):
-    """One pair of files of a split."""
+    """A pair of files of a split."""
 
     name: str
     tokens: int
@@ -43,7 +43,7 @@ class Shard(BaseModel, frozen=True, extra="forbid"):
 
 
 class Split(BaseModel, frozen=True, extra="forbid"):
-    """The training or the validation half of a dataset."""
+    """The training or the validation split of a dataset."""
 
     shards: tuple[Shard, ...] = ()
     bytes: int = 0  # of UTF-8 text, before tokenizing
@@ -94,5 +94,5 @@ def is_written_by_build(path: Path) -> bool:
 
 
 def dtype_for(vocab_size: int) -> Literal["<u2", "<u4"]:
-    """The narrowest type that holds every token id."""
+    """The narrowest dtype that holds every token id."""
     return "<u2" if vocab_size <= 2**16 else "<u4"

@@ -1,10 +1,10 @@
-"""Batches of the stream to batches of tokens: in this process, or spread over several that hold a tokenizer each.
+"""Batches of the stream to batches of tokens: in this process, or in several that have a tokenizer each.
 
-Batch i goes to process i modulo their number and its tokens are taken back in that order, so the dataset is the same to
-the byte however many there are. A pipe to each is all they share: it closes when either end dies, so a killed build
-leaves no process behind, and a process that was killed (for memory, say) ends the build with its name. A pool of
-`concurrent.futures` waits forever in the first case, and needs its tokenizer in a global. The threads inside
-`tokenizers` are the other way to use all cores, but between its calls one thread reads, hashes and writes alone.
+Batch i goes to process i modulo their number, and results are taken in that order, so the dataset is the same to the
+byte for any number. Each process shares one pipe with the build. It closes when either end dies: a killed build leaves
+no process behind, and a killed process (out of memory, say) ends the build with its name. A pool of
+`concurrent.futures` waits forever in the first case and needs its tokenizer in a global. The threads inside
+`tokenizers` also use all cores, but between its calls one thread alone reads, hashes and writes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from dryvine.trainer.data.spec import BuildSpec
 from dryvine.trainer.data.stream import StreamItem, StreamPosition
 from dryvine.trainer.data.tokenizer import Vocabulary
 
-_AHEAD = 2  # batches that a process has: one it works on, and one so that it never waits
+_AHEAD = 2  # batches that a process has: one in progress, and one so that it never waits
 
 
 class Encoded(NamedTuple):
@@ -70,7 +70,8 @@ def encode_batch(items: Sequence[StreamItem], spec: BuildSpec, vocabulary: Vocab
 
 
 def _parts(item: StreamItem, spec: BuildSpec, vocabulary: Vocabulary) -> tuple[TextPart, ...]:
-    """What an item adds to its document: nothing if it holds only broken lines. Validation text is never rearranged."""
+    """The text that an item adds to its document; nothing for broken lines only. Validation text is never
+    rearranged."""
     record = item.record
     is_whole = record.starts and record.ends
     if is_whole and not record.text:
@@ -82,7 +83,7 @@ def _parts(item: StreamItem, spec: BuildSpec, vocabulary: Vocabulary) -> tuple[T
 
 @contextmanager
 def encoding(spec: BuildSpec, tokenizer_json: Path, vocabulary: Vocabulary, processes: int) -> Iterator[Encode]:
-    """A function from batches to encoded batches, in order. Up to two batches for each process are read ahead."""
+    """A function from batches to encoded batches, in order. At most two batches for each process are read ahead."""
     if processes == 1:
         yield lambda batches: (encode_batch(batch, spec, vocabulary) for batch in batches)
         return
@@ -146,12 +147,12 @@ def _in_turn(batches: Iterable[Sequence[StreamItem]], workers: Sequence[_Worker]
 
 
 def _serve(pipe: Connection, spec: BuildSpec, tokenizer_json: Path) -> None:
-    """A process: encode what comes, until the pipe closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the build says what happens
+    """The loop of a process: encode batches until the pipe closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the build reports it
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     vocabulary = tokenizer.load(tokenizer_json)
     arrived: queue.SimpleQueue[Sequence[StreamItem] | None] = queue.SimpleQueue()
-    # Read while encoding: else both ends could wait for the other to take what they send.
+    # Read while encoding: else both ends could block in send, each waiting for the other to receive.
     threading.Thread(target=_read, args=(pipe, arrived), daemon=True).start()
     while (batch := arrived.get()) is not None:
         try:

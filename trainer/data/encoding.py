@@ -1,10 +1,10 @@
-"""Encodes parts of documents as if they were still in their document.
+"""Encodes parts of a document as if they were still inside it.
 
-Many tokenizers change the ends of what they are given: SentencePiece's put a "▁" in front (Prepend, Metaspace), GPT-2's
-may put a space there, others strip blanks. That is meant for the ends of a document, and not for the cuts that reading
-a large file in pieces or fill-in-the-middle make. A part is encoded between two guard characters where it was cut; the
-change then happens outside of them, and what came from the guards is dropped again. Most byte-level tokenizers change
-nothing at the ends and are spared this.
+Many tokenizers change the ends of their input: SentencePiece's put a "▁" in front (Prepend, Metaspace), GPT-2's may put
+a space there, others strip blanks. That is meant for the ends of a document, and must not happen where a large file is
+read in pieces or fill-in-the-middle cuts. So a part is encoded between two guard characters at its cuts: the change
+then applies outside of them, and the guards' tokens are dropped. Most byte-level tokenizers change nothing at the ends
+and need no guards.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def encode_whole(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
 
 
 def encode_cut(tokenizer: Tokenizer, parts: Sequence[TextPart]) -> list[list[int]]:
-    """The token ids of each part without what the tokenizer adds or strips where the part was cut."""
+    """The token ids of each part, without what the tokenizer adds or strips at a cut."""
     guarded = [NONCHARACTER * (not part.starts) + part.text + NONCHARACTER * (not part.ends) for part in parts]
     encodings = tokenizer.encode_batch(guarded, add_special_tokens=False)
     return [_without_guards(encoding, part) for encoding, part in zip(encodings, parts, strict=True)]
@@ -54,7 +54,7 @@ def edits_in_place(tokenizer: Tokenizer) -> bool:
 
 
 def _edited(tokenizer: Tokenizer, text: str) -> str:
-    """The text as the model of the tokenizer gets it."""
+    """The text after the tokenizer's normaliser and pre-tokenizer."""
     if tokenizer.normalizer:
         text = tokenizer.normalizer.normalize_str(text)
     if not tokenizer.pre_tokenizer:

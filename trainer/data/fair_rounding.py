@@ -37,7 +37,7 @@ def round_along(orders: tuple[Sequence[int], Sequence[int]], parts: Sequence[int
 
 
 def _sums(order: Sequence[int], parts: Sequence[int]) -> list[int]:
-    """Over the first 1, 2, ... of an order; without the sum over all, which is whole anyway."""
+    """Prefix sums of an order, without the sum of all, which is whole anyway."""
     total, sums = 0, []
     for index in order[:-1]:
         total += parts[index]
@@ -64,7 +64,7 @@ def _cycle(arcs: Sequence[_Arc]) -> list[tuple[_Arc, bool]]:
 
 
 def _push(cycle: Sequence[tuple[_Arc, bool]], whole: int) -> None:
-    """Push as much flow around the cycle as the first arc to become whole lets pass."""
+    """Push as much flow around the cycle as it takes until the first arc is whole."""
     most = min(whole - arc.flow % whole if forward else arc.flow % whole for arc, forward in cycle)
     for arc, forward in cycle:
         arc.flow += most if forward else -most

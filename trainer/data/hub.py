@@ -1,7 +1,7 @@
-"""Datasets of the Hugging Face hub: `--text hf://datasets/OWNER/NAME/PATTERN`, by its own library (extra [hub]).
+"""Datasets of the Hugging Face hub: `--text hf://datasets/OWNER/NAME/PATTERN`, by the hub's own library (extra [hub]).
 
-Files come into its cache and are then read like any others, so a resumed build fetches nothing again. A revision is
-`NAME@REVISION`: name one, or the dataset may change between a build and its resume, which then says so.
+Files are downloaded into its cache and then read like any others, so a resumed build downloads nothing again. Pin a
+revision with `NAME@REVISION`: otherwise the dataset may change between a build and its resume, which is then refused.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ HUB = "hf://datasets/"
 
 
 def fetch(address: str) -> str:
-    """Download what matches, or find it in the cache. Returns the pattern of the local files. Raises DataError."""
+    """Download the files that match, unless they are in the cache. Returns the pattern of the local files. Raises
+    DataError."""
     owner, _, rest = address.removeprefix(HUB).partition("/")
     name, _, pattern = rest.partition("/")
     if not (owner and name and pattern):

@@ -1,4 +1,5 @@
-"""What a run reads, as two fingerprints: a run that goes on must read the same tokens, wherever they lie by now."""
+"""The identity of a run's data, as two fingerprints: a resumed run must read the same tokens, wherever they are stored
+by then."""
 
 from __future__ import annotations
 

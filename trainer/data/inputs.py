@@ -51,8 +51,8 @@ def match_files(patterns: Sequence[str]) -> list[Input]:
 
 
 def _listed(patterns: Sequence[str]) -> Iterator[str]:
-    """The patterns, and in place of `@FILE` the lines of that file; relative ones are below its folder. What the hub
-    holds is fetched first."""
+    """The patterns, with `@FILE` replaced by the lines of that file; relative ones are below its folder. Files of
+    the hub are downloaded first."""
     for pattern in patterns:
         if pattern.startswith(HUB):
             yield fetch(pattern)

@@ -40,10 +40,8 @@ def _with(prefix: Path, suffix: str) -> Path:
 
 
 class MegatronTokens:
-    """One split of a prefix as a line of tokens, from 0 to `len`, as `PackedTokens` is one of a folder.
-
-    Raises DataError for files that are damaged, hold no integers, or are not end to end.
-    """
+    """One split of a prefix as a line of tokens, from 0 to `len`, as `PackedTokens` is one of a folder. Raises
+    DataError for files that are damaged, hold no integers, or whose documents are not end to end."""
 
     def __init__(self, prefix: Path, split: SplitName, held_out: float, vocab_size: int | None = None) -> None:
         self.prefix, self.vocab_size = prefix, vocab_size
@@ -113,10 +111,8 @@ def _read_index(path: Path) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArr
 
 
 def write_megatron(folder: Path, split: SplitName, prefix: Path) -> int:
-    """Write a split of a dataset folder as PREFIX.bin and .idx, a document a sequence. Returns the documents.
-
-    Tokens are uint16, or int32 for vocabularies over 65536 ids: Megatron knows no uint32.
-    """
+    """Write a split of a dataset folder as PREFIX.bin and .idx, a document a sequence. Returns the number of
+    documents. Tokens are uint16, or int32 for vocabularies over 65536 ids: Megatron has no uint32."""
     packed = PackedTokens(folder, split)
     code = 8 if packed.dataset.dtype == "<u2" else 4
     prefix.parent.mkdir(parents=True, exist_ok=True)

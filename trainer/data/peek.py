@@ -30,7 +30,8 @@ class DocumentText(NamedTuple):
 
 
 def pieces(source: SequenceSource, number: int, seq_len: int, decode: Tokenizer) -> Iterator[DocumentText]:
-    """The documents of sequence `number` of a run, in order, without what is only predicted behind its end."""
+    """The documents of sequence `number` of a run, in order, without the tokens past its end that are only
+    predicted."""
     tokens, owners = source.sequences(number, 1)[0], source.documents(number, 1)[0]
     for document in np.unique(owners[:seq_len]).tolist():
         own: NDArray[np.int64] = tokens[:seq_len][owners[:seq_len] == document]
@@ -39,7 +40,7 @@ def pieces(source: SequenceSource, number: int, seq_len: int, decode: Tokenizer)
 
 
 def tokenizer_of(path: Path) -> Tokenizer:
-    """Raises DataError if there is none. Any will do: it only decodes."""
+    """The tokenizer of a file or folder, which here only decodes. Raises DataError if there is none."""
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises a bare Exception
@@ -58,7 +59,8 @@ class RecordText(NamedTuple):
 
 
 def records(inputs: Sequence[Input], spec: BuildSpec) -> Iterator[RecordText]:
-    """What a build would read, in its order. Raises DataError for a tokenizer or a condition that cannot be used."""
+    """The records that a build would read, in its order. Raises DataError for a tokenizer or a condition that cannot
+    be used."""
     vocabulary = tokenizer.load(spec.tokenizer) if spec.tokenizer else None
     for item in read_stream(inputs, spec.fields, StreamPosition()):
         text, count = item.record.text, None

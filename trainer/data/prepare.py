@@ -1,7 +1,7 @@
-"""From a run's `[data]` table to an existing dataset folder: the first thing every rank calls.
+"""From a run's `[data]` table to a finished dataset folder: the first call of every rank.
 
 The embedded corpus is built on first use into a folder named by its fingerprint, so another Python, vocabulary or
-format gets another folder: nothing is ever rebuilt under a run that reads it, and no user's data is deleted.
+format gets another folder: nothing is rebuilt under a run that reads it, and no user's data is deleted.
 """
 
 from __future__ import annotations

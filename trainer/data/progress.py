@@ -16,7 +16,7 @@ from dryvine.trainer.data.stream import StreamPosition
 
 
 class BuildProgress(BaseModel, frozen=True, extra="forbid"):
-    """Everything counted here is safely in the folder; whatever else is in it is written again."""
+    """Everything counted here is on the disk; anything else in the folder is written again."""
 
     fingerprint: str
     part: int = 0  # number of the next shard

@@ -41,7 +41,8 @@ class ShardWriter:
             self._ends.append(self.tokens)
 
     def close(self, before: Split) -> Split:
-        """Publish the shard and return the split with it. An empty shard is dropped: mmap refuses an empty file."""
+        """Give the shard its final name and return the split with it. An empty shard is dropped: mmap refuses an
+        empty file."""
         if not self.tokens:
             self.file.close()
             os.unlink(self.file.name)
@@ -92,7 +93,7 @@ class PartWriter:
             self.quarantined += 1
 
     def commit(self, position: StreamPosition) -> BuildProgress:
-        """Publish everything; a build killed after this continues at `position`."""
+        """Give all files their final names; a build killed after this continues at `position`."""
         self._quarantine.flush()
         os.fsync(self._quarantine.fileno())
         length = self._quarantine.tell()

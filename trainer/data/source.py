@@ -21,7 +21,7 @@ from dryvine.trainer.data.packed_tokens import PackedTokens
 
 
 class TooShort(DataError):
-    """A split has less than one sequence."""
+    """A split is shorter than one sequence."""
 
 
 class TokenLine(Protocol):
@@ -52,10 +52,10 @@ class SequenceSource(Protocol):
 
 @runtime_checkable
 class PartlyLearnt(SequenceSource, Protocol):
-    """A source some of whose tokens are not predicted: what others said."""
+    """A source whose tokens partly have no loss, such as what users said."""
 
     def learnt(self, first: int, count: int, stride: int = 1) -> NDArray[np.bool_]:
-        """Which of these tokens are: [count, seq_len + extra]."""
+        """bool [count, seq_len + extra]: which of these tokens have a loss."""
         ...
 
 
@@ -89,7 +89,7 @@ class TokenSource:
         return out
 
     def documents(self, first: int, count: int, stride: int = 1) -> NDArray[np.int64]:
-        """As in `SequenceSource`. What a document has in another window is as another document."""
+        """As in `SequenceSource`. The part of a document in another window counts as another document."""
         out = np.empty((count, self.length), np.int64)
         for i in range(count):
             start = self.order.window(first + i * stride) * self.seq_len

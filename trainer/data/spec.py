@@ -1,4 +1,4 @@
-"""What a build is asked for: `BuildSpec`, and `BuildJob`, which says for which files, into which folder."""
+"""The parameters of a build: `BuildSpec` says how, `BuildJob` from which files and into which folder."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class BuildSpec(BaseModel, frozen=True, extra="forbid"):
         return Fields(self.field, tuple(condition(each) for each in self.where))
 
     def described(self) -> dict[str, str | int | float | None]:
-        """What dataset.json and the fingerprint say of it; of conditions only if there are any."""
+        """The spec as in dataset.json and in the fingerprint; conditions only if there are any."""
         values = self.model_dump(mode="json", exclude={"where"})
         return values | ({"where": " and ".join(self.where)} if self.where else {})
 
@@ -79,7 +79,7 @@ def fingerprint(inputs: Sequence[Input], spec: BuildSpec) -> str:
 
 @dataclass(frozen=True)
 class BuildJob:
-    """One build: from which files, how, into which folder, and whom to tell about its progress."""
+    """One build: from which files, how, into which folder, and the callback for progress."""
 
     inputs: Sequence[Input]
     spec: BuildSpec
@@ -89,7 +89,7 @@ class BuildJob:
 
     @cached_property
     def _starts(self) -> list[int]:
-        """Bytes before each input, and at last of all."""
+        """Bytes before each input, then the bytes of all."""
         return [0, *itertools.accumulate(file.size for file in self.inputs)]
 
     def report(self, stage: str, position: StreamPosition) -> None:

@@ -74,7 +74,7 @@ def _open_blend(config: Config) -> Data:
 
 
 def _held_out(config: Config, folder: Path, stream: int) -> TokenSource | None:
-    """The validation split of a source, if it has a whole sequence: a small source of many need not."""
+    """The validation split of a source if it has a whole sequence; else None: a small source of a blend need not."""
     try:
         return _split(config, folder, "val", stream)
     except TooShort:
@@ -94,5 +94,5 @@ def _check_tokenizers(config: DataConfig, folders: list[Path]) -> None:
 
 
 def _tokenizer_of(source: Path) -> str | None:
-    """The hash of a source's tokenizer. Megatron's files do not say which one they were made with."""
+    """The hash of a source's tokenizer; None for Megatron's files, which do not name one."""
     return None if megatron_prefix(source) else Dataset.load(source).tokenizer_sha256

@@ -37,7 +37,8 @@ class StreamItem(NamedTuple):
 
 
 def read_stream(inputs: Sequence[Input], fields: Fields, start: StreamPosition) -> Iterator[StreamItem]:
-    """Every record from `start` on. After a file's last record comes the next file, so no end of file is read twice."""
+    """Every record from `start` on. The position after a file's last record is the start of the next file, so that
+    no end of a file is read twice."""
     for index, file in enumerate(inputs[start.file :], start.file):
         kind = kind_of(file.path)
         line, byte = (start.line, start.byte) if index == start.file else (0, 0)

@@ -48,10 +48,8 @@ class Vocabulary(NamedTuple):
 
 
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Learn a vocabulary: a pure function of texts and size, ties between merges fall by token id.
-
-    Too little text gives a smaller vocabulary than asked for.
-    """
+    """Learn a vocabulary: a pure function of texts and size; ties between merges are broken by token id. Too little
+    text gives a smaller vocabulary than asked for."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -122,7 +120,7 @@ def _with_controls_special(content: bytes) -> str:
 
 
 def _spelled_control(tokenizer: Tokenizer, end: str) -> str | None:
-    """A control token that the model itself finds in text that spells it, which no option of `tokenizers` prevents."""
+    """A control token that the model itself finds in text that spells it; no option of `tokenizers` prevents that."""
     unknown = tokenizer.encode(NONCHARACTER, add_special_tokens=False).ids
     added = tokenizer.get_added_tokens_decoder().values()
     for name in (end, *(token.content for token in added if _is_control(token.content))):

@@ -3,7 +3,7 @@
 A block of 256 numbers is eight sub-blocks of 32. Each number is q * scale - low with q in 0..15, and the eight scales
 and lows are 6-bit multiples of two FP16 numbers of the block: 4.5 bits a number. For each sub-block a few step sizes
 are tried: a step gives the q, for which the scale and low of least squared error are solved; the best candidate is
-kept. A search over more steps lowers the error little and costs time in proportion.
+kept.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 only.
 
 The source has the interface of pretraining's, so fine-tuning uses the same loop: schedules, checkpoints, resumes,
-validation and layouts are already tested there. All conversations are held in memory, at five bytes a token; streaming
-from disk would save that and cost an index of packed rows that outlives the process.
+validation and layouts are already tested there. All conversations are held in memory, at five bytes a token: a set
+of hundreds of thousands of long traces needs a machine with that much.
 
 Legend: S sequences, L = seq_len + 1 + mtp_depth tokens of one.
 """

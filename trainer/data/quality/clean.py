@@ -1,4 +1,4 @@
-"""Copies and quotes of a dataset in one search, and the dataset without them as a new folder."""
+"""Finds copies and quotes in a dataset, and writes the dataset without them as a new folder."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class CleanSpec(BaseModel, frozen=True, extra="forbid"):
 
 
 def search(folder: Path, spec: CleanSpec, on_progress: OnProgress = no_progress) -> list[Repeat]:
-    """What a dataset has twice. Quotes by training documents that are copies themselves do not count."""
+    """The copies and quotes of a dataset. Quotes by training documents that are copies themselves do not count."""
     splits = splits_of(folder)
     count = sum(map(len, splits.values()))
     found = list(find_copies(splits, spec.similarity, lambda done: on_progress("looking for copies", done, count)))
@@ -46,10 +46,8 @@ def search(folder: Path, spec: CleanSpec, on_progress: OnProgress = no_progress)
 
 
 def write_clean(folder: Path, out: Path, spec: CleanSpec, repeats: Sequence[Repeat]) -> Dataset:
-    """Write the dataset without these documents into `out`, and what they were into `out`/dropped.jsonl.
-
-    Raises DataError if `out` holds anything.
-    """
+    """Write the dataset without `repeats` into `out`, and list them in `out`/dropped.jsonl. Raises DataError if
+    `out` is not empty."""
     if out.exists() and any(out.iterdir()):
         raise DataError(f"{out}: not empty; name a new folder with --out, or delete it")
     before, dropped = Dataset.load(folder), {repeat.place for repeat in repeats}

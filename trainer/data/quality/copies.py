@@ -1,10 +1,9 @@
-"""Exact and near copies of documents, inside a split and across both.
+"""Exact and near copies of documents, within a split and across both.
 
-Exact copies have equal tokens. Near copies are found by MinHash and locality-sensitive hashing (Broder 1997; by
-datasketch, extra [quality]) and then compared n-gram by n-gram, so what is reported has at least the similarity that
-was asked for; of pairs well above it, few are missed. Comparing every pair would take quadratic time.
-
-Validation comes first: its documents stay, and it is the training document that is the copy.
+Exact copies have equal tokens. Near copies are proposed by MinHash with locality-sensitive hashing (Broder 1997;
+datasketch, extra [quality]) and then compared n-gram by n-gram, so every reported pair has at least the requested
+similarity, and few pairs well above it are missed. Comparing every pair would take quadratic time. Validation comes
+first, so its documents are kept and the training document is reported as the copy.
 """
 
 from __future__ import annotations
@@ -32,10 +31,8 @@ OnDocument = Callable[[int], None]  # documents that have been looked at
 def find_copies(
     splits: Mapping[SplitName, SplitDocuments], threshold: float, on_document: OnDocument
 ) -> Iterator[Repeat]:
-    """Documents whose tokens, or n-grams to a Jaccard similarity of `threshold`, an earlier document has.
-
-    Takes about 4 KB of memory for each document that is no copy. Raises DataError without datasketch.
-    """
+    """Documents that equal an earlier document, or share its n-grams to a Jaccard similarity of `threshold` or more.
+    Takes about 4 KB of memory for each document that is not a copy. Raises DataError without datasketch."""
     seen: dict[bytes, DocumentPlace] = {}
     near = _NearIndex(splits, threshold)
     done = 0
@@ -61,8 +58,8 @@ class _NearIndex:
         self.empty = MinHash(num_perm=_PERMUTATIONS, hashfunc=int)
 
     def add(self, place: DocumentPlace, tokens: NDArray[np.integer]) -> tuple[DocumentPlace, float] | None:
-        """The most similar earlier document and how similar it is, if at least by the threshold; else the document is
-        remembered."""
+        """The most similar earlier document and the similarity, if that is at least the threshold; otherwise the
+        document is remembered."""
         own = _shingles(tokens)
         if not own.size:
             return None

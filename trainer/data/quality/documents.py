@@ -1,7 +1,7 @@
-"""The documents of a split one by one, and their n-grams as hashes: what the quality tools look at.
+"""The documents of a split one by one, and hashes of their n-grams, for the quality tools.
 
-They work on tokens, not on text: a dataset has its tokens at hand, memory-mapped and with the place of every document,
-whatever format it was built from. Two texts that differ in spacing only differ in tokens, too; near copies cover that.
+The tools work on tokens, not text: the tokens are memory-mapped with the place of every document, whatever format the
+dataset was built from. Two texts that differ only in spacing also differ in tokens; near copies cover that.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class DocumentPlace(NamedTuple):
 
 
 class Repeat(NamedTuple):
-    """A document that is in the dataset already, all of it or much."""
+    """A document that is in the dataset already, entirely or in large part."""
 
     place: DocumentPlace
     tokens: int  # with its end token
     what: str  # "exact copy", "near copy" or "quoted"
-    of: DocumentPlace | None  # the document that stays; None if several together
+    of: DocumentPlace | None  # the document that is kept; None if several together
     share: float  # Jaccard similarity of a copy; share of n-grams found elsewhere
 
 
@@ -66,7 +66,7 @@ def splits_of(folder: Path) -> dict[SplitName, SplitDocuments]:
 
 
 def ngrams(tokens: NDArray[np.integer], length: int) -> NDArray[np.uint64]:
-    """A hash of every run of `length` tokens: uint64 [tokens - length + 1], or [0] of fewer tokens than that."""
+    """A hash of every run of `length` tokens: uint64 [tokens - length + 1], or [0] if there are fewer tokens."""
     count = max(0, len(tokens) - length + 1)
     hashes = np.zeros(count, np.uint64)
     for k in range(length):  # modulo 2**64, as unsigned integers are

@@ -1,4 +1,4 @@
-"""What a dataset is made of, in figures: lengths of documents, use of the vocabulary, reasons for what was left out."""
+"""Statistics of a dataset: lengths of documents, use of the vocabulary, and why lines were left out."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _STEP_TOKENS = 2**24
 
 
 class SplitFigures(NamedTuple):
-    """Of one split. `sizes` are tokens of each document, ascending; `counts` how often each token id comes."""
+    """One split. `sizes`: tokens of each document, ascending; `counts`: occurrences of each token id."""
 
     split: SplitName
     bytes: int
@@ -30,26 +30,26 @@ class SplitFigures(NamedTuple):
 
     @property
     def unused(self) -> int:
-        """Token ids that never come."""
+        """Token ids that never occur."""
         return int((self.counts == 0).sum())
 
     @property
     def entropy(self) -> float:
-        """Nats a token would cost if tokens were drawn one by one: what a model reaches before it reads context."""
+        """Entropy of the unigram distribution, nats a token: the loss of a model that ignores context."""
         shares = self.counts[self.counts > 0] / max(self.tokens, 1)
         return float(-(shares * np.log(shares)).sum())
 
     def quantile(self, share: float) -> int:
-        """So many tokens has the document that is longer than this share of them."""
+        """The tokens of the document that is longer than this share of documents."""
         return int(np.quantile(self.sizes, share, method="higher")) if self.sizes.size else 0
 
     def in_longer(self, length: int) -> float:
-        """Share of the tokens that lie in documents of more than `length`: what a longer context could use."""
+        """Share of the tokens in documents of more than `length` tokens: what a longer context could use."""
         return float(self.sizes[self.sizes > length].sum() / max(self.sizes.sum(), 1))
 
 
 def figures_of(folder: Path, split: SplitName) -> SplitFigures:
-    """Reads every token of the split once."""
+    """The statistics of a split; reads each of its tokens once."""
     documents = SplitDocuments(folder, split)
     packed, dataset = documents.packed, documents.packed.dataset
     counts = np.zeros(dataset.vocab_size, np.int64)
@@ -60,14 +60,14 @@ def figures_of(folder: Path, split: SplitName) -> SplitFigures:
 
 
 def quarantined_by_reason(folder: Path) -> Counter[str]:
-    """Reasons up to their details, most frequent first."""
+    """Reasons without their details, most frequent first, with counts."""
     Dataset.load(folder)
     with (folder / "quarantine.jsonl").open() as lines:
         return Counter(json.loads(line)["reason"].partition(":")[0] for line in lines)
 
 
 def by_length(sizes: NDArray[np.int64]) -> dict[str, tuple[float, float]]:
-    """For each range of lengths, from a power of 4 to the next: shares of the documents and of the tokens in it."""
+    """For each range of lengths, from one power of 4 to the next: its shares of documents and of tokens."""
     found, edge = {}, 1
     while sizes.size and edge <= sizes[-1]:
         inside = sizes[(sizes >= edge) & (sizes < 4 * edge)]

@@ -1,9 +1,9 @@
-"""Validation documents that training documents quote: how many of their n-grams training text has, too.
+"""Validation documents that training documents quote: the share of their n-grams that training text also has.
 
-A model that has read a text predicts it well, and its validation loss says nothing then. The split by hash keeps equal
-texts on one side; it does not see a press release inside twenty articles. N-grams of tokens do (Brown et al. 2020,
-appendix C, has those of words). Such a document is left out of validation: leaving out all that quotes it would cost
-training text that is mostly no copy.
+A model predicts text that it was trained on well, so its validation loss on quoted documents means nothing. The split
+by hash keeps equal texts on one side, but misses a press release inside twenty articles; n-grams of tokens find it
+(Brown et al. 2020, appendix C, uses n-grams of words). Such a document is dropped from validation: dropping everything
+that quotes it would cost training text that is mostly original.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _all_ngrams(split: SplitDocuments, length: int) -> NDArray[np.uint64]:
 
 
 def _places(known: NDArray[np.uint64], wanted: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Where those of `wanted` that are known are; both ascend."""
+    """The positions in `known` of those hashes of `wanted` that are there; both are ascending."""
     at = np.searchsorted(known, wanted)
     inside = at < len(known)
     at, wanted = at[inside], wanted[inside]

@@ -1,7 +1,7 @@
 """A file as bytes, decompressed by its suffix (.gz, .zst) through pyarrow, which every installation has.
 
-A compressed file cannot be entered in the middle: a resumed build decompresses it again up to its place, which takes a
-hundredth of the time of tokenizing it.
+A compressed file cannot be entered in the middle: a resumed build decompresses it again up to its position, which takes
+a hundredth of the time of tokenizing it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class OpenFile(NamedTuple):
     is_compressed: bool
 
     def progress(self) -> int:
-        """Bytes on disk that have been read."""
+        """Bytes of the file on disk that have been read."""
         return self.raw.tell() if self.is_compressed else self.data.tell()
 
 
@@ -42,8 +42,8 @@ def open_by_suffix(path: Path) -> Iterator[OpenFile]:
 
 
 class _Decompressed(io.RawIOBase):
-    """The bytes up to the damage, then its OSError. A read of pyarrow's that meets damage gives nothing at all: the
-    file is then opened again and read to the damage byte by byte."""
+    """The bytes up to the damage, then its OSError. A pyarrow read that meets damage returns nothing: the file is
+    then reopened and read up to the damage byte by byte."""
 
     def __init__(self, raw: io.BufferedReader, codec: str) -> None:
         self.path, self.codec, self.given = raw.name, codec, 0
@@ -81,7 +81,7 @@ class _Decompressed(io.RawIOBase):
 
 
 def decompressed_bytes(path: Path, field: str) -> int:
-    """The size of the file when decompressed; of a damaged one, up to the damage."""
+    """The decompressed size of a file; of a damaged one, up to the damage."""
     total = 0
     with open_by_suffix(path) as file:
         try:

@@ -46,7 +46,7 @@ class Fields(NamedTuple):
 
     @property
     def columns(self) -> list[str]:
-        """Every path that is read."""
+        """All paths that are read."""
         return list(dict.fromkeys([self.text, *(condition.path for condition in self.where)]))
 
 
@@ -63,7 +63,7 @@ def condition(text: str) -> Condition:
 
 
 def dig(record: Mapping[str, object], path: str) -> object:
-    """The value at a path; a field whose own name has dots wins. Raises ValueError if there is none."""
+    """The value at a path; a field whose own name contains the dots comes first. Raises ValueError if there is none."""
     if path in record:
         return record[path]
     head, _, rest = path.partition(".")

@@ -14,8 +14,8 @@ MAX_LINE_BYTES = 2**28  # a longer line is more likely a JSON array under the wr
 
 
 def read_jsonl(path: Path, fields: Fields, line: int, byte: int) -> Iterator[Record]:
-    """One document per line. Blank lines are ignored; a file of another encoding is left out as a whole, of a damaged
-    compressed one what lies behind the damage."""
+    """One document per line. Blank lines are ignored. A file of another encoding is left out as a whole; of a
+    damaged compressed file, everything after the damage."""
     with open_by_suffix(path) as file:
         try:
             head = file.data.peek(4)[:4]
@@ -61,7 +61,7 @@ def _record(raw: bytes, fields: Fields, line: int, byte: int) -> Record:
 
 
 def _document(text: str, fields: Fields) -> str:
-    """The text, empty for an object that is not wanted."""
+    """The text; empty for an object that the conditions exclude."""
     value = json.loads(text.rstrip())
     if not isinstance(value, dict):
         raise ValueError(f"a JSON {type(value).__name__}, not an object")

@@ -19,7 +19,7 @@ _DAMAGE = (pa.ArrowException, OSError, ValueError)
 
 
 class RowPlace(NamedTuple):
-    """Rows read, and about how many bytes of the file that is."""
+    """Rows read, and about how many bytes of the file they take."""
 
     line: int
     byte: int
@@ -29,12 +29,12 @@ class Rows(Protocol):
     """An open file of rows."""
 
     def batches(self, fields: Fields, skip: int) -> Iterator[tuple[int, pa.RecordBatch]]:
-        """Batches of the columns that are read, each with the number of rows before it; those of the first `skip` rows
-        need not come."""
+        """Batches of the columns that are read, each with the number of rows before it; the first `skip` rows may be
+        left out."""
         ...
 
     def share(self, row: int) -> float:
-        """How much of the file lies before a row, about."""
+        """Approximate share of the file before a row."""
         ...
 
 
@@ -124,7 +124,7 @@ def _open(path: Path) -> Iterator[Rows]:
 
 
 def _top(names: list[str], path: str) -> str:
-    """The column that a path begins with."""
+    """The column that a path starts in."""
     return path if path in names else path.partition(".")[0]
 
 

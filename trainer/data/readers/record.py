@@ -50,7 +50,7 @@ class Reader(Protocol):
 
 
 def broken_record(line: int, byte: int, reason: str) -> Record:
-    """A record without text, for a line or file that was left out."""
+    """A record without text, for a line or file that is left out."""
     return Record(line, byte, broken=(Broken(line, reason),))
 
 
@@ -64,7 +64,7 @@ def reason_of(error: Exception) -> str:
 
 
 def other_encoding(head: bytes) -> str | None:
-    """Why a file that begins so is left out, if a byte order mark says that it is not UTF-8."""
+    """Why a file that starts with `head` is left out, if its byte order mark is not UTF-8's."""
     marks = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32"}  # before UTF-16: one begins with its mark
     marks |= {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
     name = next((name for mark, name in marks.items() if head.startswith(mark)), None)

@@ -61,7 +61,7 @@ def _read_piece(file: BufferedReader, line: int) -> Record:
 
 
 def _is_at_line(file: BufferedReader) -> bool:
-    """Whether a line starts here; after a resume, the byte before tells."""
+    """Whether a line starts here; after a resume, by the byte before."""
     if file.tell() == 0:
         return True
     file.seek(-1, 1)
@@ -69,7 +69,7 @@ def _is_at_line(file: BufferedReader) -> bool:
 
 
 def _is_cut(raw: bytes) -> bool:
-    """Whether the line that was read is longer than a piece, so that only its first part is here."""
+    """Whether the line was longer than a piece, so that only its first part was read."""
     return len(raw) == PIECE_BYTES and not raw.endswith(b"\n")
 
 
