@@ -105,12 +105,12 @@ def _here(shape: CommShape, cases: list[Case], nodes: str) -> tuple[list[CommFig
     return run(measure, topology.ranks, topology, shape, cases, deadline=3600)[0], topology
 
 
-# Copies of a rank's dispatched rows that are there at once at most: 7 to 10 of their bytes in BF16 were measured.
+# Peak memory of a rank, in multiples of the BF16 bytes of its dispatched rows: 7 to 10 were measured.
 COPIES = 10
 
 
 def _check_memory(ranks: int, shape: CommShape, tokens: int) -> None:
-    """End here if the ranks would take more than is free: the kernel would end some process, perhaps another."""
+    """Exit if the ranks would need more memory than is free: the kernel would kill some process, perhaps another."""
     needed = COPIES * ranks * tokens * shape.top_k * shape.hidden * 2
     free = available_memory()
     if needed > free:
@@ -136,7 +136,7 @@ def _under_torchrun(shape: CommShape, cases: list[Case]) -> tuple[list[CommFigur
 
 
 def measure(rank: int, topology: Topology, shape: CommShape, cases: list[Case]) -> list[CommFigure]:
-    """Run by every rank."""
+    """The timings of all cases; runs on every rank."""
     import torch
 
     from dryvine.comm.dispatch.choose import make_dispatcher
@@ -190,7 +190,8 @@ def _payload(case: Case, hidden: int, place: device) -> tuple[Tensor, ...]:
 
 
 def _plain(each: int, ranks: int, place: device) -> Callable[[], None]:
-    """An all-to-all of `each` bytes to every rank; of the largest `each`, so that all ranks exchange as many."""
+    """An all-to-all that sends `each` bytes to every rank: the largest `each` of all ranks, so that they exchange
+    equally much."""
     import torch
     import torch.distributed as dist
 
@@ -207,7 +208,7 @@ def _plain(each: int, ranks: int, place: device) -> Callable[[], None]:
 
 
 def _turns(runs: dict[str, Callable[[], object]], rounds: int, place: device) -> dict[str, float]:
-    """Median seconds of each, one after the other in every round; the first round warms up."""
+    """Median seconds of each run, interleaved over the rounds; the first round is a warm-up."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds + 1):
         for name, fn in runs.items():

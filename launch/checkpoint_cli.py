@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 app = typer.Typer(help="What runs have saved.", no_args_is_help=True)
 RunFolder = Annotated[Path, typer.Argument(help="A run folder, runs/NAME.", show_default=False)]
 Saved = Annotated[Path, typer.Argument(help="A checkpoint, or a run folder for its newest.", show_default=False)]
-SHOWN = 20  # tensors of a comparison
+SHOWN = 20  # tensors that a comparison lists
 
 
 @app.command()
@@ -82,7 +82,7 @@ def _cells(row: Listed, newest: bool) -> tuple[str, ...]:
 
 
 def _verify(path: Path) -> bool:
-    """Print what is wrong with a checkpoint, or what it holds. Returns whether it is sound."""
+    """Print what is wrong with a checkpoint, or its contents. Returns whether it is intact."""
     from dryvine.trainer.checkpoint.inspect import damage, experts
     from dryvine.trainer.checkpoint.manifest import CheckpointError
 

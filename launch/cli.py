@@ -1,4 +1,4 @@
-"""`dryvine`: one typer app. A command imports what it needs when it runs, so that those without torch start at once."""
+"""`dryvine`: one typer app. A command imports what it needs when it runs, so those that need no torch start at once."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def train(
 
 
 def _one_gpu(config: Path, overrides: Sequence[str]) -> Path:
-    """The config of `--one-gpu`, for half of a GPU's memory, or a gigabyte of a CPU's, whose steps shall be quick."""
+    """The config of `--one-gpu`, sized for half of the GPU's memory, or 1 GB on a CPU, so that steps are quick."""
     import torch
 
     from dryvine.launch.one_gpu import write_one_gpu
@@ -112,7 +112,7 @@ CommandLineError: type[typer.BadParameter] = typer.BadParameter.__mro__[2]  # cl
 
 
 def main() -> None:
-    """Run the app. What the user can fix is one line on stderr and exit code 2, without a traceback."""
+    """Run the app. A user error prints one line on stderr and exits with 2, without a traceback."""
     try:
         sys.exit(app(standalone_mode=False))
     except CommandLineError as error:

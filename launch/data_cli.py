@@ -107,7 +107,7 @@ def export(
 
 @contextmanager
 def errors_in_one_line(console: Console, command: str = "build") -> Iterator[None]:
-    """Print what the user can fix, and exit with 2; or with 130 after Ctrl-C, as shells do."""
+    """Print a user error in one line and exit with 2, or with 130 after Ctrl-C, as shells do."""
     try:
         yield
     except (DataError, OSError) as error:
@@ -121,8 +121,8 @@ def errors_in_one_line(console: Console, command: str = "build") -> Iterator[Non
 
 @contextmanager
 def progress_bar(console: Console, counted: ProgressColumn | None = None) -> Iterator[OnProgress]:
-    """A progress bar with a row for each pass over the inputs, added when the pass reports for the first time. Bytes
-    are counted, unless another column says what."""
+    """A progress bar with a row for each pass over the inputs, added at the pass's first report. Counts bytes unless
+    `counted` is another column."""
     rows: dict[str, TaskID] = {}
     columns = TextColumn("{task.description}"), BarColumn(), counted or DownloadColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console) as bar:

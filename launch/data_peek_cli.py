@@ -60,7 +60,7 @@ def _line(source: Path, split: SplitName, tokenizer: Path | None) -> Path | Mega
 
 
 def _split_name(name: str) -> SplitName:
-    """Raises DataError unless there is such a split."""
+    """The split of that name. Raises DataError if there is none."""
     for split in SPLITS:
         if name == split:
             return split

@@ -1,4 +1,4 @@
-"""`dryvine data stats` and `dryvine data dedup`: what a dataset is made of, and what it has twice."""
+"""`dryvine data stats` and `dryvine data dedup`: statistics of a dataset, and its copies and quotes."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _page(figures: Sequence[SplitFigures], rows: dict[str, list[str]], reasons: 
 
 
 def _by_rank(found: SplitFigures) -> Curve:
-    """At most some 200 points, spaced evenly by the logarithm of the rank."""
+    """About 200 points at most, evenly spaced in the logarithm of the rank."""
     ranked = sorted((count for count in found.counts.tolist() if count), reverse=True)
     ranks = sorted({min(len(ranked), round(1.06**step)) for step in range(210)})
     return Curve(ranks, [ranked[rank - 1] / found.tokens for rank in ranks])

@@ -1,5 +1,5 @@
-"""`dryvine doctor`: what a run would find on this host: which ranks share a node, over which links they talk, which
-dispatcher would be chosen, and whether the host is well. `--before-run CONFIG` asks the last of all nodes of a job."""
+"""`dryvine doctor`: what a run would meet on this host: which ranks share a node, which links connect them, which
+dispatcher `auto` takes, and faults of the host. `--before-run CONFIG` checks the host part on all nodes of a job."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def doctor(
     groups: Groups = "",
     hidden: Hidden = 7168,
 ) -> None:
-    """Print the topology as a table and as a picture, the dispatcher that `auto` takes, what does not fit, and what is
-    wrong with this host. With --before-run only the last, for a run, and the exit code 1 if anything is."""
+    """Print the topology as a table and as a picture, the dispatcher that `auto` takes, what does not fit, and
+    faults of this host. With --before-run only the last, on every node of a job; exit code 1 if anything is bad."""
     if before_run is not None:
         from dryvine.launch.health.before_run import before_run as check_nodes
 
@@ -70,7 +70,7 @@ def doctor(
 
 
 def _health(ranks: int) -> Iterator[Finding]:
-    """Of this host by itself."""
+    """The findings on this host alone."""
     yield from host.versions()
     yield from host.limits(ranks, bool(nics(Path("/sys"))))
     yield from host.name_resolves()
@@ -85,7 +85,7 @@ def _health(ranks: int) -> Iterator[Finding]:
 
 
 def table(topology: Topology) -> Table:
-    """A line per rank: its node, its rail, and the ranks that it talks to over each link."""
+    """A row per rank: its node, its rail, and the ranks that it talks to over each link."""
     from rich.table import Table
 
     columns = ("rank", "node", "rail", f"over {topology.intra.kind}", f"over {topology.inter.kind}")
@@ -104,7 +104,7 @@ def speeds(topology: Topology) -> str:
 
 
 def picture(topology: Topology) -> str:
-    """Nodes as rows, rails as columns; under a smaller node, where the rails end that it lacks."""
+    """Nodes as rows, rails as columns; under a smaller node, which ranks stand in for its missing rails."""
     widest = max(map(len, topology.nodes))
     cell = len(str(topology.ranks)) + 3
     lines = []

@@ -27,11 +27,11 @@ from dryvine.trainer.run_plan import RunPlan
 if TYPE_CHECKING:
     from rich.console import Console
 
-SHOWN = 12  # slots at either end of a rank's list
+SHOWN = 12  # slots printed at each end of a rank's list
 
 
 class RankPlace(NamedTuple):
-    """Where a world rank is: the numbering of `comm.mesh`."""
+    """A world rank's coordinates, numbered as in `comm.mesh`."""
 
     rank: int
     pp: int
@@ -46,12 +46,12 @@ class RankPlace(NamedTuple):
         return RankPlace(rank, rank // (p.dp * p.ep), rank // p.ep % p.dp, rank % p.ep)
 
     def at(self, pp_rank: int, config: Config) -> int:
-        """The world rank of this one's pipeline on another pipeline rank."""
+        """The world rank with these coordinates on another pipeline rank."""
         return self.rank + (pp_rank - self.pp) * config.parallel.dp * config.parallel.ep
 
 
 def dry_run(run: RunPlan, machine: Machine, rank: int, console: Console) -> None:
-    """Print what would run. Raises ConfigError."""
+    """Print the run as it would happen. Raises ConfigError."""
     place, plan = RankPlace.of(rank, run.config), make(run, machine)
     for line in (*headline(plan), *_whole(plan), *_of_rank(plan, place)):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -66,7 +66,7 @@ def dry_run(run: RunPlan, machine: Machine, rank: int, console: Console) -> None
 
 
 def _whole(plan: Plan) -> Iterator[str]:
-    """What all ranks share."""
+    """Facts about the whole run."""
     run, sizes = plan.run, plan.config.batch.sizes()
     many = f"{len(sizes)} batch sizes, {sizes[0]:,} to {sizes[-1]:,} sequences" if len(sizes) > 1 else "one batch size"
     yield f"schedules: {many}; each built, checked and lowered"
@@ -79,7 +79,7 @@ def _whole(plan: Plan) -> Iterator[str]:
 
 
 def _of_rank(plan: Plan, place: RankPlace) -> Iterator[str]:
-    """What one rank holds, and with whom it talks."""
+    """What one rank holds, and which ranks it talks to."""
     run, config, p = plan.run, plan.config, plan.config.parallel
     topology = plan.machine.topology(p.world)
     yield (
@@ -103,7 +103,7 @@ def _of_rank(plan: Plan, place: RankPlace) -> Iterator[str]:
 
 
 def _neighbours(run: RunPlan, pp_rank: int) -> set[int]:
-    """Pipeline ranks with which it exchanges messages."""
+    """The pipeline ranks that it exchanges messages with."""
     lines = slots_by_line([run.training[run.config.batch.sequences]])
     return {end for line in lines if pp_rank in (line.source, line.target) for end in line[:2]} - {pp_rank}
 
@@ -117,7 +117,7 @@ def _bucket(bucket: BucketSize) -> str:
 
 
 def _slots(plan: Plan, place: RankPlace) -> list[tuple[str, ...]]:
-    """The first and the last of a rank's slots."""
+    """The first and last slots of a rank."""
     program = rank_program(plan.run.training[plan.config.batch.sequences], place.pp)
     cells = plan.timeline.cells[place.pp]
     timed = enumerate(zip(program.steps, cells, strict=True))
@@ -137,7 +137,7 @@ def _slot(number: int, step: ProgramStep, start: float, place: RankPlace, config
 
 
 def _spans(names: tuple[str, ...]) -> str:
-    """embed, layers.0, layers.1, layers.2 as "embed, layers.0 to layers.2"."""
+    """Consecutive blocks joined: embed, layers.0, layers.1, layers.2 as "embed, layers.0 to layers.2"."""
     runs: list[list[str]] = []
     for name in names:
         last = runs[-1][-1] if runs else ""

@@ -1,4 +1,4 @@
-"""`dryvine generate` and `dryvine chat`: what a model that was trained, exported or released has to say."""
+"""`dryvine generate` and `dryvine chat`: sample from a trained, exported or released model."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def generate(
         bool, typer.Option("--json", help="A line of JSON for each: text, tokens, log-probabilities, routes.")
     ] = False,
 ) -> None:
-    """Continue texts. All of them are decoded side by side; one alone is written as it comes. Tokens depend on the
-    seed, the prompt and the weights only: neither on the other prompts nor on their order."""
+    """Continue texts. All prompts are decoded side by side; a single one is streamed. Tokens depend on the seed, the
+    prompt and the weights only: not on the other prompts nor on their order."""
     from dryvine.trainer.generate.requests import Request
 
     asked = list(_lines(prompts or [""]))
@@ -101,8 +101,8 @@ def chat(
     device: Device = "auto",
     expert_memory: ExpertMemory = "",
 ) -> None:
-    """Talk with a model in the terminal, by the template it was fine-tuned with or that came with its tokenizer.
-    Ctrl-C ends an answer; /new begins anew; an empty line or Ctrl-D leaves."""
+    """Chat with a model in the terminal, by the template it was fine-tuned with or that came with its tokenizer.
+    Ctrl-C ends an answer; /new starts a new conversation; an empty line or Ctrl-D exits."""
     from dryvine.trainer.generate.requests import Request
 
     opened = _open(model, HowToCompute(dtype, device, expert_memory), tokenizer)
@@ -136,7 +136,7 @@ class HowToCompute(NamedTuple):
 
 
 class Opened(NamedTuple):
-    """A model, ready to be asked."""
+    """A loaded model with its tokenizer."""
 
     source: WeightSource
     sampler: Sampler
@@ -145,7 +145,7 @@ class Opened(NamedTuple):
 
 
 def _open(model: str, ways: HowToCompute, tokenizer: Path | None) -> Opened:
-    """What is wrong is said before a weight is read."""
+    """Load a model. Errors that can be found without reading weights are raised first."""
     import torch
 
     from dryvine.trainer.generate.open import load, open_weights
@@ -167,7 +167,7 @@ def _open(model: str, ways: HowToCompute, tokenizer: Path | None) -> Opened:
 
 
 def _bytes(text: str) -> int:
-    """2GiB, 500MB, 1e9. Raises BadParameter."""
+    """Parse 2GiB, 500MB, 1e9. Raises BadParameter."""
     found = re.fullmatch(r"([\d.]+(?:e\d+)?)\s*(?:([KMGT])(i?)B?|B)?", text.strip(), re.IGNORECASE)
     try:
         number, unit, binary = float(found[1]), found[2], found[3]  # type: ignore[index]
@@ -186,21 +186,21 @@ def _lines(prompts: Sequence[str]) -> Iterator[str]:
 
 
 def _prompt(files: TokenizerFiles, text: str) -> tuple[int, ...]:
-    """As documents begin in training: behind the end of the one before."""
+    """Tokens of a text as a document starts in training: after the end token of the previous one."""
     from dryvine.trainer.generate.dialogue import plain
 
     return (files.vocabulary.end, *plain(files.vocabulary, text))
 
 
 class Streamed(NamedTuple):
-    """What was written, and the exit code it stands for."""
+    """What was printed, and the exit code."""
 
     tokens: list[int]
     code: int
 
 
 def _stream(sampler: Sampler, request: Request, text: Dialogue | Vocabulary) -> Streamed:
-    """Write an answer as it comes; Ctrl-C ends it."""
+    """Print an answer as its tokens arrive; Ctrl-C ends it."""
     from dryvine.trainer.generate.dialogue import Stream
 
     stream, seen = Stream(text), list[int]()

@@ -1,4 +1,4 @@
-"""`dryvine export` and `dryvine import`: checkpoints to and from what people serve with."""
+"""`dryvine export` and `dryvine import`: checkpoints to and from the formats of other programs."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def import_(
 
 @contextmanager
 def _refused_in_one_line() -> Iterator[None]:
-    """What a disk refuses, as `main` prints what a user can fix."""
+    """Turn errors of the disk into user errors of one line, which `main` prints."""
     from dryvine.trainer.hand_off.errors import HandOffError
 
     try:

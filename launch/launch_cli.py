@@ -1,4 +1,4 @@
-"""`dryvine launch slurm`: a run as a job of SLURM. Needs no torch, as login nodes have none."""
+"""`dryvine launch slurm`: a run as a SLURM job. Needs no torch, since login nodes often have none."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ app = typer.Typer(no_args_is_help=True, help="Start a run on a cluster.")
 
 @app.callback()
 def _launch() -> None:
-    """A group, so that its one command keeps its name."""
+    """An empty callback: it makes typer keep the name of the only command."""
 
 
 @app.command()
@@ -47,7 +47,7 @@ def slurm(
     check: Annotated[bool, typer.Option(help="run `dryvine doctor --before-run` on every node first")] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the script and submit nothing")] = False,
 ) -> None:
-    """Render a batch script for CONFIG and submit it. Run it again, or let SLURM requeue it, and the run goes on."""
+    """Render a batch script for CONFIG and submit it. Submitted again, or requeued by SLURM, the run resumes."""
     resolved = load_plan(config, overrides or ()).config
     job = SlurmJob(
         nodes=nodes,
@@ -77,7 +77,7 @@ def slurm(
 
 
 def _submit(script: str, config: Config) -> None:
-    """Keep the script in the run folder, where SLURM also writes the job's output, and give it to sbatch."""
+    """Save the script in the run folder, where SLURM also writes the job's output, and submit it by sbatch."""
     if shutil.which("sbatch") is None:
         raise JobError("sbatch is not on this machine's PATH: log in where it is, or see the script with --dry-run")
     folder = config.run.folder

@@ -1,9 +1,9 @@
-"""`dryvine train CONFIG --one-gpu`: any config on one GPU or CPU, for a debugger.
+"""`dryvine train CONFIG --one-gpu`: any config scaled down to one GPU or CPU, for a debugger.
 
-What shrinks does so by the rules in `_model` and below, each by what it is for: every kind of block, of loss, of
-routing, of number format and of schedule op that the config has and one rank can have is still there, in the smallest
-number that shows it. Guessing a model of about the right size would be simpler, and would lose the very branch that is
-to be debugged. The result is a config file like any other, printed key by key, to read, change and run again.
+Each thing shrinks by its own rule, in `_model` and below, so that every kind of block, loss, routing, number format and
+schedule op that the config has, and one rank can have, is still there, in the smallest number that exercises it.
+Guessing a model of about the right size would be simpler and could lose the very branch to be debugged. The result is
+an ordinary config file, printed key by key.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dryvine.trainer.model.shape import Shape, count_parameters
 from dryvine.trainer.ramps import BatchConfig, OptimConfig
 
 MICROBATCHES = 4  # the fewest with which a pipeline of one rank in a V fills, pairs and empties
-STEPS, PERIOD = 50, 10  # so that validation and checkpoints come soon
+STEPS, PERIOD = 50, 10  # so that validation and checkpoints happen early
 SEQUENCE = 512  # tokens, at most
 VOCABULARY = 4096  # of the embedded corpus, where the config's own data is not on this machine
 BYTES = 18  # a parameter: weight, gradient sum, master, two moments, in FP32; temporaries of it
@@ -32,8 +32,8 @@ WIDTHS = ("hidden", "ffn", "expert_ffn", "heads", "q_lora", "kv_lora")
 
 
 def write_one_gpu(path: Path, overrides: Sequence[str], memory: float) -> tuple[Path, list[str]]:
-    """Write the config that `path` and `overrides` become within `memory` bytes. Returns its path, in its run folder,
-    and lines that say what has changed. Raises ConfigError."""
+    """Write the config, scaled down to `memory` bytes, into its run folder. Returns its path, and lines that list
+    every change. Raises ConfigError."""
     whole = load(path, overrides)
     small = shrunk(whole, memory)
     target = small.run.folder / "one_gpu.toml"
@@ -43,7 +43,7 @@ def write_one_gpu(path: Path, overrides: Sequence[str], memory: float) -> tuple[
 
 
 def shrunk(config: Config, memory: float) -> Config:
-    """The config on one rank, whose parameters with gradients and optimizer take at most about `memory` bytes."""
+    """The config on one rank, with parameters, gradients and optimizer in about `memory` bytes at most."""
     schedule, chunks = _schedule(config)
     parallel = config.parallel.model_copy(update={"pp": 1, "dp": 1, "ep": 1, "schedule": schedule, "chunks": chunks})
     data = _data(config.data)
@@ -62,8 +62,8 @@ def shrunk(config: Config, memory: float) -> Config:
 
 
 def _schedule(config: Config) -> tuple[str, int]:
-    """The schedule's own name where one rank can have it. Two directions need two ranks; folded into a V they are
-    one rank with two stages, and F&B pairs and W as before."""
+    """The schedule itself where one rank can run it. A schedule with two directions needs two ranks; folded into a V
+    it runs on one rank with two stages, with the same F&B pairs and W."""
     p = config.parallel
     if legal(p.schedule, 1, MICROBATCHES, p.chunks) is None:
         return p.schedule, p.chunks
@@ -71,7 +71,8 @@ def _schedule(config: Config) -> tuple[str, int]:
 
 
 def _data(data: DataConfig) -> DataConfig:
-    """Shorter sequences of the same data; of the embedded corpus and few token ids, where it is not on this machine."""
+    """The same data in shorter sequences; the embedded corpus with few token ids, if the data is not on this
+    machine."""
     seq_len = min(data.seq_len, SEQUENCE)
     try:
         ids = Dataset.load(Path(data.source)).vocab_size
@@ -83,9 +84,9 @@ def _data(data: DataConfig) -> DataConfig:
 
 
 def _model(shape: Shape, vocab: int, chunks: int, memory: float) -> Shape:
-    """One dense layer if there is any and two of experts, and one MTP depth; more where the schedule has more stages.
-    Each routing group keeps as many experts as a token may choose of it, twice, and at least four. Widths are halved
-    together until it fits."""
+    """One dense layer if there are any, two MoE layers, and one MTP depth; more if the schedule has more stages.
+    Each routing group keeps twice as many experts as a token may choose of it, at least four. Widths are halved
+    together until the model fits."""
     dense = min(shape.first_dense, 1)
     layers = min(shape.layers, max(dense + 2, chunks + 1))
     in_group = shape.routed // shape.groups
@@ -108,7 +109,7 @@ def _model(shape: Shape, vocab: int, chunks: int, memory: float) -> Shape:
 
 
 def _half(name: str, width: int | None) -> int | None:
-    """At least one head, or one tile of a width that has several; a small width stays."""
+    """Half a width, but at least one head or one tile."""
     if name == "heads":
         return max(1, (width or 0) // 2)
     return width if width is None or width <= TILE else round_up(width // 2, TILE)
@@ -131,7 +132,7 @@ def _batch(config: Config, seq_len: int) -> BatchConfig:
 
 
 def _comm(comm: CommConfig) -> CommConfig:
-    """One rank is one node; DeepEP and MPI have nothing to send."""
+    """One rank is one node; DeepEP and MPI would have nothing to send."""
     alone = {"deepep": "auto", "mpi": "auto"}
     return comm.model_copy(
         update={
@@ -142,7 +143,7 @@ def _comm(comm: CommConfig) -> CommConfig:
 
 
 def _optim(optim: OptimConfig, steps: int) -> OptimConfig:
-    """Every segment of the learning rate's plan, in proportion, by steps."""
+    """Every segment of the learning rate's plan, scaled to the number of steps."""
     total = sum(segment.length for segment in optim.plan) if optim.plan_unit == "tokens" else steps
     parts = [
         segment.model_copy(update={"length": max(1, segment.length * STEPS // max(1, total))}) for segment in optim.plan
@@ -151,7 +152,7 @@ def _optim(optim: OptimConfig, steps: int) -> OptimConfig:
 
 
 def _changes(before: Config, after: Config) -> Iterator[str]:
-    """optim.lr = 0.001, was 0.002"""
+    """One line per changed key, such as: optim.lr = 0.001, was 0.002"""
     old, new = before.model_dump(mode="json"), after.model_dump(mode="json")
     for table, values in new.items():
         for key, value in (values or {}).items():  # a table that is not there is None

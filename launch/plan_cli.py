@@ -23,7 +23,7 @@ Price = Annotated[float | None, typer.Option(min=0, help="dollars for an hour of
 
 
 def machine_of(asked: str, run: RunConfig, price: float | None) -> Machine:
-    """The hardware that is asked for, else the config's, else a CPU for runs on one and an H100 for others."""
+    """The requested hardware, else the config's, else the CPU for runs on one and the H100 for others."""
     machine = load_hardware(asked or run.hardware or ("cpu" if run.device == "cpu" else "h100"))
     return machine if price is None else machine.model_copy(update={"dollars": price})
 

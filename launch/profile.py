@@ -1,8 +1,8 @@
-"""`dryvine profile`: how long the phases of each kind of block take on one device, as one rank of the config runs them.
+"""`dryvine profile`: seconds of the phases of each kind of block on one device, as one rank of the config runs them.
 
-Each block is built alone with the experts that one rank of the layout holds, and its phases are played one by one, the
-device waited for after each. The `fake` dispatcher stands for the other ranks: rows are as many as even routing brings,
-and local copies are part of the time, but nothing travels. A trace of a whole step would need the layout's GPUs.
+Each block is built alone, with the experts that one rank of the layout holds, and its phases run one by one, with a
+device synchronisation after each. The `fake` dispatcher stands in for the other ranks: as many rows arrive as even
+routing brings, and local copies are timed, but nothing is sent. A trace of a whole step would need the layout's GPUs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ COMM = ("routing", "dispatch", "combine")  # phases whose local work is part of 
 
 
 def measure(config: Config, device: torch.device, rounds: int, on_progress: Callable[[str], None]) -> Profile:
-    """Medians over `rounds` microbatches, after two that warm up. Raises where the device cannot hold a block."""
+    """Medians over `rounds` microbatches, after two warm-ups. Raises if a block does not fit on the device."""
     mesh = make_mesh(Layout(), device, timedelta(seconds=60))
     fp8 = FP8(config.fp8, *choose(config.fp8, mesh, config.run.folder)) if config.fp8.fp8 else None
     phases: dict[str, dict[str, tuple[float, float, float]]] = {}
@@ -84,7 +84,7 @@ def _phases(config: Config, model: Model, name: str, rounds: int) -> dict[str, t
 
 
 class _Stopwatch:
-    """Seconds by (phase, 0 F, 1 I, 2 W), the device waited for on both sides."""
+    """Seconds by (phase, 0 F, 1 I, 2 W), with a device synchronisation before and after."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -99,7 +99,7 @@ class _Stopwatch:
 
 
 def _play(stage: Stage, flight: Flight, state: State, device: torch.device) -> dict[tuple[str, int], float]:
-    """One microbatch, phase by phase, there and back."""
+    """One microbatch through a stage, phase by phase, forward and backward."""
     watch = _Stopwatch(device)
     for phase in stage.phases:
         with watch.on(phase, 0):

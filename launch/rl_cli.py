@@ -1,4 +1,4 @@
-"""`dryvine sft` and `dryvine rl`: the same runs as `dryvine train`, of configs that have such a table."""
+"""`dryvine sft` and `dryvine rl`: as `dryvine train`, for configs with an `[sft]` or `[rl]` table."""
 
 from __future__ import annotations
 

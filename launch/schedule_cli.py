@@ -1,4 +1,4 @@
-"""`dryvine schedule`: draw a pipeline schedule, know what it costs, check one of your own. Needs no GPU, no torch."""
+"""`dryvine schedule`: draw a pipeline schedule, price it, check one of your own. Needs no GPU and no torch."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ def _sizes(name: str, pp: int | None, microbatches: int | None) -> tuple[int, in
 
 
 def _named(name: str, pp: int | None, microbatches: int | None, chunks: int, alone: bool) -> Schedule:
-    """A schedule by its name; sizes may be left out where a file gives them. One that is compared with others takes
-    `chunks` only if it may have so many."""
+    """A schedule by its name; sizes may be left out where a file gives them. In a comparison, only schedules that
+    allow `chunks` get it."""
     if name.startswith(FILE) and pp is None and microbatches is None:
         return load(name.removeprefix(FILE))
     sizes = _sizes(name, pp, microbatches)
@@ -80,7 +80,7 @@ def _named(name: str, pp: int | None, microbatches: int | None, chunks: int, alo
 
 
 def _search(problem: Problem, effort: Effort) -> Schedule:
-    """The schedule that the search finds. What it gained, and what any could gain, goes to stderr."""
+    """Run the search. Prints to stderr what it gained, and the most that any schedule could gain."""
     found = search(problem, effort)
     than = f"{found.named.schedule.name} {found.named.span:.5g}" if found.named else "no named schedule fits"
     typer.echo(f"search: span {found.timeline.span:.5g} ({than}), bound {found.bound:.5g}", err=True)
@@ -88,7 +88,8 @@ def _search(problem: Problem, effort: Effort) -> Schedule:
 
 
 def _timelines(schedules: list[Schedule], costs: Costs, shared: bool) -> list[Timeline]:
-    """`shared`: costs are per P-th of the model, so that all are runs of the same model; else per stage."""
+    """Simulated timelines. `shared`: costs are those of a P-th of the model, so that all schedules run the same
+    model; else per stage."""
     return [in_one_measure(s, costs) if shared else simulate(s, costs) for s in schedules]
 
 

@@ -1,10 +1,10 @@
-"""Start a run's ranks on this machine, see them to their end, and start them again if they fail.
+"""Starts a run's ranks on this machine, waits for them, and restarts them if they fail.
 
-`torchrun ... -m dryvine.trainer CONFIG` starts the same ranks. It is not used here because of how it ends: it kills
-ranks 30 s after a signal, in the middle of a step or of a save, and says 0 or 1 whatever they said. Here a signal is
-passed on and waited for as long as ranks wait for each other, and the exit code is what the ranks say
-(`trainer.exit_codes`). The store through which ranks meet lives in this process, so it
-outlasts any of them, and those that are left can still tell who is gone.
+`torchrun ... -m dryvine.trainer CONFIG` starts the same ranks. It is not used here because of how it ends them: it
+kills ranks 30 s after a signal, in the middle of a step or a save, and exits with 0 or 1 whatever they exited with.
+Here a signal is passed on, ranks get as long as they may wait for each other, and the exit code is theirs
+(`trainer.exit_codes`). The store through which ranks meet lives in this process, so it outlasts any rank, and the
+remaining ones can still tell which is gone.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from dryvine.trainer.exit_codes import ExitCode
 from dryvine.trainer.say import say
 from dryvine.trainer.stop import SIGNALS
 
-POLL = 0.1  # seconds between looks at the ranks
-FAILED = 20.0  # seconds that ranks get to name a culprit when one has failed: a roll call takes under 10
-REFUSED = 3.0  # and when one was refused, which the others will be too, or would wait for it
+POLL = 0.1  # seconds between polls of the ranks
+FAILED = 20.0  # seconds that ranks get to name the culprit after one has failed: a roll call takes under 10
+REFUSED = 3.0  # and after one was refused: the others will be too, or would wait for it
 UNHURRIED = 30.0  # seconds beyond the deadline of a wait that a rank gets to end its step and save
 
 
 @dataclass
 class Launch:
-    """What to run: `world` ranks with `words`, and how long a rank may wait for another (comm.deadline)."""
+    """What to start: `world` ranks with the arguments `words`; how long a rank may wait for another (comm.deadline)."""
 
     world: int
     words: Sequence[str]
@@ -43,7 +43,7 @@ class Launch:
 
 @dataclass
 class _Asked:
-    """Signals that this process got, for its ranks."""
+    """Signals that this process received, for its ranks."""
 
     signals: list[int] = field(default_factory=list)
 
@@ -58,12 +58,12 @@ class _Asked:
 
     @property
     def impatient(self) -> bool:
-        """Ctrl-C twice: do not wait for a save."""
+        """Whether Ctrl-C was pressed twice: do not wait for a save."""
         return self.signals.count(signal.SIGINT) > 1
 
 
 def spawn(launch: Launch, restarts: int = 0) -> int:
-    """Run to the end, and start again at most `restarts` times what fails. Returns the exit code."""
+    """Run to the end; restart up to `restarts` times after a failure. Returns the exit code."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // launch.world)))
     if not torch.cuda.is_available():
         os.environ.update(MALLOC)
@@ -77,7 +77,7 @@ def spawn(launch: Launch, restarts: int = 0) -> int:
 
 
 class _Attempt:
-    """One life of the ranks."""
+    """One start of all ranks."""
 
     def __init__(self, launch: Launch, asked: _Asked) -> None:
         self.launch, self.asked = launch, asked
@@ -107,7 +107,7 @@ class _Attempt:
         if self.asked.impatient:
             self._within(0.0)
         elif self.asked.signals and not self.passed_on:
-            # Once: a rank that has saved and is leaving would die of a second.
+            # Sent once: a second signal would kill a rank that has saved and is exiting.
             self.passed_on = True
             for process in self.ranks:
                 process.terminate()
@@ -117,13 +117,13 @@ class _Attempt:
         self.until = min(self.until, time.monotonic() + seconds)
 
     def _patience(self, code: int) -> float:
-        """Seconds that the others get once a rank has ended with `code`."""
+        """Seconds that the other ranks get after one has ended with `code`."""
         if code in (ExitCode.FINISHED, ExitCode.STOPPED):
             return self.launch.deadline + UNHURRIED
         return REFUSED if code == ExitCode.REFUSED else FAILED
 
     def _code(self) -> int:
-        """Of the whole run, and in a line why, where no rank has said it."""
+        """The exit code of the whole run; prints why if no rank has."""
         good = (ExitCode.FINISHED, ExitCode.STOPPED)
         culprit = next((rank for rank, code in self.ended.items() if code not in good), None)
         if culprit is None and len(self.ended) == len(self.ranks):
@@ -144,7 +144,7 @@ class _Attempt:
 
 
 def rank_environment(rank: int, world: int, port: int) -> dict[str, str]:
-    """What torchrun would set. `port` is that of the store."""
+    """The variables that torchrun would set. `port` is the store's."""
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -157,7 +157,7 @@ def rank_environment(rank: int, world: int, port: int) -> dict[str, str]:
 
 
 def _start(rank: int, launch: Launch, port: int) -> subprocess.Popen[bytes]:
-    """In a process group of its own: a terminal's signals come by way of this process alone."""
+    """Start a rank in a process group of its own, so that it gets a terminal's signals from this process only."""
     environment = os.environ | rank_environment(rank, launch.world, port) | {PARENT: str(os.getpid())}
     words = (sys.executable, "-m", "dryvine.trainer", *launch.words)
     return subprocess.Popen(words, env=environment, process_group=0)

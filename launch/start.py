@@ -1,4 +1,4 @@
-"""From a planned run to its ranks on this machine: what `train`, `sft` and `rl` have in common."""
+"""Starts the ranks of a planned run on this machine: common to `train`, `sft` and `rl`."""
 
 from __future__ import annotations
 

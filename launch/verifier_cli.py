@@ -1,4 +1,4 @@
-"""`dryvine check-verifier`: one answer through a verifier as training scores it, to see why a reward is what it is."""
+"""`dryvine check-verifier`: score one answer as training does, to see why its reward is what it is."""
 
 from __future__ import annotations
 

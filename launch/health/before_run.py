@@ -1,8 +1,8 @@
-"""`dryvine doctor --before-run CONFIG`: whether this node, and all nodes together, can run CONFIG; run as one process a
-node, by the batch script before the ranks are started.
+"""`dryvine doctor --before-run CONFIG`: checks whether this node, and all nodes together, can run CONFIG. The batch
+script runs one process a node before it starts the ranks.
 
-It holds a job's nodes for some seconds and saves the hours after which a sick GPU, a full disk or a host with another
-checkout would have shown. What a node finds bad of itself, or nodes of each other, ends the job with the node named.
+It takes a job's nodes for some seconds and saves the hours after which a faulty GPU, a full disk or a host with another
+checkout would have shown. A bad node ends the job, with the node named.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def before_run(path: Path, overrides: Sequence[str]) -> int:
 
 
 def _opened(path: Path, overrides: Sequence[str], device: torch.device) -> tuple[RunPlan, Data]:
-    """Raises one of REFUSED."""
+    """The run and its data. Raises one of REFUSED."""
     plan = load_plan(path, overrides)
     data = open_data(plan.config)
     same_run(plan.config, data.identity)
@@ -88,14 +88,14 @@ def _host(config: Config, place: LaunchedRank) -> Iterator[Finding]:
 
 
 def checkpoint_bytes(config: Config) -> int:
-    """Master weights in FP32 and two moments of every parameter."""
+    """Bytes of a checkpoint: FP32 master weights and two moments of every parameter."""
     moments = 2 * (BF16 if config.optim.moments == "bf16" else FP32)
     average = FP32 if config.optim.ema else 0
     return count_parameters(config.model, mtp=True)[0] * (FP32 + moments + average)
 
 
 def _merged(nodes: Sequence[Node]) -> Iterator[Finding]:
-    """A line for what is alike on all nodes, and one a node for what is not."""
+    """One line for findings that are equal on all nodes, and one per node for the others."""
     seen: dict[Finding, list[str]] = {}
     for node in nodes:
         for finding in node.findings:
@@ -107,7 +107,7 @@ def _merged(nodes: Sequence[Node]) -> Iterator[Finding]:
 
 
 def _print(findings: Sequence[Finding], rank: int = 0) -> int:
-    """Of all nodes, on the first. Returns the exit code."""
+    """Print all nodes' findings, on the first node. Returns the exit code."""
     for finding in findings if rank == 0 else ():
         print(finding, flush=True)
     return int(any(finding.verdict == "bad" for finding in findings))

@@ -1,12 +1,9 @@
-"""Nodes to each other, one rank on each: bandwidth between every pair, clocks, and what each has found of itself.
+"""Measurements between nodes, one rank on each: bandwidth of every pair, clock offsets, and an exchange of what each
+found locally.
 
-Pairs are measured in rounds in which every node has one partner, as in a tournament, so N nodes take N - 1 rounds and
-no pair disturbs another beyond what a run would do too. A node whose pairs are slow has a bad cable or port; one slow
-pair between good nodes is a switch's. An all-to-all would be one number for all, and say neither.
-
-One measurement of a pair may fall into a moment in which a host or a switch is busy with something else, so rounds with
-a slow pair are played again, all of their pairs at once as before, and a pair counts as slow if it is every time. A bad
-cable is, and so is a link that too many pairs share. Who recovered is told as a note.
+Pairs are measured in the rounds of a tournament, in which every node has one partner: N nodes take N - 1 rounds, and
+pairs disturb each other no more than a run's own traffic does. If most pairs of a node are slow, its cable or port is
+bad; a single slow pair between good nodes points to a switch. An all-to-all would give one number that tells neither.
 """
 
 from __future__ import annotations
@@ -34,8 +31,8 @@ TIMES = 5  # that a clock is asked; the quickest answer counts
 
 
 class Node(NamedTuple):
-    """What one node knows: its name, its findings, its exchanges with each partner, its clock in seconds after
-    rank 0's."""
+    """What one node knows: its name, its findings, its bandwidth to each partner in GB/s, and its clock offset from
+    rank 0 in seconds."""
 
     name: str
     findings: tuple[Finding, ...]
@@ -44,7 +41,7 @@ class Node(NamedTuple):
 
 
 def visit(name: str, findings: Sequence[Finding], device: torch.device, watch: Watch) -> list[Node]:
-    """Measure this node with all others and exchange what all have found, by rank. Collective."""
+    """Measure this node against all others, and return all nodes' results by rank. Collective."""
     rank, world = dist.get_rank(), dist.get_world_size()
     speeds = _measure(rank, world, device, watch)
     mine = Node(name, tuple(findings), speeds, _ahead(rank, world, watch))
@@ -79,7 +76,7 @@ def _gathered(mine: T, what: str, watch: Watch) -> list[T]:
 
 
 def tournament(count: int) -> Iterator[list[Pair]]:
-    """Rounds in which each of `count` meets at most one other; after all rounds each has met every other once."""
+    """Rounds in which each of `count` meets at most one other; together they pair everyone with everyone once."""
     seats = [*range(count), *([-1] if count % 2 else [])]
     for _ in range(len(seats) - 1):
         half = len(seats) // 2
@@ -93,7 +90,7 @@ def _others(rank: int, world: int) -> tuple[tuple[int, int], ...]:
 
 
 def _exchange(partner: int, device: torch.device, watch: Watch) -> float:
-    """GB/s each way, of the second of two exchanges: the first one connects."""
+    """GB/s each way. Measured in the second of two exchanges, since the first one connects."""
     sent = torch.zeros(MEGABYTES[device.type] << 20, dtype=torch.uint8, device=device)
     got = torch.empty_like(sent)
     seconds = 0.0
@@ -110,7 +107,7 @@ def _exchange(partner: int, device: torch.device, watch: Watch) -> float:
 
 
 def _ahead(rank: int, world: int, watch: Watch) -> float:
-    """Seconds that this host's clock is ahead of rank 0's; rank 0 answers the others one after the other."""
+    """Seconds by which this host's clock is ahead of rank 0's, which answers the others one after the other."""
     if rank:
         return _asked(watch)
     for other in range(1, world):
@@ -135,7 +132,7 @@ def _asked(watch: Watch) -> float:
 
 
 def compare(nodes: Sequence[Node]) -> Iterator[Finding]:
-    """What follows from all nodes together."""
+    """Findings from all nodes' measurements together."""
     yield from _bandwidth(nodes)
     apart = [f"{node.name} by {node.ahead:+.2f} s" for node in nodes if abs(node.ahead) > APART]
     farthest = max(abs(node.ahead) for node in nodes)

@@ -1,4 +1,4 @@
-"""What doctor says of one thing: it is as it should be, or what to do, or why it could not be looked at."""
+"""A finding of doctor: ok, a fault with its fix, or unknown with the reason."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ Verdict = Literal["ok", "note", "bad", "unknown"]
 
 
 class Finding(NamedTuple):
-    """A line of doctor. `bad` keeps a run from starting or makes it wrong or slow; a `note` is worth knowing. `fix` is
-    what to do, of both."""
+    """One line of doctor's output. `bad`: stops a run, or makes it wrong or slow; `note`: worth knowing. `fix` is
+    what to do about either."""
 
     verdict: Verdict
     what: str
@@ -26,5 +26,5 @@ Check: TypeAlias = Callable[[], Iterator[Finding]]
 
 
 def judged(good: bool, what: str, found: str, fix: str, otherwise: Verdict = "bad") -> Finding:
-    """`ok` if it is good, else `otherwise` with the fix."""
+    """`ok` if `good`, else the status `otherwise` with the fix."""
     return Finding("ok", what, found) if good else Finding(otherwise, what, found, fix)

@@ -1,7 +1,7 @@
-"""GPUs and InfiniBand ports: what NVML, sysfs and the kernel's log know of faults. Imports no torch.
+"""Faults of GPUs and InfiniBand ports, from NVML, sysfs and the kernel's log. Imports no torch.
 
-A sick GPU trains: slower, if it is hot or has lost links, or wrongly, if its memory fails. What a run would only show
-after hours is read here in a second. What a driver, or a container, does not tell is said as unknown.
+A faulty GPU still trains: slowly if it is hot or has lost links, wrongly if its memory fails. These checks take a
+second; a run would show it after hours. What a driver or container does not expose is reported as unknown.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dryvine.launch.health.finding import Finding, judged
 
 V = TypeVar("V")
 HOT = 85  # degrees C at which Hopper is about to slow down
-HELD = 0.02  # share of a GPU's memory that a driver takes by itself
+HELD = 0.02  # share of a GPU's memory that the driver itself uses
 
 # Why a GPU's clocks are low, by NVML's names (before driver 535 "Throttle", not "Event").
 SLOWDOWNS = {
@@ -39,7 +39,7 @@ class Query(NamedTuple):
     handle: object
 
     def ask(self, name: str, *words: object) -> object | None:
-        """The answer of nvmlDevice`name`, or None where this GPU, driver or version has none."""
+        """The value of nvmlDevice`name`, or None if this GPU, driver or version does not have it."""
         try:
             answer: object = getattr(self.nvml, f"nvmlDevice{name}")(self.handle, *words)
         except (self.nvml.NVMLError, AttributeError, TypeError):
@@ -48,7 +48,7 @@ class Query(NamedTuple):
 
 
 def gpus(wanted: int) -> Iterator[Finding]:
-    """Of this host, of which a run needs `wanted`; 0: none need be there."""
+    """Findings on this host's GPUs, of which a run needs `wanted` (0: none required)."""
     try:
         import pynvml
 
@@ -131,7 +131,7 @@ def _pcie(query: Query, name: str) -> Iterator[Finding]:
 
 
 def _links(queries: list[Query]) -> Iterator[Finding]:
-    """NVLink: GPUs of a node have as many links each; one with fewer has lost some."""
+    """NVLink: all GPUs of a node have equally many links; one with fewer has lost some."""
     active = [_active_links(query) for query in queries]
     if not active or not max(active):
         return
@@ -186,7 +186,7 @@ def kernel_log() -> str:
 
 
 def xids(log: Callable[[], str] = kernel_log) -> Iterator[Finding]:
-    """GPU faults that the kernel has written down since it started."""
+    """GPU faults in the kernel's log since boot."""
     try:
         lines = log()
     except OSError as error:

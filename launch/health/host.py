@@ -1,8 +1,8 @@
 """A host without its GPUs: versions, limits, shared memory, disk, ports. Imports no torch.
 
-Each check yields findings and raises nothing: what cannot be read is a finding too. The limits are those at which runs
-were seen to fail: NCCL and gloo open a socket per peer, rank 0's store one per rank, pinned and registered memory is
-locked, and containers give 64 MiB of /dev/shm unless told otherwise.
+Each check yields findings and never raises: what cannot be read is a finding too. The limits are those at which runs
+have failed: NCCL and gloo open a socket per peer, rank 0's store one per rank, pinned and registered memory is locked,
+and containers have 64 MiB of /dev/shm by default.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ PACKAGES = ("torch", "triton", "nvidia-nccl-cu13", "nvidia-nccl-cu12", "transfor
 FILES = 4096  # open files, at least
 SHARED = 1 << 30  # bytes of /dev/shm, at least
 PROBE = 128 << 20  # bytes written to measure a disk
-SLOW = 0.1  # GB/s under which a disk is worth a note
+SLOW = 0.1  # GB/s under which a slow disk is noted
 
 
 def versions() -> Iterator[Finding]:
-    """Of the interpreter and of what decides how a run computes."""
+    """Versions of the interpreter and of the packages that affect results."""
     found = [f"Python {platform.python_version()}"]
     for package in PACKAGES:
         try:
@@ -70,8 +70,8 @@ def _limit(value: int, unit: int = 1, name: str = "") -> str:
 
 
 def disk(folder: Path, checkpoint_bytes: int = 0, kept: int = 1) -> Iterator[Finding]:
-    """Whether the run folder's file system can be written, has room for `kept` checkpoints and one more, and how fast
-    it is from this host."""
+    """Whether the run folder can be written, has room for `kept` checkpoints and one more, and its write speed from
+    this host."""
     what = f"disk of {folder}"
     home = next(p for p in (folder, *folder.absolute().parents) if p.is_dir())
     needed, free = checkpoint_bytes * (kept + 1), shutil.disk_usage(home).free
@@ -89,7 +89,7 @@ def disk(folder: Path, checkpoint_bytes: int = 0, kept: int = 1) -> Iterator[Fin
 
 
 def _written_per_second(folder: Path) -> float:
-    """Bytes a second to the disk itself, measured with PROBE bytes."""
+    """Bytes a second written through to the disk, measured with PROBE bytes."""
     block = os.urandom(1 << 20)
     with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
         started = time.perf_counter()
@@ -112,7 +112,7 @@ def ports(address: str, port: int) -> Iterator[Finding]:
 
 
 def name_resolves() -> Iterator[Finding]:
-    """Other hosts, and gloo, find this one by its name unless they are told an interface."""
+    """Whether this host's name resolves to an address that others can reach: gloo uses it unless told an interface."""
     name = socket.gethostname()
     try:
         address = socket.gethostbyname(name)

@@ -1,7 +1,7 @@
-"""A self-contained HTML page: text, tables and pictures under headings, for a laptop and for a phone.
+"""A self-contained HTML page: headings, text, tables and pictures, for a laptop and for a phone.
 
-No script, no font and no picture is fetched: a page can be mailed, and opened where there is no network. Tables and
-pictures that are wider than the screen scroll by themselves, so that the page never does.
+It loads no script, font or image, so it can be mailed and opened without a network. Wide tables and pictures scroll by
+themselves; the page never scrolls sideways.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ def paragraph(text: str, kind: str = "") -> str:
 
 
 def quote(text: str) -> str:
-    """Text as it is, its lines kept."""
+    """Preformatted text."""
     return f"<pre>{escape(text)}</pre>"
 
 
 def cards(figures: dict[str, str]) -> str:
-    """The few figures that are looked for first, each over its name."""
+    """The most important figures, each under its name."""
     made = (
         f"<div class=card><b>{escape(value)}</b><span>{escape(name)}</span></div>" for name, value in figures.items()
     )
@@ -80,5 +80,5 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]], text_last: bool =
 
 
 def picture(svg: str, says: str) -> str:
-    """A drawing, with what it shows in words for those who cannot see it."""
+    """An SVG with a text alternative."""
     return f'<div class="wide pic" role="img" aria-label="{escape(says)}">{svg}</div>'

@@ -1,9 +1,9 @@
-"""What a GPU, its node and its network can do: a TOML file a kind, in `machines/` or the user's own.
+"""The rates of a GPU, its node and its network: a TOML file for each kind, in `machines/` or the user's own.
 
-Rates of kernels are what published or measured kernels reach at the sizes of a large MoE, and each file says from where
-it has each number. They are never set so that a run's time comes out: a prediction that was fitted says nothing about
-the next run. One efficiency for everything, the usual shortcut, hides that weight gradients in FP8 run at a third of
-the speed of the other products, which is what decides DeepSeek-V3's step.
+Kernel rates are those that published or measured kernels reach at the sizes of a large MoE, and each file gives the
+source of each number. They are never tuned to make a run's time come out: a fitted prediction says nothing about the
+next run. The usual shortcut, one efficiency for everything, hides that FP8 weight gradients run at a third of the speed
+of the other products, which dominates DeepSeek-V3's step.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TERA, GIGA = 1e12, 1e9
 
 
 class KernelRates(BaseModel, frozen=True, extra="forbid"):
-    """TFLOPS that kernels reach when they have the whole device. A product's sums and operands are the recipe's."""
+    """TFLOPS that kernels reach with the whole device. Accumulation and operand formats are the recipe's."""
 
     fp32: PositiveFloat  # products of a run in FP32
     bf16: PositiveFloat  # dense products, F, I and W
@@ -68,7 +68,7 @@ class Machine(BaseModel, frozen=True, extra="forbid"):
 
     @cached_property
     def beside_comm(self) -> float:
-        """How much longer arithmetic takes while an all-to-all has its SMs."""
+        """Factor on arithmetic time while an all-to-all occupies its SMs."""
         return self.sms / (self.sms - self.comm_sms)
 
     @property
@@ -76,7 +76,7 @@ class Machine(BaseModel, frozen=True, extra="forbid"):
         return (self.memory_gb - self.reserved_gb) * GIGA
 
     def topology(self, ranks: int) -> Topology:
-        """Nodes filled one after the other."""
+        """A cluster of `ranks` ranks, with nodes filled one after the other."""
         full, rest = divmod(ranks, self.gpus_per_node)
         sizes = [self.gpus_per_node] * full + ([rest] if rest else [])
         made = by_sizes(sizes, self.name)
@@ -89,7 +89,7 @@ def names() -> list[str]:
 
 
 def load_hardware(name: str) -> Machine:
-    """By name, or from a TOML file. Raises ConfigError with the fix."""
+    """A machine by name, or from a TOML file. Raises ConfigError with the fix."""
     path = Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
     try:
         return Machine.model_validate(tomllib.loads(path.read_text()))

@@ -1,7 +1,8 @@
-"""What each pipeline rank's memory holds at the step's fullest moment, by kind, before anything is built.
+"""Peak memory of each pipeline rank, by kind, before anything is built.
 
-Weights, sums, masters and moments follow from ZeRO's buckets and are exact; activations are `trainer.activations` under
-the run's schedule. Ranks of one pipeline rank differ by padding only, so one of them stands for all.
+Weights, gradient sums, masters and moments follow from ZeRO's buckets and are exact; activations are
+`trainer.activations` under the run's schedule. Data and expert ranks of one pipeline rank differ by padding only, so
+one of them stands for all.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class RankMemory:
 
 
 def memory(plan: RunPlan, sent: Dispatching, cuda: bool) -> list[RankMemory]:
-    """Of every pipeline rank. `sent`: what its dispatcher moves."""
+    """Peak memory of every pipeline rank. `sent`: what its dispatcher moves."""
     ranks = zip(buckets(plan), held_bytes(plan, cuda), graph_bytes(plan, cuda), strict=True)
     return [
         RankMemory(rank, _kinds(plan, _Rank(rank, mine, *most), sent, cuda), host_state(plan, mine))
@@ -58,8 +59,8 @@ def memory(plan: RunPlan, sent: Dispatching, cuda: bool) -> list[RankMemory]:
 class _Rank(NamedTuple):
     number: int  # of the pipeline rank
     buckets: list[BucketSize]
-    activations: int  # the most that it keeps
-    graphs: int  # what graphs hold beside that
+    activations: int  # the most that its flights keep
+    graphs: int  # what CUDA graphs hold in addition
 
 
 def _kinds(plan: RunPlan, rank: _Rank, sent: Dispatching, cuda: bool) -> dict[str, int]:
@@ -79,7 +80,7 @@ def _kinds(plan: RunPlan, rank: _Rank, sent: Dispatching, cuda: bool) -> dict[st
 
 
 def state(plan: RunPlan, mine: Iterable[BucketSize]) -> dict[str, int]:
-    """What outlives a step on the GPU."""
+    """Bytes that stay allocated between steps on the GPU."""
     wide, mine = DTYPE_BYTES[plan.config.run.dtype], list(mine)
     kinds = {
         WEIGHTS: wide * sum(b.padded for b in mine),
@@ -91,7 +92,7 @@ def state(plan: RunPlan, mine: Iterable[BucketSize]) -> dict[str, int]:
 
 
 def host_state(plan: RunPlan, mine: Iterable[BucketSize]) -> dict[str, int]:
-    """The same in host memory: with offload the optimizer's state, and summed gradients on their way to it."""
+    """The same in host memory: with offload, the optimizer's state and summed gradients on their way to it."""
     if plan.config.optim.offload != "cpu":
         return {}
     mine = list(mine)
@@ -115,8 +116,8 @@ def _copies(parameter: ParameterSize, ep: int) -> int:
 
 
 def _most_messages(steps: tuple[ProgramStep, ...]) -> int:
-    """The most messages at once that a rank has room for: receives posted, and sends of the slot before that may not
-    have left."""
+    """The most messages in memory at once: posted receives, and sends of the previous slot that may not have
+    completed."""
     now = most = 0
     before = 0
     for step, edges in zip(steps, posts(steps, AHEAD), strict=True):
@@ -128,5 +129,5 @@ def _most_messages(steps: tuple[ProgramStep, ...]) -> int:
 
 
 def staging(sent: Dispatching) -> int:
-    """Wire rows on both sides of the widest all-to-all."""
+    """Bytes of wire rows, sent and received, of the largest all-to-all."""
     return 2 * max(sum(b.values()) for b in (sent.dispatch, sent.combine, sent.dispatch_backward))

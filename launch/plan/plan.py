@@ -1,8 +1,8 @@
-"""What a run will take, from its config and a machine: memory, bytes, seconds, money, before any of it is paid for.
+"""The cost of a run from its config and a machine: memory, bytes, seconds, money.
 
-The schedule that is simulated is the one that would run. What the model of a step leaves out (ranks that wait for a
-slower one, checkpoints, validation, restarts) is not hidden in an efficiency: see docs/planning.md for how far each
-line was from what was measured.
+The simulated schedule is the one that would run. What the model of a step leaves out (waiting for slower ranks,
+checkpoints, validation, restarts) is not hidden in an efficiency factor; docs/planning.md shows the error of each line
+against measured steps.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ HOUR = 3600.0
 
 
 class SlotTimes(NamedTuple):
-    """Of one kind of slot in a step, the mean over pipeline ranks."""
+    """One kind of slot in a step; means over pipeline ranks."""
 
     slots: float
     seconds: float  # of all of them
@@ -47,7 +47,7 @@ class SlotTimes(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that a plan says; texts and pages only lay it out. Seconds are of a full step."""
+    """All results of a plan; texts and pages only format it. Seconds are those of a step with the full batch."""
 
     run: RunPlan
     machine: Machine
@@ -71,7 +71,7 @@ class Plan:
 
     @property
     def optimizer_seconds(self) -> float:
-        """After the pipeline's tail and before the next forwards: what is not hidden by them."""
+        """The part of sums, update and gathers that neither the pipeline's tail nor the next forwards hide."""
         sharding = self.sharding
         return sharding.sums.exposed + sharding.update_seconds + sharding.gathers.exposed
 
@@ -86,17 +86,17 @@ class Plan:
 
     @property
     def bubble_seconds(self) -> float:
-        """The mean over pipeline ranks of the time in which a rank has nothing to run."""
+        """Time in which a rank has nothing to run, mean over pipeline ranks."""
         return mean(self.timeline.idle(rank) for rank in range(len(self.timeline.cells)))
 
     @property
     def exposed_seconds(self) -> float:
-        """The mean over pipeline ranks of the time in which all-to-alls run beside no arithmetic."""
+        """Time in which an all-to-all runs and no arithmetic does, mean over pipeline ranks."""
         return mean(sum(self.prices.exposed(cell.slot) for cell in row) for row in self.timeline.cells)
 
     @property
     def overlapped_share(self) -> float:
-        """Of all forwards, those in a pair that is woven."""
+        """Forwards in an overlapped pair, of all forwards."""
         return self.timeline.overlapped_share if self.prices.overlap else 0.0
 
     @cached_property
@@ -122,7 +122,8 @@ class Plan:
 
     @cached_property
     def run_seconds(self) -> float:
-        """Of all steps: those of a ramp's smaller batches have the same bubble and optimizer with fewer tokens."""
+        """Seconds of all steps. The smaller batches of a ramp have the same bubble and optimizer time for fewer
+        tokens."""
         full = self.config.batch.sequences
         slope = self._seconds_of(full) - self._seconds_of(min(self.config.batch.sizes()))
         width = full - min(self.config.batch.sizes())
@@ -147,7 +148,7 @@ class Plan:
 
     @property
     def flop_per_token(self) -> tuple[float, float]:
-        """Of the main model, forward and backward: attention's masked half left out, and counted."""
+        """FLOP of the main model, forward and backward: without the masked half of attention, and with it."""
         c = self.config
         causal = sum(b.cost for b in blocks(c.model, c.data.seq_len) if b.kind in MAIN_KINDS)
         masked = c.model.layers * c.model.heads * (c.model.qk_dim + c.model.v_dim) * c.data.seq_len
@@ -155,7 +156,7 @@ class Plan:
 
     @property
     def mfu(self) -> tuple[float, float]:
-        """Of the machine's dense BF16 peak, causal and not."""
+        """Model FLOP utilisation of the dense BF16 peak: causal, and not."""
         rate = self.tokens_per_second / self.world / (self.machine.peak_bf16 * TERA)
         causal, whole = self.flop_per_token
         return causal * rate, whole * rate
@@ -171,7 +172,7 @@ class Plan:
 
     @property
     def dispatch_bytes(self) -> LinkBytes:
-        """A rank's all-to-alls of a step by link class, of the rank that sends most."""
+        """Bytes of a step's all-to-alls by link class, for the rank that sends most."""
         return max(map(self.dispatch_bytes_of, range(self.config.parallel.pp)), key=lambda sent: sum(sent.values()))
 
     def dispatch_bytes_of(self, pp_rank: int) -> LinkBytes:
@@ -179,7 +180,7 @@ class Plan:
         return Counter({link: size * layers for link, size in self.sent.all.items()})
 
     def _moe_forwards(self, rank: int) -> int:
-        """MoE layers that a rank's microbatches pass in a step."""
+        """How often the microbatches of a rank pass a MoE layer in a step."""
         kinds = {block.name: block.kind for block in blocks(self.config.model)}
         moe = {
             s: len([n for n in names if kinds[n] in ("moe", "mtp")]) for s, names in self.run.blocks_of(rank).items()
@@ -199,7 +200,7 @@ def budget(config: Config) -> list[tuple[int, float]]:
 
 
 def roofline_times(config: Config, machine: Machine) -> dict[str, PhaseTimes]:
-    """Seconds of the phases of every kind of block."""
+    """Roofline seconds of the phases of every kind of block."""
     size = microbatch_size(config, machine.cuda)
     kinds = dict.fromkeys(block.kind for block in blocks(config.model))
     every = {kind: tasks(config.model, config.fp8, kind, size, config.data.seq_len) for kind in kinds}
@@ -207,8 +208,8 @@ def roofline_times(config: Config, machine: Machine) -> dict[str, PhaseTimes]:
 
 
 def make(run: RunPlan, machine: Machine, profile: Profile | None = None) -> Plan:
-    """The plan of a run on a machine: times of phases as measured, if there is a profile, else by roofline. Raises
-    ConfigError where the profile is of something else."""
+    """The plan of a run on a machine, with phase times from the profile if there is one, else by roofline. Raises
+    ConfigError if the profile is of another model or microbatch."""
     config = run.config
     if profile:
         profile.check(config)
@@ -239,7 +240,7 @@ def make(run: RunPlan, machine: Machine, profile: Profile | None = None) -> Plan
 
 
 def _message_seconds(config: Config, machine: Machine) -> float:
-    """A stage's output to the next rank of the pipeline, which is dp x ep ranks away."""
+    """Seconds of a pipeline message; the next rank of the pipeline is dp x ep ranks away."""
     p = config.parallel
     if p.pp == 1:
         return 0.0

@@ -1,4 +1,4 @@
-"""Times that `dryvine profile` measured, as a file. Reading it needs no torch."""
+"""The file that `dryvine profile` writes. Reading it needs no torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dryvine.trainer.config import Config, ConfigError
 
 
 class Profile(BaseModel, frozen=True, extra="forbid"):
-    """Seconds of one microbatch in each kind of block on one device, and of an optimizer step for an element."""
+    """Seconds of one microbatch in each kind of block on one device, and of an optimizer step per element."""
 
     device: str
     model: dict[str, object]  # of the config that was measured

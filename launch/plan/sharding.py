@@ -1,9 +1,9 @@
-"""What ZeRO-1 adds to a step: sums of gradients under the pipeline's tail, the update, new weights under the first
+"""The time that ZeRO-1 adds to a step: gradient sums under the pipeline's tail, the update, and gathers under the next
 forwards.
 
-Each rank's buckets travel one after the other in the turns that the run takes (`parallel.buckets`). A bucket's sum can
-begin when its last copy has all its gradients, and is exposed as far as it ends after the step's last slot; a gather is
-exposed as far as it ends after the first forward that reads it would have begun.
+Each rank's buckets are sent one after the other in the order that the run uses (`parallel.buckets`). A bucket's sum can
+start when its last copy has all its gradients, and is exposed for the part that ends after the step's last slot; a
+gather is exposed for the part that ends after the first forward that reads it would have started.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Transfers(NamedTuple):
 
     bytes: LinkBytes
     seconds: float  # alone
-    exposed: float  # that no compute of the pipeline hides, of the rank with most
+    exposed: float  # exposed: not hidden by compute, for the rank with most
 
 
 class Sharding(NamedTuple):
@@ -54,7 +54,7 @@ class _Times(NamedTuple):
 
 
 def shard(run: RunPlan, machine: Machine, timeline: Timeline, per_element: float | None) -> Sharding:
-    """`per_element`: seconds of the update as profiled; None: by memory bandwidth."""
+    """ZeRO's transfers and update. `per_element`: measured seconds of the update; None: by memory bandwidth."""
     config, every = run.config, buckets(run)
     times = _Times(*stage_times(timeline), max(cell.end for row in timeline.cells for cell in row))
     sums, gathers = (
@@ -74,12 +74,12 @@ def shard(run: RunPlan, machine: Machine, timeline: Timeline, per_element: float
 
 
 def sum_bytes(config: Config) -> int:
-    """Of a gradient's element on its way to its owner."""
+    """Bytes of one gradient element on its way to its owner."""
     return DTYPE_BYTES[config.optim.sums]
 
 
 def _transfers(machine: Machine, by_rank: Sequence[Sequence[LinkBytes]], exposed: float | None) -> Transfers:
-    """`exposed` None: all of it."""
+    """Totals over buckets. `exposed` None: nothing is hidden."""
     worst = max((sum(moved, Counter()) for moved in by_rank), key=lambda sent: traffic.seconds(sent, machine))
     seconds = traffic.seconds(worst, machine)
     return Transfers(worst, seconds, seconds if exposed is None else exposed)
@@ -92,7 +92,7 @@ def _each(machine: Machine, moved: Iterable[LinkBytes]) -> list[float]:
 def _exposed(
     run: RunPlan, machine: Machine, mine: list[BucketSize], times: _Times, sums: list[float], gathers: list[float]
 ) -> tuple[float, float]:
-    """Seconds of a rank's sums after the last slot, and of its gathers beyond the first reads."""
+    """Exposed seconds of a rank: of its sums after the last slot, and of its gathers after the first reads."""
     made = [one.layout for one in mine]
     order = turns(run.schedule, made)
     fetch = [_fetch_seconds(run.config, one, machine) for one in mine]
@@ -107,8 +107,8 @@ def _exposed(
 
 
 def _moved(run: RunPlan, bucket: BucketSize, machine: Machine, width: int) -> LinkBytes:
-    """Of a reduce-scatter or a gather as rings do it: all but the own node's part crosses nodes, once for all members
-    of a node, and the rest stays inside. `width`: bytes of an element."""
+    """Bytes by link class of a ring reduce-scatter or all-gather: between nodes all but the node's own part, once
+    for all its members; the rest inside the node. `width`: bytes of an element."""
     together = bucket.copies if run.config.parallel.world <= machine.gpus_per_node else _in_node(bucket, run, machine)
     nodes, size = bucket.copies / together, width * bucket.padded
     moved = {
@@ -119,7 +119,7 @@ def _moved(run: RunPlan, bucket: BucketSize, machine: Machine, width: int) -> Li
 
 
 def _in_node(bucket: BucketSize, run: RunPlan, machine: Machine) -> int:
-    """How many of a bucket's copies share a node."""
+    """How many copies of a bucket share a node."""
     p = run.config.parallel
     in_node = min(machine.gpus_per_node, p.world)
     ranks = [
@@ -133,13 +133,14 @@ def _in_node(bucket: BucketSize, run: RunPlan, machine: Machine) -> int:
 
 
 def _fetch_seconds(config: Config, bucket: BucketSize, machine: Machine) -> float:
-    """A summed shard on its way to host memory."""
+    """Seconds to copy a summed shard to host memory."""
     return 4 * bucket.shard / (machine.host.link * GIGA) if config.optim.offload == "cpu" else 0.0
 
 
 def _update_seconds(config: Config, mine: Iterable[BucketSize], machine: Machine, per_element: float | None) -> float:
-    """As profiled, else memory traffic of the norm, the clip and AdamW: the gradient three times, master and
-    moments read and written. Off the GPU the host's memory has that traffic; weights go back while it works."""
+    """Seconds of the update: as profiled, else by the memory traffic of norm, clip and AdamW (gradients three times,
+    masters and moments read and written). With offload it is the host's memory, and weights are copied back
+    meanwhile."""
     touched = 4 * 5 + 4 * 2 + 2 * 2 * DTYPE_BYTES[config.optim.moments]
     owned = sum(bucket.shard for bucket in mine)
     if config.optim.offload == "cpu":

@@ -1,7 +1,7 @@
-"""ZeRO's buckets of a layout, counted instead of built: how many elements, over how many copies.
+"""ZeRO's buckets of a layout, computed without building them: how many elements, over how many copies.
 
-By the rule of `parallel.buckets`, which the run itself uses. So bytes of weights, sums, masters and moments are exact,
-padding included.
+They follow the rule of `parallel.buckets`, which the run uses too, so bytes of weights, sums, masters and moments are
+exact, with padding.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ class BucketSize:
 
     @property
     def homes(self) -> tuple[int, ...]:
-        """Pipeline ranks that hold its parameters."""
+        """The pipeline ranks that hold its parameters."""
         return self.layout.copies.homes
 
     @property
     def one_slice(self) -> bool:
-        """Of the experts, so that copies are those of one expert-parallel rank."""
+        """Whether only one expert-parallel rank holds these elements, as with experts."""
         return self.layout.copies.ep is not None
 
     @property
@@ -47,7 +47,7 @@ def held(plan: RunPlan, pp_rank: int) -> dict[str, ParameterSize]:
 
 
 def buckets(plan: RunPlan) -> list[list[BucketSize]]:
-    """Those of each pipeline rank, of its first expert-parallel rank."""
+    """The buckets of each pipeline rank, for its first expert-parallel rank."""
     p = plan.config.parallel
     by_rank = [held(plan, rank) for rank in range(p.pp)]
     homes: defaultdict[str, list[int]] = defaultdict(list)

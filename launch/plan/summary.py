@@ -60,7 +60,7 @@ def figures(plan: Plan) -> dict[str, object]:
 
 
 def headline(plan: Plan) -> list[str]:
-    """The run, the step, the money and the memory: a line each."""
+    """The run, the step, the cost and the memory: a line each."""
     c, p, causal, whole = plan.config, plan.config.parallel, *plan.mfu
     tokens = f"{p.microbatch_sequences * c.data.seq_len:,}"
     recipe = "FP8" if c.fp8.fp8 else c.run.dtype.upper()
@@ -97,7 +97,7 @@ STEP_HEADS = ["", "seconds", "share", "slots", "ms each"]
 
 
 def step_rows(plan: Plan) -> Rows:
-    """Where the step's seconds go (`STEP_HEADS`): those of a pipeline rank, the mean of all, and of the optimizer."""
+    """Where a step's seconds go (`STEP_HEADS`): for one pipeline rank, for the mean of all, and for the optimizer."""
     step = plan.step_seconds
 
     def line(name: str, time: float) -> tuple[str, ...]:
@@ -124,7 +124,7 @@ def _slot_name(kinds: str) -> str:
 
 
 def groups(ranks: Sequence[RankMemory]) -> Iterator[tuple[str, RankMemory]]:
-    """Ranks of equal memory together: their numbers in words, and one of them; the fullest first."""
+    """Ranks of equal memory: their numbers as text and one of them, the fullest group first."""
     alike: dict[tuple[tuple[str, int], ...], list[RankMemory]] = {}
     for rank in ranks:
         alike.setdefault(tuple(rank.kinds.items()), []).append(rank)
@@ -135,7 +135,7 @@ def groups(ranks: Sequence[RankMemory]) -> Iterator[tuple[str, RankMemory]]:
 
 
 def memory_rows(plan: Plan) -> tuple[list[str], Rows]:
-    """Heads, and GB by kind: a column for each group of ranks that have the same."""
+    """Column heads, and GB by kind: a column for each group of equal ranks."""
     columns = list(groups(plan.ranks))
     kinds = list(dict.fromkeys(kind for _, rank in columns for kind in rank.kinds))
     rows = [(kind, *(f"{rank.kinds.get(kind, 0) / GIGA:.3g}" for _, rank in columns)) for kind in kinds]
@@ -155,7 +155,7 @@ def byte_rows(plan: Plan) -> Rows:
 
 
 def phase_rows(plan: Plan) -> Rows:
-    """Milliseconds of F, I and W of every phase, alone on the device."""
+    """Milliseconds of F, I and W of every phase, when it has the device to itself."""
     rows = [
         (f"{kind}: {phase}", *(f"{1e3 * t:.3g}" for t in times))
         for kind, phases in plan.times.items()
@@ -172,7 +172,7 @@ def phase_rows(plan: Plan) -> Rows:
 
 
 def show(plan: Plan, console: Console) -> None:
-    """The whole plan in a terminal."""
+    """Print the whole plan."""
     for line in headline(plan):
         console.print(line, markup=False, highlight=False)
     heads, kinds = memory_rows(plan)
@@ -189,7 +189,7 @@ def show(plan: Plan, console: Console) -> None:
 
 
 def print_table(console: Console, title: str, heads: list[str], rows: Rows) -> None:
-    """The first column to the left, numbers to the right."""
+    """Print a table with the first column left-aligned and numbers right-aligned."""
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")

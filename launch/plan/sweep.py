@@ -1,8 +1,8 @@
-"""The layouts that a number of GPUs allows, planned: the fastest that fit, and why each other one is not among them.
+"""All layouts of a number of GPUs, planned: the fastest that fit, and why the others are not among them.
 
-Every layout has a bound that costs nothing: its arithmetic spread evenly over all ranks. Layouts are planned in the
-order of that bound until none that is left can be among the best. Those left over are said to be slower, with the
-bound; those whose state alone is too large are not simulated either.
+Every layout has a lower bound that costs nothing to compute: its arithmetic spread evenly over all ranks. Layouts are
+planned in order of that bound until none of the remaining can be among the best; those are reported as slower, with
+their bound. Layouts whose state alone exceeds the memory are not simulated either.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from dryvine.trainer.model.shape import blocks
 from dryvine.trainer.ramps import BatchConfig
 from dryvine.trainer.run_plan import make_plan
 
-BEST = 10  # that are found for certain
+BEST = 10  # the number of best layouts that are found for certain
 MICROBATCHES = (1, 2, 4, 8)  # sequences
 RECOMPUTE: tuple[tuple[str, ...], ...] = ((), ("norm", "mla_up", "swiglu"))
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layout, and what may be changed with it."""
+    """A layout and the other values that a sweep varies."""
 
     pp: int
     dp: int
@@ -42,7 +42,7 @@ class Candidate:
         return f"pp {self.pp} x dp {self.dp} x ep {self.ep}, {self.schedule}, microbatch {self.microbatch}{again}"
 
     def config(self, base: Config) -> Config:
-        """The full batch of `base` in this layout. Raises ValueError where it has no such layout."""
+        """`base` with this layout and the full batch. Raises ValueError if that is not a legal config."""
         tree: Tree = base.model_dump(exclude_none=True)
         changed = {"pp": self.pp, "dp": self.dp, "ep": self.ep, "schedule": self.schedule, "chunks": 1}
         parallel = {**base.parallel.model_dump(), **changed, "microbatch_sequences": self.microbatch}
@@ -52,7 +52,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class SweepRow:
-    """What came of a candidate: a plan, or why there is none. `bound`: seconds that its step takes at least."""
+    """The result of a candidate: a plan, or why there is none. `bound`: lower bound of its step, in seconds."""
 
     candidate: Candidate
     plan: Plan | None
@@ -71,7 +71,7 @@ class SweepRow:
 def sweep(
     base: Config, gpus: int, machine: Machine, on_progress: Callable[[float], None] = lambda share: None
 ) -> list[SweepRow]:
-    """Every candidate for so many GPUs, the best first: those that fit by time, then the others."""
+    """Every candidate for so many GPUs, best first: those that fit by time, then the others."""
     single = base.model_copy(update={"batch": BatchConfig(sequences=base.batch.sequences)})
     rows = [_first_look(single, candidate, machine) for candidate in candidates(single, gpus)]
     open_rows = sorted((row for row in rows if not row.reason), key=lambda row: row.bound)
@@ -90,7 +90,7 @@ def sweep(
 
 
 def candidates(base: Config, gpus: int) -> Iterator[Candidate]:
-    """All ways to lay out so many GPUs that the model's blocks and experts allow, legal or not for a schedule."""
+    """All layouts of so many GPUs that the model's blocks and experts allow, whether or not the schedule does."""
     most = len(blocks(base.model))
     for pp in (n for n in range(1, most + 1) if gpus % n == 0):
         for ep in (n for n in range(1, gpus // pp + 1) if gpus // pp % n == 0 and base.model.routed % n == 0):
@@ -100,7 +100,7 @@ def candidates(base: Config, gpus: int) -> Iterator[Candidate]:
 
 
 def _first_look(base: Config, candidate: Candidate, machine: Machine) -> SweepRow:
-    """The bound, and a reason if there is one without a plan."""
+    """The bound, and the reason if the candidate can be rejected without a plan."""
     microbatches, rest = divmod(base.batch.sequences, candidate.microbatch * candidate.dp * candidate.ep)
     if rest or not microbatches:
         each = candidate.microbatch * candidate.dp * candidate.ep

@@ -1,4 +1,4 @@
-"""What a sweep found, as figures, in a terminal and as a page with plots."""
+"""The results of a sweep: as JSON, in a terminal, and as a page with plots."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LISTED = 400  # rows of a page's table
 
 
 def cells(row: SweepRow, best: float) -> tuple[str, ...]:
-    """One line of the table; the last cell says why it is not the best."""
+    """A row of the table; the last cell says why it is not the best."""
     plan = row.plan
     if plan is None:
         return short(row), *[""] * (len(HEADS) - 2), row.reason
@@ -42,7 +42,7 @@ def short(row: SweepRow) -> str:
 
 
 def why_not(rows: Sequence[SweepRow]) -> Rows:
-    """(why, how many, an example) for the candidates that did not come in, the most frequent first."""
+    """(reason, count, example) of the rejected candidates, most frequent first."""
     found: dict[str, list[SweepRow]] = {}
     for row in rows:
         if row.reason:
@@ -63,7 +63,7 @@ def best_seconds(rows: Sequence[SweepRow]) -> float:
 
 
 def show_sweep(rows: Sequence[SweepRow], console: Console) -> None:
-    """The best, and why the others are not among them."""
+    """Print the best candidates, and why the others were rejected."""
     best, good = best_seconds(rows), [row for row in rows if row.fits]
     print_table(
         console,

@@ -40,8 +40,8 @@ PhaseTimes = dict[str, OpTimes]  # phase -> seconds, in forward order
 
 
 def roofline(tasks: list[Task], machine: Machine, fp8: bool) -> PhaseTimes:
-    """Each kernel at the rate that the machine's table says. FP8's casts are a share of all arithmetic but the head's,
-    which is not in FP8."""
+    """Seconds of each phase, with each kernel at the machine's rate for it. FP8's casts are a share of all
+    arithmetic except the head's, which is not in FP8."""
     found: PhaseTimes = {}
     for task in tasks:
         rate = _rate(task.kernel, machine) * (1 - machine.casts if fp8 and task.phase != "head" else 1)
@@ -51,7 +51,7 @@ def roofline(tasks: list[Task], machine: Machine, fp8: bool) -> PhaseTimes:
 
 
 def _rate(kernel: str, machine: Machine) -> float:
-    """FLOP or bytes a second."""
+    """FLOP/s or bytes/s of a kernel."""
     if kernel == STREAM:
         return machine.memory_bandwidth * machine.streaming * GIGA
     return float(getattr(machine.tflops, kernel)) * TERA
@@ -59,7 +59,7 @@ def _rate(kernel: str, machine: Machine) -> float:
 
 @dataclass(frozen=True)
 class StagePrices:
-    """What ops and pairs of a schedule cost, by stage, in seconds: `simulate` takes it as it takes `Costs`."""
+    """Seconds of a schedule's ops and pairs, by stage; `simulate` accepts it in place of `Costs`."""
 
     stages: tuple[tuple[PhaseTimes, ...], ...]  # of each stage, its blocks' phases
     messages: Messages
@@ -72,7 +72,7 @@ class StagePrices:
         return {}
 
     def slot(self, slot: Slot) -> float:
-        """Seconds of a slot: remembered, since a schedule has few kinds of them."""
+        """Seconds of a slot. Cached, since a schedule has few kinds of slots."""
         key = tuple(sorted((op.kind, op.stage) for op in slot))
         if key not in self._prices:
             self._prices[key] = self._pair(*slot) if len(slot) == 2 else self.lone(slot[0])
@@ -82,19 +82,19 @@ class StagePrices:
         return sum(work.time for work in self.chain(op.kind, op.stage))
 
     def compute(self, slot: Slot) -> float:
-        """The arithmetic of a slot, with nothing beside it."""
+        """Seconds of a slot's arithmetic when nothing runs beside it."""
         works = (work for op in slot for work in self.chain(op.kind, op.stage))
         return sum(work.time for work in works if work.resource == "compute")
 
     def exposed(self, slot: Slot) -> float:
-        """Seconds of a slot in which messages are under way and no arithmetic is; the slower pace beside messages is
-        not counted."""
+        """Seconds of a slot in which messages are under way and no arithmetic is. The slowdown of arithmetic beside
+        messages is not counted."""
         if len(slot) == 1 or not self.overlap:
             return self.slot(slot) - self.compute(slot)
         return max(0.0, self.slot(slot) - self._pace(slot) * self.compute(slot))
 
     def _pace(self, slot: Slot) -> float:
-        """Factor on a pair's arithmetic."""
+        """Factor on the arithmetic time of a pair."""
         talks = any(work.resource == "comm" for op in slot for work in self.chain(op.kind, op.stage))
         return self.beside_comm if talks else 1.0
 
@@ -106,7 +106,7 @@ class StagePrices:
         return _woven(one, other)
 
     def chain(self, kind: Kind, stage: int) -> tuple[Work, ...]:
-        """An op's phases in order; neighbours on one resource are one piece."""
+        """The phases of an op in order, with neighbours on the same resource merged."""
         blocks = self.stages[stage]
         if kind == "F":
             pieces = [piece for block in blocks for piece in _forward(block, self.messages)]
@@ -156,7 +156,7 @@ def _slowed(chain: tuple[Work, ...], pace: float) -> tuple[Work, ...]:
 
 
 def _woven(a: tuple[Work, ...], b: tuple[Work, ...]) -> float:
-    """The shortest run of both; of long chains, that of their first layers, at the pace of which the rest goes on."""
+    """The shortest run of two chains; of long chains, the run of their first layers, scaled to the rest."""
     most = 4 * MOST_LAYERS
     longest = max(len(a), len(b))
     if longest <= most:

@@ -28,7 +28,7 @@ LinkBytes = Counter[LinkClass]
 
 
 class RowBytes(NamedTuple):
-    """Of one wire row of each of the four all-to-alls of a MoE layer."""
+    """Bytes of a wire row in each of the four all-to-alls of a MoE layer."""
 
     dispatch: int
     combine: int
@@ -47,7 +47,7 @@ def row_bytes(config: Config, pair_values: int) -> RowBytes:
 
 @dataclass(frozen=True)
 class Dispatching:
-    """The all-to-alls of one MoE layer and microbatch, as one rank sends them: bytes by link class."""
+    """The all-to-alls of one MoE layer and microbatch, sent by one rank: bytes by link class."""
 
     name: str  # of the dispatcher
     routing: LinkBytes
@@ -58,7 +58,7 @@ class Dispatching:
 
     @property
     def all(self) -> LinkBytes:
-        """Of a forward and a backward."""
+        """Bytes of a forward and a backward."""
         parts = (self.routing, self.dispatch, self.combine, self.combine_backward, self.dispatch_backward)
         return sum(parts, Counter())
 
@@ -73,7 +73,7 @@ class Messages(NamedTuple):
 
 
 def dispatching(config: Config, topology: Topology) -> Dispatching:
-    """`topology`: the world's. From the view of the first expert-parallel group's first rank."""
+    """Traffic of the first rank of the first expert-parallel group. `topology`: that of the world."""
     group, asked = topology.of(range(config.parallel.ep)), config.comm.dispatcher
     name = automatic(group) if asked == AUTO else asked
     return _two_hops(config, group, name) if name in ("hierarchical", "deepep", "fake") else _flat(config, group, name)
@@ -96,7 +96,7 @@ def _flat(config: Config, group: Topology, name: str) -> Dispatching:
 
 
 def _two_hops(config: Config, group: Topology, name: str) -> Dispatching:
-    """Once per node to the same rail, then once per rank of that node; a combine sends the same rows back."""
+    """Each row once per node to the same rail, then once per rank of that node; combine sends the same rows back."""
     n, shape = _tokens(config), config.model
     here = group.nodes[0]
     nodes_hit = [reached(config, len(node) / group.ranks) for node in group.nodes[1:]]
@@ -119,8 +119,8 @@ def _two_hops(config: Config, group: Topology, name: str) -> Dispatching:
 
 
 def reached(config: Config, part: float) -> float:
-    """The chance that a token has an expert among a neighbouring `part` of them, at even routing: the token first has
-    its best groups, then its top-k among their experts, each choice as likely as any other."""
+    """The probability that a token has an expert in a contiguous `part` of them under even routing: the token first
+    has its best groups, then its top-k among their experts, all choices equally likely."""
     s = config.model
     in_group = s.routed // s.groups
     if part * s.groups >= 1:
@@ -136,7 +136,7 @@ def reached(config: Config, part: float) -> float:
 
 
 def _missed(experts: int, held: int, top_k: int) -> float:
-    """The chance that none of `top_k` of `experts` is among `held` of them."""
+    """The probability that none of `top_k` out of `experts` is among `held` of them."""
     return comb(experts - held, top_k) / comb(experts, top_k)
 
 
@@ -148,7 +148,8 @@ def _sum(pairs: Iterable[tuple[LinkClass, int]]) -> LinkBytes:
 
 
 def seconds(sent: LinkBytes, machine: Machine) -> float:
-    """Both kinds of link at once, since two hops go in chunks: the slower one counts."""
+    """Seconds to send these bytes. Both kinds of link work at once, since two hops are chunked: the slower one
+    counts."""
     if not (sent["intra"] or sent["inter"]):
         return 0.0
     slower = max(sent["intra"] / machine.intra.gigabytes, sent["inter"] / machine.inter.gigabytes) / GIGA

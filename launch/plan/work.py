@@ -31,7 +31,7 @@ class Task(NamedTuple):
 
 
 def tasks(shape: Shape, recipe: Recipe, kind: str, size: MicrobatchSize, seq_len: int) -> list[Task]:
-    """Of one block of that kind, one microbatch."""
+    """The tasks of one block of that kind for one microbatch."""
     block = _Block(shape, recipe, size, seq_len)
     makers = {"embed": block.embed, "dense": block.dense, "moe": block.moe, "head": block.head, "mtp": block.mtp}
     again = remade_phases(shape, recipe)
@@ -110,7 +110,8 @@ class _Block:
         yield Task(phase, STREAM, 2 * residual, 2 * residual)
 
     def _core(self, phase: str) -> Iterator[Task]:
-        """Half of scores and values, causal. Backward: scores again, and four products more."""
+        """The attention core: half of the scores and values, causal. Backward: the scores again, and four more
+        products."""
         s, n = self.shape, self.tokens
         half = float(n * self.seq_len * s.heads)
         yield Task(phase, "attention", forward=half * (s.qk_dim + s.v_dim))
@@ -134,13 +135,13 @@ class _Block:
         yield Task(phase, STREAM, swiglu, self._bytes(rows, 5 * width) + again)
 
     def _product(self, phase: str, rows: int, inputs: int, outputs: int, grouped: str = "") -> Iterator[Task]:
-        """A Linear of the recipe."""
+        """A Linear in the recipe's format."""
         flop = 2.0 * rows * inputs * outputs
         yield Task(phase, self._kernel(grouped), flop, flop)
         yield Task(phase, "fp8_wgrad" if self.recipe.fp8 else self._kernel(grouped), weights=flop)
 
     def _plain(self, phase: str, rows: int, inputs: int, outputs: int) -> Iterator[Task]:
-        """One in the run's dtype whatever the recipe: gate and head."""
+        """A Linear that stays in the run's dtype: gate and head."""
         flop = 2.0 * rows * inputs * outputs
         yield Task(phase, self._in_run_dtype(""), flop, flop, flop)
 
@@ -156,7 +157,7 @@ class _Block:
         return "fp32" if self.size.dtype_bytes == 4 else f"bf16{grouped}"
 
     def _bytes(self, rows: int, width: int) -> float:
-        """Of rows in run.dtype."""
+        """Bytes of rows in run.dtype."""
         return float(rows * width * self.size.dtype_bytes)
 
     def _sent(self, rows: int, width: int) -> float:

@@ -9,7 +9,7 @@ from dryvine.launch.report.runs import RunFolder
 
 
 def curves(runs: Sequence[RunFolder], column: str, title: str = "", scale: float = 1.0) -> dict[str, Curve]:
-    """By name. Columns `column`_low and `column`_high are the band around it."""
+    """Curves by run name. The columns `column`_low and `column`_high become a band."""
     return {
         label(runs, run, title or column): Curve(
             run.steps, [v and v * scale for v in run.column(column)], band=_band(run, column)

@@ -16,11 +16,11 @@ from dryvine.launch.report.runs import RunFolder
 from dryvine.trainer.config import ConfigError
 
 NAMES = {"loss": "training", "val_loss": "validation", "val_loss_ema": "validation, averaged weights"}
-MOST_EVENTS = 60  # in the table; marks of plots are fewer
+MOST_EVENTS = 60  # rows of the table of events; plots have fewer marks
 
 
 def report_page(runs: Sequence[RunFolder]) -> str:
-    """Of runs of one kind. Raises ConfigError where some of them learn from rewards and others from text."""
+    """The page of runs of one kind. Raises ConfigError if RL runs and pretraining runs are mixed."""
     kinds = {run.reinforced for run in runs}
     if len(kinds) > 1:
         raise ConfigError("runs of `dryvine rl` have other figures than those of `train`: compare runs of one kind")
@@ -52,7 +52,7 @@ def _parts(runs: Sequence[RunFolder]) -> Iterator[str]:
 
 
 def _figures(run: RunFolder) -> dict[str, str]:
-    """What is looked for first. Rates are medians, so that a first step's warm-up does not colour them."""
+    """The most important figures. Rates are medians, so that the warm-up of the first steps does not count."""
     last = run.rows[-1]
     found = {"steps": f"{last['step']:,} of {run.config.run.steps:,}", "tokens": large(last["tokens"])}
     for name, title in NAMES.items():
@@ -74,7 +74,7 @@ def _losses(runs: Sequence[RunFolder]) -> dict[str, Curve]:
 
 
 def _shares(runs: Sequence[RunFolder], marks: Sequence[Mark]) -> Iterator[str]:
-    """Bubble, exposed communication, MFU: shares of a step, beside what was planned."""
+    """Bubble, exposed communication and MFU as shares of a step, beside the planned values."""
     shares = {
         **curves(runs, "bubble", "bubble, worst rank"),
         **curves(runs, "exposed_comm_share", "exposed all-to-all"),
@@ -119,7 +119,7 @@ def _sensors(runs: Sequence[RunFolder], marks: Sequence[Mark]) -> Iterator[str]:
 
 
 def _planned(runs: Sequence[RunFolder]) -> Iterator[str]:
-    """Planned and measured, for runs whose config names its hardware."""
+    """Planned against measured, for runs whose config names its hardware."""
     rows = [row for run in runs for row in _against_plan(run)]
     yield heading("Planned and measured")
     if rows:
@@ -154,5 +154,5 @@ def _events(runs: Sequence[RunFolder]) -> Iterator[str]:
 
 
 def _marks(run: RunFolder) -> list[Mark]:
-    """Of starts after the first and of skipped steps; checkpoints are too many for plots."""
+    """Marks of restarts and of skipped steps; checkpoints are too many for plots."""
     return [Mark(e.step, e.kind) for e in run.events() if e.kind != "checkpoint" and e.step > 0][-20:]

@@ -1,5 +1,5 @@
-"""The report of runs that learn from rewards: is the reward real, does the policy still explore, do sampler and trainer
-agree, and what do the answers look like."""
+"""The report of RL runs: is the reward real, does the policy still explore, do sampler and trainer agree, and what do
+the answers look like."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def reinforced_parts(runs: Sequence[RunFolder]) -> Iterator[str]:
 
 
 def _figures(run: RunFolder) -> dict[str, str]:
-    """What is looked for first: from the first to the newest."""
+    """The most important figures: first value to newest."""
     found = {"updates": f"{run.rows[-1]['step']:,} of {run.config.run.steps:,}"}
     for column, title in {"reward": "reward", "length": "tokens of an answer", "entropy": "entropy, nats"}.items():
         if known := run.known(column):
@@ -104,7 +104,7 @@ def _figures(run: RunFolder) -> dict[str, str]:
 
 
 def _columns(runs: Sequence[RunFolder], columns: Mapping[str, str]) -> dict[str, Curve]:
-    """Those that are not 0 throughout."""
+    """The columns that are not 0 throughout."""
     return {
         name: curve
         for column, title in columns.items()
@@ -114,13 +114,13 @@ def _columns(runs: Sequence[RunFolder], columns: Mapping[str, str]) -> dict[str,
 
 
 def _scores(runs: Sequence[RunFolder]) -> dict[str, str]:
-    """The verifiers' columns, where there are several."""
+    """The verifiers' columns, if there are several."""
     names = dict.fromkeys(name for run in runs for row in run.rows for name in row if name.startswith("score."))
     return {name: name.removeprefix("score.") for name in names} if len(names) > 1 else {}
 
 
 def _marks(run: RunFolder) -> list[Mark]:
-    """Of starts after the first, and of the first alarm of each figure."""
+    """Marks of restarts, and of the first alarm of each figure."""
     marks: dict[str, Mark] = {}
     for event in run.events():
         if event.kind == "alarm":
@@ -149,12 +149,12 @@ def _alarms(runs: Sequence[RunFolder]) -> Iterator[str]:
 
 
 def _crossed(alarm: Event) -> str:
-    """The figure that an alarm is of, its first word."""
+    """The figure that an alarm is about: its first word."""
     return alarm.what.partition(":")[0]
 
 
 def _samples(run: RunFolder, named: bool) -> Iterator[str]:
-    """Of the first rollouts and of the newest, so that they can be compared."""
+    """Answers of the first rollouts and of the newest, for comparison."""
     rollouts = [list(rows) for _, rows in groupby(run.samples, key=lambda row: row["step"])]
     first, newest = ROLLOUTS
     chosen = rollouts if len(rollouts) <= first + newest else rollouts[:first] + rollouts[-newest:]

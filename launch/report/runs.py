@@ -1,4 +1,4 @@
-"""A run folder as a report reads it: figures by step, expert loads, events. Written by `trainer.journal`."""
+"""A run folder as reports read it: figures by step, expert loads, events. `trainer.journal` writes it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class RunFolder:
 
     @staticmethod
     def open(path: Path) -> RunFolder:
-        """Raises ConfigError where there is no run, or none that has made a step."""
+        """Raises ConfigError if there is no run, or none that has completed a step."""
         if not (path / "config.toml").exists():
             raise ConfigError(f"{path}: no run folder: it has no config.toml")
         rows = read(path)
@@ -47,7 +47,7 @@ class RunFolder:
 
     @property
     def reinforced(self) -> bool:
-        """It learns from rewards."""
+        """Whether it is a run of `dryvine rl`."""
         return self.config.rl is not None
 
     @property
@@ -55,7 +55,7 @@ class RunFolder:
         return [float(row["step"]) for row in self.rows]
 
     def column(self, name: str) -> list[float | None]:
-        """A figure by step; None where it is not known."""
+        """A figure by step; None where it is unknown."""
         return [row.get(name) for row in self.rows]
 
     def known(self, name: str) -> list[float]:
@@ -63,36 +63,36 @@ class RunFolder:
 
     @property
     def validations(self) -> list[str]:
-        """The columns that hold validation losses: of all sources, by source, of averaged weights."""
+        """The columns with validation losses: of all sources, by source, of averaged weights."""
         names = dict.fromkeys(name for row in self.rows for name in row if name.startswith("val_loss"))
         return [name for name in names if self.known(name)]
 
     @cached_property
     def loads(self) -> list[list[int]]:
-        """Of the newest validation: tokens by MoE layer and expert; empty without experts."""
+        """Tokens by MoE layer and expert in the newest validation; empty without experts."""
         rows = read(self.path, "expert_load.jsonl")
         return rows[-1]["loads"] if rows else []
 
     @cached_property
     def samples(self) -> list[Figures]:
-        """Answers that were kept to be read, oldest first; of `dryvine rl`."""
+        """The stored sample answers of an RL run, oldest first."""
         return read(self.path, "samples.jsonl")
 
     @cached_property
     def plan(self) -> Plan | None:
-        """What was to be expected on the hardware that the config names; None where it names none."""
+        """The plan for the hardware that the config names; None if it names none."""
         hardware = self.config.run.hardware
         return make(make_plan(self.config), load_hardware(hardware)) if hardware else None
 
     def mfu(self) -> list[float | None]:
-        """Of the planned hardware's peak, by step; None without one."""
+        """MFU by step on the planned hardware; None without one."""
         if self.plan is None:
             return [None] * len(self.rows)
         flop, peak = self.plan.flop_per_token[0], self.plan.machine.peak_bf16 * 1e12 * self.plan.world
         return [rate and rate * flop / peak for rate in self.column("tokens_per_second")]
 
     def events(self) -> Iterator[Event]:
-        """In order of steps."""
+        """All events in order of steps."""
         found = [
             Event(row["after_step"], "start", f"started at {row['at']}") for row in read(self.path, "starts.jsonl")
         ]

@@ -61,7 +61,7 @@ def watch(path: Path, console: Console, every: float, once: bool) -> None:
 
 
 def view(config: Config, rows: Sequence[Figures], quiet: float) -> RenderableType:
-    """A table of the newest figures, each with its course. `quiet`: seconds since the last row was written."""
+    """A table of the newest figures, each with a sparkline. `quiet`: seconds since the last row was written."""
     from rich.console import Group
     from rich.table import Table
 
@@ -82,13 +82,13 @@ def view(config: Config, rows: Sequence[Figures], quiet: float) -> RenderableTyp
 
 
 def _seconds(row: Figures) -> float:
-    """Of a row: a step's, or all parts of a rollout; 0 of one that only evaluates."""
+    """Seconds of a row: of a step, or of all parts of a rollout; 0 for a row that only evaluates."""
     parts: list[float] = [value for name, value in row.items() if name.startswith("seconds_")]
     return float(row.get("seconds", sum(parts)))
 
 
 def sparks(values: Sequence[float], width: int = 40) -> str:
-    """The course of a figure in one line, means over equal parts, from its least to its largest."""
+    """A sparkline: means over equal parts, scaled from the least to the largest."""
     parts = min(width, len(values))
     means = []
     for part in range(parts):

@@ -1,7 +1,8 @@
-"""What a user may ask of SLURM, and what of it SLURM would not take or the shell would misread.
+"""The options of a SLURM job, checked for what SLURM would refuse or a shell would misread.
 
-Directives (`#SBATCH --name=value`) are read by SLURM, whose quoting differs between versions, so their values have no
-character that needs any. Words that the shell reads, such as paths and overrides, may be anything and are quoted.
+SLURM parses directives (`#SBATCH --name=value`), with quoting that differs between versions, so their values may only
+have characters that need no quoting. Words that the shell parses, such as paths and overrides, may be anything and are
+quoted.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ KINDS = ("pyxis", "apptainer")
 
 
 class JobError(ValueError):
-    """An option that cannot be: which, why, and what to write instead."""
+    """An invalid option: which, why, and what to write instead."""
 
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """Of one run. Empty texts and zeros are left to SLURM."""
+    """The options of one run's job. Empty strings and zeros leave the choice to SLURM."""
 
     nodes: int
     gpus_per_node: int
@@ -117,7 +118,7 @@ def seconds(time: str) -> int:
 
 
 def log_path(folder: Path) -> str:
-    """Where SLURM writes the job's output: %j is its number. Raises JobError."""
+    """The path of the job's output for SLURM, with %j for its number. Raises JobError."""
     path = f"{folder}/slurm-%j.out"
     if not PATH.fullmatch(str(folder)):
         raise JobError(

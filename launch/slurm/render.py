@@ -1,8 +1,8 @@
-"""A run and what is asked of SLURM, as the script that sbatch takes.
+"""Renders the script that sbatch takes.
 
-The script is a template beside this file, package data like any other, so what a cluster needs changed can be read in
-one place. Whatever comes from the user is quoted (`shlex`) or refused (`SlurmJob`), and put in once: a value that looks
-like one of the template's names stays as it is.
+The script is a template beside this file, package data, so what must be changed for a cluster can be read in one place.
+All user input is quoted (`shlex`) or refused (`SlurmJob`), and substituted once: a value that looks like a placeholder
+stays as it is.
 """
 
 from __future__ import annotations
@@ -46,21 +46,21 @@ def render(config: Config, words: Sequence[str], job: SlurmJob) -> str:
 
 
 def lead(config: Config) -> int:
-    """Seconds before the time limit at which ranks are told to save: the step that they are in may last as long as a
-    wait may, and then comes a save, as long as the longest of this run so far, twice, or FIRST_SAVE."""
+    """Seconds before the time limit at which ranks are told to save: the longest that a step may wait, plus twice
+    the longest save of this run so far (or FIRST_SAVE)."""
     measured = max(_saves(config.run.folder), default=0.0)
     return math.ceil(config.comm.deadline + (2 * measured or FIRST_SAVE)) + SLACK
 
 
 def _saves(folder: Path) -> Iterator[float]:
-    """Seconds that each checkpoint which the run still has took; a damaged one has no say."""
+    """Seconds that each kept checkpoint took to save; damaged ones are ignored."""
     for checkpoint in run_folder.complete(folder):
         with suppress(OSError, ValueError, AttributeError):
             yield float(json.loads((checkpoint / NAME).read_bytes()).get("seconds", 0.0))
 
 
 def python(job: SlurmJob) -> str:
-    """The interpreter of this environment, which hosts share; a container has its own."""
+    """The path of this environment's interpreter, which hosts share; in a container, its own."""
     return "python3" if job.container else sys.executable
 
 
@@ -97,7 +97,7 @@ def _directives(config: Config, job: SlurmJob) -> Iterator[str]:
 
 
 def _cpus(job: SlurmJob) -> int:
-    """Of one task."""
+    """CPUs of one task."""
     return job.cpus_per_rank * (1 if job.per_rank else job.gpus_per_node)
 
 
@@ -117,7 +117,7 @@ def _environment(config: Config, job: SlurmJob) -> Iterator[tuple[str, str]]:
 
 
 def _check(job: SlurmJob) -> str:
-    """One doctor a node, which agree on how the nodes reach each other; a bad one fails the job before it starts."""
+    """One doctor per node, which check each other's connections; a bad node fails the job before it starts."""
     if not job.check:
         return ""
     srun = ["srun", "--kill-on-bad-exit=1", "--ntasks-per-node=1", *_pyxis(job)]
@@ -173,5 +173,5 @@ def _torchrun(job: SlurmJob) -> Iterator[str]:
 
 
 def _lines(words: Sequence[str]) -> str:
-    """A command with a word or option a line."""
+    """A command with one word or option per line."""
     return " \\\n    ".join(words)
