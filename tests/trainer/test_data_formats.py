@@ -1,4 +1,4 @@
-"""Megatron's files both ways, compressed and nested inputs, filters, lists of files, the hub, and what peek shows."""
+"""Megatron's files both ways, compressed and nested inputs, filters, lists of files, and what peek shows."""
 
 from __future__ import annotations
 
@@ -152,10 +152,6 @@ def write_rows(path: Path) -> Path:
     return path
 
 
-class RevisionNotFoundError(OSError):
-    """Named as the library's, which needs a response to be made."""
-
-
 FORMATS = [".jsonl", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".parquet", ".arrow", ".stream.arrow"]
 
 
@@ -263,29 +259,6 @@ def test_a_list_names_files(tmp_path: Path) -> None:
     (tmp_path / "list").write_text("in/gone.txt\n")
     with pytest.raises(DataError, match=r"gone\.txt.*matches no file"):
         match_files([f"@{tmp_path}/list"])
-
-
-def test_the_hub_is_read_through_its_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against a stand-in for its one function: a folder that plays the hub."""
-    hub = pytest.importorskip("huggingface_hub")
-    (tmp_path / "cache" / "en").mkdir(parents=True)
-    write_rows(tmp_path / "cache" / "en" / "part.json.gz")
-    asked = []
-
-    def download(repo: str, **named: object) -> str:
-        asked.append((repo, named))
-        if named["revision"] == "gone":
-            raise RevisionNotFoundError("404: no such revision\nmore lines")
-        return str(tmp_path / "cache")
-
-    monkeypatch.setattr(hub, "snapshot_download", download)
-    (file,) = match_files(["hf://datasets/someone/web@v1/en/*.json.gz"])
-    assert file.path == tmp_path / "cache" / "en" / "part.json.gz"
-    assert asked == [("someone/web", {"repo_type": "dataset", "revision": "v1", "allow_patterns": "en/*.json.gz"})]
-    with pytest.raises(DataError, match=r"RevisionNotFoundError: 404: no such revision$"):
-        match_files(["hf://datasets/someone/web@gone/en/*.json.gz"])
-    with pytest.raises(DataError, match="write hf://datasets/OWNER/NAME/PATTERN"):
-        match_files(["hf://datasets/someone"])
 
 
 # -- the command line

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from dryvine.trainer.data import encoded, stream
+from dryvine.trainer.data import encoded, encoding_process, stream
 from dryvine.trainer.data.build import build
 from dryvine.trainer.data.config import DataError
+from dryvine.trainer.data.encoding import ItemText, TextPart
 from dryvine.trainer.data.inputs import match_files
 from dryvine.trainer.data.spec import BuildSpec
 from tests.trainer.test_data_build import contents, corpus
@@ -45,15 +46,25 @@ def test_a_process_that_is_killed_ends_the_build_with_a_line(tmp_path: Path, mon
     monkeypatch.setattr(encoded, "_in_turn", lambda batches, found: workers.extend(found) or in_turn(batches, found))
 
     def kill(stage: str, done: int, total: int) -> None:
-        if stage == "tokenizing" and workers[1].process.pid and workers[1].process.is_alive():
+        if stage == "tokenizing" and workers[1].process.poll() is None:
             os.kill(workers[1].process.pid, signal.SIGKILL)
 
     with pytest.raises(DataError, match=r"exit code -9 .*fewer --processes"):
         build(inputs, BuildSpec(**SPEC), tmp_path / "out", kill, processes=2)
-    assert not any(worker.process.is_alive() for worker in workers)
+    assert all(worker.process.poll() is not None for worker in workers)
     build(inputs, BuildSpec(**SPEC), tmp_path / "out", processes=2)
     build(inputs, BuildSpec(**SPEC), tmp_path / "whole")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_call_gets_texts_until_they_are_long_enough() -> None:
+    """Nothing else bounds what `tokenizers` keeps of a batch; an item without text is in a call, too."""
+    texts = [
+        ItemText((TextPart(None, "x" * size),) if size else (), None) for size in (60_000, 0, 80_000, 5, 200_000, 7)
+    ]
+    calls = [*encoding_process._calls(texts)]
+    assert [len(call) for call in calls] == [3, 2, 1]
+    assert [text for call in calls for text in call] == texts
 
 
 BUILD = """

@@ -217,14 +217,14 @@ def test_fill_in_the_middle_adds_nothing_at_the_cuts(tmp_path: Path, kind: str) 
 @pytest.mark.parametrize("kind", AT_THE_ENDS)
 def test_records_that_are_whole_are_encoded_as_ever(tmp_path: Path, kind: str) -> None:
     vocabulary = tokenizer.load(save(tmp_path / "t.json", AT_THE_ENDS[kind]))
-    assert not vocabulary.in_place
+    assert not vocabulary.encoder.in_place
     expected = AT_THE_ENDS[kind].encode(" some text \n", add_special_tokens=False).ids
     assert vocabulary.encode([TextPart(None, " some text \n")]) == [expected]
 
 
 @pytest.mark.parametrize("kind", IN_PLACE)
 def test_what_edits_in_place_needs_no_care(tmp_path: Path, kind: str) -> None:
-    assert tokenizer.load(save(tmp_path / "t.json", IN_PLACE[kind])).in_place
+    assert tokenizer.load(save(tmp_path / "t.json", IN_PLACE[kind])).encoder.in_place
 
 
 def test_unknown_characters_beside_a_cut_are_kept(tmp_path: Path) -> None:

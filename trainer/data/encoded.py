@@ -3,32 +3,31 @@
 Batch i goes to process i modulo their number, and results are taken in that order, so the dataset is the same to the
 byte for any number. Each process shares one pipe with the build. It closes when either end dies: a killed build leaves
 no process behind, and a killed process (out of memory, say) ends the build with its name. A pool of
-`concurrent.futures` waits forever in the first case and needs its tokenizer in a global. The threads inside
-`tokenizers` also use all cores, but between its calls one thread alone reads, hashes and writes.
+`concurrent.futures` waits forever in the first case; `multiprocessing` runs the imports of the main program in every
+process, a second each. The threads inside `tokenizers` also use all cores, but between its calls one thread alone
+reads, hashes and writes.
 """
 
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import os
-import queue
-import signal
-import threading
+import socket
+import subprocess
+import sys
+from array import array
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dryvine.trainer.data import tokenizer
 from dryvine.trainer.data.config import DataError
 from dryvine.trainer.data.dataset import dtype_for
-from dryvine.trainer.data.encoding import TextPart
+from dryvine.trainer.data.encoding import ItemText, TextPart
 from dryvine.trainer.data.fim import rearrange
 from dryvine.trainer.data.readers.record import Broken
 from dryvine.trainer.data.spec import BuildSpec
@@ -36,6 +35,7 @@ from dryvine.trainer.data.stream import StreamItem, StreamPosition
 from dryvine.trainer.data.tokenizer import Vocabulary
 
 _AHEAD = 2  # batches that a process has: one in progress, and one so that it never waits
+_NONE = np.zeros(0, np.uint16)
 
 
 class Encoded(NamedTuple):
@@ -53,58 +53,82 @@ class Encoded(NamedTuple):
 Encode = Callable[[Iterable[Sequence[StreamItem]]], Iterator[list[Encoded]]]
 
 
-def encode_batch(items: Sequence[StreamItem], spec: BuildSpec, vocabulary: Vocabulary) -> list[Encoded]:
-    """Tokenize a batch in one call, and give each document its end token."""
-    arranged = [_parts(item, spec, vocabulary) for item in items]
-    tokens = iter(vocabulary.encode([part for parts in arranged for part in parts]))
-    dtype, out = dtype_for(vocabulary.size), []
-    for item, parts in zip(items, arranged, strict=True):
-        ids: list[int] = []
-        for marker, *_ in parts:
-            ids += ([] if marker is None else [marker]) + next(tokens)
+class _Planned(NamedTuple):
+    """A batch before encoding: its texts, and all else that is known of its items."""
+
+    texts: list[ItemText]
+    items: list[Encoded]  # without ids
+
+    def with_tokens(self, tokens: Iterable[array[int]]) -> list[Encoded]:
+        return [item._replace(ids=np.asarray(ids)) for item, ids in zip(self.items, tokens, strict=True)]
+
+
+class _Plan(NamedTuple):
+    """What decides the tokens of an item, beside its text."""
+
+    spec: BuildSpec
+    vocabulary: Vocabulary
+
+    @property
+    def typecode(self) -> str:
+        """Of `array`, for all token ids."""
+        return np.dtype(dtype_for(self.vocabulary.size)).char
+
+    def batch(self, items: Sequence[StreamItem]) -> _Planned:
+        texts, without_ids = zip(*map(self._item, items), strict=True)
+        return _Planned([*texts], [*without_ids])
+
+    def _item(self, item: StreamItem) -> tuple[ItemText, Encoded]:
+        held_out = self.spec.holds_out(item.key)
+        parts = self._parts(item, held_out)
         ends = bool(parts) and item.record.ends
-        array = np.array(ids + [vocabulary.end] * ends, dtype)
-        held_out = spec.holds_out(item.key)
-        out.append(Encoded(item.after, item.name, item.record.broken, array, item.size, ends, held_out))
-    return out
+        encoded = Encoded(item.after, item.name, item.record.broken, _NONE, item.size, ends, held_out)
+        return ItemText(parts, self.vocabulary.end if ends else None), encoded
+
+    def _parts(self, item: StreamItem, held_out: bool) -> tuple[TextPart, ...]:
+        """The text that an item adds to its document; nothing for broken lines only. Validation text is never
+        rearranged."""
+        record = item.record
+        is_whole = record.starts and record.ends
+        if is_whole and not record.text:
+            return ()
+        if not is_whole or held_out:
+            return (TextPart(None, record.text, record.starts, record.ends),)
+        return rearrange(record.text, item.key, self.spec.fim_rate, self.vocabulary.fim)
 
 
-def _parts(item: StreamItem, spec: BuildSpec, vocabulary: Vocabulary) -> tuple[TextPart, ...]:
-    """The text that an item adds to its document; nothing for broken lines only. Validation text is never
-    rearranged."""
-    record = item.record
-    is_whole = record.starts and record.ends
-    if is_whole and not record.text:
-        return ()
-    if not is_whole or spec.holds_out(item.key):
-        return (TextPart(None, record.text, record.starts, record.ends),)
-    return rearrange(record.text, item.key, spec.fim_rate, vocabulary.fim)
+def encode_batch(items: Sequence[StreamItem], spec: BuildSpec, vocabulary: Vocabulary) -> list[Encoded]:
+    """Tokenize a batch in one call, over all cores, and give each document its end token."""
+    plan = _Plan(spec, vocabulary)
+    planned = plan.batch(items)
+    return planned.with_tokens(vocabulary.encoder.tokens_of(planned.texts, plan.typecode))
 
 
 @contextmanager
-def encoding(spec: BuildSpec, tokenizer_json: Path, vocabulary: Vocabulary, processes: int) -> Iterator[Encode]:
+def encoding(spec: BuildSpec, vocabulary: Vocabulary, processes: int) -> Iterator[Encode]:
     """A function from batches to encoded batches, in order. At most two batches for each process are read ahead."""
     if processes == 1:
         yield lambda batches: (encode_batch(batch, spec, vocabulary) for batch in batches)
         return
+    plan = _Plan(spec, vocabulary)
     with ExitStack() as stack:
-        workers = [stack.enter_context(_worker(spec, tokenizer_json)) for _ in range(processes)]
-        yield lambda batches: _in_turn(batches, workers)
+        workers = [stack.enter_context(_worker(plan)) for _ in range(processes)]
+        yield lambda batches: _in_turn(map(plan.batch, batches), workers)
 
 
 class _Worker(NamedTuple):
-    process: BaseProcess
+    process: subprocess.Popen[bytes]
     pipe: Connection
 
-    def send(self, batch: Sequence[StreamItem]) -> None:
+    def send(self, message: object) -> None:
         try:
-            self.pipe.send(batch)
+            self.pipe.send(message)
         except OSError:
             raise self._ended() from None
 
-    def receive(self) -> list[Encoded]:
+    def receive(self) -> list[array[int]]:
         try:
-            answer: list[Encoded] | Exception = self.pipe.recv()
+            answer: list[array[int]] | Exception = self.pipe.recv()
         except (EOFError, OSError):
             raise self._ended() from None
         if isinstance(answer, Exception):
@@ -112,62 +136,38 @@ class _Worker(NamedTuple):
         return answer
 
     def _ended(self) -> DataError:
-        self.process.join(10)
+        self.process.kill()  # which changes nothing if it has ended
         return DataError(
-            f"a tokenizing process ended with exit code {self.process.exitcode} (-9: killed, as when memory runs out); "
+            f"a tokenizing process ended with exit code {self.process.wait()} (-9: killed, as when memory runs out); "
             "the same command continues after the last whole shard, with fewer --processes if memory is short"
         )
 
 
 @contextmanager
-def _worker(spec: BuildSpec, tokenizer_json: Path) -> Iterator[_Worker]:
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, spec, tokenizer_json), daemon=True)
-    process.start()
+def _worker(plan: _Plan) -> Iterator[_Worker]:
+    ours, theirs = socket.socketpair()
+    words = [sys.executable, "-P", "-m", "dryvine.trainer.data.encoding_process", str(theirs.fileno())]
+    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}
+    # Ctrl-C does not reach it in a process group of its own; the build reports it.
+    process = subprocess.Popen(words, env=environment, pass_fds=(theirs.fileno(),), process_group=0)
     theirs.close()
+    worker = _Worker(process, Connection(ours.detach()))
     try:
-        yield _Worker(process, ours)
+        worker.send((plan.vocabulary.tokenizer.to_str(), plan.typecode))
+        yield worker
     finally:
-        ours.close()  # which ends the process
-        process.join(10)
+        worker.pipe.close()
+        process.kill()
+        process.wait()
 
 
-def _in_turn(batches: Iterable[Sequence[StreamItem]], workers: Sequence[_Worker]) -> Iterator[list[Encoded]]:
+def _in_turn(batches: Iterable[_Planned], workers: Sequence[_Worker]) -> Iterator[list[Encoded]]:
     senders, receivers = itertools.cycle(workers), itertools.cycle(workers)
-    waiting = 0
+    sent: deque[_Planned] = deque()
     for batch in batches:
-        next(senders).send(batch)
-        waiting += 1
-        if waiting == _AHEAD * len(workers):
-            yield next(receivers).receive()
-            waiting -= 1
-    for _ in range(waiting):
-        yield next(receivers).receive()
-
-
-def _serve(pipe: Connection, spec: BuildSpec, tokenizer_json: Path) -> None:
-    """The loop of a process: encode batches until the pipe closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the build reports it
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    vocabulary = tokenizer.load(tokenizer_json)
-    arrived: queue.SimpleQueue[Sequence[StreamItem] | None] = queue.SimpleQueue()
-    # Read while encoding: else both ends could block in send, each waiting for the other to receive.
-    threading.Thread(target=_read, args=(pipe, arrived), daemon=True).start()
-    while (batch := arrived.get()) is not None:
-        try:
-            answer: list[Encoded] | Exception = encode_batch(batch, spec, vocabulary)
-        except Exception as error:  # raised again in the build
-            answer = error
-        try:
-            pipe.send(answer)
-        except OSError:  # the build has ended
-            return
-
-
-def _read(pipe: Connection, arrived: queue.SimpleQueue[Sequence[StreamItem] | None]) -> None:
-    try:
-        while True:
-            arrived.put(pipe.recv())
-    except (EOFError, OSError):
-        arrived.put(None)
+        next(senders).send(batch.texts)
+        sent.append(batch._replace(texts=[]))
+        if len(sent) == _AHEAD * len(workers):
+            yield sent.popleft().with_tokens(next(receivers).receive())
+    while sent:
+        yield sent.popleft().with_tokens(next(receivers).receive())

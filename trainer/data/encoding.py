@@ -5,11 +5,15 @@ a space there, others strip blanks. That is meant for the ends of a document, an
 read in pieces or fill-in-the-middle cuts. So a part is encoded between two guard characters at its cuts: the change
 then applies outside of them, and the guards' tokens are dropped. Most byte-level tokenizers change nothing at the ends
 and need no guards.
+
+Processes that only tokenize import this file and nothing else of ours, so that starting them costs little: no numpy,
+no pydantic.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from tokenizers import Encoding, Tokenizer
@@ -26,16 +30,50 @@ class TextPart(NamedTuple):
     ends: bool = True
 
 
-def encode_whole(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """The token ids of each text, in one call over all cores."""
-    return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+class ItemText(NamedTuple):
+    """What an item of the stream adds to its document."""
+
+    parts: tuple[TextPart, ...]
+    end: int | None  # the token behind them, if the document ends here
 
 
-def encode_cut(tokenizer: Tokenizer, parts: Sequence[TextPart]) -> list[list[int]]:
-    """The token ids of each part, without what the tokenizer adds or strips at a cut."""
-    guarded = [NONCHARACTER * (not part.starts) + part.text + NONCHARACTER * (not part.ends) for part in parts]
-    encodings = tokenizer.encode_batch(guarded, add_special_tokens=False)
-    return [_without_guards(encoding, part) for encoding, part in zip(encodings, parts, strict=True)]
+class Encoder(NamedTuple):
+    """A tokenizer that encodes text as nothing but text, and cut parts as if they were not."""
+
+    tokenizer: Tokenizer
+    in_place: bool  # it changes nothing at the ends of a text
+
+    @staticmethod
+    def of(tokenizer: Tokenizer) -> Encoder:
+        """Changes the tokenizer's settings: what spells a special token is encoded as plain characters."""
+        tokenizer.encode_special_tokens = True
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return Encoder(tokenizer, _edits_in_place(tokenizer))
+
+    def encode(self, parts: Sequence[TextPart]) -> Iterator[list[int]]:
+        """The token ids of each part's text."""
+        if self.in_place or all(part.starts and part.ends for part in parts):
+            texts = [part.text for part in parts]
+            encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            return (encoding.ids for encoding in encodings)
+        guarded = [NONCHARACTER * (not part.starts) + part.text + NONCHARACTER * (not part.ends) for part in parts]
+        encodings = self.tokenizer.encode_batch(guarded, add_special_tokens=False)
+        return (_without_guards(encoding, part) for encoding, part in zip(encodings, parts, strict=True))
+
+    def tokens_of(self, texts: Sequence[ItemText], typecode: str) -> list[array[int]]:
+        """The tokens of each text with its markers and end token, as an array of this type."""
+        ids = self.encode([part for text in texts for part in text.parts])
+        return [_joined(text, ids, typecode) for text in texts]
+
+
+def _joined(text: ItemText, ids: Iterator[list[int]], typecode: str) -> array[int]:
+    out = array(typecode)
+    for part in text.parts:
+        out.fromlist([] if part.marker is None else [part.marker])
+        out.fromlist(next(ids))
+    out.fromlist([] if text.end is None else [text.end])
+    return out
 
 
 def _without_guards(encoding: Encoding, part: TextPart) -> list[int]:
@@ -48,7 +86,7 @@ def _without_guards(encoding: Encoding, part: TextPart) -> list[int]:
     return [token for token, (start, end) in spans if start < last and (part.starts or end > first)]
 
 
-def edits_in_place(tokenizer: Tokenizer) -> bool:
+def _edits_in_place(tokenizer: Tokenizer) -> bool:
     """Whether cutting a text changes no more than the merges at the cut: nothing is added or stripped at the ends."""
     return _edited(tokenizer, "a\n") + _edited(tokenizer, "b") == _edited(tokenizer, "a\nb")
 

@@ -6,6 +6,7 @@ revision with `NAME@REVISION`: otherwise the dataset may change between a build 
 
 from __future__ import annotations
 
+import glob
 from pathlib import Path
 
 from dryvine.trainer.data.config import DataError
@@ -27,9 +28,24 @@ def fetch(address: str) -> str:
         raise DataError(f"--text {address!r}: huggingface_hub is missing; pip install 'dryvine[hub]'") from None
     try:
         folder = snapshot_download(
-            f"{owner}/{name}", repo_type="dataset", revision=revision or None, allow_patterns=pattern
+            f"{owner}/{name}",
+            repo_type="dataset",
+            revision=revision or None,
+            allow_patterns=_allowed(pattern),
+            ignore_patterns=_ignored(pattern),
         )
     except Exception as error:  # the library's own errors, those of its HTTP client, and ValueError have no common base
         first = str(error).strip().splitlines()[0]
         raise DataError(f"--text {address!r}: {type(error).__name__}: {first}") from None
     return str(Path(folder) / pattern)
+
+
+def _allowed(pattern: str) -> list[str]:
+    """The hub's patterns know no folders: `**/` asks for one there, and here for none, too. A name with brackets is
+    also asked for by its name."""
+    return [pattern, pattern.replace("**/", ""), glob.escape(pattern)]
+
+
+def _ignored(pattern: str) -> list[str] | None:
+    """And there a `*` matches across folders: without this, `en/*.json` would fetch all that lies below."""
+    return None if "**" in pattern else ["*/" * (pattern.count("/") + 1) + "*"]

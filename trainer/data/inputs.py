@@ -39,10 +39,10 @@ def match_files(patterns: Sequence[str]) -> list[Input]:
     without a reader.
     """
     paths: dict[tuple[int, int], Path] = {}
-    for pattern in _listed(patterns):
+    for asked, pattern in _listed(patterns):
         matches = _match(pattern)
         if not matches:
-            raise DataError(f"--text {pattern!r}: matches no file; quote the pattern and check the path")
+            raise DataError(f"--text {asked!r}: matches no file; quote the pattern and check the path")
         paths |= {identity: path for identity, path in matches.items() if identity not in paths}
     for path in paths.values():
         kind_of(path)
@@ -50,14 +50,14 @@ def match_files(patterns: Sequence[str]) -> list[Input]:
     return [input_below(root, path) for path in paths.values()]
 
 
-def _listed(patterns: Sequence[str]) -> Iterator[str]:
-    """The patterns, with `@FILE` replaced by the lines of that file; relative ones are below its folder. Files of
-    the hub are downloaded first."""
+def _listed(patterns: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """The patterns, each as asked for and as matched here. `@FILE` is replaced by the lines of that file; relative ones
+    are below its folder. Files of the hub are downloaded first."""
     for pattern in patterns:
         if pattern.startswith(HUB):
-            yield fetch(pattern)
+            yield pattern, fetch(pattern)
         elif not pattern.startswith("@"):
-            yield pattern
+            yield pattern, pattern
         else:
             index = Path(pattern[1:]).expanduser()
             try:
@@ -65,7 +65,8 @@ def _listed(patterns: Sequence[str]) -> Iterator[str]:
             except OSError as error:
                 raise DataError(f"--text {pattern!r}: {error.strerror}; name a file with a path on each line") from None
             names = (os.fsdecode(line.strip()) for line in lines)
-            yield from (str(index.parent / name) for name in names if name and not name.startswith("#"))
+            paths = [str(index.parent / name) for name in names if name and not name.startswith("#")]
+            yield from zip(paths, paths, strict=True)
 
 
 def _match(pattern: str) -> dict[tuple[int, int], Path]:

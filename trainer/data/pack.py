@@ -15,7 +15,7 @@ from dryvine.trainer.data.tokenizer import Vocabulary
 def pack(job: BuildJob, vocabulary: Vocabulary, progress: BuildProgress) -> BuildProgress:
     """Pack all text from where `progress` left off, and commit a part whenever enough tokens have been written."""
     work = batches(read_stream(job.inputs, job.spec.fields, progress.place))
-    with encoding(job.spec, job.folder / "tokenizer.json", vocabulary, job.processes) as encode:
+    with encoding(job.spec, vocabulary, job.processes) as encode:
         encoded = encode(work)
         while progress.place.file < len(job.inputs):
             with PartWriter(job.folder, progress) as part:

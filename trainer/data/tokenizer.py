@@ -17,7 +17,7 @@ from typing import NamedTuple
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dryvine.trainer.data.config import DataError
-from dryvine.trainer.data.encoding import NONCHARACTER, TextPart, edits_in_place, encode_cut, encode_whole
+from dryvine.trainer.data.encoding import NONCHARACTER, Encoder, TextPart
 
 END = "<|endoftext|>"
 FIM = ("<|fim_begin|>", "<|fim_hole|>", "<|fim_end|>")  # DeepSeek-V3, arXiv 2412.19437, section 4.1
@@ -33,18 +33,19 @@ _IN_BRACKETS = re.compile(r"[<\[{|].*\w.*[>\]}|]", re.DOTALL)
 class Vocabulary(NamedTuple):
     """A tokenizer and what packing needs to know about it."""
 
-    tokenizer: Tokenizer
+    encoder: Encoder
     size: int  # largest id + 1
     end: int  # id put after each document
     fim: tuple[int, int, int] | None  # ids before prefix, suffix and middle, in that order
     sha256: str  # of the tokenizer.json
-    in_place: bool  # it changes nothing at the ends of a text, see `encoding`
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.encoder.tokenizer
 
     def encode(self, parts: Sequence[TextPart]) -> list[list[int]]:
         """The token ids of each part's text. Text that spells out a special token is encoded as plain characters."""
-        if self.in_place or all(part.starts and part.ends for part in parts):
-            return encode_whole(self.tokenizer, [part.text for part in parts])
-        return encode_cut(self.tokenizer, parts)
+        return list(self.encoder.encode(parts))
 
 
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -69,7 +70,8 @@ def load(path: Path) -> Vocabulary:
     Raises DataError if it cannot be read, has no token that ends a document, or finds control tokens in text.
     """
     content = _read(path)
-    tokenizer = _parse(path, content)
+    encoder = _parse(path, content)
+    tokenizer = encoder.tokenizer
     ids = tokenizer.get_vocab(with_added_tokens=True)
     end = _end(path, ids)
     if name := _spelled_control(tokenizer, end):
@@ -77,12 +79,11 @@ def load(path: Path) -> Vocabulary:
             f"{path}: text that spells {name} becomes that token; use a byte-level BPE, which never does so"
         )
     return Vocabulary(
-        tokenizer,
+        encoder,
         size=max(ids.values()) + 1,
         end=ids[end],
         fim=_fim(ids),
         sha256=hashlib.sha256(content).hexdigest(),
-        in_place=edits_in_place(tokenizer),
     )
 
 
@@ -93,15 +94,11 @@ def _read(path: Path) -> bytes:
         raise DataError(f"{path}: {error.strerror}; name a tokenizer.json") from None
 
 
-def _parse(path: Path, content: bytes) -> Tokenizer:
+def _parse(path: Path, content: bytes) -> Encoder:
     try:
-        tokenizer = Tokenizer.from_str(_with_controls_special(content))
+        return Encoder.of(Tokenizer.from_str(_with_controls_special(content)))
     except Exception as error:  # tokenizers raises a bare Exception for whatever it cannot parse
         raise DataError(f"{path}: not a tokenizer.json ({error}); save one with tokenizer.save(path)") from None
-    tokenizer.encode_special_tokens = True  # what spells a special token is encoded as plain characters
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
 
 
 def _is_control(name: str) -> bool:

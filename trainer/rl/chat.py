@@ -16,11 +16,12 @@ from dryvine.trainer.data.config import DataError
 from dryvine.trainer.data.encoding import TextPart
 from dryvine.trainer.data.tokenizer import load
 from dryvine.trainer.rl.chat_config import ChatConfig
+from dryvine.trainer.rl.lines import BadLine
 
 Message = Mapping[str, str]  # role, content
 
 
-class BadConversation(ValueError):
+class BadConversation(BadLine):
     """Messages that are not a conversation of the configured roles; says why."""
 
 

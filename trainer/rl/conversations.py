@@ -10,7 +10,6 @@ Legend: S sequences, L = seq_len + 1 + mtp_depth tokens of one.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,8 +23,7 @@ from dryvine.trainer.data.order import SequenceOrder
 from dryvine.trainer.data.splits import Data
 from dryvine.trainer.rl.chat import BadConversation, Chat, Turns
 from dryvine.trainer.rl.fitting import Fitted, fit
-
-SHOWN = 5  # bad lines in a message
+from dryvine.trainer.rl.lines import read_lines
 
 
 class Conversations:
@@ -110,28 +108,10 @@ def open_conversations(config: Config) -> Data:
 
 def read(path: Path, chat: Chat, seq_len: int) -> list[Turns]:
     """The conversations of a file. Raises DataError with the numbers of all bad lines and the reasons for some."""
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; name a .jsonl file of conversations") from None
-    turns, bad = [], []
-    for number, line in enumerate(lines, 1):
-        try:
-            turns.append(_turns(line, chat, seq_len))
-        except BadConversation as error:
-            bad.append((number, str(error)))
-    if bad:
-        raise DataError(_complaint(path, bad))
-    if not turns:
-        raise DataError(f"{path}: has no conversations; write one on each line")
-    return turns
+    return read_lines(path, lambda record: _turns(record, chat, seq_len), "conversations")
 
 
-def _turns(line: bytes, chat: Chat, seq_len: int) -> Turns:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise BadConversation(f"no JSON: {error}") from None
+def _turns(record: object, chat: Chat, seq_len: int) -> Turns:
     messages = record.get("messages") if isinstance(record, dict) else None
     if not isinstance(messages, list) or not messages:
         raise BadConversation('no object with a list "messages" of one or more')
@@ -141,10 +121,3 @@ def _turns(line: bytes, chat: Chat, seq_len: int) -> Turns:
     if len(turns.tokens) > seq_len + 1:
         raise BadConversation(f"has {len(turns.tokens)} tokens, and data.seq_len + 1 are {seq_len + 1}")
     return turns
-
-
-def _complaint(path: Path, bad: list[tuple[int, str]]) -> str:
-    """All bad lines in one line of text."""
-    what = "; ".join(f"line {number}: {why}" for number, why in bad[:SHOWN])
-    more = f"; and lines {', '.join(str(number) for number, _ in bad[SHOWN:])}" if bad[SHOWN:] else ""
-    return f"{path}: {len(bad)} bad line{'s' * (len(bad) > 1)}, mend or drop them: {what}{more}"

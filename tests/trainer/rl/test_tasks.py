@@ -113,11 +113,12 @@ def test_a_file_of_questions(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "keys", "complaint"),
     [
-        ("{", {}, r"q.jsonl:2: no JSON"),
-        ("[1]", {}, r"q.jsonl:2: no object with a field 'question'; set rl.task.prompt"),
-        ('{"q": 1}', {}, r"q.jsonl:2: no object with a field 'question'"),
-        ('{"question": 1}', {}, r"q.jsonl:2: the prompt is neither text nor a list of messages"),
-        ('{"question": [{"role": "user"}]}', {}, r"q.jsonl:2: the prompt is neither"),
+        ("{", {}, r"rl.task.train: .*q.jsonl: 1 bad line, .*: line 2: no JSON"),
+        ("[1]", {}, r"line 2: no object with a field 'question'; set rl.task.prompt"),
+        ('{"q": 1}', {}, r"line 2: no object with a field 'question'"),
+        ('{"question": 1}', {}, r"line 2: the prompt is neither text nor a list of messages"),
+        ('{"question": [{"role": "user"}]}', {}, r"line 2: the prompt is neither"),
+        ('\n[2]\n"\\ud800\n' + "[" * 100_000, {}, r"3 bad lines, .*: line 3: no object.*; line 4: no .*; line 5: no "),
         ("", {"verifiers": {"maths": 1}}, r"rl.task.verifiers: no verifier 'maths'; there are code"),
         ("", {"verifiers": {}}, r"rl.task.verifiers: "),
         ("", {"file": "x"}, r"rl.task.file: .*; jsonl has train, validation, prompt, system, verifiers"),

@@ -13,12 +13,13 @@ The whole object is the record that verifiers read, so their fields stand beside
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, Field
 
+from dryvine.trainer.data.config import DataError
+from dryvine.trainer.rl.lines import BadLine, read_lines
 from dryvine.trainer.rl.tasks.question import Question, SplitOfTask, TaskError, user
 from dryvine.trainer.rl.verifiers.names import VERIFIERS
 
@@ -37,37 +38,27 @@ OPTIONS = JsonlOptions
 
 
 def questions(options: JsonlOptions, split: SplitOfTask) -> Sequence[Question]:
-    """In the file's order. Raises TaskError for a bad line, with its number."""
+    """In the file's order. Raises TaskError, which names every bad line."""
     if unknown := sorted(options.verifiers.keys() - VERIFIERS.keys()):
         raise TaskError(f"rl.task.verifiers: no verifier {unknown[0]!r}; there are {', '.join(sorted(VERIFIERS))}")
     path = Path(options.train if split == "train" else options.validation)
     try:
-        with path.open(encoding="utf-8") as file:
-            found = [_question(options, f"{path}:{n}", line) for n, line in enumerate(file, 1) if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise TaskError(f"rl.task.{split}: {path}: {error}; write a JSON object on each line") from None
-    if not found:
-        raise TaskError(f"rl.task.{split}: {path} has no questions")
-    return found
+        return read_lines(path, lambda record: _question(options, record), "questions")
+    except DataError as error:
+        raise TaskError(f"rl.task.{split}: {error}") from None
 
 
-def _question(options: JsonlOptions, where: str, line: str) -> Question:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise TaskError(f"{where}: no JSON: {error}") from None
+def _question(options: JsonlOptions, record: object) -> Question:
     if not isinstance(record, dict) or options.prompt not in record:
-        raise TaskError(
-            f"{where}: no object with a field {options.prompt!r}; set rl.task.prompt to the one that has it"
-        )
+        raise BadLine(f"no object with a field {options.prompt!r}; set rl.task.prompt to the one that has it")
     system = ({"role": "system", "content": options.system},) if options.system else ()
-    return Question((*system, *_messages(record[options.prompt], where)), record, options.verifiers)
+    return Question((*system, *_messages(record[options.prompt])), record, options.verifiers)
 
 
-def _messages(prompt: object, where: str) -> tuple[Mapping[str, str], ...]:
+def _messages(prompt: object) -> tuple[Mapping[str, str], ...]:
     if isinstance(prompt, str) and prompt:
         return user(prompt)
     turns = prompt if isinstance(prompt, list) else []
     if not turns or any(not isinstance(turn, dict) or {"role", "content"} - turn.keys() for turn in turns):
-        raise TaskError(f"{where}: the prompt is neither text nor a list of messages with role and content")
+        raise BadLine("the prompt is neither text nor a list of messages with role and content")
     return tuple({"role": str(turn["role"]), "content": str(turn["content"])} for turn in turns)
