@@ -19,7 +19,7 @@ from typing import NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 
-from dryvine.comm.world import backend, prepare
+from dryvine.comm.world import backend, set_environment
 
 R = TypeVar("R")
 
@@ -95,7 +95,7 @@ class _World(NamedTuple):
 
     def join(self) -> None:
         if self.device == "cuda":
-            prepare(os.environ)
+            set_environment(os.environ)
             torch.cuda.set_device(self.rank)
         store, timeout = dist.FileStore(f"{self.folder}/store", self.size), timedelta(seconds=self.deadline)
         dist.init_process_group(

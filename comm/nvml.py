@@ -54,7 +54,7 @@ class Hardware:
     nvlinked: bool = True
 
 
-def short(bus_id: str) -> str:
+def sysfs_bus_id(bus_id: str) -> str:
     """NVML's 00000000:1B:00.0 as sysfs and CUDA write it: 0000:1b:00.0."""
     return bus_id.lower()[-12:]
 
@@ -79,7 +79,7 @@ def probe(sysfs: Path = Path("/sys")) -> Hardware:
 
 
 def _gpu(nvml: ModuleType, handle: object, devices: Sequence[Nic], sysfs: Path) -> Gpu:
-    bus_id = short(_text(nvml.nvmlDeviceGetPciInfo(handle).busId))
+    bus_id = sysfs_bus_id(_text(nvml.nvmlDeviceGetPciInfo(handle).busId))
     links = _nvlinks(nvml, handle)
     gigabytes = links * _megabytes_of_a_link(nvml, handle) / 1000
     name = _text(nvml.nvmlDeviceGetName(handle))

@@ -30,7 +30,7 @@ ENVIRONMENT = {
 LATER = 60.0  # seconds after the deadline that torch's own runs out on a GPU
 
 
-def prepare(environment: MutableMapping[str, str]) -> None:
+def set_environment(environment: MutableMapping[str, str]) -> None:
     """Set what torch and CUDA read when they start, where the user has not."""
     for name, value in ENVIRONMENT.items():
         environment.setdefault(name, value)

@@ -57,10 +57,10 @@ def verify(
 @app.command()
 def diff(first: Saved, second: Saved) -> None:
     """Compare two checkpoints, of any layouts and formats, tensor by tensor. Exit code 1 if they differ."""
-    from dryvine.trainer.checkpoint.inspect import compare, held
+    from dryvine.trainer.checkpoint.inspect import compare, count_fields
 
     ours, theirs = _open(first), _open(second)
-    with _progress("tensors compared", held(ours)) as on_read:
+    with _progress("tensors compared", count_fields(ours)) as on_read:
         found = compare(ours, theirs, on_read)
     _print_comparison(found)
     raise typer.Exit(0 if found.alike else 1)

@@ -20,9 +20,9 @@ from dryvine.launch.pages.page import cards, heading, page, paragraph, picture, 
 from dryvine.launch.pages.plots import Curve
 from dryvine.trainer.data.atomic import write_atomically
 from dryvine.trainer.data.dataset import SplitName
-from dryvine.trainer.data.quality.clean import CleanSpec, search, write_clean
+from dryvine.trainer.data.quality.clean import CleanSpec, find_repeats, write_clean
 from dryvine.trainer.data.quality.documents import DocumentPlace, Repeat, splits_of
-from dryvine.trainer.data.quality.figures import SplitFigures, by_length, figures_of, quarantined_by_reason
+from dryvine.trainer.data.quality.figures import SplitFigures, by_length, quarantined_by_reason, split_figures
 from dryvine.trainer.data.shards import SPLITS
 
 DEFAULTS = CleanSpec()
@@ -36,7 +36,7 @@ def stats(
 ) -> None:
     """Lengths of documents, use of the vocabulary, and why lines were left out."""
     with errors_in_one_line(Console(stderr=True), "stats"):
-        figures = [figures_of(source, split) for split in SPLITS]
+        figures = [split_figures(source, split) for split in SPLITS]
         reasons = quarantined_by_reason(source)
         rows = dict(_rows(figures))
         shown = Table("", *(found.split for found in figures), title=str(source))
@@ -106,7 +106,7 @@ def dedup(
     with errors_in_one_line(console, "dedup"):
         spec = CleanSpec(similarity=similarity, ngram=ngram, quoted=quoted)
         with progress_bar(console, MofNCompleteColumn()) as on_progress:
-            repeats = search(source, spec, on_progress)
+            repeats = find_repeats(source, spec, on_progress)
         _report(source, repeats)
         if out:
             after = write_clean(source, out, spec, repeats)

@@ -98,7 +98,7 @@ def _sweep(
     if html:
         _write(html, sweep_page.sweep_page(rows, config.run.name, count, machine))
     if as_json:
-        typer.echo(json.dumps(sweep_page.figures_of(rows), indent=1))
+        typer.echo(json.dumps(sweep_page.sweep_figures(rows), indent=1))
     elif not html:
         sweep_page.show_sweep(rows, console)
 

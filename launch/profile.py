@@ -23,7 +23,7 @@ from dryvine.launch.plan.profiled import Profile
 from dryvine.parallel.stage import Flight, Grads, Phase, Stage, State
 from dryvine.parallel.zero import Zero
 from dryvine.trainer.config import Config
-from dryvine.trainer.fp8.choose import choose
+from dryvine.trainer.fp8.choose import choose_engines
 from dryvine.trainer.fp8.fp8 import FP8
 from dryvine.trainer.model.decoder import Model
 from dryvine.trainer.model.shape import blocks
@@ -37,7 +37,7 @@ COMM = ("routing", "dispatch", "combine")  # phases whose local work is part of 
 def measure(config: Config, device: torch.device, rounds: int, on_progress: Callable[[str], None]) -> Profile:
     """Medians over `rounds` microbatches, after two warm-ups. Raises if a block does not fit on the device."""
     mesh = make_mesh(Layout(), device, timedelta(seconds=60))
-    fp8 = FP8(config.fp8, *choose(config.fp8, mesh, config.run.folder)) if config.fp8.fp8 else None
+    fp8 = FP8(config.fp8, *choose_engines(config.fp8, mesh, config.run.folder)) if config.fp8.fp8 else None
     phases: dict[str, dict[str, tuple[float, float, float]]] = {}
     updates = []
     for block in blocks(config.model):

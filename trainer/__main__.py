@@ -22,7 +22,7 @@ from dryvine.comm.nvml import probe, refined
 from dryvine.comm.place import LaunchedRank, PlaceError, find_place
 from dryvine.comm.topology import Topology, discover
 from dryvine.comm.watch import Watch
-from dryvine.comm.world import in_world, meet, prepare, tell
+from dryvine.comm.world import in_world, meet, set_environment, tell
 from dryvine.trainer.begin import check_source
 from dryvine.trainer.checkpoint.manifest import CannotSave, CheckpointError
 from dryvine.trainer.config import Config, ConfigError, check_world
@@ -33,7 +33,7 @@ from dryvine.trainer.data.splits import Data
 from dryvine.trainer.exit_codes import ExitCode
 from dryvine.trainer.facts import facts
 from dryvine.trainer.fits import check_fits, out_of_memory
-from dryvine.trainer.fp8.choose import CannotRun, check
+from dryvine.trainer.fp8.choose import CannotRun, check_engine
 from dryvine.trainer.journal import same_run
 from dryvine.trainer.loop import train
 from dryvine.trainer.nonfinite import Diverged
@@ -53,7 +53,7 @@ REFUSED = (ConfigError, DataError, CannotRun, CheckpointError, PlaceError, Disag
 
 def main(words: Sequence[str]) -> int:
     """Train as one rank of as many as the launcher started. Returns an ExitCode."""
-    prepare(os.environ)
+    set_environment(os.environ)
     if PARENT in os.environ:
         stop_with(int(os.environ[PARENT]))
     place = LaunchedRank()
@@ -95,7 +95,7 @@ def _ready(words: Sequence[str], place: LaunchedRank) -> Ready:
     config = plan.config
     check_world(config, place.world)
     device = _device(config, place.local_rank)
-    check(config.fp8, device, (config.model.ffn, config.model.expert_ffn))
+    check_engine(config.fp8, device, (config.model.ffn, config.model.expert_ffn))
     check_fits(config, device)
     topology, data = _topology(config, place, device), open_sources(config)
     if isinstance(data.train, Asked) and place.rank == 0:

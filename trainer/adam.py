@@ -86,7 +86,7 @@ class DeepSpeedAdamW:
         self._op.adam_update(number, int(updates) + 1, *settings, correct_bias, *on)
 
 
-def choose(config: OptimConfig, mesh: Mesh) -> tuple[AdamW, str]:
+def choose_adam(config: OptimConfig, mesh: Mesh) -> tuple[AdamW, str]:
     """What steps state that is in host memory, the same on all ranks, and a line that says so. Collective."""
     own = load_cpu_adam()
     reasons = cast(list[str], mesh.gather(own if isinstance(own, str) else "", "who has DeepSpeed's CPU Adam"))

@@ -14,7 +14,7 @@ from dryvine.trainer.run_plan import RunPlan
 from dryvine.trainer.temporaries import temporary_bytes
 
 
-def refusal(config: Config, cuda: bool) -> str | None:
+def graphs_refusal(config: Config, cuda: bool) -> str | None:
     """What in a config keeps its ops from being recorded; None if nothing does."""
     if not cuda:
         return "the device is a cpu"
@@ -29,7 +29,7 @@ def refusal(config: Config, cuda: bool) -> str | None:
 
 def graph_bytes(plan: RunPlan, cuda: bool) -> list[int]:
     """Of each pipeline rank, beyond `held_bytes` and its temporaries; 0 for runs without graphs."""
-    if plan.config.parallel.graphs == "off" or refusal(plan.config, cuda):
+    if plan.config.parallel.graphs == "off" or graphs_refusal(plan.config, cuda):
         return [0] * plan.config.parallel.pp
     return [
         max(sum(_recorded(plan, rank).values()) - held - temporary_bytes(plan, plan.blocks_of(rank), cuda), 0)

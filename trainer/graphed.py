@@ -12,7 +12,7 @@ from dryvine.comm.dispatch.api import AnyDispatcher
 from dryvine.parallel.graphs import CudaRecorder, Graphs
 from dryvine.trainer.config import Config, ConfigError
 from dryvine.trainer.fp8.fp8 import FP8
-from dryvine.trainer.graph_memory import refusal
+from dryvine.trainer.graph_memory import graphs_refusal
 from dryvine.trainer.model.phases import LossWeights
 
 
@@ -32,7 +32,7 @@ def make_graphs(
 
 def obstacle(config: Config, device: torch.device, fp8: FP8 | None) -> str | None:
     """What keeps graphs from recording a training step; None if nothing does."""
-    if why := refusal(config, device.type == "cuda"):
+    if why := graphs_refusal(config, device.type == "cuda"):
         return why
     if fp8 is not None and fp8.engine.reads_counts:
         return "the engine of [fp8] takes experts one by one"

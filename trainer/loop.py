@@ -38,7 +38,7 @@ from dryvine.trainer.spikes import STRIKES, LossSpike, Rollback, SpikeWatch, pas
 from dryvine.trainer.startup import get_ready
 from dryvine.trainer.step import evaluate, evaluate_average, train_step
 from dryvine.trainer.stop import Stop
-from dryvine.trainer.timeline import measured, write
+from dryvine.trainer.timeline import gather_timeline, write
 
 
 def train(plan: RunPlan, mesh: Mesh, data: Data, topology: Topology | None = None) -> bool:
@@ -192,7 +192,7 @@ def _record(step: LoopStep, stalled: float | None, console: Console, journal: Jo
 
 
 def _draw_timeline(rig: Rig, point: Point, played: Played) -> None:
-    if timeline := measured(rig.plan.training[point.sequences].schedule, played, rig.mesh):
+    if timeline := gather_timeline(rig.plan.training[point.sequences].schedule, played, rig.mesh):
         write(rig.config.run.folder / "timeline.html", timeline)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dryvine.parallel.zero import Zero
-from dryvine.trainer.adam import Operands, TorchAdamW, choose
+from dryvine.trainer.adam import Operands, TorchAdamW, choose_adam
 from dryvine.trainer.ema import Ema
 from dryvine.trainer.ramps import OptimConfig
 
@@ -44,7 +44,7 @@ class Optimizer:
         self.step = torch.zeros((), dtype=torch.float32, device=masters[0].device)  # updates made
         self.ema = Ema(masters, config.ema) if config.ema else None
         offload = config.offload == "cpu"
-        self.adam, self.chosen = choose(config, zero.mesh) if offload else (TorchAdamW(config), "")
+        self.adam, self.chosen = choose_adam(config, zero.mesh) if offload else (TorchAdamW(config), "")
 
     def reduce(self, scale: float) -> float:
         """Sum the gradients, which are `scale` times the true ones, over all their copies. Returns the true global

@@ -34,7 +34,7 @@ from dryvine.parallel.zero import Zero, ZeroHooks
 from dryvine.trainer.checkpoint.state import RunState
 from dryvine.trainer.config import Config
 from dryvine.trainer.data.splits import Data
-from dryvine.trainer.fp8.choose import choose
+from dryvine.trainer.fp8.choose import choose_engines
 from dryvine.trainer.fp8.fp8 import FP8
 from dryvine.trainer.graphed import make_graphs
 from dryvine.trainer.model.decoder import Model
@@ -150,7 +150,7 @@ def make_model(plan: RunPlan, mesh: Mesh, topology: Topology | None = None) -> R
     """With weights that are not filled. Collective."""
     config = plan.config
     dispatcher = _dispatcher(config, mesh, topology)
-    fp8 = FP8(config.fp8, *choose(config.fp8, mesh, config.run.folder)) if config.fp8.fp8 else None
+    fp8 = FP8(config.fp8, *choose_engines(config.fp8, mesh, config.run.folder)) if config.fp8.fp8 else None
     spec = Spec(config.model, DTYPES[config.run.dtype], mesh.device, mesh.ep_rank, mesh.ep, fp8)
     return RankModel(Model(spec, plan.blocks_of(mesh.pp_rank), dispatcher), dispatcher, fp8)
 

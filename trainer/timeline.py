@@ -21,7 +21,7 @@ from dryvine.parallel.schedule.ir import Schedule
 from dryvine.parallel.schedule.simulate import Timeline
 
 
-def measured(schedule: Schedule, played: Played, mesh: Mesh) -> Timeline | None:
+def gather_timeline(schedule: Schedule, played: Played, mesh: Mesh) -> Timeline | None:
     """The timeline of the first data rank's pipeline in ms, on rank 0; None elsewhere. Collective."""
     ahead = offset(mesh)
     rows = mesh.gather([(1e3 * (start + ahead), 1e3 * (end + ahead)) for _, start, end in played.timeline], "timelines")

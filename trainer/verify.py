@@ -18,7 +18,7 @@ import torch.distributed as dist
 from rich.console import Console
 
 from dryvine.comm import local
-from dryvine.comm.world import backend, prepare
+from dryvine.comm.world import backend, set_environment
 from dryvine.parallel.config import ParallelConfig
 from dryvine.trainer.config import Config
 from dryvine.trainer.deviations import Deviation, RankRun, Run, assembled, deviations, table
@@ -53,7 +53,7 @@ def _world(device: str) -> Iterator[int]:
         yield 0
         return
     if device == "cuda":
-        prepare(os.environ)
+        set_environment(os.environ)
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group(backend(device))
     yield dist.get_rank()

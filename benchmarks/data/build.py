@@ -33,7 +33,7 @@ from tokenizers import Tokenizer
 
 from dryvine.trainer.data.stdlib import stdlib_files
 from dryvine.trainer.data.stream import BATCH_BYTES
-from dryvine.trainer.data.tokenizer import train
+from dryvine.trainer.data.tokenizer import learn_tokenizer
 
 
 class Measured(NamedTuple):
@@ -146,7 +146,9 @@ def measure(folder: Path, given: argparse.Namespace) -> Iterator[Measured]:
     text, tokenizer, processes = folder / "text", folder / "tokenizer.json", str(given.processes)
     text.mkdir()
     write_text(text, given.megabytes, given.processes)
-    train((t for batch, _ in zip(texts(text), range(4), strict=False) for t in batch), 8192).save(str(tokenizer))
+    learn_tokenizer((t for batch, _ in zip(texts(text), range(4), strict=False) for t in batch), 8192).save(
+        str(tokenizer)
+    )
     (folder / "build.py").write_text(CPU + BUILD)
     (folder / "peer.py").write_text(CPU + DATATROVE)
     both = [str(text), str(tokenizer)]

@@ -44,7 +44,7 @@ from dryvine.parallel.stage import Flight, Stage, State
 from dryvine.parallel.wgrad import Closure
 from dryvine.trainer.config import load
 from dryvine.trainer.fp8 import casts
-from dryvine.trainer.fp8.choose import choose
+from dryvine.trainer.fp8.choose import choose_engines
 from dryvine.trainer.fp8.engines.torch import Torch
 from dryvine.trainer.fp8.fp8 import FP8
 from dryvine.trainer.fp8.recipe import preset
@@ -188,7 +188,7 @@ def make_bench(recipe: Recipe, device: torch.device, tokens: int, recompute: boo
     fp8, engine = None, "products in BF16"
     if recipe != "bf16":
         alone = make_mesh(Layout(), device, timedelta(seconds=60))
-        products, engine = choose(preset(recipe), alone, folder)
+        products, engine = choose_engines(preset(recipe), alone, folder)
         fp8 = FP8(preset(recipe), products, engine)
     dispatcher = Flat(Mirror(EP), shape.routed)
     model = Model(Spec(shape, torch.bfloat16, device, 0, EP, fp8), {0: ("layers.0",)}, dispatcher)

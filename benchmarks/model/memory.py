@@ -32,7 +32,7 @@ from dryvine.parallel.schedule.simulate import most_held
 from dryvine.parallel.stage import Flight, Stage, State
 from dryvine.trainer.activations import stage_bytes
 from dryvine.trainer.config import load
-from dryvine.trainer.fp8.choose import choose
+from dryvine.trainer.fp8.choose import choose_engines
 from dryvine.trainer.fp8.fp8 import FP8
 from dryvine.trainer.fp8.recipe import preset
 from dryvine.trainer.model.decoder import Model
@@ -120,7 +120,7 @@ def make_bench(shape: Shape, recipe: Recipe, name: str, batch: MicrobatchSize, d
     if recipe != "bf16":
         mesh = make_mesh(Layout(), device, timedelta(seconds=60))
         with tempfile.TemporaryDirectory() as folder:
-            fp8 = FP8(preset(recipe), *choose(preset(recipe), mesh, Path(folder)))
+            fp8 = FP8(preset(recipe), *choose_engines(preset(recipe), mesh, Path(folder)))
     spec = Spec(shape, torch.bfloat16, device, 0, EP, fp8)
     model = Model(spec, {0: (name,)}, Flat(Mirror(EP), shape.routed))
     fill(model)

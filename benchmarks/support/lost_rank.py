@@ -26,7 +26,7 @@ from dryvine.comm.mesh import Layout, Mesh, make_mesh
 from dryvine.comm.pipeline_wire import connect, make_wire
 from dryvine.comm.watch import Watch
 from dryvine.comm.wire import P2PWire, Wire
-from dryvine.comm.world import in_world, prepare, timeout
+from dryvine.comm.world import in_world, set_environment, timeout
 
 STEPS, MICROBATCHES = 200, 4
 LOST = 5  # the step in which rank 1 is lost
@@ -38,7 +38,7 @@ Step = Callable[[str, Callable[[], None]], None]  # of a label, and what may los
 
 def main(words: list[str]) -> int:
     operation, fault, kind, deadline, folder = words
-    prepare(os.environ)
+    set_environment(os.environ)
     # As in the training loop, which sets a flag: a launcher's SIGTERM does not end a rank that waits.
     signal.signal(signal.SIGTERM, lambda *_: None)
     device = torch.device("cpu")

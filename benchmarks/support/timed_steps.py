@@ -24,7 +24,7 @@ from dryvine.trainer.rehearse import rehearse
 from dryvine.trainer.rig import Rig, make_rig, mesh_of
 from dryvine.trainer.run_plan import RunPlan, make_plan
 from dryvine.trainer.step import train_step
-from dryvine.trainer.timeline import measured, simulated_again
+from dryvine.trainer.timeline import gather_timeline, simulated_again
 
 WARM, STEPS = 2, 5
 
@@ -98,7 +98,7 @@ def _steps(rig: Rig, size: int, first: int) -> tuple[Timed, int]:
         took = time.perf_counter() - began
         figures.append(reduce_figures(rig, outcome.played, took, False))
         seconds.append(figures[-1].maxima.seconds)
-    timeline = measured(rig.plan.training[size].schedule, outcome.played, rig.mesh)
+    timeline = gather_timeline(rig.plan.training[size].schedule, outcome.played, rig.mesh)
     last, middle = figures[WARM:], median(seconds[WARM:])
     return Timed(
         seconds=middle,

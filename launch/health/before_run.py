@@ -19,7 +19,7 @@ from dryvine.comm.integers import ceil_div
 from dryvine.comm.nvml import nics
 from dryvine.comm.place import LaunchedRank, PlaceError, find_place
 from dryvine.comm.watch import Watch
-from dryvine.comm.world import in_world, meet, prepare, tell
+from dryvine.comm.world import in_world, meet, set_environment, tell
 from dryvine.launch.health import gpus, host
 from dryvine.launch.health.between import Node, compare, visit
 from dryvine.launch.health.finding import Finding
@@ -27,7 +27,7 @@ from dryvine.trainer.config import Config, ConfigError
 from dryvine.trainer.data.config import DataError
 from dryvine.trainer.data.splits import Data, open_data
 from dryvine.trainer.facts import facts
-from dryvine.trainer.fp8.choose import CannotRun, check
+from dryvine.trainer.fp8.choose import CannotRun, check_engine
 from dryvine.trainer.journal import same_run
 from dryvine.trainer.model.shape import count_parameters
 from dryvine.trainer.run_plan import RunPlan, load_plan
@@ -39,7 +39,7 @@ FP32, BF16 = 4, 2
 
 def before_run(path: Path, overrides: Sequence[str]) -> int:
     """Check, print on the first node, and return the exit code: 1 if a node is bad. Collective over the nodes."""
-    prepare(os.environ)
+    set_environment(os.environ)
     place = LaunchedRank()
     try:
         place = find_place(os.environ)
@@ -69,7 +69,7 @@ def _opened(path: Path, overrides: Sequence[str], device: torch.device) -> tuple
     plan = load_plan(path, overrides)
     data = open_data(plan.config)
     same_run(plan.config, data.identity)
-    check(plan.config.fp8, device, (plan.config.model.ffn, plan.config.model.expert_ffn))
+    check_engine(plan.config.fp8, device, (plan.config.model.ffn, plan.config.model.expert_ffn))
     return plan, data
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from dryvine.comm.integers import ceil_div, round_up
-from dryvine.launch.plan.shards import BucketSize, buckets, held
+from dryvine.launch.plan.shards import BucketSize, buckets, parameters_of
 from dryvine.launch.plan.traffic import Dispatching
 from dryvine.launch.plan.transients import transients
 from dryvine.parallel.flow_control import AHEAD, posts
@@ -64,7 +64,7 @@ class _Rank(NamedTuple):
 
 
 def _kinds(plan: RunPlan, rank: _Rank, sent: Dispatching, cuda: bool) -> dict[str, int]:
-    config, parameters = plan.config, held(plan, rank.number)
+    config, parameters = plan.config, parameters_of(plan, rank.number)
     gates = sum(name.endswith("gate.weight") for name in parameters)
     kinds = state(plan, rank.buckets)
     if config.fp8.fp8:

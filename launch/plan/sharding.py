@@ -80,13 +80,13 @@ def sum_bytes(config: Config) -> int:
 
 def _transfers(machine: Machine, by_rank: Sequence[Sequence[LinkBytes]], exposed: float | None) -> Transfers:
     """Totals over buckets. `exposed` None: nothing is hidden."""
-    worst = max((sum(moved, Counter()) for moved in by_rank), key=lambda sent: traffic.seconds(sent, machine))
-    seconds = traffic.seconds(worst, machine)
+    worst = max((sum(moved, Counter()) for moved in by_rank), key=lambda sent: traffic.send_seconds(sent, machine))
+    seconds = traffic.send_seconds(worst, machine)
     return Transfers(worst, seconds, seconds if exposed is None else exposed)
 
 
 def _each(machine: Machine, moved: Iterable[LinkBytes]) -> list[float]:
-    return [traffic.seconds(sent, machine) for sent in moved]
+    return [traffic.send_seconds(sent, machine) for sent in moved]
 
 
 def _exposed(

@@ -40,7 +40,7 @@ class BucketSize:
         return self.padded // self.copies
 
 
-def held(plan: RunPlan, pp_rank: int) -> dict[str, ParameterSize]:
+def parameters_of(plan: RunPlan, pp_rank: int) -> dict[str, ParameterSize]:
     """The parameters of a pipeline rank, by name."""
     names = [name for blocks in plan.blocks_of(pp_rank).values() for name in blocks]
     return parameters(plan.config.model, names)
@@ -49,7 +49,7 @@ def held(plan: RunPlan, pp_rank: int) -> dict[str, ParameterSize]:
 def buckets(plan: RunPlan) -> list[list[BucketSize]]:
     """The buckets of each pipeline rank, for its first expert-parallel rank."""
     p = plan.config.parallel
-    by_rank = [held(plan, rank) for rank in range(p.pp)]
+    by_rank = [parameters_of(plan, rank) for rank in range(p.pp)]
     homes: defaultdict[str, list[int]] = defaultdict(list)
     for rank, names in enumerate(by_rank):
         for name in names:

@@ -21,10 +21,10 @@ def cells(row: SweepRow, best: float) -> tuple[str, ...]:
     """A row of the table; the last cell says why it is not the best."""
     plan = row.plan
     if plan is None:
-        return short(row), *[""] * (len(HEADS) - 2), row.reason
+        return layout_label(row), *[""] * (len(HEADS) - 2), row.reason
     slower = f"{row.seconds / best - 1:.1%} slower" if row.seconds > best else "best"
     return (
-        short(row),
+        layout_label(row),
         f"{plan.step_seconds:.4g}",
         f"{plan.tokens_per_second / plan.world:,.0f}",
         f"{plan.mfu[0]:.1%}",
@@ -35,7 +35,7 @@ def cells(row: SweepRow, best: float) -> tuple[str, ...]:
     )
 
 
-def short(row: SweepRow) -> str:
+def layout_label(row: SweepRow) -> str:
     """The candidate in a narrow column: b, sequences a microbatch; r, with recompute."""
     c = row.candidate
     return f"{c.pp}x{c.dp}x{c.ep} {c.schedule} b{c.microbatch}{' r' if c.recompute else ''}"
@@ -78,7 +78,7 @@ def show_sweep(rows: Sequence[SweepRow], console: Console) -> None:
     print_table(console, "the others", ["why", "layouts", "for example"], why_not(rows))
 
 
-def figures_of(rows: Sequence[SweepRow]) -> list[dict[str, object]]:
+def sweep_figures(rows: Sequence[SweepRow]) -> list[dict[str, object]]:
     """For `--json`: every candidate, the best first."""
     return [
         {

@@ -147,7 +147,7 @@ def _sum(pairs: Iterable[tuple[LinkClass, int]]) -> LinkBytes:
     return total
 
 
-def seconds(sent: LinkBytes, machine: Machine) -> float:
+def send_seconds(sent: LinkBytes, machine: Machine) -> float:
     """Seconds to send these bytes. Both kinds of link work at once, since two hops are chunked: the slower one
     counts."""
     if not (sent["intra"] or sent["inter"]):
@@ -158,6 +158,6 @@ def seconds(sent: LinkBytes, machine: Machine) -> float:
 
 def messages(one: Dispatching, machine: Machine) -> Messages:
     return Messages(
-        seconds(one.routing, machine) + seconds(one.dispatch, machine),
-        *(seconds(sent, machine) for sent in (one.combine, one.combine_backward, one.dispatch_backward)),
+        send_seconds(one.routing, machine) + send_seconds(one.dispatch, machine),
+        *(send_seconds(sent, machine) for sent in (one.combine, one.combine_backward, one.dispatch_backward)),
     )

@@ -62,7 +62,7 @@ class SlurmJob:
         if self.mounts and not self.container:
             raise JobError("--mounts is of a container: give --container too")
         if self.time:
-            seconds(self.time)
+            parse_time(self.time)
 
     def _sizes(self) -> None:
         limits: dict[str, Callable[[int], bool]] = {
@@ -100,7 +100,7 @@ FORMS = {
 }
 
 
-def seconds(time: str) -> int:
+def parse_time(time: str) -> int:
     """SLURM's minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]]. Raises JobError."""
     found = TIME.fullmatch(time)
     if not found:

@@ -17,7 +17,7 @@ from pathlib import Path
 from string import Template
 
 from dryvine.comm.host import MALLOC
-from dryvine.launch.slurm.job import JobError, SlurmJob, log_path, seconds
+from dryvine.launch.slurm.job import JobError, SlurmJob, log_path, parse_time
 from dryvine.trainer.checkpoint import run_folder
 from dryvine.trainer.checkpoint.manifest import NAME
 from dryvine.trainer.config import Config
@@ -71,9 +71,9 @@ def _fits(config: Config, job: SlurmJob) -> None:
             f"has {config.parallel.world}: give that many, or set parallel.pp/dp/ep"
         )
     early = lead(config)
-    if job.time and seconds(job.time) <= early:
+    if job.time and parse_time(job.time) <= early:
         raise JobError(
-            f"--time {job.time} is {seconds(job.time)} s, and ranks must be told to save {early} s before its end "
+            f"--time {job.time} is {parse_time(job.time)} s, and ranks must be told to save {early} s before its end "
             "(comm.deadline and a save): give more, or lower comm.deadline"
         )
 

@@ -9,7 +9,7 @@ from datetime import timedelta
 
 import torch
 
-from dryvine.comm.world import ENVIRONMENT, prepare, timeout
+from dryvine.comm.world import ENVIRONMENT, set_environment, timeout
 
 BEGIN = "import ctypes, time\nfrom dryvine.comm.ending import Ending\nending = Ending()\n"
 
@@ -54,6 +54,6 @@ def test_torch_comes_after_the_watch_and_the_user_before_both() -> None:
     assert timeout(600, torch.device("cuda")) == timedelta(seconds=660)
     assert timeout(600, torch.device("cpu")) == timedelta(seconds=600)
     environment = {"CUDA_DEVICE_MAX_CONNECTIONS": "8"}
-    prepare(environment)
+    set_environment(environment)
     assert environment == ENVIRONMENT | {"CUDA_DEVICE_MAX_CONNECTIONS": "8"}
     assert environment["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "0"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from dryvine.launch.slurm.job import JobError, SlurmJob, seconds
+from dryvine.launch.slurm.job import JobError, SlurmJob, parse_time
 from dryvine.launch.slurm.render import FIRST_SAVE, SLACK, lead, render
 from dryvine.trainer.config import Config
 
@@ -130,13 +130,13 @@ def test_what_slurm_does_not_take_is_refused(name: str, word: str) -> None:
     [("90", 5400), ("90:30", 5430), ("2:00:00", 7200), ("1-0", 86400), ("1-2:30", 95400), ("1-2:30:15", 95415)],
 )
 def test_slurms_ways_to_write_a_time(text: str, value: int) -> None:
-    assert seconds(text) == value
+    assert parse_time(text) == value
 
 
 @pytest.mark.parametrize("text", ["0", "1:2:3:4", "soon", "-5", "1-", "9" * 30, "1:60x"])
 def test_times_that_slurm_does_not_take(text: str) -> None:
     with pytest.raises(JobError, match="--time"):
-        seconds(text)
+        parse_time(text)
 
 
 def test_the_shell_reads_every_word_as_it_was_given(four: Config, tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def alphabet(tmp_path_factory: pytest.TempPathFactory) -> tokenizer.Vocabulary:
     path = tmp_path_factory.mktemp("alphabet") / "tokenizer.json"
-    tokenizer.train(["the cat sat on the mat, the hat on the cat" * 3], 290).save(str(path))
+    tokenizer.learn_tokenizer(["the cat sat on the mat, the hat on the cat" * 3], 290).save(str(path))
     return tokenizer.load(path)
 
 
@@ -233,13 +233,13 @@ def test_the_vocabulary_is_learned_from_a_bounded_sample(tmp_path: Path, monkeyp
     for i in range(200):
         (tmp_path / f"{i}.txt").write_text("some words " * 100)
     seen: list[str] = []
-    train = tokenizer.train
+    train = tokenizer.learn_tokenizer
 
     def spy(texts: list[str], vocab_size: int) -> Tokenizer:
         seen.extend(texts)
         return train(seen, vocab_size)
 
-    monkeypatch.setattr(tokenizer, "train", spy)
+    monkeypatch.setattr(tokenizer, "learn_tokenizer", spy)
     build(match_files([f"{tmp_path}/*.txt"]), BuildSpec(vocab_size=300, sample_bytes=44_000), tmp_path / "out")
     assert 20_000 < sum(len(text) for text in seen) < 70_000
 

@@ -16,9 +16,9 @@ from dryvine.trainer.data.build import build
 from dryvine.trainer.data.config import DataError
 from dryvine.trainer.data.dataset import Dataset
 from dryvine.trainer.data.inputs import match_files
-from dryvine.trainer.data.quality.clean import CleanSpec, search, write_clean
+from dryvine.trainer.data.quality.clean import CleanSpec, find_repeats, write_clean
 from dryvine.trainer.data.quality.documents import DocumentPlace, Repeat, SplitDocuments, ngrams, splits_of
-from dryvine.trainer.data.quality.figures import by_length, figures_of, quarantined_by_reason
+from dryvine.trainer.data.quality.figures import by_length, quarantined_by_reason, split_figures
 from dryvine.trainer.data.spec import BuildSpec
 from tests.trainer.test_data_build import texts_of
 
@@ -69,7 +69,7 @@ def test_copies_are_found_and_nothing_else(tmp_path: Path) -> None:
     copies = [*originals[:10], *(changed(text, 4) for text in originals[10:20])]
     halves = [changed(text, 60) for text in originals[20:30]]
     folder = dataset_of(tmp_path, [*originals, *copies, *halves, "short", "short", "", "brief"])
-    found = [repeat for repeat in search(folder, CleanSpec()) if repeat.what != "quoted"]
+    found = [repeat for repeat in find_repeats(folder, CleanSpec()) if repeat.what != "quoted"]
     texts = texts_by_place(folder)
     pairs = {frozenset((texts[f.place], texts[f.of])): f for f in found if f.of}
     expected = {frozenset((text,)) for text in (*originals[:10], "short")}
@@ -92,7 +92,7 @@ def test_the_similarity_is_that_of_sets_of_5_grams(tmp_path: Path) -> None:
     pytest.importorskip("datasketch")
     text = text_of(1)
     folder = dataset_of(tmp_path, [text, changed(text, 12), *(text_of(seed) for seed in range(5, 9))], val=0.0)
-    (found,) = search(folder, CleanSpec(similarity=0.5))
+    (found,) = find_repeats(folder, CleanSpec(similarity=0.5))
     documents = splits_of(folder)["train"]
     first, second = (
         {tuple(ids[i : i + 5]) for i in range(len(ids) - 4)}
@@ -101,7 +101,7 @@ def test_the_similarity_is_that_of_sets_of_5_grams(tmp_path: Path) -> None:
     assert found.place == ("train", 1)
     assert found.of == ("train", 0)
     assert found.share == pytest.approx(len(first & second) / len(first | second))
-    assert not search(folder, CleanSpec(similarity=0.95))
+    assert not find_repeats(folder, CleanSpec(similarity=0.95))
 
 
 def test_candidates_that_are_less_similar_are_not_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +112,7 @@ def test_candidates_that_are_less_similar_are_not_reported(tmp_path: Path, monke
     monkeypatch.setattr(datasketch.MinHashLSH, "query", lambda *_: earlier)
     texts = [text_of(seed) for seed in range(12)]
     folder = dataset_of(tmp_path, [*texts, *(changed(text, 60) for text in texts), changed(texts[4], 4)], val=0.0)
-    (found,) = search(folder, CleanSpec())
+    (found,) = find_repeats(folder, CleanSpec())
     assert (found.place, found.of) == (("train", 24), ("train", 4))
 
 
@@ -122,18 +122,18 @@ def test_what_training_text_quotes_of_validation_is_found(tmp_path: Path) -> Non
     texts = [text_of(seed) for seed in range(60)]
     plain = dataset_of(tmp_path, texts)
     held_out = texts_of(plain, "val")[:6]
-    assert not search(plain, CleanSpec())
+    assert not find_repeats(plain, CleanSpec())
     whole = [f"{text_of(1000 + i, 400)} {text} {text_of(2000 + i, 400)}" for i, text in enumerate(held_out[:3])]
     thirds = [f"{text_of(3000 + i, 400)} {' '.join(text.split()[:40])}" for i, text in enumerate(held_out[3:])]
     (tmp_path / "more").mkdir()
     folder = dataset_of(tmp_path / "more", [*texts, *whole, *thirds])
     held, by_place = set(texts_of(folder, "val")), texts_by_place(folder)
     quoting = [i for i, text in enumerate([*whole, *thirds]) if text not in held]
-    found = search(folder, CleanSpec())
+    found = find_repeats(folder, CleanSpec())
     assert {by_place[f.place] for f in found} == {held_out[i] for i in quoting if i < 3}
     assert all((f.what, f.of, f.place.split) == ("quoted", None, "val") and f.share > 0.85 for f in found)
-    assert {by_place[f.place] for f in search(folder, CleanSpec(quoted=0.2))} == {held_out[i] for i in quoting}
-    assert not search(folder, CleanSpec(ngram=2000))
+    assert {by_place[f.place] for f in find_repeats(folder, CleanSpec(quoted=0.2))} == {held_out[i] for i in quoting}
+    assert not find_repeats(folder, CleanSpec(ngram=2000))
 
 
 def test_a_copy_that_is_quoted_too_is_reported_once(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_a_copy_that_is_quoted_too_is_reported_once(tmp_path: Path) -> None:
     (tmp_path / "more").mkdir()
     quoting = [f"{text_of(seed, 400)} {held_out}" for seed in (901, 902, 903)]
     folder = dataset_of(tmp_path / "more", [*texts, held_out, *quoting])
-    found = search(folder, CleanSpec())
+    found = find_repeats(folder, CleanSpec())
     by_place = texts_by_place(folder)
     assert sorted((f.what, by_place[f.place]) for f in found) == [("exact copy", held_out), ("quoted", held_out)]
     assert len({f.place for f in found}) == 2
@@ -154,7 +154,7 @@ def test_a_copy_in_training_is_no_quote(tmp_path: Path) -> None:
     pytest.importorskip("datasketch")
     texts = [text_of(seed) for seed in range(40)]
     folder = dataset_of(tmp_path, [*texts, *(changed(text, 3) for text in texts)])
-    found = search(folder, CleanSpec())
+    found = find_repeats(folder, CleanSpec())
     assert {f.what for f in found} == {"near copy"}
     assert {(f.place.split, f.of.split) for f in found if f.of} >= {("train", "val"), ("train", "train")}
 
@@ -168,7 +168,7 @@ def test_a_clean_dataset_is_what_is_left(tmp_path: Path, monkeypatch: pytest.Mon
     more = [texts[3], changed(texts[5], 4), f"{text_of(99, 500)} {texts[7]}"]
     folder = dataset_of(tmp_path, [*texts, *more], shard_tokens=shard_tokens)
     spec = CleanSpec()
-    found = search(folder, spec)
+    found = find_repeats(folder, spec)
     before, gone = texts_by_place(folder), {f.place for f in found}
     after = write_clean(folder, tmp_path / "clean", spec, found)
     for split in ("train", "val"):
@@ -183,7 +183,7 @@ def test_a_clean_dataset_is_what_is_left(tmp_path: Path, monkeypatch: pytest.Mon
     assert other.fingerprint not in (after.fingerprint, Dataset.load(folder).fingerprint)
     rows = [json.loads(line) for line in (tmp_path / "clean" / "dropped.jsonl").read_text().splitlines()]
     assert [(row["split"], row["document"]) for row in rows] == [tuple(f.place) for f in found]
-    assert not search(tmp_path / "clean", spec)
+    assert not find_repeats(tmp_path / "clean", spec)
     with pytest.raises(DataError, match="clean: not empty; name a new folder"):
         write_clean(folder, tmp_path / "clean", spec, found)
 
@@ -200,7 +200,7 @@ def test_figures_by_hand(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "ab"}\n{"text": "abab"}\n{broken\n{"no": 1}\n{"text": null}\n{x\n')
     spec = BuildSpec(vocab_size=260, validation_fraction=0)
     build(match_files([f"{tmp_path}/a.jsonl"]), spec, tmp_path / "data")
-    found = figures_of(tmp_path / "data", "train")
+    found = split_figures(tmp_path / "data", "train")
     assert found.sizes.tolist() == [3, 5]
     assert (found.tokens, found.bytes, found.unused) == (8, 6, 257)
     assert sorted(found.counts[found.counts > 0].tolist()) == [2, 3, 3]
@@ -208,7 +208,7 @@ def test_figures_by_hand(tmp_path: Path) -> None:
     assert [found.quantile(share) for share in (0.5, 1.0)] == [5, 5]
     assert (found.in_longer(3), found.in_longer(2), found.in_longer(9)) == (5 / 8, 1.0, 0.0)
     assert by_length(found.sizes) == {"1+": (0.5, 3 / 8), "4+": (0.5, 5 / 8)}
-    assert figures_of(tmp_path / "data", "val").quantile(0.5) == 0
+    assert split_figures(tmp_path / "data", "val").quantile(0.5) == 0
     assert quarantined_by_reason(tmp_path / "data") == {"not JSON": 2, "no field 'text'": 1, "'text' is null": 1}
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from dryvine.comm import local
 from dryvine.comm.mesh import Layout, Mesh, make_mesh
 from dryvine.trainer.fp8 import casts
-from dryvine.trainer.fp8.choose import CHOICE_FILE, agree, choose
+from dryvine.trainer.fp8.choose import CHOICE_FILE, agree_on_engines, choose_engines
 from dryvine.trainer.fp8.engines import deep_gemm as deep_gemm_engine
 from dryvine.trainer.fp8.engines import operands
 from dryvine.trainer.fp8.engines import transformer_engine as te_engine
@@ -217,7 +217,7 @@ def _rank(rank: int, folder: Path, able: tuple[str, ...]) -> list[tuple[dict[str
         return {kind: {name: row[name] for name in engines} for kind, row in RANKS[rank].items()}
 
     engines = {name: Emulate() for name in (able if rank == 1 else ("a", "b"))}
-    twice = [agree(engines, mesh, folder / f"of rank {rank}", measure) for _ in range(2)]
+    twice = [agree_on_engines(engines, mesh, folder / f"of rank {rank}", measure) for _ in range(2)]
     assert len(asked) == 1, "measured again although the folder has the choice"
     return twice
 
@@ -239,13 +239,13 @@ def test_an_engine_that_one_rank_lacks_is_taken_by_none(tmp_path: Path) -> None:
 
 def test_a_stored_engine_that_is_gone_is_chosen_anew(tmp_path: Path) -> None:
     (tmp_path / CHOICE_FILE).write_text(json.dumps(dict.fromkeys(KINDS, "gone")))
-    taken, _ = agree({"a": Emulate(), "b": Emulate()}, alone(), tmp_path, lambda *_: RANKS[0])
+    taken, _ = agree_on_engines({"a": Emulate(), "b": Emulate()}, alone(), tmp_path, lambda *_: RANKS[0])
     assert taken == dict(zip(KINDS, "aab", strict=True))
     assert json.loads((tmp_path / CHOICE_FILE).read_text()) == taken
 
 
 def test_on_a_cpu_auto_emulates_and_writes_nothing(tmp_path: Path) -> None:
-    engine, line = choose(preset("deepseek_v3", accumulator="hopper"), alone(), tmp_path / "run")
+    engine, line = choose_engines(preset("deepseek_v3", accumulator="hopper"), alone(), tmp_path / "run")
     assert isinstance(engine, Emulate)
     assert engine.accumulator == "hopper"
     assert "emulate, the one there is on cpu" in line
@@ -255,10 +255,10 @@ def test_on_a_cpu_auto_emulates_and_writes_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("gemm", ["auto", "emulate"])
 def test_emulation_is_the_recipes(gemm: str, tmp_path: Path) -> None:
     recipe = preset("deepseek_v3", accumulator="hopper", promotion=256, gemm=gemm)
-    assert choose(recipe, alone(), tmp_path)[0] == Emulate("hopper", 256)
+    assert choose_engines(recipe, alone(), tmp_path)[0] == Emulate("hopper", 256)
 
 
 def test_a_choice_that_lacks_a_kind_is_made_anew(tmp_path: Path) -> None:
     (tmp_path / CHOICE_FILE).write_text(json.dumps({KINDS[0]: "b", KINDS[1]: "b"}))
-    taken, _ = agree({"a": Emulate(), "b": Emulate()}, alone(), tmp_path, lambda *_: RANKS[0])
+    taken, _ = agree_on_engines({"a": Emulate(), "b": Emulate()}, alone(), tmp_path, lambda *_: RANKS[0])
     assert taken == dict(zip(KINDS, "aab", strict=True))

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from dryvine.trainer.fp8.choose import CannotRun, check
+from dryvine.trainer.fp8.choose import CannotRun, check_engine
 from dryvine.trainer.fp8.engines.names import ENGINES, make_engine
 from dryvine.trainer.fp8.recipe import Recipe, preset
 
@@ -77,8 +77,8 @@ def test_names_are_known_where_torch_is_missing() -> None:
 
 def test_widths_that_no_gpu_kernel_takes_are_refused_on_a_gpu_alone() -> None:
     recipe, cuda = preset("deepseek_v3"), torch.device("cuda")
-    check(recipe, cuda, (256, 384))
-    check(recipe, torch.device("cpu"), (200,))
-    check(preset("bf16"), cuda, (200,))
+    check_engine(recipe, cuda, (256, 384))
+    check_engine(recipe, torch.device("cpu"), (200,))
+    check_engine(preset("bf16"), cuda, (200,))
     with pytest.raises(CannotRun, match="FFN width 200 is not a multiple of 128"):
-        check(recipe, cuda, (256, 200))
+        check_engine(recipe, cuda, (256, 200))

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from dryvine.trainer import verify
 from dryvine.trainer.config import Config
 from dryvine.trainer.deviations import Run
-from dryvine.trainer.fp8.choose import CannotRun, check
+from dryvine.trainer.fp8.choose import CannotRun, check_engine
 from dryvine.trainer.fp8.recipe import preset
 
 Tiny = Callable[..., Config]
@@ -59,4 +59,4 @@ def test_overlap_does_not_change_a_bit_of_fp8(tiny: Tiny) -> None:
 @pytest.mark.parametrize("name", ["triton", "torch", "deep_gemm", "transformer_engine"])
 def test_an_engine_that_is_asked_for_and_cannot_run_is_refused_in_a_line(name: str) -> None:
     with pytest.raises(CannotRun, match=rf"^fp8.gemm = '{name}' .+fp8.gemm = '\w+'.+$"):
-        check(preset("deepseek_v3", gemm=name), torch.device("cpu"))
+        check_engine(preset("deepseek_v3", gemm=name), torch.device("cpu"))

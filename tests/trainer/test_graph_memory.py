@@ -15,7 +15,7 @@ from dryvine.parallel.graphs import Graphs
 from dryvine.parallel.stage import Flight
 from dryvine.trainer.activations import held_bytes, left_bytes, microbatch_size, stage_bytes
 from dryvine.trainer.config import Config
-from dryvine.trainer.graph_memory import flights, graph_bytes, graph_line, refusal
+from dryvine.trainer.graph_memory import flights, graph_bytes, graph_line, graphs_refusal
 from dryvine.trainer.run_plan import RunPlan, make_plan
 from dryvine.trainer.temporaries import temporary_bytes
 from tests.support.tape import TapeRecorder
@@ -59,7 +59,7 @@ def test_flights_are_those_that_are_recorded(tiny: Tiny, overrides: tuple[str, .
 )
 def test_who_has_no_graphs_pays_for_none(tiny: Tiny, override: str, why: str) -> None:
     config = tiny("run.dtype=bf16", "parallel.pp=2", override)
-    assert why in (refusal(config, cuda=True) or "")
+    assert why in (graphs_refusal(config, cuda=True) or "")
     assert graph_bytes(make_plan(config), cuda=True) == [0, 0]
 
 

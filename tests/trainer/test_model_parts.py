@@ -11,7 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from dryvine.parallel.stage import Flight
 from dryvine.trainer.model import loss as loss_module
 from dryvine.trainer.model.decoder import Model
-from dryvine.trainer.model.gate import choose, move_bias
+from dryvine.trainer.model.gate import choose_experts, move_bias
 from dryvine.trainer.model.grouped import add_grouped_product, grouped_linear
 from dryvine.trainer.model.loss import cross_entropy
 from dryvine.trainer.model.recompute import through
@@ -65,9 +65,9 @@ def test_a_rank_holds_only_what_its_stages_need() -> None:
 def test_choices_stay_within_the_best_groups_and_follow_the_bias() -> None:
     shape = tiny()
     scores = torch.rand(500, 8, generator=torch.Generator().manual_seed(0))
-    experts = choose(scores, torch.zeros(8), shape)
+    experts = choose_experts(scores, torch.zeros(8), shape)
     assert all(len(set(row)) == 3 and len({e // 2 for e in row}) <= 2 for row in experts.tolist())
-    pushed = choose(scores, torch.tensor([0.0, 0, 0, 0, 0, 0, 2, 2]), shape)
+    pushed = choose_experts(scores, torch.tensor([0.0, 0, 0, 0, 0, 0, 2, 2]), shape)
     assert all({6, 7} <= set(row) for row in pushed.tolist())
 
 

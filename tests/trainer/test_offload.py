@@ -19,7 +19,7 @@ from dryvine.parallel.bucket import BucketMemory
 from dryvine.parallel.host_copy import HostCopies
 from dryvine.parallel.zero import Zero
 from dryvine.trainer import adam
-from dryvine.trainer.adam import DeepSpeedAdamW, Operands, TorchAdamW, choose
+from dryvine.trainer.adam import DeepSpeedAdamW, Operands, TorchAdamW, choose_adam
 from dryvine.trainer.checkpoint.reader import open_checkpoint, whole
 from dryvine.trainer.config import Config
 from dryvine.trainer.cpu_adam import load_cpu_adam
@@ -70,14 +70,14 @@ def test_the_bits_of_deepspeeds_step_depend_on_its_number_alone() -> None:
 
 def test_deepspeeds_is_taken_where_all_ranks_have_it_and_torchs_is_said_with_the_reason() -> None:
     with mock.patch.object(adam, "load_cpu_adam", FakeOp):
-        engine, said = choose(CONFIG, mesh_of("", ""))
+        engine, said = choose_adam(CONFIG, mesh_of("", ""))
         assert isinstance(engine, DeepSpeedAdamW)
         assert said.endswith("stepped by DeepSpeed's CPU Adam")
-        engine, said = choose(CONFIG, mesh_of("", "ImportError: no compiler"))
+        engine, said = choose_adam(CONFIG, mesh_of("", "ImportError: no compiler"))
         assert isinstance(engine, TorchAdamW), "bits must not depend on the host"
         assert "torch's fused AdamW, as rank 1 has no DeepSpeed's CPU Adam (ImportError: no compiler)" in said
     with mock.patch.object(adam, "load_cpu_adam", return_value="RuntimeError: x"):
-        assert isinstance(choose(CONFIG, mesh_of("RuntimeError: x"))[0], TorchAdamW)
+        assert isinstance(choose_adam(CONFIG, mesh_of("RuntimeError: x"))[0], TorchAdamW)
 
 
 def optimizer(memory: BucketMemory = ELSEWHERE, config: OptimConfig = CONFIG) -> Optimizer:

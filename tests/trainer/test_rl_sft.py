@@ -18,7 +18,7 @@ from dryvine.trainer import verify
 from dryvine.trainer.batches import read_batch
 from dryvine.trainer.config import Config, ConfigError
 from dryvine.trainer.data.config import DataError
-from dryvine.trainer.data.tokenizer import train as learn_vocabulary
+from dryvine.trainer.data.tokenizer import learn_tokenizer as learn_vocabulary
 from dryvine.trainer.hand_off.commands import ExportAs
 from dryvine.trainer.hand_off.run_files import open_run
 from dryvine.trainer.rl.chat import BadConversation, Chat

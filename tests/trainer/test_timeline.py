@@ -28,7 +28,7 @@ def _measured(rank: int, config: Config) -> list[list[tuple[float, float]]] | No
     timeline.offset = lambda mesh: 100.0 * mesh.rank  # type: ignore[assignment]
     late = 50.0 * mesh.data_rank - 100.0 * rank
     slots = enumerate(plan.schedule.ranks[mesh.pp_rank])
-    drawn = timeline.measured(
+    drawn = timeline.gather_timeline(
         plan.schedule, Played(timeline=[(slot, late + i, late + i + 1) for i, slot in slots]), mesh
     )
     return None if drawn is None else [[(cell.start, cell.end) for cell in row] for row in drawn.cells]

@@ -96,7 +96,7 @@ def compare(first: CheckpointReader, second: CheckpointReader, on_read: OnRead) 
     )
 
 
-def held(reader: CheckpointReader) -> int:
+def count_fields(reader: CheckpointReader) -> int:
     """How many fields `compare` reads."""
     return len(_held(reader))
 

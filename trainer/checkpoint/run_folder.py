@@ -53,7 +53,7 @@ def clear_unfinished(folder: Path) -> None:
             shutil.rmtree(path)
 
 
-def publish(folder: Path, step: int) -> Path:
+def publish_step(folder: Path, step: int) -> Path:
     """Give the written checkpoint of a step its name, and let `latest` name it. Returns its folder."""
     target = named(folder, step)
     # One of the same step is there if a run went on from an older one.

@@ -177,7 +177,7 @@ class Saver:
             return self._drop(f"checkpoint {self._step} is not whole, and so not kept: {gap}")
         try:
             write_manifest(path, manifest)
-            run_folder.publish(self.folder, self._step)
+            run_folder.publish_step(self.folder, self._step)
         except OSError as error:
             return self._drop(_cannot_write(path / NAME, error))
         self._pruning = self._worker.submit(run_folder.prune, self.folder, self.keep.last, self.keep.every)

@@ -105,7 +105,7 @@ def write_pieces(
     except BaseException:
         shutil.rmtree(path, ignore_errors=True)
         raise
-    return run_folder.publish(folder, step)
+    return run_folder.publish_step(folder, step)
 
 
 def _by_file(pieces: Iterable[Piece], buffers: Mapping[str, Tensor]) -> Iterator[dict[Place, Tensor]]:

@@ -23,11 +23,11 @@ class CannotWrite(OSError):
 
 
 def open_temporary(path: Path) -> BinaryIO:
-    """A new temporary file beside `path`; `publish` renames it."""
+    """A new temporary file beside `path`; `rename_into_place` renames it."""
     return path.with_name(path.name + ".tmp").open("wb")
 
 
-def publish(file: BinaryIO, path: Path) -> None:
+def rename_into_place(file: BinaryIO, path: Path) -> None:
     """Close a temporary file and rename it to `path`. After a crash of the system, `path` is whole or not there."""
     file.flush()
     os.fsync(file.fileno())
@@ -40,4 +40,4 @@ def write_atomically(path: Path, content: str) -> None:
     with CannotWrite.naming(path):
         file = open_temporary(path)
         file.write(content.encode())
-        publish(file, path)
+        rename_into_place(file, path)

@@ -18,7 +18,7 @@ from dryvine.trainer.data.config import DataError
 from dryvine.trainer.data.dataset import Dataset, dtype_for
 from dryvine.trainer.data.inputs import Input
 from dryvine.trainer.data.pack import pack
-from dryvine.trainer.data.progress import BuildProgress, resume
+from dryvine.trainer.data.progress import BuildProgress, resume_build
 from dryvine.trainer.data.spec import BuildJob, BuildSpec, OnProgress, fingerprint, no_progress
 from dryvine.trainer.data.tokenizer import Vocabulary
 from dryvine.trainer.data.vocabulary import prepare_vocabulary
@@ -57,7 +57,7 @@ def _finished(out: Path, identity: str) -> Dataset | None:
 
 
 def _build(job: BuildJob, identity: str) -> Dataset:
-    progress = resume(job.folder, identity, job.inputs)
+    progress = resume_build(job.folder, identity, job.inputs)
     vocabulary = prepare_vocabulary(job)
     progress = pack(job, vocabulary, progress)
     if not progress.train.documents:

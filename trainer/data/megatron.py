@@ -18,7 +18,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from dryvine.trainer.data.atomic import open_temporary, publish
+from dryvine.trainer.data.atomic import open_temporary, rename_into_place
 from dryvine.trainer.data.config import DataError
 from dryvine.trainer.data.dataset import SplitName
 from dryvine.trainer.data.packed_tokens import PackedTokens
@@ -119,11 +119,11 @@ def write_megatron(folder: Path, split: SplitName, prefix: Path) -> int:
     data = open_temporary(_with(prefix, ".bin"))
     for start in range(0, len(packed), _COPY_TOKENS):
         packed.tokens(start, min(_COPY_TOKENS, len(packed) - start)).astype(_TYPES[code]).tofile(data)
-    publish(data, _with(prefix, ".bin"))
+    rename_into_place(data, _with(prefix, ".bin"))
     ends = packed.document_ends().astype(np.int64)
     index = open_temporary(_with(prefix, ".idx"))
     _write_index(index, code, ends)
-    publish(index, _with(prefix, ".idx"))
+    rename_into_place(index, _with(prefix, ".idx"))
     return len(ends)
 
 

@@ -30,7 +30,7 @@ class BuildProgress(BaseModel, frozen=True, extra="forbid"):
         write_atomically(folder / "progress.json", self.model_dump_json())
 
 
-def resume(folder: Path, fingerprint: str, inputs: Sequence[Input]) -> BuildProgress:
+def resume_build(folder: Path, fingerprint: str, inputs: Sequence[Input]) -> BuildProgress:
     """The progress of an interrupted build in `folder`, or a new one.
 
     Raises DataError if the folder is half-built from other files or settings.

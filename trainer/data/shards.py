@@ -14,7 +14,7 @@ from typing import Self
 
 import numpy as np
 
-from dryvine.trainer.data.atomic import open_temporary, publish
+from dryvine.trainer.data.atomic import open_temporary, rename_into_place
 from dryvine.trainer.data.dataset import Shard, Split, SplitName
 from dryvine.trainer.data.encoded import Encoded
 from dryvine.trainer.data.progress import BuildProgress
@@ -48,10 +48,10 @@ class ShardWriter:
             os.unlink(self.file.name)
             return before
         shard = Shard(name=self.name, tokens=self.tokens, documents=len(self._ends))
-        publish(self.file, shard.bin(self.folder))
+        rename_into_place(self.file, shard.bin(self.folder))
         ends = open_temporary(shard.ends(self.folder))
         np.save(ends, np.array(self._ends, np.uint64))
-        publish(ends, shard.ends(self.folder))
+        rename_into_place(ends, shard.ends(self.folder))
         return Split(shards=(*before.shards, shard), bytes=before.bytes + self.bytes)
 
 

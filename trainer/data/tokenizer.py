@@ -48,7 +48,7 @@ class Vocabulary(NamedTuple):
         return list(self.encoder.encode(parts))
 
 
-def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def learn_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Learn a vocabulary: a pure function of texts and size; ties between merges are broken by token id. Too little
     text gives a smaller vocabulary than asked for."""
     tokenizer = Tokenizer(models.BPE())

@@ -28,7 +28,7 @@ def prepare_vocabulary(job: BuildJob) -> tokenizer.Vocabulary:
 
 def _learn(job: BuildJob) -> str:
     assert job.spec.vocab_size, "a spec names a tokenizer or the size of one"
-    return tokenizer.train(_sample(job), job.spec.vocab_size).to_str(pretty=True)
+    return tokenizer.learn_tokenizer(_sample(job), job.spec.vocab_size).to_str(pretty=True)
 
 
 def _sample(job: BuildJob) -> Iterator[str]:

@@ -34,7 +34,7 @@ class CannotRun(ValueError):
     """The recipe's engine cannot run here. One line: why, and what would."""
 
 
-def check(recipe: Recipe, device: torch.device, widths: Sequence[int] = ()) -> None:
+def check_engine(recipe: Recipe, device: torch.device, widths: Sequence[int] = ()) -> None:
     """Raise CannotRun if the engine that the recipe names, or FFNs of these `widths`, cannot run on `device`."""
     if not recipe.fp8:
         return
@@ -45,9 +45,9 @@ def check(recipe: Recipe, device: torch.device, widths: Sequence[int] = ()) -> N
         raise CannotRun(f"[fp8] on a GPU: FFN width {odd[0]} is not a multiple of 128; change model.ffn or expert_ffn")
 
 
-def choose(recipe: Recipe, mesh: Mesh, folder: Path) -> tuple[Products, str]:
+def choose_engines(recipe: Recipe, mesh: Mesh, folder: Path) -> tuple[Products, str]:
     """What multiplies on all ranks, and a line for the log. `folder` is the run's. Raises CannotRun. Collective."""
-    check(recipe, mesh.device)
+    check_engine(recipe, mesh.device)
     emulate = Emulate(recipe.accumulator, recipe.promotion)
     if recipe.gemm == "emulate":
         return emulate, "fp8.gemm: emulate, as asked"
@@ -56,14 +56,14 @@ def choose(recipe: Recipe, mesh: Mesh, folder: Path) -> tuple[Products, str]:
     made = {name: make_engine(name) for name in ENGINES if name != "emulate"}
     here = {name: engine for name, engine in made.items() if not engine.missing(mesh.device)}
     faults = {name: why for name, engine in here.items() if (why := fault(engine, mesh.device))}
-    choice, why = agree({n: e for n, e in here.items() if n not in faults}, mesh, folder, milliseconds)
+    choice, why = agree_on_engines({n: e for n, e in here.items() if n not in faults}, mesh, folder, milliseconds)
     why += "".join(f"; left out: {name} ({reason})" for name, reason in faults.items())
     if not choice:
         return emulate, f"fp8.gemm: emulate, the one there is on {mesh.device}{why}"
     return Mixed(*(here[choice[kind]] for kind in KINDS)), f"fp8.gemm: {why}"
 
 
-def agree(able: Mapping[str, Products], mesh: Mesh, folder: Path, measure: Measure) -> tuple[Choice, str]:
+def agree_on_engines(able: Mapping[str, Products], mesh: Mesh, folder: Path, measure: Measure) -> tuple[Choice, str]:
     """The engine of each kind, among those that every rank can run, and why. Empty if there is none: all ranks then
     emulate. Collective; rank 0 reads and writes the folder."""
     answers = cast(list[tuple[set[str], Choice]], mesh.gather((set(able), _read(folder, mesh.rank)), "FP8 engines"))

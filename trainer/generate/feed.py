@@ -44,7 +44,7 @@ def step_feed(tokens: np.ndarray, positions: np.ndarray, rope: Rope, device: tor
     slots = torch.arange(len(tokens), device=device)
     length = int(positions.max(initial=-1)) + 1
     mask = _mask(at.view(-1, 1), length)
-    return Feed(torch.from_numpy(tokens).to(device), slots, at, turns(rope, at), length, mask, None, None)
+    return Feed(torch.from_numpy(tokens).to(device), slots, at, rotations(rope, at), length, mask, None, None)
 
 
 def prefill_feed(pieces: Sequence[Stretch], rope: Rope, device: torch.device) -> Feed:
@@ -60,10 +60,10 @@ def prefill_feed(pieces: Sequence[Stretch], rope: Rope, device: torch.device) ->
     packed = (tokens, np.repeat(own, sizes), at[inside], own, np.flatnonzero(inside), at)
     ids, slots, positions, sequences, place, grid = (torch.from_numpy(part).to(device) for part in packed)
     length = int(at.max(initial=-1)) + 1
-    return Feed(ids, slots, positions, turns(rope, positions), length, _mask(grid, length), sequences, place)
+    return Feed(ids, slots, positions, rotations(rope, positions), length, _mask(grid, length), sequences, place)
 
 
-def turns(rope: Rope, positions_N: Tensor) -> Tensor:
+def rotations(rope: Rope, positions_N: Tensor) -> Tensor:
     """Complex [N, 1, R / 2]."""
     longest = 1 << int(positions_N.max() if len(positions_N) else 0).bit_length()
     cos, sin = rope.table(longest, positions_N.device)

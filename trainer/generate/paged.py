@@ -29,7 +29,7 @@ from dryvine.trainer.hand_off.errors import HandOffError
 from dryvine.trainer.hand_off.names import Mapped, places
 from dryvine.trainer.hand_off.slices import Slice
 from dryvine.trainer.model.decoder import Model
-from dryvine.trainer.model.gate import Gate, choose
+from dryvine.trainer.model.gate import Gate, choose_experts
 from dryvine.trainer.model.shape import Shape
 from dryvine.trainer.model.swiglu import swiglu_forward
 
@@ -155,7 +155,7 @@ def paged(pages: ExpertPages, layer: str, after: tuple[str, Gate] | None) -> ToE
 
 def _likely(gate: Gate, rows_NH: Tensor) -> list[int]:
     """The experts that a gate chooses for the rows of the layer before, those of most tokens first."""
-    chosen = choose(gate(rows_NH).sigmoid(), gate.bias, gate.shape).flatten()
+    chosen = choose_experts(gate(rows_NH).sigmoid(), gate.bias, gate.shape).flatten()
     counts = torch.bincount(chosen, minlength=gate.shape.routed)
     order: list[int] = counts.argsort(descending=True).tolist()
     return order[: int((counts > 0).sum())]

@@ -39,7 +39,7 @@ class ShardPlan(NamedTuple):
     tensors: Announced
 
 
-def refusal(shape: Shape) -> str | None:
+def transformers_refusal(shape: Shape) -> str | None:
     """Why transformers 5.23 would compute something else with this model, with the fix; or None."""
     softmax = shape.score == "softmax"
     for wrong, message in (
@@ -65,7 +65,7 @@ def export_hf(
 ) -> None:
     """Write the new folder `out`. Raises HandOffError for a model that the readers do not support and for weights
     that are not finite, and leaves no files then."""
-    if reason := refusal(run.shape) or _lost_biases(run):
+    if reason := transformers_refusal(run.shape) or _lost_biases(run):
         raise HandOffError(reason)
     shards = plan_shards(places(run.shape), encoding, shard_bytes)
     with new_folder(out) as part:

@@ -48,7 +48,7 @@ class Gate(nn.Module):
         """What `route` returns for experts that were chosen before, where `given` has some, and on how many of those
         tokens the gate would choose another set now: int64 [2], these and all of them. Counts no load."""
         scores_NE = score(logits_NE, self.shape)
-        own_NK = choose(scores_NE.detach(), self.bias, self.shape)
+        own_NK = choose_experts(scores_NE.detach(), self.bias, self.shape)
         given_N1 = given_NK[:, :1] >= 0
         other_N = (own_NK.sort(-1).values != given_NK.sort(-1).values).any(-1) & given_N1.squeeze(1)
         choice = weigh(scores_NE, torch.where(given_N1, given_NK, own_NK), sequences, self.shape)
@@ -70,7 +70,7 @@ def route(logits_NE: Tensor, bias_E: Tensor, shape: Shape, sequences: int, load_
     Of equal experts a GPU takes the first; a CPU's topk promises nothing. A score that is NaN counts as the highest.
     """
     scores_NE = score(logits_NE, shape)
-    experts_NK = choose(scores_NE.detach(), bias_E, shape)
+    experts_NK = choose_experts(scores_NE.detach(), bias_E, shape)
     if load_E is not None:
         chosen = experts_NK.flatten()
         load_E.scatter_add_(0, chosen, torch.ones_like(chosen))
@@ -91,7 +91,7 @@ def weigh(scores_NE: Tensor, experts_NK: Tensor, sequences: int, shape: Shape) -
     return weights_NK, experts_NK, balance_loss(scores_NE, sequences, shape) if shape.balance_alpha else None
 
 
-def choose(scores_NE: Tensor, bias_E: Tensor, shape: Shape) -> Tensor:
+def choose_experts(scores_NE: Tensor, bias_E: Tensor, shape: Shape) -> Tensor:
     """The K experts of each token: int64 [N, K]. A group's rank is the sum of its two best biased scores (sigmoid, V3)
     or its best one (softmax, V2)."""
     biased_NE = scores_NE + bias_E

@@ -14,7 +14,7 @@ READ = 4  # samples of a rollout that are kept to read
 Row = dict[str, float | None]
 
 
-def figures_of(outcome: RolloutOutcome) -> Row:
+def rollout_figures(outcome: RolloutOutcome) -> Row:
     """The row of metrics.jsonl without the step and the evaluation's columns. A figure that is not known is None."""
     groups = outcome.answers.groups
     answers = [answer for group in groups for answer in group.answers]

@@ -26,7 +26,7 @@ from dryvine.trainer.rig import make_rig
 from dryvine.trainer.rl.ahead import Ahead
 from dryvine.trainer.rl.asked import Asked
 from dryvine.trainer.rl.asker import Asker
-from dryvine.trainer.rl.figures import figures_of, sample_lines
+from dryvine.trainer.rl.figures import rollout_figures, sample_lines
 from dryvine.trainer.rl.harvest import harvest
 from dryvine.trainer.rl.judge import Judge
 from dryvine.trainer.rl.learner import Learner
@@ -127,7 +127,7 @@ class _Run:
         """One rollout, and its row of metrics.jsonl."""
         outcome = self.learner.rollout(before, self._on_answer)
         point = Point(done - 1, 0, self.rl.questions * self.rl.samples, self.learner.rig.config.data.seq_len)
-        figures = {"step": done, "lr": learning_rate(self.learner.rig.config.optim, point), **figures_of(outcome)}
+        figures = {"step": done, "lr": learning_rate(self.learner.rig.config.optim, point), **rollout_figures(outcome)}
         if _crosses(before, done, self.run.eval_every) or done >= self.run.steps:
             figures |= self._evaluate()
         self._write(figures)

@@ -13,7 +13,7 @@ from dryvine.launch.plan.hardware import Machine, load_hardware
 from dryvine.launch.plan.page import plan_page
 from dryvine.launch.plan.plan import make
 from dryvine.launch.plan.sweep import BEST, sweep
-from dryvine.launch.plan.sweep_page import figures_of, show_sweep, sweep_page
+from dryvine.launch.plan.sweep_page import show_sweep, sweep_figures, sweep_page
 from dryvine.trainer.config import Config
 from dryvine.trainer.run_plan import make_plan
 
@@ -59,7 +59,7 @@ def test_pages_and_figures(base: Config) -> None:
     assert text.count("<svg") == 2
     assert "Why not the others" in text
     assert "http" not in text.replace("http://www.w3.org", ""), "nothing is fetched"
-    assert [row["fits"] for row in figures_of(rows)] == [row.fits for row in rows]
+    assert [row["fits"] for row in sweep_figures(rows)] == [row.fits for row in rows]
     plan = plan_page(make(make_plan(base), machine(30.0)))
     assert plan.count("<svg") == 2
     assert "DOES NOT FIT" not in plan

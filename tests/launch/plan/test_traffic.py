@@ -11,7 +11,7 @@ from dryvine.comm.dispatch.fake import Fake
 from dryvine.comm.topology import by_sizes
 from dryvine.launch.plan.hardware import load_hardware
 from dryvine.launch.plan.plan import make
-from dryvine.launch.plan.traffic import Counter, dispatching, reached, row_bytes, seconds
+from dryvine.launch.plan.traffic import Counter, dispatching, reached, row_bytes, send_seconds
 from dryvine.trainer.config import Config
 from dryvine.trainer.run_plan import make_plan
 
@@ -60,10 +60,10 @@ def test_rows_of_fp8_have_a_byte_a_tile(tiny: Callable[..., Config]) -> None:
 
 def test_the_slower_link_takes_the_time() -> None:
     machine = load_hardware("h800")
-    assert seconds(Counter(), machine) == 0
+    assert send_seconds(Counter(), machine) == 0
     sent = Counter({"intra": int(160e9), "inter": int(20e9)})
-    assert seconds(sent, machine) == pytest.approx(1.0, rel=1e-3)
-    assert seconds(Counter({"intra": int(16e9), "inter": int(80e9)}), machine) == pytest.approx(2.0, rel=1e-3)
+    assert send_seconds(sent, machine) == pytest.approx(1.0, rel=1e-3)
+    assert send_seconds(Counter({"intra": int(16e9), "inter": int(80e9)}), machine) == pytest.approx(2.0, rel=1e-3)
 
 
 def test_gradients_cross_nodes_once_for_a_node(tiny: Callable[..., Config]) -> None:

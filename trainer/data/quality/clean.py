@@ -32,7 +32,7 @@ class CleanSpec(BaseModel, frozen=True, extra="forbid"):
     quoted: float = Field(default=0.5, gt=0, le=1)  # share of a validation document's n-grams
 
 
-def search(folder: Path, spec: CleanSpec, on_progress: OnProgress = no_progress) -> list[Repeat]:
+def find_repeats(folder: Path, spec: CleanSpec, on_progress: OnProgress = no_progress) -> list[Repeat]:
     """The copies and quotes of a dataset. Quotes by training documents that are copies themselves do not count."""
     splits = splits_of(folder)
     count = sum(map(len, splits.values()))

@@ -48,7 +48,7 @@ class SplitFigures(NamedTuple):
         return float(self.sizes[self.sizes > length].sum() / max(self.sizes.sum(), 1))
 
 
-def figures_of(folder: Path, split: SplitName) -> SplitFigures:
+def split_figures(folder: Path, split: SplitName) -> SplitFigures:
     """The statistics of a split; reads each of its tokens once."""
     documents = SplitDocuments(folder, split)
     packed, dataset = documents.packed, documents.packed.dataset
