@@ -30,7 +30,7 @@ train: setup
 # The countdown demo, and what R1 does behind it: pretraining, warm start, reinforcement, the control, rejection sampling,
 # distillation, and an evaluation of each. docs/rl.md.
 rl: setup
-	$(BIN)/dryvine demos --out data/countdown --largest 9
+	$(BIN)/dryvine demos --out data/countdown --largest 5
 	[ -e data/countdown/sums/dataset.json ] || $(BIN)/dryvine data build --text data/countdown/sums.jsonl --tokenizer data/countdown/tokenizer.json --out data/countdown/sums
 	$(BIN)/dryvine train configs/countdown_pretrain.toml
 	$(BIN)/dryvine sft configs/countdown_sft.toml run.init_from=runs/countdown_pretrain

@@ -38,7 +38,7 @@ def configs(tmp_path_factory: pytest.TempPathFactory) -> Configs:
             "countdown_sft": (f'sft.train="{folder}/train.jsonl"', f'sft.validation="{folder}/validation.jsonl"'),
             "countdown_r1zero": (
                 f'rl.task={{name="countdown", largest={LARGEST}}}', "run.steps=24", "run.eval_every=24",
-                "rl.questions=8", "rl.eval_problems=64", "rl.eval_samples=4", "optim.lr=4e-4",
+                "rl.eval_problems=64", "rl.eval_samples=4", "optim.lr=4e-4",
             ),
         }[name]  # fmt: skip
         table = "sft" if name == "countdown_sft" else "rl"

@@ -75,13 +75,25 @@ def test_a_layout_samples_scores_and_learns_like_one_process(
             assert other[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
 
 
+def _rows(folder: Path) -> int:
+    return len(read(folder)) if (folder / "metrics.jsonl").exists() else 0
+
+
+def _last_seconds(folder: Path) -> float:
+    """That the last rollout took."""
+    row = read(folder)[-1]
+    return sum(row.get(f"seconds_{part}") or 0.0 for part in ("sample", "score", "learn"))
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("ahead", ["false", "true"])
 def test_a_run_that_is_killed_at_random_moments_ends_in_the_same_bits(
     words: list[str], tmp_path: Path, count: Callable[[int, int], int], ahead: str
 ) -> None:
-    """Most of them in the middle of a rollout; with `rl.ahead` another one is under way in a thread."""
-    more = ["run.steps=16", "run.checkpoint_every=2", "run.eval_every=8", "rl.minibatches=2", f"rl.ahead={ahead}"]
+    """Each in the middle of another rollout; with `rl.ahead` the next one is under way in a thread."""
+    kills = count(2, 10)
+    steps = 2 * (kills + 2)
+    more = [f"run.steps={steps}", "run.checkpoint_every=2", "run.eval_every=8", "rl.minibatches=2", f"rl.ahead={ahead}"]
     environment = {**os.environ, "PYTHONPATH": str(TESTS / "spawned")}
 
     def start(name: str) -> subprocess.Popen[bytes]:
@@ -90,20 +102,23 @@ def test_a_run_that_is_killed_at_random_moments_ends_in_the_same_bits(
             [*script, *words, *more, f'run.name="{name}"'], env=environment, stdout=subprocess.DEVNULL
         )
 
-    began = time.monotonic()
     assert start("whole").wait(300) == 0
-    whole_seconds = time.monotonic() - began
-    draw, kills = random.Random(4), count(2, 10)
+    draw, row_seconds = random.Random(4), 0.0
     for kill in range(kills):
-        process = start("killed")
-        # Each life may get a little further, and some die before they have done anything.
-        time.sleep(draw.uniform(0.3, 1.0) * whole_seconds * (kill + 2) / (kills + 2))
+        process, deadline = start("killed"), time.monotonic() + 300
+        # Its row is written; what follows is the next rollout, or the checkpoint of this one.
+        while _rows(tmp_path / "killed") < kill + 2:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        row_seconds = max(row_seconds, _last_seconds(tmp_path / "killed"))
+        time.sleep(draw.uniform(0, 0.9) * row_seconds)
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        assert process.wait() == -signal.SIGKILL
     assert start("killed").wait(300) == 0
     rows = [[{k: row.get(k) for k in COMPARED} for row in read(tmp_path / name)] for name in ("whole", "killed")]
     assert rows[0] == rows[1]
-    paths = [tmp_path / name / "checkpoints" / "step-00000016" for name in ("whole", "killed")]
+    paths = [tmp_path / name / "checkpoints" / f"step-{steps:08}" for name in ("whole", "killed")]
     sums = [{(t.name, t.first, t.field): t.checksum for t in read_manifest(path).tensors} for path in paths]
     assert sums[0] == sums[1]
     assert ("rl.asked", 0, "buffer") in sums[0]
