@@ -30,7 +30,7 @@ FIELD = "ahead"  # of a checkpoint's pieces
 
 
 class Ahead:
-    """`behind` are the weights that the answers in `take` are made by. Collective."""
+    """`behind` are the weights that the next answers of `take` are made by. All methods are collective."""
 
     def __init__(self, rig: Rig, task: Curriculum, judge: Judge, topology: Topology | None = None) -> None:
         self._rig, self.behind = rig, Reference(rig)
@@ -44,21 +44,13 @@ class Ahead:
         """Those to question `first` and on, which `begin` has begun; in the first rollout of a process, made now."""
         if self._under_way is None:
             with self.behind.in_place():
-                self._start(first, on_answer)
+                self.begin(first, on_answer)
         assert self._under_way
         answers, self._under_way = self._under_way.result(), None
         return answers
 
     def begin(self, first: int, on_answer: OnAnswer) -> None:
-        """Sample what `take` is to return next by the weights of now, which `behind` has by then."""
-        self._start(first, on_answer)
-
-    def wait(self) -> None:
-        """Until nothing is under way."""
-        if self._under_way:
-            self._under_way.wait()
-
-    def _start(self, first: int, on_answer: OnAnswer) -> None:
+        """Sample what `take` is to return next, by a copy of the weights that are now published."""
         self._rig.optimizer.zero.settle()
         with torch.no_grad():
             own = {**dict(self._copy.model.named_parameters()), **self._copy.model.buffers}
@@ -67,6 +59,11 @@ class Ahead:
         if self._copy.fp8 is not None:
             self._copy.fp8.cache.expire()
         self._under_way = _Task(lambda: self.asker.rollout(first, on_answer), self._rig.mesh.device)
+
+    def wait(self) -> None:
+        """Until nothing is under way."""
+        if self._under_way:
+            self._under_way.wait()
 
 
 class _Task:
