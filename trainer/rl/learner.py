@@ -95,7 +95,7 @@ class Learner:
             for number, part in enumerate(self._minibatches(lessons, step))
             if part  # nothing could be scored
         ]
-        if self.reference and rl.reference_every and _crosses(step, rl.updates, rl.reference_every):
+        if self.reference and rl.reference_every and crosses(step, step + rl.updates, rl.reference_every):
             self.reference.refresh()
         learnt = time.perf_counter()
         if self.ahead:
@@ -176,6 +176,6 @@ class Learner:
                 yield [lessons[i] for i in order[number :: rl.minibatches]]
 
 
-def _crosses(step: int, updates: int, every: int) -> bool:
-    """Whether a multiple of `every` lies among the `updates` steps after `step`."""
-    return (step + updates) // every > step // every
+def crosses(before: int, done: int, every: int) -> bool:
+    """Whether a multiple of `every` is among the updates after `before` up to `done`."""
+    return done // every > before // every

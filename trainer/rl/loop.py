@@ -29,7 +29,7 @@ from dryvine.trainer.rl.asker import Asker
 from dryvine.trainer.rl.figures import rollout_figures, sample_lines
 from dryvine.trainer.rl.harvest import harvest
 from dryvine.trainer.rl.judge import Judge
-from dryvine.trainer.rl.learner import Learner
+from dryvine.trainer.rl.learner import Learner, crosses
 from dryvine.trainer.rl.pictures import draw
 from dryvine.trainer.run_bar import run_bar
 from dryvine.trainer.run_plan import RunPlan
@@ -128,7 +128,7 @@ class _Run:
         outcome = self.learner.rollout(before, self._on_answer)
         point = Point(done - 1, 0, self.rl.questions * self.rl.samples, self.learner.rig.config.data.seq_len)
         figures = {"step": done, "lr": learning_rate(self.learner.rig.config.optim, point), **rollout_figures(outcome)}
-        if _crosses(before, done, self.run.eval_every) or done >= self.run.steps:
+        if crosses(before, done, self.run.eval_every) or done >= self.run.steps:
             figures |= self._evaluate()
         self._write(figures)
         alarms = self.learner.alarms.check(figures)
@@ -162,7 +162,7 @@ class _Run:
     def _save(self, before: int, done: int, figures: Figures, stopped: bool) -> None:
         """Save if it is time, and end the run if its figures require it."""
         last = stopped or done >= self.run.steps or self.learner.alarms.stops
-        if last or _crosses(before, done, self.run.checkpoint_every):
+        if last or crosses(before, done, self.run.checkpoint_every):
             self.saver.begin(done, self.learner.state())
         if self.nonfinite >= self.learner.rig.config.optim.skips:
             self.saver.close()
@@ -173,7 +173,3 @@ class _Run:
                 f"update {done}: alarms in {self.rl.alarms.patience} rollouts in a row, see alarms.jsonl; "
                 'lower optim.lr, or set rl.alarms.action = "warn"'
             )
-
-
-def _crosses(before: int, done: int, every: int) -> bool:
-    return done // every > before // every

@@ -76,18 +76,23 @@ def program(machine: str | None = None) -> bytes | None:
 
 
 def _lines(calls: _Calls) -> Iterator[tuple[int, int, int, int]]:
-    """Operation, lines to skip if true and if false, operand."""
+    """The program, one instruction a line: operation, instructions to skip if true and if false, operand."""
+    # Another architecture numbers its calls differently: kill.
     yield _LOAD, 0, 0, _ARCHITECTURE
     yield _EQUAL, 1, 0, calls.architecture
     yield _RETURN, 0, 0, _KILL
+    # So does x86-64's second numbering (x32): kill.
     yield _LOAD, 0, 0, _NUMBER
     yield _AT_LEAST, 0, 1, _X32
     yield _RETURN, 0, 0, _KILL
+    # clone3: "no such call", so that C libraries fall back to clone.
     yield _EQUAL, 0, 1, _CLONE3
     yield _RETURN, 0, 0, _UNKNOWN
+    # The list: "not permitted".
     for number in calls.refused:
         yield _EQUAL, 0, 1, number
         yield _RETURN, 0, 0, _REFUSE
+    # Everything but clone is allowed, and clone too unless its flags make a namespace.
     yield _EQUAL, 1, 0, calls.clone
     yield _RETURN, 0, 0, _ALLOW
     yield _LOAD, 0, 0, _FIRST_ARGUMENT
