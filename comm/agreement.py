@@ -1,10 +1,10 @@
-"""Whether all ranks were started alike, checked before they train; the error names the odd host and what differs there.
+"""Checks that all ranks were started alike, before they train; the error names the odd host and what differs there.
 
-A host with another config, another checkout or other data trains for days before anybody sees it, or hangs the job in
-its first collective. So each rank states what it is about to do, as names and values, in the store through which the
-ranks meet; rank 0 compares digests, and only if they differ the facts behind them. A rank that cannot even start states
-why, and all ranks end together with that line: the others would else wait for it until their deadline. A collective
-would need a process group, and then one rank that has refused the config would hang the rest.
+A host with another config, another checkout or other data could train for days before anybody notices, or hang the job
+in its first collective. So each rank states what it is about to do, as names and values, in the store through which the
+ranks meet. Rank 0 compares digests, and the facts behind them only if the digests differ. A rank that cannot start
+states why, and all ranks end together with that line, since they would otherwise wait for it until their deadline. A
+collective would need a process group first, and one rank that refuses its config would hang the others there.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from torch.distributed import Store
 
 from dryvine.comm.topology import spans
 
-POLL = 0.2  # seconds between looks at the store: its own wait ends for no signal, and warns when its time is up
-SHOWN = 3  # facts that a message names
+POLL = 0.2  # seconds between polls of the store: its own wait ignores signals, and warns at its timeout
+SHOWN = 3  # the most facts that a message names
 
 Facts = Mapping[str, str]
 
 
 class Statement(NamedTuple):
-    """What a rank says about itself. `refusal` is why a rank cannot start, empty if it can."""
+    """What a rank states. `refusal`: why it cannot start, empty if it can."""
 
     rank: int
     host: str
@@ -47,7 +47,7 @@ def agree(store: Store, world: int, mine: Statement, patience: float) -> None:
     store.set(_of(mine.rank), json.dumps([mine.rank, mine.host, digest, mine.refusal]))
     if mine.rank == 0:
         store.set("verdict", _verdict(store, world, patience))
-    # Rank 0 begins to wait when it has stated; it may come that much later than this rank.
+    # Rank 0 starts waiting after its own statement, which may be that much later than this rank's.
     if not _wait(store, ["verdict"], 2 * patience):
         raise Disagreement(
             f"rank 0 has not compared the ranks in {2 * patience:g} s: its host is gone, or still starts"
@@ -62,7 +62,7 @@ def _of(rank: int) -> str:
 
 
 def _wait(store: Store, keys: list[str], seconds: float) -> bool:
-    """Whether all keys are there by then."""
+    """Whether all keys are in the store within `seconds`."""
     until = time.monotonic() + seconds
     while not store.check(keys):
         if time.monotonic() > until:
@@ -72,7 +72,7 @@ def _wait(store: Store, keys: list[str], seconds: float) -> bool:
 
 
 def _leave_together(store: Store, world: int, rank: int) -> None:
-    """The store ends with rank 0: it stays until the others have read the verdict, 5 s at most."""
+    """The store ends with rank 0, so rank 0 stays until the others have read the verdict, at most 5 s."""
     if store.add("read", 1) == world:
         store.set("all have read", "")
     if rank == 0:
@@ -112,7 +112,7 @@ def _missing(ranks: Sequence[int], world: int, patience: float) -> str:
 
 
 def _refusals(stated: Sequence[_Stated]) -> str:
-    """Those of each reason by the first that has it; no hosts where all refuse alike."""
+    """One line per reason, with the hosts that have it; without hosts if all refuse alike."""
     refused = [each for each in stated if each.refusal]
     if not refused:
         return ""
@@ -124,7 +124,7 @@ def _refusals(stated: Sequence[_Stated]) -> str:
 
 
 def _differences(stated: Sequence[_Stated], facts: Callable[[str], Facts]) -> str:
-    """The ranks that differ from most, or from rank 0 where none are most, with what they have instead."""
+    """The ranks that differ from the majority (or from rank 0 if there is none), and how."""
     counts = Counter(each.digest for each in stated)
     if len(counts) == 1:
         return ""

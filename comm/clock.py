@@ -1,7 +1,7 @@
-"""How far this rank's clock is from rank 0's, so that timelines of several hosts can be laid over each other.
+"""The offset of this rank's clock from rank 0's, so that timelines of several hosts can be overlaid.
 
-`time.perf_counter` starts anywhere. Of a few pings the one with the shortest round trip is used: its middle is when
-rank 0 answered, to within half that trip (Cristian's algorithm). NTP would do as well and is not ours to set up.
+`time.perf_counter` has an arbitrary zero. Of a few pings the one with the shortest round trip is used: rank 0 answered
+at its middle, to within half the trip (Cristian's algorithm). NTP would do as well, but is not ours to set up.
 """
 
 from __future__ import annotations

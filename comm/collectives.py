@@ -1,5 +1,5 @@
-"""Collectives of the training step, each with its deadline and its name; and the two whose names changed: torch 2.13
-deprecates `*_into_tensor` for `*_single`, which 2.11 lacks."""
+"""The collectives of a training step, each with a deadline and a name. They also hide a rename: torch 2.13 deprecates
+`*_into_tensor` for `*_single`, which 2.11 lacks."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ def barrier(watch: Watch | None, what: str, world: dist.ProcessGroup | None = No
 
 
 def reduce_scatter(out: Tensor, full: Tensor, group: dist.ProcessGroup, watch: Watch | None, what: str) -> Posted:
-    """Begin to write this rank's slice of the sum of every rank's `full` to `out`; slices are equal, in rank order."""
+    """Start to write this rank's slice of the sum of all ranks' `full` to `out`; slices are equal, in rank order."""
     call = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
     return _post(lambda: call(out, full, group=group, async_op=True), watch, what, group, out)
 
 
 def all_gather(out: Tensor, part: Tensor, group: dist.ProcessGroup, watch: Watch | None, what: str) -> Posted:
-    """Begin to write every rank's `part` to `out`, in rank order."""
+    """Start to write every rank's `part` to `out`, in rank order."""
     call = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
     return _post(lambda: call(out, part, group=group, async_op=True), watch, what, group, part)
 
 
 def exchange(out: Tensor, full: Tensor, group: dist.ProcessGroup, watch: Watch | None, what: str) -> Posted:
-    """Begin to send each rank its slice of `full`, and to write what the others send to `out`; in rank order."""
+    """Start to send each rank its slice of `full`, and to write what the others send to `out`; in rank order."""
     part = out[: len(out) // group.size()]
     return _post(lambda: dist.all_to_all_single(out, full, group=group, async_op=True), watch, what, group, part)
 
@@ -49,7 +49,7 @@ def exchange(out: Tensor, full: Tensor, group: dist.ProcessGroup, watch: Watch |
 def _post(
     post: Callable[[], dist.Work | None], watch: Watch | None, what: str, group: dist.ProcessGroup, part: Tensor
 ) -> Posted:
-    """A collective in which every other rank of the group owes `part`."""
+    """Post a collective to which every other rank of the group contributes `part`."""
     ranks = dist.get_process_group_ranks(group)
     return Posted(watch, f"{what} over ranks {_spans(ranks)}", _due(ranks, part), lambda: [post()], part.is_cuda)
 
@@ -59,5 +59,5 @@ def _due(ranks: list[int], part: Tensor) -> Due:
 
 
 def _spans(ranks: list[int]) -> str:
-    """The ranks, short: `0, 8, 16, 24` or `0, 1, .. 63`."""
+    """The ranks as short text: `0, 8, 16, 24` or `0, 1, .. 63`."""
     return ", ".join(map(str, ranks)) if len(ranks) <= 8 else f"{ranks[0]}, {ranks[1]}, .. {ranks[-1]}"

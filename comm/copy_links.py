@@ -1,4 +1,4 @@
-"""Memory that the GPUs of a node open to each other, and the streams that fill it: what `CopyWire` is made of."""
+"""Memory that the GPUs of a node open to each other, and the streams that fill it: the parts of `CopyWire`."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Process groups: every communicator of a run is made here, in the same order on every rank.
 
-torch asks that all ranks of the world call `new_group` for every group, members or not, in one order. Letting only
-members meet (`use_local_synchronization`) would be quicker to write; it names groups by how many a rank already has,
-and hangs where nodes are uneven.
+torch requires that all ranks of the world call `new_group` for every group, members or not, in one order. Calling it on
+the members only (`use_local_synchronization`) would be simpler, but torch then names groups by how many a rank already
+has, and hangs where nodes are uneven.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def new_groups(families: Iterable[tuple[int, ...]], timeout: timedelta, sms: int
 
 
 def _within(sms: int, timeout: timedelta) -> dist.ProcessGroupNCCL.Options:
-    """Options of a group whose kernels take at most `sms` SMs: a CTA of NCCL fills one."""
+    """Options for a group whose kernels use at most `sms` SMs: NCCL runs one CTA per SM."""
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timeout
     options.config.max_ctas = sms

@@ -1,11 +1,10 @@
-"""What a process sets on its host: memory that stays, and an end with the process that started it.
+"""Settings of a process on its host: an allocator that keeps memory, and a signal when the parent dies.
 
-Memory: the environment in which CPU ranks start, so that large tensors reuse what was freed.
-
-glibc returns every block above 32 MiB to the kernel when it is freed, and the kernel zeroes its pages on the next use.
-On CPU ranks that costs many times what the copy does: a gather of 58 MB took 46 ms that way and 3 ms into memory that
-had stayed. Buffers of our own would help wire rows only; the allocator helps every tensor. It must be set before a
-process starts: threads that exist already have arenas of their own, which ask for pages again each time.
+Memory: the environment in which CPU ranks start makes large tensors reuse freed memory. glibc returns every block above
+32 MiB to the kernel when it is freed, and the kernel zeroes its pages at the next use. On CPU ranks that costs many
+times the copy itself: a gather of 58 MB took 46 ms into fresh memory and 3 ms into kept memory. Buffers of our own
+would help wire rows only; the allocator helps every tensor. It must be set before a process starts: existing threads
+have arenas of their own, which ask for fresh pages again.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ def stop_with(parent: int) -> None:
 
 
 def available_memory() -> int:
-    """Bytes that new processes can take without another being ended: Linux's own estimate, elsewhere all of it."""
+    """Bytes that new processes can use without another being killed: Linux's own estimate; elsewhere all of it."""
     path = Path("/proc/meminfo")
     if not path.exists():
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,4 +1,4 @@
-"""How messages of a pipeline are addressed: channels and lines. Imports no torch: a plan counts them."""
+"""Addresses of pipeline messages: channels and lines. Imports no torch, since plans count them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ Channel = tuple[int, str]  # (route, "down" | "up")
 
 
 class Line(NamedTuple):
-    """What leaves a pipeline rank on one channel for another arrives there in the same order."""
+    """One channel from one pipeline rank to another; messages on it arrive in the order in which they were sent."""
 
     source: int
     target: int

@@ -1,4 +1,4 @@
-"""Run a function on N ranks of this machine: a file store, and processes forked from one that has torch.
+"""Runs a function on N ranks of this machine: a file store, and processes forked from one that has imported torch.
 
 Tests and `dryvine verify` use it. Importing torch costs seconds per process; a forkserver that has imported it once
 starts eight ranks in a fifth of a second. torchrun would be closer to production and fifty times slower.
@@ -29,8 +29,8 @@ class RankFailed(RuntimeError):
 
 
 def preload(*modules: str) -> None:
-    """Name what ranks need besides torch, so that it is imported once and not by each. Call it before the first
-    `run`."""
+    """Have the forkserver import what ranks need besides torch, once instead of in each rank. Call it before the
+    first `run`."""
     # What making any optimizer imports: two seconds of it.
     lazily = ["torch._dynamo", "torch.distributed.tensor"]
     names = ["__main__", "torch", "torch.distributed", "dryvine.comm.local", *lazily, *modules]

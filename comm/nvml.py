@@ -87,7 +87,7 @@ def _gpu(nvml: ModuleType, handle: object, devices: Sequence[Nic], sysfs: Path) 
 
 
 def _megabytes_of_a_link(nvml: ModuleType, handle: object) -> int:
-    """Each way, a second; 0 where the driver answers none of the fields."""
+    """MB/s each way of one link; 0 if the driver has none of the fields."""
 
     def field(name: str) -> int:
         answer = nvml.nvmlDeviceGetFieldValues(handle, [getattr(nvml, name)])[0]
@@ -97,8 +97,8 @@ def _megabytes_of_a_link(nvml: ModuleType, handle: object) -> int:
 
 
 def _nvlinked(nvml: ModuleType, handles: Sequence[object]) -> bool:
-    """Whether each pair can use NVLink. Asked of the driver: the device at a link's far end, which would tell too, is
-    hidden from a virtual machine."""
+    """Whether each pair can use NVLink, by the driver's peer-to-peer status: the device at a link's far end, which
+    would tell too, is hidden from a virtual machine."""
 
     def joined(one: object, other: object) -> bool:
         status: int = nvml.nvmlDeviceGetP2PStatus(one, other, nvml.NVML_P2P_CAPS_INDEX_NVLINK)
@@ -126,7 +126,7 @@ def _clique(nvml: ModuleType, handle: object) -> str:
 
 
 def _asked(nvml: ModuleType, question: Callable[[], V], otherwise: V) -> V:
-    """The answer, or `otherwise` where this GPU or driver has none."""
+    """The driver's value, or `otherwise` if this GPU or driver has none."""
     try:
         return question()
     except (nvml.NVMLError, AttributeError):

@@ -1,6 +1,6 @@
-"""A result under way: started now, waited for later.
+"""A result in progress: started now, waited for later.
 
-torch's `Work` and `Future` do as much for one collective; a dispatch is several, with tensor math between them.
+torch's `Work` and `Future` do this for one collective; a dispatch is several, with tensor operations between them.
 """
 
 from __future__ import annotations

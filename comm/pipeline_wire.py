@@ -1,8 +1,8 @@
-"""Which wire carries a pipeline's messages: the copy engine between GPUs of one node, torch.distributed elsewhere.
+"""Which wire carries a pipeline's messages: copy engines between GPUs of one node, torch.distributed elsewhere.
 
-And the first use of each NCCL communicator, in one order on all ranks: NCCL connects two ranks at their first message
-and blocks the host until the peer does the same, so two ranks that begin with different channels, as DualPipe's do,
-would wait for each other for ever.
+It also makes the first use of each NCCL communicator, in one order on all ranks. NCCL connects two ranks at their first
+message and blocks the host until the peer does the same, so two ranks that start with different channels, as DualPipe's
+do, would deadlock.
 """
 
 from __future__ import annotations
@@ -113,10 +113,10 @@ def connect(mesh: Mesh, lines: Iterable[Line]) -> None:
 
 
 def connection_order(lines: Iterable[Line]) -> list[Line]:
-    """Any order does that is the same on all ranks: the first line that is not yet connected always has both its ranks
-    on their way to it."""
+    """The lines in an order that is the same on all ranks. Any such order works: both ranks of the first unconnected
+    line are always on their way to it."""
     return sorted(lines)
 
 
 def _unwatched(*_: object) -> None:
-    """In place of `Watch.expect` where there is no watch."""
+    """Stands in for `Watch.expect` where there is no watch."""

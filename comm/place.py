@@ -25,7 +25,7 @@ PORTS = range(20000, 30000)  # below Linux's ephemeral ports
 
 
 class PlaceError(ValueError):
-    """What a launcher set makes no sense: which variable, and what to do."""
+    """The launcher's variables are inconsistent: which one, and what to do."""
 
 
 @dataclass(frozen=True)

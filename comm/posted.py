@@ -1,8 +1,8 @@
-"""Operations of torch.distributed that are posted now and waited for later, with their deadline and their names.
+"""Operations of torch.distributed that are posted now and waited for later, each with a deadline and a name.
 
-On a CPU the host waits, and on a GPU a stream; there the watch's thread keeps the deadline, since no host waits.
-Posting can block too (NCCL connects two ranks at their first message) or fail, so the watch knows of an operation
-before.
+On a CPU the host waits, and on a GPU a stream; there the watch's thread enforces the deadline, since no host waits.
+Posting itself can block (NCCL connects two ranks at their first message) or fail, so the watch is told before an
+operation is posted.
 """
 
 from __future__ import annotations
@@ -16,11 +16,9 @@ from dryvine.comm.watch import Watch
 
 
 class Posted:
-    """What `post` posts is under way from now on. Without `watch` torch's own deadlines apply.
-
-    gloo's wait for a collective can be cut into parts, so that the host hears of a verdict soon; a wait for a message
-    that is cut short breaks the connection, so there `whole` waits are for.
-    """
+    """The operation that `post` posts is in progress from now on. Without `watch`, torch's own deadlines apply. A
+    wait for a gloo collective can be split into short ones, so that the host notices a verdict soon; a wait for a
+    gloo message that times out breaks the connection, so that one must be `whole`."""
 
     def __init__(
         self,

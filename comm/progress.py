@@ -1,8 +1,8 @@
-"""How far a GPU's streams have come, in words of host memory, so that whoever asks never calls CUDA.
+"""How far a GPU's streams have come, as words in host memory, so that nobody has to call CUDA to find out.
 
-A thread that keeps deadlines must have its answer just when something is stuck: a kernel that is being loaded holds the
-driver's lock until the device drains, and the device waits for a peer. An event per operation would also do while
-nothing is stuck. A word costs the host 4 us a mark, and the device nothing.
+The thread that enforces deadlines needs an answer exactly when something is stuck: a kernel that is being loaded holds
+the driver's lock until the device drains, and the device waits for a peer. An event per operation would do only while
+nothing is stuck. A word costs the host 4 us per mark and the device nothing.
 """
 
 from __future__ import annotations

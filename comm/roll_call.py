@@ -1,8 +1,9 @@
-"""Who is gone, who failed, and who has not posted its side: asked of every rank's watch over the job's store.
+"""Finds who is gone, who failed, and who has not posted its side, by asking every rank's watch over the job's store.
 
-In two rounds. First each rank says what it waits for; who does not answer is dead or stopped. Then each says which of
-those operations it should have posted and has not: that rank, and not one that waits for it, is where to look. Counting
-posts by name finds it without a sequence number per communicator, and works for messages as for collectives.
+Two rounds. First each rank says what it waits for; a rank that does not answer is dead or stopped. Then each says which
+of those operations it should have posted and has not: that rank, and not one that waits for it, is the culprit.
+Counting posts by name finds it without a sequence number per communicator, and works for messages as well as
+collectives.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Wanted(NamedTuple):
 
 
 def topic(what: str) -> str:
-    """The same for both sides of a message, whose sender and receiver begin with another word."""
+    """The message's name without "sending" or "receiving" and without the peer: the same on both of its sides."""
     message = what.removeprefix("sending ").removeprefix("receiving ")
     return message.partition(" to rank ")[0].partition(" from rank ")[0]
 
@@ -67,7 +68,7 @@ class RollCallVerdict:
             lost.append(f"rank {', '.join(map(str, silent))} did not answer the roll call: dead or stopped")
         if lost:
             return "; ".join(lost[:SHOWN])
-        # First who waits for nothing: others may owe because they wait themselves.
+        # Ranks that wait for nothing first: others may be late only because they wait themselves.
         late = [rank for rank, state in self.states.items() if state == "computing"]
         late += [*self.owes, *(peer for peer, size in due if size and not self.states[peer].endswith(what))]
         where = "; ".join(self._state(rank) for rank in list(dict.fromkeys(late))[:SHOWN])
@@ -80,7 +81,8 @@ class RollCallVerdict:
 
 
 class RollCall:
-    """This rank's part in the job's one roll call. Store errors pass: a RuntimeError means that its host is gone."""
+    """This rank's part in the roll call, of which a job has one. Errors of the store are ignored: a RuntimeError
+    means that its host is gone."""
 
     def __init__(self, store: Any, rank: int, world: int, grace: float) -> None:
         self.rank, self.world, self.grace = rank, world, grace
@@ -92,7 +94,7 @@ class RollCall:
         return bool(self._store.check(["call"]))
 
     def leave(self) -> None:
-        """This rank parts in order."""
+        """This rank exits in order."""
         self._store.set(f"left/{self.rank}", "1")
 
     def hold(self, state: str, last: str, waiting: Sequence[Wanted], posted: Counter[str]) -> RollCallVerdict:
@@ -114,11 +116,11 @@ class RollCall:
         )
 
     def _owed(self, wanted: Iterable[Wanted], posted: Counter[str]) -> list[str]:
-        """Operations with this rank that others have posted more often than it."""
+        """Operations with this rank that others have posted more often than it has."""
         return [op.what for op in wanted if self.rank in op.peers and posted[topic(op.what)] < op.number]
 
     def _answers(self, key: str, ranks: Iterable[int], grace: float) -> dict[int, Any]:
-        """What each rank has written under `key`, of those that do so in time."""
+        """The values that ranks write under `key` in time, by rank."""
         missing, until = set(ranks), time.monotonic() + grace
         while missing and time.monotonic() < until:
             missing = {rank for rank in missing if not self._store.check([f"{key}/{rank}"])}
@@ -126,7 +128,7 @@ class RollCall:
         return {rank: json.loads(self._store.get(f"{key}/{rank}")) for rank in ranks if rank not in missing}
 
     def fence(self, rank: int) -> None:
-        """End a sibling that is stopped (SIGSTOP): no launcher's polite signal would reach it."""
+        """Kill a sibling that is stopped (SIGSTOP): no launcher's SIGTERM would reach it."""
         host, pid, parent = json.loads(self._store.get(f"who/{rank}"))
         with suppress(OSError, IndexError):
             state, ppid = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]

@@ -1,12 +1,11 @@
-"""A stream that waits for a word of memory, or writes one: CUDA's stream memory operations, by ctypes.
+"""Streams that wait for a word of memory, or write one: CUDA's stream memory operations, by ctypes.
 
-A wait costs no SM: the GPU's front end polls the word, so a message that is awaited early slows no kernel (a receive
-of NCCL spins on as many SMs as it has channels). A write happens once all earlier work of its stream is done and
-visible to the whole system, copies to peers included. torch 2.11 offers the write but not the wait; the packages that
-wrap the driver are not in every build of torch, while the driver's library is wherever there is a GPU.
-
-Words lie in host memory, so that a host can read how far a device has come, and can end a wait that no device will
-ever end: a process whose stream still waits cannot exit (47 s were measured on an H100 with driver 580).
+A wait uses no SM: the GPU's front end polls the word, so a message that is awaited early slows no kernel (NCCL's
+receive spins on as many SMs as it has channels). A write happens once all earlier work of its stream is done and
+visible to the whole system, copies to peers included. torch 2.11 offers the write but not the wait; packages that wrap
+the driver are not in every build of torch, while the driver's library is on every GPU host. The words are in host
+memory, so that a host can read how far a device has come, and can release a wait that no device will: a process whose
+stream still waits cannot exit (47 s measured on an H100 with driver 580).
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ INFINIBAND = Link("InfiniBand", 50.0)
 
 
 class TopologyConfig(BaseModel, frozen=True, extra="forbid"):
-    """`[comm.topology]`: what is left empty is found."""
+    """`[comm.topology]`: empty fields are detected."""
 
     nodes: tuple[int, ...] = Field(default=(), description="ranks on each node, e.g. [8, 8]; empty: found")
     intra: str = Field(default="", description="kind of link inside a node; empty: found")
@@ -126,7 +126,7 @@ def discover(
 
 
 def speed(kind: str) -> float:
-    """GB/s each way that a rank can use of a kind of link; 1.0 for one this table does not know."""
+    """GB/s each way that a rank gets from a kind of link; 1.0 for an unknown kind."""
     table = (LOOPBACK, ETHERNET, NVLINK_H800, INFINIBAND, Link("PCIe", 25.0), Link("RoCE", 50.0))
     return {link.kind.lower(): link.gigabytes for link in table}.get(kind.lower(), 1.0)
 

@@ -30,13 +30,13 @@ from dryvine.comm.progress import Progress, StreamWords
 from dryvine.comm.roll_call import SHOWN, Due, RollCall, RollCallVerdict, Wanted, topic
 
 POLL = 0.5  # seconds between looks at the store
-EXIT = 3.0  # seconds that a process gets to end by itself once the culprit is known
-STUCK = 8.0  # seconds after the deadline that the thread itself may be stuck for
+EXIT = 3.0  # seconds that a process gets to exit by itself once the culprit is known
+STUCK = 8.0  # seconds after the deadline that the thread itself may be stuck
 CODE = 86  # exit code of a process that its watch ended
 
 
 class CommError(RuntimeError):
-    """Ranks were waited for in vain. The message names rank, operation, peer, bytes awaited and who is gone."""
+    """A wait for other ranks failed. The message names rank, operation, peer, bytes awaited and who is gone."""
 
 
 @dataclass(eq=False)
@@ -46,7 +46,7 @@ class Awaited:
     wanted: Wanted
     due: Due
     done: Callable[[], bool]
-    waited: bool = True  # something stands still for it; if not, it has no deadline yet
+    waited: bool = True  # whether something waits for it; before that it has no deadline
     since: float = field(default_factory=time.monotonic)
 
     @property
@@ -103,18 +103,20 @@ class Watch:
         return awaited
 
     def over(self, awaited: Awaited) -> None:
-        """It has ended."""
+        """Note that an operation has ended."""
         self._open.pop(id(awaited), None)
         self._moved = time.monotonic()
 
     def queued(self, awaited: Awaited) -> None:
-        """The current stream of the GPU has been made to wait for it; it has ended once the stream comes past here."""
+        """The GPU's current stream waits for the operation; it counts as ended once the stream has passed this
+        point."""
         assert self.progress is not None
         awaited.done = self.progress.mark()
         awaited.wait_from_now()
 
     def wait(self, awaited: Awaited, work: dist.Work) -> None:
-        """Until it is done, on a CPU; raises CommError when it is late, or somebody else found the job broken."""
+        """Wait on a CPU until the operation is done. Raises CommError if it is late, or if another rank has found
+        the job broken."""
         while not self._done(work):
             if self.verdict or self._late(awaited):
                 raise self.failed(awaited.what, awaited.due, awaited.age)
@@ -131,7 +133,7 @@ class Watch:
 
     @contextmanager
     def breaking(self, awaited: Awaited) -> Iterator[None]:
-        """Where the transport breaks inside, raises CommError with the culprit's name."""
+        """Context in which an error of the transport becomes a CommError that names the culprit."""
         try:
             yield
         except CommError:
@@ -140,7 +142,7 @@ class Watch:
             raise self.failed(awaited.what, awaited.due, awaited.age, broken) from broken
 
     def failed(self, what: str, due: Due, age: float, broken: RuntimeError | None = None) -> CommError:
-        """Have the roll called. Returns the error for this rank's part in it."""
+        """Have the roll called. Returns the error of this rank."""
         self._broken = (what, due, age)
         self._raising.set()
         self._alarm.set()
@@ -149,7 +151,7 @@ class Watch:
         return CommError(verdict.message(self.rank, what, due, age) + (f" ({_brief(broken)})" if broken else ""))
 
     def fail(self, error: BaseException) -> None:
-        """This rank cannot go on: tell the others, who would otherwise learn it at their deadline, and end the
+        """This rank cannot continue: tell the others now, who would otherwise notice at their deadline, and end the
         process."""
         traceback.print_exception(error)
         self._raising.set()
@@ -164,7 +166,7 @@ class Watch:
         self._ending.before(hook)
 
     def close(self) -> None:
-        """Stop watching; called when the ranks part in order."""
+        """Stop watching, when the ranks exit in order."""
         self._closed.set()
         self._thread.join()
         with suppress(RuntimeError):  # the store's host was faster
@@ -182,7 +184,7 @@ class Watch:
         self._ending.postpone()
 
     def _look(self) -> None:
-        """Forget what is done; raise the alarm if something is late."""
+        """Drop operations that are done, and raise the alarm if one is late."""
         for awaited in list(self._open.values()):
             if awaited.done():
                 self.over(awaited)
@@ -199,7 +201,7 @@ class Watch:
             return False
 
     def _end(self) -> None:
-        """Hold the roll call and end the process, unless it ends by itself."""
+        """Hold the roll call and end the process, unless the main thread ends it."""
         waiting = sorted((a for a in self._open.values() if a.waited), key=lambda a: a.since)
         oldest = self._broken or next(((a.what, a.due, a.age) for a in waiting), None)
         doing = f"waiting in {oldest[0]}" if oldest else "computing"
@@ -227,15 +229,15 @@ class Watch:
 
 
 def _brief(broken: RuntimeError) -> str:
-    """What the transport said, without its advice."""
+    """The transport's error message without its advice."""
     return str(broken).partition(". This is")[0].splitlines()[0].rpartition("] ")[2]
 
 
 @contextmanager
 def naming(watch: Watch | None, what: str, due: Due, on_device: bool = False) -> Iterator[None]:
-    """Around a call that returns when its operation has ended, or, `on_device`, when the current stream waits for it.
-    It has a deadline then, and where the transport breaks, CommError is raised with the culprit's name. Without a watch
-    torch's own error passes."""
+    """Context for a call that returns when its operation has ended, or, with `on_device`, when the current stream
+    waits for it. It gets a deadline, and an error of the transport becomes a CommError that names the culprit.
+    Without a watch, torch's own error passes."""
     if watch is None:
         yield
         return

@@ -40,20 +40,18 @@ class Wire(Protocol):
 
 
 class ReceiveBuffers:
-    """Receive buffers that are used again as soon as no tensor refers to their memory.
-
-    Asking the storage, and not the schedule, makes reuse right whatever a stage does with its input: saves it for W,
-    passes it on, sends it. The blocks held are the most that were ever in use at once, which a schedule fixes (see
-    `Executor`). A fresh `torch.empty` per message pages in its memory each time on a CPU: five times the cost
-    for a state of V3's size (4096 x 7168, BF16).
-    """
+    """Receive buffers that are reused as soon as no tensor refers to their memory. Asking the storage, not the
+    schedule, makes reuse safe whatever a stage does with its input: saves it for W, passes it on, sends it. As many
+    blocks are kept as were ever in use at once, which the schedule determines (see `Executor`). On a CPU a fresh
+    `torch.empty` per message pages in its memory each time: five times the cost, for a state of V3's size (4096 x
+    7168, BF16)."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.blocks: list[tuple[Tensor, torch.UntypedStorage]] = []  # uint8, and its memory
 
     def take(self, like: Tensor) -> Tensor:
-        """A tensor of the shape and dtype of `like`, not filled."""
+        """An uninitialised tensor of the shape and dtype of `like`."""
         size = prod(like.shape) * like.element_size()
         block = next((b for b, memory in self.blocks if _unused(memory) and b.numel() >= size), None)
         return (self._grow(size) if block is None else block)[:size].view(like.dtype).view(like.shape)

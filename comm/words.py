@@ -1,8 +1,8 @@
-"""Words that several processes of a node share: how far each of them has come, for hosts and devices to read.
+"""Words shared by several processes of a node: how far each has come, for hosts and devices to read.
 
-A file in /dev/shm, mapped by every rank of a group and, on a GPU, pinned, so that streams wait for its words and write
-them (`stream_values`). In device memory a wait would be as cheap, and a host could neither see what a device waits for
-nor end the wait of a process that must exit.
+They are a file in /dev/shm, mapped by every rank of a group and, on a GPU, pinned, so that streams can wait for the
+words and write them (`stream_values`). In device memory a wait would be as cheap, but a host could neither see what a
+device waits for nor release the wait of a process that must exit.
 """
 
 from __future__ import annotations
@@ -36,11 +36,12 @@ class Words:
         return self._base + 4 * index
 
     def reached(self, index: int, value: int) -> bool:
-        """Whether a wait for `value` would end now."""
+        """Whether a wait for `value` would return now."""
         return int(self.values[index]) >= value
 
     def fulfil(self, indices: Sequence[int]) -> None:
-        """End every wait for these words, now and later. Only for a job that ends: what was waited for is absent."""
+        """Release every wait for these words, now and later. Only for a job that ends: the awaited data is not
+        there."""
         self.values[list(indices)] = FULFILLED
 
 

@@ -1,7 +1,7 @@
-"""One rank's stay in a world of several: joining it, the watch over it, and leaving it, whichever way that goes.
+"""One rank in a world of several: joining it, being watched, and leaving it, in order or after a failure.
 
-What can be left in order is left in order. A rank that fails tells the others and ends at once, without the destructors
-of what it shares with them, which might wait for them.
+A rank that fails tells the others and exits at once, without the destructors of what it shares with them, which might
+wait for them.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ LATER = 60.0  # seconds after the deadline that torch's own runs out on a GPU
 
 
 def set_environment(environment: MutableMapping[str, str]) -> None:
-    """Set what torch and CUDA read when they start, where the user has not."""
+    """Set the variables that torch and CUDA read at their start, unless the user has set them."""
     for name, value in ENVIRONMENT.items():
         environment.setdefault(name, value)
 
 
 def backend(device: str) -> str:
-    """Of a process group whose tensors lie on `device` ("cpu" or "cuda"); objects always travel over gloo."""
+    """The backend of process groups for tensors on `device` ("cpu" or "cuda"); Python objects always go over gloo."""
     return "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
 
 
 def timeout(deadline: float, device: torch.device) -> timedelta:
-    """Of process groups. gloo's is the deadline itself: its waits for messages cannot be cut short by anything else."""
+    """The timeout of process groups. gloo's is the deadline itself: nothing else can end its waits for messages."""
     return timedelta(seconds=deadline + (LATER if device.type == "cuda" else 0.0))
 
 
@@ -77,8 +77,8 @@ def meet(place: LaunchedRank, facts: Facts, refusal: str = "") -> dist.Store | N
 
 
 def tell(place: LaunchedRank, error: ValueError) -> ValueError:
-    """Say to the other ranks that this one cannot start. Returns the error with which all of them end, or this rank's
-    own if it is alone with it. Collective."""
+    """Tell the other ranks that this one cannot start. Returns the error with which all of them end, or this rank's
+    own if it is the only rank. Collective."""
     if isinstance(error, PlaceError | Disagreement):
         return error
     try:
@@ -96,7 +96,7 @@ def _store(place: LaunchedRank, port: int, wait: timedelta) -> dist.TCPStore:
 
 
 def _tell_port(place: LaunchedRank, wait: timedelta) -> dist.TCPStore:
-    """Rank 0 takes a free port and tells it over MPI."""
+    """Rank 0 takes a free port and broadcasts it over MPI."""
     from mpi4py import MPI
 
     served = _store(place, 0, wait) if place.rank == 0 else None

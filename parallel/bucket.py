@@ -1,4 +1,4 @@
-"""A flat bucket: a rank's parameters that have the same copies, their gradients, this rank's shard of the state."""
+"""A flat bucket: parameters that have the same copies, their gradients, and this rank's shard of the state."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class Bucket:
                 yield Piece(name, first + low - at, inside, self.master[inside], self.grad[inside], shape)
 
     def sum(self, watch: Watch | None, what: str) -> Pending[None]:
-        """Begin to sum `grads` over the copies, each rank its shard, and to bring that to where the master is."""
+        """Start to sum `grads` over the copies, each rank its shard, and to copy that to where the master is."""
         summed = self._sum(watch, what)
         return self.host.fetch(summed, self.grad_shard, self.grad) if self.host else summed
 
@@ -122,7 +122,7 @@ class Bucket:
         return Pending(add, posted.ready)
 
     def send(self, shard: Tensor, watch: Watch | None, what: str) -> Pending[None]:
-        """Begin to set the values of every copy from the shards of all of them, FP32 [padded / copies]."""
+        """Start to set the values of every copy from all ranks' shards, FP32 [padded / copies]."""
         own = self.values[self.own]
         if self.host:
             self.host.put(shard, own)
@@ -137,7 +137,7 @@ class Bucket:
 
 @dataclass(frozen=True)
 class BucketMemory:
-    """How buckets are made: the dtype in which gradients travel, and whether masters lie in host memory."""
+    """How buckets are made: the dtype in which gradients are summed, and whether masters are in host memory."""
 
     sums: Sums = "fp32"
     offload: bool = False

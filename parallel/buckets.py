@@ -128,15 +128,16 @@ def _layout(entries: Sequence[BucketEntry]) -> BucketLayout:
 
 
 class BucketTurns(NamedTuple):
-    """Numbers of a rank's buckets, in the order in which their gradients are summed and their weights gathered."""
+    """The numbers of a rank's buckets in the order in which their gradients are summed, and in that in which their
+    weights are gathered."""
 
     sums: tuple[int, ...]
     gathers: tuple[int, ...]
 
 
 def turns(schedule: Schedule, buckets: Sequence[BucketLayout]) -> BucketTurns:
-    """By when a bucket's last copy has all of its gradients, and by when its first one is read, in a step in which all
-    ops cost the same. Of two buckets of a stage, a backward ends with the first."""
+    """The order of sums (when a bucket's last copy has all its gradients) and of gathers (when its first copy is
+    read), in a step in which all ops cost the same. Within a stage, backwards end with the first bucket."""
     first, last = stage_times(simulate(schedule))
 
     def summed(number: int) -> tuple[float, int, Identity]:

@@ -77,7 +77,8 @@ class EdgeWire:
 
 
 class LayerHooks(Protocol):
-    """What goes on beside a schedule with the weights of layers: each is told when, in the stream where it happens."""
+    """Called as a schedule runs, once per layer, in the stream where it happens: for work on weights beside the
+    schedule."""
 
     def begin(self) -> None:
         """A run of the schedule begins."""
@@ -93,7 +94,7 @@ class LayerHooks(Protocol):
 
 
 class NoHooks:
-    """Nothing goes on."""
+    """Does nothing."""
 
     def begin(self) -> None:
         pass
@@ -145,11 +146,11 @@ class Executor:
         return play.end()
 
     def _graphs(self, batch: Batch) -> Graphs | None:
-        """What plays the ops of this batch; None if the host calls their phases one by one."""
+        """The graphs that replay this batch's ops; None if the host calls their phases one by one."""
         if self.graphs is None or not batch.training:
             return None
         if batch.eager or batch.documents is not None or not self.graphs.loaded:
-            # Both ways together would need the activations twice.
+            # Graphs and eager ops together would need the activations twice.
             self.graphs.drop()
             self.graphs.loaded = True
             return None
@@ -187,7 +188,7 @@ class Executor:
         return weave.track(op, stage, flight, state, self.hooks.need, summed)
 
     def _replay(self, graphs: Graphs, op: Op, stage: Stage, flight: Flight, state: State) -> State:
-        """A graph tells nobody where in it a layer begins or ends: all are told before it or after it."""
+        """Replay an op. Hooks cannot run inside a graph: all layers' are called before or after it."""
         layers = dict.fromkeys(phase.layer for phase in stage.phases)
         if op.kind == "F":
             for layer in layers:
@@ -205,8 +206,8 @@ class Executor:
 
 
 def last_gradients(program: RankProgram) -> frozenset[tuple[int, int]]:
-    """(stage, microbatch) of the ops that add the last gradients to each of a rank's stages. Without a stage two of
-    whose ops share its last slot: which of them ends last is not known."""
+    """(stage, microbatch) of the ops that add the last gradients to each of a rank's stages. A stage with two ops in
+    its last slot is left out, since either may end last."""
     ops: dict[int, list[Op]] = {}
     for step in program.steps:
         in_slot: defaultdict[int, list[Op]] = defaultdict(list)
@@ -264,6 +265,6 @@ class _Play:
 
 
 def _let_go(leaving: deque[Pending[None]], limit: int) -> None:
-    """Drop the sends that are gone, and wait for the oldest while more than `limit` are not."""
+    """Drop the sends that have completed, and wait for the oldest while there are more than `limit`."""
     while leaving and (len(leaving) > limit or leaving[0].ready()):
         leaving.popleft().wait()

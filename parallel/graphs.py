@@ -41,7 +41,7 @@ Pool = torch.cuda._POOL_HANDLE  # its number
 
 
 class Graph(Protocol):
-    """What was launched while it was recorded."""
+    """What was launched during one recording."""
 
     def replay(self) -> None: ...
 
@@ -50,16 +50,15 @@ class Recorder(Protocol):
     """Records what a function launches on a device, without running it."""
 
     def pool(self) -> Pool:
-        """Memory for graphs that may use each other's."""
+        """A memory pool for graphs that may share memory."""
         ...
 
     def record(self, run: Callable[[], T], pool: Pool) -> tuple[Graph, T]:
-        """`run()`, whose tensors have memory and, until a replay, no values."""
+        """Record `run()`. Its tensors have memory but, until a replay, no values."""
         ...
 
     def free(self) -> None:
-        """Give the memory of graphs that nobody holds any more, and all else that is unused, back to the device, which
-        must have nothing to do."""
+        """Return unused memory, and that of graphs that nobody holds any more, to the device, which must be idle."""
         ...
 
 
@@ -127,7 +126,7 @@ class Graphs:
         return sum(len(recordings.ops) for stage in self._recorded.values() for recordings in stage)
 
     def begin(self) -> None:
-        """Start a run of a schedule. The device must have nothing to do if this is the first, or constants changed."""
+        """Start a run of a schedule. If it is the first, or constants have changed, the device must be idle."""
         now = self.constants()
         if self._constants != now or not self._recorded:
             self.drop()
@@ -136,7 +135,7 @@ class Graphs:
         self._idle = defaultdict(list, {n: list(range(len(stage))) for n, stage in self._recorded.items()})
 
     def drop(self) -> None:
-        """Forget every graph and give its memory back. The device must have nothing to do."""
+        """Drop every graph and its memory. The device must be idle."""
         self._recorded.clear()
         self.recorder.free()
 

@@ -1,7 +1,7 @@
-"""Copies between a device and host memory, beside what the device computes.
+"""Copies between a device and host memory that run beside the device's compute.
 
-On a GPU the host's memory is pinned and copies run on a stream of their own, by a copy engine; on a CPU there is
-nothing to copy beside, and a copy is made when it is waited for.
+On a GPU the host memory is pinned and copies run on a stream of their own, by a copy engine; on a CPU nothing can run
+beside, and a copy is made when it is waited for.
 """
 
 from __future__ import annotations
@@ -13,17 +13,18 @@ from dryvine.comm.pending import Pending
 
 
 class HostCopies:
-    """Copies of one device, in the order in which they are asked for."""
+    """Copies of one device, in the order of the calls."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def empty(self, like: Tensor) -> Tensor:
-        """Host memory, of zeros, for copies of `like`."""
+        """Zeroed host memory for copies of `like`."""
         return torch.zeros(like.shape, dtype=like.dtype, pin_memory=self._stream is not None)
 
     def fetch(self, made: Pending[None], source: Tensor, target: Tensor) -> Pending[None]:
-        """Copy `source`, on the device, to `target` on the host once `made` is; the host waits for it."""
+        """Copy `source`, on the device, to `target` on the host once `made` is complete. The result's `wait` blocks
+        the host."""
         if self._stream is None:
 
             def copy() -> None:

@@ -153,8 +153,8 @@ def weights(flight: Flight) -> Track:
 
 
 def play(tracks: Sequence[Track], streams: Streams, order: dict[str, PairOrder] | None) -> list[State]:
-    """Run one op, or a pair woven by `order`. Without an order a pair's ops run one by one, each message waited for
-    before the next step. Returns what each track ends with."""
+    """Run one op, or a pair interleaved by `order`. Without an order a pair's ops run one by one, and each message
+    is waited for before the next step. Returns each track's final value."""
     if order is None and len(tracks) > 1:
         return [end for track in tracks for end in play([track], streams, order)]
     for track in tracks:
@@ -172,7 +172,7 @@ def play(tracks: Sequence[Track], streams: Streams, order: dict[str, PairOrder] 
 
 
 def _woven(tracks: Sequence[Track], order: dict[str, PairOrder]) -> Iterable[tuple[Track, Step]]:
-    """The steps of both tracks, unit by unit in the order of the pair's table; the longer track ends alone."""
+    """The steps of both tracks, unit by unit in the order of the pair's table; the rest of the longer track follows."""
     # F first, as in the tables; W has no steps.
     movers = sorted((t for t in tracks if t.kind != "W"), key=lambda t: t.kind == "B")
     place = order[movers[0].kind + movers[1].kind] if len(movers) == 2 else {}

@@ -1,7 +1,7 @@
-"""Blocks of a model to pipeline stages: contiguous, none empty, the most expensive stage as cheap as can be.
+"""Assigns blocks of a model to pipeline stages: contiguous, none empty, with the cheapest possible slowest stage.
 
-Exact, by dynamic programming over a few dozen blocks. The usual "layers divided by stages" leaves the stage with the
-head and the vocabulary as the slowest, and every other rank waits for it on every microbatch.
+Exact, by dynamic programming over a few dozen blocks. The usual "layers divided by stages" makes the stage with the
+head and the vocabulary the slowest, and every other rank waits for it on every microbatch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 
 class _Split(NamedTuple):
-    """The first blocks in stages, compared in this order: the last field only decides between equals."""
+    """The first blocks split into stages. Compared field by field: the last one only breaks ties."""
 
     worst: float  # cost of the most expensive stage
     squares: float  # sum over stages of cost squared

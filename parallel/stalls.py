@@ -1,4 +1,4 @@
-"""How long compute stood still for something that travels beside it."""
+"""Measures how long compute stood still for communication that runs beside it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Stalls:
 
     @contextmanager
     def noted(self) -> Iterator[None]:
-        """Around a wait."""
+        """Context around a wait."""
         if not self._cuda:
             started = time.perf_counter()
             yield

@@ -81,11 +81,11 @@ class Zero:
     # -- sums
 
     def turns(self, schedule: Schedule) -> BucketTurns:
-        """Those of this rank's buckets in a schedule."""
+        """The turns of this rank's buckets in a schedule."""
         return turns(schedule, [bucket.layout for bucket in self.buckets])
 
     def begin(self, turns: BucketTurns) -> None:
-        """A schedule begins, in which `summed` will be told of layers: sums and gathers take these turns."""
+        """Start of a schedule in which `summed` will be called for layers; sums and gathers follow these turns."""
         self._turns, self._to_sum = turns, list(turns.sums)
         self._unsummed = [set(layers) for layers in self._layers]
 
@@ -124,20 +124,20 @@ class Zero:
     # -- new weights
 
     def send(self, number: int, shard: Tensor | None = None) -> None:
-        """Begin to give every copy of a bucket its new values, from the FP32 masters of their owners or from `shard`.
-        All ranks send in the order of `gathers_turn`."""
+        """Start to give every copy of a bucket its new values, from the FP32 masters of their owners or from
+        `shard`. All ranks send in the order of `gathers_turn`."""
         bucket = self.buckets[number]
         values = bucket.master if shard is None else shard
         self._settle(number)
         self._gathers[number] = bucket.send(values, self.mesh.watch, f"gathering the weights of {bucket.layout.name}")
 
     def need(self, layer: str) -> None:
-        """The layer's weights are about to be read in the current stream: wait until they are the new ones."""
+        """Wait, in the current stream, until the layer's weights are the new ones."""
         for number in [number for number in self._gathers if layer in self._layers[number]]:
             self._settle(number)
 
     def settle(self) -> None:
-        """Wait until all weights are the new ones, for whoever reads them outside a forward."""
+        """Wait until all weights are the new ones, for readers outside a forward."""
         for number in list(self._gathers):
             self._settle(number)
 
@@ -159,7 +159,7 @@ HoldersAndReaders = tuple[Holders, tuple[ReadingLayer, ...]]  # of a parameter, 
 def _held(
     parameters: Mapping[str, nn.Parameter], readers: Mapping[str, tuple[ReadingLayer, ...]], mesh: Mesh
 ) -> tuple[dict[str, HoldersAndReaders], set[Holders]]:
-    """Of each of this rank's parameters, and who holds any parameter of the world. Collective."""
+    """Who holds each parameter of the world, for this rank's parameters. Collective."""
     own = [(name, is_expert(parameter), readers[name]) for name, parameter in parameters.items()]
     every = cast(list[list[tuple[str, bool, tuple[ReadingLayer, ...]]]], mesh.gather(own, "parameter names"))
     homes: defaultdict[tuple[str, bool], set[int]] = defaultdict(set)  # pipeline ranks

@@ -64,5 +64,5 @@ class Dispatcher(Protocol[H]):
         ...
 
 
-# A dispatcher whose handles the caller keeps and passes back, whatever they are.
+# A dispatcher with any type of handle; the caller only keeps it and passes it back.
 AnyDispatcher: TypeAlias = Dispatcher[Any]

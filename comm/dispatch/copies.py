@@ -1,7 +1,7 @@
-"""Rows that arrive once per rank, copied to the local experts that want them; and their sum on the way back.
+"""Rows that arrive once per rank, copied to the local experts that need them, and summed on the way back.
 
-`hierarchical` and DeepEP both send a row once to a rank, with the experts of all its choices. What follows is the same
-for both: a copy for each choice that is an expert of this rank, in the canonical order of results, with padding.
+`hierarchical` and DeepEP both send a row once to a rank, with the experts of all its choices. The rest is the same for
+both: a copy for each choice that is an expert of this rank, in the canonical order of results, with padding.
 
 Legend: M arrived rows, K choices of a token, R result rows, X local experts.
 """
@@ -21,7 +21,7 @@ from dryvine.comm.dispatch.routing import Padding, Sum
 
 @dataclass(frozen=True)
 class Copies:
-    """Which arrived row and choice each result row is of."""
+    """The arrived row and the choice that each result row is made from."""
 
     counts: tuple[int, ...]  # result rows of each local expert, with padding
     row: Tensor  # [R] the arrived row of each result row; -1 for padding

@@ -1,8 +1,8 @@
-"""Counts of rows that stay on the device until somebody asks for one.
+"""Row counts that stay on the device until somebody asks for one.
 
-A routing of a single rank has as many rows as it has pairs, whatever the gate chose, so nothing that is sized on the
-host depends on the counts. Read all the same, they would stop the host once a layer and microbatch, and no CUDA graph
-could contain the experts.
+On a single rank there are as many rows as pairs, whatever the gate chose, so nothing that is sized on the host depends
+on the counts. Reading them anyway would stop the host once per layer and microbatch, and no CUDA graph could contain
+the experts.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""DeepEP under the same contract: its kernels move the rows, and what it lacks is reported before a run starts.
+"""DeepEP under the same contract: its kernels move the rows, and missing requirements are reported before a run starts.
 
 V1 (`deep_ep.Buffer`, NVSHMEM), V2 (`ElasticBuffer`) and V2.5 (`EPBuffer`, both on NCCL) differ in constructors and in
-what dispatch returns; only the two `_Port`s below know it. A routing is a dispatch of narrow rows: it returns DeepEP's
-handle and each arrived row's experts, and payloads then follow with the cached handle. DeepEP takes BF16 rows only, so
-a payload (FP8 with scales, routing weights) goes as words that it takes for BF16; that moves no byte more. Rows arrive
-once per rank, and the copies per expert and their sum are made here, as in `hierarchical`.
+what dispatch returns; only the two `_Port`s below know that. A routing is a dispatch of narrow rows: it returns
+DeepEP's handle and the experts of each arrived row, and payloads then follow with the cached handle. DeepEP takes BF16
+rows only, so a payload (FP8 with scales, routing weights) is sent as words reinterpreted as BF16, with no extra bytes.
+Rows arrive once per rank, and the copies per expert and their sum are made here, as in `hierarchical`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ NARROW = 256
 
 
 class _Port(ABC):
-    """One version of DeepEP, reduced to what is used here. `handle` is DeepEP's own, another in each version."""
+    """One version of DeepEP behind one interface. `handle` is DeepEP's own, of another type in each version."""
 
     buffer: Any
 
@@ -88,7 +88,7 @@ class _V2(_Port):
 
 
 def probe() -> tuple[str, str]:
-    """(version, "") of the DeepEP that is installed, or ("", what is lacking)."""
+    """(version, "") of the installed DeepEP, or ("", what is missing)."""
     try:
         module = importlib.import_module("deep_ep")
     except (ImportError, OSError, RuntimeError) as error:

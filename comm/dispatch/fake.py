@@ -60,7 +60,7 @@ class Fake:
         return Pending.done(FakeHandle(local, self._sends(ranks.tolist(), nodes.tolist())))
 
     def _sends(self, for_ranks: Sequence[int], for_nodes: Sequence[int]) -> tuple[int, ...]:
-        """Rows to each rank over both hops, from the tokens that each rank and each node is to get."""
+        """Rows sent to each rank over both hops, given the tokens for each rank and each node."""
         sends = [0] * self.topology.ranks
         here = self.topology.node_of(self.rank)
         for node, tokens in enumerate(for_nodes):

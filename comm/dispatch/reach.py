@@ -1,4 +1,4 @@
-"""Which ranks and nodes the tokens of a rank go to: what two hops are planned from, and their bytes counted by."""
+"""Which ranks and nodes a rank's tokens are sent to: the basis of the two-hop plan, and of counting its bytes."""
 
 from __future__ import annotations
 
