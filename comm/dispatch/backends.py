@@ -12,10 +12,14 @@ from dryvine.comm.topology import Topology
 BACKENDS: dict[str, str] = {
     "flat": "dryvine.comm.dispatch.flat",
     "hierarchical": "dryvine.comm.dispatch.hierarchical",
+    "nvlink": "dryvine.comm.dispatch.nvlink",
     "deepep": "dryvine.comm.dispatch.deepep",
     "mpi": "dryvine.comm.dispatch.mpi",
     "fake": "dryvine.comm.dispatch.fake",
 }
+# Messages that `nvlink` has room for at once: two of a forward and two of a backward, as one is read while the next
+# is written. Their memory is planned.
+WINDOW_SLOTS = 4
 AUTO = "auto"  # let `choose.pick` take one
 
 

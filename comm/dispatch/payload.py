@@ -100,6 +100,8 @@ class Format:
 @kernel_in(KERNELS)
 def gather(rows: Tensor, index: Tensor) -> Tensor:
     """Rows index[i] of [N, ...], zeros where the index is negative."""
+    if not len(rows):
+        return rows.new_zeros((len(index), *rows.shape[1:]))
     picked = rows.index_select(0, index.clamp(min=0))
     holes = (index < 0).nonzero().flatten()
     picked.view(len(picked), prod(picked.shape[1:])).view(torch.uint8).index_fill_(0, holes, 0)

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from dryvine.comm.dispatch.backends import WINDOW_SLOTS
 from dryvine.comm.integers import ceil_div, round_up
 from dryvine.launch.plan.shards import BucketSize, buckets, parameters_of
 from dryvine.launch.plan.traffic import Dispatching
@@ -129,5 +130,6 @@ def _most_messages(steps: tuple[ProgramStep, ...]) -> int:
 
 
 def staging(sent: Dispatching) -> int:
-    """Bytes of wire rows, sent and received, of the largest all-to-all."""
-    return 2 * max(sum(b.values()) for b in (sent.dispatch, sent.combine, sent.dispatch_backward))
+    """Bytes of wire rows, sent and received, of the largest all-to-all; with nvlink, of its slots."""
+    copies = WINDOW_SLOTS if sent.name == "nvlink" else 2
+    return copies * max(sum(b.values()) for b in (sent.dispatch, sent.combine, sent.dispatch_backward))

@@ -76,6 +76,8 @@ def dispatching(config: Config, topology: Topology) -> Dispatching:
     """Traffic of the first rank of the first expert-parallel group. `topology`: that of the world."""
     group, asked = topology.of(range(config.parallel.ep)), config.comm.dispatcher
     name = automatic(group) if asked == AUTO else asked
+    if name == "nvlink" and group.ranks > 1:
+        return _whole_tokens(config, group)
     return _two_hops(config, group, name) if name in ("hierarchical", "deepep", "fake") else _flat(config, group, name)
 
 
@@ -93,6 +95,18 @@ def _flat(config: Config, group: Topology, name: str) -> Dispatching:
     share = config.model.routed // group.ranks
     counts = _sum((link, 8 * (share + 1)) for link in links)
     return Dispatching(name, counts, *(each(size) for size in row_bytes(config, pair_values=1)))
+
+
+def _whole_tokens(config: Config, group: Topology) -> Dispatching:
+    """Every token to every rank, and a row of sums for every token back; tensors lie by themselves, without words."""
+    n, hidden, values = _tokens(config), config.model.hidden, 4 * config.model.top_k
+    plain = hidden * DTYPE_BYTES[config.run.dtype]
+    sent = hidden + ceil_div(hidden, TILE) if config.fp8.fp8_dispatch else plain
+
+    def each(size: int) -> LinkBytes:
+        return _sum((group.link(0, other), n * size) for other in range(group.ranks))
+
+    return Dispatching("nvlink", *map(each, (values, sent + values, plain, sent, plain + values)))
 
 
 def _two_hops(config: Config, group: Topology, name: str) -> Dispatching:

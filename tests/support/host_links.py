@@ -5,12 +5,14 @@ link that is late."""
 from __future__ import annotations
 
 import mmap
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from dryvine.comm.pending import Pending
@@ -83,3 +85,15 @@ def make_room(folder: Path, ranks: int, size: int, words: int) -> None:
     for name, length in (("memory", ranks * size), ("words", 4 * words)):
         with (folder / name).open("wb") as file:
             file.truncate(length)
+
+
+def open_host_links(
+    folder: Path, near: tuple[int, ...], group: dist.ProcessGroup, size: int, words: int, device: torch.device
+) -> HostLinks:
+    """In place of `copy_links.open_links` on CPUs. Collective over the group."""
+    names = [""]
+    if dist.get_rank(group) == 0:
+        names = [tempfile.mkdtemp(dir=folder)]
+        make_room(Path(names[0]), len(near), size, words)
+    dist.broadcast_object_list(names, group=group, group_src=0)
+    return HostLinks(Path(names[0]), len(near), size, words)

@@ -1,0 +1,106 @@
+"""The dispatcher of GPUs that reach each other's memory: tokens are copied to every rank, once, and spread out there.
+
+With 8 choices nearly every token goes to every rank of a small group: to 0.998 of 2 ranks, 0.92 of 4, 0.68 of 8. `flat`
+sends a row for each choice, of 2 ranks four times as many bytes; here each rank copies its rows as they lie, packs
+nothing, and the copy engines need no SM (`windows`). Who wants what follows from everybody's choices (`token_plan`),
+so counts do not travel. Experts' outputs are added up by token where they were made, in FP32, and rounded; the sums
+of the ranks are added in the order of ranks: within the tolerance of `hierarchical`, other bits than `flat`. For
+larger groups copies to ranks that want little are a waste, and DeepEP's or a push of our own would send less.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch.distributed as dist
+from torch import Tensor
+
+from dryvine.comm.copy_links import open_links
+from dryvine.comm.dispatch import flat, token_plan
+from dryvine.comm.dispatch.api import AnyDispatcher
+from dryvine.comm.dispatch.backends import WINDOW_SLOTS
+from dryvine.comm.dispatch.payload import gather
+from dryvine.comm.dispatch.setup import Setup
+from dryvine.comm.dispatch.token_plan import TokenHandle
+from dryvine.comm.dispatch.windows import Expect, Room, Windows, word_count
+from dryvine.comm.integers import round_up
+from dryvine.comm.pending import Pending
+
+
+def build(setup: Setup) -> AnyDispatcher:
+    """`flat` where there is one rank, or where the ranks cannot open their memory to each other. Collective over the
+    group. Raises ValueError for a group that spans nodes."""
+    topology, mesh = setup.group_topology, setup.mesh
+    if len(topology.nodes) > 1:
+        raise ValueError(f"nvlink: the expert-parallel group spans {len(topology.nodes)} nodes; use hierarchical")
+    if mesh is None or mesh.experts is None:
+        return flat.build(setup)
+    size, words = slot_bytes(setup), word_count(topology.ranks)
+    links = open_links(tuple(range(topology.ranks)), mesh.experts, WINDOW_SLOTS * size, words, mesh.device)
+    if links is None:
+        if setup.rank == 0:
+            logging.getLogger(__name__).warning("nvlink: no memory that the ranks could share; flat is used instead")
+        return flat.build(setup)
+    expect: Expect = lambda *_: None  # noqa: E731
+    if mesh.watch:
+        expect = mesh.watch.expect
+        # A process whose stream waits cannot exit.
+        mesh.watch.before_exit(lambda: links.words.fulfil(range(words)))
+    world_ranks = dist.get_process_group_ranks(mesh.experts)
+    windows = Windows(setup.rank, links, size, setup.meter, setup.links, expect, world_ranks)
+    return Nvlink(windows, setup.experts, setup.tokens, setup.alignment)
+
+
+def slot_bytes(setup: Setup) -> int:
+    """Room for the widest rows, and a value for each choice."""
+    ranks, most = setup.group_topology.ranks, setup.tokens
+    # Each of at most three tensors is rounded up by itself.
+    return round_up(ranks * most * (setup.row_bytes + 4 * setup.top_k), 1 << 12) + (1 << 12)
+
+
+class Nvlink:
+    """`Dispatcher` over windows. Ranks hold experts in equal, contiguous shares and dispatch at most `most` tokens."""
+
+    def __init__(self, windows: Windows, experts: int, most: int, alignment: int = 1) -> None:
+        if experts % windows.ranks:
+            raise ValueError(f"experts = {experts} do not divide over {windows.ranks} expert-parallel ranks")
+        self.windows, self.meter = windows, windows.meter
+        self.experts, self.most, self.alignment = experts, most, alignment
+
+    def plan_routing(self, experts_TK: Tensor, label: str = "") -> Pending[TokenHandle]:
+        sent = token_plan.choices_to_send(experts_TK, self.most)
+
+        def read(came: list[Tensor]) -> TokenHandle:
+            return token_plan.plan(came[0], experts_TK, self.windows.rank, self.experts, self.alignment, label)
+
+        return self.windows.start(lambda _: (sent,), (Room.of(sent, self.most),), read, f"routing of {label}")
+
+    def dispatch(
+        self, rows: tuple[Tensor, ...], pairs: Tensor | None, handle: TokenHandle
+    ) -> Pending[tuple[Tensor, ...]]:
+        sent = tuple(t.contiguous() for t in (rows if pairs is None else (*rows, pairs)))
+
+        def read(came: list[Tensor]) -> tuple[Tensor, ...]:
+            spread = [gather(by_rank.flatten(0, 1), handle.token) for by_rank in came[: len(rows)]]
+            return (
+                *spread,
+                *(gather(values.flatten().unsqueeze(1), handle.pair)[:, 0] for values in came[len(rows) :]),
+            )
+
+        rooms = tuple(Room.of(tensor, self.most) for tensor in sent)
+        return self.windows.start(lambda _: sent, rooms, read, f"dispatch of {handle.label}")
+
+    def combine(self, rows: Tensor, pairs: Tensor | None, handle: TokenHandle) -> Pending[tuple[Tensor, ...]]:
+        ranks, choices = self.windows.ranks, handle.owner.shape[1]
+        parts = [handle.partial(rows).view(ranks, self.most, *rows.shape[1:])]
+        if pairs is not None:
+            parts.append(gather(pairs.unsqueeze(1), handle.row).view(ranks, self.most, choices))
+
+        def read(came: list[Tensor]) -> tuple[Tensor, ...]:
+            summed = handle.total(came[0].flatten(0, 1))
+            return (summed, *(values.flatten()[handle.owner] for values in came[1:]))
+
+        rooms = tuple(Room.of(part[0], self.most) for part in parts)
+        return self.windows.start(
+            lambda rank: tuple(part[rank] for part in parts), rooms, read, f"combine of {handle.label}"
+        )

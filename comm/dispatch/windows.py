@@ -1,0 +1,153 @@
+"""Rows of every rank of a group in the memory of every other: how `nvlink` moves them, by copy engines.
+
+Each rank has a few slots, and in a slot a window for each source, in which that rank writes. Message n uses slot
+n mod slots, on all ranks alike:
+
+    source  wait until the target has read message n - slots; copy into its window; flag = n + 1
+    target  wait until the flags of all sources are n + 1; read; tell every source that it has
+
+Waits and flags are queued on streams (`stream_values`), so no host waits, and no SM is taken: NCCL's all-to-all takes
+16 for as long as it runs. A flag and a word of credit for each slot, and not one count for all, allow results to be
+waited for in another order than they were started.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from dryvine.comm.copy_wire import ALIGNMENT, Links, Queue
+from dryvine.comm.dispatch.backends import WINDOW_SLOTS
+from dryvine.comm.dispatch.meter import Meter
+from dryvine.comm.integers import round_up
+from dryvine.comm.pending import Pending
+from dryvine.comm.topology import LinkClass
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Room:
+    """What one tensor takes in a window: at most `rows` rows of this shape."""
+
+    rows: int
+    tail: tuple[int, ...]
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(tensor: Tensor, rows: int) -> Room:
+        return Room(rows, tuple(tensor.shape[1:]), tensor.dtype)
+
+    @property
+    def row_bytes(self) -> int:
+        return prod(self.tail) * self.dtype.itemsize
+
+    def view(self, memory: Tensor, start: int, sources: int) -> Tensor:
+        """[sources, rows, *tail], from byte `start` on."""
+        end = start + sources * self.rows * self.row_bytes
+        return memory[start:end].view(self.dtype).view(sources, self.rows, *self.tail)
+
+    def bytes(self, sources: int) -> int:
+        return round_up(sources * self.rows * self.row_bytes, ALIGNMENT)
+
+
+def word_count(ranks: int, slots: int = WINDOW_SLOTS) -> int:
+    return 2 * slots * ranks * ranks
+
+
+Expect = Callable[[str, tuple[tuple[int, int], ...], Callable[[], bool]], object]
+
+
+class Windows:
+    """Those of rank `rank` of `ranks`. `expect` notes what is awaited, for the deadline: (what, ((world rank, bytes),
+    ...), whether all has come). `classes` are the links to each rank, for the meter."""
+
+    def __init__(
+        self,
+        rank: int,
+        links: Links,
+        slot_bytes: int,
+        meter: Meter,
+        classes: Sequence[LinkClass],
+        expect: Expect,
+        world_ranks: Sequence[int],
+    ) -> None:
+        self.rank, self.links, self.slot_bytes, self.meter = rank, links, slot_bytes, meter
+        self.classes, self.expect, self.world_ranks = classes, expect, world_ranks
+        self._queues: list[Queue] = [links.queue() for _ in classes]
+        self._messages = 0
+
+    @property
+    def ranks(self) -> int:
+        return len(self.classes)
+
+    def start(
+        self,
+        sent: Callable[[int], tuple[Tensor, ...]],
+        rooms: tuple[Room, ...],
+        read: Callable[[list[Tensor]], T],
+        what: str,
+    ) -> Pending[T]:
+        """Copy the tensors `sent(rank)` ([n <= rows, *tail] each) to every rank. The result is what `read` makes, in
+        memory of its own, of what comes from all ranks: a tensor [ranks, rows, *tail] for each room. What lies behind
+        the n rows that a source sent is old. Raises ValueError if the rooms are larger than a slot. Collective and in
+        one order on all ranks, like the calls of a dispatcher."""
+        needed = sum(room.bytes(self.ranks) for room in rooms)
+        if needed > self.slot_bytes:
+            raise ValueError(f"{what}: takes {needed} bytes of a slot of {self.slot_bytes}")
+        number, self._messages = self._messages, self._messages + 1
+        slot, turn = number % WINDOW_SLOTS, number // WINDOW_SLOTS
+        held = [self._put(rank, sent(rank), rooms, slot, turn) for rank in range(self.ranks)]
+        copied = [queue.here() for queue in self._queues]
+        flags = [self._flag(slot, source, self.rank) for source in range(self.ranks)]
+
+        def come() -> bool:
+            return all(self.links.words.reached(flag, turn + 1) for flag in flags)
+
+        size = sum(room.rows * room.row_bytes for room in rooms)
+        others = [w for rank, w in enumerate(self.world_ranks) if rank != self.rank]
+        self.expect(what, tuple((rank, size) for rank in others), come)
+
+        def finish() -> T:
+            caller = self.links.caller()
+            for flag in flags:
+                caller.wait(flag, turn + 1)
+            result = read(self._views(self.rank, rooms, slot))
+            for source in range(self.ranks):
+                caller.write(self._credit(slot, source, self.rank), turn + 1)
+            # What was sent is held until it has left: its memory may not be given to others before.
+            for queue in copied:
+                queue.wait()
+            held.clear()
+            return result
+
+        return Pending(finish, come)
+
+    def _put(self, target: int, tensors: tuple[Tensor, ...], rooms: tuple[Room, ...], slot: int, turn: int) -> object:
+        queue = self._queues[target]
+        queue.after_caller()
+        queue.wait(self._credit(slot, self.rank, target), turn)
+        for tensor, view in zip(tensors, self._views(target, rooms, slot), strict=True):
+            queue.copy(view[self.rank, : len(tensor)], tensor)
+            self.meter.add([self.classes[target]], [len(tensor)], prod(tensor.shape[1:]) * tensor.element_size())
+        queue.write(self._flag(slot, self.rank, target), turn + 1)
+        return tensors
+
+    def _views(self, rank: int, rooms: tuple[Room, ...], slot: int) -> list[Tensor]:
+        """The windows of all sources in a rank's slot."""
+        start, views = slot * self.slot_bytes, []
+        for room in rooms:
+            views.append(room.view(self.links.memory(rank), start, self.ranks))
+            start += room.bytes(self.ranks)
+        return views
+
+    def _flag(self, slot: int, source: int, target: int) -> int:
+        return 2 * ((slot * self.ranks + source) * self.ranks + target)
+
+    def _credit(self, slot: int, source: int, target: int) -> int:
+        return self._flag(slot, source, target) + 1

@@ -1,0 +1,55 @@
+"""Training over `nvlink` is training in one process, its bytes the planned ones. CPU memory stands in for GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from dryvine.comm import local
+from dryvine.comm.dispatch import nvlink
+from dryvine.launch.plan.hardware import load_hardware
+from dryvine.launch.plan.plan import make
+from dryvine.trainer import verify
+from dryvine.trainer.config import Config
+from dryvine.trainer.deviations import deviations
+from dryvine.trainer.run_plan import RunPlan, make_plan
+from tests.support.host_links import open_host_links
+from tests.support.live import RankBytes, measure
+
+Tiny = Callable[..., Config]
+LAYOUTS = [(1, 2, "one_f_one_b"), (2, 2, "dualpipe")]
+
+
+def trained(rank: int, folder: Path, plan: RunPlan) -> verify.RankRun:
+    with mock.patch.object(nvlink, "open_links", partial(open_host_links, folder)):
+        return verify._rank(rank, plan, 2, "cpu")
+
+
+def measured(rank: int, folder: Path, config: Config) -> RankBytes:
+    with mock.patch.object(nvlink, "open_links", partial(open_host_links, folder)):
+        return measure(rank, config)
+
+
+@pytest.mark.parametrize(("pp", "ep", "schedule"), LAYOUTS)
+def test_it_trains_like_one_process(tiny: Tiny, tmp_path: Path, pp: int, ep: int, schedule: str) -> None:
+    config = tiny(f"parallel.pp={pp}", f"parallel.ep={ep}", f"parallel.schedule={schedule}", "comm.dispatcher=nvlink")
+
+    def started(plan: RunPlan, steps: int, device: str) -> list[verify.RankRun]:
+        return local.run(trained, plan.config.parallel.world, tmp_path, plan)
+
+    alone = verify.play(verify.alone(config), steps=2)
+    with mock.patch.object(verify, "_started", started):
+        found = deviations(alone, verify.play(config, steps=2))
+    assert len(list(tmp_path.glob("tmp*"))) == pp, "an expert-parallel group shared no memory"
+    assert not [d for d in found if not d.fine]
+
+
+def test_its_bytes_are_planned(tiny: Tiny, tmp_path: Path) -> None:
+    config = tiny("parallel.ep=2", "comm.dispatcher=nvlink")
+    plan = make(make_plan(config), load_hardware("cpu"))
+    for found in local.run(measured, 2, tmp_path, config):
+        assert found.sent == {link: size for link, size in plan.dispatch_bytes_of(0).items() if size}
