@@ -146,9 +146,9 @@ def measure(rank: int, topology: Topology, shape: CommShape, cases: list[Case]) 
     place = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     mesh = make_mesh(Layout(ep=topology.ranks), place, timedelta(seconds=600))
     names = dict.fromkeys(case.backend for case in cases)
-    dispatchers = {
-        name: make_dispatcher(name, Setup(shape.experts, mesh, topology, top_k=shape.top_k)) for name in names
-    }
+    most, row = max(case.tokens for case in cases), 2 * shape.hidden
+    setup = Setup(shape.experts, mesh, topology, top_k=shape.top_k, tokens=most, row_bytes=row)
+    dispatchers = {name: make_dispatcher(name, setup) for name in names}
     return [_measured(case, shape, dispatchers[case.backend], mesh) for case in cases]
 
 

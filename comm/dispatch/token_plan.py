@@ -68,7 +68,7 @@ def plan(choices_WMK: Tensor, own_TK: Tensor, rank: int, experts: int, alignment
         label=label,
         counts=padding.counts,
         pair=pair,
-        token=torch.where(pair < 0, -1, pair // top_k),
+        token=pair // top_k,  # rounds down: -1 stays -1
         row=row,
         partial=Sum.plan(ascending // top_k, row[ascending], ranks * most, min(top_k, share)),
         total=Sum.even(own[:, None] + sources[None, :]),

@@ -5,6 +5,7 @@ Ranks are threads, their memory a file that all map, their copy engines threads 
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -166,6 +167,37 @@ def test_more_messages_than_slots_in_any_order_of_waits(tmp_path: Path, slow: di
             assert torch.equal(came, want[:, None, None].expand(3, 2, 1))
 
 
+def test_no_message_is_overwritten_before_it_is_read(tmp_path: Path) -> None:
+    """Rank 0 starts three turns of messages at once; rank 1 reads them one by one, slowly."""
+    node = Node(tmp_path, 2)
+
+    def one(rank: int) -> list[float]:
+        windows, room = node.windows(rank), Room(1, (), torch.float32)
+        pending = []
+        found = []
+        for number in range(3 * WINDOW_SLOTS):
+            sent = torch.tensor([float(number)])
+            pending.append(
+                windows.start(lambda _, s=sent: (s,), (room,), lambda came: float(came[0][0, 0]), f"message {number}")
+            )
+            if rank == 1:
+                time.sleep(0.005)
+                found.append(pending.pop().wait())
+        return found + [each.wait() for each in pending]
+
+    assert node.run(one) == [[float(number) for number in range(3 * WINDOW_SLOTS)]] * 2
+
+
+def test_most_addends_of_a_sum(tmp_path: Path) -> None:
+    """A GPU's kernel is unrolled so often: as many as a token's choices, or this rank's experts if they are fewer."""
+    node, chosen = Node(tmp_path, 2), torch.arange(3).expand(4, 3)
+    for experts, most in ((4, 2), (8, 3)):
+        plans = node.run(lambda rank, experts=experts: node.nvlink(rank, experts).plan_routing(chosen).wait())
+        assert [plan.partial.most for plan in plans] == [most, most]
+        assert [plan.total.most for plan in plans] == [2, 2]
+        make_room(node.folder, 2, node.size, node.words)
+
+
 def test_bytes_are_those_of_tokens_and_not_of_choices(tmp_path: Path) -> None:
     node = Node(tmp_path, 2)
 
@@ -219,8 +251,8 @@ def test_a_row_too_wide_for_a_slot_is_an_error(tmp_path: Path) -> None:
 
 
 def test_slots_hold_the_widest_message() -> None:
-    setup = Setup(experts=8, topology=by_sizes([4]), tokens=33, row_bytes=20, top_k=3)
-    rooms = [Room(33, (5,), torch.float32), Room(33, (3,), torch.float32), Room(33, (1,), torch.uint8)]
+    setup = Setup(experts=8, topology=by_sizes([4]), tokens=1025, row_bytes=20, top_k=3)
+    rooms = [Room(1025, (5,), torch.float32), Room(1025, (3,), torch.float32), Room(1025, (1,), torch.uint8)]
     assert nvlink.slot_bytes(setup) >= sum(room.bytes(4) for room in rooms[:2])
     assert nvlink.slot_bytes(setup) >= sum(room.bytes(4) for room in rooms[1:])
 
