@@ -22,7 +22,7 @@ from dryvine.comm.dispatch.backends import WINDOW_SLOTS
 from dryvine.comm.dispatch.payload import gather
 from dryvine.comm.dispatch.setup import Setup
 from dryvine.comm.dispatch.token_plan import TokenHandle
-from dryvine.comm.dispatch.windows import Expect, Room, Windows, word_count
+from dryvine.comm.dispatch.windows import Expect, WindowRows, Windows, word_count
 from dryvine.comm.integers import round_up
 from dryvine.comm.pending import Pending
 
@@ -73,7 +73,7 @@ class Nvlink:
         def read(came: list[Tensor]) -> TokenHandle:
             return token_plan.plan(came[0], experts_TK, self.windows.rank, self.experts, self.alignment, label)
 
-        return self.windows.start(lambda _: (sent,), (Room.of(sent, self.most),), read, f"routing of {label}")
+        return self.windows.start(lambda _: (sent,), (WindowRows.of(sent, self.most),), read, f"routing of {label}")
 
     def dispatch(
         self, rows: tuple[Tensor, ...], pairs: Tensor | None, handle: TokenHandle
@@ -87,7 +87,7 @@ class Nvlink:
                 *(gather(values.flatten().unsqueeze(1), handle.pair)[:, 0] for values in came[len(rows) :]),
             )
 
-        rooms = tuple(Room.of(tensor, self.most) for tensor in sent)
+        rooms = tuple(WindowRows.of(tensor, self.most) for tensor in sent)
         return self.windows.start(lambda _: sent, rooms, read, f"dispatch of {handle.label}")
 
     def combine(self, rows: Tensor, pairs: Tensor | None, handle: TokenHandle) -> Pending[tuple[Tensor, ...]]:
@@ -100,7 +100,7 @@ class Nvlink:
             summed = handle.total(came[0].flatten(0, 1))
             return (summed, *(values.flatten()[handle.owner] for values in came[1:]))
 
-        rooms = tuple(Room.of(part[0], self.most) for part in parts)
+        rooms = tuple(WindowRows.of(part[0], self.most) for part in parts)
         return self.windows.start(
             lambda rank: tuple(part[rank] for part in parts), rooms, read, f"combine of {handle.label}"
         )

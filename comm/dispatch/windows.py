@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Room:
+class WindowRows:
     """What one tensor takes in a window: at most `rows` rows of this shape."""
 
     rows: int
@@ -40,8 +40,8 @@ class Room:
     dtype: torch.dtype
 
     @staticmethod
-    def of(tensor: Tensor, rows: int) -> Room:
-        return Room(rows, tuple(tensor.shape[1:]), tensor.dtype)
+    def of(tensor: Tensor, rows: int) -> WindowRows:
+        return WindowRows(rows, tuple(tensor.shape[1:]), tensor.dtype)
 
     @property
     def row_bytes(self) -> int:
@@ -89,7 +89,7 @@ class Windows:
     def start(
         self,
         sent: Callable[[int], tuple[Tensor, ...]],
-        rooms: tuple[Room, ...],
+        rooms: tuple[WindowRows, ...],
         read: Callable[[list[Tensor]], T],
         what: str,
     ) -> Pending[T]:
@@ -128,7 +128,9 @@ class Windows:
 
         return Pending(finish, come)
 
-    def _put(self, target: int, tensors: tuple[Tensor, ...], rooms: tuple[Room, ...], slot: int, turn: int) -> object:
+    def _put(
+        self, target: int, tensors: tuple[Tensor, ...], rooms: tuple[WindowRows, ...], slot: int, turn: int
+    ) -> object:
         queue = self._queues[target]
         queue.after_caller()
         queue.wait(self._credit(slot, self.rank, target), turn)
@@ -138,7 +140,7 @@ class Windows:
         queue.write(self._flag(slot, self.rank, target), turn + 1)
         return tensors
 
-    def _views(self, rank: int, rooms: tuple[Room, ...], slot: int) -> list[Tensor]:
+    def _views(self, rank: int, rooms: tuple[WindowRows, ...], slot: int) -> list[Tensor]:
         """The windows of all sources in a rank's slot."""
         start, views = slot * self.slot_bytes, []
         for room in rooms:

@@ -23,7 +23,7 @@ from dryvine.comm.dispatch.flat import Flat
 from dryvine.comm.dispatch.meter import Meter
 from dryvine.comm.dispatch.nvlink import Nvlink
 from dryvine.comm.dispatch.setup import Setup
-from dryvine.comm.dispatch.windows import Room, Windows, word_count
+from dryvine.comm.dispatch.windows import WindowRows, Windows, word_count
 from dryvine.comm.mesh import Layout, make_mesh
 from dryvine.comm.topology import by_sizes
 from tests.comm.test_dispatch_hypothesis import Boards, cases, check_order, on_ranks, there_and_back
@@ -150,7 +150,7 @@ def test_more_messages_than_slots_in_any_order_of_waits(tmp_path: Path, slow: di
             pending = [
                 windows.start(
                     lambda target, n=n: (torch.full((2, 1), 100.0 * n + 10 * rank + target),),
-                    (Room(2, (1,), torch.float32),),
+                    (WindowRows(2, (1,), torch.float32),),
                     lambda came: came[0].clone(),
                     f"message {n}",
                 )
@@ -172,7 +172,7 @@ def test_no_message_is_overwritten_before_it_is_read(tmp_path: Path) -> None:
     node = Node(tmp_path, 2)
 
     def one(rank: int) -> list[float]:
-        windows, room = node.windows(rank), Room(1, (), torch.float32)
+        windows, room = node.windows(rank), WindowRows(1, (), torch.float32)
         pending = []
         found = []
         for number in range(3 * WINDOW_SLOTS):
@@ -245,14 +245,18 @@ def test_too_many_tokens_and_a_choice_made_twice_are_refused(tmp_path: Path) -> 
 
 
 def test_a_row_too_wide_for_a_slot_is_an_error(tmp_path: Path) -> None:
-    windows, room = Node(tmp_path, 2).windows(0), Room(200_000, (), torch.float32)
+    windows, room = Node(tmp_path, 2).windows(0), WindowRows(200_000, (), torch.float32)
     with pytest.raises(ValueError, match="dispatch of x: takes 1600000 bytes of a slot of 131072"):
         windows.start(lambda _: (torch.zeros(1),), (room,), lambda came: came, "dispatch of x")
 
 
 def test_slots_hold_the_widest_message() -> None:
     setup = Setup(experts=8, topology=by_sizes([4]), tokens=1025, row_bytes=20, top_k=3)
-    rooms = [Room(1025, (5,), torch.float32), Room(1025, (3,), torch.float32), Room(1025, (1,), torch.uint8)]
+    rooms = [
+        WindowRows(1025, (5,), torch.float32),
+        WindowRows(1025, (3,), torch.float32),
+        WindowRows(1025, (1,), torch.uint8),
+    ]
     assert nvlink.slot_bytes(setup) >= sum(room.bytes(4) for room in rooms[:2])
     assert nvlink.slot_bytes(setup) >= sum(room.bytes(4) for room in rooms[1:])
 
