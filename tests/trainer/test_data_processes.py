@@ -47,6 +47,7 @@ def test_a_process_that_is_killed_ends_the_build_with_a_line(tmp_path: Path, mon
 
     def kill(stage: str, done: int, total: int) -> None:
         if stage == "tokenizing" and workers[1].process.poll() is None:
+            assert os.getpgid(workers[1].process.pid) != os.getpgid(0), "Ctrl-C is for the build alone"
             os.kill(workers[1].process.pid, signal.SIGKILL)
 
     with pytest.raises(DataError, match=r"exit code -9 .*fewer --processes"):
