@@ -99,7 +99,10 @@ def measure(folder: str, cap: int, new: int) -> dict[str, Any]:
                 break
             time.sleep(0.01)
         row: dict[str, Any] = json.loads(process.stdout.readline())
-    return row | {"cap": cap, "resident": peak - before, "within": peak - before <= 1.15 * cap}
+    row |= {"cap": cap, "resident": peak - before, "within": peak - before <= 1.15 * cap}
+    # Rows of a run that somebody ends are not lost.
+    print(json.dumps({name: value for name, value in row.items() if name != "tokens"}), file=sys.stderr, flush=True)
+    return row
 
 
 def main() -> None:

@@ -10,7 +10,17 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from dryvine.launch import bench_comm, checkpoint_cli, data_cli, generate_cli, hand_off_cli, launch_cli, rl_cli
+from dryvine.launch import (
+    bench_comm,
+    checkpoint_cli,
+    data_cli,
+    eval_cli,
+    generate_cli,
+    hand_off_cli,
+    launch_cli,
+    prune_cli,
+    rl_cli,
+)
 from dryvine.launch.data_peek_cli import peek
 from dryvine.launch.data_quality_cli import dedup, stats
 from dryvine.launch.demos_cli import demos
@@ -47,7 +57,9 @@ app.command()(rl_cli.sft)
 app.command()(rl_cli.rl)
 app.command()(generate_cli.generate)
 app.command()(generate_cli.chat)
+app.command("eval")(eval_cli.evaluate)
 app.command()(hand_off_cli.export)
+app.command()(prune_cli.prune)
 app.command()(check_verifier)
 app.command("import")(hand_off_cli.import_)
 

@@ -3,40 +3,27 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 from rich.console import Console
 
-from dryvine.launch.data_cli import progress_bar
+from dryvine.launch.open_model import Device, Dtype, ExpertMemory, HowToCompute, Model, Tokenizer, open_model
 
 if TYPE_CHECKING:
     from dryvine.trainer.data.tokenizer import Vocabulary
     from dryvine.trainer.generate.dialogue import Dialogue
-    from dryvine.trainer.generate.open import WeightSource
-    from dryvine.trainer.generate.paged import ExpertPages
     from dryvine.trainer.generate.requests import Completion, Request
     from dryvine.trainer.generate.sampler import Sampler
     from dryvine.trainer.hand_off.tokenizer_files import TokenizerFiles
 
-Model = Annotated[
-    str, typer.Argument(help="A run folder, RUN@STEP, or a folder of exported or released weights.", show_default=False)
-]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Of an answer, at most.")]
 Temperature = Annotated[float, typer.Option(min=0, help="0: always the best token.")]
 TopP = Annotated[float, typer.Option(min=0.0, max=1, help="Sample among the fewest tokens of so much probability.")]
 Seed = Annotated[int, typer.Option(help="The same seed, the same text.")]
-Dtype = Annotated[Literal["auto", "fp32", "bf16"], typer.Option(help="auto: bf16 on a GPU, fp32 on a CPU.")]
-Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option()]
-ExpertMemory = Annotated[
-    str, typer.Option(help="2GiB, 500MB: read experts when they are asked for, and keep so much of them. CPU only.")
-]
-Tokenizer = Annotated[Path | None, typer.Option(help="A tokenizer.json, or its folder.  [default: the model's]")]
 
 
 def generate(
@@ -57,14 +44,15 @@ def generate(
 ) -> None:
     """Continue texts. All prompts are decoded side by side; a single one is streamed. Tokens depend on the seed, the
     prompt and the weights only: not on the other prompts nor on their order."""
+    from dryvine.trainer.generate.dialogue import document
     from dryvine.trainer.generate.requests import Request
 
     asked = list(_lines(prompts or [""]))
-    opened = _open(model, HowToCompute(dtype, device, expert_memory), tokenizer)
+    opened = open_model(model, HowToCompute(dtype, device, expert_memory), tokenizer)
     sampler, files = opened.sampler, opened.files
     stop = frozenset({files.vocabulary.end})
     requests = [
-        Request(_prompt(files, text), max_tokens, temperature, top_p, seed + i, stop, number)
+        Request(document(files.vocabulary, text), max_tokens, temperature, top_p, seed + i, stop, number)
         for number, text in enumerate(asked)
         for i in range(samples)
     ]
@@ -105,7 +93,7 @@ def chat(
     Ctrl-C ends an answer; /new starts a new conversation; an empty line or Ctrl-D exits."""
     from dryvine.trainer.generate.requests import Request
 
-    opened = _open(model, HowToCompute(dtype, device, expert_memory), tokenizer)
+    opened = open_model(model, HowToCompute(dtype, device, expert_memory), tokenizer)
     sampler, source = opened.sampler, opened.source
     dialogue = source.dialogue(opened.files)
     first = [{"role": "system", "content": system}] if system else []
@@ -127,69 +115,12 @@ def chat(
         seed += 1
 
 
-class HowToCompute(NamedTuple):
-    """Options that say how to compute."""
-
-    dtype: str
-    device: str
-    expert_memory: str
-
-
-class Opened(NamedTuple):
-    """A loaded model with its tokenizer."""
-
-    source: WeightSource
-    sampler: Sampler
-    files: TokenizerFiles
-    pages: ExpertPages | None
-
-
-def _open(model: str, ways: HowToCompute, tokenizer: Path | None) -> Opened:
-    """Load a model. Errors that can be found without reading weights are raised first."""
-    import torch
-
-    from dryvine.trainer.generate.open import load, open_weights
-    from dryvine.trainer.generate.paged import ExpertPages, paged_experts
-    from dryvine.trainer.generate.sampler import Sampler
-
-    memory = _bytes(ways.expert_memory) if ways.expert_memory else None
-    on_gpu = ways.device == "cuda" or (ways.device == "auto" and torch.cuda.is_available() and memory is None)
-    if on_gpu and memory is not None:
-        raise typer.BadParameter("--expert-memory is for a CPU: add --device cpu")
-    numbers = torch.bfloat16 if ways.dtype == "bf16" or (ways.dtype == "auto" and on_gpu) else torch.float32
-    source = open_weights(model)
-    files = source.tokenizer(tokenizer)
-    pages = None if memory is None else ExpertPages(source, numbers, memory)
-    with progress_bar(Console(stderr=True)) as on_progress:
-        loaded = load(source, numbers, torch.device("cuda" if on_gpu else "cpu"), on_progress, experts=pages is None)
-    experts = None if pages is None else paged_experts(loaded, pages)
-    return Opened(source, Sampler.alone(loaded, experts=experts), files, pages)
-
-
-def _bytes(text: str) -> int:
-    """Parse 2GiB, 500MB, 1e9. Raises BadParameter."""
-    found = re.fullmatch(r"([\d.]+(?:e\d+)?)\s*(?:([KMGT])(i?)B?|B)?", text.strip(), re.IGNORECASE)
-    try:
-        number, unit, binary = float(found[1]), found[2], found[3]  # type: ignore[index]
-    except (TypeError, ValueError):
-        raise typer.BadParameter(f"--expert-memory {text!r}: write 2GiB or 500MB") from None
-    power = "KMGT".index(unit.upper()) + 1 if unit else 0
-    return int(number * (1024 if binary else 1000) ** power)
-
-
 def _lines(prompts: Sequence[str]) -> Iterator[str]:
     for prompt in prompts:
         if prompt == "-":
             yield from (line.rstrip("\n") for line in sys.stdin)
         else:
             yield prompt
-
-
-def _prompt(files: TokenizerFiles, text: str) -> tuple[int, ...]:
-    """Tokens of a text as a document starts in training: after the end token of the previous one."""
-    from dryvine.trainer.generate.dialogue import plain
-
-    return (files.vocabulary.end, *plain(files.vocabulary, text))
 
 
 class Streamed(NamedTuple):

@@ -14,7 +14,10 @@ from dryvine.launch.data_cli import progress_bar
 
 RunArgument = Annotated[str, typer.Argument(help="A run folder, or RUN@STEP.", show_default=False)]
 Format = Annotated[Literal["hf", "gguf"], typer.Option(help="hf: transformers, vLLM. gguf: llama.cpp, ollama.")]
-Dtype = Annotated[Literal["fp32", "bf16", "fp8-block"], typer.Option(help="Numbers of --format hf.")]
+Dtype = Annotated[
+    Literal["fp32", "bf16", "fp8-block", "int8", "int4"],
+    typer.Option(help="Numbers of --format hf. int8, int4: for dryvine generate, chat and eval alone."),
+]
 Quant = Annotated[Literal["f32", "bf16", "f16", "q8_0", "q4_k"], typer.Option(help="Numbers of --format gguf.")]
 Ragged = Annotated[
     bool, typer.Option("--ragged", help="fp8-block also where blocks of 128 do not divide; transformers misreads it.")

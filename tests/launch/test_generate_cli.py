@@ -68,6 +68,42 @@ def test_chat_answers_line_by_line_until_an_empty_one(tmp_path: Path) -> None:
     assert said.startswith(other.rstrip("\n").split("> ")[0])
 
 
+def interrupt(monkeypatch: pytest.MonkeyPatch, token: int) -> None:
+    """Ctrl-C as that token is written, once."""
+    more, seen = Stream.more, []
+
+    def interrupted(stream: Stream, tokens: list[int]) -> str:
+        seen.append(len(tokens))
+        if len(seen) == token:
+            raise KeyboardInterrupt
+        return more(stream, tokens)
+
+    monkeypatch.setattr(Stream, "more", interrupted)
+
+
+def test_ctrl_c_keeps_what_was_written_and_tells_by_the_exit_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_of(small(), tmp_path / "run")
+    words = ("generate", str(tmp_path / "run"), "def f", "--max-tokens", "9", "--temperature", "0")
+    whole = invoke(*words)[1]
+    interrupt(monkeypatch, 4)
+    code, said = invoke(*words)
+    assert code == 130
+    assert whole.startswith(said.rstrip("\n"))
+    assert len(said) > len("def f")
+
+
+def test_ctrl_c_ends_an_answer_of_a_chat_and_the_next_one_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_of(small(), tmp_path / "run")
+    interrupt(monkeypatch, 3)
+    code, said = invoke("chat", str(tmp_path / "run"), "--max-tokens", "6", stdin="hello\nhello again\n\n")
+    assert code == 0
+    assert said.count("\n") >= 2
+
+
 def test_what_a_user_types_is_never_a_control_token(tmp_path: Path) -> None:
     files = tokenizer_of(run_of(small(), tmp_path / "run"))
     template = "{% for m in messages %}{{ '<|endoftext|>' + m['role'] + ':' + m['content'] }}{% endfor %}"

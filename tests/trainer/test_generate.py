@@ -18,6 +18,7 @@ from dryvine.trainer.generate import decoder
 from dryvine.trainer.generate.requests import Completion, Request
 from dryvine.trainer.generate.sampler import Room, Sampler
 from dryvine.trainer.generate.sampling import Ways, sample, uniforms
+from dryvine.trainer.generate.score import Passage
 from dryvine.trainer.model.decoder import Model
 from dryvine.trainer.model.shape import Yarn
 from tests.support.generate import largest_difference, training_forward
@@ -110,6 +111,27 @@ def test_a_long_prompt_is_fed_in_pieces_to_the_same_result(monkeypatch: pytest.M
     (pieces,) = sampler_of(model).generate([request])
     assert torch.equal(whole.tokens, pieces.tokens)
     assert largest_difference(model, pieces) < 1e-5
+
+
+@pytest.mark.parametrize("slots", [1, 3, 512])
+def test_texts_are_scored_as_they_were_sampled(slots: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = filled(tiny())
+    monkeypatch.setattr(decoder, "STRETCH", 7)
+    made = [Request(r.prompt, r.max_tokens, 1.0, seed=r.seed, group=r.group) for r in requests_of(24)]
+    made += [Request(r.prompt, 9, 0.0, seed=r.seed) for r in made[:6]]
+    completions = sorted(sampler_of(model).generate(made), key=lambda c: (c.request.prompt, c.request.temperature))
+    passages = [Passage((*c.request.prompt, *c.tokens.tolist()), len(c.request.prompt)) for c in completions]
+    scores = list(sampler_of(model, slots).score(passages))
+    for completion, score in zip(completions, scores, strict=True):
+        assert (completion.logprobs - score.logprobs).abs().max() < 1e-5
+        assert completion.request.temperature > 0 or score.best.all()
+    assert not all(score.best.all() for score in scores)
+
+
+@pytest.mark.parametrize("passage", [Passage((1,)), Passage((1, 2), 2), Passage((1, 2), 0), Passage((1,) * 66)])
+def test_a_passage_that_cannot_be_scored_is_refused(passage: Passage) -> None:
+    with pytest.raises(ValueError, match="a passage of"):
+        list(sampler_of(filled(tiny(max_position=64))).score([passage]))
 
 
 def test_the_next_token_is_the_updated_models() -> None:

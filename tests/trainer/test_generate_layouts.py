@@ -15,6 +15,7 @@ from dryvine.trainer import verify
 from dryvine.trainer.config import Config
 from dryvine.trainer.generate.requests import Completion, Request
 from dryvine.trainer.generate.sampler import Room, Sampler
+from dryvine.trainer.generate.score import Passage
 from tests.support.rig import go, rig_of
 
 Tiny = Callable[..., Config]
@@ -59,18 +60,36 @@ def plain(completions: Iterator[Completion]) -> list[Plain]:
     return sorted(made, key=lambda one: one.request.seed)
 
 
-def rollouts(rank: int, config: Config) -> list[list[Plain]]:
-    """For `local.run`: with the initial weights, with four slots only, and after a step of training."""
+class Ranked(NamedTuple):
+    """What a rank has made: answers with the initial weights, with four slots only, after a step of training; and
+    scores of texts that are given, with the initial weights."""
+
+    before: list[Plain]
+    few: list[Plain]
+    after: list[Plain]
+    scores: list[NDArray[np.float64]]
+
+
+def passages() -> list[Passage]:
+    """Of mixed lengths; some begin as the one before."""
+    begun = tuple(range(5, 17))
+    texts = [begun[:2], *((*begun, *range(n, 2 * n)) for n in range(1, 8)), tuple(range(20, 44)), begun[:5]]
+    return [Passage(text, max(1, len(text) - 9)) for text in texts]
+
+
+def rollouts(rank: int, config: Config) -> Ranked:
+    """For `local.run`."""
     rig = rig_of(config)
     sampler = Sampler.of_rig(rig)
+    scores = [np.stack((score.logprobs.numpy(), score.best.numpy())) for score in sampler.score(passages())]
     before = plain(sampler.generate(requests()))
     few = plain(Sampler.of_rig(rig, Room(slots=4)).generate(requests()))
     go(rig, 1)
-    return [before, few, plain(sampler.generate(requests()))]
+    return Ranked(before, few, plain(sampler.generate(requests())), scores)
 
 
 @cache
-def alone(config: Config) -> list[list[Plain]]:
+def alone(config: Config) -> Ranked:
     return rollouts(0, config)
 
 
@@ -89,11 +108,14 @@ def test_a_layout_generates_what_one_process_generates(tiny: Tiny, pp: int, ep: 
     config = tiny('run.out="unused"', "optim.lr=1e-2", *ranks)
     each = local.run(rollouts, pp * ep * dp, config)
     reference = alone(verify.alone(config))
-    assert any((a.logprobs[0] != b.logprobs[0]) for a, b in zip(reference[0], reference[2], strict=True))
-    for before, few, after in each:
-        assert_same(before, reference[0], 1e-5)
-        assert_same(few, reference[0], 1e-5)
-        assert_same(after, reference[2], 1e-4)
+    assert any((a.logprobs[0] != b.logprobs[0]) for a, b in zip(reference.before, reference.after, strict=True))
+    assert [one.shape[1] for one in reference.scores] == [len(text) - first for text, first in passages()]
+    for one in each:
+        assert_same(one.before, reference.before, 1e-5)
+        assert_same(one.few, reference.before, 1e-5)
+        assert_same(one.after, reference.after, 1e-4)
+        for ours, theirs in zip(one.scores, reference.scores, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
     for other in each[1:]:
-        for ours, theirs in zip(each[0], other, strict=True):
-            assert_same(ours, theirs, 0)
+        for mine, theirs in zip(each[0][:3], other[:3], strict=True):
+            assert_same(mine, theirs, 0)

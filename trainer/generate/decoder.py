@@ -12,7 +12,7 @@ Legend: S sequences, H hidden, N tokens, M MoE layers of the model, K choices pe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -56,6 +56,7 @@ class Span(NamedTuple):
 
 
 Caches = dict[tuple[int, int], Cache]  # of this rank: by wave and stage
+Reader = Callable[[int, Feed, Tensor], None]  # lane, what was fed, states [N, H] behind the last stage
 
 
 class Decoder:
@@ -98,14 +99,22 @@ class Decoder:
             cache.clear(slot)
 
     @torch.no_grad()
-    def prefill(self, caches: Caches, pieces: Mapping[int, Sequence[Stretch]]) -> None:
-        """Feed tokens to lanes without sampling."""
+    def prefill(self, caches: Caches, pieces: Mapping[int, Sequence[Stretch]], read: Reader | None = None) -> None:
+        """Feed tokens to lanes without sampling. `read` gets the states behind the last stage, on the rank that has
+        them."""
         rounds = {lane: list(_rounds(some, self.budget)) for lane, some in pieces.items()}
         for number in range(max(map(len, rounds.values()), default=0)):
             now = {lane: some[number] for lane, some in rounds.items() if number < len(some)}
             waves = sorted({lane % self.waves for lane in now})
             device, rope = self.mesh.device, self.spec.rope
-            self._pass(caches, {wave: prefill_feed(now.get(self._lane(wave), ()), rope, device) for wave in waves})
+            feeds = {wave: prefill_feed(now.get(self._lane(wave), ()), rope, device) for wave in waves}
+            for wave, states_NH in self._pass(caches, feeds).items():
+                if read is not None and len(states_NH):
+                    read(self._lane(wave), feeds[wave], states_NH)
+
+    def logits(self, x_NH: Tensor) -> Tensor:
+        """FP32 [N, V], of the last stage's states."""
+        return self.parts[len(self.routes[0]) - 1].logits(x_NH)
 
     @torch.no_grad()
     def step(self, caches: Caches, steps: Sequence[LaneStep]) -> list[Drawn]:
@@ -202,8 +211,7 @@ class Decoder:
     def _draw(self, x_SH: Tensor, step: LaneStep) -> Drawn:
         if step.ways is None:
             return Drawn(np.zeros(0, np.int64), np.zeros(0))
-        logits_SV = self.parts[len(self.routes[0]) - 1].logits(x_SH)
-        tokens, logprobs = sample(logits_SV, step.ways, (step.positions + 1).astype(np.uint64))
+        tokens, logprobs = sample(self.logits(x_SH), step.ways, (step.positions + 1).astype(np.uint64))
         return Drawn(tokens.cpu().numpy(), logprobs.double().cpu().numpy())
 
     def _exchange(self, drawn: Mapping[int, Drawn], sizes: Sequence[int]) -> list[Drawn]:

@@ -100,6 +100,11 @@ def plain(vocabulary: Vocabulary, text: str) -> list[int]:
     return vocabulary.encode([TextPart(None, text)])[0] if text else []
 
 
+def document(vocabulary: Vocabulary, text: str) -> tuple[int, ...]:
+    """As documents begin in training: behind the end of the one before."""
+    return (vocabulary.end, *plain(vocabulary, text))
+
+
 def text_of(vocabulary: Vocabulary, tokens: Sequence[int]) -> str:
     """Decode tokens, leaving out control tokens."""
     return str(vocabulary.tokenizer.decode(list(tokens), skip_special_tokens=True))

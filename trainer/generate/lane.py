@@ -88,7 +88,7 @@ class Lane:
             request, shared = answer.request, 0
             other = first.setdefault(request.group, slot) if request.group is not None else slot
             if other != slot:
-                shared = _common(self.live[other].request.prompt[:-1], request.prompt[:-1])
+                shared = common(self.live[other].request.prompt[:-1], request.prompt[:-1])
                 joined.shared.append((other, slot, shared))
             if shared < len(request.prompt) - 1:
                 joined.feed.append(Stretch(slot, shared, request.prompt[shared:-1]))
@@ -126,7 +126,7 @@ class Lane:
         self._positions = np.array([len(a.request.prompt) + len(a.tokens) - 1 for a in self.live], np.int64)
 
 
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
+def common(one: Sequence[int], other: Sequence[int]) -> int:
     """The length of the common prefix of two sequences."""
     pairs = zip(one, other, strict=False)
     return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from dryvine.comm.dispatch.single_rank import SingleRank
+from dryvine.trainer.checkpoint.run_folder import step_of
 from dryvine.trainer.data.spec import OnProgress
 from dryvine.trainer.generate.dialogue import Dialogue, TemplateDialogue, TunedDialogue
 from dryvine.trainer.hand_off.errors import HandOffError
@@ -47,6 +48,11 @@ class WeightSource:
     read: Read
     biases: dict[str, Tensor]  # of gates, that a slice does not name
     run: OpenRun | None
+
+    @property
+    def step(self) -> int | None:
+        """Of a run's checkpoint."""
+        return step_of(self.run.stored.path) if self.run else None
 
     def tokenizer(self, given: Path | None) -> TokenizerFiles:
         """`given`, or that of the run or folder. Raises HandOffError or DataError."""

@@ -18,6 +18,7 @@ from dryvine.trainer.generate.lane import Until
 from dryvine.trainer.generate.layers import ToExperts
 from dryvine.trainer.generate.requests import Completion, Request
 from dryvine.trainer.generate.rollout import LaneRoom, Rollout
+from dryvine.trainer.generate.score import Passage, Score, Scorer
 from dryvine.trainer.generate.stage import CachedStage
 from dryvine.trainer.model.decoder import Model
 from dryvine.trainer.rig import Rig
@@ -72,6 +73,11 @@ class Sampler:
         What is wrong with one request, or raised by `until` for it, ends that one with reason "failed". To stop, drop
         the iterator."""
         return Rollout(self._decoder, self._room, iter(requests), until, self._cancelled).completions()
+
+    def score(self, passages: Iterable[Passage]) -> Iterator[Score]:
+        """Log-probabilities of texts that are given, in their order. Raises ValueError for one that the model cannot
+        read: empty, or longer than its positions."""
+        return Scorer(self._decoder, self._room).scores(passages)
 
     def cancel(self, *requests: Request) -> None:
         """End these requests before their next token. Call it between two completions, and on every rank between the

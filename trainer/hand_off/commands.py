@@ -10,6 +10,7 @@ from rich.console import Console
 from torch import Tensor
 
 from dryvine.trainer.data.spec import OnProgress
+from dryvine.trainer.hand_off import integers
 from dryvine.trainer.hand_off.check import ReaderComparison, compare, prompts, table
 from dryvine.trainer.hand_off.encodings import Encoding
 from dryvine.trainer.hand_off.errors import HandOffError
@@ -83,6 +84,8 @@ def need_gguf() -> None:
 def check_export(run: OpenRun, out: Path, ways: ExportAs, text: Path | None, console: Console) -> bool:
     """Print a table of the readers that are installed. Returns whether all of them agree with our forward; False,
     with the reason printed, if none is installed."""
+    if ways.dtype in integers.BITS:
+        raise HandOffError(f"--check: no other program opens {ways.dtype}; measure it with dryvine eval")
     check_files(run, out, ways)
     found = [(made, at) for made in READERS[ways.format] if (at := installed(made.package))]
     if not found:

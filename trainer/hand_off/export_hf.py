@@ -139,9 +139,9 @@ def _write_rest(
     dtype = "float32" if encoding.dtype == "fp32" else "bfloat16"
     config = config_json(shape) | {"dtype": dtype, "torch_dtype": dtype, "eos_token_id": end, "pad_token_id": end}
     config |= {"bos_token_id": None, "use_cache": True}
-    if encoding.dtype == "fp8-block":
-        kept = encoding.kept_plain({place.theirs: place for place in places(shape)})
-        config["quantization_config"] = quantization_config(kept)
+    kept = encoding.kept_plain({place.theirs: place for place in places(shape)})
+    if (quantized := quantization_config(encoding.dtype, kept)) is not None:
+        config["quantization_config"] = quantized
     write_json(folder / "config.json", config)
     if len(shards) > 1:
         where = {name: shard.name for shard in shards for name in shard.tensors}

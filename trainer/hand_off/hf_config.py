@@ -18,6 +18,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, Field, ValidationError
 
 from dryvine.trainer.hand_off.errors import HandOffError
+from dryvine.trainer.hand_off.integers import OURS
 from dryvine.trainer.model.shape import Shape, Yarn
 
 EPS = 1e-6  # of the norms of the latents, whatever rms_norm_eps says: fixed in the released code and in transformers
@@ -126,6 +127,14 @@ class _FP8Json(BaseModel, extra="ignore"):
     weight_block_size: tuple[Literal[128], Literal[128]]
 
 
+class _IntegersJson(BaseModel, extra="forbid"):
+    """`integers.py`."""
+
+    quant_method: Literal["dryvine-blocks"]
+    bits: Literal[4, 8]
+    block: Literal[32]
+
+
 class ConfigJson(BaseModel, extra="allow", strict=True, allow_inf_nan=False):
     """The keys that change the computation, with the only values that we implement."""
 
@@ -183,6 +192,7 @@ class HfConfig(BaseModel, frozen=True):
 
     shape: Shape
     fp8: bool  # weights may be in FP8 blocks of 128 x 128
+    bits: int | None  # of Linears that are our integers
     unknown: tuple[str, ...]  # keys that nothing here reads
 
 
@@ -206,13 +216,16 @@ def read_config(path: Path) -> HfConfig:
 
 def _understood(tree: dict[str, object]) -> HfConfig:
     config = ConfigJson.model_validate(tree)
-    if config.quantization_config is not None:
-        _FP8Json.model_validate(config.quantization_config)
+    quantized, bits = config.quantization_config, None
+    if quantized is not None and quantized.get("quant_method") == OURS:
+        bits = _IntegersJson.model_validate(quantized).bits
+    elif quantized is not None:
+        _FP8Json.model_validate(quantized)
     for wrong, message in _conflicts(config):
         if wrong:
             raise HandOffError(message)
     unknown = tuple(sorted(tree.keys() - ConfigJson.model_fields.keys() - _IDLE))
-    return HfConfig(shape=_shape(config), fp8=config.quantization_config is not None, unknown=unknown)
+    return HfConfig(shape=_shape(config), fp8=quantized is not None and bits is None, bits=bits, unknown=unknown)
 
 
 def _conflicts(c: ConfigJson) -> Iterator[tuple[bool, str]]:

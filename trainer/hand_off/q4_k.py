@@ -28,7 +28,7 @@ def quantize(rows: Floats) -> Bytes:
 
 def _blocks(x: Floats) -> Bytes:
     """[B, 8, 32] -> [B, 144]."""
-    scale, low = _fit(x)
+    scale, low = fit(x)
     d, d_low = (values.max(-1, keepdims=True) / 63 for values in (scale, low))
     d, d_low = (values.astype(np.float16) for values in (d, d_low))
     scale6, low6 = _six_bits(scale, d), _six_bits(low, d_low)
@@ -40,8 +40,8 @@ def _blocks(x: Floats) -> Bytes:
     return np.concatenate(parts, axis=-1)
 
 
-def _fit(x: Floats) -> tuple[Floats, Floats]:
-    """Scale and low, both at least 0, of each sub-block: [B, 8] each."""
+def fit(x: Floats) -> tuple[Floats, Floats]:
+    """Scale and low, both at least 0, of each sub-block of 32 numbers, on the last axis."""
     bottom, top = np.minimum(x.min(-1), 0), x.max(-1)
     span = top - bottom
     best_scale, best_low = span / 15, -bottom

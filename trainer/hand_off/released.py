@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dryvine.trainer.hand_off import integers
 from dryvine.trainer.hand_off.encodings import SCALE, dequantize
 from dryvine.trainer.hand_off.errors import HandOffError
 from dryvine.trainer.hand_off.export_hf import INDEX
@@ -54,12 +55,34 @@ class ReleasedWeight:
 
 
 @dataclass(frozen=True)
+class IntegerWeight:
+    """One of their tensors as integers in blocks: its parts, by what their names end in."""
+
+    entry: Entry
+    parts: dict[str, Entry]
+
+    def rows(self, piece: Slice) -> Tensor:
+        """FP32, in the slice's shape. Raises HandOffError if a number is not finite."""
+        found = {}
+        for end, entry in self.parts.items():
+            width = entry.shape[1]
+            found[end] = read(entry, piece.first * width, piece.rows * width).view(piece.rows, width)
+        wide = integers.dequantize(found, piece.cols)
+        if not wide.isfinite().all():
+            raise HandOffError(f"{self.entry.file}: {self.entry.name} holds numbers that are not finite")
+        return wide
+
+
+Readable = ReleasedWeight | IntegerWeight
+
+
+@dataclass(frozen=True)
 class Released:
     """A folder that has exactly the tensors that its config.json calls for."""
 
     folder: Path
     config: HfConfig
-    weights: dict[str, ReleasedWeight]  # by their name
+    weights: dict[str, Readable]  # by their name
     without_mtp: bool  # config.json has MTP layers, the files have none
 
     @property
@@ -74,9 +97,11 @@ def open_released(folder: Path) -> Released:
     _plausible(folder, config.shape, len(left))
     without_mtp = config.shape.mtp_depth > 0 and not _has_mtp(config.shape, left)
     shape = config.shape.model_copy(update={"mtp_depth": 0}) if without_mtp else config.shape
-    weights = {}
+    weights: dict[str, Readable] = {}
     for place in places(shape):
-        if not place.copy or place.theirs in left:
+        if config.bits and place.linear:
+            weights[place.theirs] = _take_integers(folder, place, left, config.bits)
+        elif not place.copy or place.theirs in left:
             weights[place.theirs] = _take(folder, place, left, config.fp8)
     _refuse_left_over(left, shape)
     released = Released(folder, config, weights, without_mtp)
@@ -156,6 +181,20 @@ def _take(folder: Path, place: Mapped, left: dict[str, Entry], fp8: bool) -> Rel
     return ReleasedWeight(entry, scales)
 
 
+def _take_integers(folder: Path, place: Mapped, left: dict[str, Entry], bits: int) -> IntegerWeight:
+    """Take all parts of a weight out of what is left."""
+    parts = {}
+    for end, (dtype, shape) in integers.announced(bits, *place.shape).items():
+        name = place.theirs + end
+        if (entry := left.pop(name, None)) is None:
+            raise HandOffError(f"{folder}: has no {name} (our {place.ours}), which config.json promises")
+        if (entry.dtype, entry.shape) != (dtype, shape):
+            has = f"{entry.dtype} {list(entry.shape)}"
+            raise HandOffError(f"{entry.file}: {name}: is {has}, and {bits} bits need {dtype} {list(shape)}")
+        parts[end] = entry
+    return IntegerWeight(parts[""], parts)
+
+
 def _check_scales(place: Mapped, entry: Entry, scales: Entry | None, fp8: bool) -> None:
     if not place.linear:
         raise HandOffError(f"{entry.file}: {entry.name}: is in FP8, which released checkpoints keep to Linears")
@@ -191,6 +230,6 @@ def _check_copies(released: Released, shape: Shape) -> None:
                 )
 
 
-def _pairs(main: ReleasedWeight, copy: ReleasedWeight, ours: Mapped, theirs: Mapped) -> Iterator[tuple[Tensor, Tensor]]:
+def _pairs(main: Readable, copy: Readable, ours: Mapped, theirs: Mapped) -> Iterator[tuple[Tensor, Tensor]]:
     for one, other in zip(slices(ours), slices(theirs), strict=True):
         yield main.rows(one), copy.rows(other)

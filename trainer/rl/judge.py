@@ -21,8 +21,6 @@ from dryvine.trainer.rl.verifiers.length import soft_overlong
 from dryvine.trainer.rl.verifiers.pool import Pool
 from dryvine.trainer.rl.verifiers.verdict import Job, Verdict, weighted
 
-CORRECT = 1.0  # the score of an answer that is right
-
 
 @dataclass(frozen=True)
 class Judged:
@@ -93,5 +91,4 @@ class Judge:
         reward = weighted(question.weights, verdicts) if answered else None
         if reward is not None and self.rl.overlong == "penalty":
             reward += soft_overlong(len(completion.tokens), self.rl.max_tokens, self.rl.overlong_buffer)
-        correct = (verdicts[question.deciding].score or 0.0) >= CORRECT
-        return Judged(completion, text, verdicts, reward, correct)
+        return Judged(completion, text, verdicts, reward, verdicts[question.deciding].right)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+RIGHT = 1.0  # the score of an answer that is right
 SECONDS = 10.0  # that one answer may take, where its verifier says nothing else
 
 
@@ -21,6 +22,11 @@ class Verdict:
 
     score: float | None
     why: str = ""
+
+    @property
+    def right(self) -> bool:
+        """For pass@k. What could not be scored is not."""
+        return (self.score or 0.0) >= RIGHT
 
 
 @dataclass(frozen=True)
