@@ -26,7 +26,7 @@ CHUNK = 1 << 24  # bytes read at a time when a file is checked
 
 
 class Place(NamedTuple):
-    """What a stored tensor is of the run: see `StoredTensor`."""
+    """What a stored tensor holds, see `StoredTensor`."""
 
     name: str
     first: int
@@ -73,7 +73,7 @@ def _sync(file: BinaryIO) -> None:
 
 
 def damage(path: Path, manifest: Manifest, file: str) -> Iterator[str]:
-    """What is wrong with a file of the checkpoint `path`: nothing if it has the bytes that the manifest says."""
+    """What is wrong with a file of the checkpoint `path`; nothing if it has the bytes that the manifest says."""
     where, expected = path / file, manifest.files[file]
     try:
         with where.open("rb") as opened:
@@ -123,7 +123,7 @@ def _header(stored: list[StoredTensor], codes: list[str]) -> bytes:
 
 
 def encoded_header(entries: Mapping[str, object]) -> bytes:
-    """What a safetensors file begins with: length and JSON, padded with blanks to a multiple of 8 bytes."""
+    """The start of a safetensors file: length and JSON, padded with blanks to a multiple of 8 bytes."""
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

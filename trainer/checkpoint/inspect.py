@@ -1,6 +1,7 @@
-"""What a checkpoint is, whether it is sound, and where two of them differ: for people, without any rank.
+"""What `dryvine checkpoint` prints: what a checkpoint holds, whether it is intact, and where two differ. Needs no
+ranks.
 
-Everything here reads through `reader.CheckpointReader`, so both formats and any two layouts can be asked and compared.
+Everything reads through `reader.CheckpointReader`, so both formats and any two layouts can be inspected and compared.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Listed(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """Of a parameter's field, or a buffer, in two checkpoints."""
+    """The difference in a parameter's field, or a buffer, between two checkpoints."""
 
     what: str  # "layers.3.attention.o.weight: exp_avg"
     elements: int  # that differ
@@ -47,7 +48,7 @@ class Difference(NamedTuple):
 
 @dataclass(frozen=True)
 class Comparison:
-    """What two checkpoints hold, and where it differs."""
+    """What two checkpoints hold, and where they differ."""
 
     only_first: list[str]  # "w: ema"
     only_second: list[str]
@@ -71,7 +72,7 @@ def damage(reader: CheckpointReader, on_read: OnRead) -> Iterator[str]:
 
 
 def experts(manifest: Manifest) -> dict[str, int]:
-    """How many experts each stack of experts has stored. Format 1 does not know them: nothing."""
+    """How many experts each stack of experts has stored; nothing for format 1, which does not record it."""
     pieces = manifest.pieces()
     return {
         name: sum(piece.elements for piece in pieces[name, "master"]) // math.prod(shape[1:])
@@ -129,7 +130,7 @@ def _difference(first: CheckpointReader, second: CheckpointReader, name: str, fi
 
 
 def _same_checksums(first: Manifest, second: Manifest, name: str, field: str) -> bool:
-    """Whether both hold the same bytes in the same pieces, as far as checksums say."""
+    """Whether both have the same pieces with equal checksums."""
     mine, other = (
         {(t.first, t.checksum) for t in manifest.tensors if (t.name, t.field) == (name, field)}
         for manifest in (first, second)

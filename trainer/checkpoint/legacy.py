@@ -1,8 +1,8 @@
-"""Checkpoints of format 1, torch's distributed checkpoint: read as if they had a manifest. Nothing writes them.
+"""Checkpoints of format 1 (torch's distributed checkpoint), read as if they had a manifest. Nothing writes them.
 
-Their index is a pickle, and unpickling a file from elsewhere runs what its author liked. So it is read by an unpickler
-that knows the dozen types of such an index and refuses every other name, and the tensors by torch's own restricted
-one. `dcp.load` would do the former without a restriction.
+Their index is a pickle, and unpickling an untrusted file can run any code. So it is read by an unpickler that knows the
+dozen types of such an index and refuses every other name, and the tensors by torch's own restricted one. `dcp.load`
+would unpickle the index without a restriction.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class _Extent(Protocol):
 
 
 class _IndexUnpickler(pickle.Unpickler):
-    """Knows the types of an index, and nothing that does anything."""
+    """Knows only the types of an index, none of which runs code."""
 
     def find_class(self, module: str, name: str) -> object:
         if (module, name) in _CLASSES or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
@@ -84,8 +84,8 @@ class LegacyReader:
         return whole[part] if tensor.shape else whole
 
     def damage(self, file: str) -> Iterator[str]:
-        """What is wrong with a file: there are no checksums, so only what cannot be read. And what is not finite, which
-        this format did store."""
+        """What is wrong with a file: without checksums, only that it cannot be read, or holds values that are not
+        finite."""
         for tensor in self.manifest.in_file(file):
             try:
                 if not bool(self.read(tensor, slice(None)).isfinite().all()):

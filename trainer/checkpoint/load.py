@@ -1,8 +1,8 @@
 """Loading into any layout: every rank reads the parts of stored pieces that overlap its own.
 
-Nothing is loaded before all of the checkpoint is known to be sound and of this model: ranks share the files out among
-them, compare every checksum, and tell each other. The price is that most bytes are read twice, the second time mostly
-from the page cache.
+Before anything is loaded, the whole checkpoint is checked: ranks share the files out among them, compare every
+checksum, and exchange the results. The price is that most bytes are read twice, the second time mostly from the page
+cache.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class NewestSound(NamedTuple):
 
 
 class _Read(NamedTuple):
-    """A part of a stored tensor, and where it goes."""
+    """A part of a stored tensor, and its destination."""
 
     tensor: StoredTensor
     part: slice
@@ -48,8 +48,8 @@ class _Read(NamedTuple):
 
 
 def newest_sound(folder: Path, mesh: Mesh, on_damage: OnDamage) -> NewestSound:
-    """The newest checkpoint of a run folder, all of it verified. A damaged one raises CheckpointError, or with
-    "previous" is set aside and the one before is taken. Collective."""
+    """The newest checkpoint of a run folder, fully verified. A damaged one raises CheckpointError, or with
+    "previous" is set aside and the one before is used. Collective."""
     passed_over: list[str] = []
     while path := cast(list[Path | None], mesh.gather(run_folder.newest(folder), "the newest checkpoint"))[0]:
         try:
@@ -108,7 +108,7 @@ def load(
 
 
 def _raise_first(mesh: Mesh, own: str) -> None:
-    """Raise on all ranks what is wrong on any of them."""
+    """Raise on all ranks the first error of any rank."""
     if wrong := next((said for said in mesh.gather(own, "what is wrong with a checkpoint") if said), None):
         raise CheckpointError(str(wrong))
 
@@ -138,7 +138,8 @@ def _piece_reads(manifest: Manifest, state: RunState, missing: Collection[str]) 
 
 
 def _field_reads(stored: StoredPieces, name: str, field: str, first: int, size: int, live: Tensor) -> Iterator[_Read]:
-    """What fills `live`, a field of a parameter's elements first..first+size. They must all be stored."""
+    """The reads that fill `live`, a field of a parameter's elements first..first+size. Raises if not all of them are
+    stored."""
     found = 0
     for tensor, part in overlaps(stored, name, field, first, size):
         found += part.stop - part.start

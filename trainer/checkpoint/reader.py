@@ -23,7 +23,7 @@ from dryvine.trainer.checkpoint.run_folder import newest
 
 
 class CheckpointReader(Protocol):
-    """A checkpoint. All of it raises CheckpointError with the file's name."""
+    """An open checkpoint. All methods raise CheckpointError with the file's name."""
 
     @property
     def path(self) -> Path:

@@ -47,14 +47,14 @@ def newest(folder: Path) -> Path | None:
 
 
 def clear_unfinished(folder: Path) -> None:
-    """Delete what dead runs have left half-written or half-deleted."""
+    """Delete what killed runs left half-written or half-deleted."""
     for path in home(folder).iterdir() if home(folder).is_dir() else ():
         if _UNFINISHED.fullmatch(path.name):
             shutil.rmtree(path)
 
 
 def publish_step(folder: Path, step: int) -> Path:
-    """Give the written checkpoint of a step its name, and let `latest` name it. Returns its folder."""
+    """Rename the finished checkpoint of a step to its final name, and let `latest` point to it. Returns its folder."""
     target = named(folder, step)
     # One of the same step is there if a run went on from an older one.
     _discard(target)
@@ -64,7 +64,7 @@ def publish_step(folder: Path, step: int) -> Path:
 
 
 def point_to(target: Path) -> None:
-    """Let `latest` name a checkpoint."""
+    """Let `latest` point to a checkpoint."""
     link = target.parent / "latest.part"
     link.unlink(missing_ok=True)
     link.symlink_to(target.name)
@@ -80,7 +80,7 @@ def prune(folder: Path, last: int, every: int | None) -> None:
 
 
 def set_aside(path: Path) -> Path:
-    """Take its name from a damaged checkpoint, so that nothing reads or counts it again. Returns where it is now."""
+    """Rename a damaged checkpoint, so that nothing reads or counts it again. Returns its new path."""
     aside = path.with_name(path.name + ".damaged")
     if aside.exists():
         shutil.rmtree(aside)

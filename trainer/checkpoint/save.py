@@ -40,7 +40,7 @@ class Keep:
 
 
 class _Part(NamedTuple):
-    """What became of one rank's part of a checkpoint."""
+    """The result of writing one rank's part of a checkpoint."""
 
     written: Written | None  # None if it failed
     shapes: Mapping[str, Size]
@@ -68,7 +68,7 @@ class Saver:
         mesh.barrier("clearing unfinished checkpoints")
 
     def prepare(self, state: RunState) -> None:
-        """Make the host's buffers now, so that the first save stalls no longer than others. Collective."""
+        """Allocate the host's buffers now, so that the first save does not stall longer than others. Collective."""
         pinned = self.mesh.device.type == "cuda"  # a GPU's copy engine then writes them at the speed of the bus
         self._host = {
             place: torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned).zero_()  # touches its pages
@@ -82,7 +82,7 @@ class Saver:
 
     @property
     def busy(self) -> bool:
-        """Whether this rank still writes."""
+        """Whether this rank is still writing."""
         return self._writing is not None and not self._writing.done()
 
     def begin(self, step: int, state: RunState) -> None:
@@ -161,7 +161,7 @@ class Saver:
     # Rank 0.
 
     def _publish(self, parts: list[_Part]) -> str:
-        """Returns why it could not, or nothing."""
+        """Returns why it failed, or nothing."""
         written = [part.written for part in parts if part.written]
         manifest = Manifest(
             step=self._step,
@@ -184,7 +184,7 @@ class Saver:
         return ""
 
     def _drop(self, error: str) -> str:
-        """Delete the checkpoint that is being made; its space may be what is missing."""
+        """Delete the checkpoint in progress; the space it takes may be what is missing."""
         shutil.rmtree(run_folder.named(self.folder, self._step, ".part"), ignore_errors=True)
         return error
 

@@ -1,7 +1,7 @@
-"""The state in a checkpoint by name and element, read and written a slice at a time: for whoever has no rig.
+"""The state in a checkpoint by name and element, read and written a slice at a time, without a rig.
 
 `load` fills the pieces of one rank of a run. Export and import have no ranks, and a model that may be larger than
-memory: they ask for elements of one parameter, or hand over one piece after the other.
+memory: they read ranges of elements of one parameter, or write one piece after the other.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A process that tokenizes: `python -m dryvine.trainer.data.encoding_process FD`, started by `encoded.py`.
 
-FD is a pipe. First comes the tokenizer as JSON and the type of its ids, then batch after batch; for each it sends the
-tokens back, or the exception. It ends when the pipe closes.
+FD is a pipe. It receives the tokenizer as JSON and the dtype of its ids, then one batch after another; for each it
+sends back the tokens, or the exception. It ends when the pipe closes.
 """
 
 from __future__ import annotations

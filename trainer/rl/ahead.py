@@ -1,13 +1,13 @@
-"""Answers made one rollout ahead: while the ranks learn from one, a thread of each samples and judges the next.
+"""Sampling one rollout ahead: while the ranks learn from one rollout, a thread of each samples and judges the next.
 
-It samples by the weights of before the update, of which it has a copy, in the training layout and through process
-groups of its own. So a step takes as long as the longer of the two, not both, and every answer but the first rollout's
-is one rollout stale: ratios are to the probabilities that answers were sampled with, which is the correction, or with
-`old = "trainer"` those of a trainer pass, corrected by `loss.correction`. Ranks of their own for sampling, as other
-trainers have them, overlap as well, but stand still for whichever side is quicker, and need weights sent.
+It samples with a copy of the weights from before the update, in the training layout and through process groups of its
+own. A step then takes as long as the longer of the two, and every answer but the first rollout's is one rollout stale:
+ratios are taken to the probabilities that answers were sampled with, which corrects for that, or with `old = "trainer"`
+to those of a trainer pass, corrected by `loss.correction`. Separate ranks for sampling, as in other trainers, overlap
+as well, but idle whenever their side is quicker, and need the weights sent.
 
-The price on each rank: the weights once more in the run's dtype, and four bytes a parameter over all ranks for the
-masters of before, from which a resumed run makes the answers that were not learnt from yet again, to the token.
+The price on each rank: a second copy of the weights in the run's dtype, and four bytes a parameter over all ranks for
+the masters from before the update, from which a resumed run samples the unfinished answers again, to the same tokens.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FIELD = "ahead"  # of a checkpoint's pieces
 
 
 class Ahead:
-    """`behind` are the weights that the next answers of `take` are made by. All methods are collective."""
+    """`behind` are the weights that the next answers of `take` are sampled with. All methods are collective."""
 
     def __init__(self, rig: Rig, task: Curriculum, judge: Judge, topology: Topology | None = None) -> None:
         self._rig, self.behind = rig, Reference(rig)
@@ -41,7 +41,8 @@ class Ahead:
         self._under_way: _Task | None = None
 
     def take(self, first: int, on_answer: OnAnswer) -> Answers:
-        """Those to question `first` and on, which `begin` has begun; in the first rollout of a process, made now."""
+        """The answers to questions from `first` on, which `begin` has started; in the first rollout of a process,
+        sampled now."""
         if self._under_way is None:
             with self.behind.in_place():
                 self.begin(first, on_answer)
@@ -50,7 +51,7 @@ class Ahead:
         return answers
 
     def begin(self, first: int, on_answer: OnAnswer) -> None:
-        """Sample what `take` is to return next, by a copy of the weights that are now published."""
+        """Start to sample what `take` returns next, with a copy of the current weights."""
         self._rig.optimizer.zero.settle()
         with torch.no_grad():
             own = {**dict(self._copy.model.named_parameters()), **self._copy.model.buffers}
@@ -61,13 +62,13 @@ class Ahead:
         self._under_way = _Task(lambda: self.asker.rollout(first, on_answer), self._rig.mesh.device)
 
     def wait(self) -> None:
-        """Until nothing is under way."""
+        """Wait until nothing is in progress."""
         if self._under_way:
             self._under_way.wait()
 
 
 class _Task:
-    """Work in a thread, which a process that ends does not wait for; on a GPU, on a stream of its own."""
+    """Work in a daemon thread, which does not keep a process alive; on a GPU, on a stream of its own."""
 
     def __init__(self, work: Callable[[], Answers], device: torch.device) -> None:
         self._work, self._device = work, device
@@ -82,7 +83,7 @@ class _Task:
         self._thread.join()
 
     def result(self) -> Answers:
-        """Raises what the work raised."""
+        """The result of the work. Raises what the work raised."""
         self.wait()
         assert self._found is not None
         if isinstance(self._found, BaseException):

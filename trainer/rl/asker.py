@@ -1,7 +1,7 @@
-"""Questions to judged answers: what a rollout samples, and what an evaluation does.
+"""Questions to judged answers, for rollouts and evaluations.
 
-It reads weights and changes none. So the same class serves the rank that trains, whose live weights it samples with,
-and the thread that samples ahead of it, with a copy of them (`ahead.py`).
+It reads weights and changes none. So the same class serves the rank that trains, with its live weights, and the thread
+that samples ahead of it, with a copy of them (`ahead.py`).
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from dryvine.trainer.rl.questions import Ask, Curriculum
 from dryvine.trainer.rl.tasks.question import Question
 from dryvine.trainer.rl.verifiers.names import STOPS
 
-OnAnswer = Callable[[int, int], None]  # answers that have ended, of so many
+OnAnswer = Callable[[int, int], None]  # answers that have ended, answers in all
 
 
 @dataclass(frozen=True)
 class Answers:
-    """Of a rollout."""
+    """The answers of a rollout."""
 
     groups: Sequence[Group]  # that updates are made from
     left_out: int  # groups that teach nothing
@@ -37,7 +37,7 @@ class Answers:
 
 @dataclass
 class Asker:
-    """`settle` is called before weights are read. Methods are collective over the judge's mesh."""
+    """Samples and judges. `settle` is called before weights are read. Methods are collective over the judge's mesh."""
 
     task: Curriculum
     sampler: Sampler
@@ -45,8 +45,8 @@ class Asker:
     settle: Callable[[], None]
 
     def rollout(self, first: int, on_answer: OnAnswer) -> Answers:
-        """To questions `first` and on. With `rl.dynamic` groups that teach nothing are left out, and others are asked
-        in their place as often as may be."""
+        """The answers to questions from `first` on. With `rl.dynamic`, groups of equal rewards are dropped and
+        others sampled in their place, up to `rl.refills` times."""
         rl, started = self.task.rl, time.perf_counter()
         wanted, ask, asked = rl.questions * rl.minibatches, Ask(rl.samples, rl.temperature), 0
         kept: list[Group] = []
@@ -59,15 +59,15 @@ class Asker:
             idle += [group for group in groups if rl.dynamic and not group.teaches]
             if len(kept) == wanted:
                 break
-        # Where none teaches there is still an update to make, of the KL term alone.
+        # If every group was dropped, the update still has its KL term.
         return Answers(kept or idle, len(idle), rounds - 1, asked, time.perf_counter() - started)
 
     def answers(self, numbers: Sequence[int], ask: Ask, on_answer: OnAnswer) -> list[Group]:
-        """A group for each of the run's questions with these numbers."""
+        """Sample and judge a group for each of these question numbers of the run."""
         return self._groups([(n, self.task.question(n)) for n in numbers], ask, "train", on_answer)
 
     def evaluate(self, on_answer: OnAnswer) -> Evaluation:
-        """On the questions that are held out."""
+        """Evaluate the held-out questions."""
         rl, held_out = self.task.rl, list(enumerate(self.task.held_out))
         greedy = self._groups(held_out, Ask(1, 0.0), "greedy", on_answer)
         sampled = self._groups(held_out, Ask(rl.eval_samples, rl.temperature), "eval", on_answer)
@@ -93,7 +93,8 @@ class Asker:
         return [Group(n, question, judged[i * size : (i + 1) * size]) for i, (n, question) in enumerate(asked)]
 
     def _until(self, asked: Mapping[int, Question]) -> Until | None:
-        """Whether a verifier of its question says that an answer has ended; by the question's number, the group."""
+        """A callback that tells whether a verifier of the question considers an answer finished; questions are found
+        by the group's number."""
         stops = {name: import_module(STOPS[name]).ended for name in sorted(self.task.verifiers & STOPS.keys())}
         if not stops:
             return None

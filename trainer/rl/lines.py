@@ -1,7 +1,7 @@
-"""Files of JSON Lines that a person wrote or collected: conversations, questions.
+"""JSON Lines files that a person wrote or collected: conversations, questions.
 
-All of a file is used or none: training on what is left of a file that is not what its owner thinks would be worse than
-asking. Crawls are read by `trainer/data/readers`, which leave bad lines out and list them.
+A file is used as a whole or refused: training silently on part of a hand-made file would be worse than an error. Crawls
+are read by `trainer/data/readers`, which leave bad lines out and list them.
 """
 
 from __future__ import annotations
@@ -19,15 +19,13 @@ _SHOWN = 5  # bad lines whose reason is in the message
 
 
 class BadLine(ValueError):
-    """Why a line cannot be used."""
+    """A line that cannot be used; says why."""
 
 
 def read_lines(path: Path, take: Callable[[object], T], what: str) -> list[T]:
-    """What `take` makes of the JSON value on each line, in order; blank lines are ignored.
-
-    `what` the lines are, in the plural, is for messages. Raises DataError with the numbers of all lines that are no
-    JSON or for which `take` raised BadLine, and the reasons of the first; also for a file without lines.
-    """
+    """The results of `take` on the JSON value of each line, in order; blank lines are ignored. `what` names the
+    lines in messages, in the plural. Raises DataError with the numbers of all lines that are not JSON or for which
+    `take` raised BadLine, and the first reasons; also for a file without lines."""
     found, bad = list[T](), list[tuple[int, str]]()
     for number, line in _numbered(path, what):
         try:
@@ -57,7 +55,7 @@ def _value(line: bytes) -> object:
 
 
 def _complaint(path: Path, bad: list[tuple[int, str]]) -> str:
-    """In one line."""
+    """All bad lines in one line of text."""
     reasons = "; ".join(f"line {number}: {why}" for number, why in bad[:_SHOWN])
     more = f"; and lines {', '.join(str(number) for number, _ in bad[_SHOWN:])}" if bad[_SHOWN:] else ""
     return f"{path}: {len(bad)} bad line{'s' * (len(bad) > 1)}, fix or drop them: {reasons}{more}"
