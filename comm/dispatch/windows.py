@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import TypeVar
 
@@ -64,8 +65,8 @@ Expect = Callable[[str, tuple[tuple[int, int], ...], Callable[[], bool]], object
 
 
 class Windows:
-    """Those of rank `rank` of `ranks`. `expect` notes what is awaited, for the deadline: (what, ((world rank, bytes),
-    ...), whether all has come). `classes` are the links to each rank, for the meter."""
+    """Those of rank `rank` of `ranks`. `expect` notes what is awaited, for the deadline: (what, ((world rank, bytes),),
+    whether it has come). `classes` are the links to each rank, for the meter."""
 
     def __init__(
         self,
@@ -106,12 +107,12 @@ class Windows:
         copied = [queue.here() for queue in self._queues]
         flags = [self._flag(slot, source, self.rank) for source in range(self.ranks)]
 
-        def come() -> bool:
-            return all(self.links.words.reached(flag, turn + 1) for flag in flags)
-
+        reached = self.links.words.reached
         size = sum(room.rows * room.row_bytes for room in rooms)
-        others = [w for rank, w in enumerate(self.world_ranks) if rank != self.rank]
-        self.expect(what, tuple((rank, size) for rank in others), come)
+        for source, flag in enumerate(flags):
+            if source != self.rank:
+                # Each by itself, so that the one that is late is named.
+                self.expect(what, ((self.world_ranks[source], size),), partial(reached, flag, turn + 1))
 
         def finish() -> T:
             caller = self.links.caller()
@@ -126,7 +127,7 @@ class Windows:
             held.clear()
             return result
 
-        return Pending(finish, come)
+        return Pending(finish, lambda: all(reached(flag, turn + 1) for flag in flags))
 
     def _put(
         self, target: int, tensors: tuple[Tensor, ...], rooms: tuple[WindowRows, ...], slot: int, turn: int

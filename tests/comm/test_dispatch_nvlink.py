@@ -215,17 +215,26 @@ def test_bytes_are_those_of_tokens_and_not_of_choices(tmp_path: Path) -> None:
     assert node.run(one) == [[choices, rows, sums]] * 2
 
 
-def test_what_is_awaited_is_noted_until_it_has_come(tmp_path: Path) -> None:
-    node = Node(tmp_path, 2)
+def test_what_is_awaited_is_noted_by_rank_until_it_has_come(tmp_path: Path) -> None:
+    node = Node(tmp_path, 3)
     chosen, _ = bf16_case(0)
-    first, second = (node.nvlink(rank, 8) for rank in (0, 1))
-    waiting = first.plan_routing(chosen, "layer 3, microbatch 1")
-    what, due, come = node.expected[0]
-    assert (what, due) == ("routing of layer 3, microbatch 1", ((11, MOST * 4 * 4),))
-    assert not come()
-    assert not waiting.ready()
-    node.run(lambda rank: (waiting if rank == 0 else second.plan_routing(chosen)).wait())
-    assert come()
+    first, second, third = (node.nvlink(rank, 9) for rank in range(3))
+    waiting = [first.plan_routing(chosen, "layer 3, microbatch 1")]
+    size = MOST * 4 * 4
+    assert [(what, due) for what, due, _ in node.expected] == [
+        ("routing of layer 3, microbatch 1", ((11, size),)),
+        ("routing of layer 3, microbatch 1", ((12, size),)),
+    ]
+    late, later = (come for _, _, come in node.expected)
+    waiting.append(third.plan_routing(chosen))
+    until = time.monotonic() + 30
+    while not later():
+        assert time.monotonic() < until
+    assert not late()
+    assert not waiting[0].ready()
+    waiting.insert(1, second.plan_routing(chosen))
+    node.run(lambda rank: waiting[rank].wait())
+    assert late()
 
 
 def test_too_many_tokens_and_a_choice_made_twice_are_refused(tmp_path: Path) -> None:
