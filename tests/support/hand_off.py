@@ -56,7 +56,7 @@ def run_of(shape: Shape, folder: Path, state: Mapping[str, Tensor] | None = None
     write_pieces(folder, 0, pieces, biases, sizes(shape))
     write_shape(folder, shape)
     (folder / TOKENIZER).mkdir()
-    tokenizers.train(["def f(x):\n    return x\n"] * 9, 270).save(str(folder / TOKENIZER / "tokenizer.json"))
+    tokenizers.learn_tokenizer(["def f(x):\n    return x\n"] * 9, 270).save(str(folder / TOKENIZER / "tokenizer.json"))
     return open_run(str(folder))
 
 
