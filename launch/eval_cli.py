@@ -1,4 +1,4 @@
-"""`dryvine eval`: how good a model is at tasks of your own files, and at those of lm-evaluation-harness."""
+"""`dryvine eval`: a model's results on task files of your own, and on tasks of lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ HARNESS_HELP = "Tasks of lm-evaluation-harness, by name and with commas between.
 
 
 class Exam(NamedTuple):
-    """All that a model is asked."""
+    """All tasks of an evaluation."""
 
     tasks: Sequence[tuple[TaskFile, Task]]
     harness: Sequence[str]
@@ -83,7 +83,7 @@ def evaluate(
 
 
 def _asked(files: Sequence[Path], harness: str, harness_tasks: Path | None, limit: int | None) -> Exam:
-    """Raises EvalError for whatever cannot be asked, before any model is opened."""
+    """The tasks to run. Raises EvalError for one that cannot run, before any model is opened."""
     from dryvine.trainer.evaluation.harness import need_harness
     from dryvine.trainer.evaluation.kinds import task_of
     from dryvine.trainer.evaluation.record import EvalError, read_tasks
@@ -98,7 +98,7 @@ def _asked(files: Sequence[Path], harness: str, harness_tasks: Path | None, limi
 
 
 def _specs(model: str, every: bool) -> list[str]:
-    """What `open_model` takes: one, or one for each checkpoint of a run."""
+    """The models to open: one, or one for each checkpoint of a run."""
     from dryvine.trainer.checkpoint.run_folder import complete, step_of
     from dryvine.trainer.evaluation.record import EvalError
 
@@ -138,7 +138,7 @@ def _of_task(bar: OnProgress, name: str, stage: str, done: int, total: int) -> N
 
 
 def _folder_of(row: EvalRow) -> Path | None:
-    """The run folder, if it is a run's."""
+    """The run folder, if the row is of a run."""
     return None if row.step is None else Path(row.model.rpartition("@")[0] or row.model)
 
 
@@ -157,7 +157,7 @@ def _keep(row: EvalRow, said: Said, folder: Path | None, answers: Path | None) -
 
 
 def table(rows: Sequence[EvalRow]) -> Table:
-    """A line for each figure."""
+    """One line for each figure."""
     shown = Table("task", "model", "figure")
     for column in ("value", "95% interval", "lines"):
         shown.add_column(column, justify="right")

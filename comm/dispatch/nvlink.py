@@ -1,11 +1,13 @@
-"""The dispatcher of GPUs that reach each other's memory: tokens are copied to every rank, once, and spread out there.
+"""The dispatcher for GPUs that reach each other's memory: tokens are copied to every rank once, and distributed to
+experts there.
 
-With 8 choices nearly every token goes to every rank of a small group: to 0.998 of 2 ranks, 0.92 of 4, 0.68 of 8. `flat`
-sends a row for each choice, of 2 ranks four times as many bytes; here each rank copies its rows as they lie, packs
-nothing, and the copy engines need no SM (`windows`). Who wants what follows from everybody's choices (`token_plan`),
-so counts do not travel. Experts' outputs are added up by token where they were made, in FP32, and rounded; the sums
-of the ranks are added in the order of ranks: within the tolerance of `hierarchical`, other bits than `flat`. For
-larger groups copies to ranks that want little are a waste, and DeepEP's or a push of our own would send less.
+With 8 choices nearly every token is needed on every rank of a small group: 0.998 of the tokens on each of 2 ranks, 0.92
+on 4, 0.68 on 8. `flat` sends a row for each choice: for 2 ranks four times the bytes. Here each rank copies its rows as
+they are, without packing, and the copy engines use no SM (`windows`). Which rows a rank needs follows from everybody's
+choices (`token_plan`), so no counts are exchanged. Experts' outputs are summed by token where they were computed, in
+FP32, and rounded; the ranks' sums are added in rank order: within the tolerance of `hierarchical`, but not the same
+bits as `flat`. In larger groups, copies to ranks that need few of the rows are wasteful; DeepEP, or a push of the
+needed rows only, would send less.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Where rows go when every rank gets every token: worked out by each rank from the choices of all.
+"""Where rows go when every rank gets every token: each rank computes it from the choices of all.
 
-Nothing but the choices travels: each rank finds in them which tokens its experts want, and no counts are exchanged.
+Only the choices are exchanged, no counts: each rank finds the tokens that its experts need.
 
 Legend: W ranks, M the most tokens of a rank, K choices, X experts of this rank, R rows that they receive; token n of
 all is w * M + t, pair p is n * K + k.
@@ -44,8 +44,8 @@ def choices_to_send(experts_TK: Tensor, most: int) -> Tensor:
 
 
 def plan(choices_WMK: Tensor, own_TK: Tensor, rank: int, experts: int, alignment: int, label: str) -> TokenHandle:
-    """From everybody's choices; reads counts on the host, once. Raises ValueError where some rank's token chose an
-    expert twice."""
+    """The handle for everybody's choices; reads counts on the host, once. Raises ValueError if a token of some rank
+    chose an expert twice."""
     ranks, most, top_k = choices_WMK.shape
     share = experts // ranks
     local = choices_WMK.to(torch.int64) - rank * share
@@ -77,7 +77,7 @@ def plan(choices_WMK: Tensor, own_TK: Tensor, rank: int, experts: int, alignment
 
 
 def _repeats(choices_WMK: Tensor) -> Tensor:
-    """int64 [W]: 1 for a rank one of whose tokens chose an expert twice."""
+    """int64 [W]: 1 for a rank with a token that chose an expert twice."""
     ordered = choices_WMK.sort(dim=2).values
     same = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] != ABSENT)
     return same.flatten(1).any(1).to(torch.int64)

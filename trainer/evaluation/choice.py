@@ -1,8 +1,8 @@
-"""Which of several texts a model finds likeliest behind a prompt. A line:
-{"prompt": "The sky is", "choices": [" blue", " green"], "answer": 0}, or with the right choice itself as `answer`.
+"""Multiple choice: which of several texts the model finds most likely after a prompt.
 
-`accuracy` goes by the sum of log-probabilities; `accuracy_per_byte` divides it by a choice's bytes, without which short
-ones win. Spaces belong where they are written: usually at the beginning of a choice.
+A line: {"prompt": "The sky is", "choices": [" blue", " green"], "answer": 0}, or with the right choice itself as
+`answer`. `accuracy` compares sums of log-probabilities; `accuracy_per_byte` divides them by the choice's bytes, since
+otherwise short choices win. Spaces count where they are written: usually at the beginning of a choice.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Choice(NamedTuple):
 
 
 def task(records: Sequence[TaskLine]) -> Task:
-    """Raises EvalError."""
+    """The task of these lines. Raises EvalError."""
     questions = [_parsed(record) for record in records]
 
     def run(subject: Subject, on_progress: OnProgress) -> Findings:

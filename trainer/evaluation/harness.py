@@ -1,7 +1,7 @@
-"""The benchmarks of lm-evaluation-harness, asked of our model: an adapter, where `lm_eval` is installed.
+"""An adapter for lm-evaluation-harness, if `lm_eval` is installed: its benchmarks on our model.
 
-The harness knows the prompts, few-shot examples and metrics of published benchmarks; ours has the model. Its requests
-are log-likelihoods of continuations, of whole texts, and greedy answers, which are what tasks of our own files are.
+The harness has the prompts, few-shot examples and metrics of published benchmarks. It requests log-likelihoods of
+continuations and of whole texts, and greedy answers, which are what the tasks of our own files need too.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ERROR = "_stderr"  # behind the name of a metric: its standard error
 
 
 def need_harness() -> str:
-    """Its version. Raises EvalError without it."""
+    """The installed version. Raises EvalError if there is none."""
     try:
         return version("lm_eval")
     except PackageNotFoundError:
@@ -34,7 +34,7 @@ def need_harness() -> str:
 
 
 class HarnessResult(NamedTuple):
-    """Of one of its tasks; `lines` that were asked."""
+    """The result of one of its tasks; `lines`: how many were asked."""
 
     task: str
     lines: int
@@ -44,7 +44,7 @@ class HarnessResult(NamedTuple):
 def ask(
     tasks: Sequence[str], folder: Path | None, limit: int | None, subject: Subject, on_progress: OnProgress
 ) -> list[HarnessResult]:
-    """`folder` holds YAML files of tasks of your own. Raises EvalError."""
+    """Run tasks of the harness. `folder` holds YAML files of tasks of your own. Raises EvalError."""
     if not tasks:
         return []
     from lm_eval import simple_evaluate
@@ -61,7 +61,7 @@ def ask(
 
 
 def adapted(subject: Subject, on_progress: OnProgress) -> LM:
-    """What the harness calls a model."""
+    """Our model as the harness's `LM`."""
     from lm_eval.api.model import LM
 
     class Adapter(LM):
@@ -84,8 +84,8 @@ def adapted(subject: Subject, on_progress: OnProgress) -> LM:
 
 
 def _question(context: str, ways: Mapping[str, object]) -> EvalQuestion:
-    """Of the harness's arguments of a generation. Raises EvalError for sampling, which its tasks that need it do with a
-    seed that the harness does not name."""
+    """The harness's arguments of a generation. Raises EvalError for sampling, since the harness's tasks give no
+    seed."""
     if ways.get("do_sample") or ways.get("temperature"):
         raise EvalError("--harness: a task that samples its answers: ask it as a file of your own with a verifier")
     until, most = ways.get("until", ()), ways.get("max_gen_toks")
@@ -94,7 +94,7 @@ def _question(context: str, ways: Mapping[str, object]) -> EvalQuestion:
 
 
 def _figures(result: Mapping[str, object]) -> dict[str, Figure]:
-    """The metrics of a task, with the normal interval of the standard error that the harness gives."""
+    """The metrics of a task, with the normal interval of the harness's standard error."""
     found = {}
     for key, value in result.items():
         name, _, kind = key.partition(",")

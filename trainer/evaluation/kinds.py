@@ -1,5 +1,5 @@
-"""The kinds of tasks, by the field that tells them. One of your own is a file with `task(records)` and a line here,
-before those whose fields its lines also have."""
+"""The kinds of tasks, told apart by a field of their lines. One of your own is a file with `task(records)` and a line
+here, before the kinds whose fields its lines also have."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KINDS: dict[str, Callable[[Sequence[TaskLine]], Task]] = {
 
 
 def task_of(records: Sequence[TaskLine]) -> Task:
-    """All lines of a file are of one kind. Raises EvalError."""
+    """The task of a file, whose lines must all be of one kind. Raises EvalError."""
     mark = _mark(records[0])
     for record in records:
         if (other := _mark(record)) != mark:

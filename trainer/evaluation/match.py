@@ -23,7 +23,7 @@ class Match(NamedTuple):
 
 
 def task(records: Sequence[TaskLine]) -> Task:
-    """Raises EvalError."""
+    """The task of these lines. Raises EvalError."""
     matches = [_parsed(record) for record in records]
 
     def run(subject: Subject, on_progress: OnProgress) -> Findings:

@@ -29,7 +29,7 @@ class Judgeable(NamedTuple):
 
 
 def task(records: Sequence[TaskLine]) -> Task:
-    """Raises EvalError."""
+    """The task of these lines. Raises EvalError."""
     problems = [_parsed(record) for record in records]
     _check_verifiers(problems)
 
@@ -88,7 +88,7 @@ def _verdicts(
 def _row(
     problem: Judgeable, answers: Sequence[Completion], verdicts: Sequence[Verdict], subject: Subject
 ) -> dict[str, object]:
-    """The best answer first, then those that were sampled."""
+    """The row of a problem: its greedy answer first, then the sampled ones."""
     return {
         "texts": [subject.answer_text(problem.question, one) for one in answers],
         "scores": [verdict.score for verdict in verdicts],

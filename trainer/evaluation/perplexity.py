@@ -19,7 +19,7 @@ from dryvine.trainer.intervals import Figure, ratio
 
 
 def task(records: Sequence[TaskLine]) -> Task:
-    """Raises EvalError."""
+    """The task of these lines. Raises EvalError."""
     texts = [record.text("text") for record in records]
 
     def run(subject: Subject, on_progress: OnProgress) -> Findings:
@@ -46,7 +46,7 @@ def _findings(texts: Sequence[str], subject: Subject, on_progress: OnProgress) -
 
 
 def windows(tokens: Sequence[int], context: int) -> Iterator[Passage]:
-    """Passages that score every token but the first once. `context`: tokens that are fed at most."""
+    """Passages in which every token but the first is scored once. `context`: the most tokens that are fed."""
     done = 1
     while done < len(tokens):
         end = min(len(tokens), context + 1 if done == 1 else done + context - context // 2)

@@ -1,4 +1,4 @@
-"""Lines of a task's file, and what every kind of task reads of them."""
+"""The lines of a task's file, and the fields that all kinds of tasks read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Prompt = str | tuple[Mapping[str, str], ...]  # text to go on from, or messages
 
 
 class EvalError(ValueError):
-    """What cannot be evaluated: what, where, and the fix, in one line."""
+    """An evaluation that cannot run: what, where, and the fix, in one line."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class TaskLine:
     fields: Mapping[str, object]
 
     def text(self, name: str) -> str:
-        """A field that is text, and not empty. Raises EvalError."""
+        """A field that is non-empty text. Raises EvalError."""
         value = self.fields.get(name)
         if not isinstance(value, str) or not value:
             raise EvalError(f"{self.where}: {name} is {value!r}: text is needed")
@@ -38,7 +38,7 @@ class TaskLine:
         return tuple(several)
 
     def count(self, name: str) -> int | None:
-        """A field that is a positive integer, None if it is not there. Raises EvalError."""
+        """A field that is a positive integer; None if it is missing. Raises EvalError."""
         value = self.fields.get(name)
         if value is None:
             return None
@@ -58,7 +58,7 @@ class TaskLine:
 
 @dataclass(frozen=True)
 class TaskFile:
-    """The records of a file, and the hash of what they were read from."""
+    """The records of a file, and the hash of the lines they come from."""
 
     name: str  # the file's, without .jsonl
     path: Path

@@ -1,7 +1,7 @@
-"""What evaluations found, kept: eval.jsonl, a row for each task and model; eval.png, a run's figures over its steps.
+"""The results of evaluations: eval.jsonl, a row for each task and model; eval.png, a run's figures over its steps.
 
-Rows are only ever added. Where the same task was asked in the same way of the same step twice, the picture shows the
-newer row; another file of the same name is another task.
+Rows are only ever appended. If the same task was run with the same settings on the same step twice, the picture shows
+the newer row; another file of the same name is another task.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ ACROSS = 3  # panels
 
 @dataclass(frozen=True)
 class EvalRow:
-    """`lines`: of the task's file that were asked; `settings`: all that can change a figure, beside the weights."""
+    """One result. `lines`: lines of the task's file that were asked; `settings`: everything beside the weights that
+    can change a figure."""
 
     task: str
     model: str
@@ -43,7 +44,7 @@ class EvalRow:
 
 
 def keep(folder: Path, row: EvalRow) -> None:
-    """Add a row to those of a folder."""
+    """Append a row to a folder's eval.jsonl."""
     with (folder / ROWS).open("a", encoding="utf-8") as file:
         file.write(row.as_json + "\n")
 

@@ -1,4 +1,4 @@
-"""The model that is evaluated, and how it is asked: what every kind of task needs, whatever it measures."""
+"""The model under evaluation, and how it is prompted: common to all kinds of tasks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TAIL = 8  # tokens behind which a text that ends an answer may begin, beside its
 
 
 class Asking(NamedTuple):
-    """Settings of an evaluation: the same ones, the same answers."""
+    """The settings of an evaluation; equal settings give equal answers."""
 
     chat: bool = False  # texts of prompts are a user's turn
     max_tokens: int = 256
@@ -33,7 +33,7 @@ class Asking(NamedTuple):
 
 
 class EvalQuestion(NamedTuple):
-    """`until`: texts that end an answer and are no part of it."""
+    """A prompt to answer. `until`: texts that end an answer and are not part of it."""
 
     prompt: Prompt
     until: tuple[str, ...] = ()
@@ -41,7 +41,7 @@ class EvalQuestion(NamedTuple):
 
 
 class Findings(NamedTuple):
-    """What a task says of a model: figures, and a JSON object for each of its lines."""
+    """A task's results: figures, and a JSON object for each of its lines."""
 
     figures: dict[str, Figure]
     answers: list[dict[str, object]]
@@ -49,7 +49,7 @@ class Findings(NamedTuple):
 
 @dataclass
 class Subject:
-    """A model, opened."""
+    """An opened model."""
 
     source: WeightSource
     sampler: Sampler
@@ -62,7 +62,7 @@ class Subject:
 
     @property
     def context(self) -> int:
-        """Tokens that are fed at once at most."""
+        """The most tokens that are fed at once."""
         reach = self.source.shape.max_position
         return min(self.asking.context or reach, reach)
 
@@ -70,13 +70,13 @@ class Subject:
         return document(self.files.vocabulary, text)
 
     def prompt(self, prompt: Prompt) -> tuple[int, ...]:
-        """Its tokens: text as a document's beginning, messages as the model was taught to be asked."""
+        """The tokens of a prompt: text as the beginning of a document, messages by the model's chat template."""
         if isinstance(prompt, str) and not self.asking.chat:
             return self.document(prompt)
         return self.dialogue.prompt([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
 
     def choice(self, prompt: Prompt, text: str) -> Passage:
-        """A text behind a prompt, to be scored. A token that holds characters of both belongs to the text."""
+        """A text after a prompt, to be scored. A token with characters of both belongs to the text."""
         before = self.prompt(prompt)
         if not isinstance(prompt, str) or self.asking.chat:
             return Passage((*before, *plain(self.files.vocabulary, text)), len(before))
@@ -105,7 +105,7 @@ class Subject:
         return [[one[seed] for seed in sorted(one)] for one in found]
 
     def answer_text(self, question: EvalQuestion, completion: Completion) -> str:
-        """Up to what ends it."""
+        """The answer's text, up to what ends it."""
         tokens = completion.tokens.tolist()
         text = self.text(tokens) if self._is_plain(question.prompt) else self.dialogue.text(tokens)
         return min((text.split(end, 1)[0] for end in question.until), key=len, default=text)
@@ -114,7 +114,7 @@ class Subject:
         return isinstance(prompt, str) and not self.asking.chat
 
     def _requests(self, questions: Sequence[EvalQuestion], samples: int, temperature: float) -> Iterator[Request]:
-        """Every answer has random numbers of its own."""
+        """One request for each answer, each with its own seed."""
         for number, question in enumerate(questions):
             prompt, most = self.prompt(question.prompt), question.max_tokens or self.asking.max_tokens
             end = frozenset({self.files.vocabulary.end})
@@ -135,5 +135,5 @@ class Subject:
 
 
 def failures(completions: Iterable[Completion]) -> str:
-    """Why answers could not be given; empty if all were."""
+    """Why answers are missing; empty if none is."""
     return "; ".join(sorted({one.why for one in completions if one.reason == "failed"}))

@@ -1,5 +1,5 @@
-"""What a kind of task makes of its lines: a function that asks a model. Made before the model is opened, so that a bad
-line is refused while nothing has been read."""
+"""A task: a function that queries a model, made from the lines of a file. It is made before the model is opened, so a
+bad line is refused before any weight is read."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def announced(bits: int, rows: int, cols: int) -> dict[str, tuple[torch.dtype, t
 
 
 def quantize(rows_RC: Tensor, bits: int) -> Tensors:
-    """Of FP32 rows."""
+    """FP32 rows as integers with their scales."""
     cols = rows_RC.shape[1]
     blocks_RBb = functional.pad(rows_RC, (0, -cols % BLOCK)).unflatten(1, (-1, BLOCK))
     if bits == 8:
@@ -48,7 +48,7 @@ def quantize(rows_RC: Tensor, bits: int) -> Tensors:
 
 
 def dequantize(parts: Mapping[str, Tensor], cols: int) -> Tensor:
-    """FP32 [R, C]."""
+    """The FP32 values [R, C] of quantised rows."""
     scale_RB1 = parts[SCALE].float().unsqueeze(-1)
     if LOW not in parts:
         q = functional.pad(parts[""], (0, -cols % BLOCK)).unflatten(1, (-1, BLOCK))

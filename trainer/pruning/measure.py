@@ -1,4 +1,4 @@
-"""How experts are used on texts: how many tokens each is chosen for, and how much alike what they return is.
+"""How experts are used on given texts: tokens per expert, and how similar the experts' outputs are.
 
 Legend: N tokens, X experts of a layer, H hidden, K choices.
 """
@@ -25,14 +25,14 @@ ROWS = 256  # tokens of a layer on which the outputs of experts are compared
 
 @dataclass
 class ExpertUse:
-    """Of the experts of a layer. `load` int64 [X]: tokens that chose each."""
+    """The use of a layer's experts. `load` int64 [X]: tokens routed to each."""
 
     experts: Experts
     load: Tensor
     rows: list[Tensor] = field(default_factory=list)  # [n, H], ROWS together
 
     def watched(self) -> ToExperts:
-        """Through the experts, with every choice counted."""
+        """The layer's experts, with every choice counted."""
         onward = in_memory(self.experts)
 
         def run(rows_NH: Tensor, weights_NK: Tensor, experts_NK: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ class ExpertUse:
 
     @torch.no_grad()
     def similarity(self) -> Tensor:
-        """[X, X]: cosines of what experts return to the same tokens."""
+        """[X, X]: cosine similarity of the experts' outputs on the same tokens."""
         ffn, rows_NH = held(self.experts), torch.cat(self.rows)
         ones_N = torch.ones(len(rows_NH), dtype=rows_NH.dtype)
         outputs = torch.stack([ffn(x, rows_NH, ones_N).float().flatten() for x in range(len(self.load))])
@@ -54,7 +54,7 @@ class ExpertUse:
 
 
 def measure(model: Model, passages: Sequence[Passage]) -> dict[str, ExpertUse]:
-    """By layer, on texts that the model reads."""
+    """The use of the experts of every layer on these passages."""
     uses = {
         name: ExpertUse(layer.experts, torch.zeros(model.spec.shape.routed, dtype=torch.int64))
         for name in model.gates

@@ -1,11 +1,12 @@
-"""A model of fewer experts: the most used of each layer stay; the others are dropped, or merged into those most alike.
+"""A model with fewer experts: the most used ones of each layer are kept; the others are dropped, or merged into the
+most similar ones.
 
-Merged experts are means weighted by load (arXiv 2310.01334), after the hidden units of one are put in the order of the
-other's: an FFN does not care about the order of its units, and a mean does. Every layer keeps the same number, which is
-what a [model] table can say. Groups of experts are given up, as those that stay are no longer as many in each: the gate
-chooses among all. What either costs is for `dryvine eval` to say.
+Merged experts are means weighted by load (arXiv 2310.01334), after one expert's hidden units are permuted to match the
+other's: an FFN does not depend on the order of its units, but a mean does. Every layer keeps the same number of
+experts, since a [model] table has one number for all. Expert groups are removed, as the kept experts no longer fill
+them equally: the gate chooses among all. `dryvine eval` measures what either costs.
 
-Legend: X experts of a layer, Y of them stay, H hidden, F width of an expert.
+Legend: X experts of a layer, Y of them kept, H hidden, F width of an expert.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from dryvine.trainer.pruning.measure import ExpertUse
 
 
 class LayerChoice(NamedTuple):
-    """`kept`: experts that stay, in their order; `into`: the one that each dropped expert is merged into, by number;
-    `lost`: share of choices that fell on dropped ones."""
+    """`kept`: the experts that are kept, in order; `into`: the kept expert that each dropped one is merged into;
+    `lost`: share of routed tokens that went to dropped ones."""
 
     kept: list[int]
     into: dict[int, int]
@@ -40,7 +41,7 @@ class LayerChoice(NamedTuple):
 
 
 def fewer(shape: Shape, keep: int) -> Shape:
-    """Raises HandOffError if no model has so few."""
+    """The shape with `keep` experts a layer. Raises HandOffError if no model can have so few."""
     if not shape.top_k <= keep <= shape.routed:
         raise HandOffError(f"--keep {keep}: a number from {shape.top_k}, which a token chooses, to {shape.routed}")
     changes = {"routed": keep, "groups": 1, "group_limit": 1}
@@ -51,7 +52,7 @@ def fewer(shape: Shape, keep: int) -> Shape:
 
 
 def choose(use: ExpertUse, keep: int, merge: bool) -> LayerChoice:
-    """By load, and of equal ones the first."""
+    """The experts to keep: by load, and the first of equal ones."""
     order: list[int] = use.load.argsort(descending=True, stable=True).tolist()
     kept, dropped = sorted(order[:keep]), order[keep:]
     lost = float(use.load[dropped].sum() / use.load.sum().clamp_min(1))
@@ -62,7 +63,8 @@ def choose(use: ExpertUse, keep: int, merge: bool) -> LayerChoice:
 
 @torch.no_grad()
 def experts_of(use: ExpertUse, choice: LayerChoice) -> tuple[Tensor, Tensor]:
-    """gate_up [Y, 2F, H] and down [Y, H, F] of those that stay, with what is merged into them."""
+    """gate_up [Y, 2F, H] and down [Y, H, F] of the kept experts, with the others merged into them if `choice` says
+    so."""
     made = [_merged(use, kept, [x for x, into in choice.into.items() if into == kept]) for kept in choice.kept]
     gate_up, down = zip(*made, strict=True)
     return torch.stack(gate_up), torch.stack(down)
@@ -70,7 +72,7 @@ def experts_of(use: ExpertUse, choice: LayerChoice) -> tuple[Tensor, Tensor]:
 
 def _merged(use: ExpertUse, kept: int, others: list[int]) -> tuple[Tensor, Tensor]:
     units = _units(use.experts, kept)
-    # An expert that nobody chose still stands for itself.
+    # An expert without tokens still has weight in its own mean.
     total, weight = units * (own := float(use.load[kept].clamp_min(1))), own
     for other in others:
         load = float(use.load[other])
@@ -86,7 +88,8 @@ def _units(experts: Experts, number: int) -> Tensor:
 
 
 def aligned(units: Tensor, like: Tensor) -> Tensor:
-    """Units in the order in which each is most like one of `like`; the most alike pairs first, greedily."""
+    """`units` permuted so that each is matched with the most similar one of `like`: greedily, the most similar pairs
+    first."""
     alike = functional.normalize(like, dim=1) @ functional.normalize(units, dim=1).t()
     order = torch.empty(len(units), dtype=torch.int64)
     for _ in range(len(units)):
@@ -97,7 +100,7 @@ def aligned(units: Tensor, like: Tensor) -> Tensor:
 
 
 def write_pruned(model: Model, uses: Mapping[str, ExpertUse], choices: Mapping[str, LayerChoice], out: Path) -> Path:
-    """Checkpoint 0 of the run folder `out`, and its model.toml. Raises HandOffError."""
+    """Write checkpoint 0 of the run folder `out`, and its model.toml. Raises HandOffError."""
     if newest(out) is not None:
         raise HandOffError(f"{out}: has checkpoints already; name a new run folder with --out")
     shape = fewer(model.spec.shape, len(next(iter(choices.values())).kept))
