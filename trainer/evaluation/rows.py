@@ -91,6 +91,7 @@ def _panel(axis: Axes, title: str, ways: Panel) -> None:
         (line,) = axis.plot(steps, value, "o-", ms=3, lw=1, label=f"settings {number}")
         axis.fill_between(steps, low, high, alpha=0.15, color=line.get_color())
     axis.set(title=title, xlabel="step")
+    axis.locator_params(axis="x", integer=True)
     axis.grid(alpha=0.2)
     if len(ways) > 1:
         axis.legend(frameon=False, fontsize=8)
