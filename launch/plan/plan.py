@@ -8,6 +8,7 @@ against measured steps.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import mean
@@ -167,8 +168,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        on_host = max(rank.on_host for rank in self.ranks)
-        return self.fullest.total <= self.machine.usable_bytes and on_host <= self.machine.host.memory_gb * GIGA
+        return fits(self.ranks, self.machine)
 
     @property
     def dispatch_bytes(self) -> LinkBytes:
@@ -186,6 +186,11 @@ class Plan:
             s: len([n for n in names if kinds[n] in ("moe", "mtp")]) for s, names in self.run.blocks_of(rank).items()
         }
         return sum(moe[op.stage] for op in self.run.schedule.ops(rank) if op.kind == "F")
+
+
+def fits(ranks: Sequence[RankMemory], machine: Machine) -> bool:
+    on_host = max(rank.on_host for rank in ranks)
+    return max(rank.total for rank in ranks) <= machine.usable_bytes and on_host <= machine.host.memory_gb * GIGA
 
 
 def budget(config: Config) -> list[tuple[int, float]]:
@@ -213,9 +218,7 @@ def make(run: RunPlan, machine: Machine, profile: Profile | None = None) -> Plan
     config = run.config
     if profile:
         profile.check(config)
-    nodes = config.comm.topology.nodes
-    topology = by_sizes(nodes) if nodes else machine.topology(config.parallel.world)
-    sent = traffic.dispatching(config, topology)
+    sent = _sent(config, machine)
     kinds = {block.name: block.kind for block in blocks(config.model)}
     by_kind = profile.times() if profile else roofline_times(config, machine)
     prices = StagePrices(
@@ -230,13 +233,23 @@ def make(run: RunPlan, machine: Machine, profile: Profile | None = None) -> Plan
         run=run,
         machine=machine,
         sent=sent,
-        ranks=memory(run, sent, machine.cuda),
+        ranks=memory_of(run, machine),
         times=by_kind,
         prices=prices,
         timeline=timeline,
         sharding=shard(run, machine, timeline, profile.update_seconds if profile else None),
         source=f"a profile of {profile.device}" if profile else f"roofline of {machine.name}",
     )
+
+
+def memory_of(run: RunPlan, machine: Machine) -> list[RankMemory]:
+    """Of every pipeline rank: known before a step is simulated."""
+    return memory(run, _sent(run.config, machine), machine.cuda)
+
+
+def _sent(config: Config, machine: Machine) -> Dispatching:
+    nodes = config.comm.topology.nodes
+    return traffic.dispatching(config, by_sizes(nodes) if nodes else machine.topology(config.parallel.world))
 
 
 def _message_seconds(config: Config, machine: Machine) -> float:

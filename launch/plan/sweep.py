@@ -2,24 +2,24 @@
 
 Every layout has a lower bound that costs nothing to compute: its arithmetic spread evenly over all ranks. Layouts are
 planned in order of that bound until none of the remaining can be among the best; those are reported as slower, with
-their bound. Layouts whose state alone exceeds the memory are not simulated either.
+their bound. Memory is checked before a step is simulated, and layouts that share a schedule share its program.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
 from dryvine.launch.plan.hardware import GIGA, Machine
-from dryvine.launch.plan.memory import state
-from dryvine.launch.plan.plan import Plan, make, roofline_times
+from dryvine.launch.plan.memory import RankMemory, state
+from dryvine.launch.plan.plan import Plan, fits, make, memory_of, roofline_times
 from dryvine.launch.plan.shards import buckets
 from dryvine.parallel.schedule.table import SCHEDULES, legal
 from dryvine.trainer.config import Config, ConfigError, Tree
 from dryvine.trainer.model.shape import blocks
 from dryvine.trainer.ramps import BatchConfig
-from dryvine.trainer.run_plan import make_plan
+from dryvine.trainer.run_plan import Programs, make_plan
 
 BEST = 10  # the number of best layouts that are found for certain
 MICROBATCHES = (1, 2, 4, 8)  # sequences
@@ -52,16 +52,18 @@ class Candidate:
 
 @dataclass(frozen=True)
 class SweepRow:
-    """The result of a candidate: a plan, or why there is none. `bound`: lower bound of its step, in seconds."""
+    """The result of a candidate: a plan, or why there is none. `bound`: lower bound of its step, in seconds; `peak`:
+    bytes of the fullest rank, 0 where they were not counted."""
 
     candidate: Candidate
     plan: Plan | None
     bound: float
     reason: str
+    peak: int = 0
 
     @property
     def fits(self) -> bool:
-        return self.plan is not None and self.plan.fits
+        return self.plan is not None
 
     @property
     def seconds(self) -> float:
@@ -77,12 +79,13 @@ def sweep(
     open_rows = sorted((row for row in rows if not row.reason), key=lambda row: row.bound)
     done = [row for row in rows if row.reason]
     best: list[float] = []
+    programs = Programs()
     for number, row in enumerate(open_rows):
         on_progress(number / len(open_rows))
         if len(best) == BEST and row.bound >= best[-1]:
             done += [_slower(late, best[0]) for late in open_rows[number:]]
             break
-        planned = _planned(single, row, machine)
+        planned = _planned(single, row, machine, programs)
         done.append(planned)
         if planned.fits:
             best = sorted([*best, planned.seconds])[:BEST]
@@ -115,26 +118,30 @@ def _first_look(base: Config, candidate: Candidate, machine: Machine) -> SweepRo
     return SweepRow(candidate, None, microbatches * arithmetic / candidate.pp, "")
 
 
-def _planned(base: Config, row: SweepRow, machine: Machine) -> SweepRow:
+def _planned(base: Config, row: SweepRow, machine: Machine, programs: Programs) -> SweepRow:
     try:
-        run = make_plan(row.candidate.config(base))
+        run = make_plan(row.candidate.config(base), programs)
     except ConfigError as error:
         return SweepRow(row.candidate, None, float("inf"), str(error))
     least = max(sum(state(run, mine).values()) for mine in buckets(run))
     if least > machine.usable_bytes:
-        return SweepRow(
-            row.candidate, None, row.bound, f"does not fit: weights, sums and optimizer alone {least / GIGA:.0f} GB"
-        )
+        reason = f"does not fit: weights, sums and optimizer alone {least / GIGA:.0f} GB"
+        return SweepRow(row.candidate, None, row.bound, reason)
+    ranks = memory_of(run, machine)
+    if not fits(ranks, machine):
+        return SweepRow(row.candidate, None, row.bound, _too_large(ranks, machine), max(rank.total for rank in ranks))
     plan = make(run, machine)
-    return SweepRow(row.candidate, plan, row.bound, _reason(plan))
+    return SweepRow(row.candidate, plan, row.bound, "", plan.fullest.total)
 
 
-def _reason(plan: Plan) -> str:
-    if plan.fits:
-        return ""
-    kinds = sorted(plan.fullest.kinds.items(), key=lambda item: -item[1])[:2]
+def _too_large(ranks: Sequence[RankMemory], machine: Machine) -> str:
+    fullest = max(ranks, key=lambda rank: rank.total)
+    if fullest.total <= machine.usable_bytes:
+        on_host = max(rank.on_host for rank in ranks)
+        return f"does not fit: {on_host / GIGA:.0f} GB of host memory for each GPU, of {machine.host.memory_gb:.0f}"
+    kinds = sorted(fullest.kinds.items(), key=lambda item: -item[1])[:2]
     most = ", ".join(f"{kind} {size / GIGA:.0f}" for kind, size in kinds)
-    return f"does not fit: {plan.fullest.total / GIGA:.0f} GB on pipeline rank {plan.fullest.rank} ({most})"
+    return f"does not fit: {fullest.total / GIGA:.0f} GB on pipeline rank {fullest.rank} ({most})"
 
 
 def _slower(row: SweepRow, best: float) -> SweepRow:

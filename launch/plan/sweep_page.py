@@ -20,8 +20,9 @@ LISTED = 400  # rows of a page's table
 def cells(row: SweepRow, best: float) -> tuple[str, ...]:
     """A row of the table; the last cell says why it is not the best."""
     plan = row.plan
+    size = f"{row.peak / GIGA:.1f}" if row.peak else ""
     if plan is None:
-        return layout_label(row), *[""] * (len(HEADS) - 2), row.reason
+        return layout_label(row), *[""] * (len(HEADS) - 3), size, row.reason
     slower = f"{row.seconds / best - 1:.1%} slower" if row.seconds > best else "best"
     return (
         layout_label(row),
@@ -30,8 +31,8 @@ def cells(row: SweepRow, best: float) -> tuple[str, ...]:
         f"{plan.mfu[0]:.1%}",
         f"{plan.bubble_seconds / plan.step_seconds:.1%}",
         f"{plan.exposed_seconds / plan.step_seconds:.1%}",
-        f"{plan.fullest.total / GIGA:.1f}",
-        row.reason or slower,
+        size,
+        slower,
     )
 
 
@@ -73,7 +74,7 @@ def show_sweep(rows: Sequence[SweepRow], console: Console) -> None:
     )
     if not good:
         console.print("none fits; those that come nearest:")
-        near = sorted((row for row in rows if row.plan), key=lambda row: row.plan.fullest.total if row.plan else 0)
+        near = sorted((row for row in rows if row.peak), key=lambda row: row.peak)
         print_table(console, "least memory", list(HEADS), [cells(row, best) for row in near[:BEST]])
     print_table(console, "the others", ["why", "layouts", "for example"], why_not(rows))
 
@@ -91,7 +92,7 @@ def sweep_figures(rows: Sequence[SweepRow]) -> list[dict[str, object]]:
             "fits": row.fits,
             "reason": row.reason,
             "step_seconds": row.plan.step_seconds if row.plan else None,
-            "peak_bytes": row.plan.fullest.total if row.plan else None,
+            "peak_bytes": row.peak or None,
             "gpu_hours": row.plan.gpu_hours if row.plan else None,
         }
         for row in rows
@@ -115,7 +116,7 @@ def _parts(rows: Sequence[SweepRow], machine: Machine) -> Iterator[str]:
     by_schedule: dict[str, list[tuple[float, float]]] = {}
     for row in planned:
         if row.plan:
-            point = row.plan.fullest.total / GIGA, row.plan.step_seconds
+            point = row.peak / GIGA, row.plan.step_seconds
             by_schedule.setdefault(row.candidate.schedule, []).append(point)
     usable = machine.usable_bytes / GIGA
     yield picture(plots.points(by_schedule, "GB on the fullest rank", "step, s", usable), "step time over peak memory")
@@ -126,8 +127,9 @@ def _parts(rows: Sequence[SweepRow], machine: Machine) -> Iterator[str]:
     yield table([*HEADS[:-1], "why"], [cells(row, best) for row in rows[:BEST]], text_last=True)
     yield heading("Why not the others")
     yield table(["why", "layouts", "for example"], why_not(rows), text_last=True)
-    yield heading("All that were planned")
-    yield table([*HEADS[:-1], "why"], [cells(row, best) for row in planned[:LISTED]], text_last=True)
+    yield heading("All whose memory was counted")
+    counted = [row for row in rows if row.peak]
+    yield table([*HEADS[:-1], "why"], [cells(row, best) for row in counted[:LISTED]], text_last=True)
 
 
 def _seconds(row: SweepRow) -> dict[str, float]:

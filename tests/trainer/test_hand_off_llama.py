@@ -56,7 +56,7 @@ def without(run: OpenRun, out: Path, change: Callable[[GgufFile], None]) -> Read
         pass
     forward = Forward(run, rounded(run, ExportAs("gguf", quant="f32")))
     some = prompts(tokenizer_of(run), None, run.shape.max_position)[:4]
-    return compare("", LlamaCpp(out, "f32"), forward.log_probs, some)
+    return compare("", LlamaCpp(out, "f32"), forward.compute, some)
 
 
 @pytest.mark.parametrize(

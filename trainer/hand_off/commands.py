@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -99,7 +100,7 @@ def check_export(run: OpenRun, out: Path, ways: ExportAs, text: Path | None, con
             opened = made(out, ways.written_as)
         except ImportError as error:  # transformers needs accelerate for FP8
             raise HandOffError(f"{made.package}: {error}") from None
-        comparisons.append(compare(f"{made.package} {at}", opened, forward.log_probs, some))
+        comparisons.append(compare(f"{made.package} {at}", opened, forward.compute, some))
     console.print(table(comparisons, f"{out}: {ways.format}, {ways.written_as}, against our forward in FP32"))
     return all(c.fine for c in comparisons)
 
@@ -107,11 +108,13 @@ def check_export(run: OpenRun, out: Path, ways: ExportAs, text: Path | None, con
 def check_files(run: OpenRun, out: Path, ways: ExportAs) -> None:
     """Check that the files are those of this model, before another program opens them. Raises HandOffError."""
     if ways.format == "hf":
-        released = open_released(out)
-        said, wanted = config_json(released.shape), config_json(run.shape)
-        for key in wanted:
-            if said[key] != wanted[key]:
-                raise HandOffError(f"{out / 'config.json'}: {key}: is {said[key]}, and {run.folder} has {wanted[key]}")
+        open_released(out)
+        # As it stands there: a key that our import can do without may be one that only vLLM reads.
+        said = json.loads((out / "config.json").read_bytes())
+        for key, wanted in config_json(run.shape).items():
+            if key not in said or said[key] != wanted:
+                found = f"is {said[key]}" if key in said else "is missing"
+                raise HandOffError(f"{out / 'config.json'}: {key}: {found}, and {run.folder} has {wanted}")
         return
     need_gguf()
     from dryvine.trainer.hand_off.export_gguf import plan_gguf

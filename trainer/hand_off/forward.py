@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,11 +21,20 @@ from dryvine.trainer.hand_off.export_hf import weights
 from dryvine.trainer.hand_off.names import Mapped, places, sizes
 from dryvine.trainer.hand_off.run_files import OpenRun
 from dryvine.trainer.hand_off.slices import Slice
+from dryvine.trainer.hand_off.ties import margins
 from dryvine.trainer.model.decoder import Model
+from dryvine.trainer.model.gate import Gate
 from dryvine.trainer.model.shape import blocks, count_parameters
 from dryvine.trainer.model.spec import Spec
 
 Rounded = Callable[[Mapped, Tensor], Tensor]  # a weight in FP32 -> in FP32, as it was written
+
+
+class Computed(NamedTuple):
+    """Of T positions."""
+
+    log_probs: Tensor  # FP32 [T, vocab]: of the next token after each
+    margins: Tensor  # FP32 [T]: how surely the gates chose (see `ties`), the least of all layers
 
 
 class Forward:
@@ -35,6 +46,9 @@ class Forward:
         spec = Spec(self.shape, torch.float32, "cpu")
         names = tuple(block.name for block in blocks(self.shape) if block.kind != "head")
         self.model = Model(spec, {0: names}, SingleRank(self.shape.routed))
+        self._margins: list[Tensor] = []
+        for gate in self.model.gates.values():
+            gate.register_forward_hook(partial(self._note, gate))
         state = _state(run, rounded)
         self.model.load(state)
         self.norm, self.head = spec.norm(self.shape.hidden), spec.plain_linear(self.shape.hidden, self.shape.vocab)
@@ -42,16 +56,22 @@ class Forward:
             self.norm.weight.copy_(state["norm.weight"])
             self.head.weight.copy_(state["head.weight"])
 
-    def log_probs(self, tokens: Sequence[int]) -> Tensor:
-        """FP32 [T, vocab]: log-probabilities of the next token after each token."""
+    def compute(self, tokens: Sequence[int]) -> Computed:
+        """The forward pass of T tokens."""
         # The last column of a flight's tokens is a target, which is unused here.
         flight = Flight(torch.tensor([[*tokens, 0]]), 0.0, training=False)
         state: State = ()
+        self._margins.clear()
         with torch.no_grad():
             for phase in self.model.stages[0].phases:
                 state = phase.forward(state, flight).wait()
             logits: Tensor = self.head(self.norm(state[0]).x)
-            return logits.log_softmax(-1)
+        sure = torch.stack([torch.full((len(tokens),), float("inf")), *self._margins]).amin(0)
+        return Computed(logits.log_softmax(-1), sure)
+
+    def _note(self, gate: Gate, module: torch.nn.Module, given: object, logits_NE: Tensor) -> None:
+        """What a gate that has just run tells of its choice; torch passes the gate a second time, without its type."""
+        self._margins.append(margins(logits_NE, gate.bias, self.shape))
 
 
 def _state(run: OpenRun, rounded: Rounded) -> dict[str, Tensor]:

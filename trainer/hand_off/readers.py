@@ -1,7 +1,7 @@
 """Programs that open an export, behind one interface. A new one is a class and a line in READERS.
 
 They compute in FP32 as far as they can, so that a remaining difference is a mistake and not rounding; `limit` is the
-difference that their arithmetic explains.
+difference that their arithmetic explains, and `near` the margin below which it may route a token elsewhere.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from torch import Tensor
 LENGTH = 48  # tokens of a prompt, at most
 GGUF = "model.gguf"  # the file in an export's folder
 FP32, LESS = 1e-3, 0.05  # |difference of log-probabilities| of arithmetic in FP32, and in BF16 or 8 bits
+# Of margins (see `ties`): below, arithmetic of so few bits may choose other experts. FP32 repeats every choice.
+NEAR = {"f32": 0.0, "bf16": 2**-8, "f16": 2**-8, "q8_0": 2**-6, "q4_k": 2**-6}
 
 
 class OpenedExport(Protocol):
@@ -24,6 +26,7 @@ class OpenedExport(Protocol):
 
     package: ClassVar[str]  # what to install
     limit: float
+    near: float
 
     def tokens(self, text: str) -> list[int]:
         """The text's tokens, without special tokens before or after."""
@@ -40,7 +43,7 @@ class Transformers:
     def __init__(self, folder: Path, written_as: str) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        self.limit = FP32
+        self.limit, self.near = FP32, 0.0
         self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
@@ -68,7 +71,7 @@ class LlamaCpp:
 
         self._lib = lib
         # For BF16 and quantised weights, llama.cpp rounds the inputs to as few bits.
-        self.limit = FP32 if written_as == "f32" else LESS
+        self.limit, self.near = (FP32 if written_as == "f32" else LESS), NEAR[written_as]
         self._silent = lib.llama_log_callback(lambda level, text, data: None)
         lib.llama_log_set(self._silent, None)
         lib.llama_backend_init()

@@ -94,14 +94,23 @@ def weigh(scores_NE: Tensor, experts_NK: Tensor, sequences: int, shape: Shape) -
 def choose_experts(scores_NE: Tensor, bias_E: Tensor, shape: Shape) -> Tensor:
     """The K experts of each token: int64 [N, K]. A group's rank is the sum of its two best biased scores (sigmoid, V3)
     or its best one (softmax, V2)."""
-    biased_NE = scores_NE + bias_E
-    if shape.groups > 1:
-        biased_NGe = biased_NE.unflatten(1, (shape.groups, -1))
-        ranks_NG = biased_NGe.topk(shape.ranked_by, -1).values.sum(-1)
-        best = ranks_NG.topk(shape.group_limit, -1).indices
-        barred_NG = torch.ones_like(ranks_NG, dtype=torch.bool).scatter_(1, best, False)
-        biased_NE = biased_NGe.masked_fill(barred_NG.unsqueeze(-1), float("-inf")).flatten(1)
-    return biased_NE.topk(shape.top_k, -1).indices
+    return in_best_groups(scores_NE + bias_E, shape).topk(shape.top_k, -1).indices
+
+
+def in_best_groups(biased_NE: Tensor, shape: Shape) -> Tensor:
+    """[N, E]: -inf in all but the groups that a token may choose of."""
+    if shape.groups == 1:
+        return biased_NE
+    ranks_NG = group_ranks(biased_NE, shape)
+    best = ranks_NG.topk(shape.group_limit, -1).indices
+    barred_NG = torch.ones_like(ranks_NG, dtype=torch.bool).scatter_(1, best, False)
+    biased_NGe = biased_NE.unflatten(1, (shape.groups, -1))
+    return biased_NGe.masked_fill(barred_NG.unsqueeze(-1), float("-inf")).flatten(1)
+
+
+def group_ranks(biased_NE: Tensor, shape: Shape) -> Tensor:
+    """[N, G], of which the highest are chosen."""
+    return biased_NE.unflatten(1, (shape.groups, -1)).topk(shape.ranked_by, -1).values.sum(-1)
 
 
 def balance_loss(scores_NE: Tensor, sequences: int, shape: Shape) -> Tensor:
