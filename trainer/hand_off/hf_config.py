@@ -233,6 +233,9 @@ def _conflicts(c: ConfigJson) -> Iterator[tuple[bool, str]]:
     score, methods = ("sigmoid", ("noaux_tc",)) if v3 else ("softmax", ("greedy", "group_limited_greedy"))
     yield c.scoring_func not in (None, score), f"scoring_func: {c.model_type} has {score} here, not {c.scoring_func}"
     yield c.topk_method not in (None, *methods), f"topk_method: {c.model_type} has no {c.topk_method} here"
+    for name, count in (("n_group", c.n_group), ("topk_group", c.topk_group)):
+        # transformers would take 8 and 4, vLLM one group.
+        yield _grouped(c) and count is None, f"{name}: is missing, and {c.model_type} chooses experts by groups"
     kv = c.num_key_value_heads
     yield kv not in (None, c.num_attention_heads), f"num_key_value_heads: {kv}, but every head has keys of its own"
     message = f"rms_norm_eps: {c.rms_norm_eps}, but the latents' norms have {EPS}, and ours have one for all"
@@ -244,17 +247,20 @@ def _conflicts(c: ConfigJson) -> Iterator[tuple[bool, str]]:
 
 
 def _shape(c: ConfigJson) -> Shape:
-    grouped = c.model_type == "deepseek_v3" or c.topk_method == "group_limited_greedy"
     rope = c.rope_parameters if c.rope_parameters is not None else (c.rope_scaling or {})
     fields = {ours: getattr(c, theirs) for theirs, ours in NAMES.items()}
     fields["shared"] = c.n_shared_experts or 0
-    fields["groups"], fields["group_limit"] = (c.n_group or 1, c.topk_group or 1) if grouped else (1, 1)
+    fields["groups"], fields["group_limit"] = (c.n_group or 1, c.topk_group or 1) if _grouped(c) else (1, 1)
     return Shape(
         **fields,
         score="sigmoid" if c.model_type == "deepseek_v3" else "softmax",
         rope_theta=_theta(c, rope),
         yarn=_yarn(rope),
     )
+
+
+def _grouped(c: ConfigJson) -> bool:
+    return c.model_type == "deepseek_v3" or c.topk_method == "group_limited_greedy"
 
 
 def _theta(c: ConfigJson, rope: Mapping[str, object]) -> float:
