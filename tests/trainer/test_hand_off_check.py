@@ -14,7 +14,7 @@ from dryvine.trainer.hand_off.check import ReaderComparison, compare
 from dryvine.trainer.hand_off.commands import ExportAs, check_files, export_run
 from dryvine.trainer.hand_off.errors import HandOffError
 from dryvine.trainer.hand_off.export_gguf import plan_gguf, write_gguf
-from dryvine.trainer.hand_off.forward import Computed
+from dryvine.trainer.hand_off.forward import ForwardResult
 from dryvine.trainer.hand_off.gguf_keys import model_keys
 from dryvine.trainer.hand_off.hf_config import config_json
 from dryvine.trainer.hand_off.readers import GGUF
@@ -66,7 +66,7 @@ class Off:
 def verdict(by: float, near: float, margin: float, prompts: int = 1) -> ReaderComparison:
     """Our gates are sure by 1 at every position but by `margin` at the one that is off."""
     sure = torch.where(torch.arange(10) == 3, margin, 1.0)
-    ours = Computed(torch.tensor([[-1.0, -0.5]] * 10), sure)
+    ours = ForwardResult(torch.tensor([[-1.0, -0.5]] * 10), sure)
     some = [("", list(range(10)))]
     return compare("", Off(by, near), lambda tokens: ours, some * prompts)
 

@@ -16,7 +16,7 @@ from rich.table import Table
 from torch import Tensor
 
 from dryvine.trainer.hand_off.errors import HandOffError
-from dryvine.trainer.hand_off.forward import Computed
+from dryvine.trainer.hand_off.forward import ForwardResult
 from dryvine.trainer.hand_off.readers import LENGTH, OpenedExport
 from dryvine.trainer.hand_off.tokenizer_files import TokenizerFiles
 
@@ -65,7 +65,7 @@ def prompts(tokenizer: TokenizerFiles, text: Path | None, max_position: int) -> 
 
 
 def compare(
-    name: str, reader: OpenedExport, ours: Callable[[list[int]], Computed], some: list[tuple[str, list[int]]]
+    name: str, reader: OpenedExport, ours: Callable[[list[int]], ForwardResult], some: list[tuple[str, list[int]]]
 ) -> ReaderComparison:
     same_tokens = True
     found: list[Tensor] = []
@@ -89,7 +89,7 @@ def compare(
     )
 
 
-def _by_position(ours: Computed, theirs: Tensor, reader: OpenedExport) -> Tensor:
+def _by_position(ours: ForwardResult, theirs: Tensor, reader: OpenedExport) -> Tensor:
     """FP32 [4, T]: the largest difference; 1 where it is held; 1 where the best token is the same; 1 where it is
     another, by more than the limit."""
     best, other = ours.log_probs.argmax(-1, keepdim=True), theirs.argmax(-1, keepdim=True)

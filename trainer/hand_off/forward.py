@@ -30,7 +30,7 @@ from dryvine.trainer.model.spec import Spec
 Rounded = Callable[[Mapped, Tensor], Tensor]  # a weight in FP32 -> in FP32, as it was written
 
 
-class Computed(NamedTuple):
+class ForwardResult(NamedTuple):
     """Of T positions."""
 
     log_probs: Tensor  # FP32 [T, vocab]: of the next token after each
@@ -56,7 +56,7 @@ class Forward:
             self.norm.weight.copy_(state["norm.weight"])
             self.head.weight.copy_(state["head.weight"])
 
-    def compute(self, tokens: Sequence[int]) -> Computed:
+    def compute(self, tokens: Sequence[int]) -> ForwardResult:
         """The forward pass of T tokens."""
         # The last column of a flight's tokens is a target, which is unused here.
         flight = Flight(torch.tensor([[*tokens, 0]]), 0.0, training=False)
@@ -67,7 +67,7 @@ class Forward:
                 state = phase.forward(state, flight).wait()
             logits: Tensor = self.head(self.norm(state[0]).x)
         sure = torch.stack([torch.full((len(tokens),), float("inf")), *self._margins]).amin(0)
-        return Computed(logits.log_softmax(-1), sure)
+        return ForwardResult(logits.log_softmax(-1), sure)
 
     def _note(self, gate: Gate, module: torch.nn.Module, given: object, logits_NE: Tensor) -> None:
         """What a gate that has just run tells of its choice; torch passes the gate a second time, without its type."""
