@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch.distributed as dist
 from torch import Tensor
@@ -44,6 +45,16 @@ def exchange(out: Tensor, full: Tensor, group: dist.ProcessGroup, watch: Watch |
     """Start to send each rank its slice of `full`, and to write what the others send to `out`; in rank order."""
     part = out[: len(out) // group.size()]
     return _post(lambda: dist.all_to_all_single(out, full, group=group, async_op=True), watch, what, group, part)
+
+
+def shift(out: Tensor, part: Tensor, group: dist.ProcessGroup, watch: Watch | None, what: str) -> Posted:
+    """Begin to send `part` to the next rank of the group, the last one's to the first, and to write what the one before
+    sends, as many elements, to `out`."""
+    here, size = dist.get_rank(group), group.size()
+    to_next, from_before = ([0] * size for _ in range(2))
+    to_next[(here + 1) % size] = from_before[here - 1] = len(part)
+    call = partial(dist.all_to_all_single, out, part, from_before, to_next, group=group, async_op=True)
+    return _post(call, watch, what, group, part)
 
 
 def _post(

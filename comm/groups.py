@@ -15,17 +15,20 @@ import torch.distributed as dist
 GroupsByRanks = dict[tuple[int, ...], dist.ProcessGroup]  # by their world ranks
 
 
-def new_groups(families: Iterable[tuple[int, ...]], timeout: timedelta, sms: int | None = None) -> GroupsByRanks:
+def new_groups(
+    families: Iterable[tuple[int, ...]], timeout: timedelta, sms: int | None = None, backend: str | None = None
+) -> GroupsByRanks:
     """Make a group of each tuple of world ranks and return those that this rank is in; a tuple of one rank needs none.
     Collective over the world: `families` must be the same, in the same order, on every rank.
 
-    `sms` is the most SMs of a GPU that the group's kernels may take at once; None leaves it to NCCL.
+    `sms` is the most SMs of a GPU that the group's kernels may take at once; None leaves it to NCCL. `backend` None is
+    that of the world.
     """
     mine: GroupsByRanks = {}
     for ranks in families:
         if len(ranks) > 1:
             options = None if sms is None else _within(sms, timeout)
-            group = dist.new_group(list(ranks), timeout=timeout, pg_options=options)
+            group = dist.new_group(list(ranks), timeout, backend, options)
             if dist.get_rank() in ranks:
                 mine[ranks] = group
     return mine

@@ -37,6 +37,15 @@ class Piece(NamedTuple):
         return len(self.shape) > 1
 
 
+class Span(NamedTuple):
+    """The elements of one parameter in a shard of a bucket, whoever owns that."""
+
+    name: str
+    start: int  # the first, counted in the whole parameter, all experts in
+    in_shard: slice
+    shape: tuple[int, ...]  # of the whole parameter
+
+
 class Member(NamedTuple):
     """A parameter in a bucket, of which it is a view, and so is its gradient."""
 
@@ -70,28 +79,38 @@ class Bucket:
     host: HostCopies | None = None  # where masters are in host memory
 
     @property
-    def own(self) -> slice:
-        """This rank's shard, as a part of the bucket."""
-        size = self.master.numel()
-        return slice(self.index * size, (self.index + 1) * size)
+    def copies(self) -> int:
+        return self.group.size() if self.group else 1
 
     @property
-    def segments(self) -> Iterator[tuple[bool, slice]]:
-        """(whether they are matrices, where they are) of this rank's shard, padding included."""
+    def own(self) -> slice:
+        """This rank's shard, as a part of the bucket."""
+        return self._shard(self.index)
+
+    def _shard(self, index: int) -> slice:
         size = self.master.numel()
-        boundary = min(max(self.layout.vectors - self.own.start, 0), size)
+        return slice(index * size, (index + 1) * size)
+
+    def segments(self, index: int) -> Iterator[tuple[bool, slice]]:
+        """(whether they are matrices, where they are) of the shard of copy `index`, padding included."""
+        size = self.master.numel()
+        boundary = min(max(self.layout.vectors - self._shard(index).start, 0), size)
         if boundary:
             yield True, slice(0, boundary)
         if boundary < size:
             yield False, slice(boundary, size)
 
-    def pieces(self) -> Iterator[Piece]:
-        own = self.own
+    def spans(self, index: int) -> Iterator[Span]:
+        """What is in the shard of copy `index`."""
+        shard = self._shard(index)
         for name, at, first, shape, parameter, _ in self.members:
-            low, high = max(at, own.start), min(at + parameter.numel(), own.stop)
+            low, high = max(at, shard.start), min(at + parameter.numel(), shard.stop)
             if low < high:
-                inside = slice(low - own.start, high - own.start)
-                yield Piece(name, first + low - at, inside, self.master[inside], self.grad[inside], shape)
+                yield Span(name, first + low - at, slice(low - shard.start, high - shard.start), shape)
+
+    def pieces(self) -> Iterator[Piece]:
+        for name, start, inside, shape in self.spans(self.index):
+            yield Piece(name, start, inside, self.master[inside], self.grad[inside], shape)
 
     def sum(self, watch: Watch | None, what: str) -> Pending[None]:
         """Start to sum `grads` over the copies, each rank its shard, and to copy that to where the master is."""

@@ -15,8 +15,9 @@ from typing import cast
 
 from rich.console import Console
 
-from dryvine.trainer.checkpoint import run_folder
+from dryvine.trainer.checkpoint import lives, run_folder
 from dryvine.trainer.checkpoint.load import load, newest_sound, verified
+from dryvine.trainer.checkpoint.memory_load import recall
 from dryvine.trainer.checkpoint.reader import open_checkpoint
 from dryvine.trainer.checkpoint.state import RunState
 from dryvine.trainer.config import Config, dump, flat
@@ -26,10 +27,13 @@ NO_MATTER = {"run.name", "run.out", "run.steps", "run.init_from", "run.init_opti
 
 
 def resume(rig: Rig, console: Console, state: RunState | None = None) -> int:
-    """Load the newest checkpoint of the run folder, or what `run.init_from` names if there is none. `state` is what
+    """Load the newest step in the memory of the nodes, else the newest checkpoint of the run folder, or what
+    `run.init_from` names if there is none. `state` is what
     checkpoints of this run hold, if that is more than the rig's. Returns the steps done. Raises CheckpointError.
     Collective."""
     run = rig.config.run
+    if (step := _recall(rig, console, state or rig.state())) is not None:
+        return step
     found = newest_sound(run.folder, rig.mesh, run.on_damage)
     for damaged in found.passed_over:
         console.print(f"passed over, and set aside: {damaged}", markup=False)
@@ -38,12 +42,28 @@ def resume(rig: Rig, console: Console, state: RunState | None = None) -> int:
             _begin_from(rig, Path(run.init_from), console)
         return 0
     loaded = load(found.reader, state or rig.state(), rig.mesh, optional=("ema",))
-    rig.publish()
+    rig.restored()
     if rig.optimizer.ema and "ema" in loaded.missing:
         rig.optimizer.ema.restart()
         start = f"optim.ema starts from the weights of step {loaded.step}"
         console.print(f"{found.reader.path} has no average of the weights: {start}")
     return loaded.step
+
+
+def _recall(rig: Rig, console: Console, state: RunState) -> int | None:
+    """The step of which memory had all that storage has, or more; loaded."""
+    run = rig.config.run
+    if not run.buddy_every:
+        lives.keep_only(run, rig.mesh)
+        return None
+    found = recall(run, rig.mesh, rig.node, rig.data.identity, state)
+    for why in found.passed_over:
+        console.print(f"passed over, in memory: {why}", markup=False)
+    if found.step is None:
+        return None
+    rig.restored()
+    console.print(f"step {found.step} was in memory: {found.sent} of {rig.mesh.size} ranks have it from another node")
+    return found.step
 
 
 def check_source(config: Config) -> None:
@@ -59,7 +79,7 @@ def _begin_from(rig: Rig, source: Path, console: Console) -> None:
     state, everything = rig.state(), rig.config.run.init_optimizer
     fix = "run.init_from needs a checkpoint of this [model] table's shapes"
     loaded = load(reader, state if everything else _weights(state), rig.mesh, ("ema",), fix)
-    rig.publish()
+    rig.restored()
     if rig.optimizer.ema and (not everything or "ema" in loaded.missing):
         rig.optimizer.ema.restart()
     what = "weights and optimizer" if everything else "weights"

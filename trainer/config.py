@@ -57,6 +57,8 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
     # A loss so many times the median of the last 20: back to the newest checkpoint, and past the data that led there.
     spike_factor: Annotated[float, Field(gt=1)] | None = None
     integrity_every: Positive | None = None  # steps between comparisons of all copies of the weights, bit by bit
+    buddy_every: Positive | None = None  # steps between copies of all state in host memory, of this node and the next
+    buddy_folder: str = "/dev/shm"  # where each node keeps them, in memory of its own
     eval_every: Positive = 100
     eval_batches: Positive = 1
     timeline_step: Positive | None = None  # draw this step's measured timeline over the simulated one

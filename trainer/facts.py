@@ -33,7 +33,10 @@ ROOMS = tuple(
 )
 PACKAGES = ("numpy", "triton", "nvidia-nccl-cu12", "nvidia-nccl-cu13", "transformer-engine", "deep-ep", "deepspeed")
 # Paths that may differ between hosts; what is read there is compared.
-ELSEWHERE = {"data.source", "data.dir", "sft.train", "sft.validation", "sft.chat.tokenizer", "rl.chat.tokenizer"}
+ELSEWHERE = {
+    *("data.source", "data.dir", "sft.train", "sft.validation", "sft.chat.tokenizer", "rl.chat.tokenizer"),
+    "run.buddy_folder",
+}
 
 
 def facts(plan: RunPlan, data: Data) -> dict[str, str]:

@@ -20,11 +20,9 @@ from dryvine.comm.mesh import Mesh
 from dryvine.comm.topology import Topology
 from dryvine.parallel.executor import Played
 from dryvine.trainer.begin import resume
-from dryvine.trainer.checkpoint import run_folder
-from dryvine.trainer.checkpoint.save import Keep, Saver
+from dryvine.trainer.checkpoint import lives, run_folder
 from dryvine.trainer.config import RunConfig
 from dryvine.trainer.data.splits import Data
-from dryvine.trainer.integrity import check_copies
 from dryvine.trainer.journal import Journal, MetricsRow
 from dryvine.trainer.metrics import metrics_row, reduce_figures
 from dryvine.trainer.nonfinite import Diverged, NonfiniteStep, blame, diverged_line
@@ -34,6 +32,7 @@ from dryvine.trainer.rig import Rig, make_rig
 from dryvine.trainer.run_bar import run_bar
 from dryvine.trainer.run_plan import RunPlan
 from dryvine.trainer.run_rows import read
+from dryvine.trainer.saves import Saves
 from dryvine.trainer.spikes import STRIKES, LossSpike, Rollback, SpikeWatch, passing_over, rollbacks, write_down
 from dryvine.trainer.startup import get_ready
 from dryvine.trainer.step import evaluate, evaluate_average, train_step
@@ -85,6 +84,7 @@ def _roll_back(rig: Rig, console: Console, spike: LossSpike) -> int:
     first, given_up = before + point.passed_over, point.first + point.sequences - before
     back = Rollback(point.step + 1, spike.loss, spike.usual, step, first, given_up)
     console.print(f"{spike}: {back}", markup=False)
+    lives.keep_only(config.run, rig.mesh)  # a start would go on from what is given up here
     if rig.mesh.rank == 0:
         write_down(config.run.folder, back)
     rig.mesh.barrier("writing down a rollback")
@@ -93,18 +93,16 @@ def _roll_back(rig: Rig, console: Console, spike: LossSpike) -> int:
 
 def _attempt(rig: Rig, console: Console, done: int) -> MetricsRow | None:
     """`_steps`, with what saves and records them."""
-    run, mesh = rig.config.run, rig.mesh
-    saver = Saver(run.folder, Keep(run.keep_checkpoints, run.keep_every), mesh, rig.data.identity)
-    saver.prepare(rig.state())
-    journal = Journal(rig.config, rig.plan.schedule, done) if mesh.rank == 0 else None
+    saves = Saves(rig, rig.state, console)
+    journal = Journal(rig.config, rig.plan.schedule, done) if rig.mesh.rank == 0 else None
     try:
-        return _steps(rig, saver, journal, console, done)
+        return _steps(rig, saves, journal, console, done)
     finally:
         if journal:
             journal.close()
 
 
-def _steps(rig: Rig, saver: Saver, journal: Journal | None, console: Console, done: int) -> MetricsRow | None:
+def _steps(rig: Rig, saves: Saves, journal: Journal | None, console: Console, done: int) -> MetricsRow | None:
     """Every step after the first `done`, or up to a signal, to the last checkpoint's end. Returns the row of the last;
     None if there was none left."""
     config, run = rig.config, rig.config.run
@@ -116,18 +114,18 @@ def _steps(rig: Rig, saver: Saver, journal: Journal | None, console: Console, do
     with Stop().on_signals() as stop, run_bar(console, "loss {task.fields[loss]:.3f}") as bar:
         task = bar.add_task(run.name, total=run.steps, completed=done, loss=float("nan"))
         for point in islice(every, done, run.steps):
-            step = one_step(rig, point, stop, len(nonfinite), saver.busy)
+            step = one_step(rig, point, stop, len(nonfinite), saves.busy)
             if spike := spikes.see(point, step.row.loss):
                 break
             nonfinite = [*nonfinite, step.nonfinite] if step.nonfinite else []
             if len(nonfinite) == config.optim.skips:
                 _record(step, None, console, journal)
                 break
-            _save_and_record(rig, saver, step, console, journal)
+            _save_and_record(rig, saves, step, console, journal)
             bar.update(task, advance=1, loss=step.row.loss)
             if step.stop:
                 break
-        saver.close()
+        saves.close()
     rig.optimizer.zero.settle()  # nothing is under way when ranks part
     if spike:
         raise spike
@@ -157,8 +155,7 @@ def one_step(rig: Rig, point: Point, stop: Stop, nonfinite_before: int = 0, savi
     if point.step + 1 == rig.config.run.timeline_step:
         _draw_timeline(rig, point, outcome.played)
     figures = reduce_figures(rig, outcome.played, seconds, stop.asked, saving)
-    if rig.config.run.integrity_every and (point.step + 1) % rig.config.run.integrity_every == 0:
-        check_copies(rig.optimizer.zero)
+    rig.integrity.check(point.step + 1, saves=figures.stop)
     row = replace(metrics_row(rig, point, outcome, figures), skipped=nonfinite_before + 1 if nonfinite else 0)
     if _validates(rig.config.run, row.step):
         found = evaluate(rig)
@@ -171,10 +168,10 @@ def _validates(run: RunConfig, step: int) -> bool:
     return step in (1, run.steps) or step % run.eval_every == 0
 
 
-def _save_and_record(rig: Rig, saver: Saver, step: LoopStep, console: Console, journal: Journal | None) -> None:
+def _save_and_record(rig: Rig, saves: Saves, step: LoopStep, console: Console, journal: Journal | None) -> None:
     stalled = None
     try:
-        stalled = save_if_due(rig, saver, step)
+        stalled = _save_if_due(rig.config.run, saves, step)
     finally:  # what a save raises ends the run: the last row tells why
         _record(step, stalled, console, journal)
 
@@ -196,15 +193,9 @@ def _draw_timeline(rig: Rig, point: Point, played: Played) -> None:
         write(rig.config.run.folder / "timeline.html", timeline)
 
 
-def save_if_due(rig: Rig, saver: Saver, step: LoopStep) -> float | None:
-    """Begin the checkpoint of this step if it is to have one, and finish the one before once all ranks have written
-    theirs. Returns the milliseconds for which training stood still, None if there was nothing to do. Collective."""
-    run, started = rig.config.run, time.perf_counter()
-    due = step.stop or step.row.step % run.checkpoint_every == 0 or step.row.step == run.steps
-    if due:
-        saver.begin(step.row.step, rig.state())
-    elif saver.pending and not step.saving:
-        saver.finish()
-    else:
+def _save_if_due(run: RunConfig, saves: Saves, step: LoopStep) -> float | None:
+    """Returns the milliseconds for which training stood still, None if there was nothing to do. Collective."""
+    started, done = time.perf_counter(), step.row.step
+    if not saves.after(done - 1, done, last=step.stop or done == run.steps, writing=step.saving):
         return None
     return 1e3 * (time.perf_counter() - started)

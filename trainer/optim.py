@@ -11,7 +11,9 @@ gain is measured in docs/fp8.md.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -33,6 +35,16 @@ class Moments:
     exp_avg_sq: Tensor
 
 
+class UpdateWitness(Protocol):
+    """Looks on while an update is made, bucket by bucket (`witness.py`)."""
+
+    def before(self, number: int, rate: float) -> None:
+        """Bucket `number` is about to be stepped; its gradients are clipped."""
+
+    def after(self, number: int) -> None:
+        """It has been."""
+
+
 class Optimizer:
     """AdamW on this rank's shards of the parameters. Matrices decay, vectors (norm weights) do not. Collective."""
 
@@ -52,25 +64,33 @@ class Optimizer:
         self.zero.reduce()
         return float(self.zero.grad_norm()) / scale
 
-    def update(self, rate: float, norm: float, scale: float) -> None:
-        """Clip by the global norm, step the masters, and begin to give all copies the new weights."""
+    def update(self, rate: float, norm: float, scale: float, witness: UpdateWitness | None = None) -> None:
+        """Clip by the global norm, step the masters, and begin to give all copies the new weights. Collective."""
         # One pass over the gradients undoes the scale and clips.
         clip = min(1.0, self.config.clip / (norm + 1e-6))
         if self.ema:
             self.ema.before_update()
         for number in self.zero.gathers_turn:
-            self.zero.buckets[number].grad.mul_(clip / scale)
-            self._step(number, rate)
+            bucket = self.zero.buckets[number]
+            bucket.grad.mul_(clip / scale)
+            if witness:
+                witness.before(number, rate)
+            self.step_shard(self.operands(number), bucket.segments(bucket.index), rate)
+            if witness:
+                witness.after(number)
             self.zero.send(number)
         self.step += 1
         if self.ema:
             self.ema.after_update()
 
-    def _step(self, number: int, rate: float) -> None:
-        """Of one bucket."""
+    def operands(self, number: int) -> Operands:
+        """Of this rank's shard of a bucket, live."""
         bucket, moments = self.zero.buckets[number], self.moments[number]
-        whole = Operands(bucket.master, bucket.grad, moments.exp_avg, moments.exp_avg_sq)
-        for matrices, part in bucket.segments:
+        return Operands(bucket.master, bucket.grad, moments.exp_avg, moments.exp_avg_sq)
+
+    def step_shard(self, whole: Operands, segments: Iterable[tuple[bool, slice]], rate: float) -> None:
+        """Step the operands of anybody's shard in place; `segments` as of `Bucket.segments`."""
+        for matrices, part in segments:
             decay = self.config.weight_decay if matrices else 0.0
             on = whole.part(part.start, part.stop)
             if self.config.moments == "fp32":

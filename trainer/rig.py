@@ -13,13 +13,14 @@ from typing import NamedTuple
 
 import torch
 
+from dryvine.comm.buddies import BuddyLinks, make_links
 from dryvine.comm.dispatch.api import AnyDispatcher
 from dryvine.comm.dispatch.choose import make_dispatcher
 from dryvine.comm.dispatch.payload import Format
 from dryvine.comm.dispatch.setup import Setup
 from dryvine.comm.mesh import Layout, Mesh, make_mesh
 from dryvine.comm.pipeline_wire import make_wire
-from dryvine.comm.topology import Topology
+from dryvine.comm.topology import Topology, by_sizes
 from dryvine.comm.world import timeout
 from dryvine.parallel.bucket import BucketMemory
 from dryvine.parallel.buckets import ReadingLayer
@@ -37,6 +38,7 @@ from dryvine.trainer.data.splits import Data
 from dryvine.trainer.fp8.choose import choose_engines
 from dryvine.trainer.fp8.fp8 import FP8
 from dryvine.trainer.graphed import make_graphs
+from dryvine.trainer.integrity import Integrity
 from dryvine.trainer.model.decoder import Model
 from dryvine.trainer.model.phases import codec_of
 from dryvine.trainer.model.spec import Spec
@@ -62,6 +64,9 @@ class Rig:
     graphs: Graphs | None
     replays: str  # what graphs do here, in words
     fp8: FP8 | None
+    integrity: Integrity
+    topology: Topology
+    links: BuddyLinks | None  # None: no copies in memory, or on this node only
     _training: dict[int, Executor] = field(default_factory=dict)
     _forward: dict[int, Executor] = field(default_factory=dict)
     _accumulating: dict[int, Executor] = field(default_factory=dict)
@@ -69,6 +74,11 @@ class Rig:
     @property
     def config(self) -> Config:
         return self.plan.config
+
+    @property
+    def node(self) -> int:
+        """The number of this rank's."""
+        return self.topology.node_of(self.mesh.rank)
 
     def training(self, sequences: int) -> Executor:
         """Runs a training step of `sequences`, counted over all data ranks."""
@@ -108,10 +118,17 @@ class Rig:
         """What a checkpoint stores of this rank, live."""
         return RunState(self.optimizer.state(), self.model.buffers, self.optimizer.shapes())
 
-    def update(self, rate: float, norm: float, scale: float) -> None:
-        """`Optimizer.update`, after which each layer waits for its new weights when a forward reads them."""
+    def update(self, rate: float, norm: float, scale: float, step: int) -> None:
+        """`Optimizer.update` of a step, counted from 1, after which each layer waits for its new weights when a forward
+        reads them. Collective."""
         self._forget_copies()
-        self.optimizer.update(rate, norm, scale)
+        with self.integrity.watching(step) as witness:
+            self.optimizer.update(rate, norm, scale, witness)
+
+    def restored(self) -> None:
+        """The optimizer's state was loaded: give every copy its weights. Collective."""
+        self.integrity.forget()
+        self.publish()
 
     def publish(self, shards: Sequence[torch.Tensor] | None = None) -> None:
         """Set every copy of the weights from the FP32 masters, or from `shards`, one per bucket. Collective."""
@@ -169,7 +186,13 @@ def make_rig(plan: RunPlan, mesh: Mesh, data: Data, topology: Topology | None = 
     messages = EdgeWire(wire, lambda edge: state)
     graphs, replays = make_graphs(config, mesh.device, dispatcher, fp8, model.loss_weights)
     streams = make_streams(mesh.device)
-    return Rig(plan, mesh, model, optimizer, data, dispatcher, messages, carrier, streams, graphs, replays, fp8)
+    integrity = Integrity(optimizer, config.run)
+    nodes = topology or by_sizes([mesh.size])
+    links = make_links(nodes, mesh.rank, mesh.timeout) if config.run.buddy_every else None
+    return Rig(
+        plan, mesh, model, optimizer, data, dispatcher, messages, carrier, streams, graphs, replays, fp8, integrity,
+        nodes, links,
+    )  # fmt: skip
 
 
 def readers(model: Model, plan: RunPlan, pp_rank: int) -> dict[str, tuple[ReadingLayer, ...]]:

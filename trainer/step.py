@@ -81,7 +81,7 @@ def _prepare_fp8(rig: Rig, point: Point) -> bool:
 def update(rig: Rig, point: Point, norm: float) -> None:
     """Step the optimizer with the gradients of `accumulate` and `reduce`, and begin to give every copy the new
     weights."""
-    rig.update(learning_rate(rig.config.optim, point), norm, gradient_scale(point))
+    rig.update(learning_rate(rig.config.optim, point), norm, gradient_scale(point), point.step + 1)
 
 
 def bias_gamma(config: Config, point: Point) -> float:

@@ -1,9 +1,11 @@
-"""Ranks are killed at random moments, one or all, in starts, steps and saves; the run must end as if nobody had."""
+"""Ranks are killed at random moments, one or all, in starts, steps and saves, and a node's memory is lost with its
+ranks; the run must end as if nobody had."""
 
 from __future__ import annotations
 
 import json
 import random
+import shutil
 import threading
 import time
 from collections import Counter
@@ -15,7 +17,6 @@ import pytest
 from dryvine.launch import spawn as module
 from dryvine.launch.spawn import Launch, spawn
 from dryvine.trainer import journal
-from dryvine.trainer.checkpoint import run_folder
 from dryvine.trainer.checkpoint.inspect import compare
 from dryvine.trainer.checkpoint.reader import open_checkpoint
 from tests.support.quick_ranks import Lives, QuickRank, kill
@@ -29,12 +30,13 @@ PATIENCE = 60.0  # seconds in which the moment for a kill must come
 class Chaos(threading.Thread):
     """Kills the ranks of a run `kills` times and counts."""
 
-    def __init__(self, lives: Lives, folder: Path, kills: int, seed: int) -> None:
+    def __init__(self, lives: Lives, folder: Path, memory: Path, kills: int) -> None:
+        """`memory` is that of all nodes."""
         super().__init__(daemon=True)
-        self.lives, self.folder, self.kills = lives, folder, kills
-        self.random = random.Random(seed)
+        self.lives, self.folder, self.memory, self.kills = lives, folder, memory, kills
+        self.random = random.Random(kills)
         self.moments: Counter[str] = Counter()
-        self.replayed = 0  # steps that were lost and are played again
+        self.reached: dict[int, int] = {}  # the last step of each start that was killed, counted from 1
 
     def run(self) -> None:
         before: list[QuickRank] = []
@@ -45,11 +47,13 @@ class Chaos(threading.Thread):
             before = [*before, *ranks]
             moment = self.random.choice(("start", "step", "save"))
             self._wait_for(moment, ranks)
-            how = self.random.choice(("one", "all"))
-            if kill(ranks if how == "all" else [self.random.choice(ranks)]):
+            how = self.random.choice(("one", "all", "node"))
+            if kill({"one": [self.random.choice(ranks)], "all": ranks, "node": ranks[2:]}[how]):
                 self.moments[f"{how} in a {moment}"] += 1
-                newest = run_folder.newest(self.folder)
-                self.replayed += self._steps() - (run_folder.step_of(newest) if newest else 0)
+                self.reached[len(self._starts())] = self._steps()
+            if how == "node":
+                for lost in self.memory.glob("*/node-1"):
+                    shutil.rmtree(lost, ignore_errors=True)  # the other node's ranks may still be writing there
 
     def _wait_for(self, moment: str, ranks: list[QuickRank]) -> None:
         until, first = time.monotonic() + PATIENCE, self._steps()
@@ -58,19 +62,32 @@ class Chaos(threading.Thread):
             if moment == "start" or (moment == "step" and self._steps() >= first + ahead):
                 time.sleep(self.random.uniform(0.0, 2.0 if moment == "start" else 0.3))
                 return
-            if moment == "save" and list((self.folder / "checkpoints").glob("*.part")):
+            if moment == "save" and self._writing():
                 time.sleep(self.random.uniform(0.0, 0.02))
                 return
             time.sleep(0.001)
+
+    def _writing(self) -> bool:
+        return any(self.folder.glob("checkpoints/*.part")) or any(self.memory.glob("*/*/*/checkpoints/*.part"))
+
+    @property
+    def replayed(self) -> int:
+        """Steps that were lost and played again."""
+        return sum(self.reached.get(n, start) - start for n, start in enumerate(self._starts(), start=1))
+
+    def _starts(self) -> list[int]:
+        """After which step each start began."""
+        file = self.folder / "starts.jsonl"
+        return [json.loads(line)["after_step"] for line in file.read_text().splitlines()] if file.exists() else []
 
     def _steps(self) -> int:
         rows = journal.read(self.folder)
         return int(rows[-1]["step"]) if rows else 0
 
 
-def words(corpus: Path, out: Path, name: str, steps: int) -> tuple[str, ...]:
+def words(corpus: Path, out: Path, name: str, steps: int, more: tuple[str, ...]) -> tuple[str, ...]:
     settings = (f"run.steps={steps}", f"run.name={name}", "run.checkpoint_every=2", "run.eval_every=1000")
-    return (TINY, f'data.source="{corpus}"', f'run.out="{out}"', *settings, *LAYOUT)
+    return (TINY, f'data.source="{corpus}"', f'run.out="{out}"', *settings, *LAYOUT, *more)
 
 
 def train(monkeypatch: pytest.MonkeyPatch, lives: Lives, given: tuple[str, ...], restarts: int = 0) -> int:
@@ -78,28 +95,44 @@ def train(monkeypatch: pytest.MonkeyPatch, lives: Lives, given: tuple[str, ...],
     return spawn(Launch(WORLD, given, deadline=100.0), restarts)
 
 
+BUDDIES = ("optim.offload=cpu", "run.buddy_every=1", "run.checkpoint_every=7", "comm.topology.nodes=[2,2]")
+
+
 @pytest.mark.long
 @pytest.mark.timeout(5400)
+@pytest.mark.parametrize("more", [(), BUDDIES], ids=["storage", "offload and buddies"])
 def test_a_run_that_is_killed_again_and_again_is_the_run_that_was_not(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: Callable[[int, int], int]
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    count: Callable[[int, int], int],
+    more: tuple[str, ...],
 ) -> None:
     kills = count(5, 40)
     steps = 2 * kills + 6
-    log = str(tmp_path / "log.txt")
-    assert train(monkeypatch, Lives(log), words(corpus, tmp_path, "calm", steps)) == 0, Path(log).read_text()
+    log, memory = str(tmp_path / "log.txt"), tmp_path / "memory"
+    memory.mkdir()
+    more = (*more, f'run.buddy_folder="{memory}"')
+    calm = train(monkeypatch, Lives(log), words(corpus, tmp_path, "calm", steps, more))
+    assert calm == 0, Path(log).read_text()
     lives = Lives(log)
-    chaos = Chaos(lives, tmp_path / "chaos", kills, seed=kills)
+    chaos = Chaos(lives, tmp_path / "chaos", memory, kills)
     chaos.start()
-    code = train(monkeypatch, lives, words(corpus, tmp_path, "chaos", steps), restarts=10 * kills)
+    code = train(monkeypatch, lives, words(corpus, tmp_path, "chaos", steps, more), restarts=10 * kills)
     chaos.join(2 * PATIENCE)
-    print(json.dumps({"kills": chaos.moments, "steps": steps, "steps played again": chaos.replayed}))
-    assert code == 0, Path(log).read_text()[-4000:]
+    said = Path(log).read_text()
+    starts = {"starts": len(chaos._starts()), "from memory": said.count("was in memory"), "steps": steps}
+    print(json.dumps({"kills": chaos.moments, **starts, "steps played again": chaos.replayed}))
+    assert code == 0, said[-4000:]
     assert sum(chaos.moments.values()) == kills
-    calm, disturbed = (journal.read(tmp_path / name) for name in ("calm", "chaos"))
-    assert [row["step"] for row in disturbed] == list(range(1, steps + 1))
+    rows = [journal.read(tmp_path / name) for name in ("calm", "chaos")]
+    assert [row["step"] for row in rows[1]] == list(range(1, steps + 1))
     for figure in ("loss", "grad_norm", "mtp_loss", "balance_loss"):
-        assert [row[figure] for row in disturbed] == [row[figure] for row in calm], figure
+        assert [row[figure] for row in rows[0]] == [row[figure] for row in rows[1]], figure
     found = compare(open_checkpoint(tmp_path / "calm"), open_checkpoint(tmp_path / "chaos"), lambda read: None)
     assert found.alike
     # At most one interval is lost each time: the steps since the save before, and one that was not yet written.
     assert chaos.replayed <= kills * 4
+    if "run.buddy_every=1" in more:
+        assert starts["from memory"] > kills // 2
+    assert not list(memory.iterdir()), "what has ended keeps no memory"

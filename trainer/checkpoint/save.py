@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, cast
 
-import torch
 from torch import Tensor
 
 from dryvine.comm.mesh import Mesh
 from dryvine.trainer.checkpoint import run_folder
 from dryvine.trainer.checkpoint.files import Place, Written, damage, write_file, write_manifest
 from dryvine.trainer.checkpoint.manifest import BUFFER, NAME, CannotSave, Manifest, Size
+from dryvine.trainer.checkpoint.staging import Staging
 from dryvine.trainer.checkpoint.state import RunState
 from dryvine.trainer.data.identity import UNKNOWN, DataIdentity
 from dryvine.trainer.nonfinite import Diverged
@@ -56,7 +56,7 @@ class Saver:
     def __init__(self, folder: Path, keep: Keep, mesh: Mesh, identity: DataIdentity = UNKNOWN) -> None:
         """`identity` is stored, and compared when the run goes on."""
         self.folder, self.keep, self.mesh, self.identity = folder, keep, mesh, identity
-        self._host: dict[Place, Tensor] = {}  # copies, of one save after the other
+        self._staging = Staging(mesh.device)
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="save")
         self._writing: Future[_Part] | None = None
         self._pruning: Future[None] | None = None
@@ -69,11 +69,7 @@ class Saver:
 
     def prepare(self, state: RunState) -> None:
         """Allocate the host's buffers now, so that the first save does not stall longer than others. Collective."""
-        pinned = self.mesh.device.type == "cuda"  # a GPU's copy engine then writes them at the speed of the bus
-        self._host = {
-            place: torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned).zero_()  # touches its pages
-            for place, tensor in self._stored(state).items()
-        }
+        self._staging.prepare(self._stored(state))
 
     @property
     def pending(self) -> bool:
@@ -90,7 +86,7 @@ class Saver:
         Collective; raises what `finish` does."""
         self.finish()
         self._step, self._begun = step, time.monotonic()
-        copies = self._to_host(state)
+        copies = self._staging.copy(self._stored(state))
         self._writing = self._worker.submit(self._write, step, copies, dict(state.shapes))
 
     def finish(self) -> Path | None:
@@ -101,13 +97,13 @@ class Saver:
             return None
         part, self._writing = self._writing.result(), None
         parts = cast(list[_Part], self.mesh.gather(part, f"parts of checkpoint {self._step}"))
-        nonfinite = {rank: part.nonfinite for rank, part in enumerate(parts) if part.nonfinite}
+        bad = {rank: part.nonfinite for rank, part in enumerate(parts) if part.nonfinite}
         error = next((part.error for part in parts if part.error), "")
         if self.mesh.rank == 0:
-            error = self._drop(error) if error or nonfinite else self._publish(parts)
+            error = self._drop(error) if error or bad else self._publish(parts)
         error = cast(str, self.mesh.gather(error, f"the end of checkpoint {self._step}")[0])
-        if nonfinite:
-            raise Diverged(_nonfinite_line(self._step, nonfinite, run_folder.newest(self.folder)))
+        if bad:
+            raise Diverged(nonfinite_line(self._step, bad, run_folder.newest(self.folder)))
         if error:
             raise CannotSave(error)
         return run_folder.named(self.folder, self._step)
@@ -118,15 +114,6 @@ class Saver:
         self._worker.shutdown()
         if self._pruning:
             self._pruning.result()
-
-    def _to_host(self, state: RunState) -> dict[Place, Tensor]:
-        if not self._host:
-            self.prepare(state)
-        for place, tensor in self._stored(state).items():
-            self._host[place].copy_(tensor, non_blocking=True)
-        if self.mesh.device.type == "cuda":
-            torch.cuda.current_stream().synchronize()
-        return self._host
 
     def _stored(self, state: RunState) -> dict[Place, Tensor]:
         """What this rank stores: its pieces, and the buffers that no rank before it holds."""
@@ -145,8 +132,7 @@ class Saver:
     def _write(self, step: int, tensors: Mapping[Place, Tensor], shapes: Mapping[str, Size]) -> _Part:
         path = run_folder.named(self.folder, step, ".part")
         file = path / f"rank-{self.mesh.rank:05d}.safetensors"
-        bad = [f"{p.name} ({p.field})" for p, tensor in tensors.items() if not bool(tensor.isfinite().all())]
-        if bad:
+        if bad := nonfinite(tensors):
             return _Part(None, shapes, bad, "")
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -196,7 +182,13 @@ def _cannot_write(file: Path, error: OSError) -> str:
     )
 
 
-def _nonfinite_line(step: int, nonfinite: Mapping[int, list[str]], newest: Path | None) -> str:
+def nonfinite(tensors: Mapping[Place, Tensor]) -> list[str]:
+    """Names of those that hold what is not finite."""
+    return [f"{place.name} ({place.field})" for place, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+
+
+def nonfinite_line(step: int, nonfinite: Mapping[int, list[str]], newest: Path | None) -> str:
+    """Why a step's state is not kept. `nonfinite` are names by rank."""
     who = "; ".join(
         f"rank {rank}: {', '.join(names[:SHOWN])}{f' and {len(names) - SHOWN} more' * (len(names) > SHOWN)}"
         for rank, names in nonfinite.items()

@@ -16,7 +16,6 @@ from rich.console import Console
 from dryvine.comm.mesh import Mesh
 from dryvine.comm.topology import Topology
 from dryvine.trainer.begin import resume
-from dryvine.trainer.checkpoint.save import Keep, Saver
 from dryvine.trainer.data.splits import Data
 from dryvine.trainer.generate.sampler import Sampler
 from dryvine.trainer.journal import Journal
@@ -33,6 +32,7 @@ from dryvine.trainer.rl.learner import Learner, crosses
 from dryvine.trainer.rl.pictures import draw
 from dryvine.trainer.run_bar import run_bar
 from dryvine.trainer.run_plan import RunPlan
+from dryvine.trainer.saves import Saves, crosses
 from dryvine.trainer.startup import get_ready
 from dryvine.trainer.stop import Stop
 
@@ -64,11 +64,10 @@ def reinforce(
         if done == 0:
             learner.begin()
         get_ready(rig, topology, console, done)
-        saver = Saver(run.folder, Keep(run.keep_checkpoints, run.keep_every), mesh, data.identity)
-        saver.prepare(learner.state())
+        saves = Saves(rig, learner.state, console)
         journal = Journal(config, plan.schedule, done, draw) if mesh.rank == 0 else None
         try:
-            reached = _Run(learner, saver, journal, console).go(done)
+            reached = _Run(learner, saves, journal, console).go(done)
         finally:
             if journal:
                 journal.close()
@@ -100,8 +99,8 @@ def _only_answer(learner: Learner, console: Console) -> bool:
 class _Run:
     """The state of a run in progress."""
 
-    def __init__(self, learner: Learner, saver: Saver, journal: Journal | None, console: Console) -> None:
-        self.learner, self.saver, self.journal, self.console = learner, saver, journal, console
+    def __init__(self, learner: Learner, saves: Saves, journal: Journal | None, console: Console) -> None:
+        self.learner, self.saves, self.journal, self.console = learner, saves, journal, console
         self.mesh, self.run, self.rl = learner.rig.mesh, learner.rig.config.run, learner.task.rl
         self.nonfinite = 0  # updates in a row that changed nothing
 
@@ -118,8 +117,9 @@ class _Run:
                 before, done = done, done + self.rl.updates
                 figures = self._rollout(before, done)
                 stopped = self._agree(stop.asked)
+                self.learner.rig.integrity.check(done, saves=stopped)
                 self._save(before, done, figures, stopped)
-            self.saver.close()
+            self.saves.close()
         self.learner.rig.optimizer.zero.settle()  # nothing is under way when ranks part
         return done
 
@@ -162,13 +162,12 @@ class _Run:
     def _save(self, before: int, done: int, figures: Figures, stopped: bool) -> None:
         """Save if it is time, and end the run if its figures require it."""
         last = stopped or done >= self.run.steps or self.learner.alarms.stops
-        if last or crosses(before, done, self.run.checkpoint_every):
-            self.saver.begin(done, self.learner.state())
+        self.saves.after(before, done, last, writing=True)  # whether all ranks have written, nobody has asked
         if self.nonfinite >= self.learner.rig.config.optim.skips:
-            self.saver.close()
+            self.saves.close()
             raise Diverged(f"update {done}: {self.nonfinite} gradients in a row are not finite; lower optim.lr")
         if self.learner.alarms.stops:
-            self.saver.close()
+            self.saves.close()
             raise Diverged(
                 f"update {done}: alarms in {self.rl.alarms.patience} rollouts in a row, see alarms.jsonl; "
                 'lower optim.lr, or set rl.alarms.action = "warn"'

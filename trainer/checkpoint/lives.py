@@ -1,0 +1,101 @@
+"""Which copies in host memory are of this run: those of the lives that its folder lists.
+
+A life is one start of a run, up to its end. Its copies lie in the memory of every node, by a name that no other life
+has, and the run folder, which all nodes see, lists it in `lives.txt`. So copies of a run whose folder was deleted, of a
+time that a rollback gave up, or of a run that has ended are read by nobody, whichever node still has them; and a step's
+copies are only put together if one life wrote all of them.
+
+    /dev/shm/dryvine-3f9a1c.../node-1/rank-00009/checkpoints/step-00000400/
+        manifest.json, rank-00009.safetensors: a checkpoint of what rank 9 owns, kept by node 1
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from dryvine.comm.mesh import Mesh
+from dryvine.trainer.checkpoint import run_folder
+from dryvine.trainer.checkpoint.manifest import NAME
+from dryvine.trainer.config import RunConfig
+from dryvine.trainer.data.atomic import write_atomically
+
+FILE = "lives.txt"
+_RANK = re.compile(r"rank-(\d{5,})")
+
+
+@dataclass(frozen=True)
+class MemoryCopy:
+    """Of one rank's state at one step, in the memory of the host that has found it."""
+
+    life: str
+    step: int
+    owner: int  # the rank whose state it is
+    path: Path
+    sizes: tuple[int, ...]  # bytes of its files, by name
+
+
+def begin_life(run: RunConfig, mesh: Mesh) -> str:
+    """The name of a new life, which the run folder lists from now on. Collective."""
+    life = cast(str, mesh.gather(secrets.token_hex(8), "the name of this life")[0])
+    _list(run, mesh, [*listed(run), life])
+    return life
+
+
+def keep_only(run: RunConfig, mesh: Mesh, keep: Sequence[str] = ()) -> None:
+    """Forget all lives but `keep`, and free their memory on this node. Collective."""
+    lives = cast(list[list[str]], mesh.gather(listed(run), "lives of this run"))[0]
+    if gone := [life for life in lives if life not in keep]:
+        _list(run, mesh, keep)
+        for life in gone:
+            shutil.rmtree(_folder(run, life), ignore_errors=True)  # by every rank of the node at once
+
+
+def listed(run: RunConfig) -> list[str]:
+    """The lives of a run, oldest first."""
+    file = run.folder / FILE
+    return file.read_text().split() if file.exists() else []
+
+
+def home(run: RunConfig, life: str, node: int, rank: int) -> Path:
+    """Where a node keeps the copies of a rank: a run folder."""
+    return _folder(run, life) / f"node-{node}" / f"rank-{rank:05d}"
+
+
+def found(run: RunConfig) -> Iterator[MemoryCopy]:
+    """What this host has of the run's lives."""
+    for life in listed(run):
+        for folder in sorted(_folder(run, life).glob("node-*/rank-*")):
+            if named := _RANK.fullmatch(folder.name):
+                for path in run_folder.complete(folder):
+                    step, owner = run_folder.step_of(path), int(named[1])
+                    sizes = tuple(file.stat().st_size for file in files(path))
+                    if tuple(file.name for file in files(path)) == names(owner) and all(sizes):
+                        yield MemoryCopy(life, step, owner, path, sizes)
+
+
+def names(owner: int) -> tuple[str, str]:
+    """Of the files of a rank's copy."""
+    return NAME, f"rank-{owner:05d}.safetensors"
+
+
+def files(path: Path) -> list[Path]:
+    """Of a copy, by name."""
+    return sorted(path.iterdir())
+
+
+def _folder(run: RunConfig, life: str) -> Path:
+    return Path(run.buddy_folder) / f"dryvine-{life}"
+
+
+def _list(run: RunConfig, mesh: Mesh, lives: Sequence[str]) -> None:
+    """Before any rank goes on."""
+    if mesh.rank == 0:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(run.folder / FILE, "".join(f"{life}\n" for life in lives))
+    mesh.barrier("listing the lives of this run")
