@@ -105,7 +105,7 @@ def test_each_rank_is_in_its_nodes_memory_and_in_anothers_once(out: Path) -> Non
         paths = copies(out, rank)
         assert [path.name for path in paths] == ["step-00000007"] * 2
         assert len({path.relative_to(out).parts[0] for path in paths}) == 2
-        contents = [[file.read_bytes() for file in lives.files(path)] for path in paths]
+        contents = [[file.read_bytes() for file in lives.files(path, rank)] for path in paths]
         assert contents[0] == contents[1]
 
 

@@ -15,6 +15,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -68,25 +69,23 @@ def home(run: RunConfig, life: str, node: int, rank: int) -> Path:
 
 
 def found(run: RunConfig) -> Iterator[MemoryCopy]:
-    """What this host has of the run's lives."""
+    """What this host has of the run's lives. A folder that is not a whole copy, or goes meanwhile, is none."""
     for life in listed(run):
         for folder in sorted(_folder(run, life).glob("node-*/rank-*")):
             if named := _RANK.fullmatch(folder.name):
-                for path in run_folder.complete(folder):
-                    step, owner = run_folder.step_of(path), int(named[1])
-                    sizes = tuple(file.stat().st_size for file in files(path))
-                    if tuple(file.name for file in files(path)) == names(owner) and all(sizes):
-                        yield MemoryCopy(life, step, owner, path, sizes)
+                with suppress(OSError):
+                    yield from (_copy(life, int(named[1]), path) for path in run_folder.complete(folder))
 
 
-def names(owner: int) -> tuple[str, str]:
-    """Of the files of a rank's copy."""
-    return NAME, f"rank-{owner:05d}.safetensors"
+def _copy(life: str, owner: int, path: Path) -> MemoryCopy:
+    """Raises OSError."""
+    sizes = tuple(file.stat().st_size for file in files(path, owner))
+    return MemoryCopy(life, run_folder.step_of(path), owner, path, sizes)
 
 
-def files(path: Path) -> list[Path]:
-    """Of a copy, by name."""
-    return sorted(path.iterdir())
+def files(path: Path, owner: int) -> tuple[Path, Path]:
+    """Of a rank's copy."""
+    return path / NAME, path / f"rank-{owner:05d}.safetensors"
 
 
 def _folder(run: RunConfig, life: str) -> Path:

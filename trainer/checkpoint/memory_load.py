@@ -96,8 +96,8 @@ def _bring(run: RunConfig, mesh: Mesh, node: int, choice: _Choice) -> str:
     why = _make_room(path, sent[mesh.rank].copy) if mesh.rank in sent else ""
     every = mesh.gather(why, "room for copies in memory")
     sent = {owner: one for owner, one in sent.items() if not every[owner]}
-    arriving = {sent[mesh.rank].rank: lives.files(path)} if mesh.rank in sent else {}
-    leaving = {owner: lives.files(one.copy.path) for owner, one in sent.items() if one.rank == mesh.rank}
+    arriving = {sent[mesh.rank].rank: lives.files(path, mesh.rank)} if mesh.rank in sent else {}
+    leaving = {owner: lives.files(one.copy.path, owner) for owner, one in sent.items() if one.rank == mesh.rank}
     due = tuple((rank, 0) for rank in (*leaving, *arriving))
     with naming(mesh.watch, "copies from the memory of other nodes", due):
         swap_files(leaving, arriving)
@@ -108,8 +108,8 @@ def _make_room(path: Path, copy: MemoryCopy) -> str:
     """Returns why it could not."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        for name, size in zip(lives.names(copy.owner), copy.sizes, strict=True):
-            allocate(path / name, size)
+        for file, size in zip(lives.files(path, copy.owner), copy.sizes, strict=True):
+            allocate(file, size)
     except OSError as full:
         return f"{path}: {full.strerror}"
     return ""

@@ -138,8 +138,8 @@ class MemorySaver:
         """Returns why it could not."""
         try:
             path.mkdir(parents=True, exist_ok=True)
-            _, name = lives.names(self.mesh.rank)
-            written = write_file(path / name, tensors)
+            _, file = lives.files(path, self.mesh.rank)
+            written = write_file(file, tensors)
             manifest = Manifest(
                 step=step,
                 data=self.identity.data,
@@ -155,12 +155,12 @@ class MemorySaver:
 
     def _swap(self, links: BuddyLinks, parts: Mapping[int, Path], whole: bool) -> str:
         """Send this rank's copy, if it is `whole`, and take in those of clients. Returns what is wrong with these."""
-        own = lives.files(parts[self.mesh.rank]) if whole else []
+        own = lives.files(parts[self.mesh.rank], self.mesh.rank) if whole else ()
         sizes = links.tell([file.stat().st_size for file in own] or [0, 0])
         room = {client: self._make_room(parts[client], client, sizes[client]) for client in links.clients}
         wanted = links.answer({client: not why for client, why in room.items()})
         taken = [client for client in links.clients if not room[client] and all(sizes[client])]
-        links.swap(own if wanted else [], {client: lives.files(parts[client]) for client in taken})
+        links.swap(own if wanted else (), {client: lives.files(parts[client], client) for client in taken})
         wrong = (wrong for client in taken for wrong in self._damage(parts[client]))
         return next(wrong, next((why for why in room.values() if why), ""))
 
@@ -170,8 +170,8 @@ class MemorySaver:
             return ""
         try:
             path.mkdir(parents=True, exist_ok=True)
-            for name, size in zip(lives.names(client), sizes, strict=True):
-                allocate(path / name, size)
+            for file, size in zip(lives.files(path, client), sizes, strict=True):
+                allocate(file, size)
         except OSError as full:
             with suppress(OSError):
                 shutil.rmtree(path)
