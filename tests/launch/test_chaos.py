@@ -73,7 +73,7 @@ class Chaos(threading.Thread):
     @property
     def replayed(self) -> int:
         """Steps that were lost and played again."""
-        return sum(self.reached.get(n, start) - start for n, start in enumerate(self._starts(), start=1))
+        return sum(self.reached.get(n, start) - start for n, start in enumerate(self._starts()))
 
     def _starts(self) -> list[int]:
         """After which step each start began."""
