@@ -24,6 +24,7 @@ from dryvine.comm.topology import Topology, discover
 from dryvine.comm.watch import Watch
 from dryvine.comm.world import in_world, meet, set_environment, tell
 from dryvine.trainer.begin import check_source
+from dryvine.trainer.checkpoint.lives import check_folder
 from dryvine.trainer.checkpoint.manifest import CannotSave, CheckpointError
 from dryvine.trainer.config import Config, ConfigError, check_world
 from dryvine.trainer.cpu_adam import load_cpu_adam
@@ -103,6 +104,7 @@ def _ready(words: Sequence[str], place: LaunchedRank) -> Ready:
     same_run(config, data.identity)
     check_wandb(config)
     check_source(config)
+    check_folder(config.run)
     if config.optim.offload == "cpu":
         load_cpu_adam()  # what it takes to compile it, no other rank waits for with a deadline
     return Ready(plan, data, device, topology)

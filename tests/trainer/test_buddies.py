@@ -17,9 +17,10 @@ from dryvine.comm.buddies import buddy_of, make_links
 from dryvine.comm.topology import by_sizes
 from dryvine.trainer import journal, loop
 from dryvine.trainer.checkpoint import lives, memory_saver, run_folder
+from dryvine.trainer.checkpoint.lives import check_folder
 from dryvine.trainer.checkpoint.memory_load import Recalled, recall
 from dryvine.trainer.checkpoint.memory_saver import MemorySaver
-from dryvine.trainer.config import Config, RunConfig
+from dryvine.trainer.config import Config, ConfigError, RunConfig
 from dryvine.trainer.data.identity import DataIdentity
 from dryvine.trainer.loop import train
 from dryvine.trainer.nonfinite import Diverged
@@ -150,6 +151,15 @@ def test_other_layouts_other_data_and_other_runs_are_not_taken(out: Path) -> Non
     assert recalled(out).step == 7
     (out / "run" / "lives.txt").unlink()  # the run's folder was deleted
     assert recalled(out) == Recalled(None, 0, [])
+
+
+def test_a_folder_that_a_host_does_not_have_is_refused_and_others_cannot_read_one(out: Path) -> None:
+    assert all(folder.stat().st_mode & 0o77 == 0 for folder in out.glob("host-*/dryvine-*"))
+    run = run_of(out, 0)
+    check_folder(run)
+    check_folder(run.model_copy(update={"buddy_folder": "/nowhere", "buddy_every": None}))
+    with pytest.raises(ConfigError, match=r"run\.buddy_folder = '/nowhere' is no folder of this host"):
+        check_folder(run.model_copy(update={"buddy_folder": "/nowhere"}))
 
 
 @pytest.mark.parametrize(("named", "step"), [((0,), 5), ((), 5), ((0, 1), 7), ((1, 2, 3), 7)])

@@ -11,6 +11,7 @@ copies are only put together if one life wrote all of them.
 
 from __future__ import annotations
 
+import os
 import re
 import secrets
 import shutil
@@ -23,7 +24,7 @@ from typing import cast
 from dryvine.comm.mesh import Mesh
 from dryvine.trainer.checkpoint import run_folder
 from dryvine.trainer.checkpoint.manifest import NAME
-from dryvine.trainer.config import RunConfig
+from dryvine.trainer.config import ConfigError, RunConfig
 from dryvine.trainer.data.atomic import write_atomically
 
 FILE = "lives.txt"
@@ -41,11 +42,26 @@ class MemoryCopy:
     sizes: tuple[int, ...]  # bytes of its files, by name
 
 
+def check_folder(run: RunConfig) -> None:
+    """Raise ConfigError if this host cannot keep copies in `run.buddy_folder`."""
+    if run.buddy_every and not (os.path.isdir(run.buddy_folder) and os.access(run.buddy_folder, os.W_OK)):
+        raise ConfigError(
+            f"run.buddy_folder = {run.buddy_folder!r} is no folder of this host that can be written to; set it to one "
+            f"that is in memory, or leave run.buddy_every out"
+        )
+
+
 def begin_life(run: RunConfig, mesh: Mesh) -> str:
     """The name of a new life, which the run folder lists from now on. Collective."""
     life = cast(str, mesh.gather(secrets.token_hex(8), "the name of this life")[0])
     _list(run, mesh, [*listed(run), life])
+    make_folder(run, life)
     return life
+
+
+def make_folder(run: RunConfig, life: str) -> None:
+    """On this host, for copies of a life: nobody else may read a run's weights there. Raises OSError."""
+    _folder(run, life).mkdir(mode=0o700, exist_ok=True)
 
 
 def keep_only(run: RunConfig, mesh: Mesh, keep: Sequence[str] = ()) -> None:

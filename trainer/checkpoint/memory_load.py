@@ -93,7 +93,7 @@ def _bring(run: RunConfig, mesh: Mesh, node: int, choice: _Choice) -> str:
     """Send the copies that ranks take from other hosts. Returns why this rank cannot take its own."""
     sent = {owner: one for owner, one in choice.by_owner.items() if one.rank != owner}
     path = _path(run, node, choice, mesh.rank)
-    why = _make_room(path, sent[mesh.rank].copy) if mesh.rank in sent else ""
+    why = _make_room(run, path, sent[mesh.rank].copy) if mesh.rank in sent else ""
     every = mesh.gather(why, "room for copies in memory")
     sent = {owner: one for owner, one in sent.items() if not every[owner]}
     arriving = {sent[mesh.rank].rank: lives.files(path, mesh.rank)} if mesh.rank in sent else {}
@@ -104,9 +104,10 @@ def _bring(run: RunConfig, mesh: Mesh, node: int, choice: _Choice) -> str:
     return why
 
 
-def _make_room(path: Path, copy: MemoryCopy) -> str:
+def _make_room(run: RunConfig, path: Path, copy: MemoryCopy) -> str:
     """Returns why it could not."""
     try:
+        lives.make_folder(run, copy.life)
         path.mkdir(parents=True, exist_ok=True)
         for file, size in zip(lives.files(path, copy.owner), copy.sizes, strict=True):
             allocate(file, size)
