@@ -128,7 +128,7 @@ def test_what_is_damaged_is_taken_from_the_other_node_with_the_file_named(out: P
     flip(own)
     found = recalled(out)
     assert (found.step, found.sent) == (7, 1)
-    assert f"rank 3's of step 7: {own}/rank-00003.safetensors: damaged: w@15/master is not as" in found.passed_over[0]
+    assert f"rank 3's of step 7: {own}/rank-00003.safetensors: damaged: w@15/step is not as" in found.passed_over[0]
     flip(own := copies(out, 3)[0])
     flip(other)
     found = recalled(out)
