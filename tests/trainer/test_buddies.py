@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -254,6 +255,8 @@ def test_a_run_whose_node_is_lost_goes_on_without_storage_to_the_same_bits(
     rows = [journal.read(config.run.folder) for config in (calm, killed)]
     for figure in ("step", "loss", "grad_norm"):
         assert [row[figure] for row in rows[0]] == [row[figure] for row in rows[1]]
-    assert (killed.run.folder / "starts.jsonl").read_text().count('"after_step": 4') == 1
+    # Of step 4, if all ranks had their copies when the machine went; else of the one before.
+    starts = [json.loads(line)["after_step"] for line in (killed.run.folder / "starts.jsonl").read_text().splitlines()]
+    assert starts in ([0, 4], [0, 2])
     assert not list(tmp_path.glob("host-*/dryvine-*"))
     assert lives.listed(killed.run) == []

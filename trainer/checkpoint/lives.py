@@ -15,6 +15,7 @@ import os
 import re
 import secrets
 import shutil
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ class MemoryCopy:
     life: str
     step: int
     owner: int  # the rank whose state it is
+    host: str
     path: Path
     sizes: tuple[int, ...]  # bytes of its files, by name
 
@@ -96,7 +98,7 @@ def found(run: RunConfig) -> Iterator[MemoryCopy]:
 def _copy(life: str, owner: int, path: Path) -> MemoryCopy:
     """Raises OSError."""
     sizes = tuple(file.stat().st_size for file in files(path, owner))
-    return MemoryCopy(life, run_folder.step_of(path), owner, path, sizes)
+    return MemoryCopy(life, run_folder.step_of(path), owner, socket.gethostname(), path, sizes)
 
 
 def files(path: Path, owner: int) -> tuple[Path, Path]:

@@ -66,8 +66,8 @@ def recall(run: RunConfig, mesh: Mesh, node: int, identity: DataIdentity, state:
             sent = sum(one.rank != owner for owner, one in choice.by_owner.items())
             return Recalled(choice.step, sent, passed_over)
         passed_over += [f"rank {rank}'s of step {choice.step}: {said}" for rank, said in enumerate(every) if said]
-        bad = [choice.by_owner[rank] for rank, said in enumerate(every) if said]
-        seen = [one for one in seen if one not in bad]
+        bad = [choice.by_owner[rank].copy for rank, said in enumerate(every) if said]
+        seen = [one for one in seen if one.copy not in bad]
     return Recalled(None, 0, passed_over)
 
 

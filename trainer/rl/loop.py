@@ -28,7 +28,7 @@ from dryvine.trainer.rl.asker import Asker
 from dryvine.trainer.rl.figures import rollout_figures, sample_lines
 from dryvine.trainer.rl.harvest import harvest
 from dryvine.trainer.rl.judge import Judge
-from dryvine.trainer.rl.learner import Learner, crosses
+from dryvine.trainer.rl.learner import Learner
 from dryvine.trainer.rl.pictures import draw
 from dryvine.trainer.run_bar import run_bar
 from dryvine.trainer.run_plan import RunPlan
