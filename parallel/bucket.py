@@ -37,7 +37,7 @@ class Piece(NamedTuple):
         return len(self.shape) > 1
 
 
-class Span(NamedTuple):
+class ShardSpan(NamedTuple):
     """The elements of one parameter in a shard of a bucket, whoever owns that."""
 
     name: str
@@ -100,13 +100,13 @@ class Bucket:
         if boundary < size:
             yield False, slice(boundary, size)
 
-    def spans(self, index: int) -> Iterator[Span]:
+    def spans(self, index: int) -> Iterator[ShardSpan]:
         """What is in the shard of copy `index`."""
         shard = self._shard(index)
         for name, at, first, shape, parameter, _ in self.members:
             low, high = max(at, shard.start), min(at + parameter.numel(), shard.stop)
             if low < high:
-                yield Span(name, first + low - at, slice(low - shard.start, high - shard.start), shape)
+                yield ShardSpan(name, first + low - at, slice(low - shard.start, high - shard.start), shape)
 
     def pieces(self) -> Iterator[Piece]:
         for name, start, inside, shape in self.spans(self.index):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dryvine.comm.collectives import shift
-from dryvine.parallel.bucket import Bucket, Span
+from dryvine.parallel.bucket import Bucket, ShardSpan
 from dryvine.trainer.adam import Operands
 from dryvine.trainer.bit_sums import bit_sums
 from dryvine.trainer.optim import Optimizer
@@ -101,7 +101,7 @@ class Witness:
         return arrived.view(part.dtype).to(part.device)
 
 
-def field_sums(operands: Operands, spans: Iterable[Span]) -> Tensor:
+def field_sums(operands: Operands, spans: Iterable[ShardSpan]) -> Tensor:
     """int64 [spans, FIELDS, 2], of the spans of a shard or of a part of one."""
     rows = [torch.stack([bit_sums(getattr(operands, field)[span.in_shard]) for field in FIELDS]) for span in spans]
     return torch.stack(rows) if rows else torch.empty(0, len(FIELDS), 2, dtype=torch.int64)
@@ -116,7 +116,7 @@ def _within(part: slice, start: int, end: int) -> slice:
     return slice(max(part.start, start) - start, min(part.stop, end) - start)
 
 
-def _moved(spans: Iterable[Span], start: int, end: int) -> Iterator[Span]:
+def _moved(spans: Iterable[ShardSpan], start: int, end: int) -> Iterator[ShardSpan]:
     """Those with elements in start..end of the shard, each cut to them."""
     for span in spans:
         inside = _within(span.in_shard, start, end)

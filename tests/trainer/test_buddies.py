@@ -59,7 +59,7 @@ def _live(rank: int, out: Path, steps: tuple[int, ...], named: tuple[int, ...] =
         assert saver.finish() == ""
     elif rank in named:
         for home in saver._homes.values():
-            run_folder.publish(home, steps[-1])
+            run_folder.publish_step(home, steps[-1])
 
 
 def _recall(rank: int, out: Path, size: int = 5, identity: DataIdentity = IDENTITY) -> tuple[Recalled, float, float]:

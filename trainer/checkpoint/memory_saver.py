@@ -108,7 +108,7 @@ class MemorySaver:
 
     def _publish(self) -> None:
         for home in self._homes.values():
-            run_folder.publish(home, self._step)
+            run_folder.publish_step(home, self._step)
         # Until every rank has named its copies of this step, the step before must be whole.
         self.mesh.barrier("naming copies in memory")
         for home in self._homes.values():

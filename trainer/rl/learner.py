@@ -29,6 +29,7 @@ from dryvine.trainer.rl.questions import Curriculum
 from dryvine.trainer.rl.reference import FIELD as REFERENCE
 from dryvine.trainer.rl.reference import Reference
 from dryvine.trainer.rl.rows import Sample
+from dryvine.trainer.saves import crosses
 
 
 @dataclass(frozen=True)
@@ -174,8 +175,3 @@ class Learner:
             random.Random(f"{self.task.seed} {step} {epoch}").shuffle(order)
             for number in range(rl.minibatches):
                 yield [lessons[i] for i in order[number :: rl.minibatches]]
-
-
-def crosses(before: int, done: int, every: int) -> bool:
-    """Whether a multiple of `every` is among the updates after `before` up to `done`."""
-    return done // every > before // every
