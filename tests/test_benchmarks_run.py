@@ -36,6 +36,7 @@ def run(script: str, out: Path, *words: str) -> Any:
     return json.loads((out / "found.json").read_text())
 
 
+@pytest.mark.long
 def test_a_layer_is_measured_by_phase_and_kind(tmp_path: Path) -> None:
     found = run("layer", tmp_path, "--iterations=2", "--tokens=32", f"--trace={tmp_path / 'layer.json.gz'}")
     bf16, fp8 = found["layers"]
@@ -154,6 +155,7 @@ def test_every_job_on_one_gpu_names_files_that_exist() -> None:
     assert len({job.name for job in jobs}) == len(jobs)
 
 
+@pytest.mark.long
 def test_a_rank_that_is_stopped_is_named_and_ended_with_its_launcher(tmp_path: Path) -> None:
     found = faults.operation(faults.Run("cpu", 3.0, tmp_path), "reduction", "stop")
     assert found.named

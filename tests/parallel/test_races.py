@@ -169,7 +169,14 @@ def alone(tiny: Tiny, schedule: str, *more: str) -> Config:
     return tiny("parallel.pp=1", "parallel.ep=1", f"parallel.schedule={schedule}", "batch.sequences=4", *more)
 
 
-@pytest.mark.parametrize("ways", [("parallel.overlap=off",), ("run.dtype=bf16", *RECOMPUTE), (*FP8, *RECOMPUTE)])
+@pytest.mark.parametrize(
+    "ways",
+    [
+        ("parallel.overlap=off",),
+        ("run.dtype=bf16", *RECOMPUTE),
+        pytest.param((*FP8, *RECOMPUTE), marks=pytest.mark.long),
+    ],
+)
 def test_no_stream_races_another(tiny: Tiny, ways: Any) -> None:
     assert not races(alone(tiny, "dualpipev", *ways))
 

@@ -218,7 +218,7 @@ class Nccl:
         self.coin = random.Random(rank)
         self.groups: dict[str, list[int]] = {}
 
-    def new_group(self, ranks: list[int], **_: Any) -> str:
+    def new_group(self, ranks: list[int], *_: Any) -> str:
         name = f"group {len(self.groups)}"
         self.groups[name] = ranks
         return name

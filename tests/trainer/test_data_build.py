@@ -147,6 +147,7 @@ build(match_files(sys.argv[3:]), spec, Path(sys.argv[2]))
 """
 
 
+@pytest.mark.long
 def test_a_build_killed_again_and_again_ends_up_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each run dies just before it gives its n-th file its name, n going round the steps of a commit."""
     (tmp_path / "in").mkdir()

@@ -280,11 +280,13 @@ MASKED = ("data.mask=document", "batch.sequences=16")
 @pytest.mark.parametrize(
     "layout",
     [
-        ("parallel.pp=2", "parallel.schedule=dualpipe"),
-        ("parallel.dp=2", "parallel.schedule=dualpipev"),
-        ("parallel.ep=2", "parallel.microbatch_sequences=2", 'model.recompute=["norm", "mla_up", "swiglu"]'),
+        pytest.param(("parallel.pp=2", "parallel.schedule=dualpipe"), id="pp2", marks=pytest.mark.long),
+        pytest.param(("parallel.dp=2", "parallel.schedule=dualpipev"), id="dp2", marks=pytest.mark.long),
+        pytest.param(
+            ("parallel.ep=2", "parallel.microbatch_sequences=2", 'model.recompute=["norm", "mla_up", "swiglu"]'),
+            id="ep2",
+        ),
     ],
-    ids=["pp2", "dp2", "ep2"],
 )
 def test_a_masked_run_trains_like_one_process(short: Tiny, layout: tuple[str, ...]) -> None:
     found = verify.compare(short(*MASKED, *layout))

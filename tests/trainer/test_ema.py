@@ -90,6 +90,7 @@ def test_training_has_the_same_bits_with_and_without(tiny: Tiny) -> None:
         assert torch.equal(one.master, other.master), one.name
 
 
+@pytest.mark.long
 def test_validation_uses_the_average_and_puts_the_weights_back(tiny: Tiny) -> None:
     """With FP8, whose copies of weights must be dropped both times."""
     rig = rig_of(tiny(*HIGH, "run.dtype=bf16", "fp8.preset=deepseek_v3"))

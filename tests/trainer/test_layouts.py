@@ -47,7 +47,13 @@ def test_a_dispatch_in_rounds_trains_like_one_process(tiny: Tiny) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize(("pp", "ep", "schedule"), [(2, 2, "dualpipe"), (2, 1, "dualpipev"), (2, 1, "one_f_one_b")])
+@pytest.mark.parametrize(
+    ("pp", "ep", "schedule"),
+    [
+        (2, 2, "dualpipe"),
+        *(pytest.param(*of, marks=pytest.mark.long) for of in ((2, 1, "dualpipev"), (2, 1, "one_f_one_b"))),
+    ],
+)
 def test_overlap_does_not_change_a_bit(tiny: Tiny, pp: int, ep: int, schedule: str, dtype: str) -> None:
     runs = [
         verify.play(layout(tiny, pp, ep, 1, schedule, f"run.dtype={dtype}", f"parallel.overlap={overlap}"), steps=2)

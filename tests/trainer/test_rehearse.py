@@ -29,7 +29,7 @@ def trained(
     return losses, {name: tensor.detach().float().numpy().copy() for name, tensor in state.items()}, before
 
 
-@pytest.mark.parametrize("extra", [(), FP8], ids=["fp32", "fp8"])
+@pytest.mark.parametrize("extra", [pytest.param((), id="fp32"), pytest.param(FP8, id="fp8", marks=pytest.mark.long)])
 def test_a_rehearsed_run_has_the_same_bits(tiny: Callable[..., Config], extra: tuple[str, ...]) -> None:
     config = tiny("parallel.pp=2", "parallel.ep=2", "parallel.schedule=dualpipe", "batch.sequences=16", *extra)
     plain, rehearsed = (local.run(trained, 4, config, twice) for twice in (False, True))

@@ -59,7 +59,7 @@ def named(config: Config, name: str, **run: object) -> Config:
     return config.model_copy(update={"run": config.run.model_copy(update={"name": name, **run})})
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.long)])
 def test_the_same_layout_resumes_bit_for_bit(tiny: Tiny, dtype: str) -> None:
     config = tiny(*DUALPIPE, f"run.dtype={dtype}")
     whole = run(named(config, "whole"))
@@ -78,6 +78,7 @@ def test_another_layout_resumes_to_rounding(tiny: Tiny) -> None:
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
 
 
+@pytest.mark.long
 def test_a_signal_to_one_rank_saves_and_stops_all(tiny: Tiny) -> None:
     config = tiny(*DUALPIPE)
     stopped = run(named(config, "parts"), interrupt_at=2)

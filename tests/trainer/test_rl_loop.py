@@ -137,7 +137,7 @@ def test_a_run_earns_more_and_writes_what_it_did(run: Tiny) -> None:
     assert {"question", "answer", "reward", "advantage", "verdicts", "step"} == set(samples[0])
 
 
-@pytest.mark.parametrize("ahead", ["false", "true"])
+@pytest.mark.parametrize("ahead", [pytest.param("false", marks=pytest.mark.long), "true"])
 def test_a_stopped_run_goes_on_to_the_same_bits(run: Tiny, ahead: str) -> None:
     """Through a checkpoint: weights, moments, reference, alarms, how many questions were asked, and with `rl.ahead` the
     weights that the answers under way were made by."""

@@ -57,7 +57,7 @@ def rank(_: int, config: Config) -> list[Figures]:
     return read(config.run.folder)
 
 
-@pytest.mark.parametrize("ahead", ["false", "true"])
+@pytest.mark.parametrize("ahead", [pytest.param("false", marks=pytest.mark.long), "true"])
 def test_a_layout_samples_scores_and_learns_like_one_process(
     tiny: Tiny, words: list[str], monkeypatch: pytest.MonkeyPatch, ahead: str
 ) -> None:

@@ -175,6 +175,7 @@ def test_the_loss_is_the_mean_over_what_is_learnt(tuned: Tiny) -> None:
         assert float(weights.mean()) == pytest.approx(1, rel=1e-6)
 
 
+@pytest.mark.long
 def test_a_run_learns_to_answer_and_resumes_to_the_bit(tuned: Tiny, tmp_path: Path) -> None:
     more = ("optim.lr=1e-2", "run.steps=20", "run.eval_every=20", "run.checkpoint_every=10")
     config = tuned(*more)
@@ -187,6 +188,7 @@ def test_a_run_learns_to_answer_and_resumes_to_the_bit(tuned: Tiny, tmp_path: Pa
     assert rows_of(halves.run.folder)[-1]["val_loss"] == rows[-1]["val_loss"]
 
 
+@pytest.mark.long
 def test_a_layout_fine_tunes_like_one_process(tuned: Tiny) -> None:
     layout = ("parallel.pp=2", "parallel.ep=2", "parallel.schedule=dualpipe", "batch.sequences=16")
     assert not [d for d in verify.compare(tuned(*layout)) if not d.fine]

@@ -225,6 +225,7 @@ def test_a_gradient_that_is_not_finite_updates_nothing(tiny: Tiny) -> None:
     assert all(torch.equal(p.master, old) for p, old in zip(rig.optimizer.pieces, before, strict=True))
 
 
+@pytest.mark.long
 def test_replay_takes_most_of_the_difference_between_a_bf16_sampler_and_an_fp32_trainer(tiny: Tiny) -> None:
     """R3: what is left are the roundings of one network, and not the outputs of two. Weights are large, so that
     experts matter as in a trained model, and gates are close calls."""
