@@ -268,7 +268,7 @@ class Nccl:
     def all_reduce(self, tensor: Tensor, **_: Any) -> None:
         tensor.mul_(1)
 
-    def all_gather_object(self, out: list[Any], value: Any) -> None:
+    def all_gather_object(self, out: list[Any], value: Any, group: None) -> None:
         out[:] = [value] * len(out)
 
 
