@@ -2,9 +2,10 @@
 
     python -m benchmarks.paged --out docs/figures/paged-experts.svg
 
-A random model of 1.4 GB of experts (7 mixtures of 128, 4 chosen) is written, and answers one request in a process of
-its own for each cap. This process reads /proc/PID/smaps_rollup of that one, before the experts are opened and while it
-decodes. Random gates are the worst case: they ask for any expert at any time, and the guess for the next layer is poor.
+A random model of 1.4 GB of BF16 experts (7 mixtures of 128, 4 chosen) is written, and answers one request in FP32, in a
+process of its own for each cap: in BF16 the two ways to multiply round differently, and random logits are near ties.
+This process reads /proc/PID/smaps_rollup of that one, before the experts are opened and while it decodes. Random gates
+are the worst case: they ask for any expert at any time, and the guess for the next layer is poor.
 """
 
 from __future__ import annotations
@@ -62,11 +63,11 @@ def child(folder: str, cap: int, new: int) -> None:
     """Answers one request; says when the experts are about to be opened, and waits for the word to go on."""
     torch.set_num_threads(1)
     source = open_weights(folder)
-    model = load(source, torch.bfloat16, CPU, lambda *_: None, experts=not cap)
+    model = load(source, torch.float32, CPU, lambda *_: None, experts=not cap)
     warm = Sampler.alone(model) if not cap else None
     print("ready", flush=True)
     sys.stdin.readline()
-    pages = ExpertPages(source, torch.bfloat16, cap) if cap else None
+    pages = ExpertPages(source, torch.float32, cap) if cap else None
     sampler = warm or Sampler.alone(model, experts=paged_experts(model, pages))  # type: ignore[arg-type]
     started = time.perf_counter()
     (completion,) = sampler.generate([Request((1, 2, 3), new, temperature=0.0)])
