@@ -9,8 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dryvine.comm.copy_wire import Expect
 from dryvine.comm.pending import Pending
 from dryvine.comm.stream_values import wait_value, write_value
+from dryvine.comm.watch import Watch
 from dryvine.comm.words import Words, share_words
 
 
@@ -73,6 +75,15 @@ def open_links(
     if shared is None or mapping is None or not all(opened):
         return None
     return DeviceLinks(near, mapping, shared, device)
+
+
+def expecting(watch: Watch | None, words: Words) -> Expect:
+    """Returns what notes waits for these words, and registers that all of them end when the process exits: the driver
+    holds a process whose stream waits for most of a minute. All words, as a rank that was killed ends none itself."""
+    if watch is None:
+        return lambda *_: None
+    watch.before_exit(lambda: words.fulfil(range(len(words.values))))
+    return watch.expect
 
 
 class NodeMemory(NamedTuple):

@@ -32,6 +32,8 @@ from dryvine.comm.wire import describe
 from dryvine.comm.words import Words
 
 ALIGNMENT = 256  # bytes, of each tensor in a slot
+# Notes what is awaited, for the deadline: (what, ((world rank, bytes),), whether it has come).
+Expect = Callable[[str, tuple[tuple[int, int], ...], Callable[[], bool]], object]
 
 
 class Queue(Protocol):
@@ -105,7 +107,7 @@ class CopyWire:
         links: Links,
         rings: Mapping[Line, Ring],
         slot_bytes: int,
-        expect: Callable[[str, tuple[tuple[int, int], ...], Callable[[], bool]], object],
+        expect: Expect,
         world_rank: Callable[[int], int],
     ) -> None:
         self.rank, self.links, self.rings, self.slot_bytes = rank, links, rings, slot_bytes

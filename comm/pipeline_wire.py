@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dryvine.comm.copy_links import open_links
+from dryvine.comm.copy_links import expecting, open_links
 from dryvine.comm.copy_wire import CopyWire, layout_rings, slot_bytes
 from dryvine.comm.lines import Channel, Line
 from dryvine.comm.mesh import Mesh
@@ -90,12 +90,7 @@ def _copy_wire(
     links = open_links(near, group, memory, 2 * len(rings), mesh.device)
     if links is None:
         return None
-    wire = CopyWire(mesh.pp_rank, links, rings, size, mesh.watch.expect if mesh.watch else _unwatched, mesh.global_rank)
-    if mesh.watch:
-        # A process whose stream waits cannot exit: the driver holds it for most of a minute. All words, since a rank
-        # that was killed has no hook of its own.
-        mesh.watch.before_exit(lambda: links.words.fulfil(range(2 * len(rings))))
-    return wire
+    return CopyWire(mesh.pp_rank, links, rings, size, expecting(mesh.watch, links.words), mesh.global_rank)
 
 
 def connect(mesh: Mesh, lines: Iterable[Line]) -> None:
@@ -116,7 +111,3 @@ def connection_order(lines: Iterable[Line]) -> list[Line]:
     """The lines in an order that is the same on all ranks. Any such order works: both ranks of the first unconnected
     line are always on their way to it."""
     return sorted(lines)
-
-
-def _unwatched(*_: object) -> None:
-    """Stands in for `Watch.expect` where there is no watch."""

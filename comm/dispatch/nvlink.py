@@ -17,14 +17,14 @@ import logging
 import torch.distributed as dist
 from torch import Tensor
 
-from dryvine.comm.copy_links import open_links
+from dryvine.comm.copy_links import expecting, open_links
 from dryvine.comm.dispatch import flat, token_plan
 from dryvine.comm.dispatch.api import AnyDispatcher
 from dryvine.comm.dispatch.backends import WINDOW_SLOTS
 from dryvine.comm.dispatch.payload import gather
 from dryvine.comm.dispatch.setup import Setup
 from dryvine.comm.dispatch.token_plan import TokenHandle
-from dryvine.comm.dispatch.windows import Expect, WindowRows, Windows, word_count
+from dryvine.comm.dispatch.windows import WindowRows, Windows, word_count
 from dryvine.comm.integers import round_up
 from dryvine.comm.pending import Pending
 
@@ -37,17 +37,13 @@ def build(setup: Setup) -> AnyDispatcher:
         raise ValueError(f"nvlink: the expert-parallel group spans {len(topology.nodes)} nodes; use hierarchical")
     if mesh is None or mesh.experts is None:
         return flat.build(setup)
-    size, words = slot_bytes(setup), word_count(topology.ranks)
-    links = open_links(tuple(range(topology.ranks)), mesh.experts, WINDOW_SLOTS * size, words, mesh.device)
+    size, near = slot_bytes(setup), tuple(range(topology.ranks))
+    links = open_links(near, mesh.experts, WINDOW_SLOTS * size, word_count(len(near)), mesh.device)
     if links is None:
         if setup.rank == 0:
             logging.getLogger(__name__).warning("nvlink: no memory that the ranks could share; flat is used instead")
         return flat.build(setup)
-    expect: Expect = lambda *_: None  # noqa: E731
-    if mesh.watch:
-        expect = mesh.watch.expect
-        # A process whose stream waits cannot exit.
-        mesh.watch.before_exit(lambda: links.words.fulfil(range(words)))
+    expect = expecting(mesh.watch, links.words)
     world_ranks = dist.get_process_group_ranks(mesh.experts)
     windows = Windows(setup.rank, links, size, setup.meter, setup.links, expect, world_ranks)
     return Nvlink(windows, setup.experts, setup.tokens, setup.alignment)

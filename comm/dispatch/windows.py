@@ -22,7 +22,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from dryvine.comm.copy_wire import ALIGNMENT, Links, Queue
+from dryvine.comm.copy_wire import ALIGNMENT, Expect, Links, Queue
 from dryvine.comm.dispatch.backends import WINDOW_SLOTS
 from dryvine.comm.dispatch.meter import Meter
 from dryvine.comm.integers import round_up
@@ -57,11 +57,8 @@ class WindowRows:
         return round_up(sources * self.rows * self.row_bytes, ALIGNMENT)
 
 
-def word_count(ranks: int, slots: int = WINDOW_SLOTS) -> int:
-    return 2 * slots * ranks * ranks
-
-
-Expect = Callable[[str, tuple[tuple[int, int], ...], Callable[[], bool]], object]
+def word_count(ranks: int) -> int:
+    return 2 * WINDOW_SLOTS * ranks * ranks
 
 
 class Windows:
