@@ -36,13 +36,13 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
+from dryvine.trainer.begin import resume
 from dryvine.trainer.config import load
 from dryvine.trainer.data.splits import open_data
 from dryvine.trainer.fp8.engines.emulate import Emulate
 from dryvine.trainer.fp8.fp8 import FP8
 from dryvine.trainer.fp8.linear import FP8Linear
 from dryvine.trainer.fp8.recipe import Recipe, preset
-from dryvine.trainer.loop import resume
 from dryvine.trainer.model.linear import Linear
 from dryvine.trainer.ramps import points
 from dryvine.trainer.rig import make_rig, mesh_of

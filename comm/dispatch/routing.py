@@ -49,10 +49,11 @@ def count(values: Tensor, size: int) -> Tensor:
     return torch.zeros(size, dtype=torch.int64, device=flat.device).scatter_add_(0, flat, torch.ones_like(flat))
 
 
-def repeated(values_TK: Tensor) -> Tensor:
-    """1 if some token chose an expert twice, else 0: int64 scalar tensor."""
-    ordered = values_TK.sort(dim=1).values
-    return (ordered[:, 1:] == ordered[:, :-1]).any().to(torch.int64)
+def repeated(experts: Tensor) -> Tensor:
+    """Whether some token chose an expert twice: [..., T, K] to int64 [...] of 0 and 1. A negative choice is none."""
+    ordered = experts.sort(dim=-1).values
+    same = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
+    return same.flatten(-2).any(-1).to(torch.int64)
 
 
 def invert(order: Tensor) -> Tensor:

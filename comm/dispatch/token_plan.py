@@ -52,7 +52,7 @@ def plan(choices_WMK: Tensor, own_TK: Tensor, rank: int, experts: int, alignment
     mine = (local >= 0) & (local < share)
     # By local expert, then in the order of pairs, which is by source and token. All others come last.
     key = torch.where(mine, local, share)
-    tally = torch.cat((routing.count(key, share + 1)[:share], _repeats(choices_WMK)))
+    tally = torch.cat((routing.count(key, share + 1)[:share], routing.repeated(choices_WMK)))
     (host,) = routing.read(tally)
     used = host[:share].tolist()
     routing.refuse(host[share:].nonzero().flatten().tolist())
@@ -74,10 +74,3 @@ def plan(choices_WMK: Tensor, own_TK: Tensor, rank: int, experts: int, alignment
         total=Sum.even(own[:, None] + sources[None, :]),
         owner=((own_TK // share) * most + own[:, None]) * top_k + torch.arange(top_k, device=order.device),
     )
-
-
-def _repeats(choices_WMK: Tensor) -> Tensor:
-    """int64 [W]: 1 for a rank with a token that chose an expert twice."""
-    ordered = choices_WMK.sort(dim=2).values
-    same = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] != ABSENT)
-    return same.flatten(1).any(1).to(torch.int64)

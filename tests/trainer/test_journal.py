@@ -193,7 +193,7 @@ def test_a_row_that_cannot_be_written_names_its_file(tiny: Tiny) -> None:
     open_folder = Journal(config, make_plan(config).schedule, 0)
     open_folder._lines.close()
     open_folder._lines = open("/dev/full", "w")  # noqa: SIM115
-    with pytest.raises(CannotWrite, match=r"metrics.jsonl: No space left on device; mend that"):
+    with pytest.raises(CannotWrite, match=r"metrics.jsonl: No space left on device; fix that"):
         open_folder.write(row(1))
     with pytest.raises(CannotWrite):
         open_folder.close()

@@ -14,86 +14,53 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple, cast
 
 from torch import Tensor
 
 from dryvine.comm.buddies import BuddyLinks, allocate
 from dryvine.comm.mesh import Mesh
 from dryvine.trainer.checkpoint import lives, run_folder
+from dryvine.trainer.checkpoint.background import BackgroundSaver, Outcome, nonfinite
 from dryvine.trainer.checkpoint.files import Place, damage, write_file, write_manifest
 from dryvine.trainer.checkpoint.manifest import CheckpointError, Manifest, Size, read_manifest
-from dryvine.trainer.checkpoint.save import nonfinite, nonfinite_line
-from dryvine.trainer.checkpoint.staging import Staging
 from dryvine.trainer.checkpoint.state import RunState
 from dryvine.trainer.config import RunConfig
 from dryvine.trainer.data.identity import DataIdentity
-from dryvine.trainer.nonfinite import Diverged
 
 
-class _Kept(NamedTuple):
-    """What became of one rank's part."""
-
-    nonfinite: list[str]
-    error: str
-
-
-class MemorySaver:
+class MemorySaver(BackgroundSaver[Outcome]):
     """Of one life of a run. Collective, as a `Saver` is: every rank calls `begin` and `finish` at the same steps."""
 
     def __init__(self, run: RunConfig, mesh: Mesh, node: int, links: BuddyLinks | None, identity: DataIdentity) -> None:
         """`node` is this rank's; `links` None: copies are on its own node only."""
-        self.run, self.mesh, self.links, self.identity = run, mesh, links, identity
+        super().__init__(run.folder, mesh, "buddies")
+        self.run, self.links, self.identity = run, links, identity
         self.life = lives.begin_life(run, mesh)
         held = (mesh.rank, *(links.clients if links else ()))
         self._homes = {rank: lives.home(run, self.life, node, rank) for rank in held}
-        self._staging = Staging(mesh.device)
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="buddies")
-        self._writing: Future[_Kept] | None = None
-        self._step, self._finished = 0, 0
-
-    def prepare(self, state: RunState) -> None:
-        """Make the host's buffers now, so that the first copy stalls no longer than others."""
-        self._staging.prepare(state.tensors())
-
-    @property
-    def pending(self) -> bool:
-        """Whether a copy was begun and not finished; the same on all ranks."""
-        return self._writing is not None
-
-    @property
-    def busy(self) -> bool:
-        """Whether this rank still writes, sends or receives."""
-        return self._writing is not None and not self._writing.done()
+        self._finished = 0
 
     def begin(self, step: int, state: RunState) -> str:
         """Copy the state to host memory and begin to write and send it. Returns and raises what `finish` does of the
         copy before. Collective."""
         said = self.finish()
-        self._step = step
-        copies = self._staging.copy(state.tensors())
-        self._writing = self._worker.submit(self._write, step, copies, dict(state.shapes))
+        self._begin(step, state)
         return said
 
     def finish(self) -> str:
         """Wait until every rank has its copies of the step, and name them. Returns why there are none, if there are
         none: the ones before are as they were. Raises Diverged, on all ranks, if the state holds what is not finite.
         Collective."""
-        if self._writing is None:
+        outcomes = self._gather("copies in memory of step")
+        if outcomes is None:
             return ""
-        own, self._writing = self._writing.result(), None
-        parts = cast(list[_Kept], self.mesh.gather(own, f"copies in memory of step {self._step}"))
-        bad = {rank: part.nonfinite for rank, part in enumerate(parts) if part.nonfinite}
-        error = next((part.error for part in parts if part.error), "")
-        if bad or error:
+        if outcomes.nonfinite or outcomes.error:
             self._drop()
-        if bad:
-            raise Diverged(nonfinite_line(self._step, bad, run_folder.newest(self.run.folder)))
-        if error:
-            return f"no copy of step {self._step} in memory: {error}; those before it are as they were"
+        self._check_finite(outcomes)
+        if outcomes.error:
+            return f"no copy of step {self._step} in memory: {outcomes.error}; those before it are as they were"
         self._publish()
         return ""
 
@@ -123,7 +90,7 @@ class MemorySaver:
 
     # The thread.
 
-    def _write(self, step: int, tensors: Mapping[Place, Tensor], shapes: Mapping[str, Size]) -> _Kept:
+    def _write(self, step: int, tensors: Mapping[Place, Tensor], shapes: Mapping[str, Size]) -> Outcome:
         parts = {rank: run_folder.named(home, step, ".part") for rank, home in self._homes.items()}
         bad = nonfinite(tensors)
         error = "" if bad else self._write_own(parts[self.mesh.rank], step, tensors, shapes)
@@ -132,7 +99,7 @@ class MemorySaver:
                 error = error or self._swap(self.links, parts, whole=not bad and not error)
             except (OSError, CheckpointError, RuntimeError) as broken:  # RuntimeError: of gloo
                 error = f"rank {self.mesh.rank}: {broken}"
-        return _Kept(bad, error)
+        return Outcome(bad, error)
 
     def _write_own(self, path: Path, step: int, tensors: Mapping[Place, Tensor], shapes: Mapping[str, Size]) -> str:
         """Returns why it could not."""

@@ -19,7 +19,7 @@ class CannotWrite(OSError):
         try:
             yield
         except OSError as error:
-            raise CannotWrite(f"{path}: {error.strerror or error}; mend that, and the same command goes on") from None
+            raise CannotWrite(f"{path}: {error.strerror or error}; fix that, and run the same command again") from None
 
 
 def open_temporary(path: Path) -> BinaryIO:

@@ -8,6 +8,7 @@ otherwise short choices win. Spaces count where they are written: usually at the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import islice
 from typing import NamedTuple
 
@@ -28,12 +29,7 @@ class Choice(NamedTuple):
 
 def task(records: Sequence[TaskLine]) -> Task:
     """The task of these lines. Raises EvalError."""
-    questions = [_parsed(record) for record in records]
-
-    def run(subject: Subject, on_progress: OnProgress) -> Findings:
-        return _findings(questions, subject, on_progress)
-
-    return run
+    return partial(_findings, [_parsed(record) for record in records])
 
 
 def _parsed(record: TaskLine) -> Choice:

@@ -8,6 +8,7 @@ Compared without white space around them and with single spaces within.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 from dryvine.trainer.data.spec import OnProgress
@@ -24,12 +25,7 @@ class Match(NamedTuple):
 
 def task(records: Sequence[TaskLine]) -> Task:
     """The task of these lines. Raises EvalError."""
-    matches = [_parsed(record) for record in records]
-
-    def run(subject: Subject, on_progress: OnProgress) -> Findings:
-        return _findings(matches, subject, on_progress)
-
-    return run
+    return partial(_findings, [_parsed(record) for record in records])
 
 
 def _parsed(record: TaskLine) -> Match:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from dryvine.trainer.data.spec import OnProgress
@@ -32,11 +33,7 @@ def task(records: Sequence[TaskLine]) -> Task:
     """The task of these lines. Raises EvalError."""
     problems = [_parsed(record) for record in records]
     _check_verifiers(problems)
-
-    def run(subject: Subject, on_progress: OnProgress) -> Findings:
-        return _findings(problems, subject, on_progress)
-
-    return run
+    return partial(_findings, problems)
 
 
 def _parsed(record: TaskLine) -> Judgeable:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import islice
 
 from dryvine.trainer.data.spec import OnProgress
@@ -20,12 +21,7 @@ from dryvine.trainer.intervals import Figure, ratio
 
 def task(records: Sequence[TaskLine]) -> Task:
     """The task of these lines. Raises EvalError."""
-    texts = [record.text("text") for record in records]
-
-    def run(subject: Subject, on_progress: OnProgress) -> Findings:
-        return _findings(texts, subject, on_progress)
-
-    return run
+    return partial(_findings, [record.text("text") for record in records])
 
 
 def _findings(texts: Sequence[str], subject: Subject, on_progress: OnProgress) -> Findings:
