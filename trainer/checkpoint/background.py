@@ -1,7 +1,7 @@
 """What `Saver` and `MemorySaver` share: a step waits for a copy of the state in host memory, and a thread of each rank
 writes that copy while training continues.
 
-The thread itself runs no collective of the mesh, where its messages could interleave with those of a step. Its outcome
+The thread itself runs no collective of the mesh, where its messages could interleave with those of a step. Its result
 waits until every rank calls `finish` at the same step, and is gathered there: a save is complete on all ranks or none.
 """
 
@@ -28,18 +28,18 @@ SHOWN = 3  # names in a message
 
 
 @dataclass(frozen=True)
-class Outcome:
+class WriteResult:
     """The result of one rank's write. It succeeded if both fields are empty."""
 
     nonfinite: list[str]  # names of tensors with an infinity or NaN
     error: str
 
 
-R = TypeVar("R", bound=Outcome)
+R = TypeVar("R", bound=WriteResult)
 
 
 @dataclass(frozen=True)
-class Outcomes(Generic[R]):
+class WriteResults(Generic[R]):
     """Those of all ranks, on every rank."""
 
     by_rank: list[R]
@@ -86,20 +86,20 @@ class BackgroundSaver(ABC, Generic[R]):
         copies = self._staging.copy(self._stored(state))
         self._writing = self._worker.submit(self._write, step, copies, dict(state.shapes))
 
-    def _gather(self, what: str) -> Outcomes[R] | None:
+    def _gather(self, what: str) -> WriteResults[R] | None:
         """Wait until every rank has written. None if no save was begun. `what` is named if a rank is lost meanwhile."""
         if self._writing is None:
             return None
         own, self._writing = self._writing.result(), None
-        return Outcomes(cast(list[R], self.mesh.gather(own, f"{what} {self._step}")))
+        return WriteResults(cast(list[R], self.mesh.gather(own, f"{what} {self._step}")))
 
-    def _check_finite(self, outcomes: Outcomes[R]) -> None:
+    def _check_finite(self, results: WriteResults[R]) -> None:
         """Raise Diverged if some rank's state holds what is not finite."""
-        if not outcomes.nonfinite:
+        if not results.nonfinite:
             return
         newest = run_folder.newest(self.folder)
         back = f"the newest checkpoint is {newest}" if newest else "there is no checkpoint before it"
-        who = "; ".join(f"rank {rank}: {_shown(names)}" for rank, names in outcomes.nonfinite.items())
+        who = "; ".join(f"rank {rank}: {_shown(names)}" for rank, names in results.nonfinite.items())
         raise Diverged(f"step {self._step} is not saved, since it holds what is not finite: {who}; {back}")
 
     def _stored(self, state: RunState) -> Mapping[Place, Tensor]:

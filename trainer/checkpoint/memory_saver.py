@@ -22,7 +22,7 @@ from torch import Tensor
 from dryvine.comm.buddies import BuddyLinks, allocate
 from dryvine.comm.mesh import Mesh
 from dryvine.trainer.checkpoint import lives, run_folder
-from dryvine.trainer.checkpoint.background import BackgroundSaver, Outcome, nonfinite
+from dryvine.trainer.checkpoint.background import BackgroundSaver, WriteResult, nonfinite
 from dryvine.trainer.checkpoint.files import Place, damage, write_file, write_manifest
 from dryvine.trainer.checkpoint.manifest import CheckpointError, Manifest, Size, read_manifest
 from dryvine.trainer.checkpoint.state import RunState
@@ -30,7 +30,7 @@ from dryvine.trainer.config import RunConfig
 from dryvine.trainer.data.identity import DataIdentity
 
 
-class MemorySaver(BackgroundSaver[Outcome]):
+class MemorySaver(BackgroundSaver[WriteResult]):
     """Of one life of a run. Collective, as a `Saver` is: every rank calls `begin` and `finish` at the same steps."""
 
     def __init__(self, run: RunConfig, mesh: Mesh, node: int, links: BuddyLinks | None, identity: DataIdentity) -> None:
@@ -53,14 +53,14 @@ class MemorySaver(BackgroundSaver[Outcome]):
         """Wait until every rank has its copies of the step, and name them. Returns why there are none, if there are
         none: the ones before are as they were. Raises Diverged, on all ranks, if the state holds what is not finite.
         Collective."""
-        outcomes = self._gather("copies in memory of step")
-        if outcomes is None:
+        results = self._gather("copies in memory of step")
+        if results is None:
             return ""
-        if outcomes.nonfinite or outcomes.error:
+        if results.nonfinite or results.error:
             self._drop()
-        self._check_finite(outcomes)
-        if outcomes.error:
-            return f"no copy of step {self._step} in memory: {outcomes.error}; those before it are as they were"
+        self._check_finite(results)
+        if results.error:
+            return f"no copy of step {self._step} in memory: {results.error}; those before it are as they were"
         self._publish()
         return ""
 
@@ -90,7 +90,7 @@ class MemorySaver(BackgroundSaver[Outcome]):
 
     # The thread.
 
-    def _write(self, step: int, tensors: Mapping[Place, Tensor], shapes: Mapping[str, Size]) -> Outcome:
+    def _write(self, step: int, tensors: Mapping[Place, Tensor], shapes: Mapping[str, Size]) -> WriteResult:
         parts = {rank: run_folder.named(home, step, ".part") for rank, home in self._homes.items()}
         bad = nonfinite(tensors)
         error = "" if bad else self._write_own(parts[self.mesh.rank], step, tensors, shapes)
@@ -99,7 +99,7 @@ class MemorySaver(BackgroundSaver[Outcome]):
                 error = error or self._swap(self.links, parts, whole=not bad and not error)
             except (OSError, CheckpointError, RuntimeError) as broken:  # RuntimeError: of gloo
                 error = f"rank {self.mesh.rank}: {broken}"
-        return Outcome(bad, error)
+        return WriteResult(bad, error)
 
     def _write_own(self, path: Path, step: int, tensors: Mapping[Place, Tensor], shapes: Mapping[str, Size]) -> str:
         """Returns why it could not."""

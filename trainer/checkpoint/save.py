@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dryvine.comm.mesh import Mesh
 from dryvine.trainer.checkpoint import run_folder
-from dryvine.trainer.checkpoint.background import BackgroundSaver, Outcome, nonfinite
+from dryvine.trainer.checkpoint.background import BackgroundSaver, WriteResult, nonfinite
 from dryvine.trainer.checkpoint.files import Place, Written, damage, write_file, write_manifest
 from dryvine.trainer.checkpoint.manifest import BUFFER, NAME, CannotSave, Manifest, Size
 from dryvine.trainer.checkpoint.state import RunState
@@ -36,7 +36,7 @@ class Keep:
 
 
 @dataclass(frozen=True)
-class _Part(Outcome):
+class _Part(WriteResult):
     """The result of writing one rank's part of a checkpoint."""
 
     shapes: Mapping[str, Size]
@@ -71,14 +71,14 @@ class Saver(BackgroundSaver[_Part]):
         """Wait until every rank has written and verified its part, then make it the newest checkpoint. Returns its
         folder, or None if none was begun. Collective; on all ranks raises CannotSave if it could not be written,
         Diverged if it holds what is not finite. Then it is gone, and the ones before are as they were."""
-        outcomes = self._gather("parts of checkpoint")
-        if outcomes is None:
+        results = self._gather("parts of checkpoint")
+        if results is None:
             return None
-        error = outcomes.error
+        error = results.error
         if self.mesh.rank == 0:
-            error = self._drop(error) if error or outcomes.nonfinite else self._publish(outcomes.by_rank)
+            error = self._drop(error) if error or results.nonfinite else self._publish(results.by_rank)
         error = cast(str, self.mesh.gather(error, f"the end of checkpoint {self._step}")[0])
-        self._check_finite(outcomes)
+        self._check_finite(results)
         if error:
             raise CannotSave(error)
         return run_folder.named(self.folder, self._step)
