@@ -15,6 +15,7 @@ from dryvine.trainer.data.inputs import match_files
 from dryvine.trainer.data.spec import BuildSpec
 
 HERE = Path(__file__).parent
+pytest_plugins = ("tests.support.digits",)  # fixtures of several files of tests
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
