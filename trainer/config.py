@@ -8,6 +8,7 @@ for and can be run again. The alternative, one flat namespace of flags as Megatr
 from __future__ import annotations
 
 import difflib
+import os
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +30,8 @@ from dryvine.trainer.rl.sft_config import SFTConfig
 WIDEST_HEAD = 256  # of flash attention, which packed documents need
 Positive = Annotated[int, Field(ge=1)]
 LONGEST = 4 << 20  # bytes of a config
+# Bytes that Linux takes of a folder's name, and of a path: 4096, less what lies below a run's folder.
+LONGEST_PART, LONGEST_PATH = 255, 3800
 Tree = dict[str, object]  # parsed TOML: tables are trees, the rest are values
 
 
@@ -161,7 +164,7 @@ def _over_preset(tree: Tree) -> Tree:
     """The tree over what its rl.preset names. One that is not known is left for the model to refuse."""
     table = tree.get("rl")
     name = table.get("preset", "grpo") if isinstance(table, dict) else None
-    return _merge(dict(PRESETS[name]), tree) if name in PRESETS else tree
+    return _merge(dict(PRESETS[name]), tree) if isinstance(name, str) and name in PRESETS else tree
 
 
 def _apply(tree: Tree, override: str) -> None:
@@ -241,7 +244,7 @@ def _conflict(config: Config) -> str | None:
             f"data.mask = 'document' has no kernel for heads of nope_dim + rope_dim = {m.qk_dim} elements; "
             f"lower them to {WIDEST_HEAD} in all, or set data.mask = 'none'"
         )
-    return _too_long(m, config.data.seq_len)
+    return _too_long(m, config.data.seq_len) or _no_path(config)
 
 
 def _too_long(model: Shape, seq_len: int) -> str | None:
@@ -258,3 +261,28 @@ def _too_long(model: Shape, seq_len: int) -> str | None:
             "lower model.max_position, or raise model.yarn.factor"
         )
     return None
+
+
+def _no_path(config: Config) -> str | None:
+    """Why a key that names a file or folder can name none. Not by asking the file system, which another host may
+    have."""
+    run, data = config.run, config.data
+    keys = {
+        "run.name": run.name,
+        "run.out": run.out,
+        "run.init_from": run.init_from,
+        "run.buddy_folder": run.buddy_folder,
+    }
+    given = [*keys.items(), ("data.dir", str(data.dir)), *(("data.source", source) for source in data.sources)]
+    for key, path in given:
+        whole = os.fsencode(path or "")
+        if b"\0" in whole or len(whole) > LONGEST_PATH or max(map(len, whole.split(b"/"))) > LONGEST_PART:
+            return (
+                f"{key} = {_shortened(repr(path))} is no path: a name in it has at most {LONGEST_PART} bytes and none "
+                f"that is zero, all of it at most {LONGEST_PATH}"
+            )
+    return None
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) < 80 else f"{text[:60]}... ({len(text):,} characters)"

@@ -6,9 +6,13 @@ The predicate is the rule; the nearest legal sizes are searched with it, so no m
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import NamedTuple
 
 from dryvine.parallel.schedule.ir import Schedule
+
+# How far the nearest legal sizes are searched for: of one size alone, and of all together.
+FAR, FAR_TOGETHER = 20_000, 100
 
 
 class ScheduleError(ValueError):
@@ -37,13 +41,16 @@ class Generator(NamedTuple):
             return None
         asked = f"pp={sizes.pp}, microbatches={sizes.microbatches}, chunks={sizes.chunks}"
         near = " or ".join(self._nearest(sizes))
-        return f"{name} cannot run {asked}: it needs {self.rule}; nearest legal: {near}"
+        return f"{name} cannot run {asked}: it needs {self.rule}" + (f"; nearest legal: {near}" if near else "")
 
     def _nearest(self, sizes: Sizes) -> list[str]:
-        """The closest legal value of each size with the others kept; if one change is not enough, of all together."""
+        """The closest legal value of each size with the others kept; if one change is not enough, of all together;
+        empty if that is further than anybody means."""
         near = [f"{field}={value}" for field in Sizes._fields for value in self._legal_values(field, sizes)]
         if near:
             return near
+        if max(map(abs, sizes)) > FAR_TOGETHER:
+            return []
         reach = range(1, 2 * sum(abs(n) for n in sizes) + 9)
         legal = (Sizes(p, m, c) for p in reach for m in reach for c in range(1, 5))
         best = min(
@@ -57,10 +64,10 @@ class Generator(NamedTuple):
         if min(sizes._replace(**{field: 1})) < 1:
             return
         for direction in (-1, 1):
-            reach = range(1, 4 * max(sizes) + 9)
+            reach = range(1, min(4 * max(sizes), FAR) + 9)
             tries = (asked + direction * step for step in reach)
             legal = (n for n in tries if n >= 1 and self.allows(sizes._replace(**{field: n})))
-            yield from list(legal)[:1]
+            yield from islice(legal, 1)
 
 
 def one_chunk(sizes: Sizes) -> bool:

@@ -11,7 +11,7 @@ from dryvine.parallel.schedule.costs import Costs
 from dryvine.parallel.schedule.ir import Op
 from dryvine.parallel.schedule.lower import forward_only, lower
 from dryvine.parallel.schedule.notation import from_csv, to_csv
-from dryvine.parallel.schedule.rules import ScheduleError, Sizes
+from dryvine.parallel.schedule.rules import FAR, ScheduleError, Sizes
 from dryvine.parallel.schedule.simulate import simulate
 from dryvine.parallel.schedule.table import SCHEDULES, build, legal
 
@@ -52,6 +52,20 @@ def test_refusals_name_the_nearest_sizes():
     )
     assert str(legal("dualpipe", 5, 7, 2)).endswith("nearest legal: pp=4, microbatches=8, chunks=1")
     assert str(legal("dualpipev", 4, 6)).endswith("nearest legal: pp=3 or microbatches=8")
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("sizes", [(10**9, 3, 1), (3, 10**9 + 1, 3), (1, 4, 10**9), (3001, 5, 1), (10**9,) * 3])
+def test_absurd_sizes_are_refused_soon(name, sizes):
+    """Nearest sizes are searched for within reach only: to walk to a billion would take minutes."""
+    generator, asked = SCHEDULES[name], []
+
+    def allows(near):
+        asked.append(near)
+        return generator.allows(near)
+
+    generator._replace(allows=allows).explain(name, Sizes(*sizes))
+    assert len(asked) < 10 * FAR
 
 
 @given(st.integers(1, 8).map(lambda h: 2 * h), st.integers(0, 20).map(lambda n: 2 * n))

@@ -39,7 +39,9 @@ def cases(corpus: Path, folder: Path) -> Iterator[Case]:
 def _cases(corpus: Path, folder: Path) -> Iterator[Case]:
     given = (f'data.source="{corpus}"', f'run.out="{folder / "runs/NUMBER"}"', "run.steps=1")
     for key, value in _values():
-        yield Case(f"{key}={value}", ("train", TINY, *given, f"{key}={value}"))
+        # A billion steps, or batches of a validation, are legal and take years.
+        dry = ("--dry-run",) if key in ("run.steps", "run.eval_batches") else ()
+        yield Case(f"{key}={value}", ("train", TINY, *dry, *given, f"{key}={value}"))
     for number, path in enumerate(_files(folder)):
         yield Case(f"file {number}: {path.name[:40]}", ("train", str(path), *given))
     for word in ("=", "a", "a=", ".=1", "run.=1", "run..name=1", "run.name.x=1", "run.name", "x.y=1", "\n=\n", *NASTY):
@@ -48,6 +50,9 @@ def _cases(corpus: Path, folder: Path) -> Iterator[Case]:
         yield Case(f"run.name {word[:40]!r}", (*SLURM, *given, f"run.name={word}"))
         yield Case(f"data.source {word[:40]!r}", (*SLURM, *given, f"data.source={word}"))
         yield Case(f"run.out {word[:40]!r}", (*SLURM, *given, f"run.out={word}"))
+        for key in ("run.name", "run.out", "run.init_from", "data.source"):
+            for way in ("--dry-run", "--one-gpu"):
+                yield Case(f"{way} {key} {word[:40]!r}", ("train", TINY, way, *given, f"{key}={word}"))
         for option in OPTIONS:
             yield Case(f"--{option} {word[:40]!r}", (*SLURM, *given, f"--{option}={word}"))
     for option in NUMBERS:
@@ -62,8 +67,7 @@ def _values() -> Iterator[tuple[str, str]]:
     """Each key of the config in turn with each value in turn, so that the number stays the number of keys times two."""
     values = TYPES + SIZES
     tree = load(TINY, ("data.source=x",)).model_dump(mode="json")
-    keys = [f"{table}.{key}" for table in tree for key in _keys(table)]
-    for number, key in enumerate(keys):
+    for number, key in enumerate(keys()):
         for turn in range(2):
             yield key, values[(number + turn * (len(values) // 2)) % len(values)]
         if type(_at(tree, key)) is int:
@@ -75,6 +79,11 @@ def _keys(table: str) -> Iterator[str]:
     kind = Config.model_fields[table].annotation
     for model in get_args(kind) or (kind,):
         yield from getattr(model, "model_fields", ())
+
+
+def keys() -> list[str]:
+    """Every key of a config, dotted."""
+    return [f"{table}.{key}" for table in Config.model_fields for key in _keys(table)]
 
 
 def _at(tree: dict[str, dict[str, object] | None], key: str) -> object:

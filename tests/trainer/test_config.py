@@ -12,6 +12,8 @@ import pytest
 
 from dryvine.trainer.config import Config, ConfigError, check_world, dump, load
 from dryvine.trainer.run_plan import make_plan
+from tests.support.hostile_cases import SIZES, TYPES, keys
+from tests.support.launching import TINY
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
@@ -52,7 +54,29 @@ WRONG = {
     "parallel.pp=10": ("at least 10 blocks", "fewer pipeline ranks"),
     "nonsense": ("'nonsense'", "table.key=value"),
     "comm.dispatcher=flatt": ("comm.dispatcher", "flat"),
+    "fp8.preset={}": ("fp8.preset", "'bf16'"),
+    "rl.preset=[]": ("rl", "preset"),
+    f"run.name={'a' * 256}": ("run.name", "at most 255 bytes"),
+    f"run.out={'a/' * 2000}": ("run.out", "at most 3800"),
+    'run.init_from="a\\u0000"': ("run.init_from", "none that is zero"),
+    f"data.source={'é' * 128}": ("data.source", "at most 255 bytes"),
 }
+
+
+@pytest.mark.parametrize("value", TYPES + SIZES)
+def test_any_value_of_any_key_makes_a_plan_or_one_line(value: str) -> None:
+    said = [refusal("data.source=x", f"{key}={value}") for key in keys()]
+    assert all(line.isprintable() for line in said)
+    assert any(said)
+
+
+def refusal(*overrides: str) -> str:
+    """What a config with these is refused with; empty if it is not."""
+    try:
+        make_plan(load(TINY, overrides))
+    except ConfigError as refused:
+        return str(refused)
+    return ""
 
 
 @pytest.mark.parametrize("override", WRONG)

@@ -62,7 +62,9 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
     def _over_preset(cls, given: object) -> object:
         if not isinstance(given, dict):
             return given
-        over = PRESETS.get(given.get("preset", "bf16"), {}) | given
+        preset = given.get("preset", "bf16")
+        # One that is not known is left for the field to refuse.
+        over = (PRESETS[preset] if isinstance(preset, str) and preset in PRESETS else {}) | given
         return over if _in_1x128(over) else {"dispatch": "bf16"} | over
 
     @model_validator(mode="after")
