@@ -6,12 +6,22 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 from rich.console import Console
 
-from dryvine.launch.open_model import Device, Dtype, ExpertMemory, HowToCompute, Model, Tokenizer, open_model
+from dryvine.launch.open_model import (
+    Device,
+    Dtype,
+    ExpertMemory,
+    HowToCompute,
+    Model,
+    Speculate,
+    Tokenizer,
+    open_model,
+)
 
 if TYPE_CHECKING:
     from dryvine.trainer.data.tokenizer import Vocabulary
@@ -38,6 +48,7 @@ def generate(
     dtype: Dtype = "auto",
     device: Device = "auto",
     expert_memory: ExpertMemory = "",
+    speculate: Speculate = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="A line of JSON for each: text, tokens, log-probabilities, routes.")
     ] = False,
@@ -48,7 +59,7 @@ def generate(
     from dryvine.trainer.generate.requests import Request
 
     asked = list(_lines(prompts or [""]))
-    opened = open_model(model, HowToCompute(dtype, device, expert_memory), tokenizer)
+    opened = open_model(model, HowToCompute(dtype, device, expert_memory, speculate), tokenizer)
     sampler, files = opened.sampler, opened.files
     stop = frozenset({files.vocabulary.end})
     requests = [
@@ -56,25 +67,21 @@ def generate(
         for number, text in enumerate(asked)
         for i in range(samples)
     ]
-    started = time.perf_counter()
+    started, made = time.perf_counter(), Made()
     if len(requests) == 1 and not as_json:
         sys.stdout.write(asked[0])
-        streamed = _stream(sampler, requests[0], files.vocabulary)
-        code, tokens = streamed.code, len(streamed.tokens)
+        made.add(_stream(sampler, requests[0], files.vocabulary))
     else:
-        code = tokens = 0
         for completion in sampler.generate(requests):
             assert completion.request.group is not None
             _print(asked[completion.request.group], completion, files, as_json)
-            code |= completion.reason == "failed"
-            tokens += len(completion.tokens)
-    seconds = time.perf_counter() - started
-    print(f"{tokens} tokens in {seconds:.2f} s, {tokens / seconds:.0f} a second", file=sys.stderr)
+            made.add(Streamed.of(completion))
+    made.report(time.perf_counter() - started)
     if opened.pages is not None:
         f = opened.pages.figures
         print(f"experts: {f.hit_rate:.1%} were there, {f.bytes_read / 1e6:,.0f} MB read", file=sys.stderr)
-    if code:
-        raise typer.Exit(code)
+    if made.code:
+        raise typer.Exit(made.code)
 
 
 def chat(
@@ -88,12 +95,13 @@ def chat(
     dtype: Dtype = "auto",
     device: Device = "auto",
     expert_memory: ExpertMemory = "",
+    speculate: Speculate = False,
 ) -> None:
     """Chat with a model in the terminal, by the template it was fine-tuned with or that came with its tokenizer.
     Ctrl-C ends an answer; /new starts a new conversation; an empty line or Ctrl-D exits."""
     from dryvine.trainer.generate.requests import Request
 
-    opened = open_model(model, HowToCompute(dtype, device, expert_memory), tokenizer)
+    opened = open_model(model, HowToCompute(dtype, device, expert_memory, speculate), tokenizer)
     sampler, source = opened.sampler, opened.source
     dialogue = source.dialogue(opened.files)
     first = [{"role": "system", "content": system}] if system else []
@@ -124,10 +132,38 @@ def _lines(prompts: Sequence[str]) -> Iterator[str]:
 
 
 class Streamed(NamedTuple):
-    """What was printed, and the exit code."""
+    """What was printed, the exit code, and how many tokens MTP guessed, and how many rightly."""
 
     tokens: list[int]
     code: int
+    drafted: int = 0
+    accepted: int = 0
+
+    @staticmethod
+    def of(done: Completion) -> Streamed:
+        return Streamed(done.tokens.tolist(), int(done.reason == "failed"), done.drafted, done.accepted)
+
+
+@dataclass
+class Made:
+    """What a command has made so far."""
+
+    code: int = 0
+    tokens: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+    def add(self, one: Streamed) -> None:
+        self.code |= one.code
+        self.tokens += len(one.tokens)
+        self.drafted += one.drafted
+        self.accepted += one.accepted
+
+    def report(self, seconds: float) -> None:
+        print(f"{self.tokens} tokens in {seconds:.2f} s, {self.tokens / seconds:.0f} a second", file=sys.stderr)
+        if self.drafted:
+            share = self.accepted / self.drafted
+            print(f"drafts: {self.accepted:,} of {self.drafted:,} accepted ({share:.1%})", file=sys.stderr)
 
 
 def _stream(sampler: Sampler, request: Request, text: Dialogue | Vocabulary) -> Streamed:
@@ -147,11 +183,10 @@ def _stream(sampler: Sampler, request: Request, text: Dialogue | Vocabulary) -> 
     except KeyboardInterrupt:
         print()
         return Streamed(seen, 130)
-    tokens = completion.tokens.tolist()
-    print(stream.rest(tokens))
+    print(stream.rest(completion.tokens.tolist()))
     if completion.reason == "failed":
         print(completion.why, file=sys.stderr)
-    return Streamed(tokens, int(completion.reason == "failed"))
+    return Streamed.of(completion)
 
 
 def _print(prompt: str, completion: Completion, files: TokenizerFiles, as_json: bool) -> None:
@@ -170,6 +205,8 @@ def _print(prompt: str, completion: Completion, files: TokenizerFiles, as_json: 
         "tokens": completion.tokens.tolist(),
         "logprobs": [round(value, 6) for value in completion.logprobs.tolist()],
         "routes": completion.routes.tolist(),
+        "drafted": completion.drafted,
+        "accepted": completion.accepted,
     }
     print(json.dumps(row, ensure_ascii=False))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -141,3 +142,26 @@ def test_a_model_in_bf16_answers_too(tmp_path: Path) -> None:
     model = load(open_weights(str(tmp_path / "run")), torch.bfloat16, torch.device("cpu"), quiet)
     (completion,) = Sampler.alone(model).generate([Request((1, 2), 5)])
     assert completion.reason == "length"
+
+
+def test_speculation_writes_the_same_text_and_tells_how_many_drafts_were_right(tmp_path: Path) -> None:
+    run = run_of(small(mtp_depth=1), tmp_path / "run")
+    export_hf(run, tmp_path / "out", Encoding("fp32"), tokenizer_of(run), quiet, 1 << 30)
+    for name in ("run", "out"):
+        words = ("generate", str(tmp_path / name), "def f", "--max-tokens", "20")
+        plain, guessed = (
+            CliRunner().invoke(app, [*words, *more], catch_exceptions=False) for more in ((), ("--speculate",))
+        )
+        assert plain.stdout == guessed.stdout
+        assert "drafts" not in plain.stderr
+        assert re.search(r"drafts: \d+ of \d+ accepted \(\d+\.\d%\)", guessed.stderr)
+    said = [invoke(*words, *more, "--json")[1] for more in ((), ("--speculate",))]
+    counts = [[json.loads(one).pop(key) for key in ("drafted", "tokens")] for one in said]
+    assert counts[0] == [0, counts[1][1]]
+    assert counts[1][0] > 0
+
+
+def test_speculation_without_mtp_is_refused_before_weights_are_read(tmp_path: Path) -> None:
+    run_of(small(), tmp_path / "run")
+    with pytest.raises(ValueError, match="it has none"):
+        invoke("generate", str(tmp_path / "run"), "x", "--speculate")

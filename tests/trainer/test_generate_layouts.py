@@ -52,20 +52,25 @@ class Plain(NamedTuple):
     tokens: NDArray[np.int64]
     logprobs: NDArray[np.float32]
     routes: NDArray[np.int16]
+    drafted: int
 
 
 def plain(completions: Iterator[Completion]) -> list[Plain]:
     """In the order of their seeds."""
-    made = [Plain(c.request, c.reason, c.tokens.numpy(), c.logprobs.numpy(), c.routes.numpy()) for c in completions]
+    made = [
+        Plain(c.request, c.reason, c.tokens.numpy(), c.logprobs.numpy(), c.routes.numpy(), c.drafted)
+        for c in completions
+    ]
     return sorted(made, key=lambda one: one.request.seed)
 
 
 class Ranked(NamedTuple):
-    """What a rank has made: answers with the initial weights, with four slots only, after a step of training; and
-    scores of texts that are given, with the initial weights."""
+    """What a rank has made: answers with the initial weights, with four slots only, with MTP's guesses, after a step of
+    training; and scores of texts that are given, with the initial weights."""
 
     before: list[Plain]
     few: list[Plain]
+    guessed: list[Plain]
     after: list[Plain]
     scores: list[NDArray[np.float64]]
 
@@ -84,8 +89,9 @@ def rollouts(rank: int, config: Config) -> Ranked:
     scores = [np.stack((score.logprobs.numpy(), score.best.numpy())) for score in sampler.score(passages())]
     before = plain(sampler.generate(requests()))
     few = plain(Sampler.of_rig(rig, Room(slots=4)).generate(requests()))
+    guessed = plain(Sampler.of_rig(rig, Room(slots=8), speculate=True).generate(requests()))
     go(rig, 1)
-    return Ranked(before, few, plain(sampler.generate(requests())), scores)
+    return Ranked(before, few, guessed, plain(sampler.generate(requests())), scores)
 
 
 @cache
@@ -113,9 +119,11 @@ def test_a_layout_generates_what_one_process_generates(tiny: Tiny, pp: int, ep: 
     for one in each:
         assert_same(one.before, reference.before, 1e-5)
         assert_same(one.few, reference.before, 1e-5)
+        assert_same(one.guessed, reference.before, 1e-5)
+        assert sum(completion.drafted for completion in one.guessed) > 50
         assert_same(one.after, reference.after, 1e-4)
         for ours, theirs in zip(one.scores, reference.scores, strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
     for other in each[1:]:
-        for mine, theirs in zip(each[0][:3], other[:3], strict=True):
+        for mine, theirs in zip(each[0][:4], other[:4], strict=True):
             assert_same(mine, theirs, 0)

@@ -49,6 +49,18 @@ def test_paged_experts_give_the_same_tokens_within_the_cap(tmp_path: Path, buffe
     assert (f.bytes_read == 16 * EXPERT) == (buffers == 1000)
 
 
+def test_mtp_speculates_with_paged_experts(tmp_path: Path) -> None:
+    run_of(small(mtp_depth=1), tmp_path / "run")
+    source = open_weights(str(tmp_path / "run"), mtp=True)
+    plain = answers(Sampler.alone(load(source, torch.float32, CPU, quiet)))
+    pages = ExpertPages(source, torch.float32, 1000 * EXPERT)
+    model = load(source, torch.float32, CPU, quiet, experts=False)
+    paged = answers(Sampler.alone(model, experts=paged_experts(model, pages), speculate=True))
+    assert [one.tokens.tolist() for one in plain] == [one.tokens.tolist() for one in paged]
+    assert sum(one.drafted for one in paged) > 0
+    assert pages.figures.bytes_read == 24 * EXPERT  # two mixtures of eight, and MTP's
+
+
 def test_a_cap_for_less_than_two_experts_is_refused_with_what_it_takes(tmp_path: Path) -> None:
     run_of(small(), tmp_path / "run")
     with pytest.raises(HandOffError, match=f"give {2 * EXPERT:,}"):

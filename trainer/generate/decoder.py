@@ -3,9 +3,10 @@
 A lane is a batch with slots and caches of its own. Each data rank has enough lanes to keep its pipeline busy, and a
 lane always takes the same route through the stages, since its latents are cached there: with DualPipe, half of the
 lanes enter at each end and use the weights that each rank holds for both directions. Every rank makes the same
-decisions from the same values, so only hidden states and sampled tokens are sent. All ranks wait for the tokens of all
-lanes at the end of a step: with W lanes on each of R routes, a pipeline of p stages is busy for W of W + p - 1 turns.
-(Sending each lane's tokens back as they are made would close the gap, with messages that depend on when sequences end.)
+decisions from the same values, so only hidden states and sampled tokens are sent, with drafts of the next ones if MTP
+makes some. All ranks wait for the tokens of all lanes at the end of a step: with W lanes on each of R routes, a
+pipeline of p stages is busy for W of W + p - 1 turns. (Sending each lane's tokens back as they are made would close the
+gap, with messages that depend on when sequences end.)
 
 Legend: S sequences, H hidden, N tokens, M MoE layers of the model, K choices per token.
 """
@@ -18,33 +19,17 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from dryvine.comm.mesh import Mesh
 from dryvine.comm.pending import Pending
 from dryvine.comm.wire import P2PWire
 from dryvine.trainer.generate.cache import Cache
-from dryvine.trainer.generate.feed import Feed, Stretch, prefill_feed, step_feed
-from dryvine.trainer.generate.sampling import Ways, sample
+from dryvine.trainer.generate.feed import Feed, LaneStep, Stretch, prefill_feed, step_feed
+from dryvine.trainer.generate.sampling import Drawn
 from dryvine.trainer.generate.stage import CachedStage
 
 STRETCH = 512  # most tokens of a sequence in one prefill: the rows of its mask
-
-
-class LaneStep(NamedTuple):
-    """What a lane feeds in a step: the newest token of each slot in use, its position, and how to sample the next."""
-
-    tokens: NDArray[np.int64]
-    positions: NDArray[np.int64]
-    ways: Ways | None  # None: no slot is in use
-
-
-class Drawn(NamedTuple):
-    """The next token of each slot of a lane, and its log-probability, FP64."""
-
-    tokens: NDArray[np.int64]
-    logprobs: NDArray[np.float64]
 
 
 class Span(NamedTuple):
@@ -64,10 +49,12 @@ class Decoder:
     numbered data rank x waves + wave, and takes route wave mod routes. Every method is collective."""
 
     def __init__(
-        self, mesh: Mesh, routes: Sequence[Sequence[int]], parts: Mapping[int, CachedStage], budget: int
+        self, mesh: Mesh, routes: Sequence[Sequence[int]], parts: Mapping[int, CachedStage], budget: int, drafts: int
     ) -> None:
-        """`budget`: tokens that a rank feeds at once, at most."""
-        self.mesh, self.routes, self.parts, self.budget = mesh, routes, parts, budget
+        """`budget`: tokens that a rank feeds at once, at most. `drafts`: how many tokens a step guesses for each slot,
+        as many as MTP has depths, or none."""
+        self.mesh, self.routes, self.parts, self.budget, self.drafts = mesh, routes, parts, budget, drafts
+        self._end = len(routes[0]) - 1  # the last stage
         # Two lanes behind each other on every stage and route.
         self.waves = 1 if mesh.pp == 1 else 2 * mesh.pp
         self.lanes = mesh.data_ranks * self.waves
@@ -101,29 +88,34 @@ class Decoder:
     @torch.no_grad()
     def prefill(self, caches: Caches, pieces: Mapping[int, Sequence[Stretch]], read: Reader | None = None) -> None:
         """Feed tokens to lanes without sampling. `read` gets the states behind the last stage, on the rank that has
-        them."""
+        them; what is read is not gone on from, and MTP does not see it."""
+        depths = 0 if read else self.drafts
         rounds = {lane: list(_rounds(some, self.budget)) for lane, some in pieces.items()}
         for number in range(max(map(len, rounds.values()), default=0)):
             now = {lane: some[number] for lane, some in rounds.items() if number < len(some)}
             waves = sorted({lane % self.waves for lane in now})
             device, rope = self.mesh.device, self.spec.rope
-            feeds = {wave: prefill_feed(now.get(self._lane(wave), ()), rope, device) for wave in waves}
+            feeds = {wave: prefill_feed(now.get(self._lane(wave), ()), depths, rope, device) for wave in waves}
             for wave, states_NH in self._pass(caches, feeds).items():
+                if depths:
+                    self.parts[self._end].read(states_NH, feeds[wave], caches[wave, self._end])
                 if read is not None and len(states_NH):
                     read(self._lane(wave), feeds[wave], states_NH)
 
     def logits(self, x_NH: Tensor) -> Tensor:
         """FP32 [N, V], of the last stage's states."""
-        return self.parts[len(self.routes[0]) - 1].logits(x_NH)
+        return self.parts[self._end].logits(x_NH)
 
     @torch.no_grad()
     def step(self, caches: Caches, steps: Sequence[LaneStep]) -> list[Drawn]:
-        """Feed one token to every slot in use and sample the next ones: for every lane, on every rank."""
+        """Feed every slot in use and sample the next tokens: for every lane, on every rank."""
         waves = [w for w in range(self.waves) if any(len(steps[lane].tokens) for lane in self._lanes_of(w))]
         own = {wave: steps[self._lane(wave)] for wave in waves}
-        device, rope = self.mesh.device, self.spec.rope
-        ended = self._pass(caches, {w: step_feed(one.tokens, one.positions, rope, device) for w, one in own.items()})
-        drawn = {self._lane(wave): self._draw(x_SH, own[wave]) for wave, x_SH in ended.items()}
+        feeds = {wave: step_feed(one, self.spec, self.mesh.device) for wave, one in own.items()}
+        drawn = {
+            self._lane(wave): self.parts[self._end].draw(x_NH, feeds[wave], caches[wave, self._end], own[wave])
+            for wave, x_NH in self._pass(caches, feeds).items()
+        }
         return self._exchange(drawn, [len(step.tokens) for step in steps])
 
     def routes_of(self, caches: Caches, spans: Sequence[Span]) -> list[Tensor]:
@@ -208,34 +200,28 @@ class Decoder:
     def _nothing(self) -> Tensor:
         return torch.empty(0, self.spec.shape.hidden, dtype=self.spec.dtype, device=self.mesh.device)
 
-    def _draw(self, x_SH: Tensor, step: LaneStep) -> Drawn:
-        if step.ways is None:
-            return Drawn(np.zeros(0, np.int64), np.zeros(0))
-        tokens, logprobs = sample(self.logits(x_SH), step.ways, (step.positions + 1).astype(np.uint64))
-        return Drawn(tokens.cpu().numpy(), logprobs.double().cpu().numpy())
-
     def _exchange(self, drawn: Mapping[int, Drawn], sizes: Sequence[int]) -> list[Drawn]:
         """The tokens that the last stage of each lane has sampled, on every rank. Collective."""
         if self.mesh.size == 1:
-            return [drawn.get(lane, Drawn(np.zeros(0, np.int64), np.zeros(0))) for lane in range(self.lanes)]
-        ends = np.cumsum([0, *sizes])
-        table = torch.zeros(int(ends[-1]), 2, dtype=torch.float64)
-        for lane, (tokens, logprobs) in drawn.items():
-            table[ends[lane] : ends[lane + 1]] = torch.from_numpy(np.stack((tokens, logprobs), 1))
-        both = self.mesh.sum(table.to(self.mesh.device), "sampled tokens").cpu().numpy()
-        return [
-            Drawn(part[:, 0].astype(np.int64), part[:, 1])
-            for part in (both[start:end] for start, end in pairwise(ends))
-        ]
+            return [drawn[lane] for lane in range(self.lanes)]
+        ends, many = np.cumsum([0, *sizes]), 1 + self.drafts
+        table = torch.zeros(int(ends[-1]), many + many + self.drafts, dtype=torch.float64)
+        for lane, parts in drawn.items():
+            table[ends[lane] : ends[lane + 1]] = torch.from_numpy(np.concatenate(parts, 1))
+        every = self.mesh.sum(table.to(self.mesh.device), "sampled tokens").cpu().numpy()
+        columns = (np.split(every[start:end], (many, many + many), 1) for start, end in pairwise(ends))
+        return [Drawn(tokens.astype(np.int64), logs, drafts.astype(np.int64)) for tokens, logs, drafts in columns]
 
 
 def _rounds(pieces: Sequence[Stretch], budget: int) -> Iterator[list[Stretch]]:
     """Pieces in batches of at most `budget` tokens; longer ones are split over several batches."""
     batch: list[Stretch] = []
     room = budget
-    for slot, start, tokens in pieces:
-        for first in range(0, len(tokens), min(STRETCH, budget)):
-            piece = Stretch(slot, start + first, tokens[first : first + min(STRETCH, budget)])
+    for slot, start, tokens, after in pieces:
+        whole, step = (*tokens, *after), min(STRETCH, budget)
+        for first in range(0, len(tokens), step):
+            end = min(first + step, len(tokens))
+            piece = Stretch(slot, start + first, whole[first:end], whole[end : end + len(after)])
             # Two pieces of a sequence see each other's latents, and so never share a batch.
             if len(piece.tokens) > room or (batch and batch[-1].slot == slot):
                 yield batch

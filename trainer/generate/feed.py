@@ -1,10 +1,11 @@
 """The tokens of one step on their way through a rank's layers: which they are, where they are cached, and what they may
 attend to. Computed once for all layers.
 
-A decoding step feeds one token to each slot in use; a prefill feeds many to some of them. Linears see the tokens end to
-end; only attention pads them to sequences of equal length, so that padding costs nothing elsewhere.
+A decoding step feeds one token, or one and its drafts, to each slot in use; a prefill feeds many to some of them.
+Linears see the tokens end to end; only attention pads them to sequences of equal length, so that padding costs nothing
+elsewhere.
 
-Legend: N tokens, S sequences, T most tokens of one, P cached positions, R rope dimension.
+Legend: N tokens, S sequences, T most tokens of one, P cached positions, R rope dimension, A heads, D depths of MTP.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from dryvine.trainer.generate.sampling import Ways
 from dryvine.trainer.model.rope import Rope
+from dryvine.trainer.model.spec import Spec
 
 
 class Stretch(NamedTuple):
@@ -25,6 +29,20 @@ class Stretch(NamedTuple):
     slot: int
     start: int
     tokens: Sequence[int]
+    after: tuple[int, ...] = ()  # what follows them, for MTP: one token for each depth
+
+
+class LaneStep(NamedTuple):
+    """What a lane feeds in a step: of each slot in use the newest token and drafts of those after it, the position of
+    the former, and how to sample."""
+
+    tokens: NDArray[np.int64]  # [S, T]
+    positions: NDArray[np.int64]  # [S]
+    ways: Ways
+
+    def places(self) -> NDArray[np.uint64]:
+        """Where the token after each of them stands in its sequence: [S x T]."""
+        return (self.positions.reshape(-1, 1) + np.arange(1, 1 + self.tokens.shape[1])).astype(np.uint64).reshape(-1)
 
 
 class Feed(NamedTuple):
@@ -33,22 +51,28 @@ class Feed(NamedTuple):
     positions: Tensor  # int64 [N]
     turn: Tensor  # complex [N, 1, R / 2]: what a pair at the token's position is multiplied by
     length: int  # P: cached positions that are looked at
-    mask: Tensor  # FP32 [S, 1, T, P]: 0 for what a token may see, else -inf
-    sequences: Tensor | None  # int64 [S]: their slots; None: a token of each of the first S slots
+    mask: Tensor  # FP32 [S, 1, T, P], of steps with drafts [S, 1, T x A, P]: 0 for what a token may see, else -inf
+    sequences: Tensor | None  # int64 [S]: their slots; None: T tokens of each of the first S slots
     place: Tensor | None  # int64 [N]: of each token among S x T; None with `sequences`
+    following: Tensor  # int64 [D, N]: the token 1, 2 ... places on; D is 0 but for prompts that MTP reads
+    drafts: int  # T - 1 in a step: tokens of each slot that are guesses
 
 
-def step_feed(tokens: np.ndarray, positions: np.ndarray, rope: Rope, device: torch.device) -> Feed:
-    """One token for each of the first slots; int64 [S] both."""
-    at = torch.from_numpy(positions).to(device)
-    slots = torch.arange(len(tokens), device=device)
-    length = int(positions.max(initial=-1)) + 1
-    mask = _mask(at.view(-1, 1), length)
-    return Feed(torch.from_numpy(tokens).to(device), slots, at, rotations(rope, at), length, mask, None, None)
+def step_feed(step: LaneStep, spec: Spec, device: torch.device) -> Feed:
+    """The tokens of each of the first slots."""
+    many = step.tokens.shape[1]
+    grid = step.positions.reshape(-1, 1) + np.arange(many)
+    at_ST, slots = torch.from_numpy(grid).to(device), np.arange(len(grid)).repeat(many)
+    length = int(grid.max(initial=-1)) + 1
+    mask, at = _mask(at_ST, length), at_ST.flatten()
+    if many > 1:
+        mask = mask.repeat_interleave(spec.shape.heads, 2)
+    ids, own = (torch.from_numpy(part).to(device) for part in (step.tokens.reshape(-1), slots))
+    return Feed(ids, own, at, rotations(spec.rope, at), length, mask, None, None, ids.new_empty(0), many - 1)
 
 
-def prefill_feed(pieces: Sequence[Stretch], rope: Rope, device: torch.device) -> Feed:
-    """Tokens of several sequences at once."""
+def prefill_feed(pieces: Sequence[Stretch], depths: int, rope: Rope, device: torch.device) -> Feed:
+    """Tokens of several sequences at once; MTP of so many depths reads them too."""
     sizes = [len(piece.tokens) for piece in pieces]
     most = max(sizes, default=0)
     at = np.zeros((len(pieces), most), np.int64)
@@ -56,11 +80,18 @@ def prefill_feed(pieces: Sequence[Stretch], rope: Rope, device: torch.device) ->
         row[: len(piece.tokens)] = np.arange(piece.start, piece.start + len(piece.tokens))
     inside = np.arange(most) < np.array(sizes, np.int64).reshape(-1, 1)
     own = np.array([piece.slot for piece in pieces], np.int64)
-    tokens = np.array([token for piece in pieces for token in piece.tokens], np.int64)
+    tokens = np.array([_ahead(pieces, depth) for depth in range(1 + depths)], np.int64)
     packed = (tokens, np.repeat(own, sizes), at[inside], own, np.flatnonzero(inside), at)
     ids, slots, positions, sequences, place, grid = (torch.from_numpy(part).to(device) for part in packed)
     length = int(at.max(initial=-1)) + 1
-    return Feed(ids, slots, positions, rotations(rope, positions), length, _mask(grid, length), sequences, place)
+    mask, turn = _mask(grid, length), rotations(rope, positions)
+    return Feed(ids[0], slots, positions, turn, length, mask, sequences, place, ids[1:], 0)
+
+
+def _ahead(pieces: Sequence[Stretch], depth: int) -> list[int]:
+    """The token `depth` places on from each, end to end."""
+    whole = ((*piece.tokens, *piece.after[:depth]) for piece in pieces)
+    return [token for tokens in whole for token in tokens[depth:]]
 
 
 def rotations(rope: Rope, positions_N: Tensor) -> Tensor:

@@ -13,10 +13,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from dryvine.trainer.generate.decoder import Drawn, LaneStep
-from dryvine.trainer.generate.feed import Stretch
+from dryvine.trainer.generate.feed import LaneStep, Stretch
 from dryvine.trainer.generate.requests import Reason, Request
-from dryvine.trainer.generate.sampling import Ways
+from dryvine.trainer.generate.sampling import Drawn, Ways
 
 Until = Callable[[Request, list[int]], bool]
 
@@ -30,13 +29,26 @@ class Answer:
     logprobs: list[float] = field(default_factory=list)
     reason: Reason | None = None
     why: str = ""
+    drafts: list[int] = field(default_factory=list)  # guesses of the next tokens, or none
+    drafted: int = 0
+    accepted: int = 0
 
     @property
     def cached(self) -> int:
         """How many of its tokens are in the cache, once it has sampled one."""
         return len(self.request.prompt) + len(self.tokens) - 1
 
-    def take(self, token: int, logprob: float, until: Until | None) -> None:
+    def follow(self, tokens: list[int], logprobs: list[float], drafts: list[int], until: Until | None) -> None:
+        """What a step made of this answer: its tokens, in so far as the drafts were right, and the next drafts."""
+        right = [token for token in tokens if token >= 0]
+        self.drafted += len(self.drafts)
+        self.accepted += min(len(self.drafts), len(right) - 1)
+        self.drafts = drafts
+        for token, logprob in zip(right, logprobs, strict=False):
+            if self.reason is None:
+                self._take(token, logprob, until)
+
+    def _take(self, token: int, logprob: float, until: Until | None) -> None:
         """Add a sampled token, and end the answer if it was the last."""
         if logprob != logprob:
             self.fail("the model's logits are not finite")
@@ -72,11 +84,11 @@ class Join(NamedTuple):
 class Lane:
     """The answers of a lane, by slot."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, drafts: int) -> None:
+        """`drafts`: guesses in each step."""
+        self.device, self.drafts = device, drafts
         self.live: list[Answer] = []
-        self._ways: Ways | None = None
-        self._newest = self._positions = np.zeros(0, np.int64)
+        self._ways = Ways.of((), device)
 
     def join(self, answers: Sequence[Answer]) -> Join:
         """Put answers into slots. All of a prompt but its last token is fed before the first step, which feeds the
@@ -88,23 +100,33 @@ class Lane:
             request, shared = answer.request, 0
             other = first.setdefault(request.group, slot) if request.group is not None else slot
             if other != slot:
-                shared = common(self.live[other].request.prompt[:-1], request.prompt[:-1])
+                shared = self._shared(self.live[other].request.prompt, request.prompt)
                 joined.shared.append((other, slot, shared))
             if shared < len(request.prompt) - 1:
-                joined.feed.append(Stretch(slot, shared, request.prompt[shared:-1]))
+                after = request.prompt[-1:] * self.drafts
+                joined.feed.append(Stretch(slot, shared, request.prompt[shared:-1], after))
             self.live.append(answer)
         self._changed()
         return joined
 
+    def _shared(self, one: Sequence[int], other: Sequence[int]) -> int:
+        """How many of the positions that two prompts feed first are equal. MTP has seen `drafts` tokens more there."""
+        return max(0, min(common(one, other) - self.drafts, len(one) - 1, len(other) - 1))
+
     def step(self) -> LaneStep:
         """The inputs of the next step."""
-        return LaneStep(self._newest, self._positions, self._ways)
+        newest = [(answer.tokens or answer.request.prompt)[-1] for answer in self.live]
+        # Where there is no guess yet, any will do.
+        rows = [
+            (token, *(answer.drafts or [token] * self.drafts)) for token, answer in zip(newest, self.live, strict=True)
+        ]
+        positions = np.array([answer.cached for answer in self.live], np.int64)
+        return LaneStep(np.array(rows, np.int64).reshape(-1, 1 + self.drafts), positions, self._ways)
 
     def take(self, drawn: Drawn, until: Until | None) -> None:
-        """Give each answer its sampled token."""
-        for answer, token, logprob in zip(self.live, drawn.tokens.tolist(), drawn.logprobs.tolist(), strict=True):
-            answer.take(token, logprob, until)
-        self._newest, self._positions = drawn.tokens, self._positions + 1
+        """Give each answer its sampled tokens."""
+        for answer, *its in zip(self.live, *(part.tolist() for part in drawn), strict=True):
+            answer.follow(*its, until)
 
     def leave(self) -> list[tuple[int, int]]:
         """Remove the answers that have ended. Returns the moves: (from slot, to slot)."""
@@ -120,10 +142,7 @@ class Lane:
         return moves
 
     def _changed(self) -> None:
-        requests = [answer.request for answer in self.live]
-        self._ways = Ways.of(requests, self.device) if requests else None
-        self._newest = np.array([(a.tokens or a.request.prompt)[-1] for a in self.live], np.int64)
-        self._positions = np.array([len(a.request.prompt) + len(a.tokens) - 1 for a in self.live], np.int64)
+        self._ways = Ways.of([answer.request for answer in self.live], self.device)
 
 
 def common(one: Sequence[int], other: Sequence[int]) -> int:

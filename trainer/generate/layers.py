@@ -73,7 +73,12 @@ class CachedAttention:
 
     def __call__(self, x_NH: Tensor, feed: Feed, latents_SPW: Tensor) -> Tensor:
         normed_NH = self.norm(x_NH)
-        latents_SPW[feed.slots, feed.positions] = self._latents(self.kv_a(normed_NH), feed.turn)
+        rows_NW = self._latents(self.kv_a(normed_NH), feed.turn)
+        if feed.drafts:
+            # A wrong draft's row is masked, that is multiplied by zero. If a token's own numbers are not finite, its
+            # logits tell.
+            rows_NW.nan_to_num_(0.0, 0.0, 0.0)
+        latents_SPW[feed.slots, feed.positions] = rows_NW
         q_NAW = self._absorbed(self.queries(normed_NH), feed.turn)
         out_NAC = attend(q_NAW, latents_SPW, feed, self.shape.kv_lora)
         values_ANv = torch.bmm(out_NAC.transpose(0, 1), self.values_AvC.transpose(1, 2))
@@ -102,8 +107,9 @@ def attend(q_NAW: Tensor, latents_SPW: Tensor, feed: Feed, width: int) -> Tensor
     """Softmax-weighted sums of the first `width` columns of the latents that each token may attend to: [N, A,
     width]."""
     if feed.sequences is None or feed.place is None:
-        cached = latents_SPW[: len(q_NAW), : feed.length]
-        return _step(q_NAW, cached, feed.mask, width)
+        cached = latents_SPW[: feed.mask.shape[0], : feed.length]
+        q_SBW = q_NAW.view(len(cached), (1 + feed.drafts) * q_NAW.shape[1], q_NAW.shape[2])
+        return _step(q_SBW, cached, feed.mask, width).view(*q_NAW.shape[:2], width)
     cached = latents_SPW[feed.sequences, : feed.length]
     sequences, length = feed.mask.shape[0], feed.mask.shape[2]
     laid = q_NAW.new_zeros(sequences * length, *q_NAW.shape[1:]).index_copy_(0, feed.place, q_NAW)
@@ -114,14 +120,14 @@ def attend(q_NAW: Tensor, latents_SPW: Tensor, feed: Feed, width: int) -> Tensor
     return out.transpose(1, 2).flatten(0, 1)[feed.place, :, :width]
 
 
-def _step(q_SAW: Tensor, cached_SPW: Tensor, mask_S1TP: Tensor, width: int) -> Tensor:
-    """One token of each sequence; its heads share the sequence's latents."""
-    if q_SAW.dtype == torch.float32:
-        scores_SAP = torch.baddbmm(mask_S1TP.squeeze(1), q_SAW, cached_SPW.transpose(1, 2))
-        return torch.bmm(scores_SAP.softmax(-1), cached_SPW[..., :width])
+def _step(q_SBW: Tensor, cached_SPW: Tensor, mask_S1BP: Tensor, width: int) -> Tensor:
+    """A token of each sequence, or several; all their heads share the sequence's latents: B = T x A."""
+    if q_SBW.dtype == torch.float32:
+        scores_SBP = torch.baddbmm(mask_S1BP.squeeze(1), q_SBW, cached_SPW.transpose(1, 2))
+        return torch.bmm(scores_SBP.softmax(-1), cached_SPW[..., :width])
     # Scores must not be rounded to BF16.
-    q, rows = q_SAW.unsqueeze(1), cached_SPW.unsqueeze(1)
-    mask = mask_S1TP.to(q.dtype)
+    q, rows = q_SBW.unsqueeze(1), cached_SPW.unsqueeze(1)
+    mask = mask_S1BP.to(q.dtype)
     return functional.scaled_dot_product_attention(q, rows, rows, attn_mask=mask, scale=1.0).squeeze(1)[..., :width]
 
 

@@ -1,7 +1,7 @@
 """Opens a model to generate with: from a run folder, RUN@STEP, or a folder of released weights.
 
 Weights are read in slices straight into the parameters, so loading needs the model's own size in memory and 32 MiB. MTP
-is left out.
+is left out unless it is to speculate.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class WeightSource:
 
     name: str  # as typed
     folder: Path
-    shape: Shape  # without MTP
+    shape: Shape  # without MTP, unless that was asked for
     read: Read
     biases: dict[str, Tensor]  # of gates, that a slice does not name
     run: OpenRun | None
@@ -74,22 +74,22 @@ class WeightSource:
             raise HandOffError(f"{config}: chat: {str(error).splitlines()[0]}") from None
 
 
-def open_weights(spec: str) -> WeightSource:
-    """Raises HandOffError or CheckpointError naming what is wrong."""
+def open_weights(spec: str, mtp: bool = False) -> WeightSource:
+    """`mtp`: with the model's MTP. Raises HandOffError or CheckpointError naming what is wrong."""
     folder = Path(spec)
     if (folder / "config.json").exists():
         released = open_released(folder)
         return WeightSource(
             spec,
             folder,
-            _main(released.shape),
+            _part(spec, released.shape, mtp),
             lambda piece: released.weights[piece.place.theirs].rows(piece),
             {},
             None,
         )
     run = open_run(spec)
     return WeightSource(
-        spec, run.folder, _main(run.shape), lambda piece: weights(run.stored, piece), run.stored.buffers, run
+        spec, run.folder, _part(spec, run.shape, mtp), lambda piece: weights(run.stored, piece), run.stored.buffers, run
     )
 
 
@@ -138,8 +138,10 @@ def fill(tensors: dict[str, Tensor], source: WeightSource) -> Iterator[int]:
                 yield piece.elements
 
 
-def _main(shape: Shape) -> Shape:
-    return shape.model_copy(update={"mtp_depth": 0, "recompute": ()})
+def _part(spec: str, shape: Shape, mtp: bool) -> Shape:
+    if mtp and not shape.mtp_depth:
+        raise HandOffError(f"{spec}: --speculate takes the model's MTP, and it has none: leave that out")
+    return shape.model_copy(update={"mtp_depth": shape.mtp_depth if mtp else 0, "recompute": ()})
 
 
 def _check_memory(source: WeightSource, needed: int, dtype: torch.dtype, device: torch.device) -> None:

@@ -67,7 +67,7 @@ class ExpertPages:
         self._source, self._dtype, self.figures = source, dtype, PageFigures()
         s = source.shape
         size = 3 * s.expert_ffn * s.hidden * dtype.itemsize
-        self._most = min(memory // size, s.routed * (s.layers - s.first_dense))
+        self._most = min(memory // size, s.routed * (s.layers - s.first_dense + s.mtp_depth))
         if self._most < LEAST:
             raise HandOffError(
                 f"--expert-memory {memory:,} bytes: an expert has {size:,}, and {LEAST} must fit: give {LEAST * size:,}"
@@ -126,7 +126,7 @@ def _places_by_expert(shape: Shape) -> dict[Key, list[Mapped]]:
     found: dict[Key, list[Mapped]] = {}
     for place in places(shape):
         if ".experts." in place.ours:
-            layer = place.ours.split(".experts.")[0]
+            layer = place.ours.split(".experts.")[0].removesuffix(".layer")  # MTP's gates go by their block's name
             size = (1 if place.ours.endswith("down") else 2) * place.elements
             found.setdefault((layer, place.first // size), []).append(place)
     return found

@@ -39,7 +39,8 @@ class Completion:
     temperature (at 1 where that is 0), whatever `top_p` left out; `routes` int16 [MoE layers, len(prompt) + n - 1,
     top_k], the experts that each token that was fed chose, in the gate's order.
 
-    `reason` "failed": `why` says what happened; what had been sampled until then is kept.
+    `reason` "failed": `why` says what happened; what had been sampled until then is kept. When it speculates, MTP
+    proposes `drafted` tokens, and of those the model then samples `accepted`.
     """
 
     request: Request
@@ -48,3 +49,5 @@ class Completion:
     routes: Tensor
     reason: Reason
     why: str = ""
+    drafted: int = 0
+    accepted: int = 0

@@ -40,7 +40,7 @@ class Rollout:
     ) -> None:
         self._decoder, self._room, self._requests, self._until = decoder, room, requests, until
         self._cancelled = cancelled
-        self._lanes = [Lane(decoder.mesh.device) for _ in range(decoder.lanes)]
+        self._lanes = [Lane(decoder.mesh.device, decoder.drafts) for _ in range(decoder.lanes)]
         self._caches = decoder.caches()
         self._next: Answer | None = None  # taken from the iterable, and waiting for room
         self._last: tuple[int | None, int] = (None, 0)  # the group that joined last, and its lane
@@ -56,14 +56,16 @@ class Rollout:
             for lane, drawn in zip(self._lanes, self._decoder.step(self._caches, steps), strict=True):
                 lane.take(drawn, self._until)
             yield from self._leave()
-            self._cancel()
+            while self._cancel():
+                yield from self._leave()
 
-    def _cancel(self) -> None:
-        for lane in self._lanes if self._cancelled else ():
-            for answer in lane.live:
-                if answer.request in self._cancelled:
-                    answer.reason = "cancelled"
+    def _cancel(self) -> bool:
+        """End the answers to cancelled requests. Returns whether there are some."""
+        found = [answer for lane in self._lanes for answer in lane.live if answer.request in self._cancelled]
+        for answer in found:
+            answer.reason = "cancelled"
         self._cancelled.clear()
+        return bool(found)
 
     def _leave(self) -> Iterator[Completion]:
         """The answers that have ended, with their routes. The last slots move into the free ones."""
@@ -91,20 +93,24 @@ class Rollout:
         """Give slots to waiting requests while there are both. Returns the requests that are impossible."""
         refused: list[Answer] = []
         joining: list[list[Answer]] = [[] for _ in self._lanes]
-        longest = [max((_positions(a.request) for a in lane.live), default=0) for lane in self._lanes]
+        longest = [max((self._needed(a.request) for a in lane.live), default=0) for lane in self._lanes]
         while (answer := self._peek()) is not None:
             if why := _refusal(answer.request, self._decoder.spec.shape):
                 answer.fail(why)
                 refused.append(answer)
             elif (lane := self._lane_for(answer.request, joining, longest)) is not None:
                 joining[lane].append(answer)
-                longest[lane] = max(longest[lane], _positions(answer.request))
+                longest[lane] = max(longest[lane], self._needed(answer.request))
                 self._last = (answer.request.group, lane)
             else:
                 break
             self._next = None
         self._join(joining, longest)
         return refused
+
+    def _needed(self, request: Request) -> int:
+        """Cached positions that a request needs; drafts may lie behind its last token."""
+        return _positions(request) + self._decoder.drafts
 
     def _peek(self) -> Answer | None:
         if self._next is None:
@@ -119,7 +125,7 @@ class Rollout:
 
         def fits(lane: int) -> bool:
             slots = held(lane) + 1
-            positions = slots * max(longest[lane], _positions(request))
+            positions = slots * max(longest[lane], self._needed(request))
             return slots == 1 or (slots <= self._room.slots and positions <= self._room.positions)
 
         group, last = self._last
@@ -151,7 +157,8 @@ class Rollout:
     def _completion(self, answer: Answer, routes: torch.Tensor) -> Completion:
         assert answer.reason is not None
         tokens, logprobs = torch.tensor(answer.tokens, dtype=torch.int64), torch.tensor(answer.logprobs).float()
-        return Completion(answer.request, tokens, logprobs, routes, answer.reason, answer.why)
+        counts = answer.drafted, answer.accepted
+        return Completion(answer.request, tokens, logprobs, routes, answer.reason, answer.why, *counts)
 
     def _no_routes(self) -> torch.Tensor:
         s = self._decoder.spec.shape
@@ -159,7 +166,7 @@ class Rollout:
 
 
 def _positions(request: Request) -> int:
-    """Cached positions that a request needs: all its tokens but the last, which is never fed."""
+    """All tokens of a request but the last, which is never fed."""
     return len(request.prompt) + request.max_tokens - 1
 
 

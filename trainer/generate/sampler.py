@@ -41,31 +41,40 @@ class Sampler:
 
     def __init__(self, decoder: Decoder, room: Room) -> None:
         shape, dtype = decoder.spec.shape, decoder.spec.dtype
-        layers = sum(len(part.blocks) for part in decoder.parts.values())
+        layers = sum(part.cached_layers for part in decoder.parts.values())
         row = layers * ((shape.kv_lora + shape.rope_dim) * dtype.itemsize + 2 * shape.top_k)
         most = int(decoder.mesh.max(torch.tensor(row, device=decoder.mesh.device), "bytes of a cached token"))
-        slots = min(room.slots, decoder.budget) // decoder.waves
+        slots = min(room.slots, decoder.budget // (1 + decoder.drafts)) // decoder.waves
         self._decoder = decoder
         self._room = LaneRoom(max(1, slots), max(1, room.cache_bytes // (max(1, most) * decoder.waves)))
         self._cancelled: set[Request] = set()
 
     @staticmethod
-    def of_rig(rig: Rig, room: Room | None = None) -> Sampler:
-        """A sampler over the live weights of a training layout. Collective."""
-        return Sampler.in_layout(rig.model, rig.mesh, rig.plan, room)
+    def of_rig(rig: Rig, room: Room | None = None, speculate: bool = False) -> Sampler:
+        """A sampler over the live weights of a training layout; `speculate`: MTP guesses tokens ahead, which changes
+        none. Collective. Raises ValueError if there is no MTP to guess with."""
+        return Sampler.in_layout(rig.model, rig.mesh, rig.plan, room, speculate)
 
     @staticmethod
-    def in_layout(model: Model, mesh: Mesh, plan: RunPlan, room: Room | None = None) -> Sampler:
+    def in_layout(
+        model: Model, mesh: Mesh, plan: RunPlan, room: Room | None = None, speculate: bool = False
+    ) -> Sampler:
         """A sampler over this rank's part of a model. Collective."""
-        budget = plan.config.parallel.microbatch_sequences * plan.config.data.seq_len
-        return Sampler(Decoder(mesh, plan.schedule.routes, _parts(model, {}), budget), room or Room())
+        budget, drafts = plan.config.parallel.microbatch_sequences * plan.config.data.seq_len, _drafts(model, speculate)
+        parts = _parts(model, {}, speculate)
+        return Sampler(Decoder(mesh, plan.schedule.routes, parts, budget, drafts), room or Room())
 
     @staticmethod
-    def alone(model: Model, room: Room | None = None, experts: Mapping[str, ToExperts] | None = None) -> Sampler:
+    def alone(
+        model: Model,
+        room: Room | None = None,
+        experts: Mapping[str, ToExperts] | None = None,
+        speculate: bool = False,
+    ) -> Sampler:
         """A sampler over a model of one stage in this process; `experts` by layer, if their weights are elsewhere."""
-        device = torch.device(model.spec.device)
+        device, drafts = torch.device(model.spec.device), _drafts(model, speculate)
         mesh: Mesh = make_mesh(Layout(), device, timedelta(minutes=10))
-        return Sampler(Decoder(mesh, ((0,),), _parts(model, experts or {}), ALONE), room or Room())
+        return Sampler(Decoder(mesh, ((0,),), _parts(model, experts or {}, speculate), ALONE, drafts), room or Room())
 
     def generate(self, requests: Iterable[Request], until: Until | None = None) -> Iterator[Completion]:
         """Completions in the order in which they end; requests are taken from the iterable as there is room. `until` is
@@ -85,5 +94,12 @@ class Sampler:
         self._cancelled.update(requests)
 
 
-def _parts(model: Model, experts: Mapping[str, ToExperts]) -> dict[int, CachedStage]:
-    return {number: CachedStage(model, stage, experts) for number, stage in model.stages.items()}
+def _parts(model: Model, experts: Mapping[str, ToExperts], speculate: bool) -> dict[int, CachedStage]:
+    return {number: CachedStage(model, stage, experts, speculate) for number, stage in model.stages.items()}
+
+
+def _drafts(model: Model, speculate: bool) -> int:
+    depth = model.spec.shape.mtp_depth
+    if speculate and not depth:
+        raise ValueError("this model has no MTP to speculate with: leave `speculate` out, or train with mtp_depth = 1")
+    return depth if speculate else 0

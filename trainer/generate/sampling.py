@@ -57,6 +57,26 @@ class Ways(NamedTuple):
             np.array([request.seed % (1 << 64) for request in requests], dtype=np.uint64),
         )
 
+    def each(self, times: int) -> Ways:
+        """Those of every sequence, so many times in a row."""
+        if times == 1:
+            return self
+        heat, greedy, top_p = (None if part is None else part.repeat_interleave(times, 0) for part in self[:3])
+        return Ways(heat, greedy, top_p, self.seeds.repeat(times))
+
+
+class Drawn(NamedTuple):
+    """The tokens after those that a step fed to each slot, -1 after a wrong draft, with their log-probabilities, FP64;
+    and guesses of those that come then. [S, T], [S, T], [S, T - 1]."""
+
+    tokens: NDArray[np.int64]
+    logprobs: NDArray[np.float64]
+    drafts: NDArray[np.int64]
+
+    @staticmethod
+    def of(tokens_ST: Tensor, logprobs_ST: Tensor, drafts_SD: Tensor) -> Drawn:
+        return Drawn(*(part.cpu().numpy() for part in (tokens_ST, logprobs_ST.double(), drafts_SD)))
+
 
 def sample(logits_SV: Tensor, ways: Ways, positions: NDArray[np.uint64]) -> tuple[Tensor, Tensor]:
     """FP32 logits, and each token's place in its sequence, the prompt counted -> tokens int64 [S], and their

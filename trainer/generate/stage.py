@@ -14,43 +14,56 @@ from torch.nn import functional
 from dryvine.parallel.stage import Stage
 from dryvine.trainer.generate.cache import Cache
 from dryvine.trainer.generate.experts import dispatched, in_memory
-from dryvine.trainer.generate.feed import Feed
-from dryvine.trainer.generate.layers import CachedDense, CachedMixture, ToExperts, multiply, normed
+from dryvine.trainer.generate.feed import Feed, LaneStep
+from dryvine.trainer.generate.layers import CachedDense, CachedMixture, Multiply, ToExperts, multiply, normed
+from dryvine.trainer.generate.sampling import Drawn, sample
+from dryvine.trainer.generate.speculate import CachedDepth, Sampled, Speculator
 from dryvine.trainer.model.decoder import Model
 from dryvine.trainer.model.layer import DenseLayer, MoELayer
+from dryvine.trainer.model.mtp import MTP
 from dryvine.trainer.model.spec import Spec
 
 _TO_EXPERTS = ("routing", "dispatch", "experts", "combine")  # phases
 
 
 class CachedStage:
-    """Stage `number` of a rank's model, without MTP and losses."""
+    """A stage of a rank's model, without losses, and without MTP unless it speculates."""
 
-    def __init__(self, model: Model, stage: Stage, experts: Mapping[str, ToExperts]) -> None:
+    def __init__(self, model: Model, stage: Stage, experts: Mapping[str, ToExperts], speculate: bool) -> None:
         """`experts`: how rows reach those of a layer, if not by the run's own phases or in memory."""
         names = list(dict.fromkeys(phase.layer for phase in stage.phases))
-        modules = {name: model.root.get_submodule(name) for name in names if name.startswith("layers.")}
+        kinds = ("layers.", "mtp.") if speculate else ("layers.",)
+        modules = {name: model.root.get_submodule(name) for name in names if name.startswith(kinds)}
         self.spec = model.spec
         self.blocks: list[CachedDense | CachedMixture] = []
         self.mixtures: list[int] = []  # their numbers among all mixtures of the model
+        depths: list[CachedDepth] = []
         for name, module in modules.items():
             if isinstance(module, DenseLayer):
                 self.blocks.append(CachedDense(module))
+            elif isinstance(module, MTP):
+                to_experts = experts.get(name) or _to_experts(model.spec, stage, name, module.layer)
+                depths.append(CachedDepth(module, to_experts))
             elif isinstance(module, MoELayer):
                 to_experts = experts.get(name) or _to_experts(model.spec, stage, name, module)
                 self.blocks.append(CachedMixture(module, to_experts))
                 self.mixtures.append(int(name.removeprefix("layers.")) - model.spec.shape.first_dense)
         parameters = dict(model.named_parameters())
         self.table = parameters["embed.weight"].detach() if "embed" in names else None
-        self._head = None
-        if "head" in names:
-            norm, project = model.root.get_submodule("norm"), model.root.get_submodule("head")
-            self._head = (normed(norm), multiply(project))  # type: ignore[arg-type]
+        self._head = _head(model) if "head" in names else None
+        self._speculator = None
+        if depths and self._head is not None:
+            self._speculator = Speculator(depths, parameters["embed.weight"].detach(), self._head[1])
+
+    @property
+    def cached_layers(self) -> int:
+        """Rows of latents that a token has here: of blocks, then of MTP's depths."""
+        return len(self.blocks) + (len(self._speculator.depths) if self._speculator else 0)
 
     def cache(self) -> Cache:
-        """An empty cache for the blocks of this stage."""
+        """An empty cache for the layers of this stage."""
         s, like = self.spec.shape, torch.empty(0, dtype=self.spec.dtype, device=self.spec.device)
-        return Cache((len(self.blocks), len(self.mixtures)), (s.kv_lora + s.rope_dim, s.top_k), like)
+        return Cache((self.cached_layers, len(self.mixtures)), (s.kv_lora + s.rope_dim, s.top_k), like)
 
     def __call__(self, x_NH: Tensor | None, feed: Feed, cache: Cache) -> Tensor:
         """The state that the stage before left, None before the first -> the state after this one."""
@@ -58,7 +71,7 @@ class CachedStage:
             assert self.table is not None
             x_NH = functional.embedding(feed.tokens, self.table)
         chosen = []
-        for block, latents in zip(self.blocks, cache.latents, strict=True):
+        for block, latents in zip(self.blocks, cache.latents, strict=False):
             x_NH, experts_NK = block(x_NH, feed, latents)
             if experts_NK is not None:
                 chosen.append(experts_NK)
@@ -66,11 +79,35 @@ class CachedStage:
             cache.routes[:, feed.slots, feed.positions] = torch.stack(chosen).to(torch.int16)
         return x_NH
 
-    def logits(self, x_SH: Tensor) -> Tensor:
-        """FP32 [S, V], of the last stage's states."""
+    def logits(self, x_NH: Tensor) -> Tensor:
+        """FP32 [N, V], of the last stage's states."""
         assert self._head is not None
-        norm, project = self._head
-        return project(norm(x_SH)).float()
+        norm, logits = self._head
+        return logits(norm(x_NH))
+
+    def read(self, x_NH: Tensor, feed: Feed, cache: Cache) -> None:
+        """Let MTP read a prompt, if this stage speculates: states of its last block."""
+        if self._head is not None and self._speculator is not None:
+            self._speculator.read(self._head[0](x_NH), feed, cache.latents[len(self.blocks) :])
+
+    def draw(self, x_NH: Tensor, feed: Feed, cache: Cache, step: LaneStep) -> Drawn:
+        """Sample after every token of a step, and guess what comes then."""
+        assert self._head is not None
+        norm, logits = self._head
+        states_NH = norm(x_NH)
+        flat = sample(logits(states_NH), step.ways.each(step.tokens.shape[1]), step.places())
+        tokens_ST, logprobs_ST = (part.view(step.tokens.shape) for part in flat)
+        if self._speculator is None:
+            return Drawn.of(tokens_ST, logprobs_ST, tokens_ST[:, 1:])
+        sampled = Sampled.beside(feed.tokens.view_as(tokens_ST), tokens_ST)
+        drafts_SD = self._speculator.drafts(states_NH, sampled, step, feed, cache.latents[len(self.blocks) :])
+        return Drawn.of(sampled.counted(), logprobs_ST, drafts_SD)
+
+
+def _head(model: Model) -> tuple[Multiply, Multiply]:
+    """The final norm, and FP32 logits of what it returns."""
+    norm, project = model.root.get_submodule("norm"), multiply(model.root.get_submodule("head"))  # type: ignore[arg-type]
+    return normed(norm), lambda states_NH: project(states_NH).float()  # type: ignore[arg-type]
 
 
 def _to_experts(spec: Spec, stage: Stage, name: str, layer: MoELayer) -> ToExperts:
