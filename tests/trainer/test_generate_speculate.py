@@ -82,11 +82,11 @@ def test_slots_order_and_depths_change_no_token(slots: int, depth: int, monkeypa
     assert counts == {c.request: (c.drafted, c.accepted) for c in guessed}
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_module_that_knows_the_model_saves_nearly_every_other_step(
-    temperature: float, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("depth", "temperature"), [(1, 0.0), (1, 1.0), (3, 1.0)])
+def test_a_module_that_knows_the_model_makes_several_tokens_of_nearly_every_step(
+    depth: int, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, steps = leaning(kept=0.0), 0
+    model, steps = leaning(kept=0.0, mtp_depth=depth), 0
     step = decoder.Decoder.step
 
     def counted(*given: Any) -> Any:
@@ -98,8 +98,8 @@ def test_a_module_that_knows_the_model_saves_nearly_every_other_step(
     (ended,) = speculating(model).generate([Request((1, 2, 3), 41, temperature, seed=5)])
     assert len(ended.tokens) == 41
     assert share([ended]) > 0.9
-    assert steps < 25
-    assert ended.accepted + steps in (41, 42)
+    assert steps <= 3 + 41 / (1 + depth)
+    assert 41 <= ended.accepted + steps <= 41 + depth
 
 
 def expected_counts(model: Model, completion: Completion) -> tuple[int, int]:
@@ -119,7 +119,8 @@ def expected_counts(model: Model, completion: Completion) -> tuple[int, int]:
 
 
 def test_drafts_are_what_the_training_forward_of_mtp_predicts() -> None:
-    model = leaning()
+    # Strong layers: what MTP has in its cache matters for every draft.
+    model = leaning(kept=6.0)
     completions = list(speculating(model, 5).generate(requests_of(40, max_tokens=20)))
     for completion in completions:
         assert (completion.drafted, completion.accepted) == expected_counts(model, completion)
