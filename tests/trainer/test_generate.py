@@ -8,6 +8,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -118,6 +119,20 @@ def test_answers_end_by_stop_length_callback_and_cancel() -> None:
         sampler.cancel(long)
     assert sorted(endings) == [(1, "length", 3), (2, "cancelled", 3), (4, "length", 30)]
     assert largest_difference(model, asked) < 1e-5
+
+
+def test_a_cancelled_answer_takes_part_in_no_further_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler, widths, step = sampler_of(filled(tiny())), [], decoder.Decoder.step
+
+    def counted(*given: Any) -> Any:
+        widths.append(len(given[2][0].tokens))
+        return step(*given)
+
+    monkeypatch.setattr(decoder.Decoder, "step", counted)
+    long = Request((5, 6), 30, seed=2)
+    for _ in sampler.generate([Request((5, 6), 3), long, Request((5, 6), 5)]):
+        sampler.cancel(long)
+    assert widths == [3, 3, 3, 1, 1]
 
 
 @pytest.mark.parametrize(
