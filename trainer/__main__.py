@@ -24,7 +24,7 @@ from dryvine.comm.topology import Topology, discover
 from dryvine.comm.watch import Watch
 from dryvine.comm.world import in_world, meet, set_environment, tell
 from dryvine.trainer.begin import check_source
-from dryvine.trainer.checkpoint.lives import check_folder
+from dryvine.trainer.checkpoint.attempts import check_folder
 from dryvine.trainer.checkpoint.manifest import CannotSave, CheckpointError
 from dryvine.trainer.config import Config, ConfigError, check_world
 from dryvine.trainer.cpu_adam import load_cpu_adam

@@ -1,8 +1,8 @@
-"""Where a run's first step finds its state: in its own newest checkpoint, in another run, or in its seed.
+"""The initial state of a run: its own newest checkpoint, another run's checkpoint, or random weights from its seed.
 
-A run that goes on (`resume`) must be the same run: same model, same data, as if it had never stopped. A run that begins
-from another (`run.init_from`) is a new one with its own folder, data order and step 0: a longer context, other data, or
-another batch is what it is for, so only the model's shapes must agree, and what differs is said.
+A run that resumes (`resume`) must be the same run: same model, same data, as if it had never stopped. A run initialised
+from another (`run.init_from`) is a new one with its own folder, data order and step 0, for a longer context, other data
+or another batch; so only the model's shapes must agree, and differences in the config are printed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import cast
 
 from rich.console import Console
 
-from dryvine.trainer.checkpoint import lives, run_folder
+from dryvine.trainer.checkpoint import attempts, run_folder
 from dryvine.trainer.checkpoint.load import load, newest_sound, verified
 from dryvine.trainer.checkpoint.memory_load import recall
 from dryvine.trainer.checkpoint.reader import open_checkpoint
@@ -23,20 +23,25 @@ from dryvine.trainer.checkpoint.state import RunState
 from dryvine.trainer.config import Config, dump, flat
 from dryvine.trainer.rig import Rig
 
-NO_MATTER = {"run.name", "run.out", "run.steps", "run.init_from", "run.init_optimizer"}  # of what a run computes
+UNCOMPARED = {
+    "run.name",
+    "run.out",
+    "run.steps",
+    "run.init_from",
+    "run.init_optimizer",
+}  # of no effect on results
 
 
 def resume(rig: Rig, console: Console, state: RunState | None = None) -> int:
-    """Load the newest step in the memory of the nodes, else the newest checkpoint of the run folder, or what
-    `run.init_from` names if there is none. `state` is what
-    checkpoints of this run hold, if that is more than the rig's. Returns the steps done. Raises CheckpointError.
-    Collective."""
+    """Load the newest copy in the memory of the nodes, else the newest checkpoint of the run folder, else what
+    `run.init_from` names. `state` is what checkpoints of this run hold, if that is more than the rig's. Returns the
+    number of steps done. Raises CheckpointError. Collective."""
     run = rig.config.run
     if (step := _recall(rig, console, state or rig.state())) is not None:
         return step
     found = newest_sound(run.folder, rig.mesh, run.on_damage)
     for damaged in found.passed_over:
-        console.print(f"passed over, and set aside: {damaged}", markup=False)
+        console.print(f"skipped, and set aside: {damaged}", markup=False)
     if found.reader is None:
         if run.init_from is not None:
             _begin_from(rig, Path(run.init_from), console)
@@ -51,14 +56,14 @@ def resume(rig: Rig, console: Console, state: RunState | None = None) -> int:
 
 
 def _recall(rig: Rig, console: Console, state: RunState) -> int | None:
-    """The step of which memory had all that storage has, or more; loaded."""
+    """Load the newest copy in memory, unless storage has a newer one. Returns its step, None if there is none."""
     run = rig.config.run
     if not run.buddy_every:
-        lives.keep_only(run, rig.mesh)
+        attempts.keep_only(run, rig.mesh)
         return None
     found = recall(run, rig.mesh, rig.node, rig.data.identity, state)
     for why in found.passed_over:
-        console.print(f"passed over, in memory: {why}", markup=False)
+        console.print(f"skipped, in memory: {why}", markup=False)
     if found.step is None:
         return None
     rig.restored()
@@ -67,13 +72,13 @@ def _recall(rig: Rig, console: Console, state: RunState) -> int | None:
 
 
 def check_source(config: Config) -> None:
-    """Raise CheckpointError if a new run cannot begin from what `run.init_from` names. Reads its index only."""
+    """Raise CheckpointError if a new run cannot be initialised from `run.init_from`. Reads its index only."""
     if config.run.init_from is not None and run_folder.newest(config.run.folder) is None:
         open_checkpoint(Path(config.run.init_from))
 
 
 def _begin_from(rig: Rig, source: Path, console: Console) -> None:
-    """`source`: a checkpoint, or a run folder for its newest as rank 0 sees it."""
+    """`source`: a checkpoint, or a run folder, which stands for its newest checkpoint as rank 0 sees it."""
     paths = cast(list[Path], rig.mesh.gather(run_folder.newest(source) or source, "the checkpoint to begin from"))
     reader = verified(paths[0], rig.mesh)
     state, everything = rig.state(), rig.config.run.init_optimizer
@@ -93,11 +98,11 @@ def _weights(state: RunState) -> RunState:
 
 
 def differences(path: Path, config: Config) -> Iterator[str]:
-    """What a run computes differently from the one whose config.toml that is: a line per key."""
+    """Keys that differ from the config.toml at `path` and change what a run computes, a line each."""
     if not path.exists():
-        yield f"{path}: not there, so what changes is not known"
+        yield f"{path}: not found, so differences in the config are not known"
         return
     before, now = (dict(flat(tomllib.loads(text))) for text in (path.read_text(), dump(config)))
-    for key in sorted((before.keys() | now.keys()) - NO_MATTER):
+    for key in sorted((before.keys() | now.keys()) - UNCOMPARED):
         if before.get(key) != now.get(key):
             yield f"{key}: {before.get(key, 'not set')} -> {now.get(key, 'not set')}"

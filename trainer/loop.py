@@ -1,7 +1,7 @@
-"""The training loop: resume, step, measure, validate, save, leave cleanly.
+"""The training loop: resume, step, measure, validate, save, exit cleanly.
 
 Signals only set a flag (`stop.py`). All ranks agree on it at the end of a step, inside the one reduction that the
-metrics need anyway, then save and leave; a rank that left on its own would hang the others in their next collective.
+metrics need anyway, then save and exit; a rank that exited on its own would hang the others in their next collective.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dryvine.comm.mesh import Mesh
 from dryvine.comm.topology import Topology
 from dryvine.parallel.executor import Played
 from dryvine.trainer.begin import resume
-from dryvine.trainer.checkpoint import lives, run_folder
+from dryvine.trainer.checkpoint import attempts, run_folder
 from dryvine.trainer.config import RunConfig
 from dryvine.trainer.data.splits import Data
 from dryvine.trainer.journal import Journal, MetricsRow
@@ -42,7 +42,7 @@ from dryvine.trainer.timeline import gather_timeline, write
 
 def train(plan: RunPlan, mesh: Mesh, data: Data, topology: Topology | None = None) -> bool:
     """Train to `run.steps`, from the newest checkpoint of the run folder if it has one. Returns False if a signal
-    stopped it before, after a save. Raises Diverged and CheckpointError. Collective."""
+    stopped it earlier, after a save. Raises Diverged and CheckpointError. Collective."""
     config, run = plan.config, plan.config.run
     rig = make_rig(plan, mesh, data, topology)
     console = Console(quiet=mesh.rank != 0)
@@ -60,11 +60,11 @@ def train(plan: RunPlan, mesh: Mesh, data: Data, topology: Topology | None = Non
 
 
 def _past_spikes(rig: Rig, console: Console, done: int) -> MetricsRow | None:
-    """`_attempt` until none of its losses leaps (`spikes`). Raises Diverged if they leap again and again."""
-    strikes: list[int] = []  # the checkpoints gone back to
+    """Train, rolling back after each loss spike (`spikes`). Raises Diverged if they recur from the same checkpoint."""
+    strikes: list[int] = []  # steps of the checkpoints rolled back to
     while True:
         try:
-            return _attempt(rig, console, done)
+            return _until_spike(rig, console, done)
         except LossSpike as spike:
             back = _roll_back(rig, console, spike)
             strikes = [*strikes, back] if back in strikes else [back]
@@ -74,7 +74,7 @@ def _past_spikes(rig: Rig, console: Console, done: int) -> MetricsRow | None:
 
 
 def _roll_back(rig: Rig, console: Console, spike: LossSpike) -> int:
-    """Write down what is passed over. Returns the step of the checkpoint to go on from."""
+    """Record which data is skipped. Returns the step of the checkpoint to resume from."""
     config, point = rig.config, spike.point
     newest = cast(list[Path | None], rig.mesh.gather(run_folder.newest(config.run.folder), "the newest checkpoint"))[0]
     if newest is None:
@@ -84,15 +84,15 @@ def _roll_back(rig: Rig, console: Console, spike: LossSpike) -> int:
     first, given_up = before + point.passed_over, point.first + point.sequences - before
     back = Rollback(point.step + 1, spike.loss, spike.usual, step, first, given_up)
     console.print(f"{spike}: {back}", markup=False)
-    lives.keep_only(config.run, rig.mesh)  # a start would go on from what is given up here
+    attempts.keep_only(config.run, rig.mesh)  # a restart would resume from the steps that are discarded here
     if rig.mesh.rank == 0:
         write_down(config.run.folder, back)
     rig.mesh.barrier("writing down a rollback")
     return step
 
 
-def _attempt(rig: Rig, console: Console, done: int) -> MetricsRow | None:
-    """`_steps`, with what saves and records them."""
+def _until_spike(rig: Rig, console: Console, done: int) -> MetricsRow | None:
+    """`_steps` with new savers and a new journal. Raises LossSpike."""
     saves = Saves(rig, rig.state, console)
     journal = Journal(rig.config, rig.plan.schedule, done) if rig.mesh.rank == 0 else None
     try:
@@ -103,10 +103,10 @@ def _attempt(rig: Rig, console: Console, done: int) -> MetricsRow | None:
 
 
 def _steps(rig: Rig, saves: Saves, journal: Journal | None, console: Console, done: int) -> MetricsRow | None:
-    """Every step after the first `done`, or up to a signal, to the last checkpoint's end. Returns the row of the last;
-    None if there was none left."""
+    """Run the steps after `done`, to the last or to a signal, and finish the last checkpoint. Returns the row of the
+    last step run; None if there was none left. Raises LossSpike and Diverged."""
     config, run = rig.config, rig.config.run
-    nonfinite: list[NonfiniteStep] = []  # in a row, up to now
+    nonfinite: list[NonfiniteStep] = []  # consecutive, up to the present step
     spikes, spike = SpikeWatch(run.spike_factor), None
     past = cast(list[list[Rollback]], rig.mesh.gather(rollbacks(run.folder), "rollbacks"))[0]
     every = passing_over(points(config.batch, config.data.seq_len), past)
@@ -126,7 +126,7 @@ def _steps(rig: Rig, saves: Saves, journal: Journal | None, console: Console, do
             if step.stop:
                 break
         saves.close()
-    rig.optimizer.zero.settle()  # nothing is under way when ranks part
+    rig.optimizer.zero.settle()  # no message is in flight when ranks exit
     if spike:
         raise spike
     if len(nonfinite) == config.optim.skips:
@@ -136,18 +136,18 @@ def _steps(rig: Rig, saves: Saves, journal: Journal | None, console: Console, do
 
 @dataclass(frozen=True)
 class LoopStep:
-    """What the loop knows of a step, the same on every rank."""
+    """The result of a step, the same on every rank."""
 
     row: MetricsRow
     nonfinite: NonfiniteStep | None  # the step updated nothing
     stop: bool  # a signal asked a rank to stop
-    saving: bool  # a rank still writes its part of a checkpoint
+    saving: bool  # a rank is still writing its part of a checkpoint
     loads: torch.Tensor | None = None  # of experts, after a validation (`StepOutcome`)
 
 
 def one_step(rig: Rig, point: Point, stop: Stop, nonfinite_before: int = 0, saving: bool = False) -> LoopStep:
-    """Train, measure, and validate if it is time. `nonfinite_before`: how many steps just before this one updated
-    nothing; `saving`: this rank still writes a checkpoint. Collective."""
+    """Train, measure, and validate if due. `nonfinite_before`: how many steps just before this one were skipped;
+    `saving`: this rank is still writing a checkpoint. Collective."""
     started = time.perf_counter()
     outcome = train_step(rig, point)
     seconds = time.perf_counter() - started
@@ -172,12 +172,12 @@ def _save_and_record(rig: Rig, saves: Saves, step: LoopStep, console: Console, j
     stalled = None
     try:
         stalled = _save_if_due(rig.config.run, saves, step)
-    finally:  # what a save raises ends the run: the last row tells why
+    finally:  # an error of a save ends the run, whose last row is still written
         _record(step, stalled, console, journal)
 
 
 def _record(step: LoopStep, stalled: float | None, console: Console, journal: Journal | None) -> None:
-    """`stalled`: milliseconds that a checkpoint took of the training."""
+    """`stalled`: milliseconds for which a save blocked training."""
     if journal:
         journal.write(replace(step.row, checkpoint_stall_ms=stalled))
         if step.loads is not None:
@@ -194,7 +194,7 @@ def _draw_timeline(rig: Rig, point: Point, played: Played) -> None:
 
 
 def _save_if_due(run: RunConfig, saves: Saves, step: LoopStep) -> float | None:
-    """Returns the milliseconds for which training stood still, None if there was nothing to do. Collective."""
+    """Returns the milliseconds for which training was blocked, None if there was nothing to do. Collective."""
     started, done = time.perf_counter(), step.row.step
     if not saves.after(done - 1, done, last=step.stop or done == run.steps, writing=step.saving):
         return None

@@ -1,7 +1,7 @@
-"""What a loop does about its state: checkpoints in storage and, with `run.buddy_every`, copies in the memory of nodes.
+"""When a training loop saves its state: to checkpoints in storage and, with `run.buddy_every`, to the memory of nodes.
 
-Both are written beside the training, at intervals of their own: a copy in memory takes seconds and no storage, so there
-may be many to a checkpoint.
+Both are written asynchronously, each at its own interval: a copy in memory takes seconds and no storage, so there may
+be many of them to a checkpoint.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from dryvine.trainer.rig import Rig
 
 
 class Saves:
-    """Of one start of a run. Collective; raises what `Saver.finish` and `MemorySaver.finish` do."""
+    """The saves of one attempt. Collective; raises what `Saver.finish` and `MemorySaver.finish` do."""
 
     def __init__(self, rig: Rig, state: Callable[[], RunState], console: Console) -> None:
-        """`state` is all that a checkpoint holds."""
+        """`state` returns everything that a checkpoint holds."""
         self._run, self._state, self._console = rig.config.run, state, console
-        self._saved = False  # all that was trained is in a checkpoint
+        self._saved = False  # whether the last step is in a checkpoint
         run, identity = self._run, rig.data.identity
         self._disk = Saver(run.folder, Keep(run.keep_checkpoints, run.keep_every), rig.mesh, identity)
         self._disk.prepare(state())
@@ -30,16 +30,17 @@ class Saves:
         if self._memory:
             self._memory.prepare(state())
             if rig.links is None:
-                console.print("run.buddy_every: one node, so a lost one takes its copies in memory with it")
+                console.print("run.buddy_every: one node, so if it is lost, so are its copies in memory")
 
     @property
     def busy(self) -> bool:
-        """Whether this rank still writes."""
+        """Whether this rank is still writing."""
         return self._disk.busy or (self._memory is not None and self._memory.busy)
 
     def after(self, before: int, done: int, last: bool, writing: bool) -> bool:
-        """After the steps `before`..`done`, of which a run may take several at once: begin what is due, or finish what
-        was begun if no rank is still `writing`. `last`: the run ends here. Returns whether there was anything to do."""
+        """Call after the steps from `before` + 1 to `done` (several if the loop makes several updates at once). Begins
+        the saves that are due, or finishes those in progress if no rank is still `writing`. `last`: the run ends here.
+        Returns whether there was anything to do."""
         due = last or crosses(before, done, self._run.checkpoint_every)
         copy = not last and self._run.buddy_every is not None and crosses(before, done, self._run.buddy_every)
         if self._memory and copy:

@@ -19,7 +19,7 @@ from dryvine.launch.spawn import Launch, spawn
 from dryvine.trainer import journal
 from dryvine.trainer.checkpoint.inspect import compare
 from dryvine.trainer.checkpoint.reader import open_checkpoint
-from tests.support.quick_ranks import Lives, QuickRank, kill
+from tests.support.quick_ranks import Attempts, QuickRank, kill
 
 TINY = str(Path(__file__).parents[1] / "tiny.toml")
 WORLD = 4
@@ -30,10 +30,10 @@ PATIENCE = 60.0  # seconds in which the moment for a kill must come
 class Chaos(threading.Thread):
     """Kills the ranks of a run `kills` times and counts."""
 
-    def __init__(self, lives: Lives, folder: Path, memory: Path, kills: int) -> None:
+    def __init__(self, attempts: Attempts, folder: Path, memory: Path, kills: int) -> None:
         """`memory` is that of all nodes."""
         super().__init__(daemon=True)
-        self.lives, self.folder, self.memory, self.kills = lives, folder, memory, kills
+        self.attempts, self.folder, self.memory, self.kills = attempts, folder, memory, kills
         self.random = random.Random(kills)
         self.moments: Counter[str] = Counter()
         self.reached: dict[int, int] = {}  # the last step of each start that was killed, counted from 1
@@ -41,7 +41,7 @@ class Chaos(threading.Thread):
     def run(self) -> None:
         before: list[QuickRank] = []
         while sum(self.moments.values()) < self.kills:
-            ranks = self.lives.wait_for(WORLD, before, PATIENCE)
+            ranks = self.attempts.wait_for(WORLD, before, PATIENCE)
             if not ranks:
                 return
             before = [*before, *ranks]
@@ -90,8 +90,8 @@ def words(corpus: Path, out: Path, name: str, steps: int, more: tuple[str, ...])
     return (TINY, f'data.source="{corpus}"', f'run.out="{out}"', *settings, *LAYOUT, *more)
 
 
-def train(monkeypatch: pytest.MonkeyPatch, lives: Lives, given: tuple[str, ...], restarts: int = 0) -> int:
-    monkeypatch.setattr(module, "_start", lives.start)
+def train(monkeypatch: pytest.MonkeyPatch, attempts: Attempts, given: tuple[str, ...], restarts: int = 0) -> int:
+    monkeypatch.setattr(module, "_start", attempts.start)
     return spawn(Launch(WORLD, given, deadline=100.0), restarts)
 
 
@@ -113,12 +113,12 @@ def test_a_run_that_is_killed_again_and_again_is_the_run_that_was_not(
     log, memory = str(tmp_path / "log.txt"), tmp_path / "memory"
     memory.mkdir()
     more = (*more, f'run.buddy_folder="{memory}"')
-    calm = train(monkeypatch, Lives(log), words(corpus, tmp_path, "calm", steps, more))
+    calm = train(monkeypatch, Attempts(log), words(corpus, tmp_path, "calm", steps, more))
     assert calm == 0, Path(log).read_text()
-    lives = Lives(log)
-    chaos = Chaos(lives, tmp_path / "chaos", memory, kills)
+    attempts = Attempts(log)
+    chaos = Chaos(attempts, tmp_path / "chaos", memory, kills)
     chaos.start()
-    code = train(monkeypatch, lives, words(corpus, tmp_path, "chaos", steps, more), restarts=10 * kills)
+    code = train(monkeypatch, attempts, words(corpus, tmp_path, "chaos", steps, more), restarts=10 * kills)
     chaos.join(2 * PATIENCE)
     said = Path(log).read_text()
     starts = {"starts": len(chaos._starts()), "from memory": said.count("was in memory"), "steps": steps}

@@ -19,7 +19,7 @@ from dryvine.trainer.checkpoint import run_folder
 from dryvine.trainer.checkpoint.inspect import compare, damage
 from dryvine.trainer.checkpoint.reader import open_checkpoint
 from dryvine.trainer.exit_codes import ExitCode
-from tests.support.quick_ranks import Lives
+from tests.support.quick_ranks import Attempts
 
 TINY = str(Path(__file__).parents[1] / "tiny.toml")
 STEPS = 6
@@ -40,8 +40,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def train(monkeypatch: pytest.MonkeyPatch, corpus: Path, out: Path, log: Path) -> int:
     settings = ("model.layers=3", "batch.sequences=4", f"run.steps={STEPS}", "run.checkpoint_every=2")
     words = (TINY, f'data.source="{corpus}"', f'run.out="{out}"', *settings, "parallel.pp=2", "run.eval_every=9")
-    lives = Lives(str(log))
-    monkeypatch.setattr(module, "_start", lives.start)
+    attempts = Attempts(str(log))
+    monkeypatch.setattr(module, "_start", attempts.start)
     return spawn(Launch(2, words, deadline=100.0))
 
 

@@ -129,7 +129,7 @@ def counting(path: Path, codes: Sequence[int]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("codes", "restarts", "code", "lives"),
+    ("codes", "restarts", "code", "attempts"),
     [
         ((1, 86, 0), 5, 0, 3),  # a fault is started again, a finished run is not
         ((1, 1, 1, 0), 2, 1, 3),
@@ -140,10 +140,10 @@ def counting(path: Path, codes: Sequence[int]) -> str:
     ],
 )
 def test_only_faults_are_started_again(
-    run: Run, tmp_path: Path, codes: tuple[int, ...], restarts: int, code: int, lives: int
+    run: Run, tmp_path: Path, codes: tuple[int, ...], restarts: int, code: int, attempts: int
 ) -> None:
-    assert run((counting(tmp_path / "lives", codes),), restarts) == code
-    assert len((tmp_path / "lives").read_text()) == lives
+    assert run((counting(tmp_path / "attempts", codes),), restarts) == code
+    assert len((tmp_path / "attempts").read_text()) == attempts
 
 
 def test_a_signal_ends_a_run_that_restarts(run: Run) -> None:

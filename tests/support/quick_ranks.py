@@ -51,8 +51,8 @@ class QuickRank:
         self.process.join()
 
 
-class Lives:
-    """The lives of a run whose ranks are started again and again; `start` stands in for `spawn._start`."""
+class Attempts:
+    """The attempts of a run whose ranks are started again and again; `start` stands in for `spawn._start`."""
 
     def __init__(self, log: str) -> None:
         self.log, self.ranks = log, list[QuickRank]()
@@ -66,7 +66,7 @@ class Lives:
         return one
 
     def wait_for(self, world: int, after: list[QuickRank], seconds: float) -> list[QuickRank]:
-        """The ranks of the first life that is not `after`; none if none has started in time."""
+        """The ranks of the first attempt that is not `after`; none if none has started in time."""
         with self._changed:
             new = self._changed.wait_for(lambda: len(self.ranks) == world and self.ranks[0] not in after, seconds)
             return list(self.ranks) if new else []

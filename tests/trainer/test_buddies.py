@@ -17,8 +17,8 @@ from dryvine.comm import buddies, local
 from dryvine.comm.buddies import buddy_of, make_links
 from dryvine.comm.topology import by_sizes
 from dryvine.trainer import journal, loop
-from dryvine.trainer.checkpoint import lives, memory_saver, run_folder
-from dryvine.trainer.checkpoint.lives import check_folder
+from dryvine.trainer.checkpoint import attempts, memory_saver, run_folder
+from dryvine.trainer.checkpoint.attempts import check_folder
 from dryvine.trainer.checkpoint.memory_load import Recalled, recall
 from dryvine.trainer.checkpoint.memory_saver import MemorySaver
 from dryvine.trainer.config import Config, ConfigError, RunConfig
@@ -90,7 +90,7 @@ def flip(path: Path) -> None:
 
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
-    """After a life that kept step 7."""
+    """After an attempt that kept step 7."""
     local.run(_live, 4, tmp_path, (5, 7), deadline=60)
     return tmp_path
 
@@ -107,7 +107,7 @@ def test_each_rank_is_in_its_nodes_memory_and_in_anothers_once(out: Path) -> Non
         paths = copies(out, rank)
         assert [path.name for path in paths] == ["step-00000007"] * 2
         assert len({path.relative_to(out).parts[0] for path in paths}) == 2
-        contents = [[file.read_bytes() for file in lives.files(path, rank)] for path in paths]
+        contents = [[file.read_bytes() for file in attempts.files(path, rank)] for path in paths]
         assert contents[0] == contents[1]
 
 
@@ -150,7 +150,7 @@ def test_other_layouts_other_data_and_other_runs_are_not_taken(out: Path) -> Non
     assert "of another layout" in recalled(out, 6).passed_over[0]
     assert "of other data" in recalled(out, 5, DataIdentity("d", "u")).passed_over[0]
     assert recalled(out).step == 7
-    (out / "run" / "lives.txt").unlink()  # the run's folder was deleted
+    (out / "run" / "attempts.txt").unlink()  # the run's folder was deleted
     assert recalled(out) == Recalled(None, 0, [])
 
 
@@ -159,7 +159,7 @@ def test_a_folder_that_a_host_does_not_have_is_refused_and_others_cannot_read_on
     run = run_of(out, 0)
     check_folder(run)
     check_folder(run.model_copy(update={"buddy_folder": "/nowhere", "buddy_every": None}))
-    with pytest.raises(ConfigError, match=r"run\.buddy_folder = '/nowhere' is no folder of this host"):
+    with pytest.raises(ConfigError, match=r"run\.buddy_folder = '/nowhere' is not a writable folder"):
         check_folder(run.model_copy(update={"buddy_folder": "/nowhere"}))
 
 
@@ -173,7 +173,7 @@ def test_a_kill_while_copies_get_their_names_leaves_a_whole_step(
 
 
 def test_steps_of_two_lives_do_not_mix(tmp_path: Path) -> None:
-    """The second life dies before it has all of its first copy; the first one's are still there."""
+    """The second attempt dies before it has all of its first copy; the first one's are still there."""
     local.run(_live, 4, tmp_path, (5, 7), deadline=60)
     local.run(_live, 4, tmp_path, (7,), (0,), deadline=60)
     for host in ("host-0", "host-1"):
@@ -183,7 +183,7 @@ def test_steps_of_two_lives_do_not_mix(tmp_path: Path) -> None:
             shutil.rmtree(path)
     assert recalled(tmp_path).step is None
     local.run(_live, 4, tmp_path, (8, 9), deadline=60)
-    assert [len(list((tmp_path / host).iterdir())) for host in ("host-0", "host-1")] == [1, 1], "old lives are freed"
+    assert [len(list((tmp_path / host).iterdir())) for host in ("host-0", "host-1")] == [1, 1], "old attempts are freed"
 
 
 def _troubled(rank: int, out: Path, trouble: str) -> tuple[str, str, int]:
@@ -259,4 +259,4 @@ def test_a_run_whose_node_is_lost_goes_on_without_storage_to_the_same_bits(
     starts = [json.loads(line)["after_step"] for line in (killed.run.folder / "starts.jsonl").read_text().splitlines()]
     assert starts in ([0, 4], [0, 2])
     assert not list(tmp_path.glob("host-*/dryvine-*"))
-    assert lives.listed(killed.run) == []
+    assert attempts.listed(killed.run) == []

@@ -1,8 +1,8 @@
-"""Going on from copies in memory: the newest step of which every rank's copy is somewhere, sound, and of this run.
+"""Resuming from copies in memory: the newest step for which some host has a sound copy of every rank's state.
 
-Ranks tell each other what their hosts have. A rank whose own node has its copy reads that; to one whose node is new,
-the host that has it sends it. What is damaged, of another layout or of other data is passed over, whoever has it, until
-a step is found that is whole, or none is left and storage is read.
+Ranks exchange lists of what their hosts have. A rank whose own node has its copy reads that one; a rank on a new node
+receives it from a host that has it. Copies that are damaged, of another layout or of other data are skipped, until a
+complete step is found, or none is left and storage is read.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import NamedTuple, cast
 from dryvine.comm.buddies import allocate, swap_files
 from dryvine.comm.mesh import Mesh
 from dryvine.comm.watch import naming
-from dryvine.trainer.checkpoint import lives, run_folder
+from dryvine.trainer.checkpoint import attempts, run_folder
+from dryvine.trainer.checkpoint.attempts import MemoryCopy
 from dryvine.trainer.checkpoint.files import Place
-from dryvine.trainer.checkpoint.lives import MemoryCopy
 from dryvine.trainer.checkpoint.load import load
 from dryvine.trainer.checkpoint.manifest import CheckpointError, Manifest
 from dryvine.trainer.checkpoint.reader import SafetensorsReader
@@ -39,18 +39,18 @@ class Recalled(NamedTuple):
 
 
 class _Choice(NamedTuple):
-    """A step of a life, and for each rank the copy that it takes."""
+    """A step of an attempt, and the copy that each rank loads."""
 
     step: int
     by_owner: dict[int, Seen]
 
 
 def recall(run: RunConfig, mesh: Mesh, node: int, identity: DataIdentity, state: RunState) -> Recalled:
-    """Fill `state` from the newest whole step in memory, if storage has nothing newer. `node` is this rank's.
-    Collective."""
+    """Load `state` from the newest complete step in memory, unless storage has a newer one. `node` is the number of
+    this rank's. Collective."""
     newest = run_folder.newest(run.folder)
     at_least = cast(list[int], mesh.gather(run_folder.step_of(newest) if newest else 1, "the newest checkpoint"))[0]
-    gathered = cast(list[list[MemoryCopy]], mesh.gather(list(lives.found(run)), "copies in memory"))
+    gathered = cast(list[list[MemoryCopy]], mesh.gather(list(attempts.found(run)), "copies in memory"))
     seen = [Seen(rank, copy) for rank, of in enumerate(gathered) for copy in of if copy.step >= at_least]
     passed_over: list[str] = []
     while choice := _newest_whole(seen, mesh.size):
@@ -72,11 +72,11 @@ def recall(run: RunConfig, mesh: Mesh, node: int, identity: DataIdentity, state:
 
 
 def _newest_whole(seen: list[Seen], ranks: int) -> _Choice | None:
-    """Of the lives of the run the newest step of which every rank's copy is there. A rank takes its own host's."""
-    steps = {(one.copy.step, one.copy.life) for one in seen}
-    for step, life in sorted(steps, reverse=True):
-        of = [one for one in seen if (one.copy.step, one.copy.life) == (step, life)]
-        of.sort(key=lambda one: (one.rank == one.copy.owner, -one.rank))  # the last counts
+    """The newest step with a copy of every rank, all of one attempt. A rank prefers the copy of its own host."""
+    steps = {(one.copy.step, one.copy.attempt) for one in seen}
+    for step, attempt in sorted(steps, reverse=True):
+        of = [one for one in seen if (one.copy.step, one.copy.attempt) == (step, attempt)]
+        of.sort(key=lambda one: (one.rank == one.copy.owner, -one.rank))  # the dict below keeps the last
         by_owner = {one.copy.owner: one for one in of}
         if by_owner.keys() == set(range(ranks)):
             return _Choice(step, by_owner)
@@ -84,20 +84,20 @@ def _newest_whole(seen: list[Seen], ranks: int) -> _Choice | None:
 
 
 def _path(run: RunConfig, node: int, choice: _Choice, rank: int) -> Path:
-    """Where a rank's copy is, or will be once it has come from another host."""
+    """Where a rank's copy is, or will be once it has been received from another host."""
     rank_of, copy = choice.by_owner[rank]
-    return copy.path if rank_of == rank else run_folder.named(lives.home(run, copy.life, node, rank), copy.step)
+    return copy.path if rank_of == rank else run_folder.named(attempts.home(run, copy.attempt, node, rank), copy.step)
 
 
 def _bring(run: RunConfig, mesh: Mesh, node: int, choice: _Choice) -> str:
-    """Send the copies that ranks take from other hosts. Returns why this rank cannot take its own."""
+    """Transfer the copies that ranks load from other hosts. Returns why this rank cannot receive its own."""
     sent = {owner: one for owner, one in choice.by_owner.items() if one.rank != owner}
     path = _path(run, node, choice, mesh.rank)
     why = _make_room(run, path, sent[mesh.rank].copy) if mesh.rank in sent else ""
     every = mesh.gather(why, "room for copies in memory")
     sent = {owner: one for owner, one in sent.items() if not every[owner]}
-    arriving = {sent[mesh.rank].rank: lives.files(path, mesh.rank)} if mesh.rank in sent else {}
-    leaving = {owner: lives.files(one.copy.path, owner) for owner, one in sent.items() if one.rank == mesh.rank}
+    arriving = {sent[mesh.rank].rank: attempts.files(path, mesh.rank)} if mesh.rank in sent else {}
+    leaving = {owner: attempts.files(one.copy.path, owner) for owner, one in sent.items() if one.rank == mesh.rank}
     due = tuple((rank, 0) for rank in (*leaving, *arriving))
     with naming(mesh.watch, "copies from the memory of other nodes", due):
         swap_files(leaving, arriving)
@@ -105,11 +105,11 @@ def _bring(run: RunConfig, mesh: Mesh, node: int, choice: _Choice) -> str:
 
 
 def _make_room(run: RunConfig, path: Path, copy: MemoryCopy) -> str:
-    """Returns why it could not."""
+    """Allocate the files that will be received. Returns why that failed, or nothing."""
     try:
-        lives.make_folder(run, copy.life)
+        attempts.make_folder(run, copy.attempt)
         path.mkdir(parents=True, exist_ok=True)
-        for file, size in zip(lives.files(path, copy.owner), copy.sizes, strict=True):
+        for file, size in zip(attempts.files(path, copy.owner), copy.sizes, strict=True):
             allocate(file, size)
     except OSError as full:
         return f"{path}: {full.strerror}"
@@ -117,7 +117,7 @@ def _make_room(run: RunConfig, path: Path, copy: MemoryCopy) -> str:
 
 
 def _unfit(reader: SafetensorsReader, identity: DataIdentity, state: RunState) -> Iterator[str]:
-    """Why a rank cannot go on from a copy."""
+    """Reasons why a rank cannot resume from a copy."""
     manifest = reader.manifest
     yield from (wrong for name in manifest.files for wrong in reader.damage(name))
     if _places(manifest) != {place: tuple(tensor.shape) for place, tensor in state.tensors().items()}:

@@ -49,7 +49,7 @@ class Saver(BackgroundSaver[_Part]):
     the same steps."""
 
     def __init__(self, folder: Path, keep: Keep, mesh: Mesh, identity: DataIdentity = UNKNOWN) -> None:
-        """`identity` is stored, and compared when the run is resumed."""
+        """`identity` is stored, and compared when the run resumes."""
         super().__init__(folder, mesh, "save")
         self.keep, self.identity = keep, identity
         self._pruning: Future[None] | None = None
@@ -61,16 +61,16 @@ class Saver(BackgroundSaver[_Part]):
         mesh.barrier("clearing unfinished checkpoints")
 
     def begin(self, step: int, state: RunState) -> None:
-        """Copy the state to host memory and begin to write it. Finishes the checkpoint before, if there is one.
-        Collective; raises what `finish` does."""
+        """Copy the state to host memory and start to write it. Finishes the previous checkpoint first. Collective;
+        raises what `finish` does."""
         self.finish()
         self._begun = time.monotonic()
         self._begin(step, state)
 
     def finish(self) -> Path | None:
         """Wait until every rank has written and verified its part, then make it the newest checkpoint. Returns its
-        folder, or None if none was begun. Collective; on all ranks raises CannotSave if it could not be written,
-        Diverged if it holds what is not finite. Then it is gone, and the ones before are as they were."""
+        folder, or None if none was begun. Collective. Raises, on all ranks, CannotSave if it could not be written and
+        Diverged if the state is not finite; the checkpoint is then deleted, and the previous ones are kept."""
         results = self._gather("parts of checkpoint")
         if results is None:
             return None
@@ -102,7 +102,7 @@ class Saver(BackgroundSaver[_Part]):
             if place.field != BUFFER or place.name in self._owned_buffers
         }
 
-    # The thread.
+    # On the thread.
 
     def _write(self, step: int, tensors: Mapping[Place, Tensor], shapes: Mapping[str, Size]) -> _Part:
         path = run_folder.named(self.folder, step, ".part")
@@ -116,10 +116,10 @@ class Saver(BackgroundSaver[_Part]):
             return _Part([], _cannot_write(file, error), shapes)
         one = Manifest(step=step, parameters={}, files={written.name: written.file}, tensors=tuple(written.tensors))
         wrong = next(damage(path, one, written.name), "")
-        wrong = wrong and f"{wrong} when it was read back: the disk is not to be trusted"
+        wrong = wrong and f"{wrong} when it was read back: the disk returns other bytes than were written"
         return _Part([], wrong, shapes, written, time.monotonic() - self._begun)
 
-    # Rank 0.
+    # On rank 0.
 
     def _publish(self, parts: list[_Part]) -> str:
         """Returns why it failed, or nothing."""
@@ -135,7 +135,7 @@ class Saver(BackgroundSaver[_Part]):
         )
         path = run_folder.named(self.folder, self._step, ".part")
         if gap := next(manifest.gaps(), None):
-            return self._drop(f"checkpoint {self._step} is not whole, and so not kept: {gap}")
+            return self._drop(f"checkpoint {self._step} is incomplete, and so not kept: {gap}")
         try:
             write_manifest(path, manifest)
             run_folder.publish_step(self.folder, self._step)

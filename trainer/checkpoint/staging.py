@@ -1,4 +1,4 @@
-"""Host memory that a run's state is copied to, so that a step may change the state while the copy is written."""
+"""Host buffers that a run's state is copied to, so that a step may change the state while the copy is written."""
 
 from __future__ import annotations
 
@@ -11,22 +11,21 @@ from dryvine.trainer.checkpoint.files import Place
 
 
 class Staging:
-    """Copies of one save after the other, in the same memory; pinned for a GPU, whose copy engine then writes it at the
-    speed of the bus."""
+    """Buffers that every save reuses; pinned for a GPU, whose copy engine then writes at the speed of the bus."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
         self._copies: dict[Place, Tensor] = {}
 
     def prepare(self, tensors: Mapping[Place, Tensor]) -> None:
-        """Make the memory now, so that the first copy takes no longer than others."""
+        """Allocate the buffers now, so that the first copy takes no longer than later ones."""
         self._copies = {
             place: torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._cuda).zero_()  # touches its pages
             for place, tensor in tensors.items()
         }
 
     def copy(self, tensors: Mapping[Place, Tensor]) -> Mapping[Place, Tensor]:
-        """As they are now; valid until the next copy."""
+        """The tensors' present values; valid until the next copy."""
         if not self._copies:
             self.prepare(tensors)
         for place, tensor in tensors.items():

@@ -10,15 +10,15 @@ from torch import Tensor
 from dryvine.trainer.checkpoint.files import Place
 from dryvine.trainer.checkpoint.manifest import BUFFER, Size
 
-COUNTS = "rl."  # begins the names of buffers that are of a loop, and none of a model's
+COUNTS = "rl."  # prefix of buffers that belong to a training loop and not to a model
 Fields = Mapping[str, Tensor]  # "master", "exp_avg", ...; a field of no dimension holds for the whole piece
 Pieces = Mapping[tuple[str, int], Fields]  # (parameter, first element) -> the piece's fields
 
 
 @dataclass(frozen=True)
 class RunState:
-    """`pieces` are what this rank owns of the parameters, `shapes` the whole shapes of those, all experts in. `buffers`
-    are the same on all ranks that hold them; each is stored once."""
+    """`pieces` are the parts of parameters that this rank owns, `shapes` the full shapes of those parameters, all
+    experts included. `buffers` are the same on all ranks that hold them; each is stored once."""
 
     pieces: Pieces
     buffers: Mapping[str, Tensor]
