@@ -88,7 +88,7 @@ def test_the_differences_are_those_of_the_whole_config(tiny: Tiny, tmp_path: Pat
         "model.yarn.original: not set -> 4096",
         "optim.ema: 0.5 -> 0.0",
     ]
-    assert next(differences(tmp_path / "none.toml", tiny())).endswith("what changes is not known")
+    assert next(differences(tmp_path / "none.toml", tiny())).endswith("differences in the config are not known")
 
 
 def test_plans_by_tokens_change_a_step_when_they_say(tiny: Tiny) -> None:

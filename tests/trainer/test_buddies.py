@@ -172,7 +172,7 @@ def test_a_kill_while_copies_get_their_names_leaves_a_whole_step(
     assert recalled(tmp_path).step == step
 
 
-def test_steps_of_two_lives_do_not_mix(tmp_path: Path) -> None:
+def test_steps_of_two_attempts_do_not_mix(tmp_path: Path) -> None:
     """The second attempt dies before it has all of its first copy; the first one's are still there."""
     local.run(_live, 4, tmp_path, (5, 7), deadline=60)
     local.run(_live, 4, tmp_path, (7,), (0,), deadline=60)
