@@ -64,7 +64,7 @@ def join(place: LaunchedRank, patience: float) -> dist.Store:
 PATIENCE = 600.0
 
 
-def meet(place: LaunchedRank, facts: Facts, refusal: str = "") -> dist.Store | None:
+def rendezvous(place: LaunchedRank, facts: Facts, refusal: str = "") -> dist.Store | None:
     """The store of all ranks, once these have stated the same `facts`; None for a rank alone. With `refusal`, why this
     rank cannot start, it does not return. Raises Disagreement, on all ranks alike, or PlaceError. Collective."""
     if place.world == 1:
@@ -76,13 +76,13 @@ def meet(place: LaunchedRank, facts: Facts, refusal: str = "") -> dist.Store | N
     return store
 
 
-def tell(place: LaunchedRank, error: ValueError) -> ValueError:
+def share_refusal(place: LaunchedRank, error: ValueError) -> ValueError:
     """Tell the other ranks that this one cannot start. Returns the error with which all of them end, or this rank's
     own if it is the only rank. Collective."""
     if isinstance(error, PlaceError | Disagreement):
         return error
     try:
-        meet(place, {}, str(error))
+        rendezvous(place, {}, str(error))
     except Disagreement as together:
         return together
     except PlaceError:

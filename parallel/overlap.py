@@ -164,10 +164,10 @@ def play(tracks: Sequence[Track], streams: Streams, order: dict[str, PairOrder] 
         streams.step(step.stream, track.baton, step.run)
         if order is None:
             # No step runs beside another.
-            streams.meet()
+            streams.synchronise()
     # What crosses a stage's border has a gradient, so no place of it is None.
     ends = [cast(State, streams.take(track.baton)) for track in tracks]
-    streams.meet()
+    streams.synchronise()
     return ends
 
 

@@ -6,9 +6,9 @@ a routing. On a CPU, compute runs in the caller, an all-to-all runs in gloo's th
 caller's waits for it. They run in the order in which they were made, so the bits do not depend on how long a message
 took.
 
-Tensors made in one stream and read in another are held until the streams meet at the end of a slot. `record_stream`
-on each tensor would be the alternative; the allocator then polls events to find out when memory is free, and the peak
-is no longer determined by the schedule.
+Tensors made in one stream and read in another are kept until all streams are synchronised at the end of a slot. The
+alternative, `record_stream` on each tensor, makes the allocator poll events to find out when memory is free, and the
+peak is then no longer determined by the schedule.
 """
 
 from __future__ import annotations
@@ -50,16 +50,16 @@ class Streams(Protocol):
         ...
 
     def later(self, closures: list[Closure]) -> None:
-        """Take over one phase's weight gradients of a W, to be run before `meet` returns, in the order given. Their
-        inputs have been held since an earlier slot, so running them early saves no memory."""
+        """Take over one phase's weight gradients of a W, to be run before `synchronise` returns, in the order given.
+        Their inputs have been kept since an earlier slot, so running them early saves no memory."""
         ...
 
     def take(self, baton: Baton) -> Grads:
         """The baton's value, ready to be used in the compute stream."""
         ...
 
-    def meet(self) -> None:
-        """End a slot: no stream runs on before all have done what they were given, and held memory is released."""
+    def synchronise(self) -> None:
+        """End a slot: every stream waits until all have completed what was queued, and kept memory is released."""
         ...
 
     def mark(self) -> None:
@@ -110,7 +110,7 @@ class CpuStreams:
         self.waited += time.perf_counter() - started
         return value
 
-    def meet(self) -> None:
+    def synchronise(self) -> None:
         while self.fillers:
             self._fill()
 
@@ -148,7 +148,7 @@ class OneStream:
     def take(self, baton: Baton) -> Grads:
         return baton.value.wait()
 
-    def meet(self) -> None: ...
+    def synchronise(self) -> None: ...
 
     def mark(self) -> None: ...
 
@@ -160,7 +160,7 @@ class OneStream:
 
 
 class CudaStreams:
-    """Three streams. What a step read is held until `meet`, whichever stream made it.
+    """Three streams. What a step read is held until `synchronise`, whichever stream made it.
 
     Weight gradients that W brings are dealt out, one phase's for each message that compute waits for, from the moment
     when it starts to wait. All at once they would share the device with compute that is not waiting, and would have
@@ -212,7 +212,7 @@ class CudaStreams:
         self.held.append(value)
         return value
 
-    def meet(self) -> None:
+    def synchronise(self) -> None:
         while self.dealt:
             self._fill(self.dealt.popleft())
         with self._timed(self.waits, self.compute):

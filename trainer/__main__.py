@@ -1,8 +1,8 @@
 """What each rank runs: `torchrun --nproc-per-node N -m dryvine.trainer CONFIG [table.key=value ...]`, or the same under
 mpirun, srun or deepspeed.
 
-A rank checks what it can by itself, then meets the others and sees that all were started alike, and only then is there
-a process group. Environment variables are read and set here and nowhere below.
+A rank first checks what it can alone, then compares config, code and data with the other ranks through the launcher's
+store, and only then joins a process group. Environment variables are read and set here and nowhere below.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dryvine.comm.nvml import probe, refined
 from dryvine.comm.place import LaunchedRank, PlaceError, find_place
 from dryvine.comm.topology import Topology, discover
 from dryvine.comm.watch import Watch
-from dryvine.comm.world import in_world, meet, set_environment, tell
+from dryvine.comm.world import in_world, rendezvous, set_environment, share_refusal
 from dryvine.trainer.begin import check_source
 from dryvine.trainer.checkpoint.attempts import check_folder
 from dryvine.trainer.checkpoint.manifest import CannotSave, CheckpointError
@@ -53,7 +53,7 @@ REFUSED = (ConfigError, DataError, CannotRun, CheckpointError, PlaceError, Disag
 
 
 def main(words: Sequence[str]) -> int:
-    """Train as one rank of as many as the launcher started. Returns an ExitCode."""
+    """Train as one of the ranks that the launcher started. Returns an ExitCode."""
     set_environment(os.environ)
     if PARENT in os.environ:
         stop_with(int(os.environ[PARENT]))
@@ -62,7 +62,7 @@ def main(words: Sequence[str]) -> int:
         place = find_place(os.environ)
         ready = _ready(words, place)
         with RunLock(ready.plan.config.run.folder).held() if place.rank == 0 else nullcontext():
-            store = meet(place, facts(ready.plan, ready.data))
+            store = rendezvous(place, facts(ready.plan, ready.data))
             return run(ready, (place, store) if store else None)
     except REFUSED as error:
         return _refuse(place, error)
@@ -71,14 +71,14 @@ def main(words: Sequence[str]) -> int:
             raise
         say(f"out of memory: {str(error).splitlines()[0] if str(error) else 'of this machine'}; see `dryvine plan`")
         return ExitCode.FAULT
-    except CannotWrite as error:  # of one process; in a world, the rank that raises it tells the others
+    except CannotWrite as error:  # of a single process; `in_world` handles those of several
         say(error)
         return ExitCode.FAULT
 
 
 @dataclass(frozen=True)
 class Ready:
-    """What a rank has found fit to run, before it meets the others."""
+    """A checked run, before the rendezvous with other ranks."""
 
     plan: RunPlan
     data: Data
@@ -87,7 +87,7 @@ class Ready:
 
 
 def _ready(words: Sequence[str], place: LaunchedRank) -> Ready:
-    """What this rank can check by itself. Raises one of REFUSED."""
+    """Check what this rank can check alone. Raises one of REFUSED."""
     # DeepSpeed's launcher puts --local_rank=N before the user's words; it is in LOCAL_RANK too.
     words = [word for word in words if not word.startswith("--local_rank=")]
     if not words:
@@ -106,20 +106,21 @@ def _ready(words: Sequence[str], place: LaunchedRank) -> Ready:
     check_source(config)
     check_folder(config.run)
     if config.optim.offload == "cpu":
-        load_cpu_adam()  # what it takes to compile it, no other rank waits for with a deadline
+        load_cpu_adam()  # compiled now, while no other rank waits with a deadline
     return Ready(plan, data, device, topology)
 
 
 def _refuse(place: LaunchedRank, error: ValueError) -> int:
-    """Print why the run cannot start, once, and end with all other ranks. Returns an ExitCode."""
-    error = tell(place, error)
+    """Print once why the run cannot start, and end all ranks. Returns an ExitCode."""
+    error = share_refusal(place, error)
     if place.rank == 0 or not isinstance(error, Disagreement):
         say(error)
     return ExitCode.REFUSED
 
 
-def run(ready: Ready, met: tuple[LaunchedRank, Store] | None) -> int:
-    """Train in a world of all ranks that have met, and leave no process group behind. Returns an ExitCode."""
+def run(ready: Ready, world: tuple[LaunchedRank, Store] | None) -> int:
+    """Train in the world of all ranks (None: of this process alone), and destroy the process groups. Returns an
+    ExitCode."""
     plan, device = ready.plan, ready.device
 
     def body(watch: Watch | None) -> int:
@@ -132,16 +133,16 @@ def run(ready: Ready, met: tuple[LaunchedRank, Store] | None) -> int:
             return code_of(error)
         return ExitCode.FINISHED if finished else ExitCode.STOPPED
 
-    return in_world(body, plan.config.comm.deadline, device, met) if met else body(None)
+    return in_world(body, plan.config.comm.deadline, device, world) if world else body(None)
 
 
 def code_of(error: CheckpointError | Diverged) -> ExitCode:
-    """Of a run that ended with this on all ranks."""
+    """The exit code of a run that ended with this error on all ranks."""
     return next(code for kind, code in CODES.items() if isinstance(error, kind))
 
 
 def _topology(config: Config, place: LaunchedRank, device: torch.device) -> Topology:
-    """Who shares a node; of GPUs also the links as NVML and sysfs report them. CPU ranks talk over gloo's sockets."""
+    """Which ranks share a node, and for GPUs the links that NVML and sysfs report. CPU ranks use gloo over sockets."""
     given = config.comm.topology
     try:
         topology = discover(place.world, given, os.environ, place.topology)
@@ -157,7 +158,7 @@ def _device(config: Config, local_rank: int) -> torch.device:
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     seen = torch.cuda.device_count()
-    # A launcher that binds GPUs to ranks, such as srun --gpus-per-task, shows each its own one.
+    # With a launcher that binds GPUs to ranks, such as srun --gpus-per-task, each rank sees one GPU.
     index = 0 if seen == 1 else local_rank
     if index >= seen:
         raise ConfigError(f"local rank {local_rank} has no GPU: this host has {seen}; launch {seen} ranks a host")

@@ -1,6 +1,6 @@
-"""How much memory the microbatches in flight of a run take, rank by rank, before anything is built. Torch-free.
+"""Activation memory of the microbatches in flight, per pipeline rank, computed before anything is built. Torch-free.
 
-The schedule says which flights a rank holds at once, `model/memory.py` what each of them keeps.
+The schedule determines which microbatches a rank holds at once, `model/memory.py` what each of them keeps.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ DTYPE_BYTES = {"fp32": 4, "bf16": 2}
 
 
 def microbatch_size(config: Config, cuda: bool) -> MicrobatchSize:
-    """A microbatch of the run on each rank, its rows spread evenly over the experts."""
+    """The size of a microbatch on each rank, with rows spread evenly over the experts."""
     sequences = config.parallel.microbatch_sequences
     tokens = sequences * config.data.seq_len
     single_rank = config.parallel.ep == 1 and config.comm.dispatcher in ("auto", "flat")
@@ -35,13 +35,13 @@ def left_bytes(plan: RunPlan, cuda: bool) -> dict[int, int]:
 
 
 def held_bytes(plan: RunPlan, cuda: bool) -> list[int]:
-    """The most that microbatches in flight keep at once on each pipeline rank."""
+    """Peak bytes that microbatches in flight keep at once, for each pipeline rank."""
     sizes, left = stage_bytes(plan, cuda), left_bytes(plan, cuda)
     return [most_held(plan.schedule, rank, sizes, left) for rank in range(plan.config.parallel.pp)]
 
 
 def activations(plan: RunPlan, cuda: bool) -> str:
-    """A line for the start of a run: the most that microbatches in flight keep, and on which pipeline rank."""
+    """A line for the start of a run: peak bytes kept for backwards, and on which pipeline rank."""
     held = held_bytes(plan, cuda)
     rank = held.index(max(held))
     return f"activations kept for backwards: at most {held[rank] / 1e9:.3g} GB, on pipeline rank {rank} of {len(held)}"

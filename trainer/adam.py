@@ -1,8 +1,8 @@
-"""AdamW's arithmetic on flat parts of the state, by whichever library has it for the place where the state is.
+"""AdamW on flat slices of the state, by a library's kernel for the device on which the state is.
 
 torch's fused kernel runs on a GPU and on a CPU. For state in host memory DeepSpeed's CPU Adam is preferred where it can
-be built (a C++ compiler, and DeepSpeed installed): it is compiled for the machine's own vectors. Both divide the last
-elements of a call between vector and scalar code, which round differently; callers pass whole vectors
+be built (a C++ compiler, and DeepSpeed installed): it is compiled for the machine's vector instructions. Both process
+the last elements of a call with scalar code, which rounds differently; callers pass multiples of the vector width
 (`buckets.LANES`).
 """
 
@@ -19,7 +19,7 @@ from dryvine.trainer.ramps import OptimConfig
 
 
 class Operands(NamedTuple):
-    """What AdamW reads and writes, of equal sizes."""
+    """What AdamW reads and writes: four flat tensors of equal length."""
 
     master: Tensor
     grad: Tensor
@@ -31,7 +31,7 @@ class Operands(NamedTuple):
 
 
 class AdamW(Protocol):
-    """Steps FP32 operands in place. `updates` are those made before."""
+    """Updates FP32 operands in place. `updates` is the number of updates made before."""
 
     name: str
 
@@ -39,7 +39,7 @@ class AdamW(Protocol):
 
 
 class TorchAdamW:
-    """torch's fused kernel, of whichever device the operands are on."""
+    """torch's fused kernel, on the device of the operands."""
 
     name = "torch's fused AdamW"
 
@@ -53,7 +53,7 @@ class TorchAdamW:
             [on.exp_avg],
             [on.exp_avg_sq],
             max_exp_avg_sqs=[],
-            # The kernel counts the step by itself, so each call gets a count of its own.
+            # The kernel increments the count, so each call gets a copy.
             state_steps=[updates.clone()],
             fused=True,
             amsgrad=False,
@@ -67,11 +67,11 @@ class TorchAdamW:
 
 
 class DeepSpeedAdamW:
-    """DeepSpeed's CPU Adam, by its compiled module: its optimizer class would own parameters and steps.
+    """DeepSpeed's CPU Adam, called through its compiled module: its optimizer class would own parameters and steps.
 
-    The module's object multiplies up powers of the betas from call to call where steps follow each other, and takes
-    them anew where they do not. With one object a call, bits depend on the number of the step alone, and not on how
-    many parts a step has or whether the run was restarted.
+    The module's object updates powers of the betas incrementally while steps are consecutive, and recomputes them
+    otherwise. With a new object for each call, results depend on the number of the step alone, and not on how many
+    slices a step has or whether the run was restarted.
     """
 
     name = "DeepSpeed's CPU Adam"
@@ -87,7 +87,7 @@ class DeepSpeedAdamW:
 
 
 def choose_adam(config: OptimConfig, mesh: Mesh) -> tuple[AdamW, str]:
-    """What steps state that is in host memory, the same on all ranks, and a line that says so. Collective."""
+    """The AdamW for state in host memory, the same on all ranks, and a log line that names it. Collective."""
     own = load_cpu_adam()
     reasons = cast(list[str], mesh.gather(own if isinstance(own, str) else "", "who has DeepSpeed's CPU Adam"))
     lacking = next(((rank, reason) for rank, reason in enumerate(reasons) if reason), None)

@@ -1,6 +1,6 @@
-"""Two integers that stand for all bits of a tensor: cheap on any device, and the same on all of them.
+"""A checksum of a tensor's bits: two integers, cheap to compute and equal on every device.
 
-A cryptographic hash would run on the host, behind a copy of everything; damage is not an adversary.
+A cryptographic hash would run on the host, after a copy of everything; hardware faults are not an adversary.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ Sums = tuple[int, int]
 
 
 def sums(values: Tensor) -> Sums:
-    """Of all bits of a tensor in any dtype: its words added up, and with each counted by its place. A change of one
-    word changes the first; integers wrap."""
+    """The sum of a tensor's 16-bit words (bytes, if their number is odd), and the sum weighted by their places, as
+    int64 with wrap-around. A change of one word changes the first; an exchange of two, the second."""
     first, second = bit_sums(values).tolist()
     return first, second
 

@@ -2,7 +2,7 @@
 
 Defaults < `extends` file < file < dotted overrides on the command line. Every model is frozen and refuses unknown keys.
 What is derived from it (`run_plan`) is never written back, so the `config.toml` in a run folder is what the user asked
-for and can be run again. The alternative, one flat namespace of flags as Megatron has, has no owner for a key.
+for and can be run again. In the alternative, one flat namespace of flags as in Megatron, keys have no owner.
 """
 
 from __future__ import annotations
@@ -40,28 +40,28 @@ class ConfigError(ValueError):
 
 
 class RunConfig(BaseModel, frozen=True, extra="forbid"):
-    """The `[run]` table: what to do, how long, and where the results go."""
+    """The `[run]` table: length, precision, device, and where results are written."""
 
-    # No path, no option of a command, and no `.` or `..`, which would be folders of other runs.
+    # Excludes paths, options of commands, and `.` and `..`, which would be folders of other runs.
     name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
     steps: Positive
     seed: int = 0
     dtype: Literal["fp32", "bf16"] = "bf16"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    wandb: str | None = None  # project of Weights & Biases that gets the figures too
-    hardware: str | None = None  # what it is meant for: a name or file that `dryvine plan` takes
+    wandb: str | None = None  # project of Weights & Biases to which metrics are also logged
+    hardware: str | None = None  # the intended machine: a name or file that `dryvine plan` accepts
     out: str = "runs"
     checkpoint_every: Positive = 1000
-    keep_checkpoints: Positive = 2  # the newest so many
-    keep_every: Positive | None = None  # and for ever those of steps that this divides
-    on_damage: Literal["stop", "previous"] = "stop"  # the newest checkpoint is damaged: end, or take the one before
-    init_from: str | None = None  # a checkpoint, or a run folder for its newest: the weights that a new run begins with
-    init_optimizer: bool = False  # and with its moments, averages and count of updates
-    # A loss so many times the median of the last 20: back to the newest checkpoint, and past the data that led there.
+    keep_checkpoints: Positive = 2  # how many of the newest are kept
+    keep_every: Positive | None = None  # steps whose checkpoints are kept for ever: multiples of this
+    on_damage: Literal["stop", "previous"] = "stop"  # if the newest checkpoint is damaged: end, or load the one before
+    init_from: str | None = None  # initial weights of a new run: a checkpoint, or a run folder for its newest
+    init_optimizer: bool = False  # also take its moments, averages and count of updates
+    # A loss of this many times the median of the last 20: return to the newest checkpoint, and skip the data since.
     spike_factor: Annotated[float, Field(gt=1)] | None = None
-    integrity_every: Positive | None = None  # steps between comparisons of all copies of the weights, bit by bit
-    buddy_every: Positive | None = None  # steps between copies of all state in host memory, of this node and the next
-    buddy_folder: str = "/dev/shm"  # where each node keeps them, in memory of its own
+    integrity_every: Positive | None = None  # steps between bitwise comparisons of all copies of the weights
+    buddy_every: Positive | None = None  # steps between copies of all state in the memory of this node and the next
+    buddy_folder: str = "/dev/shm"  # where each node keeps the copies: a folder in its memory
     eval_every: Positive = 100
     eval_batches: Positive = 1
     timeline_step: Positive | None = None  # draw this step's measured timeline over the simulated one
@@ -82,8 +82,8 @@ class Config(BaseModel, frozen=True, extra="forbid"):
     comm: CommConfig = CommConfig()
     optim: OptimConfig = OptimConfig()
     fp8: Recipe = Recipe()  # off
-    sft: SFTConfig | None = None  # with it, the run reads conversations and not `data.source`
-    rl: RLConfig | None = None  # with it, the run makes its data by sampling
+    sft: SFTConfig | None = None  # if given, the run trains on conversations and not on `data.source`
+    rl: RLConfig | None = None  # if given, the run generates its data by sampling
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -142,7 +142,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> Tree:
 
 
 def _text(path: Path) -> str:
-    """Of a file, and not of a pipe or a device, which might never end. Raises OSError."""
+    """The text of a regular file; a pipe or a device might never end. Raises OSError."""
     if path.exists() and not path.is_file():
         raise OSError("it is not a file")
     with path.open("rb") as file:
@@ -161,7 +161,7 @@ def _merge(base: Tree, over: Mapping[str, object]) -> Tree:
 
 
 def _over_preset(tree: Tree) -> Tree:
-    """The tree over what its rl.preset names. One that is not known is left for the model to refuse."""
+    """The tree merged over the preset that rl.preset names. Validation refuses unknown names later."""
     table = tree.get("rl")
     name = table.get("preset", "grpo") if isinstance(table, dict) else None
     return _merge(dict(PRESETS[name]), tree) if isinstance(name, str) and name in PRESETS else tree

@@ -1,10 +1,10 @@
-"""DeepSpeed's CPU Adam, compiled once for a kind of machine and kept.
+"""DeepSpeed's CPU Adam, compiled once for each kind of machine and cached.
 
-torch's builder of extensions marks a build by a file that outlives a killed builder, and later ones then wait for it
-without end; and its cache holds one file for all machines of a shared home, though it is compiled for the vectors of
-one. So a child builds in a folder of its own, within a limit, and what it made is renamed into a cache by versions and
-CPU. Ranks of a node wait for the one that builds at a lock of the kernel's, which ends with its holder; where the file
-system has no such locks each builds for itself.
+torch's extension builder marks a build with a file that outlives a killed builder, and later builders then wait for it
+for ever; and its cache has one entry for all machines of a shared home, though it is compiled for the vector
+instructions of one. So a child process builds in a folder of its own, within a time limit, and the result is renamed
+into a cache keyed by versions and CPU. The ranks of a node wait for the one that builds at a kernel lock, which is
+released when its holder dies; where the file system has no locks each rank builds for itself.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Protocol, cast
 
 NAME = "cpu_adam"
-# Seconds, less than ranks wait for each other before they meet (comm.world.PATIENCE).
+# Seconds; less than the time limit of the rendezvous (comm.world.PATIENCE).
 LIMIT = 400.0
 
 
@@ -39,7 +39,7 @@ class CpuAdamOp(Protocol):
 
 
 def load_cpu_adam(limit: float = LIMIT) -> CpuAdamOp | str:
-    """The module, compiled at first use on a machine (minutes; `limit` seconds at most), or why there is none."""
+    """The module, compiled at first use on a machine (minutes; at most `limit` seconds), or why it is not available."""
     try:
         made = _cache() / f"{NAME}.so"
         with _one_at_a_time(made.parent, limit):
@@ -56,7 +56,7 @@ def load_cpu_adam(limit: float = LIMIT) -> CpuAdamOp | str:
 
 
 def _cache() -> Path:
-    """A folder by all that decides what is compiled. Raises ImportError without DeepSpeed."""
+    """The cache folder for these versions and this CPU. Raises ImportError without DeepSpeed."""
     versions = [importlib.metadata.version(package) for package in ("deepspeed", "torch")]
     cpu = next((line for line in _cpu_info() if line.startswith(("flags", "Features"))), platform.processor())
     key = hashlib.sha256("\n".join((*versions, sys.version, platform.machine(), cpu)).encode()).hexdigest()[:16]
@@ -99,7 +99,7 @@ def _build(made: Path, limit: float) -> None:
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
         environment = os.environ | {"TORCH_EXTENSIONS_DIR": folder, "PATH": path}
         command = [sys.executable, "-m", "dryvine.trainer.cpu_adam"]
-        # A group of its own: the compilers below it are ended with it.
+        # A process group of its own, so that the compilers that it starts are ended with it.
         with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                               text=True, process_group=0) as child:  # fmt: skip
             try:

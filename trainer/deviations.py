@@ -1,4 +1,4 @@
-"""How far the training of one layout is from that of another: the numbers of `dryvine verify`, compared.
+"""Deviations between the training of two layouts: the comparison behind `dryvine verify`.
 
 The deviation of a tensor is |a - b| / |a| in the L2 norm, taken in FP64: relative to the whole tensor, since Adam's
 first steps divide rounding noise by its own size. Tensors of a kind, one per layer, share a line of the table.
@@ -58,7 +58,7 @@ class Deviation:
 
 
 def assembled(parts: Sequence[Part]) -> Whole:
-    """Each parameter from the pieces of all ranks. Every element must be owned once; raises AssertionError if not."""
+    """Each parameter, joined from the pieces of all ranks. Raises AssertionError unless every element is owned once."""
     pieces: defaultdict[str, list[tuple[int, Array]]] = defaultdict(list)
     for (name, start), values in chain(*(part.items() for part in parts)):
         pieces[name].append((start, values))

@@ -1,9 +1,9 @@
 """A moving average of the parameters, in CPU memory, updated during the next step (arXiv 2412.19437, 3.2.3).
 
-Each rank averages the FP32 masters that it owns, so the average is sharded, checkpointed and published as they are. The
-masters are copied to the host on a stream of their own, and a host thread blends the copy in; the optimizer waits for
-that copy before it changes the masters again, and for nothing else. Averaging on the GPU would cost four bytes per
-parameter there; the copy costs as many again on the host.
+Each rank averages the FP32 masters that it owns, so the average is sharded, checkpointed and published like them. The
+masters are copied to the host on a separate stream, and a host thread adds the copy to the average; the optimizer waits
+for that copy before it changes the masters again, and for nothing else. Averaging on the GPU would cost four bytes per
+parameter there; the copy costs another four on the host.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ class Ema:
 
     @property
     def averages(self) -> list[Tensor]:
-        """The average of each master, on the CPU and up to date. Raises what the thread raised."""
+        """The average of each master, on the CPU and up to date. Raises the thread's exception, if any."""
         self.join()
         return self._averages
 
     def restart(self) -> None:
-        """Start again from the masters."""
+        """Reset the averages to the masters."""
         for average, master in zip(self.averages, self.masters, strict=True):
             average.copy_(master)
 
     def join(self) -> None:
-        """Wait until the last update is blended in. Raises what the thread raised."""
+        """Wait until the last update is in the averages. Raises the thread's exception, if any."""
         blend, self._blend = self._blend, None
         if blend is not None:
             blend.result()
@@ -52,7 +52,7 @@ class Ema:
             torch.cuda.current_stream().wait_event(self._copied)
 
     def after_update(self) -> None:
-        """Take the masters as they are now, and blend them in later."""
+        """Copy the present masters, and update the averages with them in the background."""
         # The thread may still be reading the copies of the step before.
         self.join()
         if self._stream is None:

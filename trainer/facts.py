@@ -1,8 +1,8 @@
-"""What a rank is about to run, as names and values that must be the same on every host (`comm/agreement.py`).
+"""What a rank is about to run, as names and values that must be equal on every host (`comm/agreement.py`).
 
-Values are short texts: numbers of the config as they are, digests of what is large. Where data lies is left out, since
-hosts may have copies of their own; that it is the same data is not. The code is compared file by file and not by its
-commit: a wheel has none, and a checkout with changes has a wrong one.
+Values are short strings: config values as they are, digests of whatever is large. Paths of data are left out, since
+hosts may have local copies; the data's fingerprint is compared. The code is compared file by file and not by its
+commit: a wheel has none, and a modified checkout has a misleading one.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ROOMS = tuple(
     )
 )
 PACKAGES = ("numpy", "triton", "nvidia-nccl-cu12", "nvidia-nccl-cu13", "transformer-engine", "deep-ep", "deepspeed")
-# Paths that may differ between hosts; what is read there is compared.
+# Paths that may differ between hosts; the contents are compared.
 ELSEWHERE = {
     *("data.source", "data.dir", "sft.train", "sft.validation", "sft.chat.tokenizer", "rl.chat.tokenizer"),
     "run.buddy_folder",
@@ -40,7 +40,7 @@ ELSEWHERE = {
 
 
 def facts(plan: RunPlan, data: Data) -> dict[str, str]:
-    """Of this rank's run. Reads dryvine's source files, about a megabyte."""
+    """The facts of this rank's run. Reads dryvine's source files, about a megabyte."""
     newest = run_folder.newest(plan.config.run.folder)
     return {
         **{name: value for name, value in config_facts(plan.config) if name not in ELSEWHERE},

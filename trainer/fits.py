@@ -1,8 +1,8 @@
-"""Whether a rank's share of the model can lie in its device at all, before anything is allocated there.
+"""Whether a rank's share of the model fits its device at all, checked before anything is allocated there.
 
-A bound from below, from the numbers alone: weights and FP32 gradient sums of the stages that a rank holds, and its
-shard of masters and moments. What it lets through may still run out (activations; `dryvine plan` counts them); what it
-refuses could never have run, and would else end in a traceback of the allocator after minutes.
+The check uses a lower bound, computed from the config: weights and FP32 gradient sums of the stages that a rank holds,
+and its shard of masters and moments. A run that passes may still run out of memory (activations; `dryvine plan` counts
+them); one that is refused could never have run, and would end in a traceback of the allocator after minutes.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def check_fits(config: Config, device: torch.device) -> None:
 
 
 def least_bytes(config: Config, device: torch.device) -> float:
-    """That each rank holds on its device on average, at least. Experts are spread over ep, all else over pp alone;
-    counted here as if spread over both."""
+    """A lower bound of the bytes that each rank holds on its device on average. Only experts are divided by ep; this
+    divides all parameters by pp and ep."""
     p, parameters = config.parallel, count_parameters(config.model, mtp=True)[0]
     weight = 4 if config.run.dtype == "fp32" else 2
     moments = 2 * (4 if config.optim.moments == "fp32" else 2)
@@ -37,7 +37,7 @@ def least_bytes(config: Config, device: torch.device) -> float:
 
 
 def memory_of(device: torch.device) -> float:
-    """Bytes that a process can have there."""
+    """Bytes that a process can allocate there."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[1])
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)

@@ -1,8 +1,8 @@
-"""What CUDA graphs hold beside what ops without them would: which runs have graphs, and bytes a rank. Torch-free.
+"""Memory that CUDA graphs add: which runs have graphs, and bytes a rank. Torch-free.
 
-Without graphs, memory goes to whichever microbatch is in flight and to one op's temporaries at a time. A recorded
-flight has its own for good (`parallel/graphs.py`): what it keeps, temporaries, and what goes in and out of its ops. So
-stages that are full at different times no longer share, and each flight has temporaries of its own.
+Without graphs, memory is reused by whichever microbatch is in flight, and for the temporaries of one op at a time. A
+recorded flight keeps its own (`parallel/graphs.py`): saved tensors, temporaries, inputs and outputs of its ops. So
+stages that are full at different times no longer share memory, and each flight has temporaries of its own.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dryvine.trainer.temporaries import temporary_bytes
 
 
 def graphs_refusal(config: Config, cuda: bool) -> str | None:
-    """What in a config keeps its ops from being recorded; None if nothing does."""
+    """Why a config's ops cannot be recorded; None if they can."""
     if not cuda:
         return "the device is a cpu"
     if not microbatch_size(config, cuda).single_rank:
@@ -28,7 +28,7 @@ def graphs_refusal(config: Config, cuda: bool) -> str | None:
 
 
 def graph_bytes(plan: RunPlan, cuda: bool) -> list[int]:
-    """Of each pipeline rank, beyond `held_bytes` and its temporaries; 0 for runs without graphs."""
+    """Bytes of each pipeline rank beyond `held_bytes` and its temporaries; 0 for runs without graphs."""
     if plan.config.parallel.graphs == "off" or graphs_refusal(plan.config, cuda):
         return [0] * plan.config.parallel.pp
     return [
@@ -38,7 +38,7 @@ def graph_bytes(plan: RunPlan, cuda: bool) -> list[int]:
 
 
 def flights(plan: RunPlan, rank: int) -> dict[int, int]:
-    """Recorded flights of each stage of a pipeline rank: the microbatches that are in it at once."""
+    """Recorded flights of each stage of a pipeline rank: the most microbatches that are in it at once."""
     stages = range(plan.schedule.stages)
     return {
         stage: most_held(plan.schedule, rank, {s: int(s == stage) for s in stages})
@@ -61,7 +61,7 @@ def _recorded(plan: RunPlan, rank: int) -> dict[int, int]:
 
 
 def graph_line(plan: RunPlan) -> str:
-    """For the start of a run with graphs: the most that they hold beside activations and temporaries."""
+    """A line for the start of a run with graphs: the bytes that they add."""
     extra = graph_bytes(plan, cuda=True)
     rank = extra.index(max(extra))
     count = sum(flights(plan, rank).values())

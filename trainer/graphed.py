@@ -1,7 +1,7 @@
-"""Whether a run's ops can be replayed as CUDA graphs, and what they then cost.
+"""Whether a run's ops can be replayed as CUDA graphs, and what memory they then take.
 
-A graph cannot contain a read of the device by the host, and by `parallel/graphs.py` none contains communication. So
-experts must be whole on each rank, and what multiplies their rows must find their counts on the device.
+A graph cannot contain a read of the device by the host, and those of `parallel/graphs.py` contain no communication. So
+each rank must hold all experts, and the grouped GEMMs must read the experts' row counts on the device.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dryvine.trainer.model.phases import LossWeights
 def make_graphs(
     config: Config, device: torch.device, dispatcher: AnyDispatcher, fp8: FP8 | None, weights: LossWeights
 ) -> tuple[Graphs | None, str]:
-    """Graphs, or None, and a line for the log. Raises ConfigError if they are asked for and cannot be."""
+    """Graphs, or None, and a line for the log. Raises ConfigError if they are required and cannot be recorded."""
     asked = config.parallel.graphs
     if asked == "off":
         return None, "parallel.graphs: off, as asked"
@@ -31,7 +31,7 @@ def make_graphs(
 
 
 def obstacle(config: Config, device: torch.device, fp8: FP8 | None) -> str | None:
-    """What keeps graphs from recording a training step; None if nothing does."""
+    """Why a training step cannot be recorded; None if it can."""
     if why := graphs_refusal(config, device.type == "cuda"):
         return why
     if fp8 is not None and fp8.engine.reads_counts:

@@ -1,15 +1,15 @@
-"""Finds a GPU that computes or keeps wrongly: what must have the same bits is compared bit by bit, every so many steps.
+"""Detects silent data corruption: every so many steps, state that must be bitwise equal is compared by checksums.
 
-Weights: every copy of a parameter (both ranks of a DualPipe stage, all data ranks) was given the same bits by the same
-gather, which are those of its owner's FP32 masters, rounded. So any difference is damage, and no tolerance is needed: a
-copy that is not what the masters round to is bad, and where all copies agree and the masters do not, the masters are.
+Weights: every copy of a parameter (both ranks of a DualPipe stage, all data ranks) received the same bits from the same
+gather, those of its owner's rounded FP32 masters. So any difference is an error, and no tolerance is needed: a copy
+that differs from the rounded masters is corrupt, and where all copies agree and the masters differ, the masters are.
 
-Masters and moments have one owner each, so there is no copy to compare them with. They are watched in time instead:
-the owner notes their sums after one update and compares before the next, and the next is made a second time by another
-rank (`witness.py`). What changes unseen is what changes on an owner between two updates of which none is watched.
+Masters and moments have one owner each, so there is no copy to compare them with. Instead the owner records their
+checksums after one update and compares before the next, and another rank repeats the next update (`witness.py`). Not
+detected are changes on an owner between two updates neither of which is checked.
 
-A rank sends two numbers for what it compares, and not the bits. Sums over ranks, as the loss is, would notice and name
-nobody.
+A rank sends two numbers for each tensor (`bit_sums.py`). Comparing sums over ranks, as for the loss, would detect a
+difference without locating it.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from dryvine.trainer.bit_sums import Sums, sums
 from dryvine.trainer.config import RunConfig
 from dryvine.trainer.nonfinite import Diverged
 from dryvine.trainer.optim import Optimizer
-from dryvine.trainer.witness import FIELDS, Doubt, Witness, field_sums
+from dryvine.trainer.witness import FIELDS, Mismatch, Witness, field_sums
 
 SHOWN = 4  # copies in a message
 
 
 class Held(NamedTuple):
-    """What a rank holds of the part of a parameter that one rank owns."""
+    """The checksums of a rank's copy of that part of a parameter which one rank owns."""
 
     name: str
     first: int  # element in the whole parameter
@@ -43,46 +43,46 @@ class Held(NamedTuple):
 
 
 class Corrupt(Diverged):
-    """What must have the same bits has others."""
+    """State that must be bitwise equal is not."""
 
 
 class Integrity:
-    """Of one rank's weights and optimizer. Collective; does nothing in a run without `run.integrity_every`.
+    """Checks one rank's weights and optimizer. Collective; does nothing in a run without `run.integrity_every`.
 
-    Around each update: `watching`; after a step: `check`."""
+    Use `watching` around each update, and call `check` after each step."""
 
     def __init__(self, optimizer: Optimizer, run: RunConfig) -> None:
         self._optimizer, self._run = optimizer, run
-        self._noted: list[Tensor] | None = None  # sums of the state, bucket by bucket, after the last update
-        self._doubts: list[Doubt] = []
-        self._watched = False  # an update was, since the last check
+        self._recorded: list[Tensor] | None = None  # sums of the state, bucket by bucket, after the last update
+        self._mismatches: list[Mismatch] = []
+        self._watched = False  # whether an update was watched since the last check
 
     @contextmanager
     def watching(self, step: int) -> Iterator[Witness | None]:
-        """Around the update of a step, counted from 1. The witness is for `Optimizer.update`."""
+        """A context for the update of a step, counted from 1. Yields the witness for `Optimizer.update`, if any."""
         if not self._due(step):
             yield None
         else:
-            if self._noted:
-                self._doubts += self._changed(self._noted)
+            if self._recorded:
+                self._mismatches += self._changed(self._recorded)
             witness = Witness(self._optimizer)
             yield witness
             self._watched = True
-            self._doubts += witness.doubts
-        self._noted = self._sums() if self._due(step + 1) else None
+            self._mismatches += witness.mismatches
+        self._recorded = self._sums() if self._due(step + 1) else None
 
     def forget(self) -> None:
-        """The state was changed by something else than an update."""
-        self._noted = None
+        """Discard recorded checksums. Call when something other than an update has changed the state."""
+        self._recorded = None
 
     def check(self, step: int, saves: bool = False) -> None:
-        """After a step, if it is time, or if the step `saves`: raise Corrupt, on all ranks the same."""
+        """Check after a step, if due or if the step `saves`. Raises Corrupt, the same on all ranks."""
         if self._watched or self._due(step) or (saves and self._run.integrity_every):
-            self._watched, doubts, self._doubts = False, self._doubts, []
-            check_copies(self._optimizer.zero, doubts)
+            self._watched, mismatches, self._mismatches = False, self._mismatches, []
+            check_copies(self._optimizer.zero, mismatches)
 
     def _due(self, step: int) -> bool:
-        """What is not sound is not saved, so steps that are saved are watched too."""
+        """Every so many steps, and in steps that are saved, so that no corrupt state is saved."""
         every, run = self._run.integrity_every, self._run
         return every is not None and (step % every == 0 or step % run.checkpoint_every == 0 or step == run.steps)
 
@@ -90,35 +90,35 @@ class Integrity:
         buckets = enumerate(self._optimizer.zero.buckets)
         return [field_sums(self._optimizer.operands(number), bucket.spans(bucket.index)) for number, bucket in buckets]
 
-    def _changed(self, noted: list[Tensor]) -> Iterator[Doubt]:
+    def _changed(self, recorded: list[Tensor]) -> Iterator[Mismatch]:
         buckets = self._optimizer.zero.buckets
-        for bucket, before, now in zip(buckets, noted, self._sums(), strict=True):
+        for bucket, before, now in zip(buckets, recorded, self._sums(), strict=True):
             spans = list(bucket.spans(bucket.index))
             for place, field in (before != now).any(-1).nonzero().tolist():
                 rank = self._optimizer.zero.mesh.rank
-                yield Doubt(FIELDS[field], spans[place].name, rank, None)
+                yield Mismatch(FIELDS[field], spans[place].name, rank, None)
 
 
-def check_copies(zero: Zero, doubts: Sequence[Doubt] = ()) -> None:
-    """Raise Corrupt, on all ranks the same, that names rank, host and tensor of what differs: the `doubts` of any rank,
-    and copies of weights. Collective."""
+def check_copies(zero: Zero, mismatches: Sequence[Mismatch] = ()) -> None:
+    """Compare copies of weights. Raises Corrupt, the same on all ranks, with rank, host and tensor of what differs and
+    of the `mismatches` that any rank has found before. Collective."""
     zero.settle()
     own = [held for bucket in zero.buckets for held in _held(bucket)]
-    gathered = zero.mesh.gather((socket.gethostname(), own, list(doubts)), "sums of weights")
-    every = cast(list[tuple[str, list[Held], list[Doubt]]], gathered)
+    gathered = zero.mesh.gather((socket.gethostname(), own, list(mismatches)), "sums of weights")
+    every = cast(list[tuple[str, list[Held], list[Mismatch]]], gathered)
     hosts = [host for host, _, _ in every]
-    bad = [doubt.line(hosts) for _, _, of_rank in every for doubt in of_rank]
+    bad = [mismatch.line(hosts) for _, _, of_rank in every for mismatch in of_rank]
     bad += _differing(hosts, [held for _, held, _ in every])
     if bad:
         more = f" and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
         raise Corrupt(
-            f"copies of the same weights or optimizer state differ: {'; '.join(bad[:SHOWN])}{more}; leave that host "
-            f"out, which computes or keeps them wrongly, and the same command goes on from the last checkpoint"
+            f"copies of the same weights or optimizer state differ: {'; '.join(bad[:SHOWN])}{more}; exclude that host, "
+            f"whose GPU or memory is faulty, and the same command resumes from the last checkpoint"
         )
 
 
 def _held(bucket: Bucket) -> Iterator[Held]:
-    """Of each member, the part in each shard of the bucket."""
+    """The checksums of each member's part in each shard of the bucket."""
     size = bucket.master.numel()
     for index in range(bucket.copies):
         for name, first, inside, _ in bucket.spans(index):

@@ -1,4 +1,4 @@
-"""Figures of a sample of questions or texts, with 95% intervals over them: what other questions would have given.
+"""Means over a sample of questions or texts, with 95% confidence intervals for the choice of the sample.
 
 A mean of shares has a normal interval. A share of yes and no has Wilson's, which neither leaves 0..1 nor is a point
 where all or none are right. A loss per token is a ratio of two sums, and texts are drawn, not tokens: its interval is

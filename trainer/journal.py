@@ -1,13 +1,13 @@
-"""The run folder: what a run was, and what it measured. Only rank 0 writes it.
+"""The run folder: a run's config and metrics. Only rank 0 writes it.
 
 config.toml      as resolved; `dryvine train` runs it again
-skipped.jsonl    a line per step that updated nothing: its data, and what was not finite on which rank
-rollbacks.jsonl  a line per loss that leapt: where the run went back to, and the data that it passed over
+skipped.jsonl    a line per skipped update: its data, and what was not finite on which rank
+rollbacks.jsonl  a line per loss spike: the checkpoint that the run returned to, and the data that it skipped
 commit.txt       the code's git commit, with `+` if the tree had changes
-metrics.jsonl    a row per step; a figure not known at a step is null
-events.out...    the same figures for TensorBoard
-schedule.svg     what ran, as simulated
-expert_load.jsonl  a line per validation: tokens that chose each expert, by layer
+metrics.jsonl    a row per step; metrics not known at a step are null
+events.out...    the same metrics for TensorBoard
+schedule.svg     the simulated timeline of the schedule
+expert_load.jsonl  a line per validation: tokens routed to each expert, by layer
 starts.jsonl     a line per start of the run: after which step, and when
 loss.png         training and validation loss
 checkpoints/
@@ -45,8 +45,8 @@ COSTS = Costs.parse("F=1,I=1,W=1,FB=2.4")
 
 @dataclass(frozen=True, kw_only=True)
 class MetricsRow:
-    """A step's figures. Times are of the step; `bubble` is the worst rank's idle share, `exposed_comm_ms` the mean
-    over ranks of the time in which a rank stood still for the expert all-to-all."""
+    """A step's metrics. Times are of the step; `bubble` is the worst rank's idle share, `exposed_comm_ms` the mean
+    over ranks of the time in which a rank waited for the expert all-to-all and computed nothing."""
 
     step: int
     tokens: int  # consumed so far
@@ -56,7 +56,7 @@ class MetricsRow:
     val_loss_ema: float | None = None  # of the averages of the weights (optim.ema)
     lr: float
     grad_norm: float
-    skipped: int = 0  # of a step that updated nothing, its number in a row of such
+    skipped: int = 0  # for a step that updated nothing: how many in a row, this one included
     tokens_per_second: float
     bubble: float
     overlapped_share: float
@@ -65,23 +65,23 @@ class MetricsRow:
     slowest_rank_ms: float  # the mean wait of a rank for the one that ended the schedule last
     mtp_loss: float | None
     balance_loss: float | None
-    load_imbalance: float  # busiest expert over the mean, worst layer
-    rank_imbalance: float  # the same of expert-parallel ranks
-    mbytes_inside_nodes: float  # of expert rows, training and validation, all ranks
+    load_imbalance: float  # tokens of the busiest expert over the mean, in the worst layer
+    rank_imbalance: float  # the same for expert-parallel ranks
+    mbytes_inside_nodes: float  # bytes of dispatched and combined rows, training and validation, all ranks
     mbytes_between_nodes: float
     fp8_bad_tiles: float | None  # of this step, if it was counted (fp8.guard_every): held a NaN or an infinity
-    fp8_floored_share: float | None  # tiles so small that all of their values lost precision
+    fp8_floored_share: float | None  # share of tiles so small that all of their values lost precision
     seconds: float
-    checkpoint_stall_ms: float | None = None  # for which training stood still after this step, rank 0
-    peak_mbytes: float | None = None  # of the fullest GPU's allocator, since the start
-    watts: float | None = None  # of the GPU that takes most, after the step
-    celsius: float | None = None  # of the hottest
-    exposed_zero_ms: float | None = None  # for which a rank stood still for gradient sums and new weights, the mean
+    checkpoint_stall_ms: float | None = None  # for which saving blocked training after this step, on rank 0
+    peak_mbytes: float | None = None  # peak of the fullest GPU's allocator since the start
+    watts: float | None = None  # highest power of a GPU, after the step
+    celsius: float | None = None  # highest temperature of a GPU
+    exposed_zero_ms: float | None = None  # mean time in which a rank waited for gradient sums and new weights
 
 
 class Journal:
-    """An open run folder. `resume_step` drops the rows after it, which a resumed run makes again; with 0 a run begins
-    anew and makes them all, that of step 0 too if it has one."""
+    """An open run folder. Rows after `resume_step` are dropped, since a resumed run writes them again; with 0, all
+    rows are, that of step 0 too if there is one."""
 
     def __init__(
         self, config: Config, schedule: Schedule, resume_step: int, draw: Callable[[Path], None] | None = None
@@ -112,7 +112,7 @@ class Journal:
         self.write_figures(row.step, named)
 
     def write_figures(self, step: int, named: Mapping[str, float | None]) -> None:
-        """A row of metrics.jsonl, to the boards too. `named` has the step."""
+        """Write a row of metrics.jsonl, and log it to TensorBoard and Weights & Biases. `named` includes the step."""
         figures = {name: value if value is None or math.isfinite(value) else None for name, value in named.items()}
         with CannotWrite.naming(self._metrics):
             self._lines.write(json.dumps(figures) + "\n")
@@ -125,11 +125,11 @@ class Journal:
             self._wandb.write(step, figures)
 
     def write_loads(self, step: int, loads: Sequence[Sequence[int]]) -> None:
-        """Tokens of the step's batch that chose each expert, by MoE layer."""
+        """Append the number of the step's tokens that were routed to each expert, by MoE layer."""
         self.append("expert_load.jsonl", {"step": step, "loads": loads})
 
     def append(self, name: str, row: Mapping[str, object]) -> None:
-        """A line of another file."""
+        """Append a line to another file of the folder."""
         with CannotWrite.naming(self.folder / name), (self.folder / name).open("a") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -145,7 +145,7 @@ class Journal:
 
 
 def plot(folder: Path) -> None:
-    """Draw loss.png from metrics.jsonl, the uniform guess ln(vocab) as the line that a model starts from."""
+    """Draw loss.png from metrics.jsonl, with a line at ln(vocab), the loss of a uniform guess."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -186,8 +186,8 @@ def commit() -> str:
 
 
 def same_run(config: Config, identity: DataIdentity) -> None:
-    """Raise ConfigError if the run folder holds a run that computes something else than `config` would. The same tokens
-    may have moved: what counts is their `identity`, where a checkpoint knows it, and not their path."""
+    """Raise ConfigError if the run folder holds a run with another model, data or batch than `config`. The path of the
+    data may change: its `identity` is compared instead, if a checkpoint has it."""
     path = config.run.folder / "config.toml"
     if not path.exists():
         return
@@ -211,7 +211,7 @@ def same_run(config: Config, identity: DataIdentity) -> None:
 
 
 def _identity_of(folder: Path) -> DataIdentity:
-    """What the run read up to its newest checkpoint. Whether that is damaged is found later."""
+    """The identity of the data up to the newest checkpoint. Damage of that is detected later."""
     newest = run_folder.newest(folder)
     try:
         manifest = open_checkpoint(newest).manifest if newest else None

@@ -1,7 +1,7 @@
-"""What a step measured, over all ranks: two reductions, and from them a row of metrics.jsonl.
+"""Metrics of a step over all ranks: two reductions, and from them a row of metrics.jsonl.
 
-Every rank sums what it knows into one record, so one all-reduce of a few numbers carries all of them; a second one
-takes the maxima. A reduction per figure would be easier to extend and would add a collective per figure to every step.
+Every rank puts its summands into one record, so one all-reduce of a few numbers carries all of them; a second one
+takes the maxima. A reduction per metric would be easier to extend and would add a collective per metric to every step.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from dryvine.trainer.step import StepOutcome
 
 
 class Sums(NamedTuple):
-    """Of one rank, or of all."""
+    """Metrics that are summed: those of one rank, or the sums over all."""
 
     loss: float  # each loss is summed over microbatches
     mtp_loss: float
     balance_loss: float
     forwards: float
     paired_forwards: float  # those that ran in a pair with a backward
-    exposed: float  # seconds in which the rank stood still for the all-to-all
-    exposed_zero: float  # seconds in which it stood still for sums of gradients and new weights
+    exposed: float  # seconds in which the rank waited for the all-to-all and computed nothing
+    exposed_zero: float  # seconds in which it waited for gradient sums and new weights
     played: float  # seconds from the start of the schedule to its end
     bytes_inside_nodes: float
     bytes_between_nodes: float
@@ -38,21 +38,21 @@ class Sums(NamedTuple):
 
 
 class Maxima(NamedTuple):
-    """Of one rank, or the largest of all."""
+    """Metrics whose maximum counts: those of one rank, or the maxima over all."""
 
     stop: float  # 1 if a signal asked the rank to stop
-    saving: float  # 1 if the rank still writes a checkpoint
+    saving: float  # 1 if the rank is still writing a checkpoint
     idle_share: float  # of the time played
     played: float
     seconds: float  # of the step
     peak_bytes: float = 0.0  # of the device's allocator; 0 on a CPU
-    watts: float = 0.0  # of the device, by NVML; 0 where it does not tell
+    watts: float = 0.0  # of the device, from NVML; 0 if not available
     celsius: float = 0.0
 
 
 @dataclass(frozen=True)
 class StepFigures:
-    """A step's figures over the whole world, the same on every rank."""
+    """A step's metrics over all ranks, the same on every rank."""
 
     sums: Sums
     maxima: Maxima
@@ -65,7 +65,7 @@ class StepFigures:
 
     @property
     def saving(self) -> bool:
-        """Whether any rank still writes its part of a checkpoint."""
+        """Whether any rank is still writing its part of a checkpoint."""
         return self.maxima.saving > 0
 
     @property
@@ -79,8 +79,8 @@ class StepFigures:
 
 
 def reduce_figures(rig: Rig, played: Played, seconds: float, stop: bool, saving: bool = False) -> StepFigures:
-    """The figures of a step that took this rank `seconds`, whether it is to `stop`, and whether it is still `saving`.
-    Starts the counts of bytes and FP8 tiles anew. Collective."""
+    """Reduce the metrics of a step that took this rank `seconds`. `stop`: a signal asked it to stop; `saving`: it is
+    still writing a checkpoint. Resets the counts of bytes and FP8 tiles. Collective."""
     sums = _own_sums(rig, played)
     mesh = rig.mesh
     idle = played.idle / sums.played
@@ -93,7 +93,7 @@ def reduce_figures(rig: Rig, played: Played, seconds: float, stop: bool, saving:
 
 
 def metrics_row(rig: Rig, point: Point, outcome: StepOutcome, figures: StepFigures) -> MetricsRow:
-    """The row of a step, without what is known only to the loop: validation, and nonfinite steps in a row."""
+    """The row of a step, without the fields that the loop adds: validation, and consecutive skipped steps."""
     config, sums, seconds = rig.config, figures.sums, figures.maxima.seconds
     microbatches = rig.plan.training[point.sequences].schedule.microbatches * rig.mesh.data_ranks
     return MetricsRow(

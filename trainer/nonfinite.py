@@ -1,9 +1,10 @@
-"""A step whose gradients are not finite: which rank and tensor it came from, and when the run has to end.
+"""Steps whose gradients are not finite: the rank and tensor at fault, and when the run has to end.
 
-The norm is summed over all ranks, so all of them skip the update together and need no agreement. The search starts only
-then, in what a rank still has of its own: its losses, its weights, and its gradients before they were summed with those
-of other copies, after which every copy would have the NaN. Lowering a loss scale instead, as FP16 trainers do, helps
-against overflow only; with BF16's range a gradient that is not finite is bad data, a bad kernel or a bad chip.
+The norm is summed over all ranks, so all of them skip the update together without further communication. Only then is
+the cause searched, in what a rank still has of its own: its losses, its weights, and its gradients before they were
+summed with those of other copies, after which every copy would have the NaN. Lowering a loss scale instead, as FP16
+trainers do, helps against overflow only; with BF16's range a gradient that is not finite means bad data, a faulty
+kernel or a faulty GPU.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ class Diverged(RuntimeError):
 
 @dataclass(frozen=True)
 class Blame:
-    """What is not finite on a rank. A bad weight or loss makes every gradient that it reaches bad, so weights and
-    losses, if any are named, are nearer to the cause."""
+    """What is not finite on a rank. A bad weight or loss spreads to all gradients that depend on it, so weights and
+    losses, if any are named, are closer to the cause."""
 
     weights: list[str]
     losses: list[str]  # "balance.layers.4 of microbatches 0 3", in forward order: the fault is before the first
@@ -49,7 +50,7 @@ class Blame:
 
 @dataclass(frozen=True)
 class NonfiniteStep:
-    """A step that updated nothing: which data it read, and what was not finite on which ranks."""
+    """A skipped update: the data of the step, and what was not finite on which ranks."""
 
     step: int
     first: int  # number of its first sequence
@@ -69,7 +70,7 @@ class NonfiniteStep:
 
 
 def blame(point: Point, played: Played, zero: Zero, mesh: Mesh) -> NonfiniteStep:
-    """What is not finite on which rank, after a reduction whose norm was not. Collective."""
+    """Find what is not finite on which rank, after a reduction whose norm was not. Collective."""
     by_rank = _gather(mesh, _own(played, zero))
     if not by_rank:
         # Every rank's own gradients are finite: their sum has overflowed.
@@ -79,7 +80,7 @@ def blame(point: Point, played: Played, zero: Zero, mesh: Mesh) -> NonfiniteStep
 
 
 def diverged_line(steps: Sequence[NonfiniteStep]) -> str:
-    """The line that a run ends with after `steps` in a row."""
+    """The error of a run that ends after consecutive skipped `steps`."""
     return (
         f"{len(steps)} steps in a row were skipped, nothing after step {steps[0].step - 1} is in the weights; "
         f"the last: {steps[-1]}; lower optim.lr, fix or leave out what is named (skipped.jsonl has every name), or "
@@ -99,7 +100,7 @@ def _own(played: Played, zero: Zero) -> Blame:
 
 
 def _gather(mesh: Mesh, own: Blame) -> dict[int, Blame]:
-    """Of the ranks that have anything to report."""
+    """The reports of all ranks, without empty ones."""
     return {
         rank: one for rank, one in enumerate(mesh.gather(own, "what is not finite")) if isinstance(one, Blame) and one
     }

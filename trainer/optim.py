@@ -1,8 +1,8 @@
-"""AdamW over the shards that this rank owns, and the clip.
+"""AdamW over the shards that this rank owns, and gradient clipping.
 
 A library does the arithmetic (`adam.py`); FP32 masters, summed gradients and sharding come from `parallel.zero`. The
-norm is taken over the owned shards of all ranks, so it counts every parameter once in any layout. Buckets are stepped
-in the order in which the next forwards read them, and each one's new weights leave while the next is stepped.
+norm is taken over the owned shards of all ranks, so it counts every parameter once in any layout. Buckets are updated
+in the order in which the next forwards read them, and the new weights of one are sent while the next is updated.
 
 BF16 moments are rounded to nearest from FP32 results, a bounded chunk at a time: the kernel's own mixed form exists on
 CUDA only, and not in torch 2.11. Stochastic rounding would need random bits that any layout agrees on; what it would
@@ -36,13 +36,13 @@ class Moments:
 
 
 class UpdateWitness(Protocol):
-    """Looks on while an update is made, bucket by bucket (`witness.py`)."""
+    """Observes an update, bucket by bucket (`witness.py`)."""
 
     def before(self, number: int, rate: float) -> None:
-        """Bucket `number` is about to be stepped; its gradients are clipped."""
+        """Called before bucket `number` is updated; its gradients are already clipped."""
 
     def after(self, number: int) -> None:
-        """It has been."""
+        """Called after bucket `number` was updated."""
 
 
 class Optimizer:
@@ -59,13 +59,13 @@ class Optimizer:
         self.adam, self.chosen = choose_adam(config, zero.mesh) if offload else (TorchAdamW(config), "")
 
     def reduce(self, scale: float) -> float:
-        """Sum the gradients, which are `scale` times the true ones, over all their copies. Returns the true global
-        norm. Each rank then holds the sums of its pieces, still scaled. Collective."""
+        """Sum the gradients, which are scaled by `scale`, over all copies. Returns the global norm, unscaled. Each rank
+        then holds the sums of its pieces, still scaled. Collective."""
         self.zero.reduce()
         return float(self.zero.grad_norm()) / scale
 
     def update(self, rate: float, norm: float, scale: float, witness: UpdateWitness | None = None) -> None:
-        """Clip by the global norm, step the masters, and begin to give all copies the new weights. Collective."""
+        """Clip by the global norm, update the masters, and start sending the new weights to all copies. Collective."""
         # One pass over the gradients undoes the scale and clips.
         clip = min(1.0, self.config.clip / (norm + 1e-6))
         if self.ema:
@@ -84,12 +84,12 @@ class Optimizer:
             self.ema.after_update()
 
     def operands(self, number: int) -> Operands:
-        """Of this rank's shard of a bucket, live."""
+        """The tensors of this rank's shard of a bucket; not copies."""
         bucket, moments = self.zero.buckets[number], self.moments[number]
         return Operands(bucket.master, bucket.grad, moments.exp_avg, moments.exp_avg_sq)
 
     def step_shard(self, whole: Operands, segments: Iterable[tuple[bool, slice]], rate: float) -> None:
-        """Step the operands of anybody's shard in place; `segments` as of `Bucket.segments`."""
+        """Update the operands of a shard, of this or another rank, in place; `segments` as of `Bucket.segments`."""
         for matrices, part in segments:
             decay = self.config.weight_decay if matrices else 0.0
             on = whole.part(part.start, part.stop)
@@ -100,14 +100,14 @@ class Optimizer:
                 self._step_rounded(on.part(start, start + CHUNK), rate, decay)
 
     def _step_rounded(self, on: Operands, rate: float, decay: float) -> None:
-        """A step of BF16 moments: FP32 copies of them are stepped and rounded back."""
+        """Update with BF16 moments: by FP32 copies, rounded back."""
         exact = on._replace(exp_avg=on.exp_avg.float(), exp_avg_sq=on.exp_avg_sq.float())
         self.adam(exact, self.step, rate, decay)
         on.exp_avg.copy_(exact.exp_avg)
         on.exp_avg_sq.copy_(exact.exp_avg_sq)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Whole shapes of the parameters that this rank has pieces of."""
+        """Full shapes of the parameters of which this rank has pieces."""
         return {piece.name: piece.shape for piece in self.pieces}
 
     def state(self) -> dict[tuple[str, int], dict[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""What changes from step to step by plan: the learning rate and the batch size. The `[optim]` and `[batch]` tables.
+"""Schedules over steps and tokens: learning rate, batch size and loss weights. The `[optim]` and `[batch]` tables.
 
 Both are pure functions of the step, so a resumed run needs no state except its step number.
 """
@@ -17,7 +17,7 @@ Decay = Annotated[float, Field(ge=0, lt=1)]  # of a running mean
 
 
 class Segment(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
-    """A part of the learning-rate plan, `length` units (optim.plan_unit) long, that ends at `to` times optim.lr."""
+    """A segment of the learning-rate schedule: `length` units (optim.plan_unit) long, ending at `to` times optim.lr."""
 
     shape: Literal["linear", "cosine", "constant"]
     length: Positive
@@ -25,14 +25,14 @@ class Segment(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
 
 
 class Change(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
-    """A new value for what the model table sets, in steps that begin after so many tokens or more."""
+    """A new value for a key of the model table, in steps that begin after at least so many tokens."""
 
     after: Positive
     to: Annotated[float, Field(ge=0)]
 
 
 class OptimConfig(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
-    """DeepSeek-V3's values by default (arXiv 2412.19437, section 4.2). After its last segment the rate stays."""
+    """The defaults are DeepSeek-V3's (arXiv 2412.19437, section 4.2). After the last segment the rate is constant."""
 
     lr: Annotated[float, Field(gt=0)] = 2.2e-4
     plan: tuple[Segment, ...] = (Segment(shape="linear", length=2000, to=1.0),)
@@ -42,7 +42,7 @@ class OptimConfig(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     clip: Annotated[float, Field(gt=0)] = 1.0
     moments: Literal["fp32", "bf16"] = "fp32"  # the published run has BF16, with FP32 masters
-    sums: Literal["fp32", "bf16"] = "fp32"  # in which gradients travel to their owner; it adds them in FP32
+    sums: Literal["fp32", "bf16"] = "fp32"  # dtype in which gradients are sent to their owner, which adds in FP32
     offload: Literal["none", "cpu"] = "none"  # "cpu": masters and moments in host memory, updated there
     ema: Decay = 0.0  # decay of an average of the parameters, kept on the CPU; 0: none
     # Late changes of model.mtp_weight and model.bias_gamma; V3: 0.1 after 10T tokens, and 0 after 14.3T.
@@ -76,7 +76,7 @@ RAMP_SIZES = 1000
 
 
 class BatchConfig(BaseModel, frozen=True, extra="forbid"):
-    """Sequences in a step over the whole run; with a ramp, from `ramp_from` up in equal parts of `ramp_tokens`."""
+    """Sequences in a step; with a ramp, from `ramp_from` up in steps of `ramp_increment`, over `ramp_tokens` tokens."""
 
     sequences: Positive
     ramp_from: Positive | None = None
@@ -96,12 +96,12 @@ class BatchConfig(BaseModel, frozen=True, extra="forbid"):
         return self
 
     def sizes(self) -> list[int]:
-        """Every number of sequences that a step of the run may have, ascending."""
+        """All batch sizes of the run, in sequences, ascending."""
         first = self.sequences if self.ramp_from is None else self.ramp_from
         return list(range(first, self.sequences + 1, self.ramp_increment))
 
     def at(self, tokens: int) -> int:
-        """Sequences of the step that begins after `tokens` tokens."""
+        """The batch size of the step that begins after `tokens` tokens."""
         sizes = self.sizes()
         if self.ramp_tokens is None:
             return sizes[-1]
@@ -109,17 +109,17 @@ class BatchConfig(BaseModel, frozen=True, extra="forbid"):
 
 
 class Point(NamedTuple):
-    """Where a step stands in the run. Steps and sequences are counted from 0."""
+    """The position of a step in the run. Steps and sequences are counted from 0."""
 
     step: int
     first: int  # number of its first sequence
     sequences: int  # in this step
     seq_len: int
-    passed_over: int = 0  # sequences before it that were given up (`spikes`)
+    passed_over: int = 0  # sequences that were skipped before it (`spikes`)
 
     @property
     def data_first(self) -> int:
-        """The first sequence that it reads."""
+        """The number of the first sequence that it reads."""
         return self.first + self.passed_over
 
     @property
@@ -142,7 +142,7 @@ def points(batch: BatchConfig, seq_len: int) -> Iterator[Point]:
 
 
 def sequences_before(batch: BatchConfig, seq_len: int, step: int) -> int:
-    """How many sequences all steps before this one read."""
+    """The number of sequences of all steps before this one."""
     return next(islice(points(batch, seq_len), step, None)).first
 
 
@@ -159,16 +159,16 @@ def learning_rate(config: OptimConfig, point: Point) -> float:
 
 
 def changed(value: float, plan: Iterable[Change], point: Point) -> float:
-    """What `value` is at a step by `plan`, whose changes may be in any order."""
+    """`value` at a step, after the changes of `plan`, which may be in any order."""
     past = [change for change in plan if change.after <= point.tokens_before]
     return max(past, key=lambda change: change.after).to if past else value
 
 
 def gradient_scale(point: Point) -> float:
-    """The factor on a step's gradients until the update: the power of two at or below its tokens.
+    """The loss scale of a step, undone by the update: the largest power of two not above its number of tokens.
 
-    A loss is a mean over all of them, so a token's gradient is near 1/tokens of its own size, which is below the
-    floor of FP8's scales (1e-4) at any batch size in use. A power of two changes no bit of a BF16 or FP32 value.
+    The loss is a mean over all tokens, so unscaled gradients of a token would be 1/tokens in size, which is below the
+    floor of FP8's scales (1e-4) at any practical batch size. A power of two changes no mantissa bit of BF16 or FP32.
     """
     return float(1 << point.tokens.bit_length() - 1)
 

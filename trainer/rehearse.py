@@ -1,13 +1,13 @@
-"""A step without peers, before the first one: every kernel that a step can launch is launched once.
+"""A warm-up step without pipeline peers, before the first step: every kernel that a step can launch is launched once.
 
-The first launch of a kernel loads it, and loading waits until the device has nothing to do. In a pipeline the device
-may then be waiting for a message from a peer that is loading too: neither goes on. The same holds for the first use of
-cuBLAS in a stream, and for an allocator that must give memory back before it can grow. So each rank first plays its
-own part of a step against a wire that answers at once. An expert-parallel group plays it together: its ranks run the
-same program in the same order, so none of them waits for what another has yet to load.
+The first launch of a kernel loads it, and loading waits until the device is idle. In a pipeline the device may then be
+waiting for a message from a peer that is also loading: a deadlock. The same holds for the first use of cuBLAS in a
+stream, and for an allocator that must free cached memory before it can grow. So each rank first runs its own part of a
+step against a wire that returns random tensors at once. An expert-parallel group runs it together: its ranks run the
+same program in the same order, so none of them waits for another that is still loading.
 
-What is loaded later all the same is reported by name: sizes that depend on a routing must not choose a kernel, so those
-arguments are marked `do_not_specialize` where Triton would compile a variant for each multiple of 16.
+Kernels that are loaded later all the same are reported by name. Sizes that depend on the routing must not select a
+kernel, so such arguments are marked `do_not_specialize` where Triton would compile a variant for multiples of 16.
 
 Eager loading (CUDA_MODULE_LOADING=EAGER) covers neither Triton's kernels nor cuBLAS, and takes seconds on every start.
 """
@@ -31,7 +31,7 @@ from dryvine.trainer.rig import Rig
 
 @dataclass(frozen=True)
 class EchoWire:
-    """A `Wire` without peers: what is sent is dropped, what is received is made here."""
+    """A `Wire` without peers: sent tensors are dropped, received ones are random."""
 
     device: torch.device
 
@@ -43,13 +43,13 @@ class EchoWire:
     def receive(
         self, like: tuple[Tensor, ...], source: int, channel: tuple[int, str], label: str = ""
     ) -> Pending[tuple[Tensor, ...]]:
-        # Random, so that a gate spreads the rows as it will in training.
+        # Random, so that the gate distributes rows as in training.
         return Pending.done(tuple(torch.randn(t.shape, dtype=t.dtype, device=self.device) for t in like))
 
 
 def rehearse(rig: Rig) -> None:
-    """Play a full training step, with and without the FP8 guard, and a validation batch, and forget them: weights,
-    moments, biases and what is counted are as before. Collective."""
+    """Run a full training step, with and without the FP8 guard, and a validation batch, and discard the results:
+    weights, moments, biases and counters are as before. Collective."""
     wire = EdgeWire(EchoWire(rig.mesh.device), rig.wire.shape)
     runs = [(rig.plan.training[rig.config.batch.sequences], True), (rig.plan.validation, False)]
     for guarded in (False,) if rig.fp8 is None else (True, False):
@@ -58,9 +58,9 @@ def rehearse(rig: Rig) -> None:
         for program, training in runs:
             _play(rig, program, wire, training, eager=True)
     if rig.graphs is not None:
-        # Now that everything is loaded, which nothing may be while a graph is recorded.
+        # Only now: no kernel may be loaded while a graph is recorded.
         _play(rig, runs[0][0], wire, training=True, eager=False)
-    # Sums and gathers run beside the schedule, and so must not be the first to load their kernels.
+    # Gradient sums and weight gathers overlap with the schedule, so their kernels must be loaded before it.
     rig.optimizer.zero.reduce()
     rig.publish()
     rig.optimizer.zero.zero_grads()
@@ -84,7 +84,7 @@ def report_loads(rank: int) -> None:
 
 def _reporter(rank: int) -> Callable[[object, object, str, object, str], None]:
     def report(module: object, function: object, name: str, metadata: object, key: str) -> None:
-        why = "no rehearsed step had these sizes, and loading waits for the device, which may wait for a peer"
+        why = "no warm-up step had these sizes; loading waits for the device, which may be waiting for a peer"
         print(f"warning: rank {rank} loads the kernel {name} in the middle of the run: {why}", file=sys.stderr)
 
     return report

@@ -1,4 +1,4 @@
-"""The table that a run ends with."""
+"""The summary table that is printed at the end of a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dryvine.trainer.run_rows import Figures
 
 
 def final_table(config: Config, rows: Sequence[Figures]) -> Table:
-    """The run in ten lines. Rates are medians over steps, so that the first step's warm-up does not count."""
+    """The summary of a run. Rates are medians over steps, so that the first step's warm-up does not count."""
     p = config.parallel
     table = Table(title=config.run.name, show_header=False)
     table.add_row("layout", f"pp {p.pp} x dp {p.dp} x ep {p.ep}, {p.schedule}, overlap {p.overlap}, {config.run.dtype}")
@@ -40,7 +40,7 @@ def _known(rows: Sequence[Figures], name: str) -> list[float]:
 
 
 def _first_last(rows: Sequence[Figures], name: str) -> str:
-    """The first and the last that are finite; others are null in the rows."""
+    """The first and the last finite value; others are null in the rows."""
     known = _known(rows, name)
     return f"{known[0]:.3f} -> {known[-1]:.3f}" if known else "at no step finite"
 

@@ -1,6 +1,6 @@
-"""One rank's part of a run, put together: the only file that knows every room.
+"""One rank's part of a run: builds everything that a step needs, once, and passes it on as `Rig`.
 
-Everything that a step needs is made here, once, and handed to it as `Rig`; the steps themselves are in `step.py`.
+This is the only file that imports all rooms; the steps themselves are in `step.py`.
 """
 
 from __future__ import annotations
@@ -59,14 +59,14 @@ class Rig:
     data: Data
     dispatcher: AnyDispatcher
     wire: EdgeWire
-    carrier: str  # of the wire's messages, in words
+    carrier: str  # how the wire sends messages, for the log
     streams: Callable[[], Streams]
     graphs: Graphs | None
-    replays: str  # what graphs do here, in words
+    replays: str  # whether CUDA graphs are used and why, for the log
     fp8: FP8 | None
     integrity: Integrity
     topology: Topology
-    links: BuddyLinks | None  # None: no copies in memory, or on this node only
+    links: BuddyLinks | None  # None: no copies in memory, or only on this node
     _training: dict[int, Executor] = field(default_factory=dict)
     _forward: dict[int, Executor] = field(default_factory=dict)
     _accumulating: dict[int, Executor] = field(default_factory=dict)
@@ -77,11 +77,11 @@ class Rig:
 
     @property
     def node(self) -> int:
-        """The number of this rank's."""
+        """The number of this rank's node."""
         return self.topology.node_of(self.mesh.rank)
 
     def training(self, sequences: int) -> Executor:
-        """Runs a training step of `sequences`, counted over all data ranks."""
+        """The executor of a training step of `sequences`, counted over all data ranks."""
         if sequences not in self._training:
             program = self.plan.training[sequences]
             zero = self.optimizer.zero
@@ -90,14 +90,14 @@ class Rig:
         return self._training[sequences]
 
     def forward(self, sequences: int) -> Executor:
-        """Runs a step's forwards alone, for `sequences` that `training` takes too."""
+        """The executor of a step's forwards alone, for any `sequences` that `training` accepts."""
         if sequences not in self._forward:
             schedule = forward_only(self.plan.training[sequences].schedule)
             self._forward[sequences] = self.executor(lower(schedule), self.wire, ZeroHooks(self.optimizer.zero))
         return self._forward[sequences]
 
     def accumulating(self, sequences: int) -> Executor:
-        """Runs what `training` does as a part of a step that goes on: sums of gradients are left to the last part."""
+        """The executor of a part of a step that is not its last: as `training`, without summing gradients over copies."""
         if sequences not in self._accumulating:
             hooks = ZeroHooks(self.optimizer.zero)
             self._accumulating[sequences] = self.executor(self.plan.training[sequences], self.wire, hooks)
@@ -105,38 +105,38 @@ class Rig:
 
     @cached_property
     def validation(self) -> Executor:
-        """Runs one validation batch, forward only."""
+        """The executor of one validation batch, forward only."""
         return self.executor(self.plan.validation, self.wire, ZeroHooks(self.optimizer.zero))
 
     def executor(self, program: Program, wire: EdgeWire, hooks: LayerHooks) -> Executor:
-        """Runs this rank's part of `program` against `wire`."""
+        """An executor of this rank's part of `program`, with messages over `wire`."""
         order = ORDERS[self.mesh.device.type] if self.config.parallel.overlap == "on" else None
         own = rank_program(program, self.mesh.pp_rank)
         return Executor(own, self.model.stages, wire, self.streams, order, hooks, self.graphs)
 
     def state(self) -> RunState:
-        """What a checkpoint stores of this rank, live."""
+        """This rank's part of a checkpoint: the tensors themselves, not copies."""
         return RunState(self.optimizer.state(), self.model.buffers, self.optimizer.shapes())
 
     def update(self, rate: float, norm: float, scale: float, step: int) -> None:
-        """`Optimizer.update` of a step, counted from 1, after which each layer waits for its new weights when a forward
-        reads them. Collective."""
+        """`Optimizer.update` for a step, counted from 1. The next forward of each layer waits for its new weights.
+        Collective."""
         self._forget_copies()
         with self.integrity.watching(step) as witness:
             self.optimizer.update(rate, norm, scale, witness)
 
     def restored(self) -> None:
-        """The optimizer's state was loaded: give every copy its weights. Collective."""
+        """Send the weights to all copies after the optimizer's state was loaded. Collective."""
         self.integrity.forget()
         self.publish()
 
     def publish(self, shards: Sequence[torch.Tensor] | None = None) -> None:
-        """Set every copy of the weights from the FP32 masters, or from `shards`, one per bucket. Collective."""
+        """Set every copy of the weights to the FP32 masters, or to `shards`, one per bucket. Collective."""
         self._forget_copies()
         self.optimizer.zero.publish(shards)
 
     def _forget_copies(self) -> None:
-        """The FP8 copies were made of the old weights."""
+        """Invalidate the FP8 copies of the weights."""
         if self.fp8 is not None:
             self.fp8.cache.expire()
 
@@ -149,14 +149,14 @@ def mesh_of(plan: RunPlan, device: torch.device) -> Mesh:
 
 
 def mesh_beside(plan: RunPlan, mesh: Mesh) -> Mesh:
-    """The same ranks in groups of their own, for a thread beside the one that trains: neither takes the other's
-    messages for its own. Deadlines are torch's. Collective."""
+    """A mesh of the same ranks with separate process groups, for a thread that communicates while another trains.
+    Deadlines are torch's. Collective."""
     every = tuple(range(mesh.size))
     return replace(mesh_of(plan, mesh.device), world=mesh.new_groups([every]).get(every))
 
 
 class RankModel(NamedTuple):
-    """This rank's part of the model, and what it multiplies and sends with."""
+    """This rank's part of the model, its dispatcher, and its FP8 arithmetic, if any."""
 
     model: Model
     dispatcher: AnyDispatcher
@@ -164,7 +164,7 @@ class RankModel(NamedTuple):
 
 
 def make_model(plan: RunPlan, mesh: Mesh, topology: Topology | None = None) -> RankModel:
-    """With weights that are not filled. Collective."""
+    """Build this rank's part of the model, with uninitialised weights. Collective."""
     config = plan.config
     dispatcher = _dispatcher(config, mesh, topology)
     fp8 = FP8(config.fp8, *choose_engines(config.fp8, mesh, config.run.folder)) if config.fp8.fp8 else None
@@ -173,7 +173,8 @@ def make_model(plan: RunPlan, mesh: Mesh, topology: Topology | None = None) -> R
 
 
 def make_rig(plan: RunPlan, mesh: Mesh, data: Data, topology: Topology | None = None) -> Rig:
-    """Build this rank's stages and state, with the weights of `run.seed`. `topology` None is one node. Collective."""
+    """Build this rank's part of the run, with weights initialised from `run.seed`. `topology` None: one node.
+    Collective."""
     config = plan.config
     model, dispatcher, fp8 = make_model(plan, mesh, topology)
     model.initialise(config.run.seed)
@@ -196,7 +197,7 @@ def make_rig(plan: RunPlan, mesh: Mesh, data: Data, topology: Topology | None = 
 
 
 def readers(model: Model, plan: RunPlan, pp_rank: int) -> dict[str, tuple[ReadingLayer, ...]]:
-    """The layers of a pipeline rank that read each of its parameters."""
+    """For each parameter of a pipeline rank, the layers of that rank that read it."""
     places = {layer: place for place, layer in enumerate(layer for layers in plan.blocks for layer in layers)}
     found: defaultdict[str, list[ReadingLayer]] = defaultdict(list)
     for stage, layers in plan.blocks_of(pp_rank).items():
@@ -207,7 +208,8 @@ def readers(model: Model, plan: RunPlan, pp_rank: int) -> dict[str, tuple[Readin
 
 
 def _boundary(config: Config) -> tuple[torch.Tensor]:
-    """The shape of what crosses any edge, as a meta tensor: the hidden state of a microbatch, or its gradient."""
+    """A meta tensor with the shape of every message between stages: the hidden state of a microbatch, or its
+    gradient."""
     tokens = config.parallel.microbatch_sequences * config.data.seq_len
     return (torch.empty(tokens, config.model.hidden, dtype=DTYPES[config.run.dtype], device="meta"),)
 
@@ -227,7 +229,7 @@ def _dispatcher(config: Config, mesh: Mesh, topology: Topology | None) -> AnyDis
 
 
 def row_bytes(config: Config) -> tuple[int, int]:
-    """Bytes of a dispatched row with its weights, and of a combined one."""
+    """Bytes of a dispatched row with its weights, and of a combined row."""
     rows = torch.empty(0, config.model.hidden, dtype=DTYPES[config.run.dtype])
     weights = torch.empty(0, config.model.top_k)
     return Format.of((*codec_of(config.fp8).encode(rows), weights)).bytes, Format.of((rows, weights)).bytes

@@ -1,4 +1,4 @@
-"""The progress bar of a run, whatever it trains by."""
+"""The progress bar of a training run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 def run_bar(console: Console, figures: str) -> Progress:
-    """`figures` is a format of the task's fields, shown behind the count of steps. Hidden if the console is quiet."""
+    """`figures` is a format string of the task's fields, shown after the count of steps. Hidden if the console is
+    quiet."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -1,9 +1,9 @@
-"""One run folder, one run: a lock that a dead run does not keep, on any file system.
+"""A lock on a run folder, which works on any file system and is released when its holder dies.
 
-`flock` is not to be had on every cluster: NFS may not pass it on, Lustre needs a mount option. So the lock is a file
-under a name that only one can give it, and says who holds it. Whether a holder on this machine lives, the kernel knows.
-Of one elsewhere only the file can tell: its holder changes it every BEAT seconds, and one that does not change for
-STALE seconds, by the clock of who waits, is dead. Clocks of two hosts are never compared.
+`flock` is not available on every cluster: NFS may not forward it, Lustre needs a mount option. So the lock is a file
+that is created atomically and names its holder. Whether a holder on this machine is alive is asked of the kernel. A
+holder on another host updates the file every BEAT seconds (a heartbeat), and is taken for dead if the file does not
+change for STALE seconds by the waiting process's clock. Clocks of two hosts are never compared.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ BEAT, STALE = 5.0, 30.0
 
 
 class Holder(NamedTuple):
-    """Who holds a lock. `machine` is the same for processes that see each other's ids."""
+    """The process that holds a lock. `machine` is equal for processes that see each other's process ids."""
 
     host: str
     machine: str
     pid: int
-    started: str  # clock ticks after the machine's boot: ids are used again
+    started: str  # clock ticks after the machine's boot, since process ids are reused
     token: str
 
     @property
     def alive(self) -> bool:
-        """Of a holder on this machine."""
+        """Whether the process exists. Valid on the holder's machine only."""
         return self.started == _start_of(self.pid)
 
 
 class RunLock:
-    """Held by rank 0 while a run goes on."""
+    """The lock of a run folder, held by rank 0 during the run."""
 
     def __init__(self, folder: Path) -> None:
         self._file = folder / NAME
@@ -52,7 +52,7 @@ class RunLock:
 
     @contextmanager
     def held(self, say: Callable[[str], None] = print) -> Iterator[RunLock]:
-        """Raises ConfigError at once if another run that lives holds it; `say` tells when that takes a while."""
+        """Hold the lock. Raises ConfigError if a live run holds it; `say` is called if finding that out takes long."""
         folder = self._file.parent
         made = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
@@ -73,12 +73,12 @@ class RunLock:
 
     @property
     def mine(self) -> bool:
-        """False if another run has taken this one for dead: it was stopped for longer than STALE."""
+        """Whether this run still holds it. False if another run took it over, after this one stood for over STALE s."""
         holder = _read(self._file)
         return holder is not None and holder.token == self._me.token
 
     def _created(self, file: Path) -> bool:
-        # Written aside and linked: whoever sees the file sees all of it. A link fails if its name is taken.
+        # Written under another name and linked, so that the file is never seen incomplete. A link fails if it exists.
         aside = self._file.with_name(f"{NAME}.{self._me.token}")
         write_atomically(aside, self._content())
         try:
@@ -90,10 +90,11 @@ class RunLock:
         return True
 
     def _refuse_or_remove(self, holder: Holder | None, say: Callable[[str], None]) -> None:
-        """`holder` None: the file is gone by now, or nothing that a run has written."""
+        """Remove a dead holder's lock. `holder` None: the file has been deleted, or is not a lock. Raises ConfigError
+        if the holder is alive."""
         if holder and (holder.alive if holder.machine == self._me.machine else self._changes(holder, say)):
             raise ConfigError(
-                f"{self._file.parent}: this run is going on already, process {holder.pid} on {holder.host}; "
+                f"{self._file.parent}: this run is already in progress, process {holder.pid} on {holder.host}; "
                 f"end that one, or set run.name for another run"
             )
         with self._removing():
@@ -103,13 +104,14 @@ class RunLock:
 
     @contextmanager
     def _removing(self) -> Iterator[None]:
-        """Only one process at a time removes a lock: of two that had both read the dead holder's name, the second
-        would remove the lock that the first has taken since."""
+        """Let only one process at a time remove a lock: of two that have read the dead holder's name, the second would
+        remove the lock that the first has acquired since."""
         file, until = self._file.with_name(f"{NAME}.removing"), time.monotonic() + STALE
         while not self._created(file):
             if time.monotonic() > until:
                 raise ConfigError(
-                    f"{file}: left by a process that died just here; remove it if no other run starts now"
+                    f"{file}: left by a process that died while it took over the lock; remove it unless another run "
+                    f"is starting now"
                 )
             time.sleep(0.01)
         try:
@@ -118,8 +120,8 @@ class RunLock:
             file.unlink()
 
     def _changes(self, holder: Holder, say: Callable[[str], None]) -> bool:
-        """Whether a holder on another machine shows in STALE seconds that it lives."""
-        say(f"{self._file}: held by process {holder.pid} on {holder.host}; waiting {STALE:.0f} s for it to show life")
+        """Whether a holder on another machine updates the file within STALE seconds."""
+        say(f"{self._file}: held by process {holder.pid} on {holder.host}; waiting {STALE:.0f} s for its heartbeat")
         before, until = _text(self._file), time.monotonic() + STALE
         while time.monotonic() < until:
             time.sleep(0.2)
@@ -131,7 +133,7 @@ class RunLock:
         while not self._released.wait(BEAT):
             self._beats += 1
             if self.mine:
-                with suppress(OSError):  # a disk that is full: the save will say so
+                with suppress(OSError):  # for example a full disk, which the next save reports
                     write_atomically(self._file, self._content())
 
     def _content(self) -> str:
@@ -139,7 +141,7 @@ class RunLock:
 
 
 def _read(file: Path) -> Holder | None:
-    """None if there is no lock, or none that anybody holds."""
+    """The holder named in a lock; None if there is no lock, or its content is not valid."""
     try:
         content = json.loads(_text(file))
         return Holder(*(content[name] for name in Holder._fields))
@@ -155,7 +157,7 @@ def _text(file: Path) -> str:
 
 
 def _machine() -> str:
-    """Of this boot of this kernel, and of this process's view of process ids."""
+    """An id of this boot of the kernel and of this process's PID namespace."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -164,7 +166,7 @@ def _machine() -> str:
 
 
 def _start_of(pid: int) -> str:
-    """When a process started; "" if there is none."""
+    """When a process started, in clock ticks after boot; "" if it does not exist."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except OSError:
@@ -172,7 +174,7 @@ def _start_of(pid: int) -> str:
 
 
 def _alive_elsewhere(pid: int) -> str:
-    """Without /proc: "alive" or ""."""
+    """`_start_of` without /proc: "alive", or "" if the process does not exist."""
     if Path("/proc/self").exists():
         return ""
     try:

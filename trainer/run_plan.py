@@ -1,10 +1,10 @@
-"""What a config's layout comes to, worked out once: the schedule of every batch size, checked and lowered, and which
-blocks of the model each pipeline stage holds.
+"""The execution plan of a config: the schedule of every batch size, checked and lowered, and the assignment of the
+model's blocks to pipeline stages.
 
-Made from the config before any process group exists and handed down to whatever needs a part of it, so an impossible
-layout costs no GPU, and no two places can come to different schedules. Every size of a batch ramp is planned at the
-start: one that could not run would else stop the run on the day the ramp reaches it. The cost is a few seconds for the
-23 batch sizes of DeepSeek-V3 on 16 pipeline ranks. Torch-free, so that a login node can plan.
+Made from the config before any process group exists and passed to whatever needs a part of it, so an impossible
+layout is refused before a GPU is used, and there is only one source of schedules. Every size of a batch ramp is planned
+at the start: one that cannot run would otherwise stop the run on the day the ramp reaches it. This takes a few seconds
+for the 23 batch sizes of DeepSeek-V3 on 16 pipeline ranks. Torch-free, so that a login node can plan.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ Blocks = tuple[str, ...]  # names, in forward order
 
 @dataclass(frozen=True)
 class RunPlan:
-    """`training` maps the number of sequences in a step to the program that such a step runs; `validation` is the
-    program of a validation batch, which has the sequences of a full step. `blocks[s]` are those of stage s."""
+    """`training` maps batch sizes in sequences to the program of such a step; `validation` is the program of a
+    validation batch, which is as large as the largest step. `blocks[s]` are the names of the blocks of stage s."""
 
     config: Config
     training: Mapping[int, Program]
@@ -40,12 +40,12 @@ class RunPlan:
 
     @property
     def schedule(self) -> Schedule:
-        """That of a full step, which the ramp ends at."""
+        """The schedule of the largest batch size, with which the ramp ends."""
         return self.training[self.config.batch.sequences].schedule
 
     @property
     def programs(self) -> tuple[Program, ...]:
-        """Every program that the run may play."""
+        """Every program that the run may execute."""
         return (*self.training.values(), self.validation)
 
     def blocks_of(self, pp_rank: int) -> dict[int, Blocks]:
@@ -63,18 +63,18 @@ def load_plan(path: str | Path, overrides: Sequence[str] = ()) -> RunPlan:
 
 
 class Programs:
-    """Programs by schedule and sizes, each built, checked and lowered once. Layouts that differ only in how experts and
-    data are spread have the same; a sweep keeps one of these for all of its layouts."""
+    """A cache of programs by schedule and sizes, each built, checked and lowered once. Layouts that differ only in data
+    and expert parallelism share programs, so a sweep uses one cache for all of its layouts."""
 
     def __init__(self) -> None:
         self._made: dict[tuple[str, int, int, int, bool], Program] = {}
 
     def training(self, parallel: ParallelConfig, microbatches: int) -> Program:
-        """Raises ScheduleError."""
+        """The program of a training step. Raises ScheduleError."""
         return self._program(parallel, microbatches, forwards=False)
 
     def validation(self, parallel: ParallelConfig, microbatches: int) -> Program:
-        """The forwards of the same."""
+        """The program of a validation batch: the forwards alone."""
         return self._program(parallel, microbatches, forwards=True)
 
     def _program(self, p: ParallelConfig, microbatches: int, forwards: bool) -> Program:
@@ -86,8 +86,8 @@ class Programs:
 
 
 def make_plan(config: Config, programs: Programs | None = None) -> RunPlan:
-    """Build, check and lower a schedule per batch size, and split the model. `programs`: those made before, which may
-    be taken, and are added to. Raises ConfigError."""
+    """Build, check and lower a schedule per batch size, and partition the model. `programs` is a cache, which is added
+    to. Raises ConfigError."""
     if (ops := _ops(config)) > MOST_OPS:
         raise ConfigError(
             f"batch.sequences = {config.batch.sequences}, of which parallel.dp x ep ranks take microbatch_sequences at "
@@ -101,8 +101,8 @@ def make_plan(config: Config, programs: Programs | None = None) -> RunPlan:
 
 
 def _sizes(config: Config) -> list[int]:
-    """Of batches. An update of reinforcement learning has as many rows as its answers fill, at most batch.sequences at
-    a time; eighths of that are planned, as far as the schedule has them."""
+    """Batch sizes in sequences. An update of reinforcement learning has as many rows as its answers fill, at most
+    batch.sequences at a time; eighths of that are planned where the schedule permits them."""
     if config.rl is None:
         return config.batch.sizes()
     p, full = config.parallel, config.batch.sequences
@@ -119,9 +119,9 @@ def _ops(config: Config) -> int:
 
 
 def _program(config: Config, sequences: int, made: Programs) -> Program:
-    """Of a step of `sequences`, shared by all data ranks."""
+    """The program of a step of `sequences`, counted over all data ranks."""
     p = config.parallel
-    # Each data rank runs a pipeline of its own, and so many microbatches.
+    # Each data rank runs a pipeline of its own with an equal share of the microbatches.
     per_microbatch = p.microbatch_sequences * p.dp * p.ep
     microbatches, rest = divmod(sequences, per_microbatch)
     if rest:
@@ -142,7 +142,7 @@ def _checked(schedule: Schedule) -> Program:
 
 
 def _split(config: Config, stages: int) -> tuple[Blocks, ...]:
-    """The blocks of each stage, so that the slowest stage is as fast as can be."""
+    """The names of the blocks of each stage, such that the cost of the slowest stage is minimal."""
     parts = units(config.model, config.data.seq_len)
     try:
         ranges = partition([sum(block.cost for block in unit) for unit in parts], stages)

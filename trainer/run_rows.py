@@ -1,5 +1,5 @@
-"""The rows of a run folder's JSON-lines files, which `journal` writes. Imports no torch: a report and a watch read them
-where there is none."""
+"""The rows of a run folder's JSON-lines files, which `journal` writes. Imports no torch, since reports and `watch` read
+them on machines without it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ Figures = dict[str, Any]  # a row of metrics.jsonl: numbers, and None where a fi
 
 
 def read(folder: Path, name: str = "metrics.jsonl") -> list[Figures]:
-    """The rows of a run folder's metrics.jsonl, in order; none if it has no such file. A last row that a dead run has
-    left half-written is left out; any other that is no row raises ConfigError."""
+    """The rows of a run folder's metrics.jsonl, in order; none if there is no such file. An incomplete last row, left
+    by a run that was killed, is dropped; any other invalid row raises ConfigError."""
     path = folder / name
     rows: list[Figures] = []
     lines = path.read_bytes().splitlines() if path.exists() else []

@@ -1,4 +1,4 @@
-"""What a run reads, whichever of its three kinds it is: packed text, conversations, or questions that it answers."""
+"""The data of a run of any of the three kinds: packed text, conversations, or the questions of an RL task."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dryvine.trainer.rl.questions import open_task
 
 
 def open_sources(config: Config) -> Data:
-    """Raises DataError, and ConfigError for a task."""
+    """Open the data that the config names. Raises DataError, and ConfigError for a task."""
     if config.sft:
         return open_conversations(config)
     if config.rl:

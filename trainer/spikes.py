@@ -1,8 +1,8 @@
-"""A step whose loss leaps: the run goes back to its newest checkpoint and passes over the data that led there.
+"""Loss spikes: the run returns to its newest checkpoint and skips the data that it has read since.
 
-As PaLM's team did by hand (arXiv 2204.02311, section 5.1: spikes come of data and weights together, so other data from
-the same weights have none). What was passed over is written to rollbacks.jsonl, and which sequences a step reads is a
-pure function of its number and that file: a run that is restarted, in any layout, reads the same ones.
+PaLM's team did this by hand (arXiv 2204.02311, section 5.1: spikes depend on data and weights together, so other data
+from the same weights cause none). Skipped sequences are recorded in rollbacks.jsonl, and which sequences a step reads
+is a pure function of its number and that file: a run that is restarted, in any layout, reads the same ones.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dryvine.trainer.ramps import Point
 from dryvine.trainer.run_rows import read
 
 WINDOW = 20  # losses whose median a new one is compared with; before there are so many, none is a spike
-STRIKES = 3  # spikes from the same checkpoint on that end a run
+STRIKES = 3  # spikes after the same checkpoint that end a run
 FILE = "rollbacks.jsonl"
 
 
@@ -32,15 +32,15 @@ class LossSpike(RuntimeError):
 
 
 class SpikeWatch:
-    """Knows the last losses. Starts anew with each start of the run and each rollback."""
+    """Keeps the last losses. A start of the run and a rollback begin with an empty one."""
 
     def __init__(self, factor: float | None) -> None:
-        """`factor` over the median that a spike is; None: nothing is one."""
+        """A loss above `factor` times the median is a spike; None disables detection."""
         self.factor = factor
         self._losses: deque[float] = deque(maxlen=WINDOW)
 
     def see(self, point: Point, loss: float) -> LossSpike | None:
-        """Whether it is one. A loss that is not finite is none: see `nonfinite`."""
+        """Add a loss. Returns the spike if it is one. Losses that are not finite are handled by `nonfinite`."""
         full = len(self._losses) == WINDOW
         if self.factor and full and float("inf") > loss > self.factor * (usual := median(self._losses)):
             return LossSpike(point, loss, usual)
@@ -56,7 +56,7 @@ class Rollback:
     loss: float
     usual: float
     to_step: int  # of the checkpoint that the run went on from
-    first: int  # of the sequences that steps after it had read, and that are passed over
+    first: int  # number of the first skipped sequence
     sequences: int
 
     def __str__(self) -> str:
@@ -65,18 +65,18 @@ class Rollback:
 
 
 def write_down(folder: Path, one: Rollback) -> None:
-    """Add a line to rollbacks.jsonl."""
+    """Append a line to rollbacks.jsonl. Raises CannotWrite."""
     with CannotWrite.naming(folder / FILE), (folder / FILE).open("a") as lines:
         lines.write(json.dumps(asdict(one)) + "\n")
 
 
 def rollbacks(folder: Path) -> list[Rollback]:
-    """Those of a run folder, in order."""
+    """The rollbacks of a run folder, in order."""
     return [Rollback(**row) for row in read(folder, FILE)]
 
 
 def passing_over(points: Iterable[Point], past: Iterable[Rollback]) -> Iterator[Point]:
-    """The steps, each with what it passes over."""
+    """The steps, each with the number of sequences that were skipped before it."""
     past = list(past)
     for point in points:
         yield point._replace(passed_over=sum(one.sequences for one in past if one.to_step <= point.step))

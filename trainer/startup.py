@@ -1,4 +1,4 @@
-"""What a run says about itself before its first step: how tokens travel, what memory it needs, what multiplies."""
+"""What a run prints before its first step: dispatcher, wire, memory, and the kernels it has chosen."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dryvine.trainer.rig import Rig, row_bytes
 
 
 def get_ready(rig: Rig, topology: Topology | None, console: Console, steps_done: int) -> None:
-    """Load what a GPU will launch, and print `startup_lines`: the last before the first step. Collective over each
+    """Load all kernels on a GPU, and print `startup_lines`; the last thing before the first step. Collective over each
     expert-parallel group."""
     if rig.mesh.device.type == "cuda":
         rehearse(rig)
@@ -27,7 +27,7 @@ def get_ready(rig: Rig, topology: Topology | None, console: Console, steps_done:
 
 
 def startup_lines(rig: Rig, topology: Topology | None, steps_done: int) -> Iterator[str]:
-    """Lines for the console. `topology` None says nothing of how tokens travel."""
+    """Lines for the console. With `topology` None, none about the dispatcher."""
     if topology is not None:
         yield from _token_routes(rig, topology)
     if rig.mesh.pp > 1:
@@ -47,7 +47,7 @@ def startup_lines(rig: Rig, topology: Topology | None, steps_done: int) -> Itera
 
 
 def _blend(rig: Rig) -> Iterator[str]:
-    """What a run of a blend reads of each source, and which sources it cannot validate on."""
+    """How much a run on a blend reads of each source, and which sources are too small to validate on."""
     config, blend = rig.config, rig.data.train
     if isinstance(blend, Blend):
         yield from blend.lines(sequences_before(config.batch, config.data.seq_len, config.run.steps))
@@ -57,8 +57,8 @@ def _blend(rig: Rig) -> Iterator[str]:
 
 
 def _token_routes(rig: Rig, topology: Topology) -> Iterator[str]:
-    """Which dispatcher sends tokens and why, and a warning if the model's groups do not fit the nodes. From the view of
-    rank 0's expert-parallel group."""
+    """Which dispatcher is used and why, and a warning if the model's expert groups do not match the nodes. For rank 0's
+    expert-parallel group."""
     shape, asked = rig.config.model, rig.config.comm.dispatcher
     group = topology.of(range(rig.mesh.ep))
     name, why = pick(group, shape.top_k, shape.routed)

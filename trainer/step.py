@@ -1,7 +1,7 @@
-"""One training step of one rank, and one validation. What they need is in `Rig`; what they return goes to `metrics`.
+"""One training step of one rank, and one validation. Their inputs are in `Rig`; `metrics` reads their results.
 
-A step: run the schedule over the step's sequences, sum the gradients over all copies, update, and move the gate biases
-by the load of the whole global batch.
+A step: run the schedule over the step's sequences, sum the gradients over all copies, update the weights, and update
+the gate biases by the expert loads of the global batch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dryvine.trainer.rig import Rig
 
 
 class Balance(NamedTuple):
-    """The busiest over the mean, in the worst layer; 1 is even."""
+    """Load imbalance: the largest load over the mean, in the worst layer; 1 is perfectly balanced."""
 
     experts: float
     ranks: float  # of an expert-parallel group
@@ -32,7 +32,7 @@ class StepOutcome(NamedTuple):
     played: Played
     norm: float  # of the gradient over all ranks, before the clip
     balance: Balance
-    loads: torch.Tensor | None = None  # int64 [MoE layers, experts]: tokens of the global batch; None without experts
+    loads: torch.Tensor | None = None  # int64 [MoE layers, experts]: tokens of the global batch; None if no MoE layer
 
     @property
     def finite(self) -> bool:
@@ -40,8 +40,8 @@ class StepOutcome(NamedTuple):
 
 
 def train_step(rig: Rig, point: Point) -> StepOutcome:
-    """One step. If the gradient norm is not finite on any rank, and so on all, nothing is updated: no weight, no
-    moment and no gate bias. Collective, as is all of this file."""
+    """One step. If the gradient norm is not finite (on any rank, and so on all), nothing is updated: no weight, no
+    moment and no gate bias. Collective, as are all functions of this file."""
     played = accumulate(rig, point)
     norm = rig.optimizer.reduce(gradient_scale(point))
     finite = math.isfinite(norm)
@@ -53,8 +53,8 @@ def train_step(rig: Rig, point: Point) -> StepOutcome:
 
 
 def accumulate(rig: Rig, point: Point) -> Played:
-    """Run the schedule over a step's sequences. Every main gradient then holds this rank's share of the sum, times
-    `gradient_scale(point)`."""
+    """Run the schedule over a step's sequences. Every main gradient then holds this rank's contribution to the sum,
+    times `gradient_scale(point)`."""
     config = rig.config
     rig.optimizer.zero.zero_grads()
     rig.model.loss_weights.mtp = changed(config.model.mtp_weight, config.optim.mtp_weight_plan, point)
@@ -66,8 +66,8 @@ def accumulate(rig: Rig, point: Point) -> Played:
 
 
 def _prepare_fp8(rig: Rig, point: Point) -> bool:
-    """Turn the guard on in steps whose tiles are to be counted. Returns whether this is one; if not, and graphs play
-    it, makes the FP8 copies of the weights, which graphs read without asking for them."""
+    """Enable the guard in steps whose tiles are counted. Returns whether this is one; if not, and graphs run it,
+    refreshes the FP8 copies of the weights, which graphs read directly."""
     if rig.fp8 is None:
         return False
     every = rig.config.fp8.guard_every
@@ -79,19 +79,18 @@ def _prepare_fp8(rig: Rig, point: Point) -> bool:
 
 
 def update(rig: Rig, point: Point, norm: float) -> None:
-    """Step the optimizer with the gradients of `accumulate` and `reduce`, and begin to give every copy the new
-    weights."""
+    """Update the weights with the gradients of `accumulate` and `reduce`, and start sending them to all copies."""
     rig.update(learning_rate(rig.config.optim, point), norm, gradient_scale(point), point.step + 1)
 
 
 def bias_gamma(config: Config, point: Point) -> float:
-    """How far a step moves a gate's bias."""
+    """The bias update speed of a step (gamma, arXiv 2412.19437, section 2.1.2)."""
     return changed(config.model.bias_gamma, config.optim.bias_gamma_plan, point)
 
 
 def balance(rig: Rig, gamma: float) -> torch.Tensor | None:
-    """Move every gate's bias by `gamma` after the load of the whole global batch (arXiv 2408.15664), and count
-    anew. Returns that load, as in `StepOutcome`."""
+    """Update every gate's bias by `gamma` according to the loads of the global batch (arXiv 2408.15664), and reset the
+    counts. Returns the loads as in `StepOutcome`."""
     shape, own = rig.config.model, rig.model.loads
     layers = [block.name for block in blocks(shape) if block.kind in ("moe", "mtp")]
     if not layers:
@@ -105,22 +104,22 @@ def balance(rig: Rig, gamma: float) -> torch.Tensor | None:
 
 
 def imbalances(loads: torch.Tensor, ep: int) -> Balance:
-    """Of loads [layers, experts], where each of `ep` ranks holds as many experts, neighbours."""
+    """The imbalances of loads [layers, experts], where each of `ep` ranks holds an equal, contiguous share."""
     by_rank = loads.unflatten(1, (ep, -1)).sum(-1)
     experts, ranks = ((n.max(dim=1).values * n.shape[1] / n.sum(dim=1)).max() for n in (loads, by_rank))
     return Balance(float(experts), float(ranks))
 
 
 class Validation(NamedTuple):
-    """Mean next-token losses of the validation split, or of a blend's splits by the names of its sources; the loss of
-    the blend is the mean of theirs, weighted by their shares of it."""
+    """Mean next-token losses: of the validation split, and for a blend of each source's split, by name; the loss of the
+    blend is then their mean, weighted by the sources' shares."""
 
     loss: float
     by_source: dict[str, float]
 
 
 def evaluate(rig: Rig) -> Validation:
-    """Losses over the validation batches, the same ones every time and in every layout."""
+    """Losses over the validation batches, which are the same every time and in every layout."""
     held_out = rig.data.held_out
     if not held_out:
         return Validation(_evaluate(rig, rig.data.val), {})
@@ -141,8 +140,8 @@ def _evaluate(rig: Rig, source: SequenceSource) -> float:
 
 
 def evaluate_average(rig: Rig) -> float | None:
-    """`evaluate` with the averages of the weights in their place; None if none are kept. Gate biases follow the load
-    and are no parameters: they stay as they are."""
+    """The loss of `evaluate` with averaged weights; None without `optim.ema`. Gate biases are not averaged, since they
+    are not parameters: the current ones are used."""
     if rig.optimizer.ema is None:
         return None
     rig.publish(rig.optimizer.ema.averages)

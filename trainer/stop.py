@@ -1,5 +1,5 @@
-"""Signals that ask a run to stop: noted, and looked at between steps. All of them are as SIGTERM: SLURM's warning
-(SIGUSR1), a closed terminal (SIGHUP), Ctrl-C."""
+"""Signals that ask a run to stop: they set a flag, which is read between steps. SLURM's warning (SIGUSR1), a closed
+terminal (SIGHUP) and Ctrl-C have the effect of SIGTERM."""
 
 from __future__ import annotations
 

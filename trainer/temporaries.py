@@ -1,6 +1,6 @@
-"""Memory that comes and goes within a block's forward and backward: tensors that no microbatch keeps. Torch-free.
+"""Peak memory of temporaries: tensors that are freed within a block's forward or backward. Torch-free.
 
-Two moments can be the fullest: inside a block's backward, where gradients of what it kept are made; and in the loss.
+The peak is either inside a block's backward, where gradients of its saved tensors are computed, or in the loss.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dryvine.trainer.run_plan import RunPlan
 
 
 def temporary_bytes(plan: RunPlan, stages: Iterable[int], cuda: bool) -> int:
-    """Bytes that the block of these stages takes which needs most."""
+    """Bytes of temporaries of the block with the most, among those of these stages."""
     config = plan.config
     size, kinds = microbatch_size(config, cuda), {block.name: block.kind for block in blocks(config.model)}
     mine = {kinds[name] for stage in stages for name in plan.blocks[stage]}
@@ -25,15 +25,15 @@ def temporary_bytes(plan: RunPlan, stages: Iterable[int], cuda: bool) -> int:
 
 
 def _in_loss(s: Shape, tokens: int, wide: int) -> int:
-    """On a CPU the logits' gradient is made of FP32 copies, as many rows at a time as `SLICE_ELEMENTS` hold: one,
-    and the logits themselves where they are not in FP32."""
+    """On a CPU the logits' gradient is computed in FP32 slices of at most `SLICE_ELEMENTS`: one copy, and a second, of
+    the logits themselves, where they are not in FP32."""
     rows = min(tokens, max(1, SLICE_ELEMENTS // s.vocab))
     return 4 * rows * s.vocab * (1 if wide == 4 else 2)
 
 
 def _in_block(s: Shape, kind: str, tokens: int, wide: int) -> int:
-    """Gradients of the widest tensors that are alive together in the backward of such a block: of gate and up and of
-    their product in FFNs, of queries, keys and values in attention."""
+    """Bytes of the largest set of gradients that exist at once in the backward of such a block: of gate, up and their
+    product in FFNs, of queries, keys and values in attention."""
     attention = tokens * s.heads * (3 * s.qk_dim + 2 * s.v_dim + s.nope_dim)
     ffn = {
         "embed": tokens * s.hidden,

@@ -1,7 +1,7 @@
-"""The measured timeline of one step, drawn over the simulation of its schedule at the measured mean costs.
+"""The measured timeline of one step, drawn above a simulation of its schedule with the measured mean costs.
 
-With the costs taken from the run itself, a difference between the two pictures is never a wrong guess of the costs: it
-is jitter, a late message, or ranks that differ in speed.
+Since the costs are those of the run itself, differences between the two pictures are due to jitter, late messages, or
+ranks that differ in speed, and never to wrong cost estimates.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def slot_costs(timeline: Timeline) -> Costs:
 
 
 def simulated_again(timeline: Timeline) -> Timeline:
-    """The same schedule at the mean times of its own slots."""
+    """A simulation of the same schedule with the measured mean time of each kind of slot."""
     ideal = simulated.simulate(timeline.schedule, slot_costs(timeline))
     return replace(ideal, label="simulated at the measured mean costs, ms")
 

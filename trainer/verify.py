@@ -1,8 +1,8 @@
-"""Does this layout train like one process? `dryvine verify`.
+"""`dryvine verify`: compares training in the configured layout with training in one process.
 
-The same model, data and seed take a few steps in FP32, once on one rank without pipeline or expert parallelism and
-once in the configured layout: on CPU ranks of this machine, on its GPUs, or on the ranks that torchrun started. The
-loss, the gradient norm, every summed gradient and every weight are compared. The alternative, to compare training
+The same model, data and seed are trained for a few steps in FP32, once on one rank without pipeline or expert
+parallelism and once in the configured layout: on CPU ranks of this machine, on its GPUs, or on the ranks that torchrun
+started. Losses, gradient norms, all summed gradients and all weights are compared. The alternative, to compare training
 curves, hides a missing gradient for a thousand steps.
 """
 
@@ -48,7 +48,7 @@ def run(config: Config, device: str, console: Console) -> bool:
 
 @contextmanager
 def _world(device: str) -> Iterator[int]:
-    """The ranks that torchrun started, if it did. Yields this process's number among them."""
+    """Join the world that torchrun started, if it did. Yields this process's rank, 0 without torchrun."""
     if not dist.is_torchelastic_launched():
         yield 0
         return
@@ -61,14 +61,14 @@ def _world(device: str) -> Iterator[int]:
 
 
 def compare(config: Config, device: str = "cpu") -> list[Deviation]:
-    """Run both layouts in FP32 and compare them. Raises RankFailed if a rank fails. Where torchrun started ranks, all
-    of them call this and have the same answer."""
+    """Run both layouts in FP32 and compare them. Raises RankFailed if a rank fails. Under torchrun all ranks call this
+    and get the same result."""
     return deviations(play(alone(config), device), play(in_fp32(config), device))
 
 
 def repeat(config: Config, device: str = "cpu") -> list[Deviation]:
-    """Run the layout twice in its own dtypes and compare the bits: a message that is read too early is seldom early by
-    the same amount twice."""
+    """Run the layout twice in its own dtypes and compare bitwise. This detects races: a message that is read too early
+    rarely gives the same values twice."""
     return deviations(play(config, device), play(config, device), tolerance=0.0)
 
 
@@ -85,7 +85,7 @@ def alone(config: Config) -> Config:
 
 
 def play(config: Config, device: str = "cpu", steps: int = STEPS) -> Run:
-    """Train `steps` steps and put the pieces of all ranks together."""
+    """Train `steps` steps and join the pieces of all ranks."""
     open_sources(config)
     plan = make_plan(config)
     parts = _in_this_world(plan, steps, device) if dist.is_initialized() else _started(plan, steps, device)
@@ -95,14 +95,14 @@ def play(config: Config, device: str = "cpu", steps: int = STEPS) -> Run:
 
 
 def _started(plan: RunPlan, steps: int, device: str) -> list[RankRun]:
-    """On ranks that are started here and end here."""
+    """On ranks that are started for this call."""
     local.preload(__name__)
     world, deadline = plan.config.parallel.world, plan.config.comm.deadline
     return local.run(_rank, world, plan, steps, device, deadline=deadline, device=device)
 
 
 def _in_this_world(plan: RunPlan, steps: int, device: str) -> list[RankRun]:
-    """On the first ranks of the world that this process belongs to; every rank has the results."""
+    """On the first ranks of this process's world; every rank gets the results."""
     ranks = plan.config.parallel.world
     parts: list[RankRun | None] = [None] * dist.get_world_size()
     own = _rank(dist.get_rank(), plan, steps, device) if dist.get_rank() < ranks else None

@@ -1,6 +1,6 @@
-"""The figures of a run at Weights & Biases, where `run.wandb` names a project and the package is installed.
+"""Logging of metrics to Weights & Biases, if `run.wandb` names a project and the package is installed.
 
-It is not a dependency: most runs are on machines that reach no such service, and the run folder holds the same figures.
+It is not a dependency: many clusters have no access to the service, and the run folder holds the same metrics.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from dryvine.trainer.config import Config, ConfigError
 
 
 def check_wandb(config: Config) -> None:
-    """Raise ConfigError if the config asks for it and it is not there."""
+    """Raise ConfigError if the config uses it and the package is not installed."""
     if config.run.wandb and find_spec("wandb") is None:
         raise ConfigError("run.wandb: the package wandb is not installed; `pip install wandb`, or leave run.wandb out")
 
 
 class WandbBoard:
-    """One run there, by the run folder's name: a resumed run goes on in it."""
+    """One W&B run, with the run's name as its id, so that a resumed run continues it."""
 
     def __init__(self, config: Config) -> None:
         import wandb

@@ -19,7 +19,7 @@ from dryvine.comm.integers import ceil_div
 from dryvine.comm.nvml import nics
 from dryvine.comm.place import LaunchedRank, PlaceError, find_place
 from dryvine.comm.watch import Watch
-from dryvine.comm.world import in_world, meet, set_environment, tell
+from dryvine.comm.world import in_world, rendezvous, set_environment, share_refusal
 from dryvine.launch.health import gpus, host
 from dryvine.launch.health.between import Node, compare, visit
 from dryvine.launch.health.finding import Finding
@@ -45,9 +45,9 @@ def before_run(path: Path, overrides: Sequence[str]) -> int:
         place = find_place(os.environ)
         device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         plan, data = _opened(path, overrides, device)
-        store = meet(place, facts(plan, data))
+        store = rendezvous(place, facts(plan, data))
     except REFUSED as error:
-        told = tell(place, error)
+        told = share_refusal(place, error)
         return _print([Finding("bad", "start", str(told))], place.rank if isinstance(told, Disagreement) else 0)
     opened = f"{plan.config.parallel.world} ranks, and their data can be read"
     findings = [Finding("ok", "config and data", opened), *_host(plan.config, place)]

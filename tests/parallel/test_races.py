@@ -212,7 +212,7 @@ def test_each_wait_gets_a_phase_of_what_w_brings(monkeypatch: pytest.MonkeyPatch
     for stream, name in steps:
         ours.step(stream, baton, lambda _, name=name: step(name))
     ours.take(baton)
-    ours.meet()
+    ours.synchronise()
     before, after = (
         ["gate in compute", "dispatch in comm"],
         ["experts in compute", "more in compute", "combine in comm"],
@@ -277,9 +277,9 @@ class Early(CudaStreams):
 
 
 class InTurn(CudaStreams):
-    """Meets one stream after the other, so that comm has not met wgrad."""
+    """Synchronises one stream after the other, so that comm has not waited for wgrad."""
 
-    def meet(self) -> None:
+    def synchronise(self) -> None:
         for stream in (self.side.comm, self.side.wgrad):
             self.compute.wait_stream(stream)
             stream.wait_stream(self.compute)
@@ -289,14 +289,14 @@ class InTurn(CudaStreams):
 class Apart(CudaStreams):
     """Does not wait for weight gradients at the end of a slot."""
 
-    def meet(self) -> None:
+    def synchronise(self) -> None:
         self.compute.wait_stream(self.side.comm)
         self.side.comm.wait_stream(self.compute)
         self.held.clear()
 
 
 class Generous(CudaStreams):
-    """Holds nothing until streams meet."""
+    """Holds nothing until streams are synchronised."""
 
     def step(self, name: StreamName, baton: Any, run: Any) -> None:
         super().step(name, baton, run)

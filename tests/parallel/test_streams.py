@@ -88,7 +88,7 @@ def test_weight_gradients_fill_a_wait_in_order_until_it_is_over(world: World) ->
     cpu.step("compute", held, world.compute("next"))
     assert world.log == ["m leaves", "a", "b", "c", "m is here", "next"]
     assert cpu.exposed() == 0
-    cpu.meet()
+    cpu.synchronise()
     assert world.log[-1] == "d"
 
 
@@ -133,7 +133,7 @@ def test_weight_gradients_of_w_are_not_hurried(world: World) -> None:
         cpu.later(world.weights(name))
     cpu.step("compute", held, world.compute("next"))
     assert world.log == ["next"]
-    cpu.meet()
+    cpu.synchronise()
     assert world.log == ["next", *brought]
 
 
@@ -176,7 +176,7 @@ def test_what_w_brought_runs_before_what_the_slot_must_not_hold_back(world: Worl
     assert world.log == ["w0", "w1", "own0", "next"]
 
 
-@pytest.mark.parametrize("when", ["waiting", "meet", "beyond"])
+@pytest.mark.parametrize("when", ["waiting", "synchronise", "beyond"])
 def test_what_a_weight_gradient_raises_is_raised_where_it_runs(world: World, when: str) -> None:
     def broken() -> None:
         raise ArithmeticError("no such gradient")
@@ -186,7 +186,7 @@ def test_what_a_weight_gradient_raises_is_raised_where_it_runs(world: World, whe
     for _ in range(CpuStreams.LAG + 1):
         leave(cpu, [broken])
     with pytest.raises(ArithmeticError, match="no such gradient"):
-        cpu.meet() if when == "meet" else cpu.step("compute", held, world.compute("next"))
+        cpu.synchronise() if when == "synchronise" else cpu.step("compute", held, world.compute("next"))
 
 
 # ---- whole ops

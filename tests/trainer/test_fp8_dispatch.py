@@ -278,7 +278,7 @@ def test_a_fault_in_a_row_reaches_its_token_and_the_guard() -> None:
 
 @dataclass
 class Holding(CpuStreams):
-    """Keeps what steps have spent, as the streams of a GPU do until they meet."""
+    """Keeps what steps have spent, as the streams of a GPU do until they are synchronised."""
 
     kept: list[object] = field(default_factory=list)
 

@@ -144,7 +144,7 @@ def test_a_bit_of_the_optimizer_is_named(
     assert said.startswith(f"step 2: copies of the same weights or optimizer state differ: {field} of ")
     first = said.partition(";")[0]
     assert f" on rank {culprit} (" in first
-    how = {"at rest": "which changed between two updates", "stepped": "to other bits"}[when]
+    how = {"at rest": "which changed between two updates", "stepped": "update"}[when]
     assert how in first
 
 

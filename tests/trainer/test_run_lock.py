@@ -35,7 +35,7 @@ def test_a_second_run_is_refused_at_once_with_the_holder_named(tmp_path: Path) -
     with RunLock(tmp_path).held() as lock:
         started = time.monotonic()
         with (
-            pytest.raises(ConfigError, match=f"going on already, process {os.getpid()} on .*set run.name"),
+            pytest.raises(ConfigError, match=f"already in progress, process {os.getpid()} on .*set run.name"),
             RunLock(tmp_path).held(),
         ):
             pass
