@@ -97,7 +97,7 @@ class Rig:
         return self._forward[sequences]
 
     def accumulating(self, sequences: int) -> Executor:
-        """The executor of a part of a step that is not its last: as `training`, without summing gradients over copies."""
+        """The executor of a part of a step, not its last: as `training`, without summing gradients over copies."""
         if sequences not in self._accumulating:
             hooks = ZeroHooks(self.optimizer.zero)
             self._accumulating[sequences] = self.executor(self.plan.training[sequences], self.wire, hooks)
