@@ -65,7 +65,8 @@ def training_forward(model: Model, tokens: Sequence[int]) -> tuple[Tensor, Tenso
     """FP32 log-probabilities of the token after each [T, V], and the experts chosen, int64 [MoE layers, T, K], as the
     phases of a training step compute them."""
     shape = model.spec.shape
-    flight = Flight(torch.tensor([[*tokens, *[0] * (1 + shape.mtp_depth)]]), 0.0, training=False)
+    padded = torch.tensor([[*tokens, *[0] * (1 + shape.mtp_depth)]], device=model.spec.device)
+    flight = Flight(padded, 0.0, training=False)
     state: State = ()
     chosen = []
     for number in sorted(model.stages):
@@ -78,8 +79,10 @@ def training_forward(model: Model, tokens: Sequence[int]) -> tuple[Tensor, Tenso
     parameters = dict(model.named_parameters())
     x = state[0].float()
     x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + shape.norm_eps) * parameters["norm.weight"].float()
-    logits = functional.linear(x, parameters["head.weight"].float()).detach()
-    return logits.log_softmax(-1), torch.stack(chosen) if chosen else torch.empty(0, len(tokens), shape.top_k)
+    head = parameters["head.weight"]
+    logits = functional.linear(x.to(head.dtype), head).detach().float()
+    routes = torch.stack(chosen).cpu() if chosen else torch.empty(0, len(tokens), shape.top_k)
+    return logits.log_softmax(-1).cpu(), routes
 
 
 def largest_difference(model: Model, completion: Completion) -> float:
@@ -88,9 +91,15 @@ def largest_difference(model: Model, completion: Completion) -> float:
     prompt, tokens = completion.request.prompt, completion.tokens.tolist()
     logprobs, chosen = training_forward(model, [*prompt, *tokens][:-1])
     assert torch.equal(completion.routes.long(), chosen)
-    there = logprobs[len(prompt) - 1 :]
+    there = said_of(logprobs, completion)
+    return float((there - completion.logprobs).abs().max())
+
+
+def said_of(logprobs: Tensor, completion: Completion) -> Tensor:
+    """FP32 [n]: what `training_forward`'s log-probabilities say of a completion's tokens, at its temperature."""
+    there = logprobs[len(completion.request.prompt) - 1 :]
     there = (there / (completion.request.temperature or 1.0)).log_softmax(-1)
-    return float((there.gather(1, completion.tokens.unsqueeze(1)).squeeze(1) - completion.logprobs).abs().max())
+    return there.gather(1, completion.tokens.unsqueeze(1)).squeeze(1)
 
 
 def draft_logits(model: Model, tokens: Sequence[int]) -> Tensor:

@@ -26,8 +26,9 @@ from dryvine.comm.pending import Pending
 from dryvine.comm.wire import P2PWire
 from dryvine.trainer.generate.cache import Cache
 from dryvine.trainer.generate.feed import Feed, LaneStep, Stretch, prefill_feed, step_feed
+from dryvine.trainer.generate.replay import Replay
 from dryvine.trainer.generate.sampling import Drawn
-from dryvine.trainer.generate.stage import CachedStage
+from dryvine.trainer.generate.stage import CachedStage, draw
 
 STRETCH = 512  # most tokens of a sequence in one prefill: the rows of its mask
 
@@ -49,11 +50,19 @@ class Decoder:
     numbered data rank x waves + wave, and takes route wave mod routes. Every method is collective."""
 
     def __init__(
-        self, mesh: Mesh, routes: Sequence[Sequence[int]], parts: Mapping[int, CachedStage], budget: int, drafts: int
+        self,
+        mesh: Mesh,
+        routes: Sequence[Sequence[int]],
+        parts: Mapping[int, CachedStage],
+        budget: int,
+        drafts: int,
+        replay: Replay | None = None,
     ) -> None:
         """`budget`: tokens that a rank feeds at once, at most. `drafts`: how many tokens a step guesses for each slot,
-        as many as MTP has depths, or none."""
+        as many as MTP has depths, or none. `replay`: what runs steps without drafts as graphs, if anything."""
         self.mesh, self.routes, self.parts, self.budget, self.drafts = mesh, routes, parts, budget, drafts
+        self._replay = replay
+        self._kept: Caches | None = None
         self._end = len(routes[0]) - 1  # the last stage
         # Two lanes behind each other on every stage and route.
         self.waves = 1 if mesh.pp == 1 else 2 * mesh.pp
@@ -69,6 +78,16 @@ class Decoder:
             for stage, rank in enumerate(self._route(wave))
             if rank == self.mesh.pp_rank
         }
+
+    def kept_caches(self) -> Caches:
+        """Those of the last call of `keep`, or new ones. Slots hold numbers of before, which no new answer reads."""
+        kept, self._kept = self._kept, None
+        return kept or self.caches()
+
+    def keep(self, caches: Caches) -> None:
+        """Nobody uses these any more. Graphs have their addresses; without graphs they are freed."""
+        if self._replay is not None:
+            self._kept = caches
 
     def reserve(self, caches: Caches, lane: int, slots: int, positions: int) -> None:
         """Make room for `slots` slots of `positions` positions in a lane."""
@@ -111,12 +130,24 @@ class Decoder:
         """Feed every slot in use and sample the next tokens: for every lane, on every rank."""
         waves = [w for w in range(self.waves) if any(len(steps[lane].tokens) for lane in self._lanes_of(w))]
         own = {wave: steps[self._lane(wave)] for wave in waves}
+        drawn = self._drawn(caches, own) if self._replay is None else self._replayed(self._replay, caches, own)
+        return self._exchange(drawn, [len(step.tokens) for step in steps])
+
+    def _drawn(self, caches: Caches, own: Mapping[int, LaneStep]) -> dict[int, Drawn]:
+        """By lane, of the waves that end on this rank."""
         feeds = {wave: step_feed(one, self.spec, self.mesh.device) for wave, one in own.items()}
-        drawn = {
+        return {
             self._lane(wave): self.parts[self._end].draw(x_NH, feeds[wave], caches[wave, self._end], own[wave])
             for wave, x_NH in self._pass(caches, feeds).items()
         }
-        return self._exchange(drawn, [len(step.tokens) for step in steps])
+
+    def _replayed(self, replay: Replay, caches: Caches, own: Mapping[int, LaneStep]) -> dict[int, Drawn]:
+        """The same by graphs."""
+        return {
+            self._lane(wave): draw(replay.step(caches[wave, self._end], step), step)
+            for wave, step in own.items()
+            if len(step.tokens)
+        }
 
     def routes_of(self, caches: Caches, spans: Sequence[Span]) -> list[Tensor]:
         """The experts that cached tokens chose: int16 [M, length, K] for each span."""

@@ -60,15 +60,19 @@ class Feed(NamedTuple):
 
 def step_feed(step: LaneStep, spec: Spec, device: torch.device) -> Feed:
     """The tokens of each of the first slots."""
-    many = step.tokens.shape[1]
-    grid = step.positions.reshape(-1, 1) + np.arange(many)
-    at_ST, slots = torch.from_numpy(grid).to(device), np.arange(len(grid)).repeat(many)
-    length = int(grid.max(initial=-1)) + 1
-    mask, at = _mask(at_ST, length), at_ST.flatten()
+    grid = step.positions.reshape(-1, 1) + np.arange(step.tokens.shape[1])
+    ids_ST, at_ST = (torch.from_numpy(part).to(device) for part in (step.tokens, grid))
+    return grid_feed(ids_ST, at_ST, int(grid.max(initial=-1)) + 1, spec)
+
+
+def grid_feed(ids_ST: Tensor, at_ST: Tensor, length: int, spec: Spec) -> Feed:
+    """Tokens of each of the first slots and their positions, below `length`; by operators on their device alone."""
+    many, mask, at = ids_ST.shape[1], _mask(at_ST, length), at_ST.flatten()
+    slots = torch.arange(len(ids_ST), device=at.device)
     if many > 1:
-        mask = mask.repeat_interleave(spec.shape.heads, 2)
-    ids, own = (torch.from_numpy(part).to(device) for part in (step.tokens.reshape(-1), slots))
-    return Feed(ids, own, at, rotations(spec.rope, at), length, mask, None, None, ids.new_empty(0), many - 1)
+        mask, slots = mask.repeat_interleave(spec.shape.heads, 2), slots.repeat_interleave(many)
+    ids, turn = ids_ST.flatten(), rotations(spec.rope, at, length)
+    return Feed(ids, slots, at, turn, length, mask, None, None, ids.new_empty(0), many - 1)
 
 
 def prefill_feed(pieces: Sequence[Stretch], depths: int, rope: Rope, device: torch.device) -> Feed:
@@ -84,7 +88,7 @@ def prefill_feed(pieces: Sequence[Stretch], depths: int, rope: Rope, device: tor
     packed = (tokens, np.repeat(own, sizes), at[inside], own, np.flatnonzero(inside), at)
     ids, slots, positions, sequences, place, grid = (torch.from_numpy(part).to(device) for part in packed)
     length = int(at.max(initial=-1)) + 1
-    mask, turn = _mask(grid, length), rotations(rope, positions)
+    mask, turn = _mask(grid, length), rotations(rope, positions, length)
     return Feed(ids[0], slots, positions, turn, length, mask, sequences, place, ids[1:], 0)
 
 
@@ -94,10 +98,9 @@ def _ahead(pieces: Sequence[Stretch], depth: int) -> list[int]:
     return [token for tokens in whole for token in tokens[depth:]]
 
 
-def rotations(rope: Rope, positions_N: Tensor) -> Tensor:
-    """Complex [N, 1, R / 2]."""
-    longest = 1 << int(positions_N.max() if len(positions_N) else 0).bit_length()
-    cos, sin = rope.table(longest, positions_N.device)
+def rotations(rope: Rope, positions_N: Tensor, length: int) -> Tensor:
+    """Complex [N, 1, R / 2]; positions are below `length`."""
+    cos, sin = rope.table(1 << max(0, length - 1).bit_length(), positions_N.device)
     return torch.complex(cos[positions_N], sin[positions_N])
 
 

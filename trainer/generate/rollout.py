@@ -41,12 +41,18 @@ class Rollout:
         self._decoder, self._room, self._requests, self._until = decoder, room, requests, until
         self._cancelled = cancelled
         self._lanes = [Lane(decoder.mesh.device, decoder.drafts) for _ in range(decoder.lanes)]
-        self._caches = decoder.caches()
+        self._caches = decoder.kept_caches()
         self._next: Answer | None = None  # taken from the iterable, and waiting for room
         self._last: tuple[int | None, int] = (None, 0)  # the group that joined last, and its lane
 
     def completions(self) -> Iterator[Completion]:
         """All completions, in the order in which they end."""
+        try:
+            yield from self._to_the_end()
+        finally:
+            self._decoder.keep(self._caches)
+
+    def _to_the_end(self) -> Iterator[Completion]:
         while True:
             for answer in self._admit():
                 yield self._completion(answer, self._no_routes())

@@ -12,10 +12,12 @@ from datetime import timedelta
 
 import torch
 
+from dryvine.comm.dispatch.single_rank import SingleRank
 from dryvine.comm.mesh import Layout, Mesh, make_mesh
 from dryvine.trainer.generate.decoder import Decoder
 from dryvine.trainer.generate.lane import Until
 from dryvine.trainer.generate.layers import ToExperts
+from dryvine.trainer.generate.replay import Replay, make_replay
 from dryvine.trainer.generate.requests import Completion, Request
 from dryvine.trainer.generate.rollout import LaneRoom, Rollout
 from dryvine.trainer.generate.score import Passage, Score, Scorer
@@ -53,16 +55,19 @@ class Sampler:
     def of_rig(rig: Rig, room: Room | None = None, speculate: bool = False) -> Sampler:
         """A sampler over the live weights of a training layout; `speculate`: MTP guesses tokens ahead, which changes
         none. Collective. Raises ValueError if there is no MTP to guess with."""
-        return Sampler.in_layout(rig.model, rig.mesh, rig.plan, room, speculate)
+        parts, drafts = _parts(rig.model, {}, speculate), _drafts(rig.model, speculate)
+        graphs = rig.config.parallel.graphs != "off" and isinstance(rig.dispatcher, SingleRank)
+        replay = make_replay(parts) if graphs and not drafts else None
+        return Sampler(_decoder(rig.plan, rig.mesh, parts, drafts, replay), room or Room())
 
     @staticmethod
     def in_layout(
         model: Model, mesh: Mesh, plan: RunPlan, room: Room | None = None, speculate: bool = False
     ) -> Sampler:
-        """A sampler over this rank's part of a model. Collective."""
-        budget, drafts = plan.config.parallel.microbatch_sequences * plan.config.data.seq_len, _drafts(model, speculate)
-        parts = _parts(model, {}, speculate)
-        return Sampler(Decoder(mesh, plan.schedule.routes, parts, budget, drafts), room or Room())
+        """A sampler over this rank's part of a model, which records no graphs: other threads may launch meanwhile.
+        Collective."""
+        parts, drafts = _parts(model, {}, speculate), _drafts(model, speculate)
+        return Sampler(_decoder(plan, mesh, parts, drafts, None), room or Room())
 
     @staticmethod
     def alone(
@@ -74,7 +79,9 @@ class Sampler:
         """A sampler over a model of one stage in this process; `experts` by layer, if their weights are elsewhere."""
         device, drafts = torch.device(model.spec.device), _drafts(model, speculate)
         mesh: Mesh = make_mesh(Layout(), device, timedelta(minutes=10))
-        return Sampler(Decoder(mesh, ((0,),), _parts(model, experts or {}, speculate), ALONE, drafts), room or Room())
+        parts = _parts(model, experts or {}, speculate)
+        replay = None if experts or drafts else make_replay(parts)
+        return Sampler(Decoder(mesh, ((0,),), parts, ALONE, drafts, replay), room or Room())
 
     def generate(self, requests: Iterable[Request], until: Until | None = None) -> Iterator[Completion]:
         """Completions in the order in which they end; requests are taken from the iterable as there is room. `until` is
@@ -92,6 +99,13 @@ class Sampler:
         """End these requests before their next token. Call it between two completions, and on every rank between the
         same two."""
         self._cancelled.update(requests)
+
+
+def _decoder(
+    plan: RunPlan, mesh: Mesh, parts: Mapping[int, CachedStage], drafts: int, replay: Replay | None
+) -> Decoder:
+    budget = plan.config.parallel.microbatch_sequences * plan.config.data.seq_len
+    return Decoder(mesh, plan.schedule.routes, parts, budget, drafts, replay)
 
 
 def _parts(model: Model, experts: Mapping[str, ToExperts], speculate: bool) -> dict[int, CachedStage]:

@@ -60,6 +60,11 @@ class CachedStage:
         """Rows of latents that a token has here: of blocks, then of MTP's depths."""
         return len(self.blocks) + (len(self._speculator.depths) if self._speculator else 0)
 
+    @property
+    def whole(self) -> bool:
+        """Whether this stage is the whole model."""
+        return self.table is not None and self._head is not None
+
     def cache(self) -> Cache:
         """An empty cache for the layers of this stage."""
         s, like = self.spec.shape, torch.empty(0, dtype=self.spec.dtype, device=self.spec.device)
@@ -95,13 +100,24 @@ class CachedStage:
         assert self._head is not None
         norm, logits = self._head
         states_NH = norm(x_NH)
-        flat = sample(logits(states_NH), step.ways.each(step.tokens.shape[1]), step.places())
-        tokens_ST, logprobs_ST = (part.view(step.tokens.shape) for part in flat)
         if self._speculator is None:
-            return Drawn.of(tokens_ST, logprobs_ST, tokens_ST[:, 1:])
+            return draw(logits(states_NH), step)
+        tokens_ST, logprobs_ST = _sampled(logits(states_NH), step)
         sampled = Sampled.beside(feed.tokens.view_as(tokens_ST), tokens_ST)
         drafts_SD = self._speculator.drafts(states_NH, sampled, step, feed, cache.latents[len(self.blocks) :])
         return Drawn.of(sampled.counted(), logprobs_ST, drafts_SD)
+
+
+def draw(logits_NV: Tensor, step: LaneStep) -> Drawn:
+    """Sample after every token of a step, whose logits these are, without guesses."""
+    tokens_ST, logprobs_ST = _sampled(logits_NV, step)
+    return Drawn.of(tokens_ST, logprobs_ST, tokens_ST[:, 1:])
+
+
+def _sampled(logits_NV: Tensor, step: LaneStep) -> tuple[Tensor, Tensor]:
+    """Tokens, and their log-probabilities: each [S, T]."""
+    tokens_N, logprobs_N = sample(logits_NV, step.ways.each(step.tokens.shape[1]), step.places())
+    return tokens_N.view(step.tokens.shape), logprobs_N.view(step.tokens.shape)
 
 
 def _head(model: Model) -> tuple[Multiply, Multiply]:
