@@ -28,7 +28,7 @@ from dryvine.trainer.model.documents import Documents, documents_of, same_docume
 from dryvine.trainer.model.layer import Layer
 from dryvine.trainer.model.shape import Shape, Yarn
 from dryvine.trainer.step import evaluate
-from tests.support.model import filled, run_backward, run_forward, tiny
+from tests.support.model import filled, run_backward, run_forward, tiny, whole
 from tests.support.rig import rig_of
 from tests.trainer.test_data_order import write_dataset
 
@@ -42,10 +42,10 @@ def numbers_of(*sequences: tuple[int, ...], extra: int) -> np.ndarray:
     return np.stack([np.append(row, [row[-1]] * extra) for row in rows])
 
 
-def plain_documents(*sequences: tuple[int, ...], depth: int = 0) -> Documents:
+def plain_documents(*sequences: tuple[int, ...], depth: int = 0, device: str = "cpu") -> Documents:
     numbers = numbers_of(*sequences, extra=1 + depth)
     inside = [same_document(numbers, ahead, 1 + depth) for ahead in range(1, 2 + depth)]
-    return documents_of(numbers, [same.astype(np.float32) for same in inside], "cpu")
+    return documents_of(numbers, [same.astype(np.float32) for same in inside], device)
 
 
 def test_positions_restart_and_targets_stay_inside() -> None:
@@ -87,6 +87,35 @@ def test_attention_is_that_of_one_document_at_a_time(changes: dict[str, object],
         at += length
     for name, weight in layer.attention.named_parameters():
         torch.testing.assert_close(grads[name], weight.gradient(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 1e-2), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("v_dim", [64, 40])
+def test_on_a_gpu_attention_is_that_of_one_document_at_a_time(v_dim: int, dtype: torch.dtype, bound: float) -> None:
+    wide = tiny(hidden=128, heads=4, q_lora=64, kv_lora=64, nope_dim=32, rope_dim=16, v_dim=v_dim)
+    layer = model_on_gpu(wide, dtype).root["layers"]["0"]
+    assert isinstance(layer, Layer)
+    x = torch.randn(4 * 24, 128, device="cuda").to(dtype)
+    documents = plain_documents(*LENGTHS, device="cuda")
+    packed, seed = x.clone().requires_grad_(), torch.randn(4 * 24, 128, device="cuda").to(dtype)
+    out = layer.attend(packed, 4, documents)
+    out.backward(seed)
+    found = []
+    for rows, by in zip(x.split(documents.lengths), seed.split(documents.lengths), strict=True):
+        alone = rows.clone().requires_grad_()
+        expected = layer.attend(alone, 1, None)
+        expected.backward(by)
+        found.append((expected.detach(), alone.grad))
+    for ours, theirs in zip((out.detach(), packed.grad), map(torch.cat, zip(*found, strict=True)), strict=True):
+        assert ours is not None
+        assert (ours - theirs).norm() < bound * theirs.norm()
+
+
+def model_on_gpu(shape: Shape, dtype: torch.dtype) -> Model:
+    source, model = filled(shape), whole(shape, dtype=dtype, device="cuda")
+    model.load({name: weight.detach() for name, weight in source.named_parameters()} | source.buffers)
+    return model
 
 
 def test_recompute_changes_no_bit() -> None:

@@ -85,7 +85,8 @@ def test_what_an_abandoned_call_left_in_the_cache_changes_no_answer() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_graphs_on_a_gpu_give_the_logits_of_steps_without_them() -> None:
     shape = tiny(layers=3, hidden=256, expert_ffn=128, kv_lora=64, nope_dim=64, rope_dim=32, v_dim=64, max_position=256)
-    model = Model(Spec(shape, torch.bfloat16, "cuda"), {0: tuple(b.name for b in blocks(shape))}, SingleRank(8))
+    names = tuple(block.name for block in blocks(shape))
+    model = Model(Spec(shape, torch.bfloat16, "cuda"), {0: names}, SingleRank(shape.routed))
     model.initialise(0)
     graphed, plain = Sampler.alone(model), Sampler.alone(model)
     plain._decoder._replay = None
