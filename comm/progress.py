@@ -1,8 +1,8 @@
-"""How far a GPU's streams have come, as words in host memory, so that nobody has to call CUDA to find out.
+"""Progress of a GPU's streams as counters in host memory, which can be read without a CUDA call.
 
-The thread that enforces deadlines needs an answer exactly when something is stuck: a kernel that is being loaded holds
-the driver's lock until the device drains, and the device waits for a peer. An event per operation would do only while
-nothing is stuck. A word costs the host 4 us per mark and the device nothing.
+The thread that enforces deadlines must know the progress exactly when something hangs: loading a kernel holds the
+driver's lock until the device is idle, while the device waits for a peer. Querying an event per operation would work
+only while nothing hangs. A counter costs the host 4 us per mark and the device nothing.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ STREAMS = 1024  # words in a page; torch has a few dozen streams
 
 
 class Progress(Protocol):
-    """Marks in the order of what a device does."""
+    """Marks in the sequence of a device's work."""
 
     def mark(self) -> Callable[[], bool]:
-        """Note how much the current stream has been given. Returns whether all of that is done: a function for any
-        thread."""
+        """Mark the current end of the current stream's queue. Returns a function, callable from any thread, that tells
+        whether the stream has reached the mark."""
         ...
 
 
 class StreamWords:
-    """`Progress` of a GPU: a word per stream, which counts the marks that the stream has come past."""
+    """`Progress` of a GPU: a word of host memory per stream, which counts the marks that the stream has reached."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

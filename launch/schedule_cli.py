@@ -1,4 +1,5 @@
-"""`dryvine schedule`: draw a pipeline schedule, price it, check one of your own. Needs no GPU and no torch."""
+"""`dryvine schedule`: draws pipeline schedules, computes their costs, and checks those in files. Needs no GPU and no
+torch."""
 
 from __future__ import annotations
 
@@ -71,8 +72,8 @@ def _sizes(name: str, pp: int | None, microbatches: int | None) -> tuple[int, in
 
 
 def _named(name: str, pp: int | None, microbatches: int | None, chunks: int, alone: bool) -> Schedule:
-    """A schedule by its name; sizes may be left out where a file gives them. In a comparison, only schedules that
-    allow `chunks` get it."""
+    """A schedule by its name; sizes may be omitted for a file that contains them. In a comparison, `chunks` is passed
+    only to schedules that support it."""
     if name.startswith(FILE) and pp is None and microbatches is None:
         return load(name.removeprefix(FILE))
     sizes = _sizes(name, pp, microbatches)
@@ -80,7 +81,7 @@ def _named(name: str, pp: int | None, microbatches: int | None, chunks: int, alo
 
 
 def _search(problem: Problem, effort: Effort) -> Schedule:
-    """Run the search. Prints to stderr what it gained, and the most that any schedule could gain."""
+    """Run the search. Prints to stderr its gain, and an upper bound of the gain of any schedule."""
     found = search(problem, effort)
     than = f"{found.named.schedule.name} {found.named.span:.5g}" if found.named else "no named schedule fits"
     typer.echo(f"search: span {found.timeline.span:.5g} ({than}), bound {found.bound:.5g}", err=True)
@@ -88,8 +89,8 @@ def _search(problem: Problem, effort: Effort) -> Schedule:
 
 
 def _timelines(schedules: list[Schedule], costs: Costs, shared: bool) -> list[Timeline]:
-    """Simulated timelines. `shared`: costs are those of a P-th of the model, so that all schedules run the same
-    model; else per stage."""
+    """Simulated timelines. `shared`: costs are those of a P-th of the model, so that all schedules run the same model;
+    otherwise those of a stage."""
     return [in_one_measure(s, costs) if shared else simulate(s, costs) for s in schedules]
 
 

@@ -1,18 +1,18 @@
-"""A stage's ops as CUDA graphs: an op is recorded at its first use and replayed by one launch ever after.
+"""A stage's ops as CUDA graphs: an op is recorded at its first use and from then on replayed with one launch.
 
-A stage of a V3-like model is a thousand kernels a microbatch, and a host that issues them one by one takes longer than
-a GPU takes to run them. A graph has the addresses of one microbatch's tensors, so there is one for each op (F, B, I, W)
-of each flight that is under way at once: a schedule that holds three microbatches in a stage has three flights there,
-whose graphs every later microbatch uses in turn. What a graph cannot know is copied in before a replay (the tokens, the
-loss scale, what arrived) and what leaves the stage is copied out after it, so that a message or the next stage may keep
-it for as long as it likes: 2/3 of a millisecond for each GB.
+A stage of a V3-like model launches a thousand kernels a microbatch, which takes a host longer than the GPU takes to run
+them. A graph contains the addresses of one microbatch's tensors, so there is one for each op (F, B, I, W) of each
+microbatch in flight at once: a schedule that holds three microbatches in a stage has three flights there, whose graphs
+later microbatches reuse in turn. Varying inputs are copied in before a replay (tokens, loss scale, received tensors),
+and the stage's outputs are copied out after it, so that a message or the next stage may keep them for any time: 2/3 of
+a millisecond for each GB.
 
-All graphs of a rank run one after the other on one stream. Those of one flight share a pool of memory: tensors that
-live from one of its ops to another are held for good, all others are temporaries, whose memory its other ops use too.
-Flights do not share: a tensor that a flight keeps may lie where an earlier recorded graph of another has a temporary,
-and schedules replay flights in any order. (It happened: losses were right, gradients NaN at the second replay.)
-`torch.cuda.make_graphed_callables` has neither W nor flights; torch.compile cannot trace closures that add to
-gradients.
+All graphs of a rank run one after the other on one stream. Those of one flight share a memory pool: tensors that are
+used from one of its ops to another are kept permanently, all others are temporaries, whose memory its other ops reuse.
+Flights do not share pools: a tensor that one flight keeps may be where an earlier recorded graph of another has a
+temporary, and schedules replay flights in any order. (This has happened: losses were right, gradients NaN at the second
+replay.) `torch.cuda.make_graphed_callables` supports neither W nor flights; torch.compile cannot trace closures that
+add to gradients.
 
 Within a graph nothing overlaps, so this is for ops without communication: for one expert-parallel rank.
 """
@@ -41,7 +41,7 @@ Pool = torch.cuda._POOL_HANDLE  # its number
 
 
 class Graph(Protocol):
-    """What was launched during one recording."""
+    """The kernels that were launched during one recording."""
 
     def replay(self) -> None: ...
 
@@ -58,7 +58,7 @@ class Recorder(Protocol):
         ...
 
     def free(self) -> None:
-        """Return unused memory, and that of graphs that nobody holds any more, to the device, which must be idle."""
+        """Return unused memory, and that of deleted graphs, to the device, which must be idle."""
         ...
 
 
@@ -93,14 +93,14 @@ class CudaRecorder:
 @dataclass(frozen=True)
 class RecordedOp:
     graph: Graph
-    inputs: State  # memory for the op's input
-    outputs: State  # where its result is after a replay
-    sent: dict[LinkClass, int]  # bytes, that a dispatcher counted
+    inputs: State  # static buffers for the op's input
+    outputs: State  # static buffers that hold its result after a replay
+    sent: dict[LinkClass, int]  # bytes that the dispatcher counted
 
 
 @dataclass
 class Recordings:
-    """The ops of one flight, and all tensors that live from one of them to another."""
+    """The graphs of one flight's ops, and all tensors that are used from one of them to another."""
 
     flight: Flight
     pool: Pool
@@ -110,8 +110,8 @@ class Recordings:
 
 
 class Graphs:
-    """All graphs of one rank. `constants` returns what the recorded functions have as plain numbers; when it changes,
-    all is recorded anew."""
+    """All graphs of one rank. `constants` returns the values that the graphs contain as constants; when they change,
+    everything is recorded again."""
 
     def __init__(self, recorder: Recorder, meter: Meter, constants: Callable[[], Hashable]) -> None:
         self.recorder, self.meter, self.constants = recorder, meter, constants
@@ -140,8 +140,7 @@ class Graphs:
         self.recorder.free()
 
     def play(self, op: Op, stage: Stage, flight: Flight, state: State) -> State:
-        """Run an op of the microbatch that `flight` describes. Returns what it hands on; an F adds its losses to
-        `flight`."""
+        """Run an op of the microbatch that `flight` describes. Returns its outputs; F adds its losses to `flight`."""
         recordings = self._recordings(op, flight)
         recorded = recordings.ops.get(op.kind) or self._record(op, stage, recordings, state)
         if op.kind == "F":
@@ -159,7 +158,7 @@ class Graphs:
         return tuple(made.clone() for made in recorded.outputs)
 
     def _recordings(self, op: Op, flight: Flight) -> Recordings:
-        """Those of the op's microbatch: from its F on the same, and free for another after its B or W."""
+        """The recordings that the op's microbatch uses: the same from its F to its B or W, then free for another."""
         stage, key, idle = self._recorded[op.stage], (op.stage, op.microbatch), self._idle[op.stage]
         if op.kind == "F":
             if not idle:

@@ -1,16 +1,17 @@
 """Gradients summed over every copy of a parameter, and the optimizer's state sharded over them (ZeRO-1).
 
-A parameter's copies are wherever its global name is held: both ranks of a DualPipe stage, all data ranks (for an
-expert, those with the same expert-parallel rank), and the ranks of the first and last stage for what MTP shares. So
-the groups come from the names, which come from the schedule's routes, and no layout is a special case. Parameters with
-the same copies share flat buckets (`buckets.py`): a bucket's gradient is reduce-scattered, each rank updates its shard
-in FP32, and the result is gathered in the parameters' own dtype. Every element of every gradient is then on exactly one
-rank, which makes the global norm right in any layout: the sum of the shards' squares, each counted once.
+A parameter's copies are on all ranks that hold its global name: both ranks of a DualPipe stage, all data ranks (for an
+expert, those with the same expert-parallel rank), and the ranks of the first and last stage for weights that MTP
+shares. So the groups follow from the names, which follow from the schedule's routes, and no layout is a special case.
+Parameters with the same copies share flat buckets (`buckets.py`): a bucket's gradient is reduce-scattered, each rank
+updates its shard in FP32, and the result is all-gathered in the parameters' own dtype. Every element of every gradient
+is then on exactly one rank, so the global norm is right in any layout: the sum of the shards' squares, each counted
+once.
 
-Nothing of this stands alone at the end of a step. A bucket's sum begins when its last gradient has been added, while
-the pipeline's tail still runs, and the new weights of a layer are waited for when a forward first reads them.
+None of this is a separate phase at the end of a step. A bucket's reduce-scatter starts when its last gradient has been
+added, during the pipeline's cooldown, and the new weights of a layer are waited for when a forward first reads them.
 
-The alternative, an optimizer over `.grad` with hooks (DDP, DeepSpeed), sees neither the two copies of a stage nor
+The alternative, an optimizer over `.grad` with hooks (DDP, DeepSpeed), supports neither the two copies of a stage nor
 gradients that a schedule defers.
 """
 
@@ -32,14 +33,14 @@ from dryvine.parallel.schedule.ir import Schedule
 from dryvine.parallel.stalls import Stalls
 
 NORM_PART = 1 << 24  # elements whose norm is taken at a time: 128 MiB in FP64
-ANYWHERE = (ReadingLayer(0, 0, "all"),)  # of parameters whose layers nobody has told
+ANYWHERE = (ReadingLayer(0, 0, "all"),)  # for parameters without information on their layers
 
 
 class Zero:
     """This rank's buckets. Made once from the parameters of all its stages, which become views of them; collective.
 
-    In a step: `begin`, then `summed` for each layer while the schedule runs, `reduce`, the update of the masters,
-    `send`, and in the next step `need` before a layer is read. All ranks must begin with the same turns.
+    The order of calls in a step: `begin`, `summed` for each layer while the schedule runs, `reduce`, the update of the
+    masters, `send`, and in the next step `need` before a layer is read. All ranks pass the same turns to `begin`.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class Zero:
         readers: Mapping[str, tuple[ReadingLayer, ...]] | None = None,
         memory: BucketMemory = ON_DEVICE,
     ) -> None:
-        """`readers` are this rank's layers that read each parameter; without, all parameters are one layer's."""
+        """`readers` are this rank's layers that read each parameter; without it, all parameters belong to one layer."""
         self.mesh = mesh
         self.stalls = Stalls(mesh.device)
         own = readers or dict.fromkeys(parameters, ANYWHERE)
@@ -65,7 +66,7 @@ class Zero:
         self._gathers: dict[int, Pending[None]] = {}
 
     def pieces(self) -> Iterator[Piece]:
-        """What this rank owns of every parameter. Over all ranks, each element is owned once."""
+        """This rank's part of every parameter. Each element is owned by exactly one rank."""
         return (piece for bucket in self.buckets for piece in bucket.pieces())
 
     @property
@@ -81,24 +82,24 @@ class Zero:
     # -- sums
 
     def turns(self, schedule: Schedule) -> BucketTurns:
-        """The turns of this rank's buckets in a schedule."""
+        """The order in which a schedule sums and gathers this rank's buckets."""
         return turns(schedule, [bucket.layout for bucket in self.buckets])
 
     def begin(self, turns: BucketTurns) -> None:
-        """Start of a schedule in which `summed` will be called for layers; sums and gathers follow these turns."""
+        """Call at the start of a schedule in which `summed` is called for layers; sums and gathers follow `turns`."""
         self._turns, self._to_sum = turns, list(turns.sums)
         self._unsummed = [set(layers) for layers in self._layers]
 
     def summed(self, layer: str) -> None:
-        """The last gradient of the step has been added to the layer's weights, in the current stream. Begins the sums
-        of the buckets that are complete, as far as their turns have come."""
+        """Call when the last gradient of the step has been added to the layer's weights, in the current stream. Starts
+        the sums of complete buckets whose turn it is."""
         for missing in self._unsummed:
             missing.discard(layer)
         while self._to_sum and not self._unsummed[self._to_sum[0]]:
             self._begin_sum(self._to_sum.pop(0))
 
     def reduce(self) -> None:
-        """Sum the gradients over all copies; each rank keeps the shard it owns. Begins what has not begun, and waits
+        """Sum the gradients over all copies; each rank keeps the shard it owns. Starts the remaining sums, and waits
         for all."""
         for number in self._to_sum:
             self._begin_sum(number)
@@ -114,8 +115,8 @@ class Zero:
     def grad_norm(self) -> Tensor:
         """L2 norm of the whole gradient, every parameter counted once. Call after `reduce`; a scalar, FP64.
 
-        By torch's kernel for lists, which sums FP32 numbers in FP64: `vector_norm` makes an FP64 copy first, twice the
-        gradients' memory. On a CPU there is only that, a part at a time.
+        Computed by torch's foreach kernel, which sums FP32 numbers in FP64: `vector_norm` makes an FP64 copy first, of
+        twice the gradients' memory. On a CPU only the latter exists, and is applied to a part at a time.
         """
         parts = [part for bucket in self.buckets for part in bucket.grad_shard.split(NORM_PART)]
         norms = torch.stack(torch._foreach_norm(parts, 2.0, dtype=torch.float64))
@@ -124,8 +125,8 @@ class Zero:
     # -- new weights
 
     def send(self, number: int, shard: Tensor | None = None) -> None:
-        """Start to give every copy of a bucket its new values, from the FP32 masters of their owners or from
-        `shard`. All ranks send in the order of `gathers_turn`."""
+        """Start sending a bucket's new values to all copies, from the FP32 masters of their owners or from `shard`. All
+        ranks send in the order of `gathers_turn`."""
         bucket = self.buckets[number]
         values = bucket.master if shard is None else shard
         self._settle(number)
@@ -159,7 +160,7 @@ HoldersAndReaders = tuple[Holders, tuple[ReadingLayer, ...]]  # of a parameter, 
 def _held(
     parameters: Mapping[str, nn.Parameter], readers: Mapping[str, tuple[ReadingLayer, ...]], mesh: Mesh
 ) -> tuple[dict[str, HoldersAndReaders], set[Holders]]:
-    """Who holds each parameter of the world, for this rank's parameters. Collective."""
+    """The holders and reading layers of this rank's parameters, over all ranks. Collective."""
     own = [(name, is_expert(parameter), readers[name]) for name, parameter in parameters.items()]
     every = cast(list[list[tuple[str, bool, tuple[ReadingLayer, ...]]]], mesh.gather(own, "parameter names"))
     homes: defaultdict[tuple[str, bool], set[int]] = defaultdict(set)  # pipeline ranks
@@ -190,7 +191,7 @@ def _entry(name: str, parameter: nn.Parameter, copies: Holders, readers: tuple[R
 
 @dataclass(frozen=True)
 class ZeroHooks:
-    """Sums and gathers beside a schedule: an executor's hooks. Without turns, sums are left to `reduce`."""
+    """The executor hooks that overlap sums and gathers with a schedule. Without turns, `reduce` starts all sums."""
 
     zero: Zero
     turns: BucketTurns | None = None

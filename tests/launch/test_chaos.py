@@ -1,5 +1,5 @@
-"""Ranks are killed at random moments, one or all, in starts, steps and saves, and a node's memory is lost with its
-ranks; the run must end as if nobody had."""
+"""Ranks are killed at random times, one or all, during starts, steps and saves, and a node's memory is lost with its
+ranks; the run must end bitwise equal to one without faults."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from tests.support.quick_ranks import Attempts, QuickRank, kill
 TINY = str(Path(__file__).parents[1] / "tiny.toml")
 WORLD = 4
 LAYOUT = ("parallel.pp=2", "parallel.ep=2", "parallel.schedule=dualpipe", "model.layers=3", "batch.sequences=8")
-PATIENCE = 60.0  # seconds in which the moment for a kill must come
+PATIENCE = 60.0  # time limit for the condition of the next kill, in seconds
 
 
 class Chaos(threading.Thread):
-    """Kills the ranks of a run `kills` times and counts."""
+    """Kills ranks of a run `kills` times, and counts the kills by kind."""
 
     def __init__(self, attempts: Attempts, folder: Path, memory: Path, kills: int) -> None:
-        """`memory` is that of all nodes."""
+        """`memory` is the folder that stands for the memory of all nodes."""
         super().__init__(daemon=True)
         self.attempts, self.folder, self.memory, self.kills = attempts, folder, memory, kills
         self.random = random.Random(kills)
@@ -72,11 +72,11 @@ class Chaos(threading.Thread):
 
     @property
     def replayed(self) -> int:
-        """Steps that were lost and played again."""
+        """The number of steps that were lost and repeated."""
         return sum(self.reached.get(n, start) - start for n, start in enumerate(self._starts()))
 
     def _starts(self) -> list[int]:
-        """After which step each start began."""
+        """The step after which each attempt began."""
         file = self.folder / "starts.jsonl"
         return [json.loads(line)["after_step"] for line in file.read_text().splitlines()] if file.exists() else []
 
@@ -101,7 +101,7 @@ BUDDIES = ("optim.offload=cpu", "run.buddy_every=1", "run.checkpoint_every=7", "
 @pytest.mark.long
 @pytest.mark.timeout(5400)
 @pytest.mark.parametrize("more", [(), BUDDIES], ids=["storage", "offload and buddies"])
-def test_a_run_that_is_killed_again_and_again_is_the_run_that_was_not(
+def test_a_run_with_many_kills_equals_an_undisturbed_run(
     corpus: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -131,7 +131,7 @@ def test_a_run_that_is_killed_again_and_again_is_the_run_that_was_not(
         assert [row[figure] for row in rows[0]] == [row[figure] for row in rows[1]], figure
     found = compare(open_checkpoint(tmp_path / "calm"), open_checkpoint(tmp_path / "chaos"), lambda read: None)
     assert found.alike
-    # At most one interval is lost each time: the steps since the save before, and one that was not yet written.
+    # Each kill loses at most the steps since the last complete save, of which one may be in progress.
     assert chaos.replayed <= kills * 4
     if "run.buddy_every=1" in more:
         assert starts["from memory"] > kills // 2

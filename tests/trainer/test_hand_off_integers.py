@@ -1,4 +1,5 @@
-"""Exports of 8- and 4-bit weights: what is read is what was rounded, nothing else is, and damage is named."""
+"""Exports with 8- and 4-bit weights: loaded weights equal the rounded ones, other tensors are unchanged, and errors in
+files are named."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ Q = "model.layers.0.self_attn.o_proj.weight"
 
 @pytest.mark.parametrize(("bits", "step"), [(8, 1 / 127), (4, 1 / 15)])
 @pytest.mark.parametrize("cols", [32, 96, 40, 7])
-def test_a_number_is_off_by_half_a_step_of_its_block(bits: int, step: float, cols: int) -> None:
+def test_the_error_is_at_most_half_a_quantisation_step_of_the_block(bits: int, step: float, cols: int) -> None:
     rows = torch.randn(5, cols, generator=torch.Generator().manual_seed(cols))
     rows[2] = 0
     made = integers.quantize(rows, bits)
@@ -31,7 +32,7 @@ def test_a_number_is_off_by_half_a_step_of_its_block(bits: int, step: float, col
     off = (integers.dequantize(made, cols) - rows).abs()
     blocks = [rows[:, at : at + 32] for at in range(0, cols, 32)]
     span = torch.cat([_span(block, bits).expand_as(block) for block in blocks], 1)
-    # FP16 scales, and at 4 bits a fit of least squares that may give up an end of the block.
+    # FP16 scales; and at 4 bits a least-squares fit, which may clip the block's largest or smallest value.
     assert (off <= span * step * (0.51 if bits == 8 else 1.5) + 1e-6).all()
     assert off[2].max() == 0
 
@@ -47,7 +48,7 @@ def _span(block: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
-def test_an_export_is_loaded_as_it_was_rounded_and_is_as_small_as_said(tmp_path: Path, dtype: str) -> None:
+def test_loaded_weights_equal_the_rounded_ones_and_files_have_the_documented_size(tmp_path: Path, dtype: str) -> None:
     run = run_of(small(mtp_depth=1), tmp_path / "run")
     encoding = Encoding(dtype)
     export_hf(run, tmp_path / "out", encoding, tokenizer_of(run), quiet, 1 << 30)
@@ -62,11 +63,11 @@ def test_an_export_is_loaded_as_it_was_rounded_and_is_as_small_as_said(tmp_path:
     held = load_file(tmp_path / "out" / "model.safetensors")
     numbers = sum(place.elements for place in places(run.shape) if place.ours.startswith("layers.1.experts"))
     held_bytes = sum(part.nbytes for name, part in held.items() if ".layers.1.mlp.experts" in name)
-    # `small` has rows of 24 and 32 numbers, of which those of 24 fill a block.
+    # `small` has rows of 24 and 32 values; those of 24 are stored as a whole block of 32.
     assert held_bytes / numbers <= (1.13 if dtype == "int8" else 0.84)
 
 
-def test_transformers_is_told_that_it_cannot_read_them(tmp_path: Path) -> None:
+def test_the_config_names_a_quantisation_method_that_transformers_refuses(tmp_path: Path) -> None:
     run = run_of(small(), tmp_path / "run")
     export_hf(run, tmp_path / "out", Encoding("int4"), tokenizer_of(run), quiet, 1 << 30)
     said = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
@@ -82,7 +83,7 @@ def test_transformers_is_told_that_it_cannot_read_them(tmp_path: Path) -> None:
         (integers.SCALE, lambda t: t * float("nan"), "numbers that are not finite"),
     ],
 )
-def test_what_is_wrong_is_named(tmp_path: Path, end: str, change: object, why: str) -> None:
+def test_errors_name_the_tensor(tmp_path: Path, end: str, change: object, why: str) -> None:
     run = run_of(small(), tmp_path / "run")
     export_hf(run, tmp_path / "out", Encoding("int4"), tokenizer_of(run), quiet, 1 << 30)
     file = tmp_path / "out" / "model.safetensors"

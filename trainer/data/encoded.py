@@ -1,10 +1,10 @@
-"""Batches of the stream to batches of tokens: in this process, or in several that have a tokenizer each.
+"""Tokenises batches of the document stream: in this process, or in several processes with a tokenizer each.
 
-Batch i goes to process i modulo their number, and results are taken in that order, so the dataset is the same to the
-byte for any number. Each process shares one pipe with the build. It closes when either end dies: a killed build leaves
-no process behind, and a killed process (out of memory, say) ends the build with its name. A pool of
+Batch i is sent to process i modulo the number of processes, and results are received in that order, so the dataset is
+bytewise equal for any number. Each process has a pipe to the build, which closes when either end dies: a killed build
+leaves no process behind, and a killed process (for example out of memory) ends the build with its name. A pool of
 `concurrent.futures` waits forever in the first case; `multiprocessing` runs the imports of the main program in every
-process, a second each. The threads inside `tokenizers` also use all cores, but between its calls one thread alone
+process, which takes a second. The threads inside `tokenizers` also use all cores, but between its calls a single thread
 reads, hashes and writes.
 """
 
@@ -39,14 +39,14 @@ _NONE = np.zeros(0, np.uint16)
 
 
 class Encoded(NamedTuple):
-    """A stream item with its text as tokens. `ids` is empty if it held only broken lines."""
+    """A tokenised stream item. `ids` is empty if it contained only broken lines."""
 
     after: StreamPosition
     name: str
     broken: tuple[Broken, ...]
     ids: NDArray[np.unsignedinteger]
     size: int  # bytes of the text
-    ends: bool  # a document ends here, and its end token is the last of `ids`
+    ends: bool  # the item is the last of its document, and its last id is the end token
     held_out: bool  # in the validation split
 
 
@@ -54,7 +54,7 @@ Encode = Callable[[Iterable[Sequence[StreamItem]]], Iterator[list[Encoded]]]
 
 
 class _Planned(NamedTuple):
-    """A batch before encoding: its texts, and all else that is known of its items."""
+    """A batch before encoding: its texts, and the remaining fields of its items."""
 
     texts: list[ItemText]
     items: list[Encoded]  # without ids
@@ -64,14 +64,14 @@ class _Planned(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """What decides the tokens of an item, beside its text."""
+    """The settings on which the tokens of an item depend, besides its text."""
 
     spec: BuildSpec
     vocabulary: Vocabulary
 
     @property
     def typecode(self) -> str:
-        """Of `array`, for all token ids."""
+        """The typecode of `array` that holds all token ids."""
         return np.dtype(dtype_for(self.vocabulary.size)).char
 
     def batch(self, items: Sequence[StreamItem]) -> _Planned:
@@ -86,8 +86,8 @@ class _Plan(NamedTuple):
         return ItemText(parts, self.vocabulary.end if ends else None), encoded
 
     def _parts(self, item: StreamItem, held_out: bool) -> tuple[TextPart, ...]:
-        """The text that an item adds to its document; nothing for broken lines only. Validation text is never
-        rearranged."""
+        """The parts of an item's text in training order; none if it contains only broken lines. Validation text is
+        never rearranged."""
         record = item.record
         is_whole = record.starts and record.ends
         if is_whole and not record.text:
@@ -98,7 +98,7 @@ class _Plan(NamedTuple):
 
 
 def encode_batch(items: Sequence[StreamItem], spec: BuildSpec, vocabulary: Vocabulary) -> list[Encoded]:
-    """Tokenize a batch in one call, over all cores, and give each document its end token."""
+    """Tokenise a batch in one call, on all cores, and append the end token to each document."""
     plan = _Plan(spec, vocabulary)
     planned = plan.batch(items)
     return planned.with_tokens(vocabulary.encoder.tokens_of(planned.texts, plan.typecode))
@@ -106,7 +106,7 @@ def encode_batch(items: Sequence[StreamItem], spec: BuildSpec, vocabulary: Vocab
 
 @contextmanager
 def encoding(spec: BuildSpec, vocabulary: Vocabulary, processes: int) -> Iterator[Encode]:
-    """A function from batches to encoded batches, in order. At most two batches for each process are read ahead."""
+    """A function from batches to encoded batches, in order. At most two batches per process are read ahead."""
     if processes == 1:
         yield lambda batches: (encode_batch(batch, spec, vocabulary) for batch in batches)
         return

@@ -1,7 +1,7 @@
 """Casts to FP8 and back: activations by rows, by columns or both at once, weights by blocks, and E5M6.
 
-They run on a CPU, and are the definition that every kernel (kernels/casts.py) is held against, bit for bit; numbers.py
-says why, and what a scale is.
+This is the CPU implementation and the reference for the kernels (kernels/casts.py), which must agree bitwise;
+numbers.py explains why, and defines the scales.
 
 Legend: R rows, C columns, B blocks of 128, P rows padded by expert to 128.
 """
@@ -29,7 +29,7 @@ def quantize_rows(x: Tensor, scales: ScaleFormat = "fp32") -> Quantized:
 
 
 def rows_of(tiles: Tensor, amax: Tensor, cols: int, scales: ScaleFormat) -> Quantized:
-    """FP32 [R, B, 128], as `tiles_of` returns it for `cols` columns, cast by scales from `amax` [R, B]."""
+    """Cast FP32 [R, B, 128], as `tiles_of` returns it for `cols` columns, with scales from `amax` [R, B]."""
     out = empty_rows(len(tiles), cols, tiles.device)
     out.scales.copy_(scale_of(amax, scales))
     out.values.copy_(scaled(tiles, out.scales.unsqueeze(-1)).flatten(1)[:, :cols].to(E4M3))
@@ -37,7 +37,7 @@ def rows_of(tiles: Tensor, amax: Tensor, cols: int, scales: ScaleFormat) -> Quan
 
 
 def padded(x: Tensor, groups: ExpertGroups) -> Tensor:
-    """Rows with every expert's filled up to whole blocks: [R, C] -> [P, C]."""
+    """The rows of every expert padded to whole blocks: [R, C] -> [P, C]."""
     return torch.cat([filled(part, rows=-len(part) % TILE) for part in x.split(list(groups.counts))])
 
 
@@ -45,7 +45,7 @@ def padded(x: Tensor, groups: ExpertGroups) -> Tensor:
 def quantize_columns(x: Tensor | Quantized, groups: ExpertGroups, scales: ScaleFormat = "fp32") -> Quantized:
     """[R, C] -> transposed, values [C, P] in 1x128 tiles over rows (128x1 tiles of x): an operand of Wgrad.
 
-    An FP8 source is read back, transposed and quantised anew, since its tiles run the other way.
+    An FP8 source is dequantised, transposed and quantised again, since its tiles run along the other dimension.
     """
     rows_PC = padded(x.dequantize() if isinstance(x, Quantized) else x.float(), groups)
     tiles = rows_PC.unflatten(0, (-1, TILE))  # [B, 128, C]
@@ -60,7 +60,7 @@ def quantize_columns(x: Tensor | Quantized, groups: ExpertGroups, scales: ScaleF
 
 @kernel_in(KERNELS)
 def quantize_both(x: Tensor, groups: ExpertGroups, scales: ScaleFormat = "fp32") -> tuple[Quantized, Quantized]:
-    """`quantize_rows` and `quantize_columns` of one tensor, which a kernel reads once: a gradient's two uses."""
+    """`quantize_rows` and `quantize_columns` of one tensor, which the kernel reads once: both uses of a gradient."""
     return quantize_rows(x, scales), quantize_columns(x, groups, scales)
 
 
@@ -73,7 +73,7 @@ def quantize_blocks(w: Tensor, scales: ScaleFormat = "fp32", out: BothWays | Non
 
 
 def blocks_of(w: Tensor) -> Tensor:
-    """[..., R, C] -> FP32 [..., R / 128, 128, C / 128, 128], filled up with zeros."""
+    """[..., R, C] -> FP32 [..., R / 128, 128, C / 128, 128], padded with zeros."""
     rows, cols = w.shape[-2:]
     full = functional.pad(w.float(), (0, -cols % TILE, 0, -rows % TILE))
     return full.unflatten(-1, (-1, TILE)).unflatten(-3, (-1, TILE))
@@ -82,7 +82,8 @@ def blocks_of(w: Tensor) -> Tensor:
 def blocks_and_transposed(
     w: Tensor, tiles: Tensor, amax: Tensor, scales: ScaleFormat, into: BothWays | None
 ) -> BothWays:
-    """`tiles`, as `blocks_of` returns them for w, cast by scales from `amax` [..., R / 128, C / 128]; both ways."""
+    """Cast `tiles`, as `blocks_of` returns them for w, with scales from `amax` [..., R / 128, C / 128]. Returns the
+    blocks and their transpose."""
     rows, cols = w.shape[-2:]
     out, transposed = into or empty_both_ways(w)
     out.scales.copy_(scale_of(amax, scales))

@@ -1,9 +1,9 @@
-"""Which engine multiplies: the one the recipe names, or the fastest on these devices, measured once.
+"""Chooses the GEMM engine: the one that the recipe names, or the fastest on these devices, measured once.
 
-A table of winners by GPU would be what this is instead of, and would be wrong by the next driver. Engines add in
-different orders, so all ranks take the same one, the fastest on the rank that is slowest with it: copies of a stage, a
-DualPipe pair among them, must round alike. The run folder keeps the choice for the same reason, and a run that resumes
-takes it again.
+The alternative, a table of the fastest engine by GPU, would be outdated with the next driver. Engines add in different
+orders, and copies of a stage (such as those of DualPipe) must round alike, so all ranks use the same one: that whose
+time on its slowest rank is shortest. For the same reason the choice is stored in the run folder, and a resumed run uses
+it again.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Choice = dict[str, str]  # kind -> engine
 
 
 class CannotRun(ValueError):
-    """The recipe's engine cannot run here. One line: why, and what would."""
+    """The recipe's engine cannot run here. The message is one line: why, and which engine can."""
 
 
 def check_engine(recipe: Recipe, device: torch.device, widths: Sequence[int] = ()) -> None:
@@ -46,7 +46,7 @@ def check_engine(recipe: Recipe, device: torch.device, widths: Sequence[int] = (
 
 
 def choose_engines(recipe: Recipe, mesh: Mesh, folder: Path) -> tuple[Products, str]:
-    """What multiplies on all ranks, and a line for the log. `folder` is the run's. Raises CannotRun. Collective."""
+    """The products that all ranks use, and a line for the log. `folder` is the run's. Raises CannotRun. Collective."""
     check_engine(recipe, mesh.device)
     emulate = Emulate(recipe.accumulator, recipe.promotion)
     if recipe.gemm == "emulate":
@@ -72,7 +72,7 @@ def agree_on_engines(able: Mapping[str, Products], mesh: Mesh, folder: Path, mea
     note = f" (not on every rank: {', '.join(lacking)})" if lacking else ""
     if not common:
         return {}, note
-    # What rank 0 read.
+    # Rank 0's copy counts.
     stored = answers[0][1]
     if stored.keys() == set(KINDS) and set(stored.values()) <= common:
         engines = "; ".join(f"{kind} {stored[kind]}" for kind in KINDS)
@@ -86,7 +86,7 @@ def agree_on_engines(able: Mapping[str, Products], mesh: Mesh, folder: Path, mea
 
 
 def _slowest(engines: Mapping[str, Products], mesh: Mesh, measure: Measure) -> Times:
-    """Each engine's time on the rank that is slowest with it, the same on all ranks."""
+    """Each engine's time on its slowest rank, the same on all ranks."""
     times = measure(engines, mesh.device)
     rows = torch.tensor([[times[kind][name] for name in engines] for kind in KINDS], device=mesh.device)
     slowest = mesh.max(rows, "FP8 times").tolist()

@@ -1,7 +1,7 @@
 """Casts with fewer scales than the recipe has: one for a 128x128 block of activations, or one for a whole tensor.
 
-They are here so that the claim that they train worse (arXiv 2412.19437, appendix B.2) can be tested. In plain torch on
-any device: a worse loss can be shown without speed.
+They exist to test the claim that they train worse (arXiv 2412.19437, appendix B.2). In plain torch on any device, since
+that test needs no speed.
 """
 
 from __future__ import annotations

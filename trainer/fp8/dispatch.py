@@ -1,11 +1,11 @@
-"""Rows as a dispatch carries them in FP8: E4M3 values, and a byte for each 1x128 tile.
+"""The FP8 format of dispatched rows: E4M3 values, and a one-byte scale for each 1x128 tile.
 
-The scales are powers of two (arXiv 2412.19437, section 3.3.3), so FP32's exponent is all there is to send: 56 bytes
-beside 7168 where four-byte scales would be 224. A tile that held a NaN or an infinity has the exponent of infinity, and
-so arrives as loud as it left.
+The scales are powers of two (arXiv 2412.19437, section 3.3.3), so FP32's exponent is enough: 56 bytes for 7168 values,
+where four-byte scales would be 224. A tile that held a NaN or an infinity has the exponent of infinity, so that the
+fault is preserved.
 
-A token is quantised before it leaves, not once for each expert it goes to; what arrives is the operand of Fprop, or of
-Dgrad, as it is. Legend: N rows sent, R rows arrived, H hidden, B tiles a row.
+A token is quantised once before it is sent, not once for each of its experts; received rows are operands of Fprop, or
+of Dgrad, without further casts. Legend: N rows sent, R rows received, H hidden, B tiles a row.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ MANTISSA = 23  # bits below the exponent of FP32
 
 
 class Tiles:
-    """`Codec`: [N, H] -> bytes of values [N, H] and exponents [N, B]; arrived, E4M3 [R, H] and FP32 scales [R, B]."""
+    """A `Codec`: [N, H] -> bytes of values [N, H] and exponents [N, B] -> E4M3 [R, H] and FP32 scales [R, B]."""
 
     def encode(self, rows: Tensor) -> tuple[Tensor, ...]:
         q = casts.quantize_rows(rows.detach().contiguous(), "ue8m0")
         exponents = torch.empty(q.scales.shape, dtype=torch.uint8, device=rows.device)
-        # Bytes, since neither gloo nor gathers on a CPU know FP8.
+        # Bytes, since neither gloo nor gathers on a CPU support FP8.
         return q.values.view(torch.uint8), exponents.copy_(q.scales.view(torch.int32) >> MANTISSA)
 
     def decode(self, sent: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

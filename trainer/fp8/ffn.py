@@ -1,8 +1,8 @@
 """The SwiGLU FFN in FP8, dense or of this rank's experts.
 
-One autograd function rather than three, because between its products only FP8 needs to exist: casts are fused with
-SwiGLU, and its inputs are all that is saved. `forward` and `backward` are also called as they are, for rows that a
-dispatch brought in FP8.
+One autograd function rather than three, so that tensors between its products exist only in FP8: casts are fused with
+SwiGLU, and only SwiGLU's inputs are saved. `forward` and `backward` are also called directly, for rows that were
+dispatched in FP8.
 
 Legend: R rows, X local experts, I inputs and outputs, F width.
 """
@@ -26,7 +26,7 @@ from dryvine.trainer.tensors.weight import Weight
 
 
 class SavedFFN(NamedTuple):
-    """What the backward of an FFN needs of its forward: x [R, I], gate_up [R, 2F], row weights [R]."""
+    """The tensors that an FFN saves for its backward: x [R, I], gate_up [R, 2F], row weights [R]."""
 
     x: Quantized
     gate_up: Quantized
@@ -35,8 +35,8 @@ class SavedFFN(NamedTuple):
 
 @dataclass(frozen=True)
 class FP8FFN:
-    """down(silu(gate) * up * row weight) of R rows. `up` is [2F, I], gate first, and `down` [I, F]; by expert [X, ...],
-    and then `groups` says whose each row is."""
+    """down(silu(gate) * up * row weight) of R rows. `up` is [2F, I], gate first, and `down` [I, F]; for experts
+    [X, ...], and `groups` assigns rows to experts."""
 
     fp8: FP8
     up: Weight
@@ -44,7 +44,7 @@ class FP8FFN:
     groups: ExpertGroups
 
     def __call__(self, x_RI: Tensor, weights_R: Tensor | None = None, rows: Quantized | None = None) -> Tensor:
-        """[R, I] -> [R, I] in x's dtype. `rows`: x in FP8, if the norm that made x has made that too."""
+        """[R, I] -> [R, I] in x's dtype. `rows`: x in FP8, if the preceding norm has cast it."""
         rows = self.fp8.rows(x_RI) if rows is None else rows
         return _FFN.apply(x_RI, weights_R, self.up, self.down, self, rows)
 
@@ -53,7 +53,7 @@ class FP8FFN:
         return self.groups if self.up.dim() == 3 else None
 
     def forward(self, x: Quantized, weights_R: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, SavedFFN]:
-        """Rows in FP8, [R, I] -> [R, I] in `dtype`, and what `backward` needs."""
+        """FP8 rows [R, I] -> [R, I] in `dtype`, and what `backward` needs."""
         fp8 = self.fp8
         gate_up = fp8.engine.product(x, fp8.cache.get(self.up).fprop, self.experts, dtype)
         act, gate_up_rows = swiglu_rows(gate_up, weights_R, fp8.recipe.scales)
@@ -65,7 +65,7 @@ class FP8FFN:
     def backward(
         self, saved: SavedFFN, dy: Quantized, dy_transposed: Operand, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor | None]:
-        """dy by rows, and what makes it by columns -> dx in `dtype` and d weights; both dW are queued."""
+        """dy by rows, and a function that casts it by columns -> dx in `dtype` and d weights; dW are deferred."""
         fp8 = self.fp8
         dact = fp8.engine.product(dy, fp8.cache.get(self.down).dgrad, self.experts, dtype)
         dh, dh_transposed, act_transposed, dweights = swiglu_backward(
@@ -74,7 +74,7 @@ class FP8FFN:
         fp8.guard.count(self.down, "output gradient", dy)
         fp8.guard.count(self.up, "output gradient", dh)
         fp8.defer_wgrad(self.down, dy_transposed, lambda: act_transposed, self.groups)
-        # A closure over `saved` would keep gate_up alive as well.
+        # Capturing `saved` would keep gate_up as well.
         x = saved.x
         fp8.defer_wgrad(self.up, lambda: dh_transposed, lambda: fp8.columns(x, self.groups), self.groups)
         dx = fp8.engine.product(dh, fp8.cache.get(self.up).dgrad, self.experts, dtype)
@@ -86,7 +86,7 @@ class _FFNContext(Context, Protocol):
 
 
 class _FFN(Function):
-    """The weights are inputs only so that the output needs a gradient."""
+    """The weights are inputs only so that the output requires a gradient."""
 
     @staticmethod
     def forward(

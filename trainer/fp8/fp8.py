@@ -1,4 +1,4 @@
-"""What all FP8 modules of one rank share: recipe, engine, weight cache, guard, and the casts that the recipe asks for.
+"""What all FP8 modules of one rank share: recipe, engine, weight cache, guard, and the casts of the recipe.
 
 The three products of a weight (arXiv 2412.19437, figure 6):
 
@@ -6,7 +6,8 @@ The three products of a weight (arXiv 2412.19437, figure 6):
     Dgrad  dx = dy W     dy by rows, the transposed copy of W
     Wgrad  dW += dyᵀ x   both by columns (128x1): tiles run along the tokens that are summed over
 
-The backward saves x as its FP8 rows, transposed and quantised anew for Wgrad, as V3 does: half the memory of BF16.
+x is saved for the backward as FP8 rows, which are transposed and quantised again for Wgrad, as in V3: half of BF16's
+memory.
 linear.py and ffn.py are the autograd functions.
 """
 
@@ -26,12 +27,12 @@ from dryvine.trainer.tensors.groups import ExpertGroups
 from dryvine.trainer.tensors.quantized import E5M6, Quantized
 from dryvine.trainer.tensors.weight import Weight
 
-Operand = Callable[[], Quantized]  # of Wgrad: asked for when dW runs, so that what is slow to make waits until then
+Operand = Callable[[], Quantized]  # of Wgrad: computed when dW runs, so that its cast is deferred too
 
 
 class FP8:
-    """The FP8 arithmetic of one rank, built once and handed to its modules. `chosen`: which engine multiplies and why,
-    a line for the log."""
+    """The FP8 arithmetic of one rank, built once and passed to its modules. `chosen`: which engine is used and why, for
+    the log."""
 
     def __init__(self, recipe: Recipe, engine: Products, chosen: str) -> None:
         self.recipe, self.engine, self.chosen = recipe, engine, chosen
@@ -39,10 +40,10 @@ class FP8:
         self._all_rows: dict[int, ExpertGroups] = {}
 
     def all_rows(self, x: Tensor) -> ExpertGroups:
-        """The rows of x as one group. Kept by their number, since its tables are on the device."""
+        """The rows of x as one group. Cached by their number, since its tables are on the device."""
         if len(x) not in self._all_rows:
             groups = self._all_rows[len(x)] = ExpertGroups.of([len(x)], x)
-            # Sent now, on the stream of compute, for which all others wait.
+            # Copied now, on the compute stream, for which all others wait.
             _ = groups.tables
         return self._all_rows[len(x)]
 
@@ -54,7 +55,7 @@ class FP8:
         return quantize_coarse(x, self.recipe.activation_tile, self.recipe.scales)
 
     def columns(self, saved: Quantized | E5M6, groups: ExpertGroups, width: int | None = None) -> Quantized:
-        """Rows, as they were saved, as an operand of Wgrad. Of E5M6 the first `width` columns are the tensor's."""
+        """Saved rows as an operand of Wgrad. The columns of E5M6 beyond `width` are padding."""
         if isinstance(saved, E5M6):
             x = casts.unpack_e5m6(saved)[:, :width].contiguous()
             return casts.quantize_columns(x, groups, self.recipe.scales)
@@ -69,7 +70,7 @@ class FP8:
         return quantize_coarse(dy, tile, scales), quantize_coarse(transposed, tile, scales)
 
     def defer_wgrad(self, weight: Weight, dy: Operand, x: Operand, groups: ExpertGroups) -> None:
-        """Queue dW += dyᵀ x, both by columns."""
+        """Defer dW += dyᵀ x, both operands by columns."""
 
         def run() -> None:
             total = weight.gradient()

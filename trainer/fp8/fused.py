@@ -1,8 +1,8 @@
-"""Casts fused with what makes their input: SwiGLU forward and backward, RMSNorm. They run on a CPU, and are the
-definition of the kernels (kernels/fused.py), which return the same bits.
+"""Casts fused with the operation that computes their input: SwiGLU forward and backward, RMSNorm. This is the CPU
+implementation and the reference for the kernels (kernels/fused.py), which must agree bitwise.
 
-Unfused, a BF16 tensor is written and read again for each: 4 bytes an element against the cast's 1 to 3. The mean square
-is summed in FP64, where the order of additions no longer reaches the FP32 result.
+Unfused, a BF16 tensor is written and read again for each: 4 bytes an element in addition to the cast's 1 to 3. The mean
+square is summed in FP64, so that the order of additions does not affect the FP32 result.
 
 Legend: R rows, C columns, F width of the FFN, P rows padded by expert to 128.
 """
@@ -66,7 +66,7 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 def rmsnorm_rows(
     x: Tensor, weight: Tensor, eps: float, scales: ScaleFormat = "fp32"
 ) -> tuple[Quantized, Tensor, Tensor]:
-    """`rmsnorm` and cast in one pass: quantised rows, then what `rmsnorm` returns. Quantised is the normed x after it
-    was rounded to x's dtype, so that readers of either see one tensor."""
+    """`rmsnorm` and cast in one pass: quantised rows, then the results of `rmsnorm`. The normed x is rounded to x's
+    dtype before it is quantised, so that readers of either see the same values."""
     normed, inverse = rmsnorm(x, weight, eps)
     return quantize_rows(normed, scales), normed, inverse

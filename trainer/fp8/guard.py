@@ -1,8 +1,8 @@
-"""Counts of what quantisation did: tiles that held a NaN or an infinity, and tiles whose amax was below the floor.
+"""Monitoring of quantisation: counts tiles that held a NaN or an infinity, and tiles whose amax was below the floor.
 
-A bad tile's scale is infinite and a floored tile's is the smallest possible, so both are read from the scales (1/128 of
-the data) that casts return anyway; with online amax nothing else can saturate. Counts stay on the device until `take`:
-reading them where they are made would stop the host at every Linear.
+A bad tile's scale is infinite and a floored tile's is the smallest possible, so both are counted from the scales (1/128
+of the data) that casts return anyway; with online amax nothing else can saturate. Counts stay on the device until
+`take`: reading them at once would block the host at every Linear.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Count(NamedTuple):
 
 @dataclass
 class Guard:
-    """Counts while `on`; the training loop turns it on for the steps that are to be counted."""
+    """Counts while `on`, which the training step sets for the steps to be counted."""
 
     on: bool = False
     # (weight's id, role) -> int64 [3]: bad, floored, tiles.
@@ -38,7 +38,7 @@ class Guard:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Nothing is counted inside: what runs there has run before."""
+        """A context in which nothing is counted, for recomputation."""
         before, self.on = self.on, False
         try:
             yield
@@ -46,7 +46,7 @@ class Guard:
             self.on = before
 
     def count(self, weight: Tensor, role: str, q: Quantized) -> None:
-        """Add the tiles of q, an operand of `weight` in that role ("input", "output gradient")."""
+        """Count the tiles of q, an operand of a product with `weight`; `role`: "input" or "output gradient"."""
         if not self.on:
             return
         scales = q.scales
@@ -57,7 +57,7 @@ class Guard:
         self._counts[id(weight), role] = counts if before is None else before + counts
 
     def take(self, named: Iterable[tuple[str, Tensor]]) -> Iterator[Count]:
-        """The counts since the last `take`, by name, and reset them. Waits for the device once a role."""
+        """Return the counts since the last `take`, by name, and reset them. Waits for the device once for each role."""
         names = {id(weight): name for name, weight in named}
         counts, self._counts = self._counts, {}
         for (weight, role), count in counts.items():
@@ -65,5 +65,5 @@ class Guard:
 
 
 def culprits(gradients: Iterable[tuple[str, Tensor | None]]) -> list[str]:
-    """Names whose FP32 gradient sum is not finite: printed beside the rank when a step is skipped."""
+    """The names of tensors that are not finite; reported with the rank when a step is skipped."""
     return [name for name, gradient in gradients if gradient is not None and not bool(gradient.isfinite().all())]

@@ -1,4 +1,4 @@
-"""A Linear whose three products are in FP8; fp8.py says which operand is cast how.
+"""A Linear whose three products are in FP8; fp8.py has a table of the operands' formats.
 
 Legend: N tokens, I inputs, O outputs.
 """
@@ -57,13 +57,13 @@ class _FP8Linear(Function):
 
 
 class FP8Linear(nn.Module):
-    """x Wᵀ: [N, I] -> [N, O] in x's dtype. `after_attention`: x is saved as the recipe says for that place."""
+    """x Wᵀ: [N, I] -> [N, O] in x's dtype. `after_attention`: x is saved in the recipe's format for that place."""
 
     def __init__(self, weight_OI: Weight, fp8: FP8, after_attention: bool = False) -> None:
         super().__init__()
         self.weight, self.fp8, self.after_attention = weight_OI, fp8, after_attention
 
     def forward(self, x_NI: Tensor, rows: Quantized | None = None) -> Tensor:
-        """`rows`: x in FP8, if the norm that made x has made that too."""
+        """`rows`: x in FP8, if the preceding norm has cast it."""
         rows = self.fp8.rows(x_NI) if rows is None else rows
         return _FP8Linear.apply(x_NI, self.weight, self.fp8, rows, self.after_attention)

@@ -1,8 +1,7 @@
-"""The steps that casts are made of, with one answer on every machine; kernels/numbers.py has the same for kernels.
+"""The arithmetic of casts, bitwise reproducible on every machine; kernels/numbers.py has the same for kernels.
 
-Bit for bit needs arithmetic that has one answer everywhere: no fused multiply-add, correctly rounded division and a
-sigmoid of its own made of adds and multiplies. Agreement "up to rounding" would hide the off-by-one-tile mistakes that
-matter.
+Bitwise reproducibility requires that there is no fused multiply-add, that division is correctly rounded, and a sigmoid
+made of additions and multiplications only. Agreement "up to rounding" would hide off-by-one-tile errors.
 
 The scale is DeepSeek-V3's (arXiv 2412.19437, section 3.3): amax of the tile at hand, at least 1e-4, divided by 448,
 optionally rounded up to a power of two. Legend: R rows, C columns, B blocks of 128.
@@ -23,8 +22,8 @@ EXP2 = (0.00132764713, 0.00967554096, 0.0555071309, 0.240221202, 0.693146944, 1.
 
 
 def scale_of(amax: Tensor, scales: ScaleFormat, top: float = E4M3_MAX) -> Tensor:
-    """The scale of tiles with that amax, for a format whose largest number is `top`; infinity if a tile holds a NaN or
-    an infinity."""
+    """The scales of tiles with these amax, for a format whose largest number is `top`; infinity if a tile holds a NaN
+    or an infinity."""
     scale = amax.nan_to_num(nan=torch.inf, posinf=torch.inf).clamp(min=AMAX_FLOOR) / top
     if scales == "ue8m0":
         # Adding all ones below the exponent carries into it unless the mantissa is zero: round up to a power of two.
@@ -35,17 +34,17 @@ def scale_of(amax: Tensor, scales: ScaleFormat, top: float = E4M3_MAX) -> Tensor
 def scaled(x: Tensor, scale: Tensor) -> Tensor:
     """x / scale; zero in a tile whose scale is infinite."""
     quotient, bad = x * (1.0 / scale), scale.isinf()
-    # Bad tiles are so rare that asking whether there is one costs less than another pass each time.
+    # Bad tiles are so rare that testing for one costs less than an additional pass each time.
     return quotient.masked_fill_(bad, 0.0) if bad.any() else quotient
 
 
 def tiles_of(x: Tensor) -> Tensor:
-    """[R, C] -> FP32 [R, B, 128], the last tile filled with zeros."""
+    """[R, C] -> FP32 [R, B, 128], the last tile padded with zeros."""
     return filled(x.float(), cols=-x.shape[-1] % TILE).unflatten(-1, (-1, TILE))
 
 
 def filled(x: Tensor, cols: int = 0, rows: int = 0) -> Tensor:
-    """x with `cols` zero columns and `rows` zero rows behind it. (`pad` by nothing would copy.)"""
+    """x padded with `cols` zero columns and `rows` zero rows at the end. (`pad` copies even without padding.)"""
     return functional.pad(x, (0, cols, 0, rows)) if cols or rows else x
 
 

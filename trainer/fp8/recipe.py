@@ -1,9 +1,9 @@
-"""The numerics of a run as one value: the `[fp8]` table. A preset and what one changes of it.
+"""The numerics of a run as one value, the `[fp8]` table: a preset and changes to it.
 
-The alternative, a flag per decision read wherever a cast happens, is how a run ends up with BF16 wgrads for half its
-layers unnoticed. Here a Linear gets its recipe when it is built, and a recipe can be printed. The choices that
-make training worse (`tensor`, `128x128` for activations, the tensor cores' own accumulator) are here because a claim
-that they are worse must be testable. DeepSeek-V3: arXiv 2412.19437, section 3.3.
+With the alternative, a flag for each decision, read wherever a cast happens, a run can have BF16 wgrads in half its
+layers unnoticed. Here a Linear gets its recipe when it is built, and a recipe can be printed. Choices that train worse
+(`tensor`, `128x128` for activations, the tensor cores' own accumulator) exist to test that claim. DeepSeek-V3:
+arXiv 2412.19437, section 3.3.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _known_engine(name: str) -> str:
 
 
 class Recipe(BaseModel, frozen=True, extra="forbid"):
-    """Defaults are those of the preset `deepseek_v3`; `preset` is applied first, the other keys over it."""
+    """The defaults are those of the preset `deepseek_v3`; `preset` is applied first, then the other keys."""
 
     preset: Preset = "bf16"
     # All three products of every Linear. Without FP8 they, and with it embedding, head, gate, norms and attention core,

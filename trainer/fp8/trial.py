@@ -1,4 +1,4 @@
-"""An engine tried on this GPU: are its products right, and how fast is each kind?"""
+"""Tests an engine on this GPU: whether its products are right, and how fast each kind is."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ Times = dict[str, dict[str, float]]  # kind -> engine -> milliseconds
 
 
 def fault(engine: Products, device: torch.device) -> str | None:
-    """Why its results are not to be used: it raises, or is not within 1% of emulation on a small product of each kind.
-    Packages change, and a run that trusted one would learn of it from its loss."""
+    """Why an engine must not be used: it raises, or differs by over 1% from emulation on a small product of each kind.
+    A changed package would otherwise show up only in the loss of a run."""
     # Ragged counts, with an expert that has no rows and one whose rows straddle two blocks.
     groups = ExpertGroups((100, 0, 28, 136), device)
     x, dy = (torch.randn(groups.rows, width, device=device) for width in (256, 384))
@@ -45,7 +45,8 @@ def fault(engine: Products, device: torch.device) -> str | None:
 
 
 def milliseconds(engines: Mapping[str, Products], device: torch.device) -> Times:
-    """Of a dense and a grouped product and a weight gradient: 2048 rows to each of 4 experts, 4096 x 4096."""
+    """The times of a dense product, a grouped one and a weight gradient: 2048 rows for each of 4 experts, 4096 x
+    4096."""
     experts, rows, size = 4, 2048, 4096
     groups = ExpertGroups((rows,) * experts, device)
     x = torch.randn(experts * rows, size, device=device, dtype=torch.bfloat16)

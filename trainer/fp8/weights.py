@@ -10,15 +10,15 @@ from dryvine.trainer.tensors.weight import Weight
 
 
 class WeightCache:
-    """FP8 copies of each weight, made at first use and made again, in the same memory, once the weights have changed: a
-    CUDA graph has the addresses.
+    """FP8 copies of each weight, made at first use, and again when the weights have changed; in the same memory, since
+    CUDA graphs refer to it.
 
-    The optimizer's publish step must call `expire`: noticing by itself that memory changed would cost a pass over it.
+    Whoever changes the weights must call `expire`: detecting changes of memory would cost a pass over it.
     """
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        # By id, since tensors compare elementwise; holding the weight keeps its id its own.
+        # Keyed by id, since tensors compare elementwise; keeping the weight ensures that its id is not reused.
         self._copies: dict[int, tuple[Weight, BothWays]] = {}
         self._expired: set[int] = set()
 
@@ -32,11 +32,11 @@ class WeightCache:
         return self._copies[key][1]
 
     def expire(self) -> None:
-        """The weights have changed."""
+        """Invalidate all copies, since the weights have changed."""
         self._expired.update(self._copies)
 
     def refresh(self) -> None:
-        """Make again now what `get` would: before graphs, which call no `get`."""
+        """Update all copies now, for CUDA graphs, which do not call `get`."""
         for weight, _ in [self._copies[key] for key in self._expired]:
             self.get(weight)
 

@@ -1,8 +1,8 @@
 """The model of one rank: the blocks it holds, the pipeline stages made of them, its parameters and gate biases.
 
-Parallelism stays out of the arithmetic: a layer sees N tokens and a handle's counts, and what a layout changes is
-which blocks a rank builds, which slice of the experts, and which Dispatcher the phases call. A module that two blocks
-of a rank use (the embedding and MTP, say) is built once, so that a name is one Parameter.
+The arithmetic is independent of parallelism: a layer sees N tokens and a handle's counts, and a layout determines which
+blocks a rank builds, which slice of the experts it holds, and which Dispatcher the phases call. A module that two
+blocks of a rank use (for example the embedding, also used by MTP) is built once, so that a name is one Parameter.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ BLOCKS: dict[str, BlockBuilder] = {
 
 
 class Model:
-    """Names of parameters, buffers and loads are global: the same in every layout.
+    """The blocks of one rank. Names of parameters, buffers and loads are global: the same in every layout.
 
     `stages` has the names of the blocks (see `shape.blocks`) of each stage that this rank holds. Weights are not
-    filled: call `initialise` or `load`; on the meta device, `to_empty` first.
+    initialised: call `initialise` or `load`; on the meta device, `to_empty` first.
     """
 
     def __init__(self, spec: Spec, stages: Mapping[int, tuple[str, ...]], dispatcher: AnyDispatcher) -> None:
@@ -65,13 +65,13 @@ class Model:
 
     @property
     def buffers(self) -> dict[str, Tensor]:
-        """The gates' biases, FP32 [E], by name ("layers.3.gate.bias"): saved, but trained by `update_biases` alone."""
+        """The gates' biases, FP32 [E], by name ("layers.3.gate.bias"): saved, and changed by `update_biases` only."""
         return {name: buffer for name, buffer in self.root.named_buffers() if name.endswith(".bias")}
 
     @property
     def loads(self) -> dict[str, Tensor]:
-        """How often this rank's tokens chose each routed expert in training forwards since `reset_loads`: int64 [E],
-        keyed by MoE block ("layers.3", "mtp.0")."""
+        """The number of this rank's tokens that were routed to each expert in training forwards since `reset_loads`:
+        int64 [E], keyed by MoE block ("layers.3", "mtp.0")."""
         return {name: gate.load for name, gate in self.gates.items()}
 
     def reset_loads(self) -> None:
@@ -79,7 +79,7 @@ class Model:
             gate.load.zero_()
 
     def update_biases(self, global_loads: Mapping[str, Tensor], gamma: float) -> None:
-        """Move the bias of every gate by its load over the global batch; `global_loads` has the keys of `loads`."""
+        """Update the bias of every gate from the loads of the global batch; `global_loads` has the keys of `loads`."""
         for name, gate in self.gates.items():
             move_bias(gate.bias, global_loads[name], gamma)
 
@@ -89,8 +89,8 @@ class Model:
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Fill parameters and biases from whole tensors by global name (experts stacked over all of them). Raises
-        ValueError for one of another shape, which a copy would spread over all places."""
+        """Set parameters and biases from full tensors by global name (experts stacked over all of them). Raises
+        ValueError if a shape differs, which a copy could broadcast silently."""
         for name, own in (*self.named_parameters(), *self.buffers.items()):
             split = isinstance(own, Weight) and own.expert
             whole = (self.spec.shape.routed, *own.shape[1:]) if split else tuple(own.shape)
@@ -99,14 +99,14 @@ class Model:
             own.copy_(self.experts_of(state[name]) if split else state[name])
 
     def initialise(self, seed: int) -> None:
-        """The same model in every layout; biases and loads are zeroed."""
+        """Initialise the weights, to the same values in every layout; biases and loads are zeroed."""
         for name, weight in self.named_parameters():
             initialise(name, weight, seed, self.spec.shape.init_std, self.spec.first_expert)
         for buffer in self.root.buffers():
             buffer.zero_()
 
     def to_empty(self, device: torch.device | str) -> None:
-        """Give a model built on the meta device memory, not yet filled. Makes new Weights, so it comes first."""
+        """Allocate the memory of a model that was built on the meta device. Replaces the Weights, so call it first."""
         for module in self.root.modules():
             for name, old in module.named_parameters(recurse=False):
                 module.register_parameter(name, cast(Weight, old).empty_on(device))

@@ -1,4 +1,4 @@
-"""Token embedding. dW is queued, as in linear.py. Legend: N tokens, V vocabulary, H hidden."""
+"""Token embedding. The weight gradient is deferred, as in linear.py. Legend: N tokens, V vocabulary, H hidden."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class _Embedding(Function):
         (tokens_N,), weight = ctx.saved_tensors, ctx.weight
 
         def add() -> None:
-            # index_put_ sorts on CUDA and so adds in a fixed order, where index_add_ races. `unsafe` leaves out the
-            # check of the range, for which the host would wait: the forward has read the same rows.
+            # index_put_ sorts on CUDA and so adds in a fixed order, where index_add_ is not deterministic. `unsafe`
+            # skips the range check, for which the host would wait: the forward has read the same rows.
             torch._index_put_impl_(weight.gradient(), (tokens_N,), dy_NH.float(), accumulate=True, unsafe=True)
 
         weight.defer(add)

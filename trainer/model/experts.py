@@ -1,6 +1,6 @@
-"""The routed experts of this rank (DeepSeekMoE, arXiv 2412.19437, section 2.1.2), on the rows that a dispatch brought.
+"""The routed experts of this rank (DeepSeekMoE, arXiv 2412.19437, section 2.1.2), applied to dispatched rows.
 
-No token is dropped: an expert's batch has whatever size the gates of all ranks give it.
+No token is dropped: an expert's batch has whatever size results from the routing of all ranks.
 
 Legend: R rows on this rank, grouped by expert; X local experts, H hidden, F width of an expert.
 """
@@ -23,7 +23,7 @@ Saved = tuple[FP8FFN, SavedFFN]  # by `Experts.arrived`, for its backward
 
 
 class Experts(nn.Module):
-    """Stacked: gate_up [X, 2F, H], down [X, H, F]."""
+    """SwiGLU FFNs with stacked weights: gate_up [X, 2F, H], down [X, H, F]."""
 
     def __init__(self, spec: Spec) -> None:
         super().__init__()
@@ -43,13 +43,14 @@ class Experts(nn.Module):
         )
 
     def arrived(self, rows: Quantized, weights_R: Tensor, counts: Sequence[int]) -> tuple[Tensor, Saved]:
-        """`forward` of rows that came in FP8 -> rows [R, H] in the run's dtype, and what `arrived_backward` needs."""
+        """`forward` of rows that were dispatched in FP8 -> rows [R, H] in the run's dtype, and what `arrived_backward`
+        needs."""
         assert self.fp8 is not None
         ffn = FP8FFN(self.fp8, self.gate_up, self.down, ExpertGroups.of(counts, rows.values))
         rows_RH, kept = ffn.forward(rows, weights_R, self.down.dtype)
         return rows_RH, (ffn, kept)
 
     def arrived_backward(self, saved: Saved, dy: Quantized) -> tuple[Tensor, Tensor | None]:
-        """The gradient of the output rows, which comes in FP8 too -> drows [R, H], dweights [R]."""
+        """The gradient of the output rows, dispatched in FP8 too -> drows [R, H], dweights [R]."""
         ffn, kept = saved
         return ffn.backward(kept, dy, lambda: ffn.fp8.columns(dy, ffn.groups), self.down.dtype)

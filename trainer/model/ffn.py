@@ -1,5 +1,4 @@
-"""The SwiGLU FFN that every token passes: of a dense layer, and the shared experts of a mixture. Legend: N tokens, H
-hidden."""
+"""The SwiGLU FFN of dense layers and of shared experts, applied to every token. Legend: N tokens, H hidden."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ class FFN(nn.Module):
         self.fp8, self.again = spec.fp8, "swiglu" in spec.shape.recompute
 
     def forward(self, x_NH: Tensor, rows: Quantized | None = None) -> Tensor:
-        """`rows`: x in FP8, if the norm before has made that too."""
+        """`rows`: x in FP8, if the preceding norm has cast it."""
         if self.fp8 is not None:
             ffn = FP8FFN(self.fp8, self.gate_up.weight, self.down.weight, self.fp8.all_rows(x_NH))
             return ffn(x_NH, rows=rows)

@@ -1,11 +1,11 @@
-"""The gate: which experts a token goes to, with which weights, and the loss of an unbalanced sequence.
+"""The gate: selects experts and their weights for each token, and computes the sequence-wise balance loss.
 
-Balance is kept by a bias that is added for the choice alone (arXiv 2412.19437, section 2.1.2) and moved after each step
-by the load of the global batch; so no large auxiliary loss bends the gradient, and the small sequence-wise loss guards
-against a single skewed sequence.
+Load balance is maintained by a bias that is added to the scores for the selection only (arXiv 2412.19437, section
+2.1.2) and updated after each step by the loads of the global batch; so no large auxiliary loss distorts the gradient,
+and the small sequence-wise loss prevents extreme imbalance within a sequence.
 
-In torch, forward and backward are 30 operators, with the loss 50, which take a GPU longer to start than to run; there
-`route` is one kernel each way, and three small launches more for the loss (kernels/gate.py).
+In torch, forward and backward are 30 operators, 50 with the loss, which take longer to launch than to run; on a GPU
+`route` is one kernel each way, with three more small launches for the loss (kernels/gate.py).
 
 Legend: N = S * T tokens, S sequences, E routed experts, G groups of e experts, K choices per token, C = T * K.
 """
@@ -24,7 +24,7 @@ Choice = tuple[Tensor, Tensor, Tensor | None]  # weights, experts, balance loss
 
 
 class Gate(nn.Module):
-    """FP32 logits, and the choice by them."""
+    """Computes FP32 logits, and selects experts by them."""
 
     bias: Tensor  # FP32 [E]: state, but not trained by gradients
     load: Tensor  # int64 [E]: how often each expert was chosen since a reset
@@ -41,12 +41,12 @@ class Gate(nn.Module):
         return linear_to_fp32(x_NH, self.weight)
 
     def choose(self, logits_NE: Tensor, sequences: int, count: bool) -> Choice:
-        """What `route` returns; `count`: choices add to `load`."""
+        """The result of `route`. `count`: add the choices to `load`."""
         return route(logits_NE, self.bias, self.shape, sequences, self.load if count else None)
 
     def replay(self, logits_NE: Tensor, given_NK: Tensor, sequences: int) -> tuple[Choice, Tensor]:
-        """What `route` returns for experts that were chosen before, where `given` has some, and on how many of those
-        tokens the gate would choose another set now: int64 [2], these and all of them. Counts no load."""
+        """The result of `route` with recorded experts where `given` has any, and int64 [2]: the number of those tokens
+        for which the gate would now choose another set, and the number of all of them. Does not change `load`."""
         scores_NE = score(logits_NE, self.shape)
         own_NK = choose_experts(scores_NE.detach(), self.bias, self.shape)
         given_N1 = given_NK[:, :1] >= 0
@@ -57,17 +57,18 @@ class Gate(nn.Module):
 
 @torch.no_grad()
 def move_bias(bias_E: Tensor, load_E: Tensor, gamma: float) -> None:
-    """Lower the bias by gamma where an expert's load of the global batch is above the mean, else raise it by gamma."""
+    """Decrease the bias by gamma where an expert's load over the global batch is above the mean, else increase it."""
     above = load_E.double() > load_E.double().mean()
     bias_E += torch.where(above, -gamma, gamma).to(bias_E)
 
 
 @kernel_in("dryvine.trainer.model.kernels.gate")
 def route(logits_NE: Tensor, bias_E: Tensor, shape: Shape, sequences: int, load_E: Tensor | None = None) -> Choice:
-    """FP32 logits -> weights FP32 [N, K], experts int64 [N, K] by falling score + bias within the best groups, and the
-    balance loss (None where shape.balance_alpha is 0). Adds to `load`, int64, how often each expert was chosen.
+    """FP32 logits -> weights FP32 [N, K]; experts int64 [N, K] in descending order of score + bias within the best
+    groups; and the balance loss (None if shape.balance_alpha is 0). Adds each expert's number of tokens to `load`,
+    int64.
 
-    Of equal experts a GPU takes the first; a CPU's topk promises nothing. A score that is NaN counts as the highest.
+    Ties go to the first expert on a GPU; on a CPU, topk's order of ties is unspecified. NaN is the highest score.
     """
     scores_NE = score(logits_NE, shape)
     experts_NK = choose_experts(scores_NE.detach(), bias_E, shape)
@@ -78,12 +79,12 @@ def route(logits_NE: Tensor, bias_E: Tensor, shape: Shape, sequences: int, load_
 
 
 def score(logits_NE: Tensor, shape: Shape) -> Tensor:
-    """[N, E], of which the best are chosen."""
+    """The scores [N, E] of all experts (equation 15; softmax for V2)."""
     return logits_NE.sigmoid() if shape.score == "sigmoid" else logits_NE.softmax(-1)
 
 
 def weigh(scores_NE: Tensor, experts_NK: Tensor, sequences: int, shape: Shape) -> Choice:
-    """What `route` returns, by the scores of the experts that were chosen."""
+    """The result of `route` for given experts: their weights from their scores (equation 13), and the balance loss."""
     weights_NK = scores_NE.gather(1, experts_NK)
     if shape.normalise:
         weights_NK = weights_NK / (weights_NK.sum(-1, keepdim=True) + 1e-20)
@@ -92,13 +93,13 @@ def weigh(scores_NE: Tensor, experts_NK: Tensor, sequences: int, shape: Shape) -
 
 
 def choose_experts(scores_NE: Tensor, bias_E: Tensor, shape: Shape) -> Tensor:
-    """The K experts of each token: int64 [N, K]. A group's rank is the sum of its two best biased scores (sigmoid, V3)
-    or its best one (softmax, V2)."""
+    """The K experts of each token: int64 [N, K]. Groups are ranked by the sum of their two best biased scores (sigmoid,
+    V3) or by the best one (softmax, V2)."""
     return in_best_groups(scores_NE + bias_E, shape).topk(shape.top_k, -1).indices
 
 
 def in_best_groups(biased_NE: Tensor, shape: Shape) -> Tensor:
-    """[N, E]: -inf in all but the groups that a token may choose of."""
+    """The biased scores [N, E], with -inf outside the groups from which a token may choose."""
     if shape.groups == 1:
         return biased_NE
     ranks_NG = group_ranks(biased_NE, shape)
@@ -109,16 +110,16 @@ def in_best_groups(biased_NE: Tensor, shape: Shape) -> Tensor:
 
 
 def group_ranks(biased_NE: Tensor, shape: Shape) -> Tensor:
-    """[N, G], of which the highest are chosen."""
+    """The groups' scores [N, G], the highest of which are selected."""
     return biased_NE.unflatten(1, (shape.groups, -1)).topk(shape.ranked_by, -1).values.sum(-1)
 
 
 def balance_loss(scores_NE: Tensor, sequences: int, shape: Shape) -> Tensor:
-    """alpha * sum_i f_i P_i (equations 17-20), the mean over the sequences; f counts each token's K best plain scores.
+    """alpha * sum_i f_i P_i (equations 17-20), the mean over sequences; f counts each token's K best unbiased scores.
 
     sum_i f_i P_i is the mean over tokens of (f . s) / (1 . s), which keeps no normalised copy of the scores.
     """
-    # f, FP32 [S, E]: how often each expert is among a token's K best, over what an even choice would give.
+    # f, FP32 [S, E]: how often each expert is among a token's K best, relative to a uniform choice.
     scores_STE = scores_NE.unflatten(0, (sequences, -1))
     best_SC = scores_STE.detach().topk(shape.top_k, -1).indices.flatten(1)
     share_SE = scores_STE.new_zeros(sequences, shape.routed).scatter_add_(

@@ -1,4 +1,4 @@
-"""Linear with a weight for each expert. dW is queued, as in linear.py.
+"""Grouped Linear: one weight for each expert. The weight gradient is deferred, as in linear.py.
 
 Legend: R rows grouped by expert, X local experts, I inputs, O outputs.
 """
@@ -19,13 +19,13 @@ from dryvine.trainer.tensors.context import Context
 from dryvine.trainer.tensors.groups import ExpertGroups
 from dryvine.trainer.tensors.weight import Weight
 
-# Experts of V3's sizes, whose weight gradients cuBLAS makes faster one by one; 64 it does not (docs/fp8.md). Where
-# their counts are on the device, one by one would stop the host.
+# Up to so many experts of V3's sizes, cuBLAS computes weight gradients faster one by one; not for 64 (docs/fp8.md).
+# With counts on the device, one by one would block the host.
 FEW = 8
 
 
 def add_grouped_product(total_XOI: Tensor, dy_RO: Tensor, x_RI: Tensor, groups: ExpertGroups) -> None:
-    """total[x] += dyᵀ x over the rows of expert x, as `add_product`; on Hopper many experts are one kernel."""
+    """total[x] += dyᵀ x over the rows of expert x, as `add_product`; on Hopper, one kernel for many experts."""
     if x_RI.is_cuda and (len(groups.counts) > FEW or isinstance(groups.counts, DeviceCounts)):
         from dryvine.trainer.model.kernels import grouped
 
@@ -37,7 +37,7 @@ def add_grouped_product(total_XOI: Tensor, dy_RO: Tensor, x_RI: Tensor, groups: 
 
 
 def grouped_product(x_RI: Tensor, weight_XOI: Tensor, groups: ExpertGroups) -> Tensor:
-    """Rows times the weight of their expert, transposed."""
+    """Each row times the transposed weight of its expert."""
     if x_RI.is_cuda and x_RI.dtype == torch.bfloat16:
         return functional.grouped_mm(x_RI, weight_XOI.transpose(1, 2), offs=groups.ends)
     y_RO = x_RI.new_empty(x_RI.shape[0], weight_XOI.shape[1])
@@ -68,5 +68,5 @@ class _GroupedLinear(Function):
 
 
 def grouped_linear(x_RI: Tensor, weight_XOI: Weight, groups: ExpertGroups) -> Tensor:
-    """[R, I] -> [R, O], rows grouped by local expert, some of which may have none."""
+    """[R, I] -> [R, O], for rows grouped by local expert; an expert may have none."""
     return _GroupedLinear.apply(x_RI, weight_XOI, groups)

@@ -1,8 +1,8 @@
-"""Initial weights that do not depend on the layout: each tensor, and each expert, has a random stream of its own.
+"""Initial weights that are independent of the layout: each tensor, and each expert, has its own random generator.
 
-A stream is seeded by a hash of (seed, global name, expert number); numbers are drawn on the CPU in FP32 and rounded
-once. One stream for each rank, or for a stack of experts, would make another model on every mesh, and no two layouts
-could be compared.
+A generator is seeded by a hash of (seed, global name, expert number); numbers are drawn on the CPU in FP32 and rounded
+once. With one generator for each rank, or for a stack of experts, every mesh would have another model, and layouts
+could not be compared.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def initial(name: str, size: tuple[int, ...], seed: int, std: float, expert: int
 
 @torch.no_grad()
 def initialise(name: str, weight: Weight, seed: int, std: float, first_expert: int) -> None:
-    """Fill a parameter; experts one by one, the first being number `first_expert`."""
+    """Initialise a parameter in place; stacked experts one by one, the first being number `first_expert`."""
     if weight.expert:
         for number, one in enumerate(weight, first_expert):
             one.copy_(initial(name, tuple(one.shape), seed, std, number))

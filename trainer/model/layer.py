@@ -1,8 +1,8 @@
-"""Transformer layers: attention, then a dense FFN or a mixture of experts, each behind a norm and beside a residual.
+"""Transformer layers: attention, then a dense FFN or a mixture of experts, each with a pre-norm and a residual.
 
-A MoE layer is cut where rows leave for other ranks: `route` is what comes before the dispatch, `experts` what comes
-after. The shared experts run inside `route` and join the residual there, so that dispatch carries nothing but the rows
-for routed experts (DeepSeek-V3 overlaps exactly the two all-to-alls; section 3.2.1).
+A MoE layer is divided at its all-to-alls: `route` is the part before the dispatch, `experts` the part after it. The
+shared experts are computed in `route` and added to the residual there, so that only rows for routed experts are
+dispatched (DeepSeek-V3 overlaps exactly the two all-to-alls; section 3.2.1).
 
 Legend: N = S * T tokens, S sequences, H hidden, K choices per token.
 """
@@ -23,7 +23,7 @@ from dryvine.trainer.model.spec import Spec
 
 
 class Layer(nn.Module):
-    """What both kinds have: attention, and the norm of what follows it."""
+    """Common to both kinds of layers: attention, and the norm before the FFN or the experts."""
 
     def __init__(self, spec: Spec, ffn_feeds_linear: bool) -> None:
         super().__init__()
@@ -48,10 +48,10 @@ class DenseLayer(Layer):
 
 
 class Routed(NamedTuple):
-    """`other`: as `Gate.replay` returns it, of choices that were given."""
+    """The result of `route`. `other`: for replayed choices, the counts that `Gate.replay` returns."""
 
-    x: Tensor  # [N, H], the residual with attention and shared experts
-    rows: Tensor  # [N, H], what experts read
+    x: Tensor  # [N, H], the residual stream after attention and shared experts
+    rows: Tensor  # [N, H], the experts' input
     weights: Tensor  # FP32 [N, K]
     experts: Tensor  # int64 [N, K]
     loss: Tensor | None  # balance loss
@@ -73,8 +73,8 @@ class MoELayer(Layer):
         documents: Documents | None = None,
         given_NK: Tensor | None = None,
     ) -> Routed:
-        """Attention, shared experts, and which experts each row goes to. `count`: choices add to `gate.load`, unless
-        they were `given`."""
+        """Attention, shared experts, and the routing. `count`: add the choices to `gate.load`, unless they are `given`
+        (replayed)."""
         x_NH = self.attend(x_NH, sequences, documents)
 
         def use(normed: Normed) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,9 +1,9 @@
-"""What a microbatch is to learn in place of its next tokens: an objective on their log-probabilities, and experts that
-were chosen before (reinforcement learning). The model computes what an objective needs and knows none.
+"""A training objective on log-probabilities that replaces next-token prediction, and expert choices to replay: for
+reinforcement learning. The model computes the inputs of an objective and is independent of which one it is.
 
-Replaying a choice (R3: arXiv 2510.11370) takes the experts and nothing else: their weights are computed from the scores
-of now, so the gate learns as ever. Choices by a slightly different arithmetic, or by weights of before, differ in every
-tenth gate, and then old and new probabilities of a token are those of two different networks.
+Replay (R3: arXiv 2510.11370) uses the recorded experts only: their weights are computed from the current scores, so the
+gate is trained as usual. With slightly different arithmetic, or older weights, choices differ in every tenth gate, and
+old and new probabilities of a token are then those of two different networks.
 
 Legend: N tokens, K choices per token.
 """
@@ -18,10 +18,10 @@ from torch import Tensor
 
 
 class Scored(NamedTuple):
-    """What the head knows of each target, FP32 [N]."""
+    """The head's results for each target, FP32 [N]."""
 
     logprobs: Tensor  # of the softmax over the whole vocabulary at the lesson's temperature, with gradient
-    entropies: Tensor  # of that softmax, in nats, without
+    entropies: Tensor  # of that softmax, in nats, without gradient
 
 
 # -> what to record, by name. Of these, what has a gradient is a loss.
@@ -30,8 +30,9 @@ Objective = Callable[[Scored], dict[str, Tensor]]
 
 @dataclass(frozen=True, eq=False)
 class Lesson:
-    """`experts` are by MoE block, int64 [N, K]; a token whose first is negative chooses for itself, and so do blocks
-    that are not named. `record`: the choices of every gate are recorded as `routes.BLOCK`, int16 [N, K]."""
+    """`experts` are the choices to replay, int64 [N, K] by MoE block; tokens whose first is negative, and blocks that
+    are not named, are routed as usual. `record`: the choices of every gate are recorded as `routes.BLOCK`, int16
+    [N, K]."""
 
     objective: Objective
     temperature: float = 1.0

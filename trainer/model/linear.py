@@ -1,9 +1,10 @@
-"""Linear in the run's dtype, and the gate's product in FP32. Their backward computes dX and queues dW.
+"""Linear in the run's dtype, and the gate's product in FP32. Their backward computes dX and defers dW.
 
-No weight gets a gradient from autograd. A weight is an input of its Function only so that the output needs a gradient;
-the gradient returned for it is None, and the real one is a closure, queued by `Weight.defer`, that adds into the FP32
-`main_grad`. So I and W split everywhere, accumulation is FP32 in a BF16 model, and the bits do not depend on when W
-runs. (With `.grad` and hooks, dW could not be deferred and would be rounded to BF16 once per microbatch.)
+Weight gradients do not pass through autograd. A weight is an input of its Function only so that the output requires a
+gradient; the gradient returned for it is None, and the real one is computed by a closure, queued by `Weight.defer`,
+that adds into the FP32 `main_grad`. So the backward can be split into I and W everywhere, accumulation is in FP32 in a
+BF16 model, and the result does not depend on when W runs. (With `.grad` and hooks, dW could not be deferred and would
+be rounded to BF16 once per microbatch.)
 
 Legend: N tokens, I inputs, O outputs.
 """
@@ -51,10 +52,11 @@ class _Linear(Function):
 
 
 class _ToFP32(Function):
-    """FP32 results of BF16 operands, and FP32 gradients of them.
+    """Products with BF16 operands and FP32 results, and with FP32 gradients.
 
-    A product of two BF16 numbers is exact in FP32, so tensor cores lose only what cutting their FP32 sums costs (1e-5),
-    and are 20 times as fast for a gate as FP32 operands. Backward, dy is split into two BF16 numbers: 16 of 24 bits.
+    A product of two BF16 numbers is exact in FP32, so the only error is the truncation of the tensor cores' FP32 sums
+    (1e-5), and a gate is 20 times as fast as with FP32 operands. In the backward, dy is split into two BF16 numbers,
+    which keep 16 of its 24 bits.
     """
 
     @staticmethod
@@ -103,5 +105,5 @@ class Linear(nn.Module):
         self.weight = weight_OI
 
     def forward(self, x_NI: Tensor, rows: Quantized | None = None) -> Tensor:
-        """`rows`, x in FP8 (`Normed`), is for Linears that multiply in it."""
+        """`rows`, x in FP8 (`Normed`), is used by FP8 Linears only."""
         return linear(x_NI, self.weight)

@@ -1,8 +1,8 @@
-"""Cross entropy, and log-probabilities by token, that keep one copy of the logits, in the model's dtype, and make it
-their gradient in place.
+"""Cross entropy, and log-probabilities by token, with a single copy of the logits, in the model's dtype, which is
+overwritten with their gradient.
 
 At a vocabulary of 129280 the FP32 logits of one 4096-token sequence are 2.1 GB; plain autograd keeps them, their
-log-softmax and the gradient. Here FP32 exists in slices that a CPU's cache holds, and on a GPU in registers.
+log-softmax and the gradient. Here FP32 values exist only in slices that fit a CPU's cache, and on a GPU in registers.
 
 Legend: N tokens, V vocabulary.
 """
@@ -38,7 +38,7 @@ def log_sum_exp(logits_NV: Tensor) -> Tensor:
 
 @kernel_in(KERNELS)
 def logits_to_gradient(logits_NV: Tensor, targets_N: Tensor, norms_N: Tensor, scales_N: Tensor) -> None:
-    """Logits to scale * d loss / d logits, in place: the gradient of a sum of losses, each times its scale (FP32)."""
+    """Overwrite logits with scale * d loss / d logits: the gradient of a sum of losses, each times its FP32 scale."""
     for part in _slices(logits_NV):
         grad = (logits_NV[part].float() - norms_N[part].unsqueeze(1)).exp_()
         rows = torch.arange(grad.shape[0], device=grad.device)
@@ -96,12 +96,12 @@ class _TargetLogprobs(Function):
 
 
 def target_logprobs(logits_NV: Tensor, targets_N: Tensor, temperature: float) -> Scored:
-    """log softmax(logits / temperature)[target] of each row, and the entropy. The logits' memory becomes their
-    gradient: keep them nowhere else."""
+    """log softmax(logits / temperature)[target] of each row, and the entropy. The logits are overwritten with their
+    gradient in the backward: do not read them afterwards."""
     return Scored(*_TargetLogprobs.apply(logits_NV, targets_N, temperature))
 
 
 def cross_entropy(logits_NV: Tensor, targets_N: Tensor, weights_N: Tensor | None = None) -> Tensor:
-    """FP32 mean of -log softmax(logits)[target], each times its weight (FP32, no gradient) if there are weights. The
-    logits' memory becomes their gradient: keep them nowhere else."""
+    """FP32 mean of -log softmax(logits)[target], each times its weight (FP32, no gradient) if weights are given. The
+    logits are overwritten with their gradient: do not read them afterwards."""
     return _CrossEntropy.apply(logits_NV, targets_N, weights_N)

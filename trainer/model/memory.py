@@ -1,9 +1,9 @@
-"""What a microbatch in flight keeps from F to B: every tensor, whose backward reads it, and its bytes.
+"""Activation memory: every tensor that a microbatch keeps from F to B, the op whose backward reads it, and its bytes.
 
-Computed from the shape alone and free of torch, since memory is asked about on a login node, for layouts that do not
-run yet. Running a stage on fake tensors would follow the code by itself, but needs torch, names no reader, and stops at
-the first read on the host. So the rules are written down a second time here, and a test compares them with a census of
-the storages that a real stage leaves behind, for every kind of block, recipe and recompute.
+Computed from the shape alone and without torch, since memory is planned on a login node, for layouts that have never
+run. Running a stage on fake tensors would follow the code automatically, but needs torch, does not tell which backward
+reads a tensor, and fails at the first read on the host. So the rules are repeated here, and a test compares them with
+the storages that a real stage keeps, for every kind of block, recipe and recompute option.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dryvine.trainer.fp8.recipe import Recipe
 from dryvine.trainer.model.shape import LAYER_PHASES, Shape, blocks
 from dryvine.trainer.tensors.tiles import TILE
 
-# Of the logits that the loss widens to FP32 at once: 4 MiB, which a CPU's cache holds.
+# Elements of the logits that the loss converts to FP32 at a time: 4 MiB, which fits a CPU's cache.
 SLICE_ELEMENTS = 1 << 20
 
 
@@ -31,8 +31,8 @@ class SavedTensor(NamedTuple):
 
 @dataclass(frozen=True)
 class MicrobatchSize:
-    """A microbatch on one rank: `tokens` in `sequences`. As many rows come to the rank's experts as its tokens send,
-    as is so when all experts are chosen equally often."""
+    """A microbatch on one rank: `tokens` in `sequences`. Perfect load balance is assumed: the rank's experts receive as
+    many rows as its tokens send."""
 
     tokens: int
     sequences: int
@@ -43,10 +43,10 @@ class MicrobatchSize:
 
 
 def saved_tensors(shape: Shape, recipe: Recipe, names: Iterable[str], size: MicrobatchSize) -> tuple[SavedTensor, ...]:
-    """Of the blocks of one stage (`names` as in `shape.blocks`), in forward order.
+    """The saved tensors of the blocks of one stage (`names` as in `shape.blocks`), in forward order.
 
-    Left out are scalars, and what all microbatches share: weights and their FP8 copies. Routing is as the dispatcher
-    `flat` keeps it.
+    Scalars are left out, and what all microbatches share: weights and their FP8 copies. Routing tensors are those of
+    the dispatcher `flat`.
     """
     kinds = {block.name: block.kind for block in blocks(shape)}
     rules = _Rules(shape, recipe, size)
@@ -57,7 +57,7 @@ def saved_bytes(shape: Shape, recipe: Recipe, names: Iterable[str], size: Microb
     return sum(row.bytes for row in saved_tensors(shape, recipe, names, size))
 
 
-# What no weight gradient reads, so that I frees it.
+# Tensors that no weight gradient reads, so that I frees them.
 FREED = frozenset(
     (
         "queries, keys, values",
@@ -70,8 +70,8 @@ FREED = frozenset(
 
 
 def deferred_bytes(shape: Shape, recipe: Recipe, names: Iterable[str], size: MicrobatchSize) -> int:
-    """How much more a flight keeps from I to W than from F to I: gradients of every Linear's and norm's output, less
-    what I has freed. Those of the logits lie where the logits were."""
+    """Bytes that a flight keeps from I to W beyond those from F to I: gradients of every Linear's and norm's output,
+    less what I has freed. The gradients of the logits reuse the memory of the logits."""
     names = tuple(names)
     kinds = {block.name: block.kind for block in blocks(shape)}
     rules = _Rules(shape, recipe, size)
@@ -82,7 +82,7 @@ def deferred_bytes(shape: Shape, recipe: Recipe, names: Iterable[str], size: Mic
 
 
 def remade_bytes(shape: Shape, recipe: Recipe, kind: str, size: MicrobatchSize) -> int:
-    """What a backward of such a block makes again at once, with `recompute = ["layer"]`: of the phase that has most."""
+    """Bytes that the backward of a block recomputes at a time with `recompute = ["layer"]`, in the phase with most."""
     if "layer" not in shape.recompute or kind in ("embed", "head"):
         return 0
     name = next(block.name for block in blocks(shape) if block.kind == kind)
@@ -94,7 +94,7 @@ def remade_bytes(shape: Shape, recipe: Recipe, kind: str, size: MicrobatchSize) 
 
 
 def remade_phases(shape: Shape, recipe: Recipe) -> tuple[str, ...]:
-    """Phases that the backward computes again. Experts whose rows arrive in FP8 keep little else, and do not."""
+    """Phases that are recomputed in the backward. Experts with FP8 dispatch are not: they keep little else."""
     if "layer" not in shape.recompute:
         return ()
     return LAYER_PHASES[:-1] if recipe.fp8_dispatch else LAYER_PHASES
@@ -138,7 +138,7 @@ class _Rules:
         yield from self._inputs_of_layers(kind, rows) if self.recomputed("layer") else rows
 
     def _inputs_of_layers(self, kind: str, rows: Iterator[Row]) -> Iterator[Row]:
-        """What whole layers are computed again from, in place of what they would keep."""
+        """The inputs from which whole layers are recomputed; kept in place of the layers' saved tensors."""
         if kind in ("dense", "moe"):  # an MTP module's x is counted as the normed x of the head before
             x = self.in_dtype(self.size.tokens, self.shape.hidden)
             yield "dense" if kind == "dense" else "attention", "x", "recompute", x

@@ -1,8 +1,8 @@
 """Multi-head latent attention (arXiv 2412.19437, section 2.1.1) in training form: latents are expanded to full heads.
 
-Absorbing the up-projections into the scores saves cache, which training does not have, and costs kv_lora-wide products
-per head and position. What is worth saving here is memory: with recompute "mla_up", queries, keys and values are made
-again from the latents in the backward, while the attention core itself runs once.
+Absorbing the up-projections into the scores saves KV cache, which training does not have, and costs kv_lora-wide
+products per head and position. For training, activation memory matters: with recompute "mla_up", queries, keys and
+values are recomputed from the latents in the backward, while the attention core itself runs once.
 
 Legend: N = S * T tokens, S sequences, T positions, A heads, H hidden.
 """
@@ -41,11 +41,12 @@ class MLA(nn.Module):
         self.o = spec.linear(s.heads * s.v_dim, s.hidden, after_attention=True)
 
     def down(self, normed: Normed) -> tuple[Tensor, Tensor]:
-        """Normed hidden states -> (what queries are made of, key-value latent with the shared rope key)."""
+        """Normed hidden states -> (query latent, or the hidden states without q_lora; KV latent with the shared rope
+        key)."""
         return (self.q if self.shape.q_lora is None else self.q_a)(*normed), self.kv_a(*normed)
 
     def attend(self, q_latent: Tensor, kv_latent: Tensor, sequences: int, documents: Documents | None = None) -> Tensor:
-        """Latents of `sequences` equally long sequences -> [N, H]. With `documents` attention stays inside them."""
+        """Latents of `sequences` equally long sequences -> [N, H]. With `documents`, attention is within documents."""
         again = "mla_up" in self.shape.recompute
         if documents is not None:
             out_NAv = through(
@@ -78,7 +79,7 @@ class MLA(nn.Module):
         return assemble(q.unflatten(1, (s.heads, -1)), kv.unflatten(1, (s.heads, -1)), k_rope, table)
 
     def _queries(self, q_latent: Tensor) -> Tensor:
-        """A tensor of its own, for `assemble` to write over: a latent may be asked for again by recompute."""
+        """A new tensor, which `assemble` may overwrite; recompute may need the latent again."""
         return q_latent.clone() if self.shape.q_lora is None else self._normed(self.q_norm, q_latent, self.q_b)
 
     def _normed(self, norm: RMSNorm, latent: Tensor, up: nn.Module) -> Tensor:

@@ -1,8 +1,8 @@
 """Multi-token prediction (arXiv 2412.19437, section 2.2): a transformer layer for each token predicted beyond the next.
 
-Released weights fix what the paper (equation 21) leaves open, and transformers runs them so: a depth takes the previous
-hidden states *after* their final norm (the main norm, then each depth's own), and `project` reads the embedding half
-first. Both are kept here, so that released MTP weights load as they are.
+Equation 21 of the paper leaves two choices open, which follow from the released weights (transformers uses the same): a
+depth takes the previous hidden states *after* their final norm (the main norm, then each depth's own), and `project`
+reads the embedding half first. So released MTP weights load without changes.
 
 Legend: N tokens, H hidden.
 """
@@ -29,7 +29,8 @@ class MTP(nn.Module):
         self.again = "norm" in spec.shape.recompute
 
     def join(self, x_NH: Tensor, embedded_NH: Tensor) -> Tensor:
-        """Normed hidden states of the depth before, and the next token's embedding -> [N, H]."""
+        """Combine the normed hidden states of the previous depth and the next token's embedding -> [N, H] (equation
+        21)."""
         return through(
             lambda: (torch.cat((self.norm_e(embedded_NH).x, self.norm_h(x_NH).x), -1),), self.project, self.again
         )

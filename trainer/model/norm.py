@@ -1,8 +1,8 @@
 """RMSNorm, with the FP8 cast of its output for the Linears that read it. Legend: N tokens, H hidden.
 
-The weight's gradient is deferred (tensors/weight.py). In an FP8 model norm and cast are one kernel, and the norm hands
-the cast on beside its output: two Linears that read one tensor share it, and no code has to remember which cast was of
-which tensor.
+The weight's gradient is deferred (tensors/weight.py). In an FP8 model norm and cast are one kernel, and the norm
+returns the cast together with its output: two Linears that read one tensor share it, and no code has to keep track of
+which cast belongs to which tensor.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def normalise(x_NH: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tenso
 
 @kernel_in(KERNELS)
 def input_gradient(dy_NH: Tensor, x_NH: Tensor, inverse_N1: Tensor, weight_H: Tensor) -> Tensor:
-    """[N, H] in x's dtype."""
+    """The gradient of the input, [N, H] in x's dtype."""
     unit, slope = x_NH.float() * inverse_N1, dy_NH.float() * weight_H.float()
     return (inverse_N1 * (slope - unit * (slope * unit).mean(-1, keepdim=True))).to(x_NH.dtype)
 
@@ -53,7 +53,7 @@ class _NormContext(Context, Protocol):
 
 
 class _RMSNorm(Function):
-    """The output, `normed_NH`, was made outside, by whichever kernel; forward only enters it into the graph."""
+    """Adds an output that a kernel has already computed, `normed_NH`, to the autograd graph."""
 
     @staticmethod
     def forward(ctx: _NormContext, x_NH: Tensor, weight_H: Weight, normed_NH: Tensor, inverse_N1: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ class _RMSNorm(Function):
 
 
 class Normed(NamedTuple):
-    """A norm's output [N, H]. `rows`: the same in FP8, for Linears that multiply in it; None where there are none."""
+    """A norm's output [N, H]. `rows`: its FP8 cast, for FP8 Linears that read it; None without such."""
 
     x: Tensor
     rows: Quantized | None
@@ -103,12 +103,12 @@ class RMSNorm(nn.Module):
         return Normed(_RMSNorm.apply(x_NH, self.weight, normed_NH, inverse_N1), rows)
 
     def again(self, x_NH: Tensor) -> Tensor:
-        """The output to the bit, for a backward that wants it anew: without a gradient, and without the cast."""
+        """The bitwise equal output for recomputation in a backward: without a gradient, and without the cast."""
         norm = fused.rmsnorm if self.fused else normalise
         return norm(x_NH.detach(), self.weight.detach(), self.eps)[0]
 
 
 def through_norm(norm: RMSNorm, x_NH: Tensor, use: Callable[[Normed], R], again: bool) -> R:
-    """use(norm(x)). With `again` the backward keeps no copy of the normed x and makes it anew: see `through`."""
+    """use(norm(x)). With `again`, the normed x is not kept for the backward but recomputed: see `through`."""
     normed_NH, rows = norm(x_NH)
     return through(lambda: (normed_NH,), lambda made_NH: use(Normed(made_NH, rows)), again, lambda: (norm.again(x_NH),))

@@ -1,8 +1,8 @@
-"""Every parameter of every block: name, shape, whether experts are stacked on dim 0, and whether the FP8 recipe
-multiplies with it. Without torch, so that memory and gradients of any layout are counted on a login node.
+"""Every parameter of every block: name, shape, whether experts are stacked on dim 0, and whether the FP8 recipe applies
+to it. Without torch, so that memory and gradients of any layout can be computed on a login node.
 
 The names are those of `Model.named_parameters`, and a test compares the two; building the modules on torch's meta
-device would say the same, in a minute for 671B and not without torch.
+device would give the same result, but takes a minute for 671B and needs torch.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ class ParameterSize(NamedTuple):
     linear: bool = False  # of a Linear or FFN of the recipe: in FP8 if that is on
 
     def elements(self, ep: int) -> int:
-        """On one rank of `ep` expert-parallel ones."""
+        """The number of elements on one of `ep` expert-parallel ranks."""
         return prod(self.shape) // ep if self.expert else prod(self.shape)
 
 
 def parameters(shape: Shape, names: Iterable[str]) -> dict[str, ParameterSize]:
-    """Those of the blocks (`names` as in `shape.blocks`) together; what two of them share is there once."""
+    """The parameters of these blocks (`names` as in `shape.blocks`); shared ones are included once."""
     kinds = {block.name: block.kind for block in blocks(shape)}
     return {size.name: size for name in names for size in _OF[kinds[name]](shape, name)}
 

@@ -1,8 +1,8 @@
-"""From blocks to the phases of a pipeline stage: the one file in which the model meets `parallel.stage`.
+"""Builds the phases of a pipeline stage from blocks: the only file that connects the model with `parallel.stage`.
 
-Modules know nothing of microbatches in flight; they take and return tensors. A builder makes a block's modules and
-wraps their functions into phases. The alternative, modules that are phases, would tie every layer to the pipeline and
-make each harder to test alone.
+Modules are independent of microbatches in flight; they take and return tensors. A builder makes a block's modules and
+wraps their functions into phases. The alternative, modules that are phases, would couple every layer to the pipeline
+and make each harder to test alone.
 
 A new kind of block is a file with its module and a builder, and a line in decoder.BLOCKS. Legend: N tokens, H hidden.
 """
@@ -56,14 +56,14 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass
 class LossWeights:
-    """What losses are multiplied by in the steps to come; the training step sets it by plan."""
+    """Weights of the losses, which the training step sets by its schedule."""
 
     mtp: float  # shared evenly by the depths
 
 
 @dataclass(frozen=True)
 class Wiring:
-    """What builders share on one rank. `root` holds the modules under their global names."""
+    """The context of all builders on one rank. `root` holds the modules under their global names."""
 
     spec: Spec
     dispatcher: AnyDispatcher
@@ -75,7 +75,8 @@ class Wiring:
     used: defaultdict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # by block, names of modules
 
     def module(self, name: str, make: Callable[[], M]) -> M:
-        """The module of that dotted name, made at first use: what two blocks of a rank share is one Parameter."""
+        """The module with that dotted name, built at first use, so that blocks of a rank that share it share its
+        Parameters."""
         self.used[self.block].append(name)
         holder = self.root
         *path, last = name.split(".")
@@ -88,14 +89,14 @@ class Wiring:
         return cast(M, holder[last])
 
     def compute(self, phase: str, block: str, function: Callable[[State, Flight], Outcome], through: int = 0) -> Phase:
-        """A phase under autograd; the first `through` tensors of the state pass by it."""
+        """A phase under autograd; the first `through` tensors of the state are passed on unchanged."""
         again = phase in LAYER_PHASES and "layer" in self.spec.shape.recompute
         if again and self.spec.fp8:
             function = _counted_once(function, self.spec.fp8.guard)
         return Compute(phase, block, function, self.wgrad, through, again)
 
     def local(self, phase: str, block: str, function: Callable[[Tensor, int], Tensor]) -> Phase:
-        """A phase from hidden states [N, H] of so many sequences to hidden states, all on this rank."""
+        """A phase without communication: from hidden states [N, H] of `sequences` sequences to hidden states."""
         return self.compute(phase, block, lambda state, flight: Outcome((function(state[0], len(flight.tokens)),), {}))
 
     def embedding(self) -> Embedding:
@@ -105,7 +106,7 @@ class Wiring:
         return self.module("head", lambda: self.spec.plain_linear(self.spec.shape.hidden, self.spec.shape.vocab))
 
     def tokens(self, flight: Flight, shift: int) -> Tensor:
-        """The flight's tokens `shift` places on, T of each sequence, flat: int64 [N]."""
+        """The flight's tokens `shift` places ahead, T of each sequence, flat: int64 [N]."""
         length = flight.tokens.shape[1] - 1 - self.spec.shape.mtp_depth
         return flight.tokens[:, shift : shift + length].flatten()
 
@@ -147,7 +148,7 @@ def mtp(rank: Wiring, name: str) -> list[Phase]:
 
 
 def _routed(rank: Wiring, name: str, layer: MoELayer, enter: Callable[[Tensor, Flight], Tensor]) -> list[Phase]:
-    """The five phases of a MoE layer; `enter` makes its input of the state."""
+    """The five phases of a MoE layer; `enter` computes its input from the state."""
     rank.gates[name] = layer.gate
     codec = codec_of(rank.spec.fp8.recipe) if rank.spec.fp8 else AS_IS
 
@@ -181,7 +182,7 @@ def _experts(rank: Wiring, name: str, layer: MoELayer) -> Phase:
 
 
 def _arrived(rank: Wiring, name: str, layer: MoELayer) -> Phase:
-    """Experts whose rows, and whose output's gradients, come in FP8: (values [R, H], scales [R, H / 128])."""
+    """Experts whose input rows and output gradients are dispatched in FP8: (values [R, H], scales [R, H / 128])."""
 
     def forward(state: State, flight: Flight) -> tuple[State, Saved]:
         values, scales, weights_R = state
@@ -196,7 +197,7 @@ def _arrived(rank: Wiring, name: str, layer: MoELayer) -> Phase:
 
 
 def _predict(rank: Wiring, name: str, norm: RMSNorm, depth: int) -> Phase:
-    """The head that predicts `depth` + 1 tokens on, and hands its normed x to the next depth if there is one."""
+    """The head that predicts the token `depth` + 1 places ahead, and passes its normed x to the next depth, if any."""
     shape = rank.spec.shape
     last = depth == shape.mtp_depth
     run = Head(norm, rank.projection(), again=last and "norm" in shape.recompute)
@@ -226,10 +227,10 @@ def _counted_once(function: Function, guard: Guard) -> Function:
 
 
 def _documents(flight: Flight) -> Documents | None:
-    """What `parallel` passes on without knowing it."""
+    """The flight's documents, whose type `parallel` does not know."""
     return cast(Documents | None, flight.documents)
 
 
 def codec_of(recipe: Recipe) -> Codec:
-    """What rows are between ranks under this recipe."""
+    """The encoding in which this recipe sends rows between ranks."""
     return Tiles() if recipe.fp8_dispatch else AS_IS

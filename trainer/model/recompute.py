@@ -1,9 +1,9 @@
-"""Recompute of single tensors: the output of a cheap function is not kept for the backward but computed again in it.
+"""Recomputation of single tensors: the output of a cheap function is not kept for the backward but recomputed there.
 
-`torch.utils.checkpoint` drops everything between its borders and reruns it all. To drop a norm's output it must enclose
-the Linear that saved it, and for the outputs of the MLA up-projections the attention core, so that a GEMM and an
-attention run twice for nothing. Here only the tensors named are dropped: while `use` runs, an operator that saves one
-of them saves its number instead, and the first that unpacks it calls `make` again (DeepSeek-V3, section 3.2.3).
+`torch.utils.checkpoint` drops all tensors saved in its function and reruns all of it. To drop a norm's output it must
+enclose the Linear that saves it, and for the outputs of the MLA up-projections the attention core, so that a GEMM and
+an attention run twice for nothing. Here only the given tensors are dropped: while `use` runs, an operator that saves
+one of them saves its number instead, and the first that unpacks it calls `make` again (DeepSeek-V3, section 3.2.3).
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ Identity = tuple[int, torch.Size, tuple[int, ...], torch.dtype]
 
 
 def _identity(tensor: Tensor) -> Identity:
-    """Autograd packs a fresh alias of a tensor, which is therefore known by its memory, live while `use` runs."""
+    """Identifies a tensor by its memory, since autograd packs a new alias of it; valid while `use` runs."""
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 class _Remaker:
-    """Hooks of one `through`. The graph holds it, and what it made again until the last saved place has been unpacked:
-    a graph that is kept for another backward keeps no more than its forward left."""
+    """The saved-tensor hooks of one `through`. The graph keeps it, and recomputed tensors until the last reference has
+    been unpacked: a graph that is retained for another backward keeps no more than after its forward."""
 
     def __init__(self, make: Make, made: tuple[Tensor, ...]) -> None:
         self.make = make
@@ -56,10 +56,11 @@ class _Remaker:
 
 
 def through(make: Make, use: Callable[..., R], again: bool, remake: Make | None = None) -> R:
-    """use(*make()); with `again`, what `use` saves of make's tensors is recomputed in the backward, to the same bits.
+    """use(*make()). With `again`, tensors of `make` that `use` saves for the backward are recomputed there, bitwise
+    equal.
 
-    `make` must be pure and hold in its closure only what the backward keeps anyway. `remake` returns the same tensors,
-    for a `make` that does more than that.
+    `make` must be pure and capture only tensors that the backward keeps anyway. `remake`, if given, is called instead
+    in the backward, for a `make` that does more than return the tensors.
     """
     made = make()
     if not (again and torch.is_grad_enabled()):

@@ -1,7 +1,7 @@
-"""Rotary positions on the decoupled rope dimensions, with YaRN (arXiv 2309.00071) when the context is extended.
+"""Rotary position embedding of the decoupled rope dimensions, with YaRN (arXiv 2309.00071) for extended contexts.
 
-Released DeepSeek weights rotate neighbouring pairs (0,1), (2,3), ...; the result is laid out as all first members, then
-all second ones. Queries and keys share that layout, so scores are those of the official code, and no copy back is due.
+Released DeepSeek weights rotate adjacent pairs (0,1), (2,3), ...; the result has all first members, then all second
+ones. Queries and keys have the same order, so scores equal those of the official code, and no copy back is needed.
 
 Legend: S sequences, T positions, D rope dimensions.
 """
@@ -19,7 +19,8 @@ from dryvine.trainer.model.shape import Shape, Yarn
 
 
 class Rope:
-    """The angles of a model. Tables are FP32, made once for each length and device, for all layers of a rank."""
+    """The rotation angles of a model. FP32 tables, computed once for each length and device, for all layers of a
+    rank."""
 
     def __init__(self, shape: Shape) -> None:
         self.frequencies = frequencies(shape.rope_dim, shape.rope_theta, shape.yarn)
@@ -38,8 +39,8 @@ class Rope:
         return self._tables[length, device]
 
     def packed(self, documents: Documents) -> tuple[Tensor, Tensor]:
-        """(cos, sin) of each token of a microbatch by its place in its document, each [N, 1, D/2]. Kept as long as the
-        microbatch, for all layers."""
+        """(cos, sin) of each token of a microbatch by its position in its document, each [N, 1, D/2]. Cached for all
+        layers as long as the microbatch exists."""
         if documents not in self._packed:
             cos, sin = self.table(documents.longest, documents.positions.device)
             self._packed[documents] = cos[documents.positions], sin[documents.positions]
@@ -47,7 +48,7 @@ class Rope:
 
 
 def rotate(x_STHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair of the last dimension by its position's angle: in FP32, rounded once to x's dtype."""
+    """Rotate each pair of the last dimension by the angle of its position: in FP32, rounded once to x's dtype."""
     a, b = x_STHD.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x_STHD.dtype)
 
@@ -57,8 +58,8 @@ def frequencies(dim: int, theta: float, yarn: Yarn | None) -> Tensor:
     plain = theta ** -(torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     if yarn is None:
         return plain
-    # Pairs before `first` turn often enough within the original context and stay; those after `last` are slowed by
-    # the whole factor. dim - 1, not dim / 2 - 1, is what the official code has.
+    # Pairs before `first` turn often enough within the original context and are kept; those after `last` are slowed by
+    # the full factor. dim - 1, not dim / 2 - 1, as in the official code.
     low, high = (_pair_that_turns(turns, dim, theta, yarn.original) for turns in (yarn.beta, yarn.alpha))
     first, last = max(math.floor(low), 0), min(math.ceil(high), dim - 1)
     ramp = (torch.arange(dim // 2, dtype=torch.float32) - first) / max(last - first, 0.001)
@@ -72,12 +73,12 @@ def _pair_that_turns(turns: float, dim: int, theta: float, length: int) -> float
 
 
 def _mscale(factor: float, weight: float) -> float:
-    """m(weight) of YaRN: how much attention sharpens in a context that is `factor` times as long."""
+    """m(weight) of YaRN: the attention temperature for a context that is `factor` times as long."""
     return 0.1 * weight * math.log(factor) + 1.0
 
 
 def rotation_scale(yarn: Yarn | None) -> float:
-    """What rotated parts are multiplied by."""
+    """The factor on the rotated parts of queries and keys."""
     return 1.0 if yarn is None else _mscale(yarn.factor, yarn.mscale) / _mscale(yarn.factor, yarn.mscale_all_dim)
 
 

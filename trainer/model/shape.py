@@ -1,8 +1,8 @@
-"""The shape of a DeepSeek-V3-class model: every number the architecture needs, and what follows from the numbers alone.
+"""The shape of a DeepSeek-V3-class model: all architecture hyperparameters, and parameter counts and costs from them.
 
-Torch-free, so that a login node can plan, count and refuse a config without a GPU. Counts and costs are closed forms
-over the same numbers that build the modules; a test compares them with the parameters of a model on the meta device.
-(Counting those of a built model would need torch, and minutes for 671B.)
+Torch-free, so that a login node can plan, count and refuse a config without a GPU. Counts and costs are closed forms of
+the same numbers from which the modules are built; a test compares them with the parameters of a model on the meta
+device. (Counting those of a built model would need torch, and minutes for 671B.)
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BaseModel, Field, PositiveInt, model_validator
 
-# Beyond these sizes no model is trained, and planning one would take hours.
+# Limits that no trained model exceeds; planning a larger one would take hours.
 Layers = Annotated[int, Field(ge=1, le=4096)]
 Count = Annotated[int, Field(ge=1, le=1 << 16)]
 Width = Annotated[int, Field(ge=1, le=1 << 24)]
 
 
-LAYER_PHASES = ("dense", "attention", "experts")  # what recompute = ["layer"] computes again
+LAYER_PHASES = ("dense", "attention", "experts")  # the phases that recompute = ["layer"] recomputes
 
 
 class Yarn(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
@@ -33,7 +33,7 @@ class Yarn(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
 
 
 class Shape(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
-    """Architecture and its own training terms (arXiv 2412.19437, sections 2 and 4.2). Lengths are in elements."""
+    """Architecture and its loss weights (arXiv 2412.19437, sections 2 and 4.2). Sizes are in elements."""
 
     layers: Layers
     first_dense: int = Field(ge=0, le=4096)  # leading layers with a dense FFN; the rest are mixtures of experts
@@ -50,7 +50,7 @@ class Shape(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     shared: int = Field(ge=0, le=4096)
     top_k: Count
     groups: Count = 1
-    group_limit: Count = 1  # a token's experts lie in at most so many groups
+    group_limit: Count = 1  # the most groups from which a token's experts are chosen
     score: Literal["sigmoid", "softmax"]
     normalise: bool  # weights of the chosen experts sum to route_scale
     route_scale: float = Field(default=1.0, gt=0)
@@ -69,12 +69,12 @@ class Shape(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
 
     @property
     def sparse_gate(self) -> bool:
-        """Whether the scores of the chosen experts alone have a gradient, and depend on their own logits alone."""
+        """Whether only the scores of the chosen experts have a gradient, and each depends on its own logit only."""
         return self.score == "sigmoid" and not self.balance_alpha
 
     @property
     def ranked_by(self) -> int:
-        """How many of its experts' best biased scores a group is ranked by: two in V3 (sigmoid), one in V2."""
+        """The number of best biased scores by whose sum a group is ranked: two in V3 (sigmoid), one in V2."""
         return 2 if self.score == "sigmoid" else 1
 
     @property
@@ -90,7 +90,7 @@ class Shape(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
 
 
 def _refusals(s: Shape) -> list[tuple[bool, str]]:
-    """Combinations that no model can have, each with its fix."""
+    """Error messages for impossible combinations, each with its fix."""
     in_group, rest = divmod(s.routed, s.groups)
     reach = s.group_limit * in_group
     return [
@@ -117,8 +117,8 @@ class Block(NamedTuple):
 
 
 def blocks(shape: Shape, seq_len: int | None = None) -> tuple[Block, ...]:
-    """The model in forward order: embed, layers.0 ..., head, mtp.0 .... `seq_len` (default: max_position) sets the cost
-    of causal attention, whose mean reach is half of it."""
+    """The model in forward order: embed, layers.0 ..., head, mtp.0 .... `seq_len` (default: max_position) determines
+    the cost of causal attention, which covers half of it on average."""
     # Scores and values: 2 FLOPs a multiply-add, over seq_len / 2 positions on average.
     core = shape.heads * (shape.qk_dim + shape.v_dim) * (seq_len or shape.max_position)
     dense, moe = (2.0 * _layer_sizes(shape, is_moe)[1] + core for is_moe in (False, True))
@@ -132,17 +132,17 @@ def blocks(shape: Shape, seq_len: int | None = None) -> tuple[Block, ...]:
 
 
 def units(shape: Shape, seq_len: int | None = None) -> tuple[tuple[Block, ...], ...]:
-    """What a partition may not split: each block alone, except that head and MTP stay together: they share the head's
-    weight and the last hidden state, and so one stage."""
+    """Groups of blocks that a partition may not split: each block alone, except that head and MTP must be in one stage,
+    since they share the head's weight and the last hidden state."""
     every = blocks(shape, seq_len)
     head = 1 + shape.layers
     return (*((block,) for block in every[:head]), every[head:])
 
 
 def count_parameters(shape: Shape, mtp: bool = False) -> tuple[int, int]:
-    """(total, active per token). Active leaves out the input embedding, which is looked up, and counts the output head:
-    DeepSeek's convention, by which V3 has 671.0B and 36.6B ("37B"), V2-Lite 15.7B and 2.45B ("2.4B"). Main model only
-    unless `mtp`, whose embedding and head are the main model's (V3: 11.6B more)."""
+    """(total, active per token). Active parameters exclude the input embedding, which is a lookup, and include the
+    output head: DeepSeek's convention, by which V3 has 671.0B and 36.6B ("37B"), V2-Lite 15.7B and 2.45B ("2.4B").
+    Main model only, or with `mtp` also the MTP modules, which share its embedding and head (V3: 11.6B more)."""
     dense, moe = _layer_sizes(shape, False), _layer_sizes(shape, True)
     embedding = shape.vocab * shape.hidden
     head = embedding + shape.hidden
@@ -156,7 +156,7 @@ def count_parameters(shape: Shape, mtp: bool = False) -> tuple[int, int]:
 
 
 def _layer_sizes(shape: Shape, is_moe: bool) -> tuple[int, int]:
-    """Parameters of a transformer layer: (all, those that one token passes)."""
+    """Parameters of a transformer layer: (total, active for one token)."""
     common = _attention_size(shape) + 2 * shape.hidden
     if not is_moe:
         size = common + 3 * shape.hidden * shape.ffn

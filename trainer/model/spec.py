@@ -1,6 +1,6 @@
-"""What every module of a rank's model is built from, in one value: the shape, and how this rank stores and multiplies.
+"""The common arguments of all modules of a rank: the model's shape, and this rank's dtype, device and FP8 arithmetic.
 
-A module takes a Spec instead of six arguments, and whoever changes how a Linear multiplies changes `Spec.linear` once.
+A module takes a Spec instead of six arguments, and the arithmetic of Linears is chosen in one place, `Spec.linear`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Spec:
 
     @cached_property
     def rope(self) -> Rope:
-        """One for all layers, which share its tables."""
+        """One instance for all layers, which share its tables."""
         return Rope(self.shape)
 
     def weight(self, *size: int, expert: bool = False) -> Weight:
@@ -51,17 +51,18 @@ class Spec:
         return weight
 
     def linear(self, inputs: int, outputs: int, after_attention: bool = False) -> Linear | FP8Linear:
-        """x Wᵀ in the recipe's arithmetic; `after_attention`: its input is kept as the recipe says for that place."""
+        """x Wᵀ in the recipe's arithmetic. `after_attention`: its input is saved in the recipe's format for that
+        place."""
         if self.fp8 is None:
             return self.plain_linear(inputs, outputs)
         return FP8Linear(self.weight(outputs, inputs), self.fp8, after_attention)
 
     def plain_linear(self, inputs: int, outputs: int) -> Linear:
-        """In the run's dtype whatever the recipe: the head."""
+        """A Linear in the run's dtype, for any recipe: the head's."""
         return Linear(self.weight(outputs, inputs))
 
     def norm(self, size: int, feeds_linear: bool = False) -> RMSNorm:
-        """`feeds_linear`: Linears or an FFN of the recipe read its output as it is, and take its cast from the norm."""
+        """A norm. `feeds_linear`: its output is read by Linears or an FFN of the recipe, which use the norm's cast."""
         return RMSNorm(self.weight(size), self.shape.norm_eps, self.fp8 if feeds_linear else None)
 
     def embedding(self, rows: int, size: int) -> Embedding:

@@ -1,8 +1,8 @@
-"""SwiGLU that keeps its input only, and multiplies an expert's rows by their routing weights.
+"""SwiGLU that saves only its input, and multiplies an expert's rows by their routing weights.
 
-Plain autograd would keep the two halves, the sigmoid and the product. Weighting here, before the down projection, is
-the same in real arithmetic as weighting the expert's output, and leaves the combine a plain sum of rows. On a GPU
-forward and backward are one kernel each (kernels/swiglu.py): in torch they move ten and twenty times the bytes.
+Plain autograd would save the two halves, the sigmoid and the product. Applying the weights here, before the down
+projection, is mathematically equal to weighting the expert's output, and makes the combine a plain sum of rows. On a
+GPU forward and backward are one kernel each (kernels/swiglu.py): in torch they move ten and twenty times the bytes.
 
 Legend: N tokens or rows, F width of the FFN.
 """
@@ -22,7 +22,7 @@ KERNELS = "dryvine.trainer.model.kernels.swiglu"
 
 @kernel_in(KERNELS)
 def swiglu_forward(gate_up_N2F: Tensor, weights_N: Tensor | None) -> Tensor:
-    """[N, 2F] -> [N, F]. FP32 inside, rounded once."""
+    """[N, 2F] -> [N, F]. Computed in FP32, rounded once."""
     gate, up = gate_up_N2F.float().chunk(2, -1)
     out = torch.nn.functional.silu(gate) * up
     if weights_N is not None:
@@ -58,5 +58,5 @@ class _SwiGLU(Function):
 
 
 def swiglu(gate_up_N2F: Tensor, weights_N: Tensor | None = None) -> Tensor:
-    """silu(first half) * second half, times each row's weight if given: [N, 2F] -> [N, F]. FP32 inside."""
+    """silu(first half) * second half, times each row's weight if given: [N, 2F] -> [N, F]. Computed in FP32."""
     return _SwiGLU.apply(gate_up_N2F, weights_N)

@@ -1,9 +1,9 @@
-"""The attention core over packed documents: causal inside each of them.
+"""The attention core over packed documents: causal within each document.
 
-On a GPU in BF16 it is one kernel for all documents, torch's `varlen_attn` (flash attention). It wants queries, keys and
-values of one width, a multiple of 8; `pad_heads` fills up with zeros, which change neither scores nor the values' own
-columns. Elsewhere, and in FP32, which that kernel does not take, each document goes through the core that a whole
-sequence takes. A mask of N x N would do in one call what it computes N / length times too much of.
+On a GPU in BF16 it is one kernel for all documents, torch's `varlen_attn` (flash attention). It requires queries, keys
+and values of equal width, a multiple of 8; `pad_heads` pads with zeros, which change neither scores nor the values' own
+columns. Elsewhere, and in FP32, which that kernel does not support, each document goes through the core for whole
+sequences. An N x N mask would need one call, but N / length times the compute.
 
 Legend: N tokens, A heads, D width of a query, V of a value.
 """
@@ -23,7 +23,7 @@ _STEP = 8
 
 
 def pad_heads(q_NAD: Tensor, k_NAD: Tensor, v_NAV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """All three as wide as the kernel wants them, those that are already as they are."""
+    """Queries, keys and values padded to the kernel's width where necessary."""
     width = round_up(max(q_NAD.shape[-1], v_NAV.shape[-1]), _STEP)
     q, k, v = (
         t if t.shape[-1] == width else functional.pad(t, (0, width - t.shape[-1])) for t in (q_NAD, k_NAD, v_NAV)
@@ -32,7 +32,7 @@ def pad_heads(q_NAD: Tensor, k_NAD: Tensor, v_NAV: Tensor) -> tuple[Tensor, Tens
 
 
 def attend_documents(q_NAD: Tensor, k_NAD: Tensor, v_NAD: Tensor, documents: Documents, scale: float) -> Tensor:
-    """Heads of `pad_heads` -> [N, A, D]."""
+    """Attention over heads padded by `pad_heads` -> [N, A, D]."""
     if not _on_flash(q_NAD):
         heads = zip(*(t.split(documents.lengths) for t in (q_NAD, k_NAD, v_NAD)), strict=True)
         return torch.cat([_alone(q, k, v, scale) for q, k, v in heads])
@@ -52,7 +52,7 @@ def _on_flash(q_NAD: Tensor) -> bool:
 
 
 def _alone(q_LAD: Tensor, k_LAD: Tensor, v_LAD: Tensor, scale: float) -> Tensor:
-    """One document of L tokens."""
+    """Attention over one document of L tokens."""
     q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (q_LAD, k_LAD, v_LAD))
     out = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     return out.squeeze(0).transpose(0, 1)

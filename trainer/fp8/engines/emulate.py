@@ -1,4 +1,4 @@
-"""The truth as an engine: the arithmetic of the recipe in plain torch, on any machine, with a choice of accumulator."""
+"""The reference engine: the arithmetic of the recipe in plain torch, on any machine, with a choice of accumulator."""
 
 from __future__ import annotations
 

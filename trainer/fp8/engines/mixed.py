@@ -1,5 +1,5 @@
-"""An engine for each kind of product, since none wins all: cuBLAS has the better dense kernels, the own ones know
-experts and add weight gradients in place."""
+"""An engine for each kind of product, since none is fastest for all: cuBLAS has the better dense kernels, our own ones
+support experts and add weight gradients in place."""
 
 from __future__ import annotations
 

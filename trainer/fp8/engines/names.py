@@ -1,7 +1,7 @@
 """The FP8 engines by the name that `fp8.gemm` takes: the one list of them. A new engine is its file and its line here.
 
-Without torch, since the config reads it where torch is missing: a class is named by a string and imported when asked
-for. That costs mypy's view of the table; the classes derive from `Engine`, where mypy sees them.
+Without torch, since the config is read on machines without it: a class is named by a string and imported when needed.
+So mypy cannot check the table; it checks the classes, which derive from `Engine`.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Operands as engines need them: an expert's share of both, rows filled up, scales in the strides that a library asks
-for. Everything here returns its argument itself where that fits already."""
+"""Converts operands to the layouts that engines need: one expert's part, padded rows, the strides of scales that a
+library requires. All functions return their argument itself if it already has that layout."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def by_range(a: Quantized, b: Quantized, groups: ExpertGroups) -> Iterator[tuple
 
 
 def filled(q: Quantized, multiple: int) -> Quantized:
-    """Rows of 1x128 tiles filled up with zeros to a multiple."""
+    """Rows of 1x128 tiles, padded with zeros to a multiple."""
     extra = -len(q.values) % multiple
     if not extra:
         return q

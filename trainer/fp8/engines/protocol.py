@@ -1,6 +1,6 @@
 """FP8 matrix products, y = A Bᵀ and the accumulation of dW: what an engine must do. One file here for each.
 
-`emulate` is the truth: the arithmetic of the recipe in plain torch, on any machine. The others are the same two
+`emulate` is the reference: the arithmetic of the recipe in plain torch, on any machine. The others are the same two
 functions on a GPU. A new engine is a class like these in a file of its own, and its line in names.py.
 
 Legend: A [M, K] in 1x128 tiles; B [N, K], or [X, N, K] by expert, in 128x128 blocks; P rows padded by expert to 128.
@@ -18,7 +18,7 @@ from dryvine.trainer.tensors.quantized import Quantized
 
 
 class Products(Protocol):
-    """What multiplies."""
+    """The FP8 matrix products of one rank."""
 
     @property
     def reads_counts(self) -> bool:
@@ -37,7 +37,7 @@ class Products(Protocol):
 
 
 class Engine(Products, Protocol):
-    """Products by one means, which a machine may lack."""
+    """Products by one library or set of kernels, which a machine may not support."""
 
     reads_counts: bool = True
 

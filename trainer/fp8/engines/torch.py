@@ -1,4 +1,4 @@
-"""cuBLASLt through torch.nn.functional.scaled_mm as an engine. It knows no groups here, so experts are multiplied in
+"""cuBLASLt through torch.nn.functional.scaled_mm as an engine. It has no grouped product, so experts are multiplied in
 turn."""
 
 from __future__ import annotations
