@@ -58,7 +58,7 @@ def share(completions: Sequence[Completion]) -> float:
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_speculation_changes_no_token(name: str) -> None:
-    model, requests = leaning(**SHAPES[name]), requests_of(24)
+    model, requests = leaning(**SHAPES[name]), requests_of(16)
     plain = list(Sampler.alone(model).generate(requests))
     guessed = list(speculating(model, 7).generate(requests))
     assert_same(plain, guessed)
@@ -67,8 +67,7 @@ def test_speculation_changes_no_token(name: str) -> None:
     assert sum(c.drafted for c in plain) == 0
 
 
-@pytest.mark.parametrize("depth", [1, 2, 3])
-@pytest.mark.parametrize("slots", [1, 3, 512])
+@pytest.mark.parametrize(("slots", "depth"), [(1, 1), (3, 1), (512, 1), (1, 2), (3, 3)])
 def test_slots_order_and_depths_change_no_token(slots: int, depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoder, "STRETCH", 5)
     model = leaning(mtp_depth=depth)
@@ -133,7 +132,7 @@ def test_endings_within_an_accepted_draft() -> None:
     (free,) = speculating(model).generate([base])
     assert free.accepted > 8
     tokens = free.tokens.tolist()
-    for length in range(1, 16):
+    for length in range(1, 11):
         asked = [
             replace(base, max_tokens=length),
             replace(base, stop=frozenset(tokens[length - 1 : length])),
