@@ -45,7 +45,7 @@ def test_config_comes_first() -> None:
     assert (topology.inter.gigabytes, topology.intra.gigabytes) == (50.0, 7)
 
 
-def test_refusals_name_the_mend() -> None:
+def test_refusals_name_the_fix() -> None:
     with pytest.raises(ValueError, match=r"5 ranks do not fill nodes of 2; .* set comm\.topology\.nodes"):
         discover(5, NONE, {"LOCAL_WORLD_SIZE": "2"})
     with pytest.raises(ValueError, match=r"3 ranks on 2 nodes, but the run has 4; set comm\.topology\.nodes"):

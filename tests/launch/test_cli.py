@@ -19,7 +19,7 @@ def command(*words: str) -> list[str]:
 
 
 def given(corpus: Path, out: Path) -> tuple[str, ...]:
-    return f'data.source="{corpus}"', f'run.out="{out}"'
+    return f'data.source="{corpus}"', f'run.out="{out}"', "model.layers=3", "batch.sequences=8"
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:

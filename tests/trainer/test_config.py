@@ -1,4 +1,4 @@
-"""What a user gets wrong in a config is said in one line, with the mend, before anything starts."""
+"""What a user gets wrong in a config is reported in one line, with the fix, before anything starts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.launching import TINY
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
 
-# override -> what the one line must hold: the place, and the mend
+# override -> what the one line must hold: the place, and the fix
 WRONG = {
     "optim.lrr=1": ("optim.lrr: unknown key", "did you mean lr?"),
     "model.yarn.foo=1": ("model.yarn.foo: unknown key", "factor"),
@@ -80,7 +80,7 @@ def refusal(*overrides: str) -> str:
 
 
 @pytest.mark.parametrize("override", WRONG)
-def test_a_wrong_config_is_refused_in_one_line_with_the_mend(tiny: Callable[..., Config], override: str) -> None:
+def test_a_wrong_config_is_refused_in_one_line_with_the_fix(tiny: Callable[..., Config], override: str) -> None:
     layout = ["parallel.pp=2", "parallel.ep=2", "parallel.schedule=dualpipe"]
     if override == "parallel.pp=10":
         layout[2] = "parallel.schedule=one_f_one_b"

@@ -318,7 +318,7 @@ MASKED = ("data.mask=document", "batch.sequences=16")
     ],
 )
 def test_a_masked_run_trains_like_one_process(short: Tiny, layout: tuple[str, ...]) -> None:
-    found = verify.compare(short(*MASKED, *layout))
+    found = verify.compare(short(*MASKED, "model.layers=3", "batch.sequences=8", *layout))
     assert not [d for d in found if not d.fine]
 
 

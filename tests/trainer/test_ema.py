@@ -79,8 +79,8 @@ def test_an_error_in_the_thread_is_raised_by_the_next_who_waits() -> None:
     ema.join()
 
 
-def test_training_has_the_same_bits_with_and_without(tiny: Tiny) -> None:
-    without, having = rig_of(tiny("optim.lr=1e-2")), rig_of(tiny(*HIGH))
+def test_training_has_the_same_bits_with_and_without(tinier: Tiny) -> None:
+    without, having = rig_of(tinier("optim.lr=1e-2")), rig_of(tinier(*HIGH))
     losses = go(without, 3)
     for point, loss in zip(points(having.config.batch, having.config.data.seq_len), losses, strict=False):
         played = train_step(having, point).played
@@ -91,9 +91,9 @@ def test_training_has_the_same_bits_with_and_without(tiny: Tiny) -> None:
 
 
 @pytest.mark.long
-def test_validation_uses_the_average_and_puts_the_weights_back(tiny: Tiny) -> None:
+def test_validation_uses_the_average_and_puts_the_weights_back(tinier: Tiny) -> None:
     """With FP8, whose copies of weights must be dropped both times."""
-    rig = rig_of(tiny(*HIGH, "run.dtype=bf16", "fp8.preset=deepseek_v3"))
+    rig = rig_of(tinier(*HIGH, "run.dtype=bf16", "fp8.preset=deepseek_v3"))
     go(rig, 3)
     ema = rig.optimizer.ema
     assert ema
@@ -122,10 +122,10 @@ def _averages(rank: int, config: Config) -> tuple[Averages, list[float | None]]:
     return {place: of["ema"].numpy().copy() for place, of in rig.optimizer.state().items()}, losses
 
 
-def test_every_layout_has_the_same_average(tiny: Tiny) -> None:
+def test_every_layout_has_the_same_average(tinier: Tiny) -> None:
     alone, many = (
         local.run(_averages, config.parallel.world, config, deadline=100)
-        for config in (tiny(*HIGH), tiny(*HIGH, "parallel.pp=2", "parallel.ep=2", "parallel.schedule=dualpipe"))
+        for config in (tinier(*HIGH), tinier(*HIGH, "parallel.pp=2", "parallel.ep=2", "parallel.schedule=dualpipe"))
     )
     (whole, losses), seen = alone[0], 0
     for part, theirs in many:
@@ -139,8 +139,8 @@ def test_every_layout_has_the_same_average(tiny: Tiny) -> None:
 
 
 @pytest.mark.long
-def test_a_run_resumes_with_its_average_and_bf16_moments(tiny: Tiny) -> None:
-    config = tiny(*HIGH, "optim.moments=bf16", "parallel.ep=2")
+def test_a_run_resumes_with_its_average_and_bf16_moments(tinier: Tiny) -> None:
+    config = tinier(*HIGH, "optim.moments=bf16", "parallel.ep=2")
     whole = run(named(config, "whole"))
     run(named(config, "parts", steps=3))
     assert run(named(config, "parts")) == whole
@@ -150,12 +150,12 @@ def test_a_run_resumes_with_its_average_and_bf16_moments(tiny: Tiny) -> None:
 
 
 @pytest.mark.long
-def test_another_layout_and_other_moments_read_the_same_checkpoint(tiny: Tiny) -> None:
+def test_another_layout_and_other_moments_read_the_same_checkpoint(tinier: Tiny) -> None:
     """FP32 moments become BF16 and the other way round; the average is the same numbers, cut elsewhere."""
-    whole = run(named(tiny(*HIGH, "optim.moments=bf16"), "whole"))
-    run(named(tiny(*HIGH, "optim.moments=fp32"), "parts", steps=3))
-    moved = run(named(tiny(*HIGH, "optim.moments=bf16", "parallel.pp=2"), "parts", steps=5))
-    moved = run(named(tiny(*HIGH, "optim.moments=fp32"), "parts"))
+    whole = run(named(tinier(*HIGH, "optim.moments=bf16"), "whole"))
+    run(named(tinier(*HIGH, "optim.moments=fp32"), "parts", steps=3))
+    moved = run(named(tinier(*HIGH, "optim.moments=bf16", "parallel.pp=2"), "parts", steps=5))
+    moved = run(named(tinier(*HIGH, "optim.moments=fp32"), "parts"))
     for ours, theirs in zip(moved, whole, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
         if theirs["val_loss_ema"] is not None and ours["val_loss_ema"] is not None:

@@ -46,9 +46,9 @@ def test_fp8_layouts_train_like_one_process(tiny: Tiny) -> None:
     assert many.losses == pytest.approx(one.losses, rel=1e-4)
 
 
-def test_overlap_does_not_change_a_bit_of_fp8(tiny: Tiny) -> None:
+def test_overlap_does_not_change_a_bit_of_fp8(tinier: Tiny) -> None:
     on, off = (
-        verify.play(layout(tiny, 2, 2, "dualpipe", *ON, f"parallel.overlap={overlap}"), steps=2)
+        verify.play(layout(tinier, 2, 2, "dualpipe", *ON, f"parallel.overlap={overlap}"), steps=2)
         for overlap in ("on", "off")
     )
     assert on.losses == off.losses

@@ -56,7 +56,7 @@ def _flip_everywhere(rank: int, config: Config, name: str) -> dict[str, str]:
         bucket.master[0] += 1
     said["masters"] = _found(rig)
     rig.publish()
-    said["mended"] = _found(rig)
+    said["restored"] = _found(rig)
     return said
 
 
@@ -75,7 +75,7 @@ def test_a_flipped_bit_is_named_wherever_it_is(
     config = tiny(*layout, "model.layers=3")
     said, *others = local.run(_flip_everywhere, config.parallel.world, config, name, deadline=100)
     assert all(other == said for other in others)
-    assert said["sound"] == said["mended"] == ""
+    assert said["sound"] == said["restored"] == ""
     for rank in range(config.parallel.world):
         for element in (0, -2):
             assert f"differ: {name} on rank {rank} (" in said[f"{rank}, {element}"], (rank, element)

@@ -29,7 +29,7 @@ def _alone(config: Config) -> Run:
 
 def layout(tiny: Tiny, pp: int, ep: int, dp: int, schedule: str, *more: str) -> Config:
     ranks = (f"parallel.pp={pp}", f"parallel.ep={ep}", f"parallel.dp={dp}", f"parallel.schedule={schedule}")
-    return tiny('run.out="unused"', *ranks, *more)
+    return tiny('run.out="unused"', "batch.sequences=8", *ranks, *more)
 
 
 @pytest.mark.parametrize(("pp", "ep", "dp", "schedule"), LAYOUTS)
@@ -41,7 +41,7 @@ def test_layout_trains_like_one_process(tiny: Tiny, pp: int, ep: int, dp: int, s
 
 
 def test_a_dispatch_in_rounds_trains_like_one_process(tiny: Tiny) -> None:
-    config = layout(tiny, 1, 2, 1, "dualpipev", "comm.imbalance=1.01")
+    config = layout(tiny, 1, 2, 1, "dualpipev", "comm.imbalance=1.01", "model.layers=3")
     found = deviations(_alone(verify.alone(config)), verify.play(config))
     assert not [d for d in found if not d.fine]
 
@@ -55,8 +55,9 @@ def test_a_dispatch_in_rounds_trains_like_one_process(tiny: Tiny) -> None:
     ],
 )
 def test_overlap_does_not_change_a_bit(tiny: Tiny, pp: int, ep: int, schedule: str, dtype: str) -> None:
+    more = (f"run.dtype={dtype}", "model.layers=3")
     runs = [
-        verify.play(layout(tiny, pp, ep, 1, schedule, f"run.dtype={dtype}", f"parallel.overlap={overlap}"), steps=2)
+        verify.play(layout(tiny, pp, ep, 1, schedule, *more, f"parallel.overlap={overlap}"), steps=2)
         for overlap in ("on", "off")
     ]
     on, off = runs

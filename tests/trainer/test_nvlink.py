@@ -35,8 +35,8 @@ def measured(rank: int, folder: Path, config: Config) -> RankBytes:
 
 
 @pytest.mark.parametrize(("pp", "ep", "schedule"), LAYOUTS)
-def test_it_trains_like_one_process(tiny: Tiny, tmp_path: Path, pp: int, ep: int, schedule: str) -> None:
-    config = tiny(f"parallel.pp={pp}", f"parallel.ep={ep}", f"parallel.schedule={schedule}", "comm.dispatcher=nvlink")
+def test_it_trains_like_one_process(tinier: Tiny, tmp_path: Path, pp: int, ep: int, schedule: str) -> None:
+    config = tinier(f"parallel.pp={pp}", f"parallel.ep={ep}", f"parallel.schedule={schedule}", "comm.dispatcher=nvlink")
 
     def started(plan: RunPlan, steps: int, device: str) -> list[verify.RankRun]:
         return local.run(trained, plan.config.parallel.world, tmp_path, plan)
@@ -48,8 +48,8 @@ def test_it_trains_like_one_process(tiny: Tiny, tmp_path: Path, pp: int, ep: int
     assert not [d for d in found if not d.fine]
 
 
-def test_its_bytes_are_planned(tiny: Tiny, tmp_path: Path) -> None:
-    config = tiny("parallel.ep=2", "comm.dispatcher=nvlink")
+def test_its_bytes_are_planned(tinier: Tiny, tmp_path: Path) -> None:
+    config = tinier("parallel.ep=2", "comm.dispatcher=nvlink")
     plan = make(make_plan(config), load_hardware("cpu"))
     for found in local.run(measured, 2, tmp_path, config):
         assert found.sent == {link: size for link, size in plan.dispatch_bytes_of(0).items() if size}

@@ -60,18 +60,18 @@ def named(config: Config, name: str, **run: object) -> Config:
 
 
 @pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.long)])
-def test_the_same_layout_resumes_bit_for_bit(tiny: Tiny, dtype: str) -> None:
-    config = tiny(*DUALPIPE, f"run.dtype={dtype}")
+def test_the_same_layout_resumes_bit_for_bit(tinier: Tiny, dtype: str) -> None:
+    config = tinier(*DUALPIPE, f"run.dtype={dtype}")
     whole = run(named(config, "whole"))
     run(named(config, "parts", steps=3))
     assert run(named(config, "parts")) == whole
     assert [row["step"] for row in whole] == [1, 2, 3, 4, 5, 6]
 
 
-def test_another_layout_resumes_to_rounding(tiny: Tiny) -> None:
-    whole = run(named(tiny(*DUALPIPE), "whole"))
-    run(named(tiny(*DUALPIPE), "parts", steps=3))
-    moved = run(named(tiny("parallel.ep=2", "parallel.schedule=dualpipev"), "parts"))
+def test_another_layout_resumes_to_rounding(tinier: Tiny) -> None:
+    whole = run(named(tinier(*DUALPIPE), "whole"))
+    run(named(tinier(*DUALPIPE), "parts", steps=3))
+    moved = run(named(tinier("parallel.ep=2", "parallel.schedule=dualpipev"), "parts"))
     assert moved[:3] == whole[:3]
     for ours, theirs in zip(moved, whole, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
@@ -79,8 +79,8 @@ def test_another_layout_resumes_to_rounding(tiny: Tiny) -> None:
 
 
 @pytest.mark.long
-def test_a_signal_to_one_rank_saves_and_stops_all(tiny: Tiny) -> None:
-    config = tiny(*DUALPIPE)
+def test_a_signal_to_one_rank_saves_and_stops_all(tinier: Tiny) -> None:
+    config = tinier(*DUALPIPE)
     stopped = run(named(config, "parts"), interrupt_at=2)
     assert [row["step"] for row in stopped] == [1, 2]
     newest = run_folder.newest(named(config, "parts").run.folder)
@@ -89,8 +89,8 @@ def test_a_signal_to_one_rank_saves_and_stops_all(tiny: Tiny) -> None:
     assert run(named(config, "parts")) == run(named(config, "whole"))
 
 
-def test_a_half_written_checkpoint_is_never_read_and_old_ones_go(tiny: Tiny) -> None:
-    config = tiny("run.checkpoint_every=1", "run.keep_checkpoints=2")
+def test_a_half_written_checkpoint_is_never_read_and_old_ones_go(tinier: Tiny) -> None:
+    config = tinier("run.checkpoint_every=1", "run.keep_checkpoints=2")
     (config.run.folder / "checkpoints" / "step-00000099.part").mkdir(parents=True)
     rows = run(config)
     assert rows[-1]["step"] == 6
@@ -98,15 +98,15 @@ def test_a_half_written_checkpoint_is_never_read_and_old_ones_go(tiny: Tiny) -> 
     assert kept == ["latest", "step-00000005", "step-00000006"]
 
 
-def test_a_run_folder_is_not_shared_by_two_models(tiny: Tiny) -> None:
-    run(tiny("run.steps=1"))
+def test_a_run_folder_is_not_shared_by_two_models(tinier: Tiny) -> None:
+    run(tinier("run.steps=1"))
     with pytest.raises(ConfigError, match=r"another \[model\] table; set run.name"):
-        journal.same_run(tiny("model.layers=7"), UNKNOWN)
-    journal.same_run(tiny("optim.lr=1", "run.steps=9"), UNKNOWN)
+        journal.same_run(tinier("model.layers=7"), UNKNOWN)
+    journal.same_run(tinier("optim.lr=1", "run.steps=9"), UNKNOWN)
 
 
-def test_the_run_folder_holds_what_it_promises(tiny: Tiny) -> None:
-    config = tiny(*DUALPIPE, "run.timeline_step=2")
+def test_the_run_folder_holds_what_it_promises(tinier: Tiny) -> None:
+    config = tinier(*DUALPIPE, "run.timeline_step=2")
     run(config)
     held = {p.name.split(".")[0] + p.suffix for p in config.run.folder.iterdir()}
     promised = {

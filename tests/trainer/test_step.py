@@ -26,7 +26,7 @@ from tests.support.rig import rig_of, train_on
 Tiny = Callable[..., Config]
 LAYOUTS = [
     (),
-    ("parallel.pp=2", "parallel.ep=2", "parallel.schedule=dualpipe", "batch.sequences=16"),
+    ("parallel.pp=2", "parallel.ep=2", "parallel.schedule=dualpipe"),
     ("parallel.dp=2", "parallel.microbatch_sequences=2"),
 ]
 layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=["one process", "pp2 ep2", "dp2"])
@@ -71,9 +71,9 @@ def worst(loads: Tensor) -> float:
 
 
 @layouts
-def test_figures_are_those_of_plain_torch(tiny: Tiny, layout: tuple[str, ...]) -> None:
-    config = tiny(*layout, "run.steps=2", "run.checkpoint_every=9", "run.eval_every=9", "model.balance_alpha=0.1")
-    truth = first_step(rig_of(config.model_copy(update={"parallel": tiny().parallel})))
+def test_figures_are_those_of_plain_torch(tinier: Tiny, layout: tuple[str, ...]) -> None:
+    config = tinier(*layout, "run.steps=2", "run.checkpoint_every=9", "run.eval_every=9", "model.balance_alpha=0.1")
+    truth = first_step(rig_of(config.model_copy(update={"parallel": tinier().parallel})))
     local.run(train_on, config.parallel.world, config, deadline=100)
     first, second = journal.read(config.run.folder)
     close = partial(pytest.approx, rel=1e-5)
@@ -83,16 +83,16 @@ def test_figures_are_those_of_plain_torch(tiny: Tiny, layout: tuple[str, ...]) -
     assert first["grad_norm"] == close(norm_of(truth.gradients()))
     assert first["load_imbalance"] == close(worst(truth.loads))
     assert first["rank_imbalance"] == close(worst(truth.loads.unflatten(1, (config.parallel.ep, -1)).sum(-1)))
-    assert [first["tokens"], second["tokens"]] == [16 * 32, 2 * 16 * 32]
+    assert [first["tokens"], second["tokens"]] == [8 * 32, 2 * 8 * 32]
     assert [first["lr"], second["lr"]] == close([config.optim.lr / 2, config.optim.lr])
-    assert first["tokens_per_second"] == close(16 * 32 / first["seconds"])
+    assert first["tokens_per_second"] == close(8 * 32 / first["seconds"])
     assert first["val_loss"] == pytest.approx(5.77, abs=0.1)  # ln 320, which is what a model starts from
     assert second["val_loss"] != first["val_loss"]  # the last step is validated too
 
 
-def test_a_step_is_clipped_adamw(tiny: Tiny) -> None:
+def test_a_step_is_clipped_adamw(tinier: Tiny) -> None:
     """Weights after two steps. (Adam's first steps divide rounding noise by its own size: compared in the L2 norm.)"""
-    config = tiny("optim.lr=1e-2", "optim.clip=0.5")
+    config = tinier("optim.lr=1e-2", "optim.clip=0.5")
     rig, other = rig_of(config), rig_of(config)
     params = {name: w.detach().double().requires_grad_() for name, w in rig.model.named_parameters()}
     kinds = [{"params": [p for p in params.values() if (p.dim() > 1) is decays], "weight_decay": decay}
@@ -118,8 +118,8 @@ def test_a_step_is_clipped_adamw(tiny: Tiny) -> None:
         assert float((weight - params[name]).detach().norm() / moved.detach()) < 1e-2, name
 
 
-def test_gate_biases_follow_the_load_of_the_whole_batch(tiny: Tiny) -> None:
-    rig = rig_of(tiny("model.bias_gamma=0.25"))
+def test_gate_biases_follow_the_load_of_the_whole_batch(tinier: Tiny) -> None:
+    rig = rig_of(tinier("model.bias_gamma=0.25"))
     truth = first_step(rig)
     train_step(rig, next(points(rig.config.batch, rig.config.data.seq_len)))
     for bias, load in zip(rig.model.buffers.values(), truth.loads, strict=True):
@@ -134,26 +134,26 @@ def _evaluate(rank: int, config: Config) -> float:
 
 
 @layouts
-def test_validation_is_the_mean_over_all_its_batches(tiny: Tiny, layout: tuple[str, ...]) -> None:
-    """And the same each time: sequences 0 to 31 of the held-out split."""
-    config = tiny(*layout, "run.eval_batches=2")
-    rig = rig_of(config.model_copy(update={"parallel": tiny().parallel}))
-    parts = [Truth(rig, torch.from_numpy(rig.data.val.sequences(n, 16))).sum("loss") for n in (0, 16)]
+def test_validation_is_the_mean_over_all_its_batches(tinier: Tiny, layout: tuple[str, ...]) -> None:
+    """And the same each time: sequences 0 to 15 of the held-out split."""
+    config = tinier(*layout, "run.eval_batches=2")
+    rig = rig_of(config.model_copy(update={"parallel": tinier().parallel}))
+    parts = [Truth(rig, torch.from_numpy(rig.data.val.sequences(n, 8))).sum("loss") for n in (0, 8)]
     assert parts[0] != pytest.approx(parts[1], rel=1e-4)
     losses = local.run(_evaluate, config.parallel.world, config, deadline=100)
     assert losses == pytest.approx([sum(parts) / 2] * len(losses), rel=1e-5)
 
 
-def test_validation_counts_no_load_and_makes_no_gradient(tiny: Tiny) -> None:
+def test_validation_counts_no_load_and_makes_no_gradient(tinier: Tiny) -> None:
     """Loads move the gate biases, and validation may not."""
-    rig = rig_of(tiny())
+    rig = rig_of(tinier())
     evaluate(rig)
     assert not any(load.any() for load in rig.model.loads.values())
     assert not any(bucket.grads.any() for bucket in rig.optimizer.zero.buckets)
 
 
-def test_a_step_starts_from_zero_gradients(tiny: Tiny) -> None:
-    rig = rig_of(tiny())
+def test_a_step_starts_from_zero_gradients(tinier: Tiny) -> None:
+    rig = rig_of(tinier())
     made = []
     for _ in range(2):
         accumulate(rig, next(points(rig.config.batch, rig.config.data.seq_len)))
@@ -173,16 +173,16 @@ def test_a_rank_holds_neighbouring_experts() -> None:
     assert imbalances(torch.tensor([[3, 3, 0, 2, 2, 2]]), 3) == (1.5, 1.5)
 
 
-def test_the_seed_reaches_the_order_of_the_data(tiny: Tiny) -> None:
-    data = {seed: open_data(tiny(f"run.seed={seed}")) for seed in (0, 7)}
+def test_the_seed_reaches_the_order_of_the_data(tinier: Tiny) -> None:
+    data = {seed: open_data(tinier(f"run.seed={seed}")) for seed in (0, 7)}
     assert data[7].train.order.seed == data[7].val.order.seed == 7
     assert (data[7].train.sequences(0, 1) != data[0].train.sequences(0, 1)).any()
 
 
-def test_the_seed_reaches_the_weights(tiny: Tiny) -> None:
+def test_the_seed_reaches_the_weights(tinier: Tiny) -> None:
     drawn = {}
     for seed in (0, 7):
-        config = tiny(f"run.seed={seed}")
+        config = tinier(f"run.seed={seed}")
         held = dict(rig_of(config).model.named_parameters())["embed.weight"]
         drawn[seed] = Weight(torch.empty_like(held))
         initialise("embed.weight", drawn[seed], seed, config.model.init_std, 0)
