@@ -3,7 +3,9 @@
     python -m benchmarks.host [--set KEY=VALUE ...] [--deadline SECONDS] [--json FILE]
 
 The model of two_gpus.toml on one GPU, 8 microbatches of 4096 tokens, in BF16 and in FP8, each with graphs off and on in
-a process of its own. Device busy is the union of all kernels' times over the length of a profiled step; launches are
+a process of its own; with `--set parallel.ep=2 comm.dispatcher=nvlink parallel.schedule=dualpipev` on two GPUs, as many
+microbatches on each. Device busy is the union of all kernels' times over the length of a profiled step, NCCL's left
+out, which wait; exposed is time in which compute waited for the all-to-all; launches are
 calls that start kernels, copies or graphs; reads are the places in a step where torch makes the host wait for the
 device. Memory of graphs is the peak with them less the peak without. Losses and weights after the last step are
 compared with those without graphs, which run twice, since a kernel of a library may add in another order each time.
@@ -20,7 +22,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -32,8 +34,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.two_gpus import corpus
 from dryvine.comm import local
+from dryvine.parallel.executor import Played
 from dryvine.trainer.config import load
 from dryvine.trainer.data.splits import open_data
+from dryvine.trainer.graph_memory import graph_bytes
 from dryvine.trainer.ramps import Point
 from dryvine.trainer.rehearse import rehearse
 from dryvine.trainer.rig import Rig, make_rig, mesh_of
@@ -43,6 +47,7 @@ from dryvine.trainer.step import train_step
 CONFIG = Path(__file__).parent / "two_gpus.toml"
 SEQUENCES, WARM, STEPS = 8, 3, 7
 NUMERICS = {"BF16": (), "FP8": ("fp8.preset=deepseek_v3", "fp8.guard_every=0")}
+NO_WORK = ("Optimizer", "nccl")
 LAUNCHES = ("Launch", "Memcpy", "Memset")
 
 
@@ -50,12 +55,14 @@ LAUNCHES = ("Launch", "Memcpy", "Memset")
 class Measured:
     milliseconds: float  # of a step, median
     tokens_per_second: float
+    exposed: float  # milliseconds of a step, median
     busy: float  # share of a profiled step in which a kernel runs
     kernels: int
     launches: int
     reads: int  # of the device by the host, in a step
     graphs: int
     peak: int  # bytes reserved
+    predicted: int  # bytes that graphs were said to hold
     bits: str  # of losses and weights
     by_kind: dict[str, float]  # milliseconds of kernels by name, the longest
     card: str
@@ -67,11 +74,13 @@ def measure(rank: int, plan: RunPlan) -> Measured:
     rig = make_rig(plan, mesh_of(plan, device), open_data(plan.config))
     rehearse(rig)
     torch.cuda.reset_peak_memory_stats()
-    seconds, losses = [], []
+    seconds, losses, exposed = [], [], []
     for step in range(WARM + STEPS):
         torch.cuda.synchronize()
         began = time.perf_counter()
-        losses += _step(rig, step)
+        played = _step(rig, step)
+        losses += [float(loss) for many in played.losses.values() for loss in many]
+        exposed.append(played.exposed)
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
     bits = hashlib.sha256(repr(losses).encode())
@@ -83,7 +92,7 @@ def measure(rank: int, plan: RunPlan) -> Measured:
         _step(rig, WARM + STEPS + 1)
         torch.cuda.synchronize()
     # What is called "gpu_user_annotation" spans kernels and is none.
-    events = [e for e in profiled.events() if e.device_type == DeviceType.CUDA and not e.name.startswith("Optimizer")]
+    events = [e for e in profiled.events() if e.device_type == DeviceType.CUDA and not e.name.startswith(NO_WORK)]
     spans = sorted((e.time_range.start, e.time_range.end) for e in events)
     calls = Counter(e.name for e in profiled.events() if e.device_type == DeviceType.CPU)
     kinds: Counter[str] = Counter()
@@ -91,23 +100,29 @@ def measure(rank: int, plan: RunPlan) -> Measured:
         kinds[event.name[:60]] += event.time_range.elapsed_us() / 1e3
     return Measured(
         milliseconds=1e3 * middle,
-        tokens_per_second=SEQUENCES * plan.config.data.seq_len / middle,
+        tokens_per_second=_sequences(plan) * plan.config.data.seq_len / middle,
+        exposed=1e3 * median(exposed[WARM:]),
         busy=_union(spans) / (spans[-1][1] - spans[0][0]),
         kernels=len(events),
         launches=sum(n for name, n in calls.items() if name.startswith("cu") and any(w in name for w in LAUNCHES)),
         reads=reads,
         graphs=rig.graphs.count if rig.graphs else 0,
         peak=peak,
+        predicted=max(graph_bytes(plan, cuda=True)),
         bits=bits.hexdigest()[:12],
         by_kind=dict(kinds.most_common(25)),
         card=torch.cuda.get_device_name(),
     )
 
 
-def _step(rig: Rig, number: int) -> list[float]:
-    point = Point(number, number * SEQUENCES, SEQUENCES, rig.config.data.seq_len)
-    played = train_step(rig, point).played
-    return [float(loss) for losses in played.losses.values() for loss in losses]
+def _sequences(plan: RunPlan) -> int:
+    """In a step of all ranks."""
+    return SEQUENCES * plan.config.parallel.ep
+
+
+def _step(rig: Rig, number: int) -> Played:
+    sequences = _sequences(rig.plan)
+    return train_step(rig, Point(number, number * sequences, sequences, rig.config.data.seq_len)).played
 
 
 def _reads(rig: Rig, number: int) -> int:
@@ -115,7 +130,7 @@ def _reads(rig: Rig, number: int) -> int:
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
-        train_step(rig, Point(number, number * SEQUENCES, SEQUENCES, rig.config.data.seq_len))
+        _step(rig, number)
         torch.cuda.set_sync_debug_mode("default")
     return sum("synchroniz" in str(each.message) for each in seen)
 
@@ -136,7 +151,9 @@ def main() -> int:
     options.add_argument("--json", type=Path)
     options.add_argument("--numerics", nargs="*", default=list(NUMERICS), choices=list(NUMERICS))
     given = options.parse_args()
-    table = Table("", "graphs", "ms", "tokens/s", "busy", "kernels", "launches", "reads", "peak GB", "bits")
+    table = Table(
+        "", "graphs", "ms", "tokens/s", "exposed", "busy", "kernels", "launches", "reads", "peak GB", "graphs'", "bits"
+    )
     made: dict[str, Measured] = {}
     local.preload(__name__)
     with tempfile.TemporaryDirectory() as folder:
@@ -146,12 +163,16 @@ def main() -> int:
                 graphs = f"parallel.graphs={way.split()[0]}"
                 words = ("parallel.pp=1", "parallel.schedule=one_f_one_b", graphs, source)
                 plan = make_plan(load(CONFIG, (*words, *NUMERICS[numerics], *given.set)))
-                (found,) = local.run(measure, 1, plan, deadline=given.deadline, device="cuda")
+                found, *others = local.run(
+                    measure, plan.config.parallel.world, plan, deadline=given.deadline, device="cuda"
+                )
+                found = replace(found, bits=" ".join(each.bits for each in (found, *others)))
                 made[f"{numerics} {way}"] = found
                 table.add_row(
                     f"{numerics} {way}", f"{found.graphs}", f"{found.milliseconds:.0f}",
-                    f"{found.tokens_per_second:,.0f}", f"{found.busy:.1%}", f"{found.kernels}",
-                    f"{found.launches}", f"{found.reads}", f"{found.peak / 1e9:.1f}", found.bits,
+                    f"{found.tokens_per_second:,.0f}", f"{found.exposed:.1f}", f"{found.busy:.1%}", f"{found.kernels}",
+                    f"{found.launches}", f"{found.reads}", f"{found.peak / 1e9:.1f}",
+                    f"{found.predicted / 1e9:.1f}", found.bits,
                 )  # fmt: skip
                 print(f"{numerics} {way}: {found.milliseconds:.0f} ms, busy {found.busy:.1%}", flush=True)
     Console(width=120).print(table)

@@ -59,11 +59,12 @@ def corpus(out: Path, vocab: int) -> Path:
 
 def checks(out: Path) -> list[Job]:
     layouts = {f"{name} {overlap}": _pipeline(name, overlap) for name in SCHEDULES for overlap in ("on", "off")}
-    layouts |= {f"ep 2 {way}": _experts(way) for way in ("flat", "hierarchical", "auto")}
+    layouts |= {f"ep 2 {way}": _experts(way) for way in ("flat", "hierarchical", "nvlink", "auto")}
     layouts["dp 2"] = ("parallel.dp=2", "parallel.schedule=one_f_one_b")
     for dtype, words in {"bf16": ("run.dtype=bf16",), "fp8": ("run.dtype=bf16", "fp8.preset=deepseek_v3")}.items():
         layouts[f"dualpipe {dtype}"] = (*_pipeline("dualpipe", "on"), *words, *WIDE)
-        layouts[f"ep 2 {dtype}"] = (*_experts("flat"), *words, *WIDE)
+        for way in ("flat", "nvlink"):
+            layouts[f"ep 2 {way} {dtype}"] = (*_experts(way), *words, *WIDE)
     verify = (*CLI, "verify", "tests/tiny.toml", "--device", "cuda", f"data.source={corpus(out, 320)}")
     return [Job(name, (*verify, *words), 300, DEVIATING) for name, words in layouts.items()]
 
@@ -127,6 +128,7 @@ def experts() -> Settings:
         settings[f"{dtype}, compute alone"] = ("comm.dispatcher=fake", *words)
         for overlap in ("off", "on"):
             settings[f"{dtype}, {overlap}"] = (f"parallel.overlap={overlap}", *words)
+            settings[f"{dtype}, nvlink, {overlap}"] = (f"parallel.overlap={overlap}", "comm.dispatcher=nvlink", *words)
     for sms in (2, 8):
         for overlap in ("off", "on"):
             settings[f"BF16, {sms} SMs, {overlap}"] = (f"parallel.overlap={overlap}", f"comm.sms={sms}")

@@ -23,7 +23,7 @@ from dryvine.comm.pending import Pending
 from dryvine.comm.wire import Wire
 from dryvine.parallel import overlap as weave
 from dryvine.parallel.flow_control import RankProgram, SendQueue, channel, queue
-from dryvine.parallel.graphs import Graphs
+from dryvine.parallel.graphs import Graphs, PlayedOp
 from dryvine.parallel.overlap import PairOrder
 from dryvine.parallel.schedule.ir import Edge, Op, ProgramStep, Slot
 from dryvine.parallel.stage import Flight, Stage, State
@@ -172,11 +172,14 @@ class Executor:
         """Run the slot's ops. Returns what each of them hands on."""
         inputs = [play.arrivals.pop(edge).wait() if edge else () for edge in step.inputs]
         play.streams.mark()
-        ops = [(op, self.stages[op.stage], play.flight(op), state) for op, state in zip(step.slot, inputs, strict=True)]
+        ops = [
+            PlayedOp(op, self.stages[op.stage], play.flight(op), state)
+            for op, state in zip(step.slot, inputs, strict=True)
+        ]
         if play.graphs is None:
             results = weave.play([self._track(*op) for op in ops], play.streams, self.order)
         else:
-            results = [self._replay(play.graphs, *op) for op in ops]
+            results = self._replay(play.graphs, ops, play.streams)
         for op in step.slot:
             play.land(op)
         play.streams.mark()
@@ -187,22 +190,28 @@ class Executor:
         summed = self.hooks.summed if (op.stage, op.microbatch) in self._last else None
         return weave.track(op, stage, flight, state, self.hooks.need, summed)
 
-    def _replay(self, graphs: Graphs, op: Op, stage: Stage, flight: Flight, state: State) -> State:
-        """Replay an op. Hooks cannot run inside a graph: all layers' are called before or after it."""
-        layers = dict.fromkeys(phase.layer for phase in stage.phases)
-        if op.kind == "F":
-            for layer in layers:
-                self.hooks.need(layer)
-        made = graphs.play(op, stage, flight, state)
-        if op.kind in "BW" and (op.stage, op.microbatch) in self._last:
-            for layer in layers:
-                self.hooks.summed(layer)
+    def _replay(self, graphs: Graphs, ops: Sequence[PlayedOp], streams: Streams) -> list[State]:
+        """Replay a slot's ops. Hooks cannot run inside a graph: all layers' are called before or after."""
+        for op, stage, _, _ in ops:
+            if op.kind == "F":
+                for layer in _layers(stage):
+                    self.hooks.need(layer)
+        made = graphs.play(ops, streams.waiting)
+        for op, stage, _, _ in ops:
+            if op.kind in "BW" and (op.stage, op.microbatch) in self._last:
+                for layer in _layers(stage):
+                    self.hooks.summed(layer)
         return made
 
     def _send(self, edge: Edge, state: State, play: _Play) -> None:
         leaving = play.leaving[queue(edge)]
         leaving.append(self.wire.send(edge, state))
         _let_go(leaving, self.program.limits[queue(edge)])
+
+
+def _layers(stage: Stage) -> dict[str, None]:
+    """Their names, in order."""
+    return dict.fromkeys(phase.layer for phase in stage.phases)
 
 
 def last_gradients(program: RankProgram) -> frozenset[tuple[int, int]]:

@@ -14,21 +14,26 @@ temporary, and schedules replay flights in any order. (This has happened: losses
 replay.) `torch.cuda.make_graphed_callables` supports neither W nor flights; torch.compile cannot trace closures that
 add to gradients.
 
-Within a graph nothing overlaps, so this is for ops without communication: for one expert-parallel rank.
+Within a graph nothing overlaps, and no graph contains communication. An op whose dispatcher sends is several graphs,
+with its messages' live steps between them (`comm/live_steps.py`); a pair's ops take turns, each until it must wait for
+a message, so that one's copies run under the other's compute.
 """
 
 from __future__ import annotations
 
 import gc
-from collections import defaultdict
-from collections.abc import Callable, Hashable
+import warnings
+from collections import defaultdict, deque
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from dryvine.comm.dispatch.meter import Meter
+from dryvine.comm.live_steps import LiveStep, LiveSteps
 from dryvine.comm.topology import LinkClass
 from dryvine.parallel import overlap
 from dryvine.parallel.schedule.ir import Op
@@ -40,21 +45,18 @@ T = TypeVar("T")
 Pool = torch.cuda._POOL_HANDLE  # its number
 
 
-class Graph(Protocol):
-    """The kernels that were launched during one recording."""
-
-    def replay(self) -> None: ...
-
-
 class Recorder(Protocol):
     """Records what a function launches on a device, without running it."""
+
+    live: LiveSteps  # of the messages in what is recorded
 
     def pool(self) -> Pool:
         """A memory pool for graphs that may share memory."""
         ...
 
-    def record(self, run: Callable[[], T], pool: Pool) -> tuple[Graph, T]:
-        """Record `run()`. Its tensors have memory but, until a replay, no values."""
+    def record(self, run: Callable[[], T], pool: Pool) -> tuple[list[LiveStep], T]:
+        """Record `run()`. Returns what replays it: graphs and live steps, in order; and its result, whose tensors have
+        memory but, until a replay, no values."""
         ...
 
     def free(self) -> None:
@@ -63,39 +65,77 @@ class Recorder(Protocol):
 
 
 class CudaRecorder:
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, live: LiveSteps) -> None:
         # Autograd runs a node of the backward on the stream of its forward, so all graphs are recorded on one.
-        self.stream = torch.cuda.Stream(device)
+        self.stream, self.live = torch.cuda.Stream(device), live
 
     def pool(self) -> Pool:
         return torch.cuda.graph_pool_handle()
 
-    def record(self, run: Callable[[], T], pool: Pool) -> tuple[Graph, T]:
-        graph = torch.cuda.CUDAGraph()
+    def record(self, run: Callable[[], T], pool: Pool) -> tuple[list[LiveStep], T]:
+        parts = _Parts(pool)
         # A collection could destroy a CUDA object, which a stream that records forbids.
         collecting = gc.isenabled()
         gc.disable()
-        # The backward in this thread: the one that records. Other threads (NCCL's watchdog) may go on calling CUDA.
-        with torch.cuda.stream(self.stream), torch.autograd.set_multithreading_enabled(False):
-            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        # The backward in this thread: the one that records.
+        with (
+            torch.cuda.stream(self.stream),
+            torch.autograd.set_multithreading_enabled(False),
+            self.live.recorded_by(parts.cut),
+        ):
+            parts.begin()
             try:
                 made = run()
             finally:
-                graph.capture_end()
+                parts.end()
         if collecting:
             gc.enable()
-        return graph, made
+        return parts.steps, made
 
     def free(self) -> None:
         torch.cuda.empty_cache()
 
 
+class _Parts:
+    """The graphs of one recording, and the live steps between them."""
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool, self.steps = pool, list[LiveStep]()
+        self._empty: list[torch.cuda.CUDAGraph] = []  # held: a pool ends with its last graph
+
+    def begin(self) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+        # Other threads (NCCL's watchdog) may go on calling CUDA.
+        self._graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+
+    def end(self) -> None:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            self._graph.capture_end()
+        if any("graph is empty" in str(each.message).lower() for each in said):
+            self._empty.append(self._graph)
+        else:
+            self.steps.append(LiveStep(self._graph.replay))
+
+    def cut(self, step: LiveStep) -> None:
+        self.end()
+        self.steps.append(step)
+        self.begin()
+
+
 @dataclass(frozen=True)
 class RecordedOp:
-    graph: Graph
+    steps: list[LiveStep]  # graphs too
     inputs: State  # static buffers for the op's input
     outputs: State  # static buffers that hold its result after a replay
-    sent: dict[LinkClass, int]  # bytes that the dispatcher counted
+    sent: dict[LinkClass, int]  # bytes that the dispatcher counted in graphs
+
+
+class PlayedOp(NamedTuple):
+    op: Op
+    stage: Stage
+    flight: Flight
+    state: State  # that it starts from
 
 
 @dataclass
@@ -139,8 +179,29 @@ class Graphs:
         self._recorded.clear()
         self.recorder.free()
 
-    def play(self, op: Op, stage: Stage, flight: Flight, state: State) -> State:
-        """Run an op of the microbatch that `flight` describes. Returns its outputs; F adds its losses to `flight`."""
+    def play(self, ops: Sequence[PlayedOp], waiting: Callable[[], AbstractContextManager[None]]) -> list[State]:
+        """Run one op or a pair. Returns what each hands on; an F adds its losses to its flight. `waiting` is entered
+        around waits for messages."""
+        recorded = [self._given(each) for each in ops]
+        programs = [
+            (f" in {each.op.kind} of stage {each.op.stage}, microbatch {each.op.microbatch}", deque(of.steps))
+            for each, of in zip(ops, recorded, strict=True)
+        ]
+        while any(steps for _, steps in programs):
+            for during, steps in programs:
+                self.recorder.live.during = during
+                _until_it_waits(steps, waiting)
+        for each, of in zip(ops, recorded, strict=True):
+            self.meter.put(of.sent)
+            if each.op.kind == "F":
+                losses = self._of(each.op).flight.losses
+                each.flight.losses.update({name: loss.clone() for name, loss in losses.items()})
+            self._release(each.op)
+        return [tuple(made.clone() for made in of.outputs) for of in recorded]
+
+    def _given(self, played: PlayedOp) -> RecordedOp:
+        """The recording of an op, a new one if there is none, with this microbatch's input."""
+        op, stage, flight, state = played
         recordings = self._recordings(op, flight)
         recorded = recordings.ops.get(op.kind) or self._record(op, stage, recordings, state)
         if op.kind == "F":
@@ -151,27 +212,27 @@ class Graphs:
             own.loss_scale.data.fill_(flight.loss_scale)
         for memory, given in zip(recorded.inputs, state, strict=True):
             memory.data.copy_(given)
-        recorded.graph.replay()
-        self.meter.put(recorded.sent)
-        if op.kind == "F":
-            flight.losses.update({name: loss.clone() for name, loss in recordings.flight.losses.items()})
-        return tuple(made.clone() for made in recorded.outputs)
+        return recorded
 
     def _recordings(self, op: Op, flight: Flight) -> Recordings:
-        """The recordings that the op's microbatch uses: the same from its F to its B or W, then free for another."""
-        stage, key, idle = self._recorded[op.stage], (op.stage, op.microbatch), self._idle[op.stage]
+        """Those of the op's microbatch: the same from its F until its B or W has been played."""
+        stage, idle = self._recorded[op.stage], self._idle[op.stage]
         if op.kind == "F":
             if not idle:
                 idle.append(len(stage))
                 tokens = flight.tokens.clone()
                 scale = torch.ones((), dtype=torch.float32, device=tokens.device)
                 stage.append(Recordings(Flight(tokens, scale, recorded=True), self.recorder.pool()))
-            self._used[key] = idle.pop()
-        number = self._used[key]
+            self._used[op.stage, op.microbatch] = idle.pop()
+        return self._of(op)
+
+    def _release(self, op: Op) -> None:
+        """After its last op a microbatch's recordings are free for another."""
         if op.kind in "BW":
-            del self._used[key]
-            idle.append(number)
-        return stage[number]
+            self._idle[op.stage].append(self._used.pop((op.stage, op.microbatch)))
+
+    def _of(self, op: Op) -> Recordings:
+        return self._recorded[op.stage][self._used[op.stage, op.microbatch]]
 
     def _record(self, op: Op, stage: Stage, recordings: Recordings, state: State) -> RecordedOp:
         flight = recordings.flight
@@ -179,7 +240,7 @@ class Graphs:
         # A backward takes what it reads out of the flight, and so does W.
         flight.saved = dict(recordings.saved)
         before = self.meter.take()
-        graph, (outputs,) = self.recorder.record(
+        steps, (outputs,) = self.recorder.record(
             lambda: overlap.play([overlap.track(op, stage, flight, inputs)], OneStream(), None), recordings.pool
         )
         sent = self.meter.take()
@@ -188,5 +249,14 @@ class Graphs:
             recordings.saved = flight.saved
         if op.kind == "I":
             recordings.closures = list(flight.wgrads)
-        recordings.ops[op.kind] = made = RecordedOp(graph, inputs, outputs, sent)
+        recordings.ops[op.kind] = made = RecordedOp(steps, inputs, outputs, sent)
         return made
+
+
+def _until_it_waits(steps: deque[LiveStep], waiting: Callable[[], AbstractContextManager[None]]) -> None:
+    """Run the first step, and what follows it up to the next wait."""
+    first = True
+    while steps and (first or not steps[0].waits):
+        step, first = steps.popleft(), False
+        with waiting() if step.waits else nullcontext():
+            step.run()

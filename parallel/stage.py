@@ -250,7 +250,9 @@ class Routing:
             flight.handles[self.layer] = handle
             return state
 
-        return self.dispatcher.plan_routing(experts, f"{self.layer}, microbatch {flight.microbatch}").then(keep)
+        # A recording is of many microbatches: which one it is says whoever replays it.
+        label = self.layer if flight.recorded else f"{self.layer}, microbatch {flight.microbatch}"
+        return self.dispatcher.plan_routing(experts, label).then(keep)
 
     def backward(self, grads: Grads, flight: Flight) -> StepResult:
         return StepResult(Pending.done(grads), [])

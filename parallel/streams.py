@@ -16,7 +16,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -70,6 +70,10 @@ class Streams(Protocol):
         """The times that `mark` recorded, in seconds of this host's `time.perf_counter`. Waits for the device."""
         ...
 
+    def waiting(self) -> AbstractContextManager[None]:
+        """What the compute stream is given inside is a wait for a message."""
+        ...
+
     def exposed(self) -> float:
         """Seconds so far in which compute waited for a message and nothing else ran. Waits for the device."""
         ...
@@ -105,10 +109,14 @@ class CpuStreams:
             return baton.value.wait()
         while self.fillers and not baton.value.ready():
             self._fill()
+        with self.waiting():
+            return baton.value.wait()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
         started = time.perf_counter()
-        value = baton.value.wait()
+        yield
         self.waited += time.perf_counter() - started
-        return value
 
     def synchronise(self) -> None:
         while self.fillers:
@@ -154,6 +162,9 @@ class OneStream:
 
     def marks(self) -> list[float]:
         return []
+
+    def waiting(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def exposed(self) -> float:
         return 0.0
@@ -232,6 +243,9 @@ class CudaStreams:
         last.synchronize()
         now = time.perf_counter()
         return [now - mark.elapsed_time(last) / 1e3 for mark in self.noted]
+
+    def waiting(self) -> AbstractContextManager[None]:
+        return self._timed(self.waits, self.compute)
 
     def exposed(self) -> float:
         _record(self.compute).synchronize()

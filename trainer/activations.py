@@ -13,24 +13,25 @@ from dryvine.trainer.run_plan import RunPlan
 DTYPE_BYTES = {"fp32": 4, "bf16": 2}
 
 
-def microbatch_size(config: Config, cuda: bool) -> MicrobatchSize:
-    """The size of a microbatch on each rank, with rows spread evenly over the experts."""
+def microbatch_size(config: Config, cuda: bool, room: int = 1) -> MicrobatchSize:
+    """The size of a microbatch on each rank, with rows spread evenly over the experts, and room for `room` times as
+    many."""
     sequences = config.parallel.microbatch_sequences
     tokens = sequences * config.data.seq_len
     single_rank = config.parallel.ep == 1 and config.comm.dispatcher in ("auto", "flat")
     documents = config.data.mask == "document"
-    return MicrobatchSize(tokens, sequences, DTYPE_BYTES[config.run.dtype], cuda, documents, single_rank)
+    return MicrobatchSize(tokens, sequences, DTYPE_BYTES[config.run.dtype], cuda, documents, single_rank, room)
 
 
-def stage_bytes(plan: RunPlan, cuda: bool) -> dict[int, int]:
+def stage_bytes(plan: RunPlan, cuda: bool, room: int = 1) -> dict[int, int]:
     """Bytes that a microbatch keeps in each stage, from the start of its F to the end of its B or W."""
-    config, size = plan.config, microbatch_size(plan.config, cuda)
+    config, size = plan.config, microbatch_size(plan.config, cuda, room)
     return {stage: saved_bytes(config.model, config.fp8, names, size) for stage, names in enumerate(plan.blocks)}
 
 
-def left_bytes(plan: RunPlan, cuda: bool) -> dict[int, int]:
+def left_bytes(plan: RunPlan, cuda: bool, room: int = 1) -> dict[int, int]:
     """Bytes that a microbatch keeps in each stage from its I to its W, beside those of `stage_bytes`."""
-    config, size = plan.config, microbatch_size(plan.config, cuda)
+    config, size = plan.config, microbatch_size(plan.config, cuda, room)
     return {stage: deferred_bytes(config.model, config.fp8, names, size) for stage, names in enumerate(plan.blocks)}
 
 

@@ -7,9 +7,11 @@ stages that are full at different times no longer share memory, and each flight 
 
 from __future__ import annotations
 
+from dryvine.comm.dispatch.backends import RECORDED_RANKS
 from dryvine.parallel.schedule.simulate import most_held
 from dryvine.trainer.activations import DTYPE_BYTES, held_bytes, left_bytes, microbatch_size, stage_bytes
 from dryvine.trainer.config import Config
+from dryvine.trainer.model.shape import blocks
 from dryvine.trainer.run_plan import RunPlan
 from dryvine.trainer.temporaries import temporary_bytes
 
@@ -18,13 +20,21 @@ def graphs_refusal(config: Config, cuda: bool) -> str | None:
     """Why a config's ops cannot be recorded; None if they can."""
     if not cuda:
         return "the device is a cpu"
-    if not microbatch_size(config, cuda).single_rank:
-        return "the host reads how many rows come from other expert-parallel ranks"
+    if not microbatch_size(config, cuda).single_rank and not _sends_between_graphs(config):
+        return (
+            "the host reads how many rows come from other expert-parallel ranks "
+            f"(not with comm.dispatcher = 'nvlink' up to {RECORDED_RANKS})"
+        )
     if config.data.mask != "none":
         return f"data.mask = '{config.data.mask}' splits attention where the host says"
     if config.run.dtype != "bf16":
         return "products of experts in FP32 take them one by one"
     return None
+
+
+def _sends_between_graphs(config: Config) -> bool:
+    few = config.parallel.ep <= RECORDED_RANKS
+    return few and config.comm.dispatcher == "nvlink" and not config.comm.imbalance
 
 
 def graph_bytes(plan: RunPlan, cuda: bool) -> list[int]:
@@ -49,15 +59,34 @@ def flights(plan: RunPlan, rank: int) -> dict[int, int]:
 def _recorded(plan: RunPlan, rank: int) -> dict[int, int]:
     """Bytes of all flights of each stage."""
     config, size = plan.config, microbatch_size(plan.config, cuda=True)
-    kept, left = stage_bytes(plan, cuda=True), left_bytes(plan, cuda=True)
+    # The rows of experts on several ranks have room for every choice of all of them.
+    room = config.parallel.ep
+    kept, left = stage_bytes(plan, True, room), left_bytes(plan, True, room)
     split = {op.stage for op in plan.schedule.ops(rank) if op.kind == "I"}
     # In and out of the forward, in and out of the backward.
     states = 4 * size.tokens * config.model.hidden * DTYPE_BYTES[config.run.dtype]
     return {
         stage: count
-        * (kept[stage] + (left[stage] if stage in split else 0) + temporary_bytes(plan, [stage], cuda=True) + states)
+        * (
+            kept[stage]
+            + (left[stage] if stage in split else 0)
+            + temporary_bytes(plan, [stage], True, room)
+            + states
+            + _sent(plan, stage)
+        )
         for stage, count in flights(plan, rank).items()
     }
+
+
+def _sent(plan: RunPlan, stage: int) -> int:
+    """Bytes that leave a stage in messages of nvlink: sums for every rank, forward and backward, and gradients of the
+    weights of choices."""
+    ranks, size, shape = plan.config.parallel.ep, microbatch_size(plan.config, cuda=True), plan.config.model
+    if ranks == 1:
+        return 0
+    kinds = {block.name: block.kind for block in blocks(shape)}
+    layers = sum(kinds[name] in ("moe", "mtp") for name in plan.blocks[stage])
+    return layers * ranks * size.tokens * (2 * shape.hidden * size.dtype_bytes + 4 * shape.top_k)
 
 
 def graph_line(plan: RunPlan) -> str:

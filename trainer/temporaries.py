@@ -8,20 +8,21 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from dryvine.trainer.activations import DTYPE_BYTES, microbatch_size
-from dryvine.trainer.model.memory import SLICE_ELEMENTS, remade_bytes
+from dryvine.trainer.model.memory import SLICE_ELEMENTS, MicrobatchSize, remade_bytes
 from dryvine.trainer.model.shape import Shape, blocks
 from dryvine.trainer.run_plan import RunPlan
 
 
-def temporary_bytes(plan: RunPlan, stages: Iterable[int], cuda: bool) -> int:
-    """Bytes of temporaries of the block with the most, among those of these stages."""
+def temporary_bytes(plan: RunPlan, stages: Iterable[int], cuda: bool, room: int = 1) -> int:
+    """Bytes of temporaries of the block with the most, among those of these stages, with room for `room` times the mean
+    of experts' rows."""
     config = plan.config
-    size, kinds = microbatch_size(config, cuda), {block.name: block.kind for block in blocks(config.model)}
+    size, kinds = microbatch_size(config, cuda, room), {block.name: block.kind for block in blocks(config.model)}
     mine = {kinds[name] for stage in stages for name in plan.blocks[stage]}
     wide = DTYPE_BYTES[config.run.dtype]
     loss = 0 if cuda or not mine & {"head", "mtp"} else _in_loss(config.model, size.tokens, wide)
     again = {kind: remade_bytes(config.model, config.fp8, kind, size) for kind in mine}
-    return max(loss, *(_in_block(config.model, kind, size.tokens, wide) + again[kind] for kind in mine))
+    return max(loss, *(_in_block(config.model, kind, size, wide) + again[kind] for kind in mine))
 
 
 def _in_loss(s: Shape, tokens: int, wide: int) -> int:
@@ -31,15 +32,16 @@ def _in_loss(s: Shape, tokens: int, wide: int) -> int:
     return 4 * rows * s.vocab * (1 if wide == 4 else 2)
 
 
-def _in_block(s: Shape, kind: str, tokens: int, wide: int) -> int:
+def _in_block(s: Shape, kind: str, size: MicrobatchSize, wide: int) -> int:
     """Bytes of the largest set of gradients that exist at once in the backward of such a block: of gate, up and their
     product in FFNs, of queries, keys and values in attention."""
+    tokens, rows = size.tokens, size.tokens * s.top_k * size.room
     attention = tokens * s.heads * (3 * s.qk_dim + 2 * s.v_dim + s.nope_dim)
     ffn = {
         "embed": tokens * s.hidden,
         "dense": 3 * tokens * s.ffn,
-        "moe": tokens * s.top_k * (3 * s.expert_ffn + s.hidden),
+        "moe": rows * (3 * s.expert_ffn + s.hidden),
         "head": 2 * tokens * s.hidden,
-        "mtp": tokens * s.top_k * (3 * s.expert_ffn + s.hidden),
+        "mtp": rows * (3 * s.expert_ffn + s.hidden),
     }[kind]
     return wide * max(ffn, attention if kind in ("dense", "moe", "mtp") else 0) + wide * 2 * tokens * s.hidden

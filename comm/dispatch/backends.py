@@ -20,6 +20,9 @@ BACKENDS: dict[str, str] = {
 # Messages that `nvlink` has room for at once: two of a forward and two of a backward, as one is read while the next
 # is written. Their memory is planned.
 WINDOW_SLOTS = 4
+# Expert-parallel ranks up to which CUDA graphs record `nvlink`: its rows then have room for every choice of all ranks,
+# which is so many times the mean.
+RECORDED_RANKS = 2
 AUTO = "auto"  # let `choose.pick` take one
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -44,9 +45,18 @@ def build(setup: Setup) -> AnyDispatcher:
             logging.getLogger(__name__).warning("nvlink: no memory that the ranks could share; flat is used instead")
         return flat.build(setup)
     expect = expecting(mesh.watch, links.words)
+    if mesh.device.type == "cuda":
+        _load(setup, mesh.device)
     world_ranks = dist.get_process_group_ranks(mesh.experts)
-    windows = Windows(setup.rank, links, size, setup.meter, setup.links, expect, world_ranks)
+    windows = Windows(setup.rank, links, size, setup.meter, setup.links, expect, world_ranks, setup.live)
     return Nvlink(windows, setup.experts, setup.tokens, setup.alignment)
+
+
+def _load(setup: Setup, device: torch.device) -> None:
+    """Launch once what only recordings launch: no kernel may be loaded while a graph is recorded."""
+    ranks, choices = setup.group_topology.ranks, torch.arange(setup.top_k, dtype=torch.int32, device=device)
+    every = choices.expand(ranks, setup.tokens, -1).contiguous()
+    token_plan.unread(every, every[0].to(torch.int64), token_plan.Group(setup.rank, setup.experts, 1), "")
 
 
 def slot_bytes(setup: Setup) -> int:
@@ -67,9 +77,11 @@ class Nvlink:
 
     def plan_routing(self, experts_TK: Tensor, label: str = "") -> Pending[TokenHandle]:
         sent = token_plan.choices_to_send(experts_TK, self.most)
+        group = token_plan.Group(self.windows.rank, self.experts, self.alignment)
+        plan = token_plan.unread if self.windows.live.recording else token_plan.plan
 
         def read(came: list[Tensor]) -> TokenHandle:
-            return token_plan.plan(came[0], experts_TK, self.windows.rank, self.experts, self.alignment, label)
+            return plan(came[0], experts_TK, group, label)
 
         return self.windows.start(lambda _: (sent,), (WindowRows.of(sent, self.most),), read, f"routing of {label}")
 

@@ -8,12 +8,15 @@ all is w * M + t, pair p is n * K + k.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dryvine.comm.dispatch import routing
+from dryvine.comm.dispatch.counts import DeviceCounts
 from dryvine.comm.dispatch.routing import Padding, Sum
 
 ABSENT = -1  # the choice of a token that a rank does not have
@@ -24,7 +27,7 @@ class TokenHandle:
     """Everything that both directions need, worked out once."""
 
     label: str  # whose routing this is, for errors
-    counts: tuple[int, ...]  # rows of each local expert, padded
+    counts: Sequence[int]  # rows of each local expert, padded
     pair: Tensor  # [R] the pair of each row by expert, source, token; -1 for padding
     token: Tensor  # [R] and its token
     row: Tensor  # [W * M * K] the row of each pair; -1 where another rank has its expert
@@ -43,34 +46,90 @@ def choices_to_send(experts_TK: Tensor, most: int) -> Tensor:
     return sent
 
 
-def plan(choices_WMK: Tensor, own_TK: Tensor, rank: int, experts: int, alignment: int, label: str) -> TokenHandle:
+class Group(NamedTuple):
+    """This rank of its group, experts of all ranks, and the multiple to which an expert's rows are padded."""
+
+    rank: int
+    experts: int
+    alignment: int
+
+
+def plan(choices_WMK: Tensor, own_TK: Tensor, group: Group, label: str) -> TokenHandle:
     """The handle for everybody's choices; reads counts on the host, once. Raises ValueError if a token of some rank
     chose an expert twice."""
-    ranks, most, top_k = choices_WMK.shape
-    share = experts // ranks
-    local = choices_WMK.to(torch.int64) - rank * share
-    mine = (local >= 0) & (local < share)
-    # By local expert, then in the order of pairs, which is by source and token. All others come last.
-    key = torch.where(mine, local, share)
-    tally = torch.cat((routing.count(key, share + 1)[:share], routing.repeated(choices_WMK)))
-    (host,) = routing.read(tally)
-    used = host[:share].tolist()
-    routing.refuse(host[share:].nonzero().flatten().tolist())
-    order = routing.stable_order(key.flatten().unsqueeze(1), share + 1)[: sum(used)]
-    padding = Padding.of(used, alignment, order.device)
-    row = torch.full((ranks * most * top_k,), -1, dtype=torch.int64, device=order.device)
+    found = _Found.of(choices_WMK, group)
+    host_counts, repeats = routing.read(found.counts, routing.repeated(choices_WMK))
+    routing.refuse(repeats.nonzero().flatten().tolist())
+    used = host_counts.tolist()
+    padding = Padding.of(used, group.alignment, found.order.device)
+    order = found.order[: sum(used)]
+    row = torch.full((choices_WMK.numel(),), -1, dtype=torch.int64, device=order.device)
     row[order] = padding.place
-    pair = padding.fill(order)
-    ascending = routing.where(mine, sum(used))
-    sources = torch.arange(ranks, device=order.device) * most
-    own = torch.arange(len(own_TK), device=order.device)
+    # On a GPU kernels take the counts from there, so that a step has the same bits whether the host knows them or not.
+    on_device = order.is_cuda and group.alignment == 1
+    counts = DeviceCounts(found.counts, sum(used)) if on_device else padding.counts
+    return _handle(choices_WMK, own_TK, group, label, found, counts, padding.fill(order), row)
+
+
+def unread(choices_WMK: Tensor, own_TK: Tensor, group: Group, label: str) -> TokenHandle:
+    """The same without a read on the host: for as many rows as there are pairs, which no routing exceeds. What lies
+    behind the last row of the last expert belongs to none. Padding is to be 1."""
+    found = _Found.of(choices_WMK, group)
+    places = torch.arange(choices_WMK.numel(), device=found.order.device)
+    pair = torch.where(places < found.counts.sum(), found.order, ABSENT)
+    row = torch.where(found.mine.flatten(), routing.invert(found.order), ABSENT)
+    counts = DeviceCounts(found.counts, len(places))
+    return _handle(choices_WMK, own_TK, group, label, found, counts, pair, row)
+
+
+class _Found(NamedTuple):
+    """This rank's pairs among all."""
+
+    mine: Tensor  # bool [W, M, K]
+    counts: Tensor  # int64 [X]
+    order: Tensor  # [W * M * K] by local expert, then as they are, which is by source and token; all others come last
+
+    @staticmethod
+    def of(choices_WMK: Tensor, group: Group) -> _Found:
+        share = group.experts // len(choices_WMK)
+        local = choices_WMK.to(torch.int64) - group.rank * share
+        mine = (local >= 0) & (local < share)
+        key = torch.where(mine, local, share)
+        counts = routing.count(key, share + 1)[:share]
+        return _Found(mine, counts, routing.stable_order(key.flatten().unsqueeze(1), share + 1))
+
+
+def _handle(
+    choices_WMK: Tensor,
+    own_TK: Tensor,
+    group: Group,
+    label: str,
+    found: _Found,
+    counts: Sequence[int],
+    pair: Tensor,
+    row: Tensor,
+) -> TokenHandle:
+    ranks, most, top_k = choices_WMK.shape
+    share = group.experts // ranks
+    sources = torch.arange(ranks, device=row.device) * most
+    own = torch.arange(len(own_TK), device=row.device)
     return TokenHandle(
         label=label,
-        counts=padding.counts,
+        counts=counts,
         pair=pair,
         token=pair // top_k,  # rounds down: -1 stays -1
         row=row,
-        partial=Sum.plan(ascending // top_k, row[ascending], ranks * most, min(top_k, share)),
+        partial=_partial(found.mine, row, min(top_k, share)),
         total=Sum.even(own[:, None] + sources[None, :]),
-        owner=((own_TK // share) * most + own[:, None]) * top_k + torch.arange(top_k, device=order.device),
+        owner=((own_TK // share) * most + own[:, None]) * top_k + torch.arange(top_k, device=row.device),
     )
+
+
+def _partial(mine_WMK: Tensor, row: Tensor, most: int) -> Sum:
+    """Of a token's rows here, for every token. Its list of rows has room for all pairs."""
+    flat = mine_WMK.flatten()
+    ends = mine_WMK.sum(2).flatten().cumsum(0)
+    # Pairs of other ranks are all written to one place too many.
+    place = torch.where(flat, flat.cumsum(0) - 1, len(flat))
+    source = row.new_zeros(len(flat) + 1).scatter_(0, place, row)
+    return Sum(source, torch.cat((ends.new_zeros(1), ends)), most)

@@ -1,20 +1,23 @@
 """Rows of every rank of a group in the memory of every other: how `nvlink` moves them, by copy engines.
 
 Each rank has a few slots, and in a slot a window for each source, in which that rank writes. Message n uses slot
-n mod slots, on all ranks alike:
+n mod slots, on all ranks alike, and is the turn-th in it:
 
-    source  wait until the target has read message n - slots; copy into its window; flag = n + 1
-    target  wait until the flags of all sources are n + 1; read; tell every source that it has
+    source  wait until the target has read the slot's message before; copy into its window; flag = turn + 1
+    target  wait until the flags of all sources are turn + 1; read; tell every source that it has
 
 Waits and flags are queued on streams (`stream_values`), so no host waits, and no SM is taken: NCCL's all-to-all takes
 16 for as long as it runs. A flag and a word of credit for each slot, and not one count for all, allow results to be
 waited for in another order than they were started.
+
+While ops are recorded (`live_steps`), a message gets its slot, where graphs will read and write, and is sent at each
+replay with the slot's turn of that moment.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from math import prod
 from typing import TypeVar
@@ -26,6 +29,7 @@ from dryvine.comm.copy_wire import ALIGNMENT, Expect, Links, Queue
 from dryvine.comm.dispatch.backends import WINDOW_SLOTS
 from dryvine.comm.dispatch.meter import Meter
 from dryvine.comm.integers import round_up
+from dryvine.comm.live_steps import LiveStep, LiveSteps
 from dryvine.comm.pending import Pending
 from dryvine.comm.topology import LinkClass
 
@@ -61,6 +65,19 @@ def word_count(ranks: int) -> int:
     return 2 * WINDOW_SLOTS * ranks * ranks
 
 
+@dataclass
+class _Message:
+    """One message, or, where it was recorded, all that are sent in its place at the replays."""
+
+    what: str
+    slot: int
+    sent: list[tuple[Tensor, ...]]  # by target; held until it has left
+    rooms: tuple[WindowRows, ...]
+    recorded: bool
+    turn: int = 0  # how many messages have used the slot before
+    copied: list[Pending[None]] = field(default_factory=list)  # by target
+
+
 class Windows:
     """Those of rank `rank` of `ranks`. `expect` notes what is awaited, for the deadline: (what, ((world rank, bytes),),
     whether it has come). `classes` are the links to each rank, for the meter."""
@@ -74,11 +91,14 @@ class Windows:
         classes: Sequence[LinkClass],
         expect: Expect,
         world_ranks: Sequence[int],
+        live: LiveSteps | None = None,
     ) -> None:
         self.rank, self.links, self.slot_bytes, self.meter = rank, links, slot_bytes, meter
         self.classes, self.expect, self.world_ranks = classes, expect, world_ranks
+        self.live = live or LiveSteps()
         self._queues: list[Queue] = [links.queue() for _ in classes]
         self._messages = 0
+        self._turns = [0] * WINDOW_SLOTS
 
     @property
     def ranks(self) -> int:
@@ -98,45 +118,60 @@ class Windows:
         needed = sum(room.bytes(self.ranks) for room in rooms)
         if needed > self.slot_bytes:
             raise ValueError(f"{what}: takes {needed} bytes of a slot of {self.slot_bytes}")
-        number, self._messages = self._messages, self._messages + 1
-        slot, turn = number % WINDOW_SLOTS, number // WINDOW_SLOTS
-        held = [self._put(rank, sent(rank), rooms, slot, turn) for rank in range(self.ranks)]
-        copied = [queue.here() for queue in self._queues]
-        flags = [self._flag(slot, source, self.rank) for source in range(self.ranks)]
-
-        reached = self.links.words.reached
-        size = sum(room.rows * room.row_bytes for room in rooms)
-        for source, flag in enumerate(flags):
-            if source != self.rank:
-                # Each by itself, so that the one that is late is named.
-                self.expect(what, ((self.world_ranks[source], size),), partial(reached, flag, turn + 1))
+        slot, self._messages = self._messages % WINDOW_SLOTS, self._messages + 1
+        message = _Message(what, slot, [sent(rank) for rank in range(self.ranks)], rooms, self.live.recording)
+        self.live.run(LiveStep(lambda: self._post(message)))
 
         def finish() -> T:
-            caller = self.links.caller()
-            for flag in flags:
-                caller.wait(flag, turn + 1)
+            self.live.run(LiveStep(lambda: self._wait(message), waits=True))
             result = read(self._views(self.rank, rooms, slot))
-            for source in range(self.ranks):
-                caller.write(self._credit(slot, source, self.rank), turn + 1)
-            # What was sent is held until it has left: its memory may not be given to others before.
-            for queue in copied:
-                queue.wait()
-            held.clear()
+            self.live.run(LiveStep(lambda: self._release(message)))
             return result
 
-        return Pending(finish, lambda: all(reached(flag, turn + 1) for flag in flags))
+        return Pending(finish, lambda: self._arrived(message))
 
-    def _put(
-        self, target: int, tensors: tuple[Tensor, ...], rooms: tuple[WindowRows, ...], slot: int, turn: int
-    ) -> object:
-        queue = self._queues[target]
+    def _post(self, message: _Message) -> None:
+        slot, turn = message.slot, self._turns[message.slot]
+        self._turns[slot] += 1
+        message.turn = turn
+        for rank, tensors in enumerate(message.sent):
+            self._put(rank, tensors, message)
+        message.copied = [queue.here() for queue in self._queues]
+        reached, size = self.links.words.reached, sum(room.rows * room.row_bytes for room in message.rooms)
+        for source in range(self.ranks):
+            if source != self.rank:
+                # Each by itself, so that the one that is late is named.
+                flag, due = self._flag(slot, source, self.rank), ((self.world_ranks[source], size),)
+                self.expect(message.what + self.live.during, due, partial(reached, flag, turn + 1))
+
+    def _put(self, target: int, tensors: tuple[Tensor, ...], message: _Message) -> None:
+        slot, turn, queue = message.slot, message.turn, self._queues[target]
         queue.after_caller()
         queue.wait(self._credit(slot, self.rank, target), turn)
-        for tensor, view in zip(tensors, self._views(target, rooms, slot), strict=True):
+        for tensor, view in zip(tensors, self._views(target, message.rooms, slot), strict=True):
             queue.copy(view[self.rank, : len(tensor)], tensor)
             self.meter.add([self.classes[target]], [len(tensor)], prod(tensor.shape[1:]) * tensor.element_size())
         queue.write(self._flag(slot, self.rank, target), turn + 1)
-        return tensors
+
+    def _arrived(self, message: _Message) -> bool:
+        reached, turn = self.links.words.reached, message.turn
+        return all(reached(self._flag(message.slot, source, self.rank), turn + 1) for source in range(self.ranks))
+
+    def _wait(self, message: _Message) -> None:
+        caller = self.links.caller()
+        for source in range(self.ranks):
+            caller.wait(self._flag(message.slot, source, self.rank), message.turn + 1)
+
+    def _release(self, message: _Message) -> None:
+        """The slot to its sources, and what was sent to its owner: its memory may not be given to others before."""
+        caller = self.links.caller()
+        for source in range(self.ranks):
+            caller.write(self._credit(message.slot, source, self.rank), message.turn + 1)
+        for queue in message.copied:
+            queue.wait()
+        message.copied.clear()
+        if not message.recorded:
+            message.sent.clear()
 
     def _views(self, rank: int, rooms: tuple[WindowRows, ...], slot: int) -> list[Tensor]:
         """The windows of all sources in a rank's slot."""

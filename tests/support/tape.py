@@ -7,7 +7,8 @@ replay here leaves NaN in all that later recordings of its pool have made, and i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -15,7 +16,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from dryvine.comm.live_steps import LiveStep, LiveSteps
+
 T = TypeVar("T")
+Call = tuple[Any, Any, Any, list[Tensor]]  # operator, arguments, results
 
 
 def _alias(tensor: Tensor) -> Tensor:
@@ -33,7 +37,9 @@ class Tape(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[tuple[Any, Any, Any, list[Tensor]]] = []
+        self.calls: list[Call] = []
+        self.parts: list[LiveStep] = []  # what replays it: the calls, cut where something is live
+        self._cut = 0
         self.made: dict[int, list[Tensor]] = {}  # address of memory that the recording allocated -> aliases
         self.before: dict[int, tuple[Tensor, Tensor]] = {}  # memory from outside that was written to, and what it held
 
@@ -62,6 +68,14 @@ class Tape(TorchDispatchMode):
             whole = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
             self.before[where] = (whole, whole.clone())
 
+    def cut(self, step: LiveStep) -> None:
+        self.parts.append(LiveStep(partial(_replay, self.calls[self._cut :])))
+        self.parts.append(step)
+        self._cut = len(self.calls)
+
+    def end(self, over: Callable[[], None]) -> None:
+        self.cut(LiveStep(over))
+
     def undo(self) -> None:
         """A recording runs nothing."""
         for tensor, value in self.before.values():
@@ -75,19 +89,15 @@ def _poison(tensor: Tensor) -> None:
     whole.fill_(torch.nan if whole.is_floating_point() else 0)
 
 
-class TapeGraph:
-    def __init__(self, tape: Tape, pool: TapePool) -> None:
-        self.tape, self.pool = tape, pool
-
-    @torch.no_grad()
-    def replay(self) -> None:
-        for func, args, kwargs, results in self.tape.calls:
-            again = _tensors(func(*args, **kwargs))
-            for then, now in zip(results, again, strict=True):
-                if then.data_ptr() != now.data_ptr():
-                    then.copy_(now)
-        self.pool.overwrite(self.tape)
-        self.pool.replayed += 1
+@torch.no_grad()
+def _replay(calls: Sequence[Call]) -> None:
+    for func, args, kwargs, results in calls:
+        again = _tensors(func(*args, **kwargs))
+        # Its other results are for its own backward, and as long as its list of indices is.
+        count = 1 if "embedding_bag" in str(func) else len(again)
+        for then, now in zip(results[:count], again[:count], strict=True):
+            if then.data_ptr() != now.data_ptr():
+                then.copy_(now)
 
 
 class TapePool:
@@ -100,6 +110,7 @@ class TapePool:
 
     def overwrite(self, replayed: Tape) -> None:
         """What a replay may have written to beside its own."""
+        self.replayed += 1
         self.unheld = self._unheld() if self.unheld is None else self.unheld
         later = self.tapes[self.tapes.index(replayed) + 1 :]
         for tensor in (*self.unheld, *(made[0] for tape in later for made in tape.made.values())):
@@ -123,7 +134,8 @@ class TapePool:
 class TapeRecorder:
     """A `Recorder`."""
 
-    def __init__(self) -> None:
+    def __init__(self, live: LiveSteps | None = None) -> None:
+        self.live = live or LiveSteps()
         self.pools: list[TapePool] = []
         self.freed = 0
 
@@ -131,14 +143,15 @@ class TapeRecorder:
         self.pools.append(TapePool())
         return self.pools[-1]
 
-    def record(self, run: Callable[[], T], pool: Any) -> tuple[TapeGraph, T]:
+    def record(self, run: Callable[[], T], pool: Any) -> tuple[list[LiveStep], T]:
         tape = Tape()
-        with tape:
+        with tape, self.live.recorded_by(tape.cut):
             made = run()
+        tape.end(lambda: pool.overwrite(tape))
         tape.undo()
         pool.tapes.append(tape)
         pool.unheld = None
-        return TapeGraph(tape, pool), made
+        return tape.parts, made
 
     @property
     def replayed(self) -> int:

@@ -39,6 +39,7 @@ def recorded(plan: RunPlan, rank: int) -> dict[int, int]:
         graphs.begin()
         for op in plan.schedule.ops(rank):
             graphs._recordings(op, flight)
+            graphs._release(op)
     return {stage: len(graphs._recorded[stage]) for stage in plan.schedule.stages_of(rank)}
 
 

@@ -21,28 +21,13 @@ from dryvine.trainer.model import grouped
 from dryvine.trainer.ramps import points
 from dryvine.trainer.rig import Rig
 from dryvine.trainer.step import accumulate, train_step
+from tests.support.masked_experts import add_masked_product, masked_product
 from tests.support.rig import rig_of
 from tests.support.tape import TapeRecorder
 
 Tiny = Callable[..., Config]
 STEPS = 2
 SMALL = ("model.layers=2", "batch.sequences=4")
-
-
-def _mask(groups: Any) -> Tensor:
-    """[X, R]: which rows are an expert's, without a read of the counts."""
-    ends = groups.counts.on_device.cumsum(0)[:, None]
-    row = torch.arange(groups.rows)[None, :]
-    return ((row < ends) & (row >= ends - groups.counts.on_device[:, None])).float()
-
-
-def _product(x_RI: Tensor, weight_XOI: Tensor, groups: Any) -> Tensor:
-    by_expert = torch.einsum("ri,xoi->xro", x_RI, weight_XOI)
-    return (by_expert * _mask(groups)[:, :, None]).sum(0)
-
-
-def _add(total_XOI: Tensor, dy_RO: Tensor, x_RI: Tensor, groups: Any) -> None:
-    total_XOI += torch.einsum("xr,ro,ri->xoi", _mask(groups), dy_RO, x_RI)
 
 
 @pytest.fixture(autouse=True)
@@ -55,8 +40,8 @@ def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         return Pending.done(Local.unread(order))
 
     monkeypatch.setattr(SingleRank, "plan_routing", plan_routing)
-    monkeypatch.setattr(grouped, "grouped_product", _product)
-    monkeypatch.setattr(grouped, "add_grouped_product", _add)
+    monkeypatch.setattr(grouped, "grouped_product", masked_product)
+    monkeypatch.setattr(grouped, "add_grouped_product", add_masked_product)
 
 
 def rigged(config: Config, recorder: TapeRecorder | None) -> Rig:

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dryvine.parallel.graphs import CudaRecorder, Graph, Recorder
+from dryvine.comm.live_steps import LiveStep, LiveSteps
+from dryvine.parallel.graphs import CudaRecorder, Recorder
 from dryvine.trainer.generate.cache import Cache
 from dryvine.trainer.generate.feed import Feed, LaneStep, grid_feed
 from dryvine.trainer.generate.stage import CachedStage
@@ -32,7 +33,7 @@ Size = tuple[int, int]  # sequences, cached positions
 
 @dataclass(frozen=True)
 class _Recorded:
-    graph: Graph
+    steps: list[LiveStep]  # a graph
     logits: Tensor  # where they are after a replay
 
 
@@ -64,7 +65,8 @@ class Replay:
             return self._run(cache, size)[:live]
         self._given[size].copy_(given)
         recorded = self._recorded.get(size) or self._record(cache, size)
-        recorded.graph.replay()
+        for each in recorded.steps:
+            each.run()
         return recorded.logits[:live]
 
     def _forget(self) -> None:
@@ -76,8 +78,8 @@ class Replay:
             self._pool = self._recorder.pool()
 
     def _record(self, cache: Cache, size: Size) -> _Recorded:
-        graph, logits = self._recorder.record(lambda: self._run(cache, size), self._pool)
-        self._recorded[size] = _Recorded(graph, logits)
+        steps, logits = self._recorder.record(lambda: self._run(cache, size), self._pool)
+        self._recorded[size] = _Recorded(steps, logits)
         return self._recorded[size]
 
     def _run(self, cache: Cache, size: Size) -> Tensor:
@@ -101,4 +103,4 @@ def make_replay(parts: Mapping[int, CachedStage]) -> Replay | None:
         return None
     if spec.fp8 is not None and spec.fp8.engine.reads_counts:
         return None
-    return Replay(part, CudaRecorder(torch.device(spec.device)))
+    return Replay(part, CudaRecorder(torch.device(spec.device), LiveSteps()))

@@ -1,0 +1,183 @@
+"""`nvlink` on the GPUs of one host: a soak beside `flat`, then the device time of its parts.
+
+    torchrun --nproc-per-node 2 -m benchmarks.comm.nvlink [--rounds 300] [--tokens 4096] [--hidden 7168]
+
+Soak: random routings, from even to all tokens on one rank's experts, with rows of FP32, BF16 or bytes with scales, and
+between one and `--tokens` tokens, different on each rank. Rows must have flat's bits, and sums flat's to rounding; each
+round's results are read while the next rounds' copies run, so a flag that overtakes its data shows as other bits.
+
+Times: each measurement queues a sleep of the device, a tiny all-reduce that aligns the ranks, then an event, the
+operation and an event, so that neither the host nor the other rank's start is in it. Routing reads the device on the
+host and is timed from the all-reduce on, the host included. `copy` is a bare copy of dispatch's bytes to every peer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from statistics import median
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from dryvine.comm.dispatch import flat, nvlink
+from dryvine.comm.dispatch.api import AnyDispatcher
+from dryvine.comm.dispatch.nvlink import Nvlink
+from dryvine.comm.dispatch.setup import Setup
+from dryvine.comm.mesh import Layout, Mesh, make_mesh
+from dryvine.comm.topology import by_sizes
+from dryvine.comm.world import backend
+
+EXPERTS, TOP_K = 64, 8
+UNDER_WAY = 1  # rounds whose results are not yet read: two messages, and one round's three more would wait for them
+SLEEP = 40_000_000  # cycles: 20 ms, longer than a host takes to queue an operation
+REPEATS = 20
+
+
+class Round:
+    """A routing and a payload of one rank: the same for both dispatchers."""
+
+    def __init__(self, number: int, rank: int, most: int, hidden: int, device: torch.device) -> None:
+        noise = torch.Generator(device).manual_seed(1000 * number + rank)
+        drawn = torch.rand(2, generator=noise, device=device).tolist()
+        tokens = 1 + int(drawn[0] * (most - 1))
+        affinity = torch.rand(tokens, EXPERTS, generator=noise, device=device)
+        affinity[:, : EXPERTS // 2] += 2 * max(drawn[1] - 0.5, 0.0)  # half of the rounds are skewed
+        self.chosen = affinity.topk(TOP_K).indices
+        self.weights = torch.rand(tokens, TOP_K, generator=noise, device=device)
+        rows = torch.randn(tokens, hidden, generator=noise, device=device)
+        values = torch.randint(0, 255, rows.shape, generator=noise, device=device, dtype=torch.uint8)
+        payloads = ((rows[:, : hidden // 2].contiguous(),), (rows.bfloat16(),), (values, rows[:, : hidden // 128]))
+        self.payload = payloads[number % 3]  # of the same kind on all ranks
+
+    def play(self, dispatcher: AnyDispatcher) -> Callable[[], list[Tensor]]:
+        """Start it; the result reads it."""
+        handle = dispatcher.plan_routing(self.chosen, "soak").wait()
+        came = dispatcher.dispatch(self.payload, self.weights, handle)
+
+        def finish() -> list[Tensor]:
+            *rows, weights = came.wait()
+            found = [*rows, weights]
+            if rows[0].is_floating_point():
+                found += dispatcher.combine(rows[0] * weights[:, None].to(rows[0].dtype), weights, handle).wait()
+            return found
+
+        return finish
+
+
+def soak(mesh: Mesh, pair: tuple[AnyDispatcher, AnyDispatcher], rounds: int, most: int, hidden: int) -> str:
+    """What was compared. Raises AssertionError at the first difference."""
+    ours, theirs = pair
+    waiting: list[tuple[int, Round, Callable[[], list[Tensor]]]] = []
+    compared, began = 0, time.monotonic()
+    for number in range(rounds + UNDER_WAY):
+        if number < rounds:
+            drawn = Round(number, mesh.rank, most, hidden, mesh.device)
+            waiting.append((number, drawn, drawn.play(ours)))
+        if number >= UNDER_WAY:
+            which, drawn, finish = waiting.pop(0)
+            compared += _compare(which, finish(), drawn.play(theirs)())
+    torch.cuda.synchronize()
+    return f"{rounds} rounds, {compared / 1e9:.1f} GB compared on rank {mesh.rank}, {time.monotonic() - began:.0f} s"
+
+
+def _compare(number: int, ours: list[Tensor], theirs: list[Tensor]) -> int:
+    for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        # Behind rows and weights comes the sum of rows, which nvlink rounds once more than flat.
+        if index == 2 and len(ours) == 4:
+            worst = float((a - b).abs().max() / b.abs().max()) if len(b) else 0.0
+            assert worst < (2e-2 if b.dtype == torch.bfloat16 else 1e-6), f"round {number}: sums differ by {worst:.1e}"
+        else:
+            assert torch.equal(a, b), f"round {number}: result {index} has other bits than flat's"
+    return sum(t.nbytes for t in ours)
+
+
+def device_ms(fn: Callable[[], object], reads: bool = False) -> float:
+    """Of the slowest rank, median; `reads`: fn makes the host wait, so its part of the time counts."""
+    one, found = torch.zeros(1, device="cuda"), []
+    for _ in range(REPEATS + 2):
+        torch.cuda.synchronize()
+        if not reads:
+            torch.cuda._sleep(SLEEP)
+        dist.all_reduce(one)
+        if reads:
+            torch.cuda.synchronize()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        kept = fn()
+        end.record()
+        end.synchronize()
+        del kept
+        slowest = torch.tensor([begin.elapsed_time(end)], device="cuda")
+        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+        found.append(float(slowest))
+    return median(found[2:])
+
+
+def times(dispatchers: dict[str, AnyDispatcher], tokens: int, hidden: int, device: torch.device) -> Table:
+    table = Table("backend", "payload", "routing", "dispatch", "combine", "copy", title=f"ms, {tokens} x {hidden}")
+    chosen = torch.rand(tokens, EXPERTS, device=device).topk(TOP_K).indices
+    weights = torch.rand(tokens, TOP_K, device=device)
+    noise = torch.randn(tokens, hidden, device=device)
+    fp8 = (noise.to(torch.float8_e4m3fn).view(torch.uint8), noise[:, : hidden // 128].contiguous())
+    for payload in ((noise.bfloat16(),), fp8):
+        for name, dispatcher in dispatchers.items():
+            handle = dispatcher.plan_routing(chosen).wait()
+            back = torch.randn(sum(handle.counts), hidden, device=device, dtype=torch.bfloat16)
+            parts = [
+                device_ms(lambda d=dispatcher: d.plan_routing(chosen).wait(), reads=True),
+                device_ms(lambda d=dispatcher, h=handle, p=payload: d.dispatch(p, weights, h).wait()),
+                device_ms(lambda d=dispatcher, h=handle, b=back: d.combine(b, None, h).wait()),
+                device_ms(lambda d=dispatcher, p=payload: bare_copy(d, p)) if isinstance(dispatcher, Nvlink) else 0.0,
+            ]
+            table.add_row(name, str(payload[0].dtype)[6:], *(f"{ms:.3f}" if ms else "" for ms in parts))
+    return table
+
+
+def bare_copy(dispatcher: Nvlink, payload: tuple[Tensor, ...]) -> None:
+    """The payload into every peer's memory, at once, and back to this stream: no flags, no spreading."""
+    windows = dispatcher.windows
+    peers = [rank for rank in range(windows.ranks) if rank != windows.rank]
+    queues = [windows.links.queue() for _ in peers]
+    for rank, queue in zip(peers, queues, strict=True):
+        queue.after_caller()
+        start = windows.rank * sum(t.nbytes for t in payload)
+        for tensor in payload:
+            there = windows.links.memory(rank)[start : start + tensor.nbytes]
+            queue.copy(there.view(tensor.dtype).view(tensor.shape), tensor)
+            start += tensor.nbytes
+    for queue in queues:
+        queue.here().wait()
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--rounds", type=int, default=300)
+    options.add_argument("--tokens", type=int, default=4096)
+    options.add_argument("--hidden", type=int, default=7168)
+    given = options.parse_args()
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    device = torch.device("cuda", torch.cuda.current_device())
+    dist.init_process_group(backend("cuda"))
+    ranks = dist.get_world_size()
+    mesh = make_mesh(Layout(ep=ranks), device, timedelta(seconds=120))
+    row = 2 * given.hidden
+    setup = Setup(EXPERTS, mesh, by_sizes([ranks]), top_k=TOP_K, tokens=given.tokens, row_bytes=row)
+    ours, theirs = nvlink.build(setup), flat.build(setup)
+    assert isinstance(ours, Nvlink), "the ranks could not open their memory to each other"
+    print(soak(mesh, (ours, theirs), given.rounds, given.tokens, given.hidden), flush=True)
+    made = times({"nvlink": ours, "flat": theirs}, given.tokens, given.hidden, device)
+    if mesh.rank == 0:
+        print(f"{ranks} x {torch.cuda.get_device_name()}, torch {torch.__version__}")
+        Console(width=100).print(made)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""Steps that no CUDA graph can contain: waits for other ranks and copies to them, whose numbers differ each time.
+
+They run at once, or, while ops are recorded, between the graphs of each replay. A message whose flags had one constant
+value could be recorded too, but then nothing on the host would know at a replay what is awaited, so a rank that is lost
+would be a hang without a name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LiveStep:
+    run: Callable[[], None]
+    waits: bool = False  # for other ranks: other work may be given to the device before it
+
+
+class LiveSteps:
+    """The live steps of one rank's messages. One object is shared by a dispatcher and by what records its ops."""
+
+    def __init__(self) -> None:
+        self.during = ""  # what is being replayed, for errors
+        self._cut: Callable[[LiveStep], None] | None = None
+
+    @property
+    def recording(self) -> bool:
+        return self._cut is not None
+
+    def run(self, step: LiveStep) -> None:
+        """Now, or at this place of each replay."""
+        if self._cut is None:
+            step.run()
+        else:
+            self._cut(step)
+
+    @contextmanager
+    def recorded_by(self, cut: Callable[[LiveStep], None]) -> Iterator[None]:
+        """`cut` is given each step, in order: what is launched before and after it is in different graphs."""
+        self._cut = cut
+        try:
+            yield
+        finally:
+            self._cut = None
