@@ -56,7 +56,7 @@ def _load(setup: Setup, device: torch.device) -> None:
     """Launch once what only recordings launch: no kernel may be loaded while a graph is recorded."""
     ranks, choices = setup.group_topology.ranks, torch.arange(setup.top_k, dtype=torch.int32, device=device)
     every = choices.expand(ranks, setup.tokens, -1).contiguous()
-    token_plan.unread(every, every[0].to(torch.int64), token_plan.Group(setup.rank, setup.experts, 1), "")
+    token_plan.unread(every, every[0].to(torch.int64), token_plan.PlanGroup(setup.rank, setup.experts, 1), "")
 
 
 def slot_bytes(setup: Setup) -> int:
@@ -77,7 +77,7 @@ class Nvlink:
 
     def plan_routing(self, experts_TK: Tensor, label: str = "") -> Pending[TokenHandle]:
         sent = token_plan.choices_to_send(experts_TK, self.most)
-        group = token_plan.Group(self.windows.rank, self.experts, self.alignment)
+        group = token_plan.PlanGroup(self.windows.rank, self.experts, self.alignment)
         plan = token_plan.unread if self.windows.live.recording else token_plan.plan
 
         def read(came: list[Tensor]) -> TokenHandle:

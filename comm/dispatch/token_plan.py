@@ -46,7 +46,7 @@ def choices_to_send(experts_TK: Tensor, most: int) -> Tensor:
     return sent
 
 
-class Group(NamedTuple):
+class PlanGroup(NamedTuple):
     """This rank of its group, experts of all ranks, and the multiple to which an expert's rows are padded."""
 
     rank: int
@@ -54,7 +54,7 @@ class Group(NamedTuple):
     alignment: int
 
 
-def plan(choices_WMK: Tensor, own_TK: Tensor, group: Group, label: str) -> TokenHandle:
+def plan(choices_WMK: Tensor, own_TK: Tensor, group: PlanGroup, label: str) -> TokenHandle:
     """The handle for everybody's choices; reads counts on the host, once. Raises ValueError if a token of some rank
     chose an expert twice."""
     found = _Found.of(choices_WMK, group)
@@ -71,7 +71,7 @@ def plan(choices_WMK: Tensor, own_TK: Tensor, group: Group, label: str) -> Token
     return _handle(choices_WMK, own_TK, group, label, found, counts, padding.fill(order), row)
 
 
-def unread(choices_WMK: Tensor, own_TK: Tensor, group: Group, label: str) -> TokenHandle:
+def unread(choices_WMK: Tensor, own_TK: Tensor, group: PlanGroup, label: str) -> TokenHandle:
     """The same without a read on the host: for as many rows as there are pairs, which no routing exceeds. What lies
     behind the last row of the last expert belongs to none. Padding is to be 1."""
     found = _Found.of(choices_WMK, group)
@@ -90,7 +90,7 @@ class _Found(NamedTuple):
     order: Tensor  # [W * M * K] by local expert, then as they are, which is by source and token; all others come last
 
     @staticmethod
-    def of(choices_WMK: Tensor, group: Group) -> _Found:
+    def of(choices_WMK: Tensor, group: PlanGroup) -> _Found:
         share = group.experts // len(choices_WMK)
         local = choices_WMK.to(torch.int64) - group.rank * share
         mine = (local >= 0) & (local < share)
@@ -102,7 +102,7 @@ class _Found(NamedTuple):
 def _handle(
     choices_WMK: Tensor,
     own_TK: Tensor,
-    group: Group,
+    group: PlanGroup,
     label: str,
     found: _Found,
     counts: Sequence[int],
