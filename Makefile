@@ -52,7 +52,7 @@ test-long: setup-test
 
 # The same with the full counts of the proofs, by hand and in parts: make prove ONLY=tests/launch/test_chaos.py
 prove: setup-test
-	$(BIN)/python -m pytest -m long --timeout 10800 --prove -v $(ONLY)
+	$(BIN)/python -m pytest -m long --timeout 10800 --prove -v -rP $(ONLY)
 
 # What people serve with. llama.cpp is a build of minutes, and so in no other target: make prove-llama
 prove-llama: setup-test .venv/.setup-llama

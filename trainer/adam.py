@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol, cast
 
+import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
@@ -97,4 +98,7 @@ def choose_adam(config: OptimConfig, mesh: Mesh) -> tuple[AdamW, str]:
         why = f", as rank {rank} has no {DeepSpeedAdamW.name} ({reason})"
     else:
         made, why = DeepSpeedAdamW(config, own), ""
-    return made, f"optim.offload: masters and moments in host memory, stepped by {made.name}{why}"
+    # torchrun allows a rank one unless OMP_NUM_THREADS says otherwise, and the update is as slow as that.
+    threads = torch.get_num_threads()
+    count = "1 thread" if threads == 1 else f"{threads} threads"
+    return made, f"optim.offload: masters and moments in host memory, stepped by {made.name} on {count}{why}"

@@ -5,6 +5,7 @@ The real trainer without its loop: nothing is saved, and several batch sizes are
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -69,6 +70,8 @@ def _rank(rank: int, plan: RunPlan, sizes: tuple[int, ...]) -> tuple[dict[int, T
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     rig = make_rig(plan, mesh_of(plan, device), open_data(config))
     if cuda:
+        # Ranks are started with one, and an update in host memory takes what it is given.
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         rehearse(rig)
     state, first, found = _allocated(cuda), 0, {}
     if cuda:
