@@ -69,14 +69,14 @@ def test_the_bits_of_deepspeeds_step_depend_on_its_number_alone() -> None:
 
 
 def test_deepspeeds_is_taken_where_all_ranks_have_it_and_torchs_is_said_with_the_reason() -> None:
-    with mock.patch.object(adam, "load_cpu_adam", FakeOp):
+    with mock.patch.object(adam, "load_cpu_adam", FakeOp), mock.patch.object(torch, "get_num_threads", lambda: 4):
         engine, said = choose_adam(CONFIG, mesh_of("", ""))
         assert isinstance(engine, DeepSpeedAdamW)
-        assert said.endswith("stepped by DeepSpeed's CPU Adam on 1 thread")
+        assert said.endswith("stepped by DeepSpeed's CPU Adam on 4 threads")
         engine, said = choose_adam(CONFIG, mesh_of("", "ImportError: no compiler"))
         assert isinstance(engine, TorchAdamW), "bits must not depend on the host"
         assert (
-            "torch's fused AdamW on 1 thread, as rank 1 has no DeepSpeed's CPU Adam (ImportError: no compiler)" in said
+            "torch's fused AdamW on 4 threads, as rank 1 has no DeepSpeed's CPU Adam (ImportError: no compiler)" in said
         )
     with mock.patch.object(adam, "load_cpu_adam", return_value="RuntimeError: x"):
         assert isinstance(choose_adam(CONFIG, mesh_of("RuntimeError: x"))[0], TorchAdamW)
