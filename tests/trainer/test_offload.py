@@ -69,7 +69,7 @@ def test_the_bits_of_deepspeeds_step_depend_on_its_number_alone() -> None:
 
 
 def test_deepspeeds_is_taken_where_all_ranks_have_it_and_torchs_is_said_with_the_reason() -> None:
-    with mock.patch.object(adam, "load_cpu_adam", FakeOp), mock.patch.object(torch, "get_num_threads", lambda: 4):
+    with mock.patch.object(adam, "load_cpu_adam", FakeOp), mock.patch.object(torch, "get_num_threads", return_value=4):
         engine, said = choose_adam(CONFIG, mesh_of("", ""))
         assert isinstance(engine, DeepSpeedAdamW)
         assert said.endswith("stepped by DeepSpeed's CPU Adam on 4 threads")
