@@ -35,6 +35,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.two_gpus import corpus
 from dryvine.comm import local
 from dryvine.parallel.executor import Played
+from dryvine.trainer.activations import flight_sizes, held_bytes
 from dryvine.trainer.config import load
 from dryvine.trainer.data.splits import open_data
 from dryvine.trainer.graph_memory import graph_bytes
@@ -108,7 +109,7 @@ def measure(rank: int, plan: RunPlan) -> Measured:
         reads=reads,
         graphs=rig.graphs.count if rig.graphs else 0,
         peak=peak,
-        predicted=max(graph_bytes(plan, cuda=True)),
+        predicted=max(graph_bytes(plan, flight_sizes(plan, cuda=True), held_bytes(plan, cuda=True), cuda=True)),
         bits=bits.hexdigest()[:12],
         by_kind=dict(kinds.most_common(25)),
         card=torch.cuda.get_device_name(),

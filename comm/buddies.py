@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dryvine.comm.groups import new_groups
-from dryvine.comm.topology import Topology
+from dryvine.comm.topology import Topology, buddy_of, wards_of
 
 CHUNK = 1 << 26  # bytes of a message
 
@@ -74,14 +74,8 @@ def make_links(topology: Topology, rank: int, timeout: timedelta) -> BuddyLinks 
     if len(topology.nodes) == 1:
         return None
     groups = new_groups(topology.rails(), timeout, backend="gloo")
-    clients = tuple(other for other in range(topology.ranks) if buddy_of(topology, other) == rank)
     ranks = next(ranks for ranks in groups)
-    return BuddyLinks(groups[ranks], buddy_of(topology, rank), clients)
-
-
-def buddy_of(topology: Topology, rank: int) -> int:
-    """The rank on another node that keeps the state of `rank`."""
-    return topology.proxy(rank, (topology.node_of(rank) + 1) % len(topology.nodes))
+    return BuddyLinks(groups[ranks], buddy_of(topology, rank), wards_of(topology, rank))
 
 
 def allocate(path: Path, size: int) -> None:

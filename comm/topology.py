@@ -100,6 +100,16 @@ class Topology:
         return replace(self, nodes=tuple(node for node in nodes if node))
 
 
+def buddy_of(topology: Topology, rank: int) -> int:
+    """The rank on another node that keeps the state of `rank`."""
+    return topology.proxy(rank, (topology.node_of(rank) + 1) % len(topology.nodes))
+
+
+def wards_of(topology: Topology, rank: int) -> tuple[int, ...]:
+    """The ranks whose state `rank` keeps: those whose buddy it is."""
+    return tuple(other for other in range(topology.ranks) if buddy_of(topology, other) == rank)
+
+
 def by_sizes(sizes: Sequence[int], source: str = "given") -> Topology:
     """Consecutive ranks fill node after node, as every launcher's block order does."""
     first = [sum(sizes[:n]) for n in range(len(sizes))]

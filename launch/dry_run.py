@@ -18,7 +18,7 @@ from dryvine.launch.plan.plan import Plan, make
 from dryvine.launch.plan.shards import BucketSize, buckets
 from dryvine.launch.plan.summary import headline, memory_rows, print_table
 from dryvine.parallel.flow_control import rank_program, slots_by_line
-from dryvine.parallel.schedule.ir import Edge, ProgramStep
+from dryvine.parallel.schedule.ir import Edge, Program, ProgramStep
 from dryvine.parallel.schedule.notation import slot_text
 from dryvine.trainer.config import Config, ConfigError
 from dryvine.trainer.data.config import STDLIB
@@ -53,7 +53,8 @@ class RankPlace(NamedTuple):
 def dry_run(run: RunPlan, machine: Machine, rank: int, console: Console) -> None:
     """Print the run as it would happen. Raises ConfigError."""
     place, plan = RankPlace.of(rank, run.config), make(run, machine)
-    for line in (*headline(plan), *_whole(plan), *_of_rank(plan, place)):
+    program = run.training[run.config.batch.sequences]
+    for line in (*headline(plan), *_whole(plan), *_of_rank(plan, program, place)):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     heads, rows = memory_rows(plan)
     print_table(console, "memory of each pipeline rank, GB", ["", *heads], rows)
@@ -61,7 +62,7 @@ def dry_run(run: RunPlan, machine: Machine, rank: int, console: Console) -> None
         console,
         f"slots of rank {rank} in a full step",
         ["slot", "ops", "starts at, s", "receives", "sends"],
-        _slots(plan, place),
+        _slots(plan, program, place),
     )
 
 
@@ -78,7 +79,7 @@ def _whole(plan: Plan) -> Iterator[str]:
         yield f"data: {source} is not on this machine; a run does not start without it (see `dryvine data build`)"
 
 
-def _of_rank(plan: Plan, place: RankPlace) -> Iterator[str]:
+def _of_rank(plan: Plan, program: Program, place: RankPlace) -> Iterator[str]:
     """What one rank holds, and which ranks it talks to."""
     run, config, p = plan.run, plan.config, plan.config.parallel
     topology = plan.machine.topology(p.world)
@@ -91,7 +92,7 @@ def _of_rank(plan: Plan, place: RankPlace) -> Iterator[str]:
         f"  experts {place.ep * share} to {(place.ep + 1) * share - 1} of every MoE layer; all-to-all over ranks "
         f"{first} to {first + p.ep - 1} by {plan.sent.name}"
     )
-    near = sorted(place.at(other, config) for other in _neighbours(run, place.pp))
+    near = sorted(place.at(other, config) for other in _neighbours(program, place.pp))
     yield f"  pipeline messages with rank {' and '.join(map(str, near))}" if near else "  no pipeline messages"
     for stage, names in run.blocks_of(place.pp).items():
         yield f"  stage {stage}: {_spans(names)}"
@@ -102,9 +103,9 @@ def _of_rank(plan: Plan, place: RankPlace) -> Iterator[str]:
     yield f"  sequence {own} of a step, and so on every {ranks * size}"
 
 
-def _neighbours(run: RunPlan, pp_rank: int) -> set[int]:
+def _neighbours(program: Program, pp_rank: int) -> set[int]:
     """The pipeline ranks that it exchanges messages with."""
-    lines = slots_by_line([run.training[run.config.batch.sequences]])
+    lines = slots_by_line([program])
     return {end for line in lines if pp_rank in (line.source, line.target) for end in line[:2]} - {pp_rank}
 
 
@@ -116,11 +117,10 @@ def _bucket(bucket: BucketSize) -> str:
     )
 
 
-def _slots(plan: Plan, place: RankPlace) -> list[tuple[str, ...]]:
+def _slots(plan: Plan, program: Program, place: RankPlace) -> list[tuple[str, ...]]:
     """The first and last slots of a rank."""
-    program = rank_program(plan.run.training[plan.config.batch.sequences], place.pp)
     cells = plan.timeline.cells[place.pp]
-    timed = enumerate(zip(program.steps, cells, strict=True))
+    timed = enumerate(zip(rank_program(program, place.pp).steps, cells, strict=True))
     rows = [_slot(number, step, cell.start, place, plan.config) for number, (step, cell) in timed]
     if len(rows) <= 2 * SHOWN:
         return rows

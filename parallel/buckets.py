@@ -135,25 +135,35 @@ class BucketTurns(NamedTuple):
     gathers: tuple[int, ...]
 
 
-def turns(schedule: Schedule, buckets: Sequence[BucketLayout]) -> BucketTurns:
+class StageTimes(NamedTuple):
+    """By stage, over all copies: the start of the first forward, and the end of the last weight gradient."""
+
+    read: dict[int, float]
+    summed: dict[int, float]
+
+
+def equal_times(schedule: Schedule) -> StageTimes:
+    """Those of a step in which all ops cost the same: every rank orders its buckets by them."""
+    return stage_times(simulate(schedule))
+
+
+def turns(times: StageTimes, buckets: Sequence[BucketLayout]) -> BucketTurns:
     """The order of sums (when a bucket's last copy has all its gradients) and of gathers (when its first copy is
-    read), in a step in which all ops cost the same. Within a stage, backwards end with the first bucket."""
-    first, last = stage_times(simulate(schedule))
+    read). Within a stage, backwards end with the first bucket."""
 
     def summed(number: int) -> tuple[float, int, Identity]:
         bucket = buckets[number]
-        return max(last[stage] for stage in bucket.stages), -bucket.readers[0].place, bucket.identity
+        return max(times.summed[stage] for stage in bucket.stages), -bucket.readers[0].place, bucket.identity
 
     def read(number: int) -> tuple[float, Identity]:
         bucket = buckets[number]
-        return min(first[stage] for stage in bucket.stages), bucket.identity
+        return min(times.read[stage] for stage in bucket.stages), bucket.identity
 
     numbers = range(len(buckets))
     return BucketTurns(tuple(sorted(numbers, key=summed)), tuple(sorted(numbers, key=read)))
 
 
-def stage_times(timeline: Timeline) -> tuple[dict[int, float], dict[int, float]]:
-    """By stage: the start of the first forward, and the end of the last weight gradient, over all copies."""
+def stage_times(timeline: Timeline) -> StageTimes:
     first: defaultdict[int, float] = defaultdict(lambda: float("inf"))
     last: defaultdict[int, float] = defaultdict(float)
     for cell in (cell for row in timeline.cells for cell in row):
@@ -162,4 +172,4 @@ def stage_times(timeline: Timeline) -> tuple[dict[int, float], dict[int, float]]
                 first[op.stage] = min(first[op.stage], cell.start)
             elif op.kind in "BW":
                 last[op.stage] = max(last[op.stage], cell.end)
-    return dict(first), dict(last)
+    return StageTimes(dict(first), dict(last))

@@ -10,11 +10,14 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
+from typing import TypeVar
 
 from dryvine.comm.lines import Channel, Line
+from dryvine.parallel.schedule.footprint import SlotMessages
 from dryvine.parallel.schedule.ir import Edge, Program, ProgramStep
 from dryvine.parallel.schedule.simulate import Timeline, simulate
 
+T = TypeVar("T")
 # A channel and the rank at its far end: messages that leave for it in one order arrive in that order.
 SendQueue = tuple[Channel, int]
 
@@ -48,9 +51,24 @@ def queue(edge: Edge) -> SendQueue:
 
 def posts(steps: Sequence[ProgramStep], ahead: int) -> tuple[tuple[Edge, ...], ...]:
     """What to post before each slot: the receives of the slot `ahead` further on, and at first all up to there."""
-    receives = [step.receives for step in steps]
+    return _posts([step.receives for step in steps], ahead)
+
+
+def most_messages(slots: Sequence[SlotMessages], ahead: int) -> int:
+    """The most messages in a rank's memory at once: posted receives, and sends of the previous slot that may not have
+    completed."""
+    now = most = before = 0
+    for slot, posted in zip(slots, _posts([slot.receives for slot in slots], ahead), strict=True):
+        now += len(posted)
+        most = max(most, now + before)
+        now -= len(slot.receives)
+        before = slot.sends
+    return most
+
+
+def _posts(receives: Sequence[tuple[T, ...]], ahead: int) -> tuple[tuple[T, ...], ...]:
     later = receives[ahead + 1 :]
-    return (tuple(chain(*receives[: ahead + 1])), *later, *[()] * (len(steps) - 1 - len(later)))
+    return (tuple(chain(*receives[: ahead + 1])), *later, *[()] * (len(receives) - 1 - len(later)))
 
 
 def line(edge: Edge) -> Line:

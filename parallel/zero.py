@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from dryvine.comm.mesh import Mesh
 from dryvine.comm.pending import Pending
 from dryvine.parallel.bucket import ON_DEVICE, BucketMemory, Piece, is_expert, make_bucket
-from dryvine.parallel.buckets import BucketEntry, BucketTurns, Holders, ReadingLayer, layouts, turns
+from dryvine.parallel.buckets import BucketEntry, BucketTurns, Holders, ReadingLayer, equal_times, layouts, turns
 from dryvine.parallel.schedule.ir import Schedule
 from dryvine.parallel.stalls import Stalls
 
@@ -83,7 +83,7 @@ class Zero:
 
     def turns(self, schedule: Schedule) -> BucketTurns:
         """The order in which a schedule sums and gathers this rank's buckets."""
-        return turns(schedule, [bucket.layout for bucket in self.buckets])
+        return turns(equal_times(schedule), [bucket.layout for bucket in self.buckets])
 
     def begin(self, turns: BucketTurns) -> None:
         """Call at the start of a schedule in which `summed` is called for layers; sums and gathers follow `turns`."""

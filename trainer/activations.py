@@ -5,10 +5,11 @@ The schedule determines which microbatches a rank holds at once, `model/memory.p
 
 from __future__ import annotations
 
-from dryvine.parallel.schedule.simulate import most_held
+from typing import NamedTuple
+
 from dryvine.trainer.config import Config
 from dryvine.trainer.model.memory import MicrobatchSize, deferred_bytes, saved_bytes
-from dryvine.trainer.run_plan import RunPlan
+from dryvine.trainer.run_plan import LayoutPlan
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2}
 
@@ -23,25 +24,41 @@ def microbatch_size(config: Config, cuda: bool, room: int = 1) -> MicrobatchSize
     return MicrobatchSize(tokens, sequences, DTYPE_BYTES[config.run.dtype], cuda, documents, single_rank, room)
 
 
-def stage_bytes(plan: RunPlan, cuda: bool, room: int = 1) -> dict[int, int]:
+def stage_bytes(plan: LayoutPlan, cuda: bool, room: int = 1) -> dict[int, int]:
     """Bytes that a microbatch keeps in each stage, from the start of its F to the end of its B or W."""
     config, size = plan.config, microbatch_size(plan.config, cuda, room)
     return {stage: saved_bytes(config.model, config.fp8, names, size) for stage, names in enumerate(plan.blocks)}
 
 
-def left_bytes(plan: RunPlan, cuda: bool, room: int = 1) -> dict[int, int]:
+def left_bytes(plan: LayoutPlan, cuda: bool, room: int = 1) -> dict[int, int]:
     """Bytes that a microbatch keeps in each stage from its I to its W, beside those of `stage_bytes`."""
     config, size = plan.config, microbatch_size(plan.config, cuda, room)
     return {stage: deferred_bytes(config.model, config.fp8, names, size) for stage, names in enumerate(plan.blocks)}
 
 
-def held_bytes(plan: RunPlan, cuda: bool) -> list[int]:
+class FlightSizes(NamedTuple):
+    """What one microbatch keeps in each stage."""
+
+    kept: dict[int, int]  # `stage_bytes`
+    left: dict[int, int]  # `left_bytes`
+
+
+def flight_sizes(plan: LayoutPlan, cuda: bool, room: int = 1) -> FlightSizes:
+    """They follow from the blocks of each stage and the microbatch, whatever the schedule."""
+    return FlightSizes(stage_bytes(plan, cuda, room), left_bytes(plan, cuda, room))
+
+
+def most_held(plan: LayoutPlan, sizes: FlightSizes) -> list[int]:
+    """The most that microbatches in flight of these sizes keep at once on each pipeline rank."""
+    return [plan.footprint.most_held(rank, *sizes) for rank in range(plan.config.parallel.pp)]
+
+
+def held_bytes(plan: LayoutPlan, cuda: bool) -> list[int]:
     """Peak bytes that microbatches in flight keep at once, for each pipeline rank."""
-    sizes, left = stage_bytes(plan, cuda), left_bytes(plan, cuda)
-    return [most_held(plan.schedule, rank, sizes, left) for rank in range(plan.config.parallel.pp)]
+    return most_held(plan, flight_sizes(plan, cuda))
 
 
-def activations(plan: RunPlan, cuda: bool) -> str:
+def activations(plan: LayoutPlan, cuda: bool) -> str:
     """A line for the start of a run: peak bytes kept for backwards, and on which pipeline rank."""
     held = held_bytes(plan, cuda)
     rank = held.index(max(held))

@@ -276,10 +276,11 @@ def _no_path(config: Config) -> str | None:
     given = [*keys.items(), ("data.dir", str(data.dir)), *(("data.source", source) for source in data.sources)]
     for key, path in given:
         whole = os.fsencode(path or "")
-        if b"\0" in whole or len(whole) > LONGEST_PATH or max(map(len, whole.split(b"/"))) > LONGEST_PART:
+        printable = not path or path.isprintable()
+        if not printable or len(whole) > LONGEST_PATH or max(map(len, whole.split(b"/"))) > LONGEST_PART:
             return (
-                f"{key} = {_shortened(repr(path))} is no path: a name in it has at most {LONGEST_PART} bytes and none "
-                f"that is zero, all of it at most {LONGEST_PATH}"
+                f"{key} = {_shortened(repr(path))} is no path: a name in it has at most {LONGEST_PART} bytes, all of "
+                f"it at most {LONGEST_PATH}, and all characters can be printed"
             )
     return None
 

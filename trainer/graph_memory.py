@@ -8,11 +8,10 @@ stages that are full at different times no longer share memory, and each flight 
 from __future__ import annotations
 
 from dryvine.comm.dispatch.backends import RECORDED_RANKS
-from dryvine.parallel.schedule.simulate import most_held
-from dryvine.trainer.activations import DTYPE_BYTES, held_bytes, left_bytes, microbatch_size, stage_bytes
+from dryvine.trainer.activations import DTYPE_BYTES, FlightSizes, flight_sizes, microbatch_size, most_held
 from dryvine.trainer.config import Config
 from dryvine.trainer.model.shape import blocks
-from dryvine.trainer.run_plan import RunPlan
+from dryvine.trainer.run_plan import LayoutPlan
 from dryvine.trainer.temporaries import temporary_bytes
 
 
@@ -37,40 +36,40 @@ def _sends_between_graphs(config: Config) -> bool:
     return few and config.comm.dispatcher == "nvlink" and not config.comm.imbalance
 
 
-def graph_bytes(plan: RunPlan, cuda: bool) -> list[int]:
-    """Bytes of each pipeline rank beyond `held_bytes` and its temporaries; 0 for runs without graphs."""
+def graph_bytes(plan: LayoutPlan, sizes: FlightSizes, held: list[int], cuda: bool) -> list[int]:
+    """Bytes of each pipeline rank beyond `held`, its flights at their peak, and temporaries; 0 without graphs."""
     if plan.config.parallel.graphs == "off" or graphs_refusal(plan.config, cuda):
         return [0] * plan.config.parallel.pp
+    # The rows of experts on several ranks have room for every choice of all of them.
+    room = plan.config.parallel.ep
+    sizes = flight_sizes(plan, cuda, room) if room > 1 else sizes
     return [
-        max(sum(_recorded(plan, rank).values()) - held - temporary_bytes(plan, plan.blocks_of(rank), cuda), 0)
-        for rank, held in enumerate(held_bytes(plan, cuda))
+        max(sum(_recorded(plan, sizes, rank).values()) - most - temporary_bytes(plan, plan.blocks_of(rank), cuda), 0)
+        for rank, most in enumerate(held)
     ]
 
 
-def flights(plan: RunPlan, rank: int) -> dict[int, int]:
+def flights(plan: LayoutPlan, rank: int) -> dict[int, int]:
     """Recorded flights of each stage of a pipeline rank: the most microbatches that are in it at once."""
     stages = range(plan.schedule.stages)
     return {
-        stage: most_held(plan.schedule, rank, {s: int(s == stage) for s in stages})
+        stage: plan.footprint.most_held(rank, {s: int(s == stage) for s in stages})
         for stage in plan.schedule.stages_of(rank)
     }
 
 
-def _recorded(plan: RunPlan, rank: int) -> dict[int, int]:
+def _recorded(plan: LayoutPlan, sizes: FlightSizes, rank: int) -> dict[int, int]:
     """Bytes of all flights of each stage."""
     config, size = plan.config, microbatch_size(plan.config, cuda=True)
-    # The rows of experts on several ranks have room for every choice of all of them.
-    room = config.parallel.ep
-    kept, left = stage_bytes(plan, True, room), left_bytes(plan, True, room)
     split = {op.stage for op in plan.schedule.ops(rank) if op.kind == "I"}
     # In and out of the forward, in and out of the backward.
     states = 4 * size.tokens * config.model.hidden * DTYPE_BYTES[config.run.dtype]
     return {
         stage: count
         * (
-            kept[stage]
-            + (left[stage] if stage in split else 0)
-            + temporary_bytes(plan, [stage], True, room)
+            sizes.kept[stage]
+            + (sizes.left[stage] if stage in split else 0)
+            + temporary_bytes(plan, [stage], True, config.parallel.ep)
             + states
             + _sent(plan, stage)
         )
@@ -78,7 +77,7 @@ def _recorded(plan: RunPlan, rank: int) -> dict[int, int]:
     }
 
 
-def _sent(plan: RunPlan, stage: int) -> int:
+def _sent(plan: LayoutPlan, stage: int) -> int:
     """Bytes that leave a stage in messages of nvlink: sums for every rank, forward and backward, and gradients of the
     weights of choices."""
     ranks, size, shape = plan.config.parallel.ep, microbatch_size(plan.config, cuda=True), plan.config.model
@@ -89,9 +88,10 @@ def _sent(plan: RunPlan, stage: int) -> int:
     return layers * ranks * size.tokens * (2 * shape.hidden * size.dtype_bytes + 4 * shape.top_k)
 
 
-def graph_line(plan: RunPlan) -> str:
+def graph_line(plan: LayoutPlan) -> str:
     """A line for the start of a run with graphs: the bytes that they add."""
-    extra = graph_bytes(plan, cuda=True)
+    sizes = flight_sizes(plan, cuda=True)
+    extra = graph_bytes(plan, sizes, most_held(plan, sizes), cuda=True)
     rank = extra.index(max(extra))
     count = sum(flights(plan, rank).values())
     return (

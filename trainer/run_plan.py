@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dryvine.comm.integers import ceil_div
-from dryvine.parallel.config import ParallelConfig
 from dryvine.parallel.partition import partition
 from dryvine.parallel.schedule.check import check
+from dryvine.parallel.schedule.footprint import Footprint
 from dryvine.parallel.schedule.ir import Program, Schedule
 from dryvine.parallel.schedule.lower import forward_only, lower
 from dryvine.parallel.schedule.rules import ScheduleError
@@ -29,28 +29,41 @@ Blocks = tuple[str, ...]  # names, in forward order
 
 
 @dataclass(frozen=True)
-class RunPlan:
-    """`training` maps batch sizes in sequences to the program of such a step; `validation` is the program of a
-    validation batch, which is as large as the largest step. `blocks[s]` are the names of the blocks of stage s."""
+class LayoutPlan:
+    """What a plan needs of a run before any program exists. `footprints` maps batch sizes in sequences to the schedule
+    of such a step; `blocks[s]` are the names of the blocks of stage s."""
 
     config: Config
-    training: Mapping[int, Program]
-    validation: Program
+    footprints: Mapping[int, Footprint]
     blocks: tuple[Blocks, ...]
 
     @property
+    def footprint(self) -> Footprint:
+        """The footprint of the largest batch size, with which the ramp ends."""
+        return self.footprints[self.config.batch.sequences]
+
+    @property
     def schedule(self) -> Schedule:
-        """The schedule of the largest batch size, with which the ramp ends."""
-        return self.training[self.config.batch.sequences].schedule
+        """The schedule of the largest batch size."""
+        return self.footprint.schedule
+
+    def blocks_of(self, pp_rank: int) -> dict[int, Blocks]:
+        """The blocks of each stage that a pipeline rank holds, by the stage's number."""
+        return {stage: self.blocks[stage] for stage in self.schedule.stages_of(pp_rank)}
+
+
+@dataclass(frozen=True)
+class RunPlan(LayoutPlan):
+    """`training` maps batch sizes in sequences to the program of such a step; `validation` is the program of a
+    validation batch, which is as large as the largest step."""
+
+    training: Mapping[int, Program]
+    validation: Program
 
     @property
     def programs(self) -> tuple[Program, ...]:
         """Every program that the run may execute."""
         return (*self.training.values(), self.validation)
-
-    def blocks_of(self, pp_rank: int) -> dict[int, Blocks]:
-        """The blocks of each stage that a pipeline rank holds, by the stage's number."""
-        return {stage: self.blocks[stage] for stage in self.schedule.stages_of(pp_rank)}
 
 
 def load_plan(path: str | Path, overrides: Sequence[str] = ()) -> RunPlan:
@@ -62,42 +75,61 @@ def load_plan(path: str | Path, overrides: Sequence[str] = ()) -> RunPlan:
         raise ConfigError(f"{path}: {error}") from None
 
 
-class Programs:
-    """A cache of programs by schedule and sizes, each built, checked and lowered once. Layouts that differ only in data
-    and expert parallelism share programs, so a sweep uses one cache for all of its layouts."""
+def make_plan(config: Config) -> RunPlan:
+    """Build, check and lower a schedule per batch size, and partition the model. Raises ConfigError."""
+    layout = LayoutPlans().of(config)
+    try:
+        training = {n: _checked(footprint.schedule) for n, footprint in layout.footprints.items()}
+        validation = _checked(forward_only(layout.schedule))
+    except ScheduleError as error:
+        raise ConfigError(f"parallel.schedule: {error}") from None
+    return RunPlan(config, layout.footprints, layout.blocks, training, validation)
+
+
+class LayoutPlans:
+    """Makes layouts, with a cache of schedules by name and sizes and of partitions of a model. Layouts that differ only
+    in data and expert parallelism share both, so a sweep uses one of these for all of its layouts."""
 
     def __init__(self) -> None:
-        self._made: dict[tuple[str, int, int, int, bool], Program] = {}
+        self._footprints: dict[tuple[str, int, int, int], Footprint] = {}
+        self._splits: dict[tuple[tuple[float, ...], int], tuple[range, ...]] = {}
 
-    def training(self, parallel: ParallelConfig, microbatches: int) -> Program:
-        """The program of a training step. Raises ScheduleError."""
-        return self._program(parallel, microbatches, forwards=False)
+    def of(self, config: Config) -> LayoutPlan:
+        """The layout of a config, whose schedules are built and not checked: `make_plan` checks. Raises ConfigError."""
+        if (ops := _ops(config)) > MOST_OPS:
+            raise ConfigError(
+                f"batch.sequences = {config.batch.sequences}, of which parallel.dp x ep ranks take "
+                f"microbatch_sequences at a time: schedules of {ops:,} ops, and {MOST_OPS:,} can be planned; "
+                "raise microbatch_sequences or dp"
+            )
+        footprints = {sequences: self._footprint(config, sequences) for sequences in _sizes(config)}
+        full = footprints[config.batch.sequences].schedule
+        return LayoutPlan(config, footprints, self._split(config, full.stages))
 
-    def validation(self, parallel: ParallelConfig, microbatches: int) -> Program:
-        """The program of a validation batch: the forwards alone."""
-        return self._program(parallel, microbatches, forwards=True)
+    def _footprint(self, config: Config, sequences: int) -> Footprint:
+        """The footprint of a step of `sequences`, the same on all data ranks. Raises ConfigError."""
+        p, microbatches = config.parallel, _microbatches(config, sequences)
+        key = (p.schedule, p.pp, microbatches, p.chunks)
+        if key not in self._footprints:
+            try:
+                self._footprints[key] = Footprint(build(*key))
+            except ScheduleError as error:
+                each = p.microbatch_sequences * p.dp * p.ep
+                sizes = f"microbatches = batch.sequences {sequences} / {each}"
+                raise ConfigError(f"parallel.schedule: {error} ({sizes})") from None
+        return self._footprints[key]
 
-    def _program(self, p: ParallelConfig, microbatches: int, forwards: bool) -> Program:
-        key = (p.schedule, p.pp, microbatches, p.chunks, forwards)
-        if key not in self._made:
-            whole = self.training(p, microbatches).schedule if forwards else build(*key[:4])
-            self._made[key] = _checked(forward_only(whole) if forwards else whole)
-        return self._made[key]
-
-
-def make_plan(config: Config, programs: Programs | None = None) -> RunPlan:
-    """Build, check and lower a schedule per batch size, and partition the model. `programs` is a cache, which is added
-    to. Raises ConfigError."""
-    if (ops := _ops(config)) > MOST_OPS:
-        raise ConfigError(
-            f"batch.sequences = {config.batch.sequences}, of which parallel.dp x ep ranks take microbatch_sequences at "
-            f"a time: schedules of {ops:,} ops, and {MOST_OPS:,} can be planned; raise microbatch_sequences or dp"
-        )
-    made = programs or Programs()
-    training = {sequences: _program(config, sequences, made) for sequences in _sizes(config)}
-    full = training[config.batch.sequences].schedule
-    validation = made.validation(config.parallel, full.microbatches)
-    return RunPlan(config, training, validation, _split(config, full.stages))
+    def _split(self, config: Config, stages: int) -> tuple[Blocks, ...]:
+        """The blocks of each stage, so that the slowest stage is as fast as can be."""
+        parts = units(config.model, config.data.seq_len)
+        key = tuple(sum(block.cost for block in unit) for unit in parts), stages
+        if key not in self._splits:
+            try:
+                self._splits[key] = partition(*key)
+            except ValueError as error:
+                p = config.parallel
+                raise ConfigError(f"parallel.pp = {p.pp}, schedule {p.schedule}: {error}") from None
+        return tuple(tuple(block.name for i in r for block in parts[i]) for r in self._splits[key])
 
 
 def _sizes(config: Config) -> list[int]:
@@ -118,10 +150,9 @@ def _ops(config: Config) -> int:
     return 3 * sum(sizes) * p.pp * p.chunks // (p.microbatch_sequences * p.dp * p.ep)
 
 
-def _program(config: Config, sequences: int, made: Programs) -> Program:
-    """The program of a step of `sequences`, counted over all data ranks."""
+def _microbatches(config: Config, sequences: int) -> int:
+    """Of a step: each data rank runs a pipeline of its own, and so many microbatches. Raises ConfigError."""
     p = config.parallel
-    # Each data rank runs a pipeline of its own with an equal share of the microbatches.
     per_microbatch = p.microbatch_sequences * p.dp * p.ep
     microbatches, rest = divmod(sequences, per_microbatch)
     if rest:
@@ -129,23 +160,9 @@ def _program(config: Config, sequences: int, made: Programs) -> Program:
             f"batch.sequences = {sequences} is not a multiple of microbatch_sequences x dp x ep = {per_microbatch}; "
             f"try {max(1, microbatches) * per_microbatch} or {(microbatches + 1) * per_microbatch}"
         )
-    try:
-        return made.training(p, microbatches)
-    except ScheduleError as error:
-        sizes = f"microbatches = batch.sequences {sequences} / {per_microbatch}"
-        raise ConfigError(f"parallel.schedule: {error} ({sizes})") from None
+    return microbatches
 
 
 def _checked(schedule: Schedule) -> Program:
     check(schedule)
     return lower(schedule)
-
-
-def _split(config: Config, stages: int) -> tuple[Blocks, ...]:
-    """The names of the blocks of each stage, such that the cost of the slowest stage is minimal."""
-    parts = units(config.model, config.data.seq_len)
-    try:
-        ranges = partition([sum(block.cost for block in unit) for unit in parts], stages)
-    except ValueError as error:
-        raise ConfigError(f"parallel.pp = {config.parallel.pp}, schedule {config.parallel.schedule}: {error}") from None
-    return tuple(tuple(block.name for i in r for block in parts[i]) for r in ranges)

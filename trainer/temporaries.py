@@ -10,10 +10,10 @@ from collections.abc import Iterable
 from dryvine.trainer.activations import DTYPE_BYTES, microbatch_size
 from dryvine.trainer.model.memory import SLICE_ELEMENTS, MicrobatchSize, remade_bytes
 from dryvine.trainer.model.shape import Shape, blocks
-from dryvine.trainer.run_plan import RunPlan
+from dryvine.trainer.run_plan import LayoutPlan
 
 
-def temporary_bytes(plan: RunPlan, stages: Iterable[int], cuda: bool, room: int = 1) -> int:
+def temporary_bytes(plan: LayoutPlan, stages: Iterable[int], cuda: bool, room: int = 1) -> int:
     """Bytes of temporaries of the block with the most, among those of these stages, with room for `room` times the mean
     of experts' rows."""
     config = plan.config

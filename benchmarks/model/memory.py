@@ -28,7 +28,6 @@ from benchmarks.model.layer import CONFIG, EP, RECIPES, Mirror, Recipe, fill
 from benchmarks.support.census import Census
 from dryvine.comm.dispatch.flat import Flat
 from dryvine.comm.mesh import Layout, make_mesh
-from dryvine.parallel.schedule.simulate import most_held
 from dryvine.parallel.stage import Flight, Stage, State
 from dryvine.trainer.activations import stage_bytes
 from dryvine.trainer.config import load
@@ -68,7 +67,7 @@ def by_rank(plan: RunPlan) -> list[dict[str, float]]:
     config, ranks = plan.config, plan.config.parallel.pp
     configs = {recipe: config.model_copy(update={"fp8": preset(recipe)}) for recipe in RECIPES}
     sizes = {recipe: stage_bytes(replace(plan, config=changed), cuda=True) for recipe, changed in configs.items()}
-    return [{r: most_held(plan.schedule, rank, sizes[r]) / 1e9 for r in RECIPES} for rank in range(ranks)]
+    return [{r: plan.footprint.most_held(rank, sizes[r]) / 1e9 for r in RECIPES} for rank in range(ranks)]
 
 
 def show_ranks(console: Console, plan: RunPlan, ranks: list[dict[str, float]]) -> None:

@@ -16,12 +16,11 @@ from dryvine.comm.integers import ceil_div, round_up
 from dryvine.launch.plan.shards import BucketSize, buckets, parameters_of
 from dryvine.launch.plan.traffic import Dispatching
 from dryvine.launch.plan.transients import transients
-from dryvine.parallel.flow_control import AHEAD, posts
-from dryvine.parallel.schedule.ir import ProgramStep
-from dryvine.trainer.activations import DTYPE_BYTES, held_bytes, microbatch_size
+from dryvine.parallel.flow_control import AHEAD, most_messages
+from dryvine.trainer.activations import DTYPE_BYTES, FlightSizes, flight_sizes, microbatch_size, most_held
 from dryvine.trainer.graph_memory import graph_bytes
 from dryvine.trainer.model.parameters import ParameterSize
-from dryvine.trainer.run_plan import RunPlan
+from dryvine.trainer.run_plan import LayoutPlan
 from dryvine.trainer.tensors.tiles import TILE
 
 # Kinds, in the order of tables.
@@ -37,7 +36,7 @@ class RankMemory:
 
     rank: int
     kinds: dict[str, int]  # on its GPU
-    host: dict[str, int]  # in its host's memory, with optim.offload
+    host: dict[str, int]  # in its host's memory, with optim.offload and run.buddy_every
 
     @property
     def total(self) -> int:
@@ -48,9 +47,21 @@ class RankMemory:
         return sum(self.host.values())
 
 
-def memory(plan: RunPlan, sent: Dispatching, cuda: bool) -> list[RankMemory]:
+class Parts(NamedTuple):
+    """What memory is made of; layouts with the same of these share them, whatever their order of ops."""
+
+    buckets: list[list[BucketSize]]  # of each pipeline rank
+    flights: FlightSizes
+
+
+def parts_of(plan: LayoutPlan, cuda: bool) -> Parts:
+    return Parts(buckets(plan), flight_sizes(plan, cuda))
+
+
+def memory(plan: LayoutPlan, parts: Parts, sent: Dispatching, cuda: bool) -> list[RankMemory]:
     """Peak memory of every pipeline rank. `sent`: what its dispatcher moves."""
-    ranks = zip(buckets(plan), held_bytes(plan, cuda), graph_bytes(plan, cuda), strict=True)
+    held = most_held(plan, parts.flights)
+    ranks = zip(parts.buckets, held, graph_bytes(plan, parts.flights, held, cuda), strict=True)
     return [
         RankMemory(rank, _kinds(plan, _Rank(rank, mine, *most), sent, cuda), host_state(plan, mine))
         for rank, (mine, *most) in enumerate(ranks)
@@ -64,7 +75,7 @@ class _Rank(NamedTuple):
     graphs: int  # what CUDA graphs hold in addition
 
 
-def _kinds(plan: RunPlan, rank: _Rank, sent: Dispatching, cuda: bool) -> dict[str, int]:
+def _kinds(plan: LayoutPlan, rank: _Rank, sent: Dispatching, cuda: bool) -> dict[str, int]:
     config, parameters = plan.config, parameters_of(plan, rank.number)
     gates = sum(name.endswith("gate.weight") for name in parameters)
     kinds = state(plan, rank.buckets)
@@ -73,14 +84,14 @@ def _kinds(plan: RunPlan, rank: _Rank, sent: Dispatching, cuda: bool) -> dict[st
     kinds[GATES] = 12 * config.model.routed * gates
     kinds[ACTIVATIONS] = rank.activations
     boundary = microbatch_size(config, cuda).tokens * config.model.hidden * DTYPE_BYTES[config.run.dtype]
-    kinds[MESSAGES] = boundary * _most_messages(plan.training[config.batch.sequences].ranks[rank.number])
+    kinds[MESSAGES] = boundary * most_messages(plan.footprint.messages[rank.number], AHEAD)
     kinds[STAGING] = staging(sent) if gates else 0
     kinds[TRANSIENT] = transients(plan, rank.number, rank.buckets, rank.activations, cuda)
     kinds[GRAPHS] = rank.graphs
     return kinds
 
 
-def state(plan: RunPlan, mine: Iterable[BucketSize]) -> dict[str, int]:
+def state(plan: LayoutPlan, mine: Iterable[BucketSize]) -> dict[str, int]:
     """Bytes that stay allocated between steps on the GPU."""
     wide, mine = DTYPE_BYTES[plan.config.run.dtype], list(mine)
     kinds = {
@@ -92,7 +103,7 @@ def state(plan: RunPlan, mine: Iterable[BucketSize]) -> dict[str, int]:
     return kinds if plan.config.optim.offload == "cpu" else kinds | _optimizer(plan, mine)
 
 
-def host_state(plan: RunPlan, mine: Iterable[BucketSize]) -> dict[str, int]:
+def host_state(plan: LayoutPlan, mine: Iterable[BucketSize]) -> dict[str, int]:
     """The same in host memory: with offload, the optimizer's state and summed gradients on their way to it."""
     if plan.config.optim.offload != "cpu":
         return {}
@@ -100,7 +111,7 @@ def host_state(plan: RunPlan, mine: Iterable[BucketSize]) -> dict[str, int]:
     return _optimizer(plan, mine) | {SHARDS: 4 * sum(b.shard for b in mine)}
 
 
-def _optimizer(plan: RunPlan, mine: Iterable[BucketSize]) -> dict[str, int]:
+def _optimizer(plan: LayoutPlan, mine: Iterable[BucketSize]) -> dict[str, int]:
     owned = sum(bucket.shard for bucket in mine)
     return {MASTERS: 4 * owned, MOMENTS: 2 * DTYPE_BYTES[plan.config.optim.moments] * owned}
 
@@ -114,19 +125,6 @@ def _copies(parameter: ParameterSize, ep: int) -> int:
     matrices = elements // (rows * cols)
     scales = [ceil_div(a, TILE) * round_up(ceil_div(b, TILE), 4) for a, b in ((rows, cols), (cols, rows))]
     return 2 * elements + 4 * matrices * sum(scales)
-
-
-def _most_messages(steps: tuple[ProgramStep, ...]) -> int:
-    """The most messages in memory at once: posted receives, and sends of the previous slot that may not have
-    completed."""
-    now = most = 0
-    before = 0
-    for step, edges in zip(steps, posts(steps, AHEAD), strict=True):
-        now += len(edges)
-        most = max(most, now + before)
-        now -= len(step.receives)
-        before = len(step.sends)
-    return most
 
 
 def staging(sent: Dispatching) -> int:

@@ -15,10 +15,11 @@ from statistics import mean
 from typing import NamedTuple
 
 from dryvine.comm.integers import ceil_div
-from dryvine.comm.topology import by_sizes
+from dryvine.comm.topology import Topology, by_sizes
 from dryvine.launch.plan import traffic
+from dryvine.launch.plan.copies import with_copies
 from dryvine.launch.plan.hardware import GIGA, TERA, Machine
-from dryvine.launch.plan.memory import RankMemory, memory
+from dryvine.launch.plan.memory import Parts, RankMemory, memory, parts_of
 from dryvine.launch.plan.profiled import Profile
 from dryvine.launch.plan.sharding import Sharding, shard
 from dryvine.launch.plan.times import PhaseTimes, StagePrices, roofline
@@ -28,7 +29,7 @@ from dryvine.parallel.schedule.simulate import Timeline, simulate
 from dryvine.trainer.activations import DTYPE_BYTES, microbatch_size
 from dryvine.trainer.config import Config
 from dryvine.trainer.model.shape import blocks
-from dryvine.trainer.run_plan import RunPlan
+from dryvine.trainer.run_plan import LayoutPlan
 
 MAIN_KINDS = ("embed", "dense", "moe", "head")  # MFU counts the main model, as DeepSeek does
 DAY = 86400.0
@@ -50,7 +51,7 @@ class SlotTimes(NamedTuple):
 class Plan:
     """All results of a plan; texts and pages only format it. Seconds are those of a step with the full batch."""
 
-    run: RunPlan
+    run: LayoutPlan
     machine: Machine
     sent: Dispatching
     ranks: list[RankMemory]
@@ -126,16 +127,15 @@ class Plan:
         """Seconds of all steps. The smaller batches of a ramp have the same bubble and optimizer time for fewer
         tokens."""
         full = self.config.batch.sequences
-        slope = self._seconds_of(full) - self._seconds_of(min(self.config.batch.sizes()))
-        width = full - min(self.config.batch.sizes())
-        per_sequence = slope / width if width else 0.0
+        least = min(self.config.batch.sizes())
+        per_sequence = (self.timeline.span - self._seconds_of(least)) / (full - least) if least < full else 0.0
         return sum(
             tokens / (sequences * self.config.data.seq_len) * (self.step_seconds - (full - sequences) * per_sequence)
             for sequences, tokens in budget(self.config)
         )
 
     def _seconds_of(self, sequences: int) -> float:
-        return simulate(self.run.training[sequences].schedule, self.prices).span
+        return simulate(self.run.footprints[sequences].schedule, self.prices).span
 
     @property
     def gpu_hours(self) -> float:
@@ -212,29 +212,19 @@ def roofline_times(config: Config, machine: Machine) -> dict[str, PhaseTimes]:
     return {kind: roofline(work, machine, config.fp8.fp8) for kind, work in every.items()}
 
 
-def make(run: RunPlan, machine: Machine, profile: Profile | None = None) -> Plan:
+def make(run: LayoutPlan, machine: Machine, profile: Profile | None = None) -> Plan:
     """The plan of a run on a machine, with phase times from the profile if there is one, else by roofline. Raises
     ConfigError if the profile is of another model or microbatch."""
-    config = run.config
     if profile:
-        profile.check(config)
-    sent = _sent(config, machine)
-    kinds = {block.name: block.kind for block in blocks(config.model)}
-    by_kind = profile.times() if profile else roofline_times(config, machine)
-    prices = StagePrices(
-        tuple(tuple(by_kind[kinds[name]] for name in names) for names in run.blocks),
-        traffic.messages(sent, machine),
-        config.parallel.overlap == "on",
-        machine.beside_comm,
-        _message_seconds(config, machine),
-    )
+        profile.check(run.config)
+    prices = prices_of(run, machine, profile)
     timeline = simulate(run.schedule, prices)
     return Plan(
         run=run,
         machine=machine,
-        sent=sent,
-        ranks=memory_of(run, machine),
-        times=by_kind,
+        sent=_sent(run.config, machine),
+        ranks=memory_of(run, parts_of(run, machine.cuda), machine),
+        times=_phase_times(run.config, machine, profile),
         prices=prices,
         timeline=timeline,
         sharding=shard(run, machine, timeline, profile.update_seconds if profile else None),
@@ -242,14 +232,39 @@ def make(run: RunPlan, machine: Machine, profile: Profile | None = None) -> Plan
     )
 
 
-def memory_of(run: RunPlan, machine: Machine) -> list[RankMemory]:
+def prices_of(run: LayoutPlan, machine: Machine, profile: Profile | None = None) -> StagePrices:
+    """Seconds of the ops and pairs of its schedule."""
+    config = run.config
+    kinds = {block.name: block.kind for block in blocks(config.model)}
+    by_kind = _phase_times(config, machine, profile)
+    return StagePrices(
+        tuple(tuple(by_kind[kinds[name]] for name in names) for names in run.blocks),
+        traffic.messages(_sent(config, machine), machine),
+        config.parallel.overlap == "on",
+        machine.beside_comm,
+        _message_seconds(config, machine),
+    )
+
+
+def memory_of(run: LayoutPlan, parts: Parts, machine: Machine) -> list[RankMemory]:
     """Of every pipeline rank: known before a step is simulated."""
-    return memory(run, _sent(run.config, machine), machine.cuda)
+    ranks = memory(run, parts, _sent(run.config, machine), machine.cuda)
+    if not run.config.run.buddy_every:
+        return ranks
+    return with_copies(run, ranks, parts.buckets, _topology(run.config, machine))
+
+
+def _phase_times(config: Config, machine: Machine, profile: Profile | None) -> dict[str, PhaseTimes]:
+    return profile.times() if profile else roofline_times(config, machine)
 
 
 def _sent(config: Config, machine: Machine) -> Dispatching:
+    return traffic.dispatching(config, _topology(config, machine))
+
+
+def _topology(config: Config, machine: Machine) -> Topology:
     nodes = config.comm.topology.nodes
-    return traffic.dispatching(config, by_sizes(nodes) if nodes else machine.topology(config.parallel.world))
+    return by_sizes(nodes) if nodes else machine.topology(config.parallel.world)
 
 
 def _message_seconds(config: Config, machine: Machine) -> float:

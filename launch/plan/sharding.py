@@ -9,7 +9,7 @@ gather is exposed for the part that ends after the first forward that reads it w
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -18,11 +18,11 @@ from dryvine.launch.plan import traffic
 from dryvine.launch.plan.hardware import GIGA, Machine
 from dryvine.launch.plan.shards import BucketSize, buckets
 from dryvine.launch.plan.traffic import LinkBytes
-from dryvine.parallel.buckets import stage_times, turns
+from dryvine.parallel.buckets import StageTimes, equal_times, stage_times, turns
 from dryvine.parallel.schedule.simulate import Timeline
 from dryvine.trainer.activations import DTYPE_BYTES
 from dryvine.trainer.config import Config
-from dryvine.trainer.run_plan import RunPlan
+from dryvine.trainer.run_plan import LayoutPlan
 
 
 class Transfers(NamedTuple):
@@ -46,22 +46,21 @@ class Sharding(NamedTuple):
 
 
 class _Times(NamedTuple):
-    """By stage, in seconds from the start of a step: the first read of its weights, and the end of its gradients."""
-
-    read: Mapping[int, float]
-    summed: Mapping[int, float]
+    equal: StageTimes  # if all ops cost the same, which sets the order of buckets
+    planned: StageTimes  # in seconds from the start of a step
     end: float  # of the step's last slot
 
 
-def shard(run: RunPlan, machine: Machine, timeline: Timeline, per_element: float | None) -> Sharding:
+def shard(run: LayoutPlan, machine: Machine, timeline: Timeline, per_element: float | None) -> Sharding:
     """ZeRO's transfers and update. `per_element`: measured seconds of the update; None: by memory bandwidth."""
     config, every = run.config, buckets(run)
-    times = _Times(*stage_times(timeline), max(cell.end for row in timeline.cells for cell in row))
+    end = max(cell.end for row in timeline.cells for cell in row)
+    times = _Times(equal_times(run.schedule), stage_times(timeline), end)
     sums, gathers = (
         [[_moved(run, one, machine, width) for one in mine] for mine in every]
         for width in (sum_bytes(config), DTYPE_BYTES[config.run.dtype])
     )
-    update = max(_update_seconds(config, mine, machine, per_element) for mine in every)
+    update = update_seconds(config, every, machine, per_element)
     if config.parallel.overlap == "off":
         return Sharding(_transfers(machine, sums, None), _transfers(machine, gathers, None), update)
     ranks = zip(every, sums, gathers, strict=True)
@@ -90,23 +89,23 @@ def _each(machine: Machine, moved: Iterable[LinkBytes]) -> list[float]:
 
 
 def _exposed(
-    run: RunPlan, machine: Machine, mine: list[BucketSize], times: _Times, sums: list[float], gathers: list[float]
+    run: LayoutPlan, machine: Machine, mine: list[BucketSize], times: _Times, sums: list[float], gathers: list[float]
 ) -> tuple[float, float]:
     """Exposed seconds of a rank: of its sums after the last slot, and of its gathers after the first reads."""
     made = [one.layout for one in mine]
-    order = turns(run.schedule, made)
+    order = turns(times.equal, made)
     fetch = [_fetch_seconds(run.config, one, machine) for one in mine]
     sent = fetched = 0.0
     for number in order.sums:
-        sent = max(sent, *(times.summed[stage] for stage in made[number].stages)) + sums[number]
+        sent = max(sent, *(times.planned.summed[stage] for stage in made[number].stages)) + sums[number]
         fetched = max(fetched, sent) + fetch[number]
     arrived = accumulate(gathers[number] for number in order.gathers)
-    read = [min(times.read[stage] for stage in made[number].stages) for number in order.gathers]
+    read = [min(times.planned.read[stage] for stage in made[number].stages) for number in order.gathers]
     late = (there - needed for there, needed in zip(arrived, read, strict=True))
     return max(fetched - times.end, 0.0), max(0.0, *late)
 
 
-def _moved(run: RunPlan, bucket: BucketSize, machine: Machine, width: int) -> LinkBytes:
+def _moved(run: LayoutPlan, bucket: BucketSize, machine: Machine, width: int) -> LinkBytes:
     """Bytes by link class of a ring reduce-scatter or all-gather: between nodes all but the node's own part, once
     for all its members; the rest inside the node. `width`: bytes of an element."""
     together = bucket.copies if run.config.parallel.world <= machine.gpus_per_node else _in_node(bucket, run, machine)
@@ -118,7 +117,7 @@ def _moved(run: RunPlan, bucket: BucketSize, machine: Machine, width: int) -> Li
     return Counter(moved)  # type: ignore[arg-type]
 
 
-def _in_node(bucket: BucketSize, run: RunPlan, machine: Machine) -> int:
+def _in_node(bucket: BucketSize, run: LayoutPlan, machine: Machine) -> int:
     """How many copies of a bucket share a node."""
     p = run.config.parallel
     in_node = min(machine.gpus_per_node, p.world)
@@ -135,6 +134,13 @@ def _in_node(bucket: BucketSize, run: RunPlan, machine: Machine) -> int:
 def _fetch_seconds(config: Config, bucket: BucketSize, machine: Machine) -> float:
     """Seconds to copy a summed shard to host memory."""
     return 4 * bucket.shard / (machine.host.link * GIGA) if config.optim.offload == "cpu" else 0.0
+
+
+def update_seconds(
+    config: Config, every: Iterable[list[BucketSize]], machine: Machine, per_element: float | None
+) -> float:
+    """Seconds of the update, of the slowest rank."""
+    return max(_update_seconds(config, mine, machine, per_element) for mine in every)
 
 
 def _update_seconds(config: Config, mine: Iterable[BucketSize], machine: Machine, per_element: float | None) -> float:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import pairwise
 
 from dryvine.parallel.buckets import BucketEntry, BucketLayout, Holders, ReadingLayer, layouts
 from dryvine.trainer.model.parameters import ParameterSize, parameters
-from dryvine.trainer.run_plan import RunPlan
+from dryvine.trainer.run_plan import LayoutPlan
 
 
 @dataclass(frozen=True)
@@ -39,14 +40,25 @@ class BucketSize:
     def shard(self) -> int:
         return self.padded // self.copies
 
+    def pieces(self, index: int) -> list[int]:
+        """Elements of each parameter in the shard of copy `index`, without padding."""
+        layout, low, high = self.layout, index * self.shard, (index + 1) * self.shard
+        starts = sorted(layout.starts.values())
+        matrices_end = layout.elements - (layout.end - layout.vectors)
+        ends = [
+            min(end, matrices_end) if start < matrices_end else end for start, end in pairwise([*starts, layout.end])
+        ]
+        parts = (min(end, high) - max(start, low) for start, end in zip(starts, ends, strict=True))
+        return [part for part in parts if part > 0]
 
-def parameters_of(plan: RunPlan, pp_rank: int) -> dict[str, ParameterSize]:
+
+def parameters_of(plan: LayoutPlan, pp_rank: int) -> dict[str, ParameterSize]:
     """The parameters of a pipeline rank, by name."""
     names = [name for blocks in plan.blocks_of(pp_rank).values() for name in blocks]
     return parameters(plan.config.model, names)
 
 
-def buckets(plan: RunPlan) -> list[list[BucketSize]]:
+def buckets(plan: LayoutPlan) -> list[list[BucketSize]]:
     """The buckets of each pipeline rank, for its first expert-parallel rank."""
     p = plan.config.parallel
     by_rank = [parameters_of(plan, rank) for rank in range(p.pp)]
@@ -58,7 +70,7 @@ def buckets(plan: RunPlan) -> list[list[BucketSize]]:
     return [_of_rank([entries[name] for name in names], p.dp, p.ep) for names in by_rank]
 
 
-def _entries(plan: RunPlan, homes: dict[str, list[int]]) -> dict[str, BucketEntry]:
+def _entries(plan: LayoutPlan, homes: dict[str, list[int]]) -> dict[str, BucketEntry]:
     ep, readers = plan.config.parallel.ep, defaultdict[str, list[ReadingLayer]](list)
     sizes: dict[str, ParameterSize] = {}
     layers = [(stage, layer) for stage, names in enumerate(plan.blocks) for layer in names]

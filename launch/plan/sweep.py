@@ -1,27 +1,34 @@
 """All layouts of a number of GPUs, planned: the fastest that fit, and why the others are not among them.
 
-Every layout has a lower bound that costs nothing to compute: its arithmetic spread evenly over all ranks. Layouts are
-planned in order of that bound until none of the remaining can be among the best; those are reported as slower, with
-their bound. Memory is checked before a step is simulated, and layouts that share a schedule share its program.
+Memory comes first, and needs no simulation. What fits has a lower bound of its step: a rank runs its slots one after
+the other, and the first of them waits for the forwards of the stages before. Slots are counted once for layouts with
+the same schedule, so a bound costs a few products. Layouts are simulated in the order of their bounds until none of the
+remaining can be among the best; those are reported as slower, with their bound.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 from dryvine.launch.plan.hardware import GIGA, Machine
-from dryvine.launch.plan.memory import RankMemory, state
-from dryvine.launch.plan.plan import Plan, fits, make, memory_of, roofline_times
-from dryvine.launch.plan.shards import buckets
+from dryvine.launch.plan.memory import Parts, RankMemory, state
+from dryvine.launch.plan.plan import Plan, fits, make, memory_of, prices_of, roofline_times
+from dryvine.launch.plan.sharding import update_seconds
+from dryvine.launch.plan.shards import BucketSize, buckets
+from dryvine.launch.plan.times import StagePrices
+from dryvine.parallel.schedule.footprint import Footprint
 from dryvine.parallel.schedule.table import SCHEDULES, legal
+from dryvine.trainer.activations import FlightSizes, flight_sizes, microbatch_size
 from dryvine.trainer.config import Config, ConfigError, Tree
 from dryvine.trainer.model.shape import blocks
 from dryvine.trainer.ramps import BatchConfig
-from dryvine.trainer.run_plan import Programs, make_plan
+from dryvine.trainer.run_plan import LayoutPlan, LayoutPlans
 
 BEST = 10  # the number of best layouts that are found for certain
+MEMORY_SHARE = 0.7  # of a sweep's time: about what memory and bounds take
+ROUNDING = 1 - 1e-9  # sums in another order
 MICROBATCHES = (1, 2, 4, 8)  # sequences
 RECOMPUTE: tuple[tuple[str, ...], ...] = ((), ("norm", "mla_up", "swiglu"))
 
@@ -76,19 +83,22 @@ def sweep(
     """Every candidate for so many GPUs, best first: those that fit by time, then the others."""
     single = base.model_copy(update={"batch": BatchConfig(sequences=base.batch.sequences)})
     rows = [_first_look(single, candidate, machine) for candidate in candidates(single, gpus)]
-    open_rows = sorted((row for row in rows if not row.reason), key=lambda row: row.bound)
-    done = [row for row in rows if row.reason]
-    best: list[float] = []
-    programs = Programs()
+    done, open_rows = [row for row in rows if row.reason], [row for row in rows if not row.reason]
+    bench, fitting = _Bench(single, machine), list[SweepRow]()
     for number, row in enumerate(open_rows):
-        on_progress(number / len(open_rows))
+        on_progress(MEMORY_SHARE * number / len(open_rows))
+        judged = bench.judge(row)
+        (done if judged.reason else fitting).append(judged)
+    fitting.sort(key=lambda row: row.bound)
+    best: list[float] = []
+    for number, row in enumerate(fitting):
+        on_progress(MEMORY_SHARE + (1 - MEMORY_SHARE) * number / len(fitting))
         if len(best) == BEST and row.bound >= best[-1]:
-            done += [_slower(late, best[0]) for late in open_rows[number:]]
+            done += [_slower(late, best[0]) for late in fitting[number:]]
             break
-        planned = _planned(single, row, machine, programs)
+        planned = bench.simulate(row)
         done.append(planned)
-        if planned.fits:
-            best = sorted([*best, planned.seconds])[:BEST]
+        best = sorted([*best, planned.seconds])[:BEST]
     return sorted(done, key=lambda row: (not row.fits, row.seconds))
 
 
@@ -118,20 +128,63 @@ def _first_look(base: Config, candidate: Candidate, machine: Machine) -> SweepRo
     return SweepRow(candidate, None, microbatches * arithmetic / candidate.pp, "")
 
 
-def _planned(base: Config, row: SweepRow, machine: Machine, programs: Programs) -> SweepRow:
-    try:
-        run = make_plan(row.candidate.config(base), programs)
-    except ConfigError as error:
-        return SweepRow(row.candidate, None, float("inf"), str(error))
-    least = max(sum(state(run, mine).values()) for mine in buckets(run))
-    if least > machine.usable_bytes:
-        reason = f"does not fit: weights, sums and optimizer alone {least / GIGA:.0f} GB"
-        return SweepRow(row.candidate, None, row.bound, reason)
-    ranks = memory_of(run, machine)
-    if not fits(ranks, machine):
-        return SweepRow(row.candidate, None, row.bound, _too_large(ranks, machine), max(rank.total for rank in ranks))
-    plan = make(run, machine)
-    return SweepRow(row.candidate, plan, row.bound, "", plan.fullest.total)
+class _Bench:
+    """What layouts of one sweep are judged with: what they share is made once."""
+
+    def __init__(self, base: Config, machine: Machine) -> None:
+        self.base, self.machine = base, machine
+        self._layouts = LayoutPlans()
+        self._buckets: dict[tuple[object, ...], list[list[BucketSize]]] = {}
+        self._flights: dict[tuple[object, ...], FlightSizes] = {}
+
+    def judge(self, row: SweepRow) -> SweepRow:
+        """The row with the layout's peak, and why it is out or a bound of its step from its slots."""
+        try:
+            layout = self._layouts.of(row.candidate.config(self.base))
+        except ConfigError as error:
+            return replace(row, bound=float("inf"), reason=str(error))
+        every, machine = self._buckets_of(layout), self.machine
+        least = max(sum(state(layout, mine).values()) for mine in every)
+        if least > machine.usable_bytes:
+            return replace(row, reason=f"does not fit: weights, sums and optimizer alone {least / GIGA:.0f} GB")
+        ranks = memory_of(layout, Parts(every, self._flights_of(layout)), machine)
+        row = replace(row, peak=max(rank.total for rank in ranks))
+        if not fits(ranks, machine):
+            return replace(row, reason=_too_large(ranks, machine))
+        update = update_seconds(layout.config, every, machine, None)
+        return replace(row, bound=ROUNDING * (least_span(layout.footprint, prices_of(layout, machine)) + update))
+
+    def simulate(self, row: SweepRow) -> SweepRow:
+        return replace(row, plan=make(self._layouts.of(row.candidate.config(self.base)), self.machine))
+
+    def _buckets_of(self, layout: LayoutPlan) -> list[list[BucketSize]]:
+        """They follow from which rank has which stages, and over how many ranks these are spread."""
+        p = layout.config.parallel
+        key = layout.schedule.routes, p.dp, p.ep
+        if key not in self._buckets:
+            self._buckets[key] = buckets(layout)
+        return self._buckets[key]
+
+    def _flights_of(self, layout: LayoutPlan) -> FlightSizes:
+        size = microbatch_size(layout.config, self.machine.cuda)
+        key = layout.blocks, size, layout.config.model.recompute
+        if key not in self._flights:
+            self._flights[key] = flight_sizes(layout, self.machine.cuda)
+        return self._flights[key]
+
+
+def least_span(footprint: Footprint, prices: StagePrices) -> float:
+    """Seconds that a step takes at least: a rank has its slots to run, and the first of them waits for the forwards of
+    the stages before."""
+    seconds = {slot: prices.slot(slot) for slots in footprint.slots for slot, _ in slots}
+    forward: dict[int, float] = {}  # the shortest slot with a forward of the stage
+    for slot, each in seconds.items():
+        forward |= {op.stage: min(each, forward.get(op.stage, each)) for op in slot if op.kind == "F"}
+    return max(
+        sum(forward[stage] for stage in range(slots[0].slot[0].stage))
+        + sum(seconds[slot] * times for slot, times in slots)
+        for slots in footprint.slots
+    )
 
 
 def _too_large(ranks: Sequence[RankMemory], machine: Machine) -> str:
@@ -149,5 +202,6 @@ def _slower(row: SweepRow, best: float) -> SweepRow:
         row.candidate,
         None,
         row.bound,
-        f"slower: at least {row.bound:.3g} s for its arithmetic alone; best {best:.3g} s",
+        f"slower: at least {row.bound:.3g} s, with no wait in the middle; best {best:.3g} s",
+        row.peak,
     )

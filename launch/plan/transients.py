@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from dryvine.launch.plan.shards import BucketSize
-from dryvine.trainer.run_plan import RunPlan
+from dryvine.trainer.run_plan import LayoutPlan
 from dryvine.trainer.temporaries import temporary_bytes
 
 
-def transients(plan: RunPlan, rank: int, mine: Iterable[BucketSize], held: int, cuda: bool) -> int:
+def transients(plan: LayoutPlan, rank: int, mine: Iterable[BucketSize], held: int, cuda: bool) -> int:
     """Bytes above `held`, the most that the rank's flights keep."""
     return max(temporary_bytes(plan, plan.blocks_of(rank), cuda), _in_optimizer(mine, cuda) - held, 0)
 

@@ -8,12 +8,13 @@ also hold measured times: pictures and figures are the same for both.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple, Protocol
 
 from dryvine.parallel.schedule.costs import Costs
+from dryvine.parallel.schedule.footprint import Footprint
 from dryvine.parallel.schedule.ir import Op, Schedule, Slot
 
 
@@ -68,7 +69,7 @@ class Timeline:
 
     def held(self, rank: int) -> int:
         """The most microbatch-chunks whose activations the rank holds at once."""
-        return most_held(self.schedule, rank, dict.fromkeys(range(self.schedule.stages), 1))
+        return Footprint(self.schedule).most_held(rank, dict.fromkeys(range(self.schedule.stages), 1))
 
     @property
     def peak_activations(self) -> int:
@@ -91,23 +92,6 @@ class Timeline:
         bubble = f"bubble {self.bubble:.4g} ({self.bubble_fraction:.1%})"
         memory = f"{self.peak_activations} chunks held, {self.params_per_rank} stages a rank"
         return f"span {self.span:.6g}, {bubble}, {self.overlapped_share:.0%} of forwards overlapped, {memory}"
-
-
-def most_held(schedule: Schedule, rank: int, sizes: Mapping[int, int], left: Mapping[int, int] | None = None) -> int:
-    """The most that the rank holds at once of microbatches in flight: `sizes[stage]` from the start of F to the end of
-    B or W, and what an I has `left` until its W.
-
-    I releases nothing: the weight gradients still need the inputs. A slot's ops take before any of them frees, as a
-    pair holds both.
-    """
-    now = most = 0
-    for slot in schedule.ranks[rank]:
-        now += sum(sizes[op.stage] for op in slot if op.kind == "F")
-        now += sum(left[op.stage] for op in slot if left and op.kind == "I")
-        most = max(most, now)
-        now -= sum(sizes[op.stage] for op in slot if op.kind in "BW")
-        now -= sum(left[op.stage] for op in slot if left and op.kind == "W")
-    return most
 
 
 def measured(schedule: Schedule, times: Sequence[Sequence[tuple[float, float]]]) -> Timeline:

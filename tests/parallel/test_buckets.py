@@ -7,7 +7,16 @@ from unittest import mock
 import pytest
 
 from dryvine.parallel import buckets
-from dryvine.parallel.buckets import LANES, BucketEntry, BucketLayout, Holders, ReadingLayer, layouts, turns
+from dryvine.parallel.buckets import (
+    LANES,
+    BucketEntry,
+    BucketLayout,
+    Holders,
+    ReadingLayer,
+    equal_times,
+    layouts,
+    turns,
+)
 from dryvine.parallel.executor import last_gradients
 from dryvine.parallel.flow_control import RankProgram, rank_program
 from dryvine.parallel.schedule.ir import Op, ProgramStep
@@ -63,10 +72,10 @@ def test_sums_go_by_their_last_copy_and_gathers_by_their_first_read() -> None:
     """DualPipe on two ranks: both hold both stages, and end them in opposite orders. Shared by both stages: last."""
     schedule = build("dualpipe", 2, 4, 1)
     made = [of_stages(0), of_stages(0, first=1), of_stages(1, first=2), of_stages(0, 1, first=3)]
-    order = turns(schedule, made)
+    order = turns(equal_times(schedule), made)
     assert sorted(order.sums) == sorted(order.gathers) == [0, 1, 2, 3]
     assert order.sums.index(1) < order.sums.index(0), "a backward ends with the first layer"
-    one_f_one_b = turns(build("one_f_one_b", 2, 4, 1), made)
+    one_f_one_b = turns(equal_times(build("one_f_one_b", 2, 4, 1)), made)
     assert one_f_one_b.sums[:1] == (2,), "the last stage is complete first"
     assert one_f_one_b.gathers[0] == 0
     assert one_f_one_b.gathers[-1] == 2

@@ -7,11 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dryvine.parallel.schedule.costs import PAIRS, Costs
+from dryvine.parallel.schedule.footprint import Footprint
 from dryvine.parallel.schedule.ir import Op
 from dryvine.parallel.schedule.makespan import Work, makespan
 from dryvine.parallel.schedule.notation import from_csv
 from dryvine.parallel.schedule.rules import ScheduleError
-from dryvine.parallel.schedule.simulate import measured, most_held, simulate
+from dryvine.parallel.schedule.simulate import measured, simulate
 from dryvine.parallel.schedule.table import build
 
 
@@ -56,11 +57,11 @@ def test_what_is_held_has_the_size_of_its_stage():
     """Rank 1 holds microbatch 0 of stage 1 until W, and that of stage 2 until B."""
     schedule = from_csv("0F0,0F1,0B0,0B1\n1F0,2F0,2B0,1I0,1F1,1W0,2F1,2B1,1B1\n")
     sizes = {0: 100, 1: 10, 2: 1}
-    assert most_held(schedule, 0, sizes) == 200
-    assert most_held(schedule, 1, sizes) == 20
-    assert most_held(schedule, 1, {0: 100, 1: 1, 2: 10}) == 11
+    assert Footprint(schedule).most_held(0, sizes) == 200
+    assert Footprint(schedule).most_held(1, sizes) == 20
+    assert Footprint(schedule).most_held(1, {0: 100, 1: 1, 2: 10}) == 11
     # Between I and W there is what I has left; a second F is there at the same time.
-    assert most_held(schedule, 1, sizes, {0: 0, 1: 5, 2: 0}) == 25
+    assert Footprint(schedule).most_held(1, sizes, {0: 0, 1: 5, 2: 0}) == 25
 
 
 def test_ratio_of_overlapped_forwards():

@@ -51,8 +51,9 @@ def _cases(corpus: Path, folder: Path) -> Iterator[Case]:
         yield Case(f"data.source {word[:40]!r}", (*SLURM, *given, f"data.source={word}"))
         yield Case(f"run.out {word[:40]!r}", (*SLURM, *given, f"run.out={word}"))
         for key in ("run.name", "run.out", "run.init_from", "data.source"):
-            for way in ("--dry-run", "--one-gpu"):
-                yield Case(f"{way} {key} {word[:40]!r}", ("train", TINY, way, *given, f"{key}={word}"))
+            yield Case(f"--dry-run {key} {word[:40]!r}", ("train", TINY, "--dry-run", *given, f"{key}={word}"))
+        for key in ("run.name", "run.out", "run.init_from"):
+            yield Case(f"--one-gpu {key} {word[:40]!r}", ("train", TINY, "--one-gpu", *given, f"{key}={word}"))
         for option in OPTIONS:
             yield Case(f"--{option} {word[:40]!r}", (*SLURM, *given, f"--{option}={word}"))
     for option in NUMBERS:

@@ -13,7 +13,6 @@ from benchmarks.support.census import Census
 from dryvine.comm.dispatch.exchange import GroupExchange
 from dryvine.comm.dispatch.flat import Flat
 from dryvine.comm.dispatch.single_rank import SingleRank
-from dryvine.parallel.schedule.simulate import most_held
 from dryvine.parallel.stage import Flight, Stage, State
 from dryvine.trainer.activations import activations, microbatch_size, stage_bytes
 from dryvine.trainer.config import Config
@@ -170,7 +169,7 @@ def test_a_run_holds_what_its_schedule_keeps_in_flight(tiny: Callable[..., Confi
     plan = make_plan(tiny("parallel.pp=2", "parallel.schedule=one_f_one_b"))
     sizes = stage_bytes(plan, cuda=False)
     peak = 2 * sizes[0]
-    assert peak > sizes[1] == most_held(plan.schedule, 1, sizes)
+    assert peak > sizes[1] == plan.footprint.most_held(1, sizes)
     said = f"activations kept for backwards: at most {peak / 1e9:.3g} GB, on pipeline rank 0 of 2"
     assert activations(plan, cuda=False) == said
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from dryvine.comm import buddies, local
-from dryvine.comm.buddies import buddy_of, make_links
-from dryvine.comm.topology import by_sizes
+from dryvine.comm.buddies import make_links
+from dryvine.comm.topology import buddy_of, by_sizes
 from dryvine.trainer import journal, loop
 from dryvine.trainer.checkpoint import attempts, memory_saver, run_folder
 from dryvine.trainer.checkpoint.attempts import check_folder

@@ -58,7 +58,8 @@ WRONG = {
     "rl.preset=[]": ("rl", "preset"),
     f"run.name={'a' * 256}": ("run.name", "at most 255 bytes"),
     f"run.out={'a/' * 2000}": ("run.out", "at most 3800"),
-    'run.init_from="a\\u0000"': ("run.init_from", "none that is zero"),
+    'run.init_from="a\\u0000"': ("run.init_from", "can be printed"),
+    'data.source="\\u001b[31m"': ("data.source", "can be printed"),
     f"data.source={'é' * 128}": ("data.source", "at most 255 bytes"),
 }
 

@@ -13,7 +13,7 @@ from dryvine.launch.plan.memory import GRAPHS
 from dryvine.launch.plan.plan import make
 from dryvine.parallel.graphs import Graphs
 from dryvine.parallel.stage import Flight
-from dryvine.trainer.activations import held_bytes, left_bytes, microbatch_size, stage_bytes
+from dryvine.trainer.activations import flight_sizes, held_bytes, left_bytes, microbatch_size, stage_bytes
 from dryvine.trainer.config import Config
 from dryvine.trainer.graph_memory import flights, graph_bytes, graph_line, graphs_refusal
 from dryvine.trainer.run_plan import RunPlan, make_plan
@@ -29,6 +29,10 @@ SCHEDULES = (
     ("parallel.pp=2", "parallel.schedule=zb1p", "batch.sequences=8"),
     ("parallel.pp=2", "parallel.schedule=interleaved", "parallel.chunks=2", "batch.sequences=8"),
 )
+
+
+def extra(plan: RunPlan, cuda: bool = True) -> list[int]:
+    return graph_bytes(plan, flight_sizes(plan, cuda), held_bytes(plan, cuda), cuda)
 
 
 def recorded(plan: RunPlan, rank: int) -> dict[int, int]:
@@ -61,20 +65,20 @@ def test_flights_are_those_that_are_recorded(tiny: Tiny, overrides: tuple[str, .
 def test_who_has_no_graphs_pays_for_none(tiny: Tiny, override: str, why: str) -> None:
     config = tiny("run.dtype=bf16", "parallel.pp=2", override)
     assert why in (graphs_refusal(config, cuda=True) or "")
-    assert graph_bytes(make_plan(config), cuda=True) == [0, 0]
+    assert extra(make_plan(config)) == [0, 0]
 
 
 def test_off_and_a_cpu_have_none(tiny: Tiny) -> None:
     plan = make_plan(tiny("run.dtype=bf16"))
-    assert graph_bytes(plan, cuda=False) == [0]
-    assert graph_bytes(plan, cuda=True)[0] > 0
-    assert graph_bytes(make_plan(tiny("run.dtype=bf16", "parallel.graphs=off")), cuda=True) == [0]
+    assert extra(plan, cuda=False) == [0]
+    assert extra(plan)[0] > 0
+    assert extra(make_plan(tiny("run.dtype=bf16", "parallel.graphs=off"))) == [0]
 
 
 def test_one_flight_costs_what_goes_in_and_out(tiny: Tiny) -> None:
     plan = make_plan(tiny("run.dtype=bf16"))
     tokens = plan.config.parallel.microbatch_sequences * plan.config.data.seq_len
-    assert graph_bytes(plan, cuda=True) == [4 * tokens * plan.config.model.hidden * 2]
+    assert extra(plan) == [4 * tokens * plan.config.model.hidden * 2]
 
 
 def test_flights_share_nothing(tiny: Tiny) -> None:
@@ -92,7 +96,7 @@ def test_flights_share_nothing(tiny: Tiny) -> None:
         for n, (kept, own, left) in enumerate([(kept_0, own_0, left_0), (kept_1, own_1, left_1)])
     )
     assert sum(counts.values()) == 3
-    assert graph_bytes(plan, cuda=True)[0] == hold - held_bytes(plan, cuda=True)[0] - max(own_0, own_1)
+    assert extra(plan)[0] == hold - held_bytes(plan, cuda=True)[0] - max(own_0, own_1)
     row = make(plan, load_hardware("h100")).ranks[0].kinds[GRAPHS]
-    assert row == graph_bytes(plan, cuda=True)[0]
-    assert f"{max(graph_bytes(plan, cuda=True)) / 1e9:.3g} GB" in graph_line(plan)
+    assert row == extra(plan)[0]
+    assert f"{max(extra(plan)) / 1e9:.3g} GB" in graph_line(plan)

@@ -7,6 +7,7 @@ device. (Counting those of a built model would need torch, and minutes for 671B.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BaseModel, Field, PositiveInt, model_validator
@@ -116,6 +117,7 @@ class Block(NamedTuple):
     cost: float  # forward FLOPs per token
 
 
+@lru_cache(maxsize=64)
 def blocks(shape: Shape, seq_len: int | None = None) -> tuple[Block, ...]:
     """The model in forward order: embed, layers.0 ..., head, mtp.0 .... `seq_len` (default: max_position) determines
     the cost of causal attention, which covers half of it on average."""

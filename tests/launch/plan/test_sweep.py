@@ -18,7 +18,7 @@ from dryvine.parallel.schedule.ir import Schedule
 from dryvine.parallel.schedule.table import build
 from dryvine.trainer import run_plan
 from dryvine.trainer.config import Config
-from dryvine.trainer.run_plan import make_plan
+from dryvine.trainer.run_plan import LayoutPlan, make_plan
 
 
 def machine(megabytes: float) -> Machine:
@@ -40,6 +40,28 @@ def test_the_best_is_the_best_of_all(base: Config, monkeypatch: pytest.MonkeyPat
     assert len(found) == len(every)
 
 
+def test_a_bound_is_below_what_is_simulated_and_near_it(base: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BEST", 10**6)  # plan them all
+    shares = [row.bound / row.seconds for row in sweep(base, 4, machine(1000.0)) if row.fits]
+    assert all(share <= 1 for share in shares)
+    assert sum(shares) > 0.6 * len(shares)
+
+
+def test_what_cannot_be_among_the_best_is_not_simulated(base: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    simulated: list[Plan] = []
+
+    def count(layout: LayoutPlan, of: Machine) -> Plan:
+        simulated.append(make(layout, of))
+        return simulated[-1]
+
+    monkeypatch.setattr(module, "make", count)
+    rows = sweep(base, 4, machine(1000.0))
+    slower = [row for row in rows if row.reason.startswith("slower")]
+    assert len(simulated) >= BEST
+    assert len(slower) > 20
+    assert max(row.seconds for row in rows[:BEST]) <= min(row.bound for row in slower)
+
+
 def test_every_other_layout_has_its_reason(base: Config) -> None:
     rows = sweep(base, 2, machine(2.5))
     assert all(row.fits != bool(row.reason) for row in rows)
@@ -47,7 +69,7 @@ def test_every_other_layout_has_its_reason(base: Config) -> None:
     assert all(word in reasons for word in ("does not fit", "needs pp", "no whole number of"))
     for row in rows:
         if row.peak:
-            assert row.fits == (row.peak <= 2.5e6)
+            assert row.reason.startswith("does not fit") == (row.peak > 2.5e6)
 
 
 def test_where_nothing_fits_the_nearest_are_shown(base: Config) -> None:
