@@ -24,6 +24,7 @@ from dryvine.comm.dispatch.meter import Meter
 from dryvine.comm.dispatch.nvlink import Nvlink
 from dryvine.comm.dispatch.setup import Setup
 from dryvine.comm.dispatch.windows import WindowRows, Windows, word_count
+from dryvine.comm.live_steps import LiveStep
 from dryvine.comm.mesh import Layout, make_mesh
 from dryvine.comm.topology import by_sizes
 from tests.comm.test_dispatch_hypothesis import Boards, cases, check_order, on_ranks, there_and_back
@@ -292,3 +293,32 @@ def test_ranks_that_cannot_share_memory_use_flat_and_say_so_once() -> None:
     (_, first), (_, second) = local.run(cannot_share, 2, deadline=60)
     assert first == ["nvlink: no memory that the ranks could share; flat is used instead"]
     assert second == []
+
+
+def test_a_recorded_message_is_sent_and_awaited_anew_at_each_replay(tmp_path: Path) -> None:
+    """In its slot, beside messages that are sent at once and come to use the same one."""
+    node, replays = Node(tmp_path, 2), 2 * WINDOW_SLOTS + 1
+
+    def one(rank: int) -> list[float]:
+        windows, room, found = node.windows(rank), WindowRows(1, (1,), torch.float32), []
+        sent, steps = torch.zeros(1, 1), list[LiveStep]()
+        with windows.live.recorded_by(steps.append):
+            view = windows.start(lambda _: (sent,), (room,), lambda came: came[0], "recorded").wait()
+        post, wait, release = steps
+        assert [step.waits for step in steps] == [False, True, False]
+        for number in range(replays):
+            windows.live.during = f", microbatch {number}"
+            sent.fill_(10 * number + rank)
+            post.run()
+            negative = torch.full((1, 1), -number - 1.0)
+            other = windows.start(lambda _, t=negative: (t,), (room,), lambda came: float(came[0][0, 0]), "at once")
+            wait.run()
+            found.append(float(view[1 - rank]))
+            release.run()
+            found.append(other.wait())
+        return found
+
+    for rank, found in enumerate(node.run(one)):
+        assert found == [value for n in range(replays) for value in (10.0 * n + 1 - rank, -n - 1.0)]
+    said = {what for what, _, _ in node.expected if what.startswith("recorded")}
+    assert said == {f"recorded, microbatch {number}" for number in range(replays)}
