@@ -99,29 +99,3 @@ def test_time_limit_requeue_and_scancel_are_survived(slurm: Slurm, corpus: Path,
     assert slurm.wait(again, ("COMPLETED", "FAILED")) == "COMPLETED", printed(tmp_path, again)
     assert f"resuming {tmp_path}/tiny after step {done}" in " ".join(printed(tmp_path, again).split())
     assert steps() == done + 3
-
-
-def test_an_array_goes_on_from_start_to_start_and_cancels_what_is_left(
-    slurm: Slurm, corpus: Path, tmp_path: Path
-) -> None:
-    """Of three starts the first is signalled, as before a time limit; the second ends the run; no third."""
-    given = words(corpus, tmp_path, "comm.deadline=30", "run.checkpoint_every=1000", "run.eval_every=100000")
-    options = ("--nodes", "2", "--gpus-per-node", "1", "--no-check", "--array", "3")
-    job = submit(slurm, *given, "run.steps=400", *options)
-    tasks = [f"{job}_{number}" for number in (1, 2, 3)]
-
-    def text() -> str:
-        return "".join(log.read_text() for log in sorted((tmp_path / "tiny").glob("slurm-*.out")))
-
-    rows = tmp_path / "tiny" / "metrics.jsonl"
-    until(lambda: rows.exists() and rows.read_text().count("\n") >= 2, 240, text)
-    assert slurm.state(tasks[1]) == "PENDING", "one after the other"
-    slurm.ask("scancel", "--batch", "--signal=USR1", tasks[0])
-    until(lambda: "stopped by a signal after step" in text(), 100, text)
-    stopped = max(map(int, re.findall(r"after step (\d+)", text())))
-    assert 2 <= stopped < 400
-    assert slurm.wait(tasks[1], ("COMPLETED", "FAILED"), 400) == "COMPLETED", text()
-    assert f"resuming {tmp_path}/tiny after step {stopped}" in " ".join(text().split())
-    assert slurm.wait(tasks[2], ("CANCELLED", "GONE")), text()
-    assert len(re.findall(r"^job \d+, start", text(), re.M)) == 2, text()
-    assert rows.read_text().count("\n") == 400
