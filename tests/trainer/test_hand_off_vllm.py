@@ -30,7 +30,8 @@ pytestmark = [pytest.mark.long, pytest.mark.skipif(not INSTALLED, reason="3.4 GB
 # computes other numbers, from the second position on (docs/handoff.md).
 SIZES = {"hidden": 128, "ffn": 128, "expert_ffn": 64, "nope_dim": 48, "rope_dim": 16, "v_dim": 64, "kv_lora": 64}
 V3 = SIZES | {"q_lora": 64, "init_std": 0.05, "yarn": Yarn(factor=40, original=16)}
-V2 = {"score": "softmax", "normalise": False, "route_scale": 1.0}
+# With V3's larger weights BF16 itself is over the bound: transformers in BF16 up to 0.19 from transformers in FP32.
+V2 = {"score": "softmax", "normalise": False, "route_scale": 1.0, "init_std": 0.03}
 UNGROUPED = {"groups": 1, "group_limit": 1}
 SHAPES: dict[str, dict[str, Any]] = {
     "v3": V3,
