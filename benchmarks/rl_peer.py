@@ -168,21 +168,23 @@ def _theirs(rig: Rig, task: Curriculum, steps: int, folder: Path) -> Any:
     )  # fmt: skip
     name = next(iter(asked[0].weights))
     return GRPOTrainer(
-        model, reward_funcs=[_reward(name)], args=settings, train_dataset=Dataset.from_list(rows),
+        model, reward_funcs=[_reward(name, tokenizer)], args=settings, train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
     )  # fmt: skip
 
 
-def _reward(name: str) -> Callable[..., list[float]]:
-    """Our verifier in TRL's process: no time of a pool is charged to it."""
+def _reward(name: str, tokenizer: Any) -> Callable[..., list[float]]:
+    """Our verifier in TRL's process: no time of a pool is charged to it. TRL's own text of an answer has lost the tags
+    of thought and answer, which are special tokens."""
     from importlib import import_module
 
     from dryvine.trainer.rl.verifiers.names import VERIFIERS
 
     verify = import_module(VERIFIERS[name]).verify
 
-    def reward(completions: list[str], record: list[str], **_: Any) -> list[float]:
-        return [verify(text, json.loads(one)).score for text, one in zip(completions, record, strict=True)]
+    def reward(completion_ids: list[list[int]], record: list[str], **_: Any) -> list[float]:
+        texts = (tokenizer.decode([t for t in ids if t != tokenizer.eos_token_id]) for ids in completion_ids)
+        return [verify(text, json.loads(one)).score for text, one in zip(texts, record, strict=True)]
 
     return reward
 
