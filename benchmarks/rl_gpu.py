@@ -133,7 +133,7 @@ def _learner(rig: Rig, task: Curriculum, judge: Judge, way: Way) -> Learner:
 
 
 def _in_fp8(rig: Rig) -> tuple[Sampler, Callable[[], None]]:
-    """A sampler in FP8, and what gives it the newest weights."""
+    """A sampler in FP8, and the function that copies the newest weights into it."""
     shape, recipe = rig.config.model, preset("deepseek_v3")
     fp8 = FP8(recipe, *choose_engines(recipe, rig.mesh, rig.config.run.folder))
     print(fp8.chosen, flush=True)

@@ -19,7 +19,7 @@ class LiveStep:
 
 
 class LiveSteps:
-    """The live steps of one rank's messages. One object is shared by a dispatcher and by what records its ops."""
+    """The live steps of one rank's messages. What records ops takes those of the dispatcher."""
 
     def __init__(self) -> None:
         self.during = ""  # what is being replayed, for errors

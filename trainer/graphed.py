@@ -20,15 +20,9 @@ from dryvine.trainer.model.phases import LossWeights
 
 
 def make_graphs(
-    config: Config,
-    device: torch.device,
-    dispatcher: AnyDispatcher,
-    fp8: FP8 | None,
-    weights: LossWeights,
-    live: LiveSteps,
+    config: Config, device: torch.device, dispatcher: AnyDispatcher, fp8: FP8 | None, weights: LossWeights
 ) -> tuple[Graphs | None, str]:
-    """Graphs, or None, and a line for the log. `live` has the dispatcher's messages. Raises ConfigError if graphs are
-    required and cannot be recorded."""
+    """Graphs, or None, and a line for the log. Raises ConfigError if they are required and cannot be recorded."""
     asked = config.parallel.graphs
     if asked == "off":
         return None, "parallel.graphs: off, as asked"
@@ -36,6 +30,8 @@ def make_graphs(
         if asked == "on":
             raise ConfigError(f"parallel.graphs = 'on': {why}; set parallel.graphs = 'auto'")
         return None, f"parallel.graphs: auto takes none: {why}"
+    # Others that can be recorded send nothing.
+    live = dispatcher.windows.live if isinstance(dispatcher, Nvlink) else LiveSteps()
     graphs = Graphs(CudaRecorder(device, live), dispatcher.meter, lambda: weights.mtp)
     return graphs, f"parallel.graphs: {asked} replays ops"
 

@@ -18,7 +18,6 @@ from dryvine.comm.dispatch.api import AnyDispatcher
 from dryvine.comm.dispatch.choose import make_dispatcher
 from dryvine.comm.dispatch.payload import Format
 from dryvine.comm.dispatch.setup import Setup
-from dryvine.comm.live_steps import LiveSteps
 from dryvine.comm.mesh import Layout, Mesh, make_mesh
 from dryvine.comm.pipeline_wire import make_wire
 from dryvine.comm.topology import Topology, by_sizes
@@ -164,11 +163,10 @@ class RankModel(NamedTuple):
     fp8: FP8 | None
 
 
-def make_model(plan: RunPlan, mesh: Mesh, topology: Topology | None = None, live: LiveSteps | None = None) -> RankModel:
-    """Build this rank's part of the model, with uninitialised weights. `live` gets the dispatcher's messages.
-    Collective."""
+def make_model(plan: RunPlan, mesh: Mesh, topology: Topology | None = None) -> RankModel:
+    """Build this rank's part of the model, with uninitialised weights. Collective."""
     config = plan.config
-    dispatcher = _dispatcher(config, mesh, topology, live or LiveSteps())
+    dispatcher = _dispatcher(config, mesh, topology)
     fp8 = FP8(config.fp8, *choose_engines(config.fp8, mesh, config.run.folder)) if config.fp8.fp8 else None
     spec = Spec(config.model, DTYPES[config.run.dtype], mesh.device, mesh.ep_rank, mesh.ep, fp8)
     return RankModel(Model(spec, plan.blocks_of(mesh.pp_rank), dispatcher), dispatcher, fp8)
@@ -178,8 +176,7 @@ def make_rig(plan: RunPlan, mesh: Mesh, data: Data, topology: Topology | None = 
     """Build this rank's part of the run, with weights initialised from `run.seed`. `topology` None: one node.
     Collective."""
     config = plan.config
-    live = LiveSteps()
-    model, dispatcher, fp8 = make_model(plan, mesh, topology, live)
+    model, dispatcher, fp8 = make_model(plan, mesh, topology)
     model.initialise(config.run.seed)
     memory = BucketMemory(config.optim.sums, config.optim.offload == "cpu")
     zero = Zero(dict(model.named_parameters()), mesh, readers(model, plan, mesh.pp_rank), memory)
@@ -188,7 +185,7 @@ def make_rig(plan: RunPlan, mesh: Mesh, data: Data, topology: Topology | None = 
     slots = slots_by_line(plan.programs)
     wire, carrier = make_wire(mesh, topology, slots, state)
     messages = EdgeWire(wire, lambda edge: state)
-    graphs, replays = make_graphs(config, mesh.device, dispatcher, fp8, model.loss_weights, live)
+    graphs, replays = make_graphs(config, mesh.device, dispatcher, fp8, model.loss_weights)
     streams = make_streams(mesh.device)
     integrity = Integrity(optimizer, config.run)
     nodes = topology or by_sizes([mesh.size])
@@ -217,7 +214,7 @@ def _boundary(config: Config) -> tuple[torch.Tensor]:
     return (torch.empty(tokens, config.model.hidden, dtype=DTYPES[config.run.dtype], device="meta"),)
 
 
-def _dispatcher(config: Config, mesh: Mesh, topology: Topology | None, live: LiveSteps) -> AnyDispatcher:
+def _dispatcher(config: Config, mesh: Mesh, topology: Topology | None) -> AnyDispatcher:
     comm, shape = config.comm, config.model
     setup = Setup(
         experts=shape.routed,
@@ -227,7 +224,6 @@ def _dispatcher(config: Config, mesh: Mesh, topology: Topology | None, live: Liv
         top_k=shape.top_k,
         tokens=config.parallel.microbatch_sequences * config.data.seq_len,
         row_bytes=max(row_bytes(config)),
-        live=live,
     )
     return make_dispatcher(comm.dispatcher, setup, comm.imbalance)
 

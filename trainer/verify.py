@@ -68,7 +68,7 @@ def compare(config: Config, device: str = "cpu") -> list[Deviation]:
 
 def repeat(config: Config, device: str = "cpu") -> list[Deviation]:
     """Run the layout twice in its own dtypes and compare bitwise. This detects races: a message that is read too early
-    rarely gives the same values twice."""
+    rarely has the same values twice."""
     return deviations(play(config, device), play(config, device), tolerance=0.0)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from dryvine.comm.copy_links import expecting, open_links
 from dryvine.comm.dispatch import flat, token_plan
 from dryvine.comm.dispatch.api import AnyDispatcher
-from dryvine.comm.dispatch.backends import WINDOW_SLOTS
+from dryvine.comm.dispatch.backends import RECORDED_RANKS, WINDOW_SLOTS
 from dryvine.comm.dispatch.payload import gather
 from dryvine.comm.dispatch.setup import Setup
 from dryvine.comm.dispatch.token_plan import TokenHandle
@@ -45,10 +45,10 @@ def build(setup: Setup) -> AnyDispatcher:
             logging.getLogger(__name__).warning("nvlink: no memory that the ranks could share; flat is used instead")
         return flat.build(setup)
     expect = expecting(mesh.watch, links.words)
-    if mesh.device.type == "cuda":
+    if mesh.device.type == "cuda" and len(near) <= RECORDED_RANKS:
         _load(setup, mesh.device)
     world_ranks = dist.get_process_group_ranks(mesh.experts)
-    windows = Windows(setup.rank, links, size, setup.meter, setup.links, expect, world_ranks, setup.live)
+    windows = Windows(setup.rank, links, size, setup.meter, setup.links, expect, world_ranks)
     return Nvlink(windows, setup.experts, setup.tokens, setup.alignment)
 
 

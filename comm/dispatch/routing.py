@@ -83,13 +83,18 @@ def transposed(counts_AB: Tensor, total: int) -> Tensor:
     return runs(begin_AB.T.flatten(), counts_AB.T.flatten(), total)
 
 
+def packed(values: Tensor, mask: Tensor, room: int) -> Tensor:
+    """The values [N] where the flattened mask is true, in order, then zeros: [room], and no more than that are true. An
+    index by a boolean mask would make the host wait."""
+    flat = mask.flatten()
+    # All others are written to one place too many, which is cut off.
+    place = torch.where(flat, flat.cumsum(0) - 1, room)
+    return values.new_zeros(room + 1).scatter_(0, place, values)[:room]
+
+
 def where(mask: Tensor, total: int) -> Tensor:
     """Positions that are true in the flattened mask, ascending: `nonzero` for a known number, without a host read."""
-    flat = mask.flatten()
-    # Positions that are false are all written to one place too many, which is cut off.
-    place = torch.where(flat, flat.cumsum(0) - 1, total)
-    positions = torch.empty(total + 1, dtype=torch.int64, device=flat.device)
-    return positions.scatter_(0, place, torch.arange(len(flat), device=flat.device))[:total]
+    return packed(torch.arange(mask.numel(), device=mask.device), mask, total)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from functools import cached_property
 
 from dryvine.comm.dispatch.exchange import Exchange, GroupExchange
 from dryvine.comm.dispatch.meter import Meter
-from dryvine.comm.live_steps import LiveSteps
 from dryvine.comm.mesh import Mesh
 from dryvine.comm.topology import LinkClass, Topology, by_sizes
 from dryvine.comm.watch import Watch
@@ -26,7 +25,6 @@ class Setup:
     tokens: int = 4096  # most that a rank dispatches at once
     row_bytes: int = 0  # of the widest row that travels
     meter: Meter = field(default_factory=Meter)
-    live: LiveSteps = field(default_factory=LiveSteps)  # of messages that are waited for between graphs
 
     @property
     def watch(self) -> Watch | None:

@@ -127,9 +127,5 @@ def _handle(
 
 def _partial(mine_WMK: Tensor, row: Tensor, most: int) -> Sum:
     """Of a token's rows here, for every token. Its list of rows has room for all pairs."""
-    flat = mine_WMK.flatten()
     ends = mine_WMK.sum(2).flatten().cumsum(0)
-    # Pairs of other ranks are all written to one place too many.
-    place = torch.where(flat, flat.cumsum(0) - 1, len(flat))
-    source = row.new_zeros(len(flat) + 1).scatter_(0, place, row)
-    return Sum(source, torch.cat((ends.new_zeros(1), ends)), most)
+    return Sum(routing.packed(row, mine_WMK, len(row)), torch.cat((ends.new_zeros(1), ends)), most)

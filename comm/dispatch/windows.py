@@ -91,11 +91,10 @@ class Windows:
         classes: Sequence[LinkClass],
         expect: Expect,
         world_ranks: Sequence[int],
-        live: LiveSteps | None = None,
     ) -> None:
         self.rank, self.links, self.slot_bytes, self.meter = rank, links, slot_bytes, meter
         self.classes, self.expect, self.world_ranks = classes, expect, world_ranks
-        self.live = live or LiveSteps()
+        self.live = LiveSteps()  # of its messages, for whoever records ops
         self._queues: list[Queue] = [links.queue() for _ in classes]
         self._messages = 0
         self._turns = [0] * WINDOW_SLOTS

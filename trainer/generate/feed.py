@@ -54,7 +54,7 @@ class Feed(NamedTuple):
     mask: Tensor  # FP32 [S, 1, T, P], of steps with drafts [S, 1, T x A, P]: 0 for what a token may see, else -inf
     sequences: Tensor | None  # int64 [S]: their slots; None: T tokens of each of the first S slots
     place: Tensor | None  # int64 [N]: of each token among S x T; None with `sequences`
-    following: Tensor  # int64 [D, N]: the token 1, 2 ... places on; D is 0 but for prompts that MTP reads
+    following: Tensor  # int64 [D, N]: the token 1, 2 ... places on; D is 0 except for prompts that MTP reads
     drafts: int  # T - 1 in a step: tokens of each slot that are guesses
 
 
