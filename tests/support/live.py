@@ -49,7 +49,8 @@ def evenly(gate: Gate) -> Callable[[torch.Tensor, int, bool], Choice]:
 
     def chosen(logits_NE: torch.Tensor, sequences: int, count: bool) -> Choice:
         weights, experts, loss = choose(logits_NE, sequences, count)
-        return weights, torch.arange(experts.numel()).view_as(experts) % gate.shape.routed, loss
+        numbers = torch.arange(experts.numel(), device=experts.device)
+        return weights, numbers.view_as(experts) % gate.shape.routed, loss
 
     return chosen
 
