@@ -140,15 +140,18 @@ class Bucket:
 
         return Pending(add, posted.ready)
 
-    def send(self, shard: Tensor, watch: Watch | None, what: str) -> Pending[None]:
-        """Start to set the values of every copy from all ranks' shards, FP32 [padded / copies]."""
-        own = self.values[self.own]
+    def put(self, shard: Tensor) -> None:
+        """Set this rank's shard of the values, from FP32 [padded / copies]."""
         if self.host:
-            self.host.put(shard, own)
+            self.host.put(shard, self.values[self.own])
         else:
-            own.copy_(shard)
+            self.values[self.own].copy_(shard)
+
+    def send(self, watch: Watch | None, what: str) -> Pending[None]:
+        """Start to set the values of every copy to all ranks' shards of the values."""
         if self.group is None:
             return Pending.done(None)
+        own = self.values[self.own]
         # NCCL gathers in place; gloo's input may not be a part of its output.
         posted = all_gather(self.values, own if own.is_cuda else own.clone(), self.group, watch, what)
         return Pending(lambda: posted.wait(whole=False), posted.ready)

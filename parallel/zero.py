@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
 
@@ -124,13 +125,23 @@ class Zero:
 
     # -- new weights
 
-    def send(self, number: int, shard: Tensor | None = None) -> None:
-        """Start sending a bucket's new values to all copies, from the FP32 masters of their owners or from `shard`. All
-        ranks send in the order of `gathers_turn`."""
+    @contextmanager
+    def new_weights(self, number: int) -> Iterator[Tensor | None]:
+        """This rank's shard of a bucket's values, in the parameters' dtype, to be set to the new ones; when the context
+        ends, sending it to all copies begins. None where masters are in host memory: the masters are sent. All ranks
+        send in the order of `gathers_turn`."""
         bucket = self.buckets[number]
-        values = bucket.master if shard is None else shard
         self._settle(number)
-        self._gathers[number] = bucket.send(values, self.mesh.watch, f"gathering the weights of {bucket.layout.name}")
+        yield None if bucket.host else bucket.values[bucket.own]
+        if bucket.host:
+            bucket.put(bucket.master)
+        self._gathers[number] = bucket.send(self.mesh.watch, f"gathering the weights of {bucket.layout.name}")
+
+    def send(self, number: int, shard: Tensor | None = None) -> None:
+        """Start sending a bucket's new values to all copies, from the FP32 masters of their owners or from `shard`."""
+        bucket = self.buckets[number]
+        with self.new_weights(number):
+            bucket.put(bucket.master if shard is None else shard)
 
     def need(self, layer: str) -> None:
         """Wait, in the current stream, until the layer's weights are the new ones."""

@@ -1,8 +1,10 @@
-"""AdamW on flat slices of the state, by a library's kernel for the device on which the state is.
+"""AdamW on flat slices of the state: by a library's kernel on a CPU, by our own on a GPU.
 
-torch's fused kernel runs on a GPU and on a CPU. For state in host memory DeepSpeed's CPU Adam is preferred where it can
-be built (a C++ compiler, and DeepSpeed installed): it is compiled for the machine's vector instructions. Both process
-the last elements of a call with scalar code, which rounds differently; callers pass multiples of the vector width
+On a GPU (`adam_kernel.py`) the clip, the update and the cast to the weights' dtype are one pass over memory; torch's
+fused kernel needs one pass more for each of the other two, and has no BF16 moments in torch 2.11. On a CPU torch's
+fused kernel is used. For state in host memory DeepSpeed's CPU Adam is preferred where it can be built (a C++ compiler,
+and DeepSpeed installed): it is compiled for the machine's vector instructions. Both CPU kernels process the last
+elements of a call with scalar code, which rounds differently; callers pass multiples of the vector width
 (`buckets.LANES`).
 """
 
@@ -18,6 +20,8 @@ from dryvine.comm.mesh import Mesh
 from dryvine.trainer.cpu_adam import CpuAdamOp, load_cpu_adam
 from dryvine.trainer.ramps import OptimConfig
 
+CHUNK = 1 << 24  # elements of BF16 moments that are FP32 at one time: 128 MiB for both
+
 
 class Operands(NamedTuple):
     """What AdamW reads and writes: four flat tensors of equal length."""
@@ -27,27 +31,37 @@ class Operands(NamedTuple):
     exp_avg: Tensor
     exp_avg_sq: Tensor
 
-    def part(self, start: int, end: int) -> Operands:
-        return Operands(*(tensor[start:end] for tensor in self))
+    def part(self, where: slice) -> Operands:
+        return Operands(*(tensor[where] for tensor in self))
+
+
+class Update(NamedTuple):
+    """What an update is, beside its operands."""
+
+    rate: float  # learning rate
+    factor: float  # gradients are multiplied by it first: it undoes the loss scale, and clips
+    decay: float  # weight decay, of matrices
 
 
 class AdamW(Protocol):
-    """Updates FP32 operands in place. `updates` is the number of updates made before."""
+    """Updates a master and its moments in place, and sets `weights`, if given, to the new master, rounded to their
+    dtype. `updates` is the number of updates made before. The gradient is undefined afterwards."""
 
     name: str
 
-    def __call__(self, on: Operands, updates: Tensor, rate: float, decay: float) -> None: ...
+    def __call__(self, on: Operands, updates: Tensor, update: Update, weights: Tensor | None = None) -> None: ...
 
 
 class TorchAdamW:
-    """torch's fused kernel, on the device of the operands."""
+    """torch's fused kernel on a CPU, for FP32 operands."""
 
     name = "torch's fused AdamW"
 
     def __init__(self, config: OptimConfig) -> None:
         self.config = config
 
-    def __call__(self, on: Operands, updates: Tensor, rate: float, decay: float) -> None:
+    def __call__(self, on: Operands, updates: Tensor, update: Update, weights: Tensor | None = None) -> None:
+        on.grad.mul_(update.factor)
         adamw(
             [on.master],
             [on.grad],
@@ -60,11 +74,13 @@ class TorchAdamW:
             amsgrad=False,
             beta1=self.config.betas[0],
             beta2=self.config.betas[1],
-            lr=rate,
+            lr=update.rate,
             eps=self.config.eps,
-            weight_decay=decay,
+            weight_decay=update.decay,
             maximize=False,
         )
+        if weights is not None:
+            weights.copy_(on.master)
 
 
 class DeepSpeedAdamW:
@@ -80,11 +96,47 @@ class DeepSpeedAdamW:
     def __init__(self, config: OptimConfig, op: CpuAdamOp) -> None:
         self.config, self._op = config, op
 
-    def __call__(self, on: Operands, updates: Tensor, rate: float, decay: float) -> None:
-        settings = (rate, *self.config.betas, self.config.eps, decay)
+    def __call__(self, on: Operands, updates: Tensor, update: Update, weights: Tensor | None = None) -> None:
+        on.grad.mul_(update.factor)
+        settings = (update.rate, *self.config.betas, self.config.eps, update.decay)
         number, adamw_mode, log, correct_bias = 0, True, False, True
         self._op.create_adam(number, *settings, adamw_mode, log)
         self._op.adam_update(number, int(updates) + 1, *settings, correct_bias, *on)
+        if weights is not None:
+            weights.copy_(on.master)
+
+
+class RoundedMoments:
+    """AdamW on BF16 moments by an implementation for FP32: by FP32 copies of a bounded chunk at a time, rounded back to
+    nearest."""
+
+    def __init__(self, exact: AdamW) -> None:
+        self.exact, self.name = exact, exact.name
+
+    def __call__(self, on: Operands, updates: Tensor, update: Update, weights: Tensor | None = None) -> None:
+        for start in range(0, len(on.master), CHUNK):
+            part = slice(start, start + CHUNK)
+            self._step(on.part(part), updates, update, None if weights is None else weights[part])
+
+    def _step(self, on: Operands, updates: Tensor, update: Update, weights: Tensor | None) -> None:
+        exact = on._replace(exp_avg=on.exp_avg.float(), exp_avg_sq=on.exp_avg_sq.float())
+        self.exact(exact, updates, update, weights)
+        on.exp_avg.copy_(exact.exp_avg)
+        on.exp_avg_sq.copy_(exact.exp_avg_sq)
+
+
+def adam_on(device: torch.device, config: OptimConfig) -> AdamW:
+    """The AdamW for state on `device`."""
+    if device.type == "cuda":
+        from dryvine.trainer.adam_kernel import KernelAdamW  # needs triton, which only GPU hosts must have
+
+        return KernelAdamW(config)
+    return for_moments(TorchAdamW(config), config)
+
+
+def for_moments(adam: AdamW, config: OptimConfig) -> AdamW:
+    """`adam`, which takes FP32 moments, for those of the config."""
+    return adam if config.moments == "fp32" else RoundedMoments(adam)
 
 
 def choose_adam(config: OptimConfig, mesh: Mesh) -> tuple[AdamW, str]:
@@ -101,4 +153,6 @@ def choose_adam(config: OptimConfig, mesh: Mesh) -> tuple[AdamW, str]:
     # torchrun allows a rank one unless OMP_NUM_THREADS says otherwise, and the update is as slow as that.
     threads = torch.get_num_threads()
     count = "1 thread" if threads == 1 else f"{threads} threads"
-    return made, f"optim.offload: masters and moments in host memory, stepped by {made.name} on {count}{why}"
+    return for_moments(
+        made, config
+    ), f"optim.offload: masters and moments in host memory, stepped by {made.name} on {count}{why}"

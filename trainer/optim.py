@@ -1,12 +1,11 @@
 """AdamW over the shards that this rank owns, and gradient clipping.
 
-A library does the arithmetic (`adam.py`); FP32 masters, summed gradients and sharding come from `parallel.zero`. The
-norm is taken over the owned shards of all ranks, so it counts every parameter once in any layout. Buckets are updated
-in the order in which the next forwards read them, and the new weights of one are sent while the next is updated.
+`adam.py` does the arithmetic; FP32 masters, summed gradients and sharding come from `parallel.zero`. The norm is taken
+over the owned shards of all ranks, so it counts every parameter once in any layout. Buckets are updated in the order in
+which the next forwards read them, and the new weights of one are sent while the next is updated.
 
-BF16 moments are rounded to nearest from FP32 results, a bounded chunk at a time: the kernel's own mixed form exists on
-CUDA only, and not in torch 2.11. Stochastic rounding would need random bits that any layout agrees on; what it would
-gain is measured in docs/fp8.md.
+BF16 moments are rounded to nearest from FP32 results. Stochastic rounding would need random bits that any layout agrees
+on; what it would gain is measured in docs/fp8.md.
 """
 
 from __future__ import annotations
@@ -19,11 +18,10 @@ import torch
 from torch import Tensor
 
 from dryvine.parallel.zero import Zero
-from dryvine.trainer.adam import Operands, TorchAdamW, choose_adam
+from dryvine.trainer.adam import Operands, Update, adam_on, choose_adam
 from dryvine.trainer.ema import Ema
 from dryvine.trainer.ramps import OptimConfig
 
-CHUNK = 1 << 24  # elements of BF16 moments that are FP32 at one time: 128 MiB for both
 MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -38,8 +36,8 @@ class Moments:
 class UpdateWitness(Protocol):
     """Observes an update, bucket by bucket (`witness.py`)."""
 
-    def before(self, number: int, rate: float) -> None:
-        """Called before bucket `number` is updated; its gradients are already clipped."""
+    def before(self, number: int, update: Update) -> None:
+        """Called before bucket `number` is updated."""
 
     def after(self, number: int) -> None:
         """Called after bucket `number` was updated."""
@@ -56,7 +54,7 @@ class Optimizer:
         self.step = torch.zeros((), dtype=torch.float32, device=masters[0].device)  # updates made
         self.ema = Ema(masters, config.ema) if config.ema else None
         offload = config.offload == "cpu"
-        self.adam, self.chosen = choose_adam(config, zero.mesh) if offload else (TorchAdamW(config), "")
+        self.adam, self.chosen = choose_adam(config, zero.mesh) if offload else (adam_on(masters[0].device, config), "")
 
     def reduce(self, scale: float) -> float:
         """Sum the gradients, which are scaled by `scale`, over all copies. Returns the global norm, unscaled. Each rank
@@ -66,19 +64,18 @@ class Optimizer:
 
     def update(self, rate: float, norm: float, scale: float, witness: UpdateWitness | None = None) -> None:
         """Clip by the global norm, update the masters, and start sending the new weights to all copies. Collective."""
-        # One pass over the gradients undoes the scale and clips.
         clip = min(1.0, self.config.clip / (norm + 1e-6))
+        update = Update(rate, clip / scale, self.config.weight_decay)
         if self.ema:
             self.ema.before_update()
         for number in self.zero.gathers_turn:
-            bucket = self.zero.buckets[number]
-            bucket.grad.mul_(clip / scale)
             if witness:
-                witness.before(number, rate)
-            self.step_shard(self.operands(number), bucket.segments(bucket.index), rate)
+                witness.before(number, update)
+            bucket = self.zero.buckets[number]
+            with self.zero.new_weights(number) as weights:
+                self.step_shard(self.operands(number), bucket.segments(bucket.index), update, weights)
             if witness:
                 witness.after(number)
-            self.zero.send(number)
         self.step += 1
         if self.ema:
             self.ema.after_update()
@@ -88,23 +85,14 @@ class Optimizer:
         bucket, moments = self.zero.buckets[number], self.moments[number]
         return Operands(bucket.master, bucket.grad, moments.exp_avg, moments.exp_avg_sq)
 
-    def step_shard(self, whole: Operands, segments: Iterable[tuple[bool, slice]], rate: float) -> None:
-        """Update the operands of a shard, of this or another rank, in place; `segments` as of `Bucket.segments`."""
+    def step_shard(
+        self, whole: Operands, segments: Iterable[tuple[bool, slice]], update: Update, weights: Tensor | None = None
+    ) -> None:
+        """Update the operands of a shard, of this or another rank, in place; `segments` as of `Bucket.segments`,
+        `weights` as of `AdamW`."""
         for matrices, part in segments:
-            decay = self.config.weight_decay if matrices else 0.0
-            on = whole.part(part.start, part.stop)
-            if self.config.moments == "fp32":
-                self.adam(on, self.step, rate, decay)
-                continue
-            for start in range(0, len(on.master), CHUNK):
-                self._step_rounded(on.part(start, start + CHUNK), rate, decay)
-
-    def _step_rounded(self, on: Operands, rate: float, decay: float) -> None:
-        """Update with BF16 moments: by FP32 copies, rounded back."""
-        exact = on._replace(exp_avg=on.exp_avg.float(), exp_avg_sq=on.exp_avg_sq.float())
-        self.adam(exact, self.step, rate, decay)
-        on.exp_avg.copy_(exact.exp_avg)
-        on.exp_avg_sq.copy_(exact.exp_avg_sq)
+            of_part = update if matrices else update._replace(decay=0.0)
+            self.adam(whole.part(part), self.step, of_part, None if weights is None else weights[part])
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Full shapes of the parameters of which this rank has pieces."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dryvine.comm.collectives import shift
 from dryvine.parallel.bucket import Bucket, ShardSpan
-from dryvine.trainer.adam import Operands
+from dryvine.trainer.adam import Operands, Update
 from dryvine.trainer.bit_sums import bit_sums
 from dryvine.trainer.optim import Optimizer
 
@@ -53,16 +53,16 @@ class Witness:
         self._optimizer, self._mesh = optimizer, optimizer.zero.mesh
         self._repeated = torch.empty(0)  # checksums of this rank's update of the previous rank's state
 
-    def before(self, number: int, rate: float) -> None:
+    def before(self, number: int, update: Update) -> None:
         """Update a copy of the previous rank's shard."""
         bucket, own = self._optimizer.zero.buckets[number], self._optimizer.operands(number)
         segments, spans = list(bucket.segments(_before(bucket))), list(bucket.spans(_before(bucket)))
         found = []
         for start in range(0, len(own.master), PART):
             end = min(start + PART, len(own.master))
-            theirs = Operands(*(self._shift(bucket, tensor) for tensor in own.part(start, end)))
+            theirs = Operands(*(self._shift(bucket, tensor) for tensor in own.part(slice(start, end))))
             inside = ((matrices, _within(part, start, end)) for matrices, part in segments)
-            self._optimizer.step_shard(theirs, [(m, part) for m, part in inside if part.start < part.stop], rate)
+            self._optimizer.step_shard(theirs, [(m, part) for m, part in inside if part.start < part.stop], update)
             found.append(field_sums(theirs, _moved(spans, start, end)))
         self._repeated = torch.cat(found)
 
@@ -71,7 +71,9 @@ class Witness:
         bucket, own = self._optimizer.zero.buckets[number], self._optimizer.operands(number)
         spans = list(bucket.spans(bucket.index))
         starts = range(0, len(own.master), PART)
-        made = [field_sums(own.part(start, start + PART), _moved(spans, start, start + PART)) for start in starts]
+        made = [
+            field_sums(own.part(slice(start, start + PART)), _moved(spans, start, start + PART)) for start in starts
+        ]
         self._compare(bucket, torch.cat(made))
 
     def _compare(self, bucket: Bucket, made: Tensor) -> None:

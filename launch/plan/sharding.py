@@ -144,14 +144,15 @@ def update_seconds(
 
 
 def _update_seconds(config: Config, mine: Iterable[BucketSize], machine: Machine, per_element: float | None) -> float:
-    """Seconds of the update: as profiled, else by the memory traffic of norm, clip and AdamW (gradients three times,
-    masters and moments read and written). With offload it is the host's memory, and weights are copied back
-    meanwhile."""
-    touched = 4 * 5 + 4 * 2 + 2 * 2 * DTYPE_BYTES[config.optim.moments]
+    """Seconds of the update: as profiled, else by the memory traffic of norm and AdamW (gradients zeroed and read
+    twice, masters and moments read and written, weights written). With offload it is the host's memory, where the clip
+    is a pass of its own, and weights are copied back meanwhile."""
+    state = 4 * 5 + 2 * 2 * DTYPE_BYTES[config.optim.moments]
     owned = sum(bucket.shard for bucket in mine)
     if config.optim.offload == "cpu":
         back = owned * DTYPE_BYTES[config.run.dtype] / (machine.host.link * GIGA)
-        return max(owned * touched / (machine.host.bandwidth * GIGA), back)
+        return max(owned * (state + 4 * 2) / (machine.host.bandwidth * GIGA), back)
     if per_element is not None:
         return owned * per_element
+    touched = state + DTYPE_BYTES[config.run.dtype]
     return owned * touched / (machine.memory_bandwidth * machine.streaming * GIGA)

@@ -53,7 +53,7 @@ class Noted:
         return asked
 
     def _send(self, number: int):  # type: ignore[no-untyped-def]
-        def asked(shard: object, watch: object, what: str) -> Pending[None]:
+        def asked(watch: object, what: str) -> Pending[None]:
             self.events.append(f"send {number}")
             return self._pending("sent", number)
 

@@ -26,6 +26,8 @@ from dryvine.comm.dispatch.exchange import GroupExchange
 from dryvine.comm.dispatch.flat import Flat
 from dryvine.parallel.stage import Flight
 from dryvine.parallel.wgrad import Closure
+from dryvine.trainer.adam import Operands, Update
+from dryvine.trainer.adam_kernel import KernelAdamW
 from dryvine.trainer.fp8 import casts, fused
 from dryvine.trainer.fp8.engines.triton import Triton
 from dryvine.trainer.fp8.fp8 import FP8
@@ -35,10 +37,12 @@ from dryvine.trainer.model.decoder import Model
 from dryvine.trainer.model.kernels import grouped
 from dryvine.trainer.model.shape import Shape, blocks
 from dryvine.trainer.model.spec import Spec
+from dryvine.trainer.ramps import OptimConfig
 from dryvine.trainer.tensors.groups import ExpertGroups
 
 MODULES = (
-    "dryvine.comm.dispatch.kernels", "dryvine.trainer.fp8.kernels.casts", "dryvine.trainer.fp8.kernels.fused",
+    "dryvine.comm.dispatch.kernels", "dryvine.trainer.adam_kernel", "dryvine.trainer.tensors.group_tables",
+    "dryvine.trainer.fp8.kernels.casts", "dryvine.trainer.fp8.kernels.fused",
     "dryvine.trainer.fp8.kernels.hopper", "dryvine.trainer.model.kernels.gate",
     "dryvine.trainer.model.kernels.grouped", "dryvine.trainer.model.kernels.loss",
     "dryvine.trainer.model.kernels.norm", "dryvine.trainer.model.kernels.qkv", "dryvine.trainer.model.kernels.swiglu",
@@ -128,9 +132,20 @@ def model(recipe: Any) -> None:
         assert weight.gradient().isfinite().all(), name
 
 
+def update() -> None:
+    """At a size that is no multiple of a program's, moments in both dtypes."""
+    for moments in (torch.float32, torch.bfloat16):
+        on = Operands(
+            *(torch.zeros(5003, device="cuda", dtype=dtype) for dtype in (*[torch.float32] * 2, *[moments] * 2))
+        )
+        weights = torch.zeros(5003, device="cuda", dtype=torch.bfloat16)
+        KernelAdamW(OptimConfig())(on, torch.zeros((), device="cuda"), Update(1e-3, 1.0, 0.1), weights)
+
+
 def main() -> int:
     torch.manual_seed(0)
     launched = watch()
+    update()
     quantisers()
     products()
     for recipe in (preset("bf16"), preset("deepseek_v3"), preset("deepseek_v3", dispatch="bf16")):

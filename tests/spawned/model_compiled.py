@@ -9,6 +9,7 @@ from typing import Any
 
 from triton.experimental.gluon import language as gl
 
+from dryvine.trainer import adam_kernel
 from dryvine.trainer.model.kernels import gate, grouped, loss, norm, qkv, swiglu
 from dryvine.trainer.model.shape import Shape
 from tests.support.compile import compile_for_hopper
@@ -60,6 +61,14 @@ def every() -> Any:
     types = {"logits": "*bf16", "targets": "*i64", "norms": "*fp32", "scales": "*fp32", "V": "i32"}
     for kernel in (loss.logsumexp_kernel, loss.logits_gradient_kernel):
         yield compile_for_hopper(kernel, types, {"BLOCK": loss.BLOCK}, frozenset("V"), 8, fusion=True)
+    numbers = ("factor", "keep", "rate", "eps", "beta1", "rest1", "beta2", "rest2", "log1", "log2")
+    for moments in ("*fp32", "*bf16"):
+        types = (
+            typed("*fp32", "master", "grad", "updates") | typed(moments, "first", "second") | typed("fp32", *numbers)
+        )
+        types |= {"weights": "*bf16", "N": "i32"}
+        known = {"WEIGHTS": True, "BLOCK": adam_kernel.BLOCK}
+        yield compile_for_hopper(adam_kernel.adamw_kernel, types, known, frozenset("N"), 4, fusion=True)
     for facts in GATES:
         yield from gates(Shape.model_construct(**facts))
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.support.census import Census
+from dryvine.trainer.adam import Operands, Update
+from dryvine.trainer.adam_kernel import BLOCK, KernelAdamW
 from dryvine.trainer.fp8.recipe import preset
 from dryvine.trainer.model import memory
 from dryvine.trainer.model.gate import route
@@ -23,6 +25,9 @@ from dryvine.trainer.model.qkv import assemble
 from dryvine.trainer.model.recompute import through
 from dryvine.trainer.model.rope import Rope
 from dryvine.trainer.model.swiglu import swiglu_backward, swiglu_forward
+from dryvine.trainer.optim import MOMENTS
+from dryvine.trainer.ramps import OptimConfig
+from tests.support.adamw import HALF_ULP, fp64_adamw
 from tests.support.gate import GATES, case, clear, gate_of, near, tied
 from tests.support.interpreter import right_casts
 from tests.support.model import filled, random_tokens, tiny, train
@@ -250,6 +255,34 @@ def test_cross_entropy_and_its_gradient(rows: int, width: int, dtype: torch.dtyp
     logits_to_gradient.kernel(found, targets, theirs, scales)
     logits_to_gradient.reference(truth, targets, theirs, scales)
     torch.testing.assert_close(found, truth, rtol=2**-7 if dtype == torch.bfloat16 else 1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("moments", "betas", "decay", "size"),
+    [("fp32", (0.9, 0.999), 0.1, 5), ("fp32", (0.0, 0.95), 0.0, BLOCK), ("bf16", (0.9, 0.95), 0.1, BLOCK + 3)],
+)
+def test_adamw_in_one_pass_is_fp64_to_rounding(
+    moments: str, betas: tuple[float, float], decay: float, size: int
+) -> None:
+    """The clip included. Weights are the new master, rounded; what lies behind the shard is not touched."""
+    config = OptimConfig(moments=moments, betas=betas)  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    memory = [torch.randn(size + 9) for _ in range(2)] + [torch.zeros(size + 9, dtype=MOMENTS[moments]) for _ in "mv"]
+    memory.append(torch.zeros(size + 9, dtype=torch.bfloat16))
+    behind = [tensor[size:].clone() for tensor in memory]
+    on, weights = Operands(*(tensor[:size] for tensor in memory[:4])), memory[4][:size]
+    for updates in range(3):
+        on.grad.normal_()
+        before = {"master": on.master.clone(), "exp_avg": on.exp_avg.clone(), "exp_avg_sq": on.exp_avg_sq.clone()}
+        before["step"] = torch.tensor(float(updates))
+        want = fp64_adamw(before, on.grad.double() * 0.25, 1e-2, decay, config)
+        KernelAdamW(config)(on, before["step"], Update(1e-2, 0.25, decay), weights if updates else None)
+        torch.testing.assert_close(on.master.double(), want["master"], rtol=2e-6, atol=2e-8)
+        for field in ("exp_avg", "exp_avg_sq"):
+            bound = HALF_ULP[moments] * want[field].abs() + 2.0**-22 * 0.25
+            assert ((getattr(on, field).double() - want[field]).abs() <= bound).all(), field
+        assert weights.equal(on.master.bfloat16() if updates else torch.zeros_like(weights))
+    assert all(tensor[size:].equal(old) for tensor, old in zip(memory, behind, strict=True))
 
 
 @pytest.mark.parametrize("name", GATES)

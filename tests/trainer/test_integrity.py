@@ -111,8 +111,8 @@ def _break(rig: Rig, field: str, when: str) -> None:
         if float(optimizer.step) == 1:
             flip(getattr(optimizer.operands(0), field), 3)
 
-    def wrongly(on: Operands, segments: Any, rate: float) -> None:
-        step(on, segments, rate)
+    def wrongly(on: Operands, *given: Any) -> None:
+        step(on, *given)
         if float(optimizer.step) == 1 and on.master.data_ptr() == optimizer.operands(0).master.data_ptr():
             flip(getattr(on, field), 3)
 

@@ -19,7 +19,7 @@ from dryvine.parallel.bucket import BucketMemory
 from dryvine.parallel.host_copy import HostCopies
 from dryvine.parallel.zero import Zero
 from dryvine.trainer import adam
-from dryvine.trainer.adam import DeepSpeedAdamW, Operands, TorchAdamW, choose_adam
+from dryvine.trainer.adam import DeepSpeedAdamW, Operands, TorchAdamW, Update, choose_adam
 from dryvine.trainer.checkpoint.reader import open_checkpoint, whole
 from dryvine.trainer.config import Config
 from dryvine.trainer.cpu_adam import load_cpu_adam
@@ -59,7 +59,7 @@ def mesh_of(*said: str) -> mock.Mock:
 def test_the_bits_of_deepspeeds_step_depend_on_its_number_alone() -> None:
     """Its object keeps powers of the betas from call to call, so each call has an object of its own."""
     op, on = FakeOp(), operands()
-    DeepSpeedAdamW(CONFIG, op)(on, torch.tensor(4.0), 1e-3, 0.1)
+    DeepSpeedAdamW(CONFIG, op)(on, torch.tensor(4.0), Update(1e-3, 1.0, 0.1))
     settings = (1e-3, 0.9, 0.95, 1e-8, 0.1)
     assert [call[:-4] if call[0] == "update" else call for call in op.calls] == [
         ("create", 0, *settings, True, False),

@@ -11,20 +11,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 
 from dryvine.comm.mesh import Layout, make_mesh
 from dryvine.parallel.zero import Zero
-from dryvine.trainer import optim
+from dryvine.trainer import adam
 from dryvine.trainer.config import Config, ConfigError
 from dryvine.trainer.fp8.weights import WeightCache
 from dryvine.trainer.optim import Optimizer
 from dryvine.trainer.ramps import OptimConfig, points
 from dryvine.trainer.step import accumulate
+from tests.support.adamw import HALF_ULP, fp64_adamw
 from tests.support.rig import go, rig_of
 
 Tiny = Callable[..., Config]
-HALF_ULP = {"fp32": 2.0**-22, "bf16": 2.0**-8 * 1.001}  # relative; FP32's with room for its own arithmetic
 RATE, SCALE = 1e-2, 8.0
 
 
@@ -37,17 +37,8 @@ def optimizer(config: OptimConfig) -> Optimizer:
 
 @contextmanager
 def chunks_of(elements: int) -> Iterator[None]:
-    with mock.patch.object(optim, "CHUNK", elements):
+    with mock.patch.object(adam, "CHUNK", elements):
         yield
-
-
-def one_step(before: dict[str, Tensor], grad: Tensor, decay: float, config: OptimConfig) -> dict[str, Tensor]:
-    """AdamW (arXiv 1711.05101) in FP64."""
-    (b1, b2), t = config.betas, float(before["step"]) + 1
-    master, first, second = (before[k].double() for k in ("master", "exp_avg", "exp_avg_sq"))
-    first, second = b1 * first + (1 - b1) * grad, b2 * second + (1 - b2) * grad**2
-    slope = first / (1 - b1**t) / ((second / (1 - b2**t)).sqrt() + config.eps)
-    return {"master": master * (1 - RATE * decay) - RATE * slope, "exp_avg": first, "exp_avg_sq": second}
 
 
 @settings(max_examples=25, deadline=None)
@@ -74,7 +65,7 @@ def test_the_update_is_adamw_in_fp64_to_rounding(moments: str, seed: int, size: 
             ours.update(RATE, norm, SCALE)
             for piece, grad in zip(ours.pieces, grads, strict=True):
                 place = (piece.name, piece.start)
-                want = one_step(before[place], grad.double() * clip, 0.1 * (piece.name == "matrix"), config)
+                want = fp64_adamw(before[place], grad.double() * clip, RATE, 0.1 * (piece.name == "matrix"), config)
                 got = ours.state()[place]
                 torch.testing.assert_close(got["master"].double(), want["master"], rtol=2e-6, atol=2e-6 * RATE)
                 for field in ("exp_avg", "exp_avg_sq"):
@@ -100,7 +91,7 @@ def test_a_chunk_is_full_and_no_fuller() -> None:
     """A matrix of 15 and a vector of 4, each padded to 16."""
     ours = optimizer(OptimConfig(moments="bf16"))
     sizes: list[int] = []
-    with chunks_of(7), mock.patch.object(ours, "adam", lambda on, *_: sizes.append(on.master.numel())):
+    with chunks_of(7), mock.patch.object(ours.adam, "exact", lambda on, *_: sizes.append(on.master.numel())):
         ours.update(RATE, 1.0, 1.0)
     assert sizes == [7, 7, 2, 7, 7, 2]
 
