@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,31 +11,35 @@ from torch import Tensor
 
 from dryvine.comm.copy_wire import Expect
 from dryvine.comm.pending import Pending
-from dryvine.comm.stream_values import wait_value, write_value
+from dryvine.comm.stream_values import copy_bytes, wait_values, write_values
 from dryvine.comm.watch import Watch
 from dryvine.comm.words import Words, share_words
 
 
-@dataclass(frozen=True)
 class StreamQueue:
     """A `Queue` on a CUDA stream."""
 
-    stream: torch.cuda.Stream
-    words: Words
+    def __init__(self, stream: torch.cuda.Stream, words: Words) -> None:
+        self.stream, self.words = stream, words
+        self._given = torch.cuda.Event()  # by the caller; one that is recorded anew each time is cheaper than a new one
 
     def after_caller(self) -> None:
-        self.stream.wait_stream(torch.cuda.current_stream())
+        self._given.record(torch.cuda.current_stream(self.stream.device))
+        self.stream.wait_event(self._given)
 
-    def wait(self, word: int, value: int) -> None:
+    def wait(self, words: Sequence[int], value: int) -> None:
         if value > 0:
-            wait_value(self.stream, self.words.address(word), value)
+            wait_values(self.stream, [self.words.address(word) for word in words], value)
 
     def copy(self, target: Tensor, source: Tensor) -> None:
-        with torch.cuda.stream(self.stream):
-            target.copy_(source, non_blocking=True)
+        if source.is_contiguous() and target.is_contiguous():
+            copy_bytes(self.stream, target.data_ptr(), source.data_ptr(), source.nbytes)
+        else:
+            with torch.cuda.stream(self.stream):
+                target.copy_(source, non_blocking=True)
 
-    def write(self, word: int, value: int) -> None:
-        write_value(self.stream, self.words.address(word), value)
+    def write(self, words: Sequence[int], value: int) -> None:
+        write_values(self.stream, [self.words.address(word) for word in words], value)
 
     def here(self) -> Pending[None]:
         event = self.stream.record_event()

@@ -18,7 +18,7 @@ that is loaded meanwhile waits for the device, and so for the peer: two ranks th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -43,11 +43,17 @@ class Queue(Protocol):
         """What is queued from now on starts after all that the caller has queued on its own stream."""
         ...
 
-    def wait(self, word: int, value: int) -> None: ...
+    def wait(self, words: Sequence[int], value: int) -> None:
+        """What is queued from now on starts once each of the words is at least `value`."""
+        ...
 
-    def copy(self, target: Tensor, source: Tensor) -> None: ...
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        """Of the same shape and dtype. Both are held by the caller until this has been done."""
+        ...
 
-    def write(self, word: int, value: int) -> None: ...
+    def write(self, words: Sequence[int], value: int) -> None:
+        """Set all of the words, once what is queued so far is done and visible to all."""
+        ...
 
     def here(self) -> Pending[None]:
         """This point of the queue; waiting for it makes the caller's stream wait."""
@@ -119,10 +125,10 @@ class CopyWire:
         line = Line(self.rank, target, channel)
         ring, queue, number = self.rings[line], self._queues[line], self._next(line, "sent")
         queue.after_caller()
-        queue.wait(ring.credit, number - ring.slots + 1)
+        queue.wait((ring.credit,), number - ring.slots + 1)
         for part, tensor in zip(self._parts(line, number, tensors), tensors, strict=True):
             queue.copy(part, tensor)
-        queue.write(ring.flag, number + 1)
+        queue.write((ring.flag,), number + 1)
         self._note(f"sending {describe(channel, label)} to", ring.flag, number, target, 0)
         copied = queue.here()
         # The tensors are held until they are copied: their memory may not be given to others before.
@@ -138,12 +144,12 @@ class CopyWire:
 
         def finish() -> tuple[Tensor, ...]:
             caller = self.links.caller()
-            caller.wait(ring.flag, number + 1)
+            caller.wait((ring.flag,), number + 1)
             parts = self._parts(line, number, like)
             tensors = tuple(torch.empty_like(part) for part in parts)
             for tensor, part in zip(tensors, parts, strict=True):
                 caller.copy(tensor, part)
-            caller.write(ring.credit, number + 1)
+            caller.write((ring.credit,), number + 1)
             return tensors
 
         return Pending(finish)

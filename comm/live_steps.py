@@ -3,6 +3,9 @@
 They run at once, or, while ops are recorded, between the graphs of each replay. A message whose flags had one constant
 value could be recorded too, but then nothing on the host would know at a replay what is awaited, so a rank that is lost
 would be a hang without a name.
+
+Each step cuts a graph in two, and a short graph costs a launch and the device a pause. So what need not happen at its
+place waits for the next cut.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ class LiveSteps:
     def __init__(self) -> None:
         self.during = ""  # what is being replayed, for errors
         self._cut: Callable[[LiveStep], None] | None = None
+        self._held: list[LiveStep] = []
 
     @property
     def recording(self) -> bool:
@@ -34,7 +38,20 @@ class LiveSteps:
         if self._cut is None:
             step.run()
         else:
+            self._flush(self._cut)
             self._cut(step)
+
+    def soon(self, step: LiveStep) -> None:
+        """Now, or, in each replay, before the next step that is given to `run`, or at the end."""
+        if self._cut is None:
+            step.run()
+        else:
+            self._held.append(step)
+
+    def _flush(self, cut: Callable[[LiveStep], None]) -> None:
+        for step in self._held:
+            cut(step)
+        self._held.clear()
 
     @contextmanager
     def recorded_by(self, cut: Callable[[LiveStep], None]) -> Iterator[None]:
@@ -42,5 +59,7 @@ class LiveSteps:
         self._cut = cut
         try:
             yield
+            self._flush(cut)
         finally:
+            self._held.clear()
             self._cut = None

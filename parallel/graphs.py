@@ -78,14 +78,11 @@ class CudaRecorder:
         collecting = gc.isenabled()
         gc.disable()
         # The backward in this thread: the one that records.
-        with (
-            torch.cuda.stream(self.stream),
-            torch.autograd.set_multithreading_enabled(False),
-            self.live.recorded_by(parts.cut),
-        ):
+        with torch.cuda.stream(self.stream), torch.autograd.set_multithreading_enabled(False):
             parts.begin()
             try:
-                made = run()
+                with self.live.recorded_by(parts.cut):
+                    made = run()
             finally:
                 parts.end()
         if collecting:

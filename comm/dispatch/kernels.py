@@ -14,12 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import gcd
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from dryvine.comm.dispatch.by_rank import ByRank
 from dryvine.comm.dispatch.payload import Column
 from dryvine.comm.dispatch.routing import RowOrder, padded
 
@@ -47,29 +49,47 @@ def tile(R, width, VEC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     return r, c, (r < R)[:, None] & (c < width * VEC)[None, :]
 
 
-@triton.jit(do_not_specialize=["index", "R"])
-def gather_kernel(rows, index, out, R, width, row_stride, out_stride,
-                  VEC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
+@triton.jit
+def row_starts(rows, at, row_stride, own, first, owned, own_stride, BESIDE: tl.constexpr):
+    """Where rows begin; of a `ByRank` with BESIDE: rows first, first + 1, ... are in `own`."""
+    start = rows + at * row_stride
+    if BESIDE:
+        here = (at >= first) & (at < first + owned)
+        start = tl.where(here, own + (at - first) * own_stride, start)
+    return start
+
+
+@triton.jit(do_not_specialize=["index", "R", "first", "owned"])
+def gather_kernel(rows, index, out, R, width, row_stride, out_stride, own, first, owned, own_stride,
+                  BESIDE: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
     r, c, inside = tile(R, width, VEC, ROWS, COLS)
     at = tl.load(index + r, mask=r < R, other=-1)
     # A negative index loads nothing, so that its row is stored as zeros.
     there = inside & (at >= 0)[:, None]
-    v = tl.load(rows + at[:, None] * (row_stride * VEC) + c[None, :], mask=there, other=0)
+    start = row_starts(rows, at[:, None], row_stride * VEC, own, first, owned, own_stride * VEC, BESIDE)
+    v = tl.load(start + c[None, :], mask=there, other=0)
     tl.store(out + r[:, None] * (out_stride * VEC) + c[None, :], v, mask=inside)
 
 
-@triton.jit(do_not_specialize=["source", "begin", "R"])
-def sum_kernel(rows, source, begin, out, R, width, row_stride, out_stride,
-               VEC: tl.constexpr, MOST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
-    """Unrolled, so that the loads of all addends are in flight before the first is added."""
+@triton.jit(do_not_specialize=["source", "begin", "R", "first", "owned"])
+def sum_kernel(rows, source, begin, out, R, width, row_stride, out_stride, own, first, owned, own_stride,
+               BESIDE: tl.constexpr, EVEN: tl.constexpr, VEC: tl.constexpr, MOST: tl.constexpr,
+               ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
+    """Unrolled, so that the loads of all addends are in flight before the first is added. EVEN: a result has MOST
+    places in `source`, and a negative one adds nothing."""
     r, c, inside = tile(R, width, VEC, ROWS, COLS)
-    first = tl.load(begin + r, mask=r < R, other=0)
-    count = tl.load(begin + r + 1, mask=r < R, other=0) - first
+    if EVEN:
+        first_place = r * MOST
+        count = tl.where(r < R, MOST, 0)
+    else:
+        first_place = tl.load(begin + r, mask=r < R, other=0)
+        count = tl.load(begin + r + 1, mask=r < R, other=0) - first_place
     total = tl.zeros([ROWS, COLS], tl.float32)
     for k in tl.static_range(MOST):
         # `at` alone becomes a column: Triton (3.6, 3.7) fails where the mask that it was loaded by does so too.
-        at = tl.load(source + first + k, mask=k < count, other=-1)[:, None]
-        v = tl.load(rows + at * (row_stride * VEC) + c[None, :], mask=inside & (at >= 0), other=0.0)
+        at = tl.load(source + first_place + k, mask=k < count, other=-1)[:, None]
+        start = row_starts(rows, at, row_stride * VEC, own, first, owned, own_stride * VEC, BESIDE)
+        v = tl.load(start + c[None, :], mask=inside & (at >= 0), other=0.0)
         total += v.to(tl.float32)
     tl.store(out + r[:, None] * (out_stride * VEC) + c[None, :], total.to(out.dtype.element_ty), mask=inside)
 
@@ -99,23 +119,38 @@ def _flat(rows: Tensor) -> Tensor:
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
-def _gather(rows: Tensor, index: Tensor, out: Tensor) -> Tensor:
+class _Beside(NamedTuple):
+    """Rows `first`, `first` + 1, ... of a `ByRank`, [N, C], which lie elsewhere."""
+
+    rows: Tensor
+    first: int
+
+
+def _gather(rows: Tensor, index: Tensor, out: Tensor, beside: _Beside | None = None) -> Tensor:
     """`payload.gather` into `out` [R, ...], with any strides between rows."""
     if out.numel():
         source, target = _flat(rows), _flat(out)
-        wide = _vector(source, target)
+        own = source if beside is None else beside.rows
+        wide = _vector(source, target, own)
         unit = min(wide, max(UNITS))
-        source, target, vec = source.view(UNITS[unit]), target.view(UNITS[unit]), wide // unit
+        source, target, own = (t.view(UNITS[unit]) for t in (source, target, own))
+        vec = wide // unit
         grid, high, cols = _shape(*target.shape)
         gather_kernel[grid](
             source, index, target, len(index), target.shape[1] // vec, source.stride(0) // vec,
-            target.stride(0) // vec, vec, high, cols, num_warps=4,
+            target.stride(0) // vec, own, beside.first if beside else 0, len(own), own.stride(0) // vec,
+            beside is not None, vec, high, cols, num_warps=4,
         )  # fmt: skip
     return out
 
 
 def gather(rows: Tensor, index: Tensor) -> Tensor:
     return _gather(rows, index, rows.new_empty((len(index), *rows.shape[1:])))
+
+
+def gather_by_rank(sent: ByRank, index: Tensor) -> Tensor:
+    out = sent.own.new_empty((len(index), *sent.own.shape[1:]))
+    return _gather(sent.rows, index, out, _Beside(_flat(sent.own), sent.first))
 
 
 def gather_in(buffer: Tensor, columns: Sequence[Column], tensors: Sequence[Tensor], indexes: Sequence[Tensor]) -> None:
@@ -127,17 +162,35 @@ def gather_out(buffer: Tensor, columns: Sequence[Column], index: Tensor) -> list
     return [gather(column.of(buffer), index) for column in columns]
 
 
-def sum_rows(rows: Tensor, source: Tensor, begin: Tensor, most: int, out: Tensor | None = None) -> Tensor:
-    made = rows.new_empty((len(begin) - 1, *rows.shape[1:])) if out is None else out
-    if made.numel():
-        given, target = _flat(rows), _flat(made)
-        vec = _vector(given, target) // rows.element_size()
+def _sum(rows: Tensor, source: Tensor, begin: Tensor | None, most: int, out: Tensor, beside: _Beside | None) -> Tensor:
+    """`routing.sum_rows`; without `begin`, `sum_present`."""
+    if out.numel():
+        given, target = _flat(rows), _flat(out)
+        own = given if beside is None else beside.rows
+        vec = _vector(given, target, own) // rows.element_size()
         grid, high, cols = _shape(*target.shape)
         sum_kernel[grid](
-            given, source, begin, target, len(target), target.shape[1] // vec, given.stride(0) // vec,
-            target.stride(0) // vec, vec, most, high, cols, num_warps=4,
+            given, source, source if begin is None else begin, target, len(target), target.shape[1] // vec,
+            given.stride(0) // vec, target.stride(0) // vec, own, beside.first if beside else 0, len(own),
+            own.stride(0) // vec, beside is not None, begin is None, vec, most, high, cols, num_warps=4,
         )  # fmt: skip
-    return made
+    return out
+
+
+def sum_rows(rows: Tensor, source: Tensor, begin: Tensor, most: int, out: Tensor | None = None) -> Tensor:
+    made = rows.new_empty((len(begin) - 1, *rows.shape[1:])) if out is None else out
+    return _sum(rows, source, begin, most, made, None)
+
+
+def sum_present(rows: Tensor, source_NK: Tensor) -> Tensor:
+    results, most = source_NK.shape
+    return _sum(rows, source_NK, None, most, rows.new_empty((results, *rows.shape[1:])), None)
+
+
+def sum_by_rank(sent: ByRank, source_NK: Tensor) -> Tensor:
+    results, most = source_NK.shape
+    out = sent.own.new_empty((results, *sent.own.shape[1:]))
+    return _sum(sent.rows, source_NK, None, most, out, _Beside(_flat(sent.own), sent.first))
 
 
 # ---- order

@@ -22,6 +22,7 @@ from dryvine.comm.copy_links import expecting, open_links
 from dryvine.comm.dispatch import flat, token_plan
 from dryvine.comm.dispatch.api import AnyDispatcher
 from dryvine.comm.dispatch.backends import RECORDED_RANKS, WINDOW_SLOTS
+from dryvine.comm.dispatch.by_rank import ByRank, gather_by_rank, sum_by_rank, sum_present
 from dryvine.comm.dispatch.payload import gather
 from dryvine.comm.dispatch.setup import Setup
 from dryvine.comm.dispatch.token_plan import TokenHandle
@@ -56,7 +57,8 @@ def _load(setup: Setup, device: torch.device) -> None:
     """Launch once what only recordings launch: no kernel may be loaded while a graph is recorded."""
     ranks, choices = setup.group_topology.ranks, torch.arange(setup.top_k, dtype=torch.int32, device=device)
     every = choices.expand(ranks, setup.tokens, -1).contiguous()
-    token_plan.unread(every, every[0].to(torch.int64), token_plan.PlanGroup(setup.rank, setup.experts, 1), "")
+    chosen = ByRank(every, every[setup.rank], setup.rank)
+    token_plan.unread(chosen, every[0].to(torch.int64), token_plan.PlanGroup(setup.experts, 1), "")
 
 
 def slot_bytes(setup: Setup) -> int:
@@ -73,15 +75,14 @@ class Nvlink:
         if experts % windows.ranks:
             raise ValueError(f"experts = {experts} do not divide over {windows.ranks} expert-parallel ranks")
         self.windows, self.meter = windows, windows.meter
-        self.experts, self.most, self.alignment = experts, most, alignment
+        self.most, self.group = most, token_plan.PlanGroup(experts, alignment)
 
     def plan_routing(self, experts_TK: Tensor, label: str = "") -> Pending[TokenHandle]:
         sent = token_plan.choices_to_send(experts_TK, self.most)
-        group = token_plan.PlanGroup(self.windows.rank, self.experts, self.alignment)
         plan = token_plan.unread if self.windows.live.recording else token_plan.plan
 
-        def read(came: list[Tensor]) -> TokenHandle:
-            return plan(came[0], experts_TK, group, label)
+        def read(came: list[ByRank]) -> TokenHandle:
+            return plan(came[0], experts_TK, self.group, label)
 
         return self.windows.start(lambda _: (sent,), (WindowRows.of(sent, self.most),), read, f"routing of {label}")
 
@@ -90,25 +91,22 @@ class Nvlink:
     ) -> Pending[tuple[Tensor, ...]]:
         sent = tuple(t.contiguous() for t in (rows if pairs is None else (*rows, pairs)))
 
-        def read(came: list[Tensor]) -> tuple[Tensor, ...]:
-            spread = [gather(by_rank.flatten(0, 1), handle.token) for by_rank in came[: len(rows)]]
-            return (
-                *spread,
-                *(gather(values.flatten().unsqueeze(1), handle.pair)[:, 0] for values in came[len(rows) :]),
-            )
+        def read(came: list[ByRank]) -> tuple[Tensor, ...]:
+            spread = [gather_by_rank(tensor, handle.token) for tensor in came[: len(rows)]]
+            return (*spread, *(gather_by_rank(of.values(), handle.pair)[:, 0] for of in came[len(rows) :]))
 
         rooms = tuple(WindowRows.of(tensor, self.most) for tensor in sent)
         return self.windows.start(lambda _: sent, rooms, read, f"dispatch of {handle.label}")
 
     def combine(self, rows: Tensor, pairs: Tensor | None, handle: TokenHandle) -> Pending[tuple[Tensor, ...]]:
-        ranks, choices = self.windows.ranks, handle.owner.shape[1]
-        parts = [handle.partial(rows).view(ranks, self.most, *rows.shape[1:])]
+        parts = [sum_present(rows, handle.row).view(self.windows.ranks, self.most, *rows.shape[1:])]
         if pairs is not None:
-            parts.append(gather(pairs.unsqueeze(1), handle.row).view(ranks, self.most, choices))
+            answers = gather(pairs.unsqueeze(1), handle.row.flatten())
+            parts.append(answers.view(self.windows.ranks, self.most, handle.row.shape[1]))
 
-        def read(came: list[Tensor]) -> tuple[Tensor, ...]:
-            summed = handle.total(came[0].flatten(0, 1))
-            return (summed, *(values.flatten()[handle.owner] for values in came[1:]))
+        def read(came: list[ByRank]) -> tuple[Tensor, ...]:
+            values = (gather_by_rank(of.values(), handle.owner.flatten()).view_as(handle.owner) for of in came[1:])
+            return (sum_by_rank(came[0], handle.total), *values)
 
         rooms = tuple(WindowRows.of(part[0], self.most) for part in parts)
         return self.windows.start(

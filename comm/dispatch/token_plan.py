@@ -1,9 +1,11 @@
 """Where rows go when every rank gets every token: each rank computes it from the choices of all.
 
-Only the choices are exchanged, no counts: each rank finds the tokens that its experts need.
+Only the choices are exchanged, no counts: each rank finds the tokens that its experts need. On a GPU that is three
+launches (`plan_kernels`) where torch's operators were 25, whose issue took a host longer than the GPU needs for the
+rows: a stable sort alone is ten.
 
-Legend: W ranks, M the most tokens of a rank, K choices, X experts of this rank, R rows that they receive; token n of
-all is w * M + t, pair p is n * K + k.
+Legend: W ranks, M the most tokens of a rank, T tokens of this one, K choices, X experts of this rank, R rows that they
+receive; token n of all is w * M + t, pair p is n * K + k.
 """
 
 from __future__ import annotations
@@ -15,10 +17,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dryvine.comm.by_device import kernel_in
 from dryvine.comm.dispatch import routing
+from dryvine.comm.dispatch.by_rank import ByRank
 from dryvine.comm.dispatch.counts import DeviceCounts
-from dryvine.comm.dispatch.routing import Padding, Sum
 
+KERNELS = "dryvine.comm.dispatch.plan_kernels"
 ABSENT = -1  # the choice of a token that a rank does not have
 
 
@@ -30,9 +34,8 @@ class TokenHandle:
     counts: Sequence[int]  # rows of each local expert, padded
     pair: Tensor  # [R] the pair of each row by expert, source, token; -1 for padding
     token: Tensor  # [R] and its token
-    row: Tensor  # [W * M * K] the row of each pair; -1 where another rank has its expert
-    partial: Sum  # of this rank's rows, by token: W * M results
-    total: Sum  # of the ranks' partial sums, by own token, in the order of ranks
+    row: Tensor  # [W * M, K] the row of each pair; -1 where another rank has its expert
+    total: Tensor  # [T, W] of each own token, its partial sums in the answers [W * M] of all ranks
     owner: Tensor  # [T, K] in the answers [W * M * K] of all ranks, that of the rank that has the expert
 
 
@@ -41,91 +44,80 @@ def choices_to_send(experts_TK: Tensor, most: int) -> Tensor:
     tokens, choices = experts_TK.shape
     if tokens > most:
         raise ValueError(f"{tokens} tokens are dispatched at once, and there is room for {most}")
+    if tokens == most:
+        return experts_TK.to(torch.int32)
     sent = torch.full((most, choices), ABSENT, dtype=torch.int32, device=experts_TK.device)
     sent[:tokens] = experts_TK
     return sent
 
 
 class PlanGroup(NamedTuple):
-    """This rank of its group, experts of all ranks, and the multiple to which an expert's rows are padded."""
+    """Experts of all ranks, and the multiple to which an expert's rows are padded."""
 
-    rank: int
     experts: int
     alignment: int
 
 
-def plan(choices_WMK: Tensor, own_TK: Tensor, group: PlanGroup, label: str) -> TokenHandle:
-    """The handle for everybody's choices; reads counts on the host, once. Raises ValueError if a token of some rank
-    chose an expert twice."""
-    found = _Found.of(choices_WMK, group)
-    host_counts, repeats = routing.read(found.counts, routing.repeated(choices_WMK))
-    routing.refuse(repeats.nonzero().flatten().tolist())
-    used = host_counts.tolist()
-    padding = Padding.of(used, group.alignment, found.order.device)
-    order = found.order[: sum(used)]
-    row = torch.full((choices_WMK.numel(),), -1, dtype=torch.int64, device=order.device)
-    row[order] = padding.place
-    # On a GPU kernels take the counts from there, so that a step has the same bits whether the host knows them or not.
-    on_device = order.is_cuda and group.alignment == 1
-    counts = DeviceCounts(found.counts, sum(used)) if on_device else padding.counts
-    return _handle(choices_WMK, own_TK, group, label, found, counts, padding.fill(order), row)
+@dataclass(frozen=True)
+class Places:
+    """All of a handle but its row count, for `room` rows: of a greater number, the last are in no place."""
+
+    message: Tensor  # int64 [X + W]: rows of each local expert, without padding, then 1 for each rank to refuse
+    pair: Tensor  # [room]
+    token: Tensor  # [room]
+    row: Tensor  # as in the handle, like all that follow
+    total: Tensor
+    owner: Tensor
 
 
-def unread(choices_WMK: Tensor, own_TK: Tensor, group: PlanGroup, label: str) -> TokenHandle:
-    """The same without a read on the host: for as many rows as there are pairs, which no routing exceeds. What lies
-    behind the last row of the last expert belongs to none. Padding is to be 1."""
-    found = _Found.of(choices_WMK, group)
-    places = torch.arange(choices_WMK.numel(), device=found.order.device)
-    pair = torch.where(places < found.counts.sum(), found.order, ABSENT)
-    row = torch.where(found.mine.flatten(), routing.invert(found.order), ABSENT)
-    counts = DeviceCounts(found.counts, len(places))
-    return _handle(choices_WMK, own_TK, group, label, found, counts, pair, row)
-
-
-class _Found(NamedTuple):
-    """This rank's pairs among all."""
-
-    mine: Tensor  # bool [W, M, K]
-    counts: Tensor  # int64 [X]
-    order: Tensor  # [W * M * K] by local expert, then as they are, which is by source and token; all others come last
-
-    @staticmethod
-    def of(choices_WMK: Tensor, group: PlanGroup) -> _Found:
-        share = group.experts // len(choices_WMK)
-        local = choices_WMK.to(torch.int64) - group.rank * share
-        mine = (local >= 0) & (local < share)
-        key = torch.where(mine, local, share)
-        counts = routing.count(key, share + 1)[:share]
-        return _Found(mine, counts, routing.stable_order(key.flatten().unsqueeze(1), share + 1))
-
-
-def _handle(
-    choices_WMK: Tensor,
-    own_TK: Tensor,
-    group: PlanGroup,
-    label: str,
-    found: _Found,
-    counts: Sequence[int],
-    pair: Tensor,
-    row: Tensor,
-) -> TokenHandle:
-    ranks, most, top_k = choices_WMK.shape
-    share = group.experts // ranks
-    sources = torch.arange(ranks, device=row.device) * most
-    own = torch.arange(len(own_TK), device=row.device)
-    return TokenHandle(
-        label=label,
-        counts=counts,
+@kernel_in(KERNELS)
+def places(chosen: ByRank, own_TK: Tensor, group: PlanGroup, room: int) -> Places:
+    """`chosen` are the choices [M, K] of all ranks, `own_TK` those of this one."""
+    ranks, most, top_k = chosen.window.shape
+    share, whole = group.experts // ranks, chosen.whole().to(torch.int64)
+    local = whole.flatten() - chosen.rank * share
+    key = torch.where((local >= 0) & (local < share), local, share)
+    used = routing.count(key, share + 1)[:share]
+    begin = routing.starts(-(-used // group.alignment) * group.alignment)
+    order = key.argsort(stable=True)
+    shift = torch.cat((begin - routing.starts(used), begin.new_full((1,), room)))  # no place for others' experts
+    place = torch.arange(len(order), device=order.device) + shift[key[order]]
+    pair = order.new_full((room + 1,), ABSENT).scatter_(0, place.clamp(max=room), order)[:room]
+    row = torch.empty_like(order).scatter_(0, order, torch.where(place < room, place, ABSENT))
+    refused = routing.repeated(whole.view(ranks, most, top_k))
+    own = torch.arange(len(own_TK), device=order.device)[:, None]
+    return Places(
+        message=torch.cat((used.minimum((room - begin).clamp(min=0)), refused)),
         pair=pair,
         token=pair // top_k,  # rounds down: -1 stays -1
-        row=row,
-        partial=_partial(found.mine, row, min(top_k, share)),
-        total=Sum.even(own[:, None] + sources[None, :]),
-        owner=((own_TK // share) * most + own[:, None]) * top_k + torch.arange(top_k, device=row.device),
+        row=row.view(-1, top_k),
+        total=own + torch.arange(ranks, device=order.device) * most,
+        owner=((own_TK // share) * most + own) * top_k + torch.arange(top_k, device=order.device),
     )
 
 
-def _partial(mine_WMK: Tensor, row: Tensor, most: int) -> Sum:
-    """Of a token's rows here, for every token. Its list of rows has room for all pairs."""
-    ends = mine_WMK.sum(2).flatten().cumsum(0)
-    return Sum(routing.packed(row, mine_WMK, len(row)), torch.cat((ends.new_zeros(1), ends)), most)
+def plan(chosen: ByRank, own_TK: Tensor, group: PlanGroup, label: str) -> TokenHandle:
+    """The handle for everybody's choices; reads counts on the host, once. Raises ValueError if a token of some rank
+    chose an expert twice."""
+    share = group.experts // len(chosen.window)
+    found = places(chosen, own_TK, group, chosen.window.numel() + share * (group.alignment - 1))
+    (told,) = routing.read(found.message)
+    routing.refuse(told[share:].nonzero().flatten().tolist())
+    used = told[:share].tolist()
+    padded = routing.padded(used, group.alignment)
+    # On a GPU kernels take the counts from there, so that a step has the same bits whether the host knows them or not.
+    on_device = chosen.is_cuda and group.alignment == 1
+    counts = DeviceCounts(found.message[:share], sum(used)) if on_device else padded
+    return _handle(found, label, counts, sum(padded))
+
+
+def unread(chosen: ByRank, own_TK: Tensor, group: PlanGroup, label: str) -> TokenHandle:
+    """The same without a read on the host: for as many rows as there are pairs, which no routing exceeds. What lies
+    behind the last row of the last expert belongs to none. Padding is to be 1."""
+    share, room = group.experts // len(chosen.window), chosen.window.numel()
+    found = places(chosen, own_TK, group, room)
+    return _handle(found, label, DeviceCounts(found.message[:share], room), room)
+
+
+def _handle(found: Places, label: str, counts: Sequence[int], rows: int) -> TokenHandle:
+    return TokenHandle(label, counts, found.pair[:rows], found.token[:rows], found.row, found.total, found.owner)

@@ -3,21 +3,32 @@
 Each rank has a few slots, and in a slot a window for each source, in which that rank writes. Message n uses slot
 n mod slots, on all ranks alike, and is the turn-th in it:
 
-    source  wait until the target has read the slot's message before; copy into its window; flag = turn + 1
+    source  wait until all targets have read the slot's message before; to each, copy into its window; flag = turn + 1
     target  wait until the flags of all sources are turn + 1; read; tell every source that it has
 
 Waits and flags are queued on streams (`stream_values`), so no host waits, and no SM is taken: NCCL's all-to-all takes
 16 for as long as it runs. A flag and a word of credit for each slot, and not one count for all, allow results to be
 waited for in another order than they were started.
 
+A step has hundreds of messages, and what each costs is calls of the driver, so they are few: two to queue behind the
+caller, one for all credits that are waited for, a copy for each tensor and a flag for each peer, one for all flags that
+are waited for, and one for all credits that are given. One queue serves all peers: a copy engine fills the links of a
+GPU by itself, and all peers share them. Own rows are not copied (`by_rank`). Flags are words that all ranks see, so the
+same wait also says that what this rank sent has left. With 20 calls a message, which this had before, half of an
+overlapped step's host time went into them.
+
 While ops are recorded (`live_steps`), a message gets its slot, where graphs will read and write, and is sent at each
-replay with the slot's turn of that moment.
+replay with the slot's turn of that moment. The transfers could be nodes of the graph: driver calls on a stream that
+records become such. But the words they wait for would then be constants, so they would have to be reset in each replay
+by their reader, and waits for different turns could not be told apart by the host, which names what is late; and ops of
+a pair that take turns are cut at their messages anyhow.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from math import prod
 from typing import TypeVar
@@ -25,8 +36,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from dryvine.comm.copy_wire import ALIGNMENT, Expect, Links, Queue
+from dryvine.comm.copy_wire import ALIGNMENT, Expect, Links
 from dryvine.comm.dispatch.backends import WINDOW_SLOTS
+from dryvine.comm.dispatch.by_rank import ByRank
 from dryvine.comm.dispatch.meter import Meter
 from dryvine.comm.integers import round_up
 from dryvine.comm.live_steps import LiveStep, LiveSteps
@@ -71,11 +83,11 @@ class _Message:
 
     what: str
     slot: int
-    sent: list[tuple[Tensor, ...]]  # by target; held until it has left
-    rooms: tuple[WindowRows, ...]
+    size: int  # bytes of each source at most
+    copies: dict[int, list[tuple[Tensor, Tensor]]]  # to each peer: (where to, what), held until they are done
+    sent: Counter[LinkClass]  # bytes
     recorded: bool
     turn: int = 0  # how many messages have used the slot before
-    copied: list[Pending[None]] = field(default_factory=list)  # by target
 
 
 class Windows:
@@ -95,7 +107,9 @@ class Windows:
         self.rank, self.links, self.slot_bytes, self.meter = rank, links, slot_bytes, meter
         self.classes, self.expect, self.world_ranks = classes, expect, world_ranks
         self.live = LiveSteps()  # of its messages, for whoever records ops
-        self._queues: list[Queue] = [links.queue() for _ in classes]
+        # Each starts with another, so that not all send to one.
+        self._peers = [(rank + 1 + n) % self.ranks for n in range(self.ranks - 1)]
+        self._queue = links.queue()
         self._messages = 0
         self._turns = [0] * WINDOW_SLOTS
 
@@ -107,70 +121,69 @@ class Windows:
         self,
         sent: Callable[[int], tuple[Tensor, ...]],
         rooms: tuple[WindowRows, ...],
-        read: Callable[[list[Tensor]], T],
+        read: Callable[[list[ByRank]], T],
         what: str,
     ) -> Pending[T]:
-        """Copy the tensors `sent(rank)` ([n <= rows, *tail] each) to every rank. The result is what `read` makes, in
-        memory of its own, of what comes from all ranks: a tensor [ranks, rows, *tail] for each room. What lies behind
-        the n rows that a source sent is old. Raises ValueError if the rooms are larger than a slot. Collective and in
-        one order on all ranks, like the calls of a dispatcher."""
+        """Copy the contiguous tensors `sent(rank)` ([n <= rows, *tail] each) to every rank. The result is what `read`
+        makes, in memory of its own, of what comes from all ranks, for each room. Raises ValueError if the rooms are
+        larger than a slot. Collective and in one order on all ranks, like the calls of a dispatcher."""
         needed = sum(room.bytes(self.ranks) for room in rooms)
         if needed > self.slot_bytes:
             raise ValueError(f"{what}: takes {needed} bytes of a slot of {self.slot_bytes}")
         slot, self._messages = self._messages % WINDOW_SLOTS, self._messages + 1
-        message = _Message(what, slot, [sent(rank) for rank in range(self.ranks)], rooms, self.live.recording)
+        own, message = sent(self.rank), self._message(sent, rooms, slot, what)
         self.live.run(LiveStep(lambda: self._post(message)))
 
         def finish() -> T:
             self.live.run(LiveStep(lambda: self._wait(message), waits=True))
-            result = read(self._views(self.rank, rooms, slot))
-            self.live.run(LiveStep(lambda: self._release(message)))
+            views = self._views(self.rank, rooms, slot)
+            result = read([ByRank(view, mine, self.rank) for view, mine in zip(views, own, strict=True)])
+            self.live.soon(LiveStep(lambda: self._release(message)))
             return result
 
         return Pending(finish, lambda: self._arrived(message))
 
-    def _post(self, message: _Message) -> None:
-        slot, turn = message.slot, self._turns[message.slot]
-        self._turns[slot] += 1
-        message.turn = turn
-        for rank, tensors in enumerate(message.sent):
-            self._put(rank, tensors, message)
-        message.copied = [queue.here() for queue in self._queues]
-        reached, size = self.links.words.reached, sum(room.rows * room.row_bytes for room in message.rooms)
-        for source in range(self.ranks):
-            if source != self.rank:
-                # Each by itself, so that the one that is late is named.
-                flag, due = self._flag(slot, source, self.rank), ((self.world_ranks[source], size),)
-                self.expect(message.what + self.live.during, due, partial(reached, flag, turn + 1))
+    def _message(
+        self, sent: Callable[[int], tuple[Tensor, ...]], rooms: tuple[WindowRows, ...], slot: int, what: str
+    ) -> _Message:
+        copies, bytes_sent = {}, Counter[LinkClass]()
+        for rank in (*self._peers, self.rank):
+            tensors = sent(rank)
+            bytes_sent[self.classes[rank]] += sum(tensor.nbytes for tensor in tensors)
+            if rank != self.rank:
+                views = self._views(rank, rooms, slot)
+                copies[rank] = [(v[self.rank, : len(t)], t) for v, t in zip(views, tensors, strict=True)]
+        size = sum(room.rows * room.row_bytes for room in rooms)
+        return _Message(what, slot, size, copies, bytes_sent, self.live.recording)
 
-    def _put(self, target: int, tensors: tuple[Tensor, ...], message: _Message) -> None:
-        slot, turn, queue = message.slot, message.turn, self._queues[target]
+    def _post(self, message: _Message) -> None:
+        slot, queue = message.slot, self._queue
+        message.turn, self._turns[slot] = self._turns[slot], self._turns[slot] + 1
         queue.after_caller()
-        queue.wait(self._credit(slot, self.rank, target), turn)
-        for tensor, view in zip(tensors, self._views(target, message.rooms, slot), strict=True):
-            queue.copy(view[self.rank, : len(tensor)], tensor)
-            self.meter.add([self.classes[target]], [len(tensor)], prod(tensor.shape[1:]) * tensor.element_size())
-        queue.write(self._flag(slot, self.rank, target), turn + 1)
+        queue.wait([self._credit(slot, self.rank, peer) for peer in self._peers], message.turn)
+        for peer, copies in message.copies.items():
+            for window, rows in copies:
+                queue.copy(window, rows)
+            queue.write((self._flag(slot, self.rank, peer),), message.turn + 1)
+        self.meter.put(message.sent)
+        for source in self._peers:
+            # Each by itself, so that the one that is late is named.
+            arrived = partial(self.links.words.reached, self._flag(slot, source, self.rank), message.turn + 1)
+            self.expect(message.what + self.live.during, ((self.world_ranks[source], message.size),), arrived)
 
     def _arrived(self, message: _Message) -> bool:
-        reached, turn = self.links.words.reached, message.turn
-        return all(reached(self._flag(message.slot, source, self.rank), turn + 1) for source in range(self.ranks))
+        return all(self.links.words.reached(flag, message.turn + 1) for flag in self._flags(message.slot))
 
     def _wait(self, message: _Message) -> None:
-        caller = self.links.caller()
-        for source in range(self.ranks):
-            caller.wait(self._flag(message.slot, source, self.rank), message.turn + 1)
+        """For what comes, and for what was sent to have left: afterwards its memory may be given to others."""
+        self.links.caller().wait(self._flags(message.slot), message.turn + 1)
+        if not message.recorded:
+            message.copies.clear()
 
     def _release(self, message: _Message) -> None:
-        """The slot to its sources, and what was sent to its owner: its memory may not be given to others before."""
-        caller = self.links.caller()
-        for source in range(self.ranks):
-            caller.write(self._credit(message.slot, source, self.rank), message.turn + 1)
-        for queue in message.copied:
-            queue.wait()
-        message.copied.clear()
-        if not message.recorded:
-            message.sent.clear()
+        """The slot to its sources."""
+        slot = message.slot
+        self.links.caller().write([self._credit(slot, peer, self.rank) for peer in self._peers], message.turn + 1)
 
     def _views(self, rank: int, rooms: tuple[WindowRows, ...], slot: int) -> list[Tensor]:
         """The windows of all sources in a rank's slot."""
@@ -179,6 +192,11 @@ class Windows:
             views.append(room.view(self.links.memory(rank), start, self.ranks))
             start += room.bytes(self.ranks)
         return views
+
+    def _flags(self, slot: int) -> list[int]:
+        """Of what comes from and goes to each peer."""
+        both = ((peer, self.rank) for peer in self._peers), ((self.rank, peer) for peer in self._peers)
+        return [self._flag(slot, source, target) for pairs in both for source, target in pairs]
 
     def _flag(self, slot: int, source: int, target: int) -> int:
         return 2 * ((slot * self.ranks + source) * self.ranks + target)

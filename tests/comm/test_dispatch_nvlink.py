@@ -152,7 +152,7 @@ def test_more_messages_than_slots_in_any_order_of_waits(tmp_path: Path, slow: di
                 windows.start(
                     lambda target, n=n: (torch.full((2, 1), 100.0 * n + 10 * rank + target),),
                     (WindowRows(2, (1,), torch.float32),),
-                    lambda came: came[0].clone(),
+                    lambda came: came[0].whole().view(3, 2, 1),
                     f"message {n}",
                 )
                 for n in (number, number + 1)
@@ -172,31 +172,23 @@ def test_no_message_is_overwritten_before_it_is_read(tmp_path: Path) -> None:
     """Rank 0 starts three turns of messages at once; rank 1 reads them one by one, slowly."""
     node = Node(tmp_path, 2)
 
-    def one(rank: int) -> list[float]:
+    def one(rank: int) -> list[list[float]]:
         windows, room = node.windows(rank), WindowRows(1, (), torch.float32)
         pending = []
         found = []
         for number in range(3 * WINDOW_SLOTS):
-            sent = torch.tensor([float(number)])
+            sent = torch.tensor([float(number + 100 * rank)])
             pending.append(
-                windows.start(lambda _, s=sent: (s,), (room,), lambda came: float(came[0][0, 0]), f"message {number}")
+                windows.start(
+                    lambda _, s=sent: (s,), (room,), lambda came: came[0].whole().tolist(), f"message {number}"
+                )
             )
             if rank == 1:
                 time.sleep(0.005)
                 found.append(pending.pop().wait())
         return found + [each.wait() for each in pending]
 
-    assert node.run(one) == [[float(number) for number in range(3 * WINDOW_SLOTS)]] * 2
-
-
-def test_most_addends_of_a_sum(tmp_path: Path) -> None:
-    """A GPU's kernel is unrolled so often: as many as a token's choices, or this rank's experts if they are fewer."""
-    node, chosen = Node(tmp_path, 2), torch.arange(3).expand(4, 3)
-    for experts, most in ((4, 2), (8, 3)):
-        plans = node.run(lambda rank, experts=experts: node.nvlink(rank, experts).plan_routing(chosen).wait())
-        assert [plan.partial.most for plan in plans] == [most, most]
-        assert [plan.total.most for plan in plans] == [2, 2]
-        make_room(node.folder, 2, node.size, node.words)
+    assert node.run(one) == [[[float(number), number + 100.0] for number in range(3 * WINDOW_SLOTS)]] * 2
 
 
 def test_bytes_are_those_of_tokens_and_not_of_choices(tmp_path: Path) -> None:
@@ -303,7 +295,7 @@ def test_a_recorded_message_is_sent_and_awaited_anew_at_each_replay(tmp_path: Pa
         windows, room, found = node.windows(rank), WindowRows(1, (1,), torch.float32), []
         sent, steps = torch.zeros(1, 1), list[LiveStep]()
         with windows.live.recorded_by(steps.append):
-            view = windows.start(lambda _: (sent,), (room,), lambda came: came[0], "recorded").wait()
+            view = windows.start(lambda _: (sent,), (room,), lambda came: came[0].rows, "recorded").wait()
         post, wait, release = steps
         assert [step.waits for step in steps] == [False, True, False]
         for number in range(replays):
@@ -311,14 +303,32 @@ def test_a_recorded_message_is_sent_and_awaited_anew_at_each_replay(tmp_path: Pa
             sent.fill_(10 * number + rank)
             post.run()
             negative = torch.full((1, 1), -number - 1.0)
-            other = windows.start(lambda _, t=negative: (t,), (room,), lambda came: float(came[0][0, 0]), "at once")
+            other = windows.start(
+                lambda _, t=negative: (t,), (room,), lambda came: float(came[0].rows[1 - rank]), "at once"
+            )
             wait.run()
             found.append(float(view[1 - rank]))
             release.run()
-            found.append(other.wait())
+            found.append(float(other.wait()))
         return found
 
     for rank, found in enumerate(node.run(one)):
         assert found == [value for n in range(replays) for value in (10.0 * n + 1 - rank, -n - 1.0)]
     said = {what for what, _, _ in node.expected if what.startswith("recorded")}
     assert said == {f"recorded, microbatch {number}" for number in range(replays)}
+
+
+def test_a_slot_is_given_back_where_a_recording_is_cut_anyhow(tmp_path: Path) -> None:
+    """Between the read of a message and the next one's start nothing is cut."""
+    node, events = Node(tmp_path, 2), list[str]()
+    windows, room = node.windows(0), WindowRows(1, (1,), torch.float32)
+
+    def cut(step: LiveStep) -> None:
+        events.append("waits" if step.waits else "cut")
+
+    with windows.live.recorded_by(cut):
+        for number in range(2):
+            pending = windows.start(lambda _: (torch.zeros(1, 1),), (room,), lambda came: events.append("read"), "m")
+            pending.wait()
+            events.append(f"used {number}")
+    assert events == ["cut", "waits", "read", "used 0", "cut", "cut", "waits", "read", "used 1", "cut"]

@@ -6,10 +6,14 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from dryvine.comm.dispatch import kernels
+from dryvine.comm.dispatch import kernels, plan_kernels
 from tests.support.compile import compile_for_hopper
 
-POINTERS = {"rows", "out", "index", "source", "begin", "expert", "message", "pair", "token", "place", "order", "back"}
+POINTERS = {
+    *("rows", "own", "out", "index", "source", "begin", "expert", "message", "pair", "token", "place", "order", "back"),
+    *("row", "total", "owner"),
+}
+PLAIN = {"BESIDE": False}
 
 
 def compile_one(kernel: Any, constants: dict[str, Any], warps: int, **types: str) -> dict[str, Any]:
@@ -26,6 +30,7 @@ def every() -> Any:
     yield compile_one(kernels.place_kernel, {"BLOCK": kernels.BLOCK, "PART": kernels.PART}, 8)
     for ranks, share in ((1, 256), (64, 4), (8, 32)):
         yield compile_one(kernels.arrive_kernel, {"WIDE": ranks, "HIGH": share, "BLOCK": 256}, 4)
+    yield from planned()
     yield from small()
 
 
@@ -35,17 +40,34 @@ def moved() -> Any:
         shape = {"ROWS": kernels.TILE // cols, "COLS": cols}
         most = {"MOST": 8 if cols in (8, kernels.TILE) else 2}
         for kind, vec in (("*bf16", min(cols, 8)), ("*fp32", min(cols, 4))):
-            yield compile_one(kernels.sum_kernel, {"VEC": vec, **most, **shape}, 4, rows=kind, out=kind)
-        yield compile_one(kernels.gather_kernel, {"VEC": min(cols, 2), **shape}, 4)
-    yield compile_one(kernels.gather_kernel, {"VEC": 1, "ROWS": kernels.TILE, "COLS": 1}, 4, rows="*i32", out="*i32")
+            for way in ({"BESIDE": False, "EVEN": False}, {"BESIDE": True, "EVEN": True}):
+                constants = {"VEC": vec, **most, **shape, **way}
+                yield compile_one(kernels.sum_kernel, constants, 4, rows=kind, out=kind, own=kind)
+        for beside in (False, True):
+            yield compile_one(kernels.gather_kernel, {"VEC": min(cols, 2), **shape, "BESIDE": beside}, 4)
+    column = {"VEC": 1, "ROWS": kernels.TILE, "COLS": 1, **PLAIN}
+    yield compile_one(kernels.gather_kernel, column, 4, rows="*i32", own="*i32", out="*i32")
+
+
+def planned() -> Any:
+    """Experts and choices of a few and of many."""
+    of_chosen = dict.fromkeys(("chosen", "own", "tallies"), "*i32")
+    for most in ({"K": 8}, {"K": 1, "W": 1, "X": 1, "alignment": 1}, {"K": 8, "alignment": 1, "B": 1, "Q": 1}):
+        block = {"BLOCK": plan_kernels.BLOCK, "PART": plan_kernels.PART}
+        tallied = {name: value for name, value in most.items() if name in plan_kernels.tally_kernel.arg_names}
+        yield compile_one(plan_kernels.tally_kernel, tallied | block, 8, **of_chosen)
+        yield compile_one(plan_kernels.place_kernel, most | block | {"CHUNK": plan_kernels.CHUNK}, 8, **of_chosen)
 
 
 def small() -> Any:
     """Arguments that are 1 become constants at a launch, which the interpreter does not do."""
-    one = dict.fromkeys(("R", "width", "row_stride", "out_stride"), 1)
+    one = dict.fromkeys(("width", "row_stride", "out_stride", "own_stride"), 1)
     column = {"VEC": 1, "ROWS": kernels.TILE, "COLS": 1}
-    yield compile_one(kernels.gather_kernel, column | one, 4, rows="*i32", out="*i32")
-    yield compile_one(kernels.sum_kernel, column | one | {"MOST": 1}, 4, rows="*bf16", out="*bf16")
+    for beside in (False, True):
+        constants = column | one | {"BESIDE": beside}
+        yield compile_one(kernels.gather_kernel, constants, 4, rows="*i32", own="*i32", out="*i32")
+        constants |= {"MOST": 1, "EVEN": beside}
+        yield compile_one(kernels.sum_kernel, constants, 4, rows="*bf16", own="*bf16", out="*bf16")
     order = dict.fromkeys(("P", "B", "E", "X"), 1)
     yield compile_one(kernels.tally_kernel, {"P": 1, "B": 1, "E": 1, "K": 1, "BLOCK": kernels.BLOCK}, 8)
     yield compile_one(kernels.scan_kernel, {"B": 1, "E": 1, "X": 1, "CHUNK": 1024}, 4)

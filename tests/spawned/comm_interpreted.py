@@ -11,11 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from dryvine.comm.dispatch import payload, routing
+from dryvine.comm.dispatch import by_rank, payload, routing, token_plan
+from dryvine.comm.dispatch.by_rank import ByRank
 from dryvine.comm.dispatch.fake import Fake
 from dryvine.comm.dispatch.payload import Format
 from dryvine.comm.dispatch.routing import Arrival, Sum
 from dryvine.comm.dispatch.single_rank import SingleRank
+from dryvine.comm.dispatch.token_plan import PlanGroup
 from dryvine.comm.topology import by_sizes
 from tests.comm.test_dispatch_hypothesis import Boards, on_ranks, there_and_back
 from tests.support.interpreter import right_casts
@@ -29,6 +31,10 @@ FUNCTIONS: list[Any] = [
     payload.gather,
     payload.gather_in,
     payload.gather_out,
+    by_rank.gather_by_rank,
+    by_rank.sum_by_rank,
+    by_rank.sum_present,
+    token_plan.places,
 ]
 
 
@@ -150,6 +156,65 @@ def test_the_order_of_additions_shows(native: Any) -> None:
     native(False)
     forward, backward = Sum(source, begin, 8)(rows), Sum(source.view(6, 8).flip(1).flatten(), begin, 8)(rows)
     assert not torch.equal(bits(forward), bits(backward))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [1, 5, 72, 1100])
+def test_own_rows_are_read_where_they_are(native: Any, dtype: torch.dtype, width: int) -> None:
+    """Whatever lies in their place in the window."""
+    drawn = special(77, width + 1)[:, :width].to(dtype)
+    window, own = drawn[:60].reshape(3, 20, width), drawn[60:].contiguous() + 1
+    window[1] = torch.nan
+    sent, index = ByRank(window, own, 1), torch.tensor([3, -1, 20, 36, 40, 19, -1, 0])
+    source = torch.tensor([[20, 3, -1], [-1, -1, -1], [59, -1, 36], [-1, 40, -1]])
+    ways = (
+        lambda: by_rank.gather_by_rank(sent, index),
+        lambda: by_rank.sum_by_rank(sent, source),
+        lambda: by_rank.sum_present(sent.whole(), source),
+    )
+    picked, *sums = (both(native, way) for way in ways)
+    for ours, defined in (picked, *sums):
+        assert ours.dtype == dtype
+        assert torch.equal(bits(ours), bits(defined))
+    assert torch.equal(bits(picked[0][[2, 3]]), bits(own[[0, 16]]))
+    assert not picked[0][[1, 6]].any()
+
+
+def everybodys(seed: int, ranks: int, most: int, experts: int, top_k: int, tokens: int) -> tuple[ByRank, Tensor]:
+    """Choices of all ranks as they came, this one's apart; the last rank has fewer tokens too."""
+    rank = seed % ranks
+    window = torch.stack([draw(seed + 10 * r, most, experts, top_k) for r in range(ranks)])
+    window[-1, most - 1] = token_plan.ABSENT
+    own = token_plan.choices_to_send(draw(seed + 99, tokens, experts, top_k), most)
+    window[rank] = -7  # old
+    return ByRank(window.to(torch.int32), own, rank), own[:tokens].to(torch.int64)
+
+
+@pytest.mark.parametrize("room", ["all", "less"])
+@pytest.mark.parametrize("alignment", [1, 8])
+@pytest.mark.parametrize(
+    ("ranks", "most", "experts", "top_k", "tokens"),
+    [(2, 37, 8, 3, 37), (3, 150, 6, 2, 1), (2, 130, 80, 8, 100), (4, 33, 8, 1, 0), (8, 12, 8, 4, 12)],
+)
+def test_places(
+    native: Any, ranks: int, most: int, experts: int, top_k: int, tokens: int, alignment: int, room: str
+) -> None:
+    chosen, own = everybodys(ranks, ranks, most, experts, top_k, tokens)
+    rows = chosen.window.numel() + alignment * experts if room == "all" else most * top_k // 2
+    ours, defined = both(native, lambda: token_plan.places(chosen, own, PlanGroup(experts, alignment), rows))
+    for name, tensor in vars(defined).items():
+        assert torch.equal(getattr(ours, name), tensor), name
+    assert not ours.message[experts // ranks :].any()
+    assert (ours.row >= 0).sum() == (ours.pair >= 0).sum()
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_a_rank_that_chose_an_expert_twice_is_named(native: Any, rank: int) -> None:
+    chosen, own = everybodys(1, 3, 300, 6, 3, 300)
+    where = chosen.own if rank == chosen.rank else chosen.window[rank]
+    where[290, 0] = where[290, 2]
+    for told in both(native, lambda: token_plan.places(chosen, own, PlanGroup(6, 1), 2700).message[2:].tolist()):
+        assert told == [int(r == rank) for r in range(3)]
 
 
 def octets(*size: int) -> Tensor:

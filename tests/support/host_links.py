@@ -7,7 +7,7 @@ from __future__ import annotations
 import mmap
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,9 +30,9 @@ class HostQueue:
     def after_caller(self) -> None:
         """The caller's work is done when it queues: a CPU has no streams."""
 
-    def wait(self, word: int, value: int) -> None:
+    def wait(self, words: Sequence[int], value: int) -> None:
         def poll() -> None:
-            while not self.words.reached(word, value):
+            while not all(self.words.reached(word, value) for word in words):
                 time.sleep(1e-4)
 
         self._put(poll)
@@ -44,8 +44,8 @@ class HostQueue:
 
         self._put(late)
 
-    def write(self, word: int, value: int) -> None:
-        self._put(lambda: self.words.values.__setitem__(word, value))
+    def write(self, words: Sequence[int], value: int) -> None:
+        self._put(lambda: self.words.values.__setitem__(list(words), value))
 
     def here(self) -> Pending[None]:
         return Pending(self._last.result, self._last.done)

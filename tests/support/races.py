@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -282,20 +282,21 @@ class Queue:
     def after_caller(self) -> None:
         self.stream.wait_stream(self.links.races.here)
 
-    def wait(self, word: int, value: int) -> None:
-        if (line := self.links.flags.get(word)) and line.target == self.links.rank:
-            self.stream.wait_stream(self.links.fill(line, value - 1))
+    def wait(self, words: Sequence[int], value: int) -> None:
+        for word in words:
+            if (line := self.links.flags.get(word)) and line.target == self.links.rank:
+                self.stream.wait_stream(self.links.fill(line, value - 1))
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         with self.links.races.on(self.stream):
             target.copy_(source)
 
-    def write(self, word: int, value: int) -> None:
-        self.links.writes[word, value] = self.stream.record_event()
+    def write(self, words: Sequence[int], value: int) -> None:
+        self.links.writes.update(((word, value), self.stream.record_event()) for word in words)
 
-    def write_at_once(self, word: int, value: int) -> None:
+    def write_at_once(self, words: Sequence[int], value: int) -> None:
         """`write`, as if it did not wait for what was queued before."""
-        self.links.writes[word, value] = Event(self.links.races)
+        self.links.writes.update(((word, value), Event(self.links.races)) for word in words)
 
     def here(self) -> Pending[None]:
         work = Work(self.links.races, self.stream.record_event(), self.links.coin)

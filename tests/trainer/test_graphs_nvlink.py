@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dryvine.comm import local
-from dryvine.comm.dispatch import nvlink, token_plan
+from dryvine.comm.dispatch import nvlink, payload, token_plan
 from dryvine.comm.dispatch.nvlink import Nvlink
 from dryvine.parallel.graphs import Graphs
 from dryvine.trainer.config import Config
@@ -45,6 +45,7 @@ def _as_on_a_gpu(folder: Path) -> Iterator[None]:
     with (
         mock.patch.object(nvlink, "open_links", partial(open_host_links, folder)),
         mock.patch.object(nvlink, "gather", _gather),
+        mock.patch.object(payload, "gather", _gather),
         mock.patch.object(token_plan, "plan", token_plan.unread),
         mock.patch.object(grouped, "grouped_product", masked_product),
         mock.patch.object(grouped, "add_grouped_product", add_masked_product),
