@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -24,11 +22,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.support.countdown_large import prepare
 from dryvine.comm.dispatch.single_rank import SingleRank
 from dryvine.launch.plan.hardware import load_hardware
 from dryvine.launch.plan.plan import make
 from dryvine.trainer.begin import resume
-from dryvine.trainer.config import Config, load
+from dryvine.trainer.config import Config
 from dryvine.trainer.fp8.choose import choose_engines
 from dryvine.trainer.fp8.fp8 import FP8
 from dryvine.trainer.fp8.recipe import preset
@@ -42,17 +41,9 @@ from dryvine.trainer.rl.asker import Asker
 from dryvine.trainer.rl.judge import Judge
 from dryvine.trainer.rl.learner import Learner, RolloutOutcome
 from dryvine.trainer.rl.questions import Curriculum, open_task
-from dryvine.trainer.rl.tasks.countdown_demos import write
 from dryvine.trainer.run_plan import make_plan
 from dryvine.trainer.sources import open_sources
 
-CONFIGS = Path(__file__).parents[1] / "configs"
-LARGE = (
-    "model.layers=8", "model.hidden=512", "model.ffn=1536", "model.expert_ffn=256", "model.heads=8",
-    "model.q_lora=256", "model.kv_lora=128", "model.nope_dim=64", "model.rope_dim=32", "model.v_dim=64",
-    "model.routed=32", "model.top_k=4", "model.groups=4", "model.group_limit=2", "run.dtype=bf16",
-    "run.hardware=h100", "batch.sequences=64", "parallel.microbatch_sequences=64",
-)  # fmt: skip
 WARM = 2  # rollouts of each way that are not counted: kernels are compiled and loaded, graphs recorded
 Figures = dict[str, float]
 
@@ -77,31 +68,13 @@ def main() -> None:
     parser.add_argument("--warm", type=int, default=200, help="steps of fine-tuning before")
     parser.add_argument("--rollouts", type=int, default=5, help="that are counted, of each way")
     parser.add_argument("--out", type=Path)
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write(folder, 20_000, 0.6, 0, 5)
-        every = [f'run.out="{folder}"', *LARGE, *given.overrides]
-        warm(folder, given.warm, every)
-        tokenizer = f'rl.chat.tokenizer="{folder}/tokenizer.json"'
-        start = f'run.init_from="{folder}/countdown_sft"'
-        sizes = ("rl.questions=64", "rl.samples=16", "optim.lr=1e-5")
-        config = load(CONFIGS / "countdown_r1zero.toml", [*sizes, *every, tokenizer, start])
+        config = prepare(Path(name), given.warm, given.overrides)
         found = in_turns(config, given.rollouts)
     show(config, found)
     if given.out:
         given.out.write_text(json.dumps(found, indent=1) + "\n")
-
-
-def warm(folder: Path, steps: int, overrides: list[str]) -> None:
-    """Fine-tune on the demonstrations in the folder."""
-    files = [f'sft.{name}="{folder}/{name}.jsonl"' for name in ("train", "validation")]
-    rate = ("optim.lr=1e-3", 'optim.plan=[{shape="linear",length=50,to=1.0}]')
-    ends = (f"run.steps={steps}", f"run.eval_every={steps}", f"run.checkpoint_every={steps}")
-    own = [word for word in overrides if not word.startswith("rl.")]
-    words = [*files, f'sft.chat.tokenizer="{folder}/tokenizer.json"', *rate, *ends, *own]
-    command = [sys.executable, "-m", "dryvine.trainer", str(CONFIGS / "countdown_sft.toml"), *words]
-    subprocess.run(command, check=True)
 
 
 def in_turns(config: Config, rollouts: int) -> dict[str, Figures]:

@@ -1,11 +1,14 @@
 """The loop of GRPO beside TRL's GRPOTrainer: same model, weights, questions, verifier, machine and threads, one run.
 
     python -m benchmarks.rl_peer configs/countdown_r1zero.toml --steps 20 --out rl_peer.json
+    python -m benchmarks.rl_peer --large 150 --steps 8 run.device=cuda
 
 Weights are those that the config begins with. The two take turns, an update each, so that whatever else the machine
 does falls on both; CPU seconds are told beside those of the clock for the same reason. TRL samples with transformers'
-`generate` and its KV cache, pads each batch to its longest answer, and gets the fastest implementation of experts that
-transformers has on a CPU. Tokens are those of answers, of the whole loop: sampled, judged and learnt from.
+`generate` and its KV cache, and pads each batch to its longest answer. `--experts` is how transformers multiplies with
+experts. Tokens are those of answers, of the whole loop: sampled, judged and learnt from. `--large` takes
+the model of rl_gpu instead of a config's, BF16 on a GPU; TRL's weights are then BF16 alone, which is its fastest, and
+ours have FP32 masters.
 """
 
 from __future__ import annotations
@@ -27,9 +30,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.support.as_transformers import as_transformers
+from benchmarks.support.countdown_large import prepare
 from dryvine.trainer.begin import resume
 from dryvine.trainer.config import Config, load
 from dryvine.trainer.generate.sampler import Sampler
+from dryvine.trainer.rehearse import rehearse
 from dryvine.trainer.rig import Rig, make_rig, mesh_of
 from dryvine.trainer.rl.asker import Asker
 from dryvine.trainer.rl.judge import Judge
@@ -50,12 +55,15 @@ class Meter:
     cpu: list[float] = field(default_factory=list)
     tokens: list[float] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
+    sampling: list[float] = field(default_factory=list)  # of the seconds
     _began: tuple[float, float] = (0.0, 0.0)
 
     def begin(self) -> None:
+        settled()
         self._began = (time.perf_counter(), time.process_time())
 
     def end(self, tokens: float, reward: float) -> None:
+        settled()
         self.seconds.append(time.perf_counter() - self._began[0])
         self.cpu.append(time.process_time() - self._began[1])
         self.tokens.append(tokens)
@@ -66,30 +74,47 @@ class Meter:
         return statistics.median(t / s for t, s in zip(self.tokens[WARM:], clock[WARM:], strict=True))
 
 
+def settled() -> None:
+    """Wait for the GPU, if there is one."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("config", type=Path)
-    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("words", nargs="*", help="a config and table.key=value ...; with --large these alone")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--large", type=int, metavar="STEPS", help="rl_gpu's model, fine-tuned for so many steps")
+    parser.add_argument("--experts", default="grouped_mm", choices=("eager", "grouped_mm", "batched_mm"))
     parser.add_argument("--out", type=Path)
-    words = parser.parse_args()
+    given = parser.parse_intermixed_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     with tempfile.TemporaryDirectory() as folder:
-        config = load(words.config, [*words.overrides, f'run.out="{folder}"', "rl.loss.kl=0.0"])
-        found = _side_by_side(config, words.steps, Path(folder))
+        config = _config(given.words, given.large, Path(folder))
+        found = _side_by_side(config, given.steps, Path(folder), given.experts)
     _show(found)
-    if words.out:
-        words.out.write_text(json.dumps(found, indent=1) + "\n")
+    if given.out:
+        given.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def _side_by_side(config: Config, steps: int, folder: Path) -> dict[str, Any]:
+def _config(words: list[str], large: int | None, folder: Path) -> Config:
+    if large is not None:
+        return prepare(folder, large, [*words, "rl.loss.kl=0.0"])
+    config, *overrides = words
+    return load(Path(config), [*overrides, f'run.out="{folder}"', "rl.loss.kl=0.0"])
+
+
+def _side_by_side(config: Config, steps: int, folder: Path, experts: str) -> dict[str, Any]:
     task = open_task(config)
     plan = make_plan(config)
-    rig = make_rig(plan, mesh_of(plan, torch.device("cpu")), open_sources(config))
+    device = torch.device("cuda", 0) if config.run.device == "cuda" else torch.device("cpu")
+    rig = make_rig(plan, mesh_of(plan, device), open_sources(config))
     resume(rig, Console(quiet=True))
+    if device.type == "cuda":
+        rehearse(rig)
     own, other = Meter(), Meter()
     with Judge(task.rl, task.chat, rig.mesh, task.verifiers) as judge:
-        trainer = _theirs(rig, task, steps, folder)
+        trainer = _theirs(rig, task, steps, folder, experts)
         learner = Learner(rig, Asker(task, Sampler.of_rig(rig), judge, rig.optimizer.zero.settle))
 
         def our_step(step: int) -> None:
@@ -98,11 +123,13 @@ def _side_by_side(config: Config, steps: int, folder: Path) -> dict[str, Any]:
             answers = [answer for group in outcome.answers.groups for answer in group.answers]
             tokens = sum(len(answer.completion.tokens) for answer in answers)
             own.end(tokens, statistics.fmean(answer.reward or 0.0 for answer in answers))
+            own.sampling.append(outcome.parts["sample"])
 
         trainer.add_callback(_turns(other, trainer, our_step))
         trainer.train()
+    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
     return {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "machine": f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "answers": task.rl.questions * task.rl.samples,
         "ours": _figures(own),
         "trl": _figures(other),
@@ -116,6 +143,10 @@ def _figures(meter: Meter) -> dict[str, Any]:
     return {
         "tokens_per_second": meter.rate(meter.seconds),
         "tokens_per_cpu_second": meter.rate(meter.cpu),
+        "sampling_seconds": statistics.median(meter.sampling[WARM:]),
+        "other_seconds": statistics.median(
+            all_ - one for all_, one in zip(meter.seconds[WARM:], meter.sampling[WARM:], strict=True)
+        ),
         "reward_first": mean(meter.rewards[:SHOWN]),
         "reward_last": mean(meter.rewards[-SHOWN:]),
         "rewards": meter.rewards,
@@ -127,6 +158,18 @@ def _figures(meter: Meter) -> dict[str, Any]:
 def _turns(meter: Meter, trainer: Any, our_step: Callable[[int], None]) -> Any:
     """A callback of TRL's trainer that measures its step, and makes one of ours behind it."""
     from transformers import TrainerCallback
+
+    generate = trainer._generate
+
+    def timed(prompts: Any) -> Any:
+        settled()
+        began = time.perf_counter()
+        found = generate(prompts)
+        settled()
+        meter.sampling.append(time.perf_counter() - began)
+        return found
+
+    trainer._generate = timed
 
     class Turns(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -141,14 +184,15 @@ def _turns(meter: Meter, trainer: Any, our_step: Callable[[int], None]) -> Any:
     return Turns()
 
 
-def _theirs(rig: Rig, task: Curriculum, steps: int, folder: Path) -> Any:
+def _theirs(rig: Rig, task: Curriculum, steps: int, folder: Path, experts: str) -> Any:
     """GRPOTrainer with our weights, in the settings of the config."""
     from datasets import Dataset
     from transformers import PreTrainedTokenizerFast
     from trl import GRPOConfig, GRPOTrainer
 
     rl, optim = task.rl, rig.config.optim
-    model = as_transformers(rig.model, "grouped_mm")
+    model = as_transformers(rig.model, experts)
+    on_gpu = rig.mesh.device.type == "cuda"
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=rl.chat.tokenizer, padding_side="left")
     tokenizer.eos_token = tokenizer.pad_token = tokenizer.convert_ids_to_tokens(task.chat.stop)
     # Prompts as ours are, to the token; and every question as often as ours asks it.
@@ -158,12 +202,12 @@ def _theirs(rig: Rig, task: Curriculum, steps: int, folder: Path) -> Any:
         for question in asked
     ]
     settings = GRPOConfig(
-        output_dir=str(folder), use_cpu=True, max_steps=steps, per_device_train_batch_size=rl.questions * rl.samples,
+        output_dir=str(folder), use_cpu=not on_gpu, max_steps=steps, per_device_train_batch_size=rl.questions * rl.samples,
         num_generations=rl.samples, max_completion_length=rl.max_tokens, temperature=rl.temperature, top_k=0,
         learning_rate=optim.lr, lr_scheduler_type="constant", adam_beta1=optim.betas[0], adam_beta2=optim.betas[1],
         adam_epsilon=optim.eps, weight_decay=optim.weight_decay, max_grad_norm=optim.clip, beta=0.0,
         epsilon=rl.loss.clip_low, epsilon_high=rl.loss.clip_high, loss_type="dapo", router_aux_loss_coef=0.0,
-        gradient_checkpointing=False, shuffle_dataset=False, report_to="none", save_strategy="no", bf16=False,
+        gradient_checkpointing=False, shuffle_dataset=False, report_to="none", save_strategy="no", bf16=on_gpu,
         logging_strategy="no", disable_tqdm=True, seed=rig.config.run.seed,
     )  # fmt: skip
     name = next(iter(asked[0].weights))
@@ -190,11 +234,20 @@ def _reward(name: str, tokenizer: Any) -> Callable[..., list[float]]:
 
 
 def _show(found: dict[str, Any]) -> None:
-    table = Table("", "tokens/s", "tokens per CPU second", f"reward, first {SHOWN} updates", f"last {SHOWN}")
+    table = Table(
+        "",
+        "tokens/s",
+        "tokens per CPU second",
+        "seconds of sampling",
+        "of the rest",
+        f"reward, first {SHOWN} updates",
+        f"last {SHOWN}",
+    )
     for name in ("ours", "trl"):
         one = found[name]
-        keys = ("tokens_per_second", "tokens_per_cpu_second", "reward_first", "reward_last")
-        table.add_row(name, *(f"{one[key]:,.3f}" if "reward" in key else f"{one[key]:,.0f}" for key in keys))
+        keys = ("tokens_per_second", "tokens_per_cpu_second")
+        shares = ("sampling_seconds", "other_seconds", "reward_first", "reward_last")
+        table.add_row(name, *(f"{one[key]:,.0f}" for key in keys), *(f"{one[key]:.3f}" for key in shares))
     console = Console()
     console.print(found["machine"], f"{found['answers']} answers an update")
     console.print(table)
