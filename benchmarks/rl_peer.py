@@ -6,9 +6,9 @@
 Weights are those that the config begins with. The two take turns, an update each, so that whatever else the machine
 does falls on both; CPU seconds are told beside those of the clock for the same reason. TRL samples with transformers'
 `generate` and its KV cache, and pads each batch to its longest answer. `--experts` is how transformers multiplies with
-experts. Tokens are those of answers, of the whole loop: sampled, judged and learnt from. `--large` takes
-the model of rl_gpu instead of a config's, BF16 on a GPU; TRL's weights are then BF16 alone, which is its fastest, and
-ours have FP32 masters.
+experts. Tokens are those of answers, of the whole loop: sampled, judged and learnt from. `--large` takes the model of
+rl_gpu instead of a config's, in BF16; TRL's weights are then BF16 alone, which is its fastest, and ours have FP32
+masters.
 """
 
 from __future__ import annotations
@@ -202,7 +202,8 @@ def _theirs(rig: Rig, task: Curriculum, steps: int, folder: Path, experts: str) 
         for question in asked
     ]
     settings = GRPOConfig(
-        output_dir=str(folder), use_cpu=not on_gpu, max_steps=steps, per_device_train_batch_size=rl.questions * rl.samples,
+        output_dir=str(folder), use_cpu=not on_gpu, max_steps=steps,
+        per_device_train_batch_size=rl.questions * rl.samples,
         num_generations=rl.samples, max_completion_length=rl.max_tokens, temperature=rl.temperature, top_k=0,
         learning_rate=optim.lr, lr_scheduler_type="constant", adam_beta1=optim.betas[0], adam_beta2=optim.betas[1],
         adam_epsilon=optim.eps, weight_decay=optim.weight_decay, max_grad_norm=optim.clip, beta=0.0,
