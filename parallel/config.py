@@ -20,7 +20,17 @@ class ParallelConfig(BaseModel, frozen=True, extra="forbid"):
     microbatch_sequences: Positive = 1
     overlap: Literal["on", "off"] = "on"
     graphs: Literal["auto", "on", "off"] = "auto"  # replay ops as CUDA graphs; auto: where a run can
+    graph_room: float = Field(
+        default=2.0,
+        ge=1,
+        description="experts' rows that graphs have room for, over the mean of expert-parallel ranks",
+    )
 
     @property
     def world(self) -> int:
         return self.pp * self.dp * self.ep
+
+    @property
+    def recorded_room(self) -> float:
+        """`graph_room`, but no more than all rows of a group, which is so many times the mean."""
+        return min(self.graph_room, self.ep)

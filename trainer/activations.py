@@ -14,7 +14,7 @@ from dryvine.trainer.run_plan import LayoutPlan
 DTYPE_BYTES = {"fp32": 4, "bf16": 2}
 
 
-def microbatch_size(config: Config, cuda: bool, room: int = 1) -> MicrobatchSize:
+def microbatch_size(config: Config, cuda: bool, room: float = 1.0) -> MicrobatchSize:
     """The size of a microbatch on each rank, with rows spread evenly over the experts, and room for `room` times as
     many."""
     sequences = config.parallel.microbatch_sequences
@@ -24,13 +24,13 @@ def microbatch_size(config: Config, cuda: bool, room: int = 1) -> MicrobatchSize
     return MicrobatchSize(tokens, sequences, DTYPE_BYTES[config.run.dtype], cuda, documents, single_rank, room)
 
 
-def stage_bytes(plan: LayoutPlan, cuda: bool, room: int = 1) -> dict[int, int]:
+def stage_bytes(plan: LayoutPlan, cuda: bool, room: float = 1.0) -> dict[int, int]:
     """Bytes that a microbatch keeps in each stage, from the start of its F to the end of its B or W."""
     config, size = plan.config, microbatch_size(plan.config, cuda, room)
     return {stage: saved_bytes(config.model, config.fp8, names, size) for stage, names in enumerate(plan.blocks)}
 
 
-def left_bytes(plan: LayoutPlan, cuda: bool, room: int = 1) -> dict[int, int]:
+def left_bytes(plan: LayoutPlan, cuda: bool, room: float = 1.0) -> dict[int, int]:
     """Bytes that a microbatch keeps in each stage from its I to its W, beside those of `stage_bytes`."""
     config, size = plan.config, microbatch_size(plan.config, cuda, room)
     return {stage: deferred_bytes(config.model, config.fp8, names, size) for stage, names in enumerate(plan.blocks)}
@@ -43,7 +43,7 @@ class FlightSizes(NamedTuple):
     left: dict[int, int]  # `left_bytes`
 
 
-def flight_sizes(plan: LayoutPlan, cuda: bool, room: int = 1) -> FlightSizes:
+def flight_sizes(plan: LayoutPlan, cuda: bool, room: float = 1.0) -> FlightSizes:
     """They follow from the blocks of each stage and the microbatch, whatever the schedule."""
     return FlightSizes(stage_bytes(plan, cuda, room), left_bytes(plan, cuda, room))
 

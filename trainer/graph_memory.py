@@ -7,7 +7,7 @@ stages that are full at different times no longer share memory, and each flight 
 
 from __future__ import annotations
 
-from dryvine.comm.dispatch.backends import RECORDED_RANKS
+from dryvine.comm.dispatch.backends import AUTO, NVLINK_RANKS
 from dryvine.trainer.activations import DTYPE_BYTES, FlightSizes, flight_sizes, microbatch_size, most_held
 from dryvine.trainer.config import Config
 from dryvine.trainer.model.shape import blocks
@@ -15,14 +15,15 @@ from dryvine.trainer.run_plan import LayoutPlan
 from dryvine.trainer.temporaries import temporary_bytes
 
 
-def graphs_refusal(config: Config, cuda: bool) -> str | None:
-    """Why a config's ops cannot be recorded; None if they can."""
+def graphs_refusal(config: Config, cuda: bool, dispatcher: str = "") -> str | None:
+    """Why a config's ops cannot be recorded with this dispatcher ("": its own); None if they can."""
     if not cuda:
         return "the device is a cpu"
-    if not microbatch_size(config, cuda).single_rank and not _sends_between_graphs(config):
+    name = dispatcher or config.comm.dispatcher
+    if not microbatch_size(config, cuda).single_rank and not _sends_between_graphs(config, name):
         return (
             "the host reads how many rows come from other expert-parallel ranks "
-            f"(not with comm.dispatcher = 'nvlink' up to {RECORDED_RANKS})"
+            "(not with comm.dispatcher = 'nvlink', for ranks of one node)"
         )
     if config.data.mask != "none":
         return f"data.mask = '{config.data.mask}' splits attention where the host says"
@@ -31,17 +32,28 @@ def graphs_refusal(config: Config, cuda: bool) -> str | None:
     return None
 
 
-def _sends_between_graphs(config: Config) -> bool:
-    few = config.parallel.ep <= RECORDED_RANKS
-    return few and config.comm.dispatcher == "nvlink" and not config.comm.imbalance
+def _sends_between_graphs(config: Config, dispatcher: str) -> bool:
+    """Of `auto`, whether it may take one that does."""
+    sends = dispatcher == "nvlink" or (dispatcher == AUTO and config.parallel.ep == NVLINK_RANKS)
+    return sends and not config.comm.imbalance
+
+
+def recordable(config: Config, cuda: bool) -> bool:
+    """Whether ops are recorded as soon as the dispatcher lets them."""
+    return config.parallel.graphs != "off" and graphs_refusal(config, cuda, "nvlink") is None
+
+
+def may_overflow(config: Config, cuda: bool) -> bool:
+    """Whether more rows may come to a rank than graphs have room for."""
+    p = config.parallel
+    return recordable(config, cuda) and graphs_refusal(config, cuda) is None and p.recorded_room < p.ep
 
 
 def graph_bytes(plan: LayoutPlan, sizes: FlightSizes, held: list[int], cuda: bool) -> list[int]:
     """Bytes of each pipeline rank beyond `held`, its flights at their peak, and temporaries; 0 without graphs."""
     if plan.config.parallel.graphs == "off" or graphs_refusal(plan.config, cuda):
         return [0] * plan.config.parallel.pp
-    # The rows of experts on several ranks have room for every choice of all of them.
-    room = plan.config.parallel.ep
+    room = plan.config.parallel.recorded_room
     sizes = flight_sizes(plan, cuda, room) if room > 1 else sizes
     return [
         max(sum(_recorded(plan, sizes, rank).values()) - most - temporary_bytes(plan, plan.blocks_of(rank), cuda), 0)
@@ -69,7 +81,7 @@ def _recorded(plan: LayoutPlan, sizes: FlightSizes, rank: int) -> dict[int, int]
         * (
             sizes.kept[stage]
             + (sizes.left[stage] if stage in split else 0)
-            + temporary_bytes(plan, [stage], True, config.parallel.ep)
+            + temporary_bytes(plan, [stage], True, config.parallel.recorded_room)
             + states
             + _sent(plan, stage)
         )

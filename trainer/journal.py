@@ -77,6 +77,7 @@ class MetricsRow:
     watts: float | None = None  # highest power of a GPU, after the step
     celsius: float | None = None  # highest temperature of a GPU
     exposed_zero_ms: float | None = None  # mean time in which a rank waited for gradient sums and new weights
+    graph_overflows: int | None = None  # routings of all ranks without room in graphs: if any, the step was run twice
 
 
 class Journal:

@@ -182,6 +182,12 @@ def _record(step: LoopStep, stalled: float | None, console: Console, journal: Jo
         journal.write(replace(step.row, checkpoint_stall_ms=stalled))
         if step.loads is not None:
             journal.write_loads(step.row.step, step.loads.tolist())
+    if step.row.graph_overflows:
+        console.print(
+            f"step {step.row.step}: more rows than parallel.graph_room has room for, in {step.row.graph_overflows} "
+            "routings: the step was run again without graphs; if this stays, raise it",
+            markup=False,
+        )
     if step.nonfinite:
         console.print(str(step.nonfinite), markup=False)
         if journal:

@@ -121,6 +121,7 @@ def metrics_row(rig: Rig, point: Point, outcome: StepOutcome, figures: StepFigur
         peak_mbytes=figures.maxima.peak_bytes / 1e6 or None,
         watts=figures.maxima.watts or None,
         celsius=figures.maxima.celsius or None,
+        graph_overflows=outcome.overflows,
     )
 
 

@@ -66,6 +66,7 @@ def rehearse(rig: Rig) -> None:
     rig.optimizer.zero.zero_grads()
     rig.model.reset_loads()
     rig.dispatcher.meter.take()
+    rig.take_overflows()
     if rig.fp8 is not None:
         deque(rig.fp8.guard.take(rig.model.named_parameters()), maxlen=0)
 

@@ -16,6 +16,7 @@ import torch
 from dryvine.comm.buddies import BuddyLinks, make_links
 from dryvine.comm.dispatch.api import AnyDispatcher
 from dryvine.comm.dispatch.choose import make_dispatcher
+from dryvine.comm.dispatch.nvlink import Nvlink
 from dryvine.comm.dispatch.payload import Format
 from dryvine.comm.dispatch.setup import Setup
 from dryvine.comm.mesh import Layout, Mesh, make_mesh
@@ -37,6 +38,7 @@ from dryvine.trainer.config import Config
 from dryvine.trainer.data.splits import Data
 from dryvine.trainer.fp8.choose import choose_engines
 from dryvine.trainer.fp8.fp8 import FP8
+from dryvine.trainer.graph_memory import may_overflow, recordable
 from dryvine.trainer.graphed import make_graphs
 from dryvine.trainer.integrity import Integrity
 from dryvine.trainer.model.decoder import Model
@@ -67,6 +69,7 @@ class Rig:
     integrity: Integrity
     topology: Topology
     links: BuddyLinks | None  # None: no copies in memory, or only on this node
+    overflows: torch.Tensor | None  # int64 [1]: routings that graphs had no room for; None: they have room for all
     _training: dict[int, Executor] = field(default_factory=dict)
     _forward: dict[int, Executor] = field(default_factory=dict)
     _accumulating: dict[int, Executor] = field(default_factory=dict)
@@ -117,6 +120,14 @@ class Rig:
     def state(self) -> RunState:
         """This rank's part of a checkpoint: the tensors themselves, not copies."""
         return RunState(self.optimizer.state(), self.model.buffers, self.optimizer.shapes())
+
+    def take_overflows(self) -> torch.Tensor | None:
+        """`overflows` of all ranks since the last call. Collective; the host does not wait."""
+        if self.overflows is None:
+            return None
+        taken = self.overflows.clone()
+        self.overflows.zero_()
+        return self.mesh.sum(taken, "routings without room")
 
     def update(self, rate: float, norm: float, scale: float, step: int) -> None:
         """`Optimizer.update` for a step, counted from 1. The next forward of each layer waits for its new weights.
@@ -192,8 +203,17 @@ def make_rig(plan: RunPlan, mesh: Mesh, data: Data, topology: Topology | None = 
     links = make_links(nodes, mesh.rank, mesh.timeout) if config.run.buddy_every else None
     return Rig(
         plan, mesh, model, optimizer, data, dispatcher, messages, carrier, streams, graphs, replays, fp8, integrity,
-        nodes, links,
+        nodes, links, _overflows(config, mesh, dispatcher),
     )  # fmt: skip
+
+
+def _overflows(config: Config, mesh: Mesh, dispatcher: AnyDispatcher) -> torch.Tensor | None:
+    """All ranks have it or none, since they sum it: a rank whose dispatcher counts none has a zero."""
+    if not may_overflow(config, mesh.device.type == "cuda"):
+        return None
+    if isinstance(dispatcher, Nvlink):
+        return dispatcher.room.overflows
+    return torch.zeros(1, dtype=torch.int64, device=mesh.device)
 
 
 def readers(model: Model, plan: RunPlan, pp_rank: int) -> dict[str, tuple[ReadingLayer, ...]]:
@@ -224,6 +244,8 @@ def _dispatcher(config: Config, mesh: Mesh, topology: Topology | None) -> AnyDis
         top_k=shape.top_k,
         tokens=config.parallel.microbatch_sequences * config.data.seq_len,
         row_bytes=max(row_bytes(config)),
+        graphs=recordable(config, mesh.device.type == "cuda"),
+        room=config.parallel.recorded_room,
     )
     return make_dispatcher(comm.dispatcher, setup, comm.imbalance)
 

@@ -10,7 +10,7 @@ from dryvine.comm.dispatch.choose import pick
 from dryvine.comm.topology import GroupLimit, Topology, mismatch
 from dryvine.trainer.activations import activations
 from dryvine.trainer.data.blend import Blend
-from dryvine.trainer.graph_memory import graph_line
+from dryvine.trainer.graph_memory import graph_line, recordable
 from dryvine.trainer.ramps import sequences_before
 from dryvine.trainer.rehearse import rehearse, report_loads
 from dryvine.trainer.rig import Rig, row_bytes
@@ -61,7 +61,8 @@ def _token_routes(rig: Rig, topology: Topology) -> Iterator[str]:
     expert-parallel group."""
     shape, asked = rig.config.model, rig.config.comm.dispatcher
     group = topology.of(range(rig.mesh.ep))
-    name, why = pick(group, shape.top_k, shape.routed)
+    graphs = recordable(rig.config, rig.mesh.device.type == "cuda")
+    name, why = pick(group, shape.top_k, shape.routed, graphs)
     yield "comm.dispatcher: " + (f"auto takes {name}: {why}" if asked == "auto" else f"{asked}, as asked")
     limit = GroupLimit(shape.groups, shape.group_limit)
     if warning := mismatch(group, shape.routed, limit, row_bytes(rig.config)[0]):

@@ -33,6 +33,7 @@ class StepOutcome(NamedTuple):
     norm: float  # of the gradient over all ranks, before the clip
     balance: Balance
     loads: torch.Tensor | None = None  # int64 [MoE layers, experts]: tokens of the global batch; None if no MoE layer
+    overflows: int | None = None  # as in `Gradients`
 
     @property
     def finite(self) -> bool:
@@ -42,19 +43,44 @@ class StepOutcome(NamedTuple):
 def train_step(rig: Rig, point: Point) -> StepOutcome:
     """One step. If the gradient norm is not finite (on any rank, and so on all), nothing is updated: no weight, no
     moment and no gate bias. Collective, as are all functions of this file."""
-    played = accumulate(rig, point)
-    norm = rig.optimizer.reduce(gradient_scale(point))
+    played, norm, overflows = gradients(rig, point)
     finite = math.isfinite(norm)
     if finite:
         update(rig, point, norm)
     loads = balance(rig, bias_gamma(rig.config, point) if finite else 0.0)
     even = Balance(1.0, 1.0) if loads is None else imbalances(loads, rig.mesh.ep)
-    return StepOutcome(played, norm, even, loads)
+    return StepOutcome(played, norm, even, loads, overflows)
 
 
-def accumulate(rig: Rig, point: Point) -> Played:
-    """Run the schedule over a step's sequences. Every main gradient then holds this rank's contribution to the sum,
-    times `gradient_scale(point)`."""
+class Gradients(NamedTuple):
+    """What a step has before its update; the gradients themselves are in the optimizer."""
+
+    played: Played
+    norm: float  # over all ranks, before the clip
+    overflows: int | None  # routings, of all ranks, that graphs had no room for; None where that cannot be
+
+
+def gradients(rig: Rig, point: Point) -> Gradients:
+    """Run the schedule over a step's sequences and sum the gradients, scaled, over all copies.
+
+    If graphs had no room for the rows of some routing, on any rank, what they computed is wrong: everything is run
+    again without graphs. Repeating only the microbatch concerned would need a read of the device before its backward
+    adds to the gradients, in each microbatch of each step; this reads once a step, beside the norm.
+    """
+    played, scale = accumulate(rig, point), gradient_scale(point)
+    overflows = rig.take_overflows()
+    norm = rig.optimizer.reduce(scale)
+    count = None if overflows is None else int(overflows)
+    if not count:
+        return Gradients(played, norm, count)
+    rig.model.reset_loads()
+    played = accumulate(rig, point, eager=True)
+    return Gradients(played, rig.optimizer.reduce(scale), count)
+
+
+def accumulate(rig: Rig, point: Point, eager: bool = False) -> Played:
+    """Run the schedule over a step's sequences; `eager`: without graphs. Every main gradient then holds this rank's
+    contribution to the sum, times `gradient_scale(point)`."""
     config = rig.config
     rig.optimizer.zero.zero_grads()
     rig.model.loss_weights.mtp = changed(config.model.mtp_weight, config.optim.mtp_weight_plan, point)
@@ -62,7 +88,7 @@ def accumulate(rig: Rig, point: Point) -> Played:
     batch = read_batch(rig, rig.data.train, point.data_first, point.sequences)
     # Each microbatch adds the gradient of its own mean loss; the step's loss is the mean over all of them.
     share = gradient_scale(point) / (len(batch.tokens) * rig.mesh.data_ranks)
-    return rig.training(point.sequences).run(replace(batch, loss_scale=share, eager=guarded))
+    return rig.training(point.sequences).run(replace(batch, loss_scale=share, eager=guarded or eager))
 
 
 def _prepare_fp8(rig: Rig, point: Point) -> bool:

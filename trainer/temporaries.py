@@ -6,6 +6,7 @@ The peak is either inside a block's backward, where gradients of its saved tenso
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import ceil
 
 from dryvine.trainer.activations import DTYPE_BYTES, microbatch_size
 from dryvine.trainer.model.memory import SLICE_ELEMENTS, MicrobatchSize, remade_bytes
@@ -13,7 +14,7 @@ from dryvine.trainer.model.shape import Shape, blocks
 from dryvine.trainer.run_plan import LayoutPlan
 
 
-def temporary_bytes(plan: LayoutPlan, stages: Iterable[int], cuda: bool, room: int = 1) -> int:
+def temporary_bytes(plan: LayoutPlan, stages: Iterable[int], cuda: bool, room: float = 1.0) -> int:
     """Bytes of temporaries of the block with the most, among those of these stages, with room for `room` times the mean
     of experts' rows."""
     config = plan.config
@@ -35,7 +36,7 @@ def _in_loss(s: Shape, tokens: int, wide: int) -> int:
 def _in_block(s: Shape, kind: str, size: MicrobatchSize, wide: int) -> int:
     """Bytes of the largest set of gradients that exist at once in the backward of such a block: of gate, up and their
     product in FFNs, of queries, keys and values in attention."""
-    tokens, rows = size.tokens, size.tokens * s.top_k * size.room
+    tokens, rows = size.tokens, ceil(size.tokens * s.top_k * size.room)
     attention = tokens * s.heads * (3 * s.qk_dim + 2 * s.v_dim + s.nope_dim)
     ffn = {
         "embed": tokens * s.hidden,

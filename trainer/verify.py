@@ -27,7 +27,7 @@ from dryvine.trainer.rehearse import rehearse, report_loads
 from dryvine.trainer.rig import make_rig, mesh_of
 from dryvine.trainer.run_plan import RunPlan, make_plan
 from dryvine.trainer.sources import open_sources
-from dryvine.trainer.step import accumulate, balance, bias_gamma, update
+from dryvine.trainer.step import balance, bias_gamma, gradients, update
 
 STEPS = 3
 AGAINST_ONE = f"this layout against one process: |a - b| / |a|, FP32, {STEPS} steps"
@@ -119,9 +119,9 @@ def _rank(rank: int, plan: RunPlan, steps: int, device: str) -> RankRun:
         report_loads(rank)
     losses, norms, grads = [], [], {}
     for point in islice(points(config.batch, config.data.seq_len), steps):
-        played = accumulate(rig, point)
         scale = gradient_scale(point)
-        norms.append(rig.optimizer.reduce(scale))
+        played, norm, _ = gradients(rig, point)
+        norms.append(norm)
         # Copied before the update, which clips them in place.
         grads = {(p.name, p.start): (p.grad / scale).cpu().numpy() for p in rig.optimizer.pieces}
         update(rig, point, norms[-1])

@@ -20,9 +20,8 @@ BACKENDS: dict[str, str] = {
 # Messages that `nvlink` has room for at once: two of a forward and two of a backward, as one is read while the next
 # is written. Their memory is planned.
 WINDOW_SLOTS = 4
-# Expert-parallel ranks up to which CUDA graphs record `nvlink`: its rows then have room for every choice of all ranks,
-# which is so many times the mean.
-RECORDED_RANKS = 2
+# Ranks of a group for which `auto` takes `nvlink`: others have not been measured.
+NVLINK_RANKS = 2
 AUTO = "auto"  # let `choose.pick` take one
 
 
@@ -33,6 +32,9 @@ def check_name(name: str) -> str:
     return name
 
 
-def automatic(group: Topology) -> str:
-    """What `auto` takes for an expert-parallel group: two hops as soon as it spans nodes."""
-    return "flat" if len(group.nodes) == 1 else "hierarchical"
+def automatic(group: Topology, graphs: bool = False) -> str:
+    """What `auto` takes for an expert-parallel group: two hops as soon as it spans nodes. `graphs`: CUDA graphs record
+    ops whose dispatcher lets them; without graphs nvlink has not been faster than flat."""
+    if len(group.nodes) > 1:
+        return "hierarchical"
+    return "nvlink" if graphs and group.ranks == NVLINK_RANKS and group.intra.kind == "NVLink" else "flat"

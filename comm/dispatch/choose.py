@@ -22,17 +22,19 @@ def make_dispatcher(name: str, setup: Setup, imbalance: float = 0.0) -> AnyDispa
     receive more than that many times the mean. Raises ValueError where the backend cannot run here.
     """
     if name == AUTO:
-        name = pick(setup.group_topology, setup.top_k, setup.experts)[0]
+        name = automatic(setup.group_topology, setup.graphs)
     build: Callable[[Setup], AnyDispatcher] = import_module(BACKENDS[check_name(name)]).build
     dispatcher = build(setup)
     return InRounds(dispatcher, setup.exchange(), setup.experts, imbalance) if imbalance else dispatcher
 
 
-def pick(topology: Topology, top_k: int, experts: int) -> tuple[str, str]:
-    """What `auto` takes for an expert-parallel group, and why, in one line."""
-    name = automatic(topology)
+def pick(topology: Topology, top_k: int, experts: int, graphs: bool = False) -> tuple[str, str]:
+    """What `auto` takes for an expert-parallel group, and why, in one line; `graphs` as in `automatic`."""
+    name = automatic(topology, graphs)
     if topology.ranks == 1:
         return name, "one expert-parallel rank: nothing travels"
+    if name == "nvlink":
+        return name, f"{topology.ranks} ranks joined by NVLink: tokens go by copy engine, between CUDA graphs"
     if len(topology.nodes) == 1:
         return (
             name,

@@ -21,13 +21,14 @@ from torch import Tensor
 from dryvine.comm.copy_links import expecting, open_links
 from dryvine.comm.dispatch import flat, token_plan
 from dryvine.comm.dispatch.api import AnyDispatcher
-from dryvine.comm.dispatch.backends import RECORDED_RANKS, WINDOW_SLOTS
+from dryvine.comm.dispatch.backends import WINDOW_SLOTS
 from dryvine.comm.dispatch.by_rank import ByRank, gather_by_rank, sum_by_rank, sum_present
 from dryvine.comm.dispatch.payload import gather
 from dryvine.comm.dispatch.setup import Setup
-from dryvine.comm.dispatch.token_plan import TokenHandle
+from dryvine.comm.dispatch.token_plan import PlanGroup, RowRoom, TokenHandle
 from dryvine.comm.dispatch.windows import WindowRows, Windows, word_count
 from dryvine.comm.integers import round_up
+from dryvine.comm.mesh import Mesh
 from dryvine.comm.pending import Pending
 
 
@@ -46,43 +47,53 @@ def build(setup: Setup) -> AnyDispatcher:
             logging.getLogger(__name__).warning("nvlink: no memory that the ranks could share; flat is used instead")
         return flat.build(setup)
     expect = expecting(mesh.watch, links.words)
-    if mesh.device.type == "cuda" and len(near) <= RECORDED_RANKS:
-        _load(setup, mesh.device)
     world_ranks = dist.get_process_group_ranks(mesh.experts)
     windows = Windows(setup.rank, links, size, setup.meter, setup.links, expect, world_ranks)
-    return Nvlink(windows, setup.experts, setup.tokens, setup.alignment)
+    made = Nvlink(windows, PlanGroup(setup.experts, setup.alignment), setup.tokens, RowRoom(setup.room, _zero(mesh)))
+    if mesh.device.type == "cuda":
+        _load(setup, made)
+    return made
 
 
-def _load(setup: Setup, device: torch.device) -> None:
+def _zero(mesh: Mesh) -> Tensor:
+    return torch.zeros(1, dtype=torch.int64, device=mesh.device)
+
+
+def _load(setup: Setup, made: Nvlink) -> None:
     """Launch once what only recordings launch: no kernel may be loaded while a graph is recorded."""
+    device = made.room.overflows.device
     ranks, choices = setup.group_topology.ranks, torch.arange(setup.top_k, dtype=torch.int32, device=device)
     every = choices.expand(ranks, setup.tokens, -1).contiguous()
     chosen = ByRank(every, every[setup.rank], setup.rank)
-    token_plan.unread(chosen, every[0].to(torch.int64), token_plan.PlanGroup(setup.experts, 1), "")
+    token_plan.unread(chosen, every[0].to(torch.int64), made.group, "", made.room)
+    made.room.overflows.zero_()
 
 
 def slot_bytes(setup: Setup) -> int:
-    """Room for the widest rows, and a value for each choice."""
+    """RowRoom for the widest rows, and a value for each choice."""
     ranks, most = setup.group_topology.ranks, setup.tokens
     # Each of at most three tensors is rounded up by itself.
     return round_up(ranks * most * (setup.row_bytes + 4 * setup.top_k), 1 << 12) + (1 << 12)
 
 
 class Nvlink:
-    """`Dispatcher` over windows. Ranks hold experts in equal, contiguous shares and dispatch at most `most` tokens."""
+    """`Dispatcher` over windows. Ranks hold experts in equal, contiguous shares and dispatch at most `most` tokens.
+    `room` is that of recorded ops."""
 
-    def __init__(self, windows: Windows, experts: int, most: int, alignment: int = 1) -> None:
-        if experts % windows.ranks:
-            raise ValueError(f"experts = {experts} do not divide over {windows.ranks} expert-parallel ranks")
+    def __init__(self, windows: Windows, group: PlanGroup, most: int, room: RowRoom) -> None:
+        if group.experts % windows.ranks:
+            raise ValueError(f"experts = {group.experts} do not divide over {windows.ranks} expert-parallel ranks")
         self.windows, self.meter = windows, windows.meter
-        self.most, self.group = most, token_plan.PlanGroup(experts, alignment)
+        self.group, self.most, self.room = group, most, room
 
     def plan_routing(self, experts_TK: Tensor, label: str = "") -> Pending[TokenHandle]:
         sent = token_plan.choices_to_send(experts_TK, self.most)
-        plan = token_plan.unread if self.windows.live.recording else token_plan.plan
+        recording = self.windows.live.recording
 
         def read(came: list[ByRank]) -> TokenHandle:
-            return plan(came[0], experts_TK, self.group, label)
+            if recording:
+                return token_plan.unread(came[0], experts_TK, self.group, label, self.room)
+            return token_plan.plan(came[0], experts_TK, self.group, label)
 
         return self.windows.start(lambda _: (sent,), (WindowRows.of(sent, self.most),), read, f"routing of {label}")
 

@@ -95,6 +95,7 @@ def place_kernel(chosen, own, tallies, message, pair, token, row, total, owner,
     tl.store(token + at, p // K, mask=placed)
     if block == 0:
         refuse(tallies + X * B, message + X, Q, W, CHUNK)
+        tl.store(message + X + W, begin)
     if source == rank:
         # Where this rank's tokens find their answers.
         tl.store(owner + i, x // X * P + i, mask=i < T * K)
@@ -123,7 +124,7 @@ def places(chosen: ByRank, own_TK: Tensor, group: PlanGroup, room: int) -> Place
     new = partial(torch.empty, dtype=torch.int64, device=chosen.window.device)
     tallies = new((share + 1, blocks), dtype=torch.int32)
     pair, token = new((2, room)).fill_(ABSENT)
-    message, row = new(share + ranks), new((ranks * most, top_k))
+    message, row = new(share + ranks + 1), new((ranks * most, top_k))
     total, owner = new((tokens, ranks)), new((tokens, top_k))
     tally_kernel[(blocks,)](
         chosen.window, chosen.own, tallies, chosen.rank, pairs, of_rank, blocks, share, top_k, BLOCK, PART, num_warps=8

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import inf
 
 from dryvine.comm.dispatch.exchange import Exchange, GroupExchange
 from dryvine.comm.dispatch.meter import Meter
@@ -14,7 +15,7 @@ from dryvine.comm.watch import Watch
 
 @dataclass(frozen=True)
 class Setup:
-    """One field for each thing that some backend needs; `top_k`, `tokens` and `row_bytes` only size buffers."""
+    """One field for each thing that some backend needs; `top_k`, `tokens`, `row_bytes` and `room` only size buffers."""
 
     experts: int  # of a layer, over all ranks, which hold them in equal, contiguous shares
     mesh: Mesh | None = None  # None: this process alone
@@ -24,6 +25,8 @@ class Setup:
     top_k: int = 8
     tokens: int = 4096  # most that a rank dispatches at once
     row_bytes: int = 0  # of the widest row that travels
+    graphs: bool = False  # ops are recorded as CUDA graphs, if the dispatcher lets them
+    room: float = inf  # of recorded ops: for so many times the mean of ranks' rows
     meter: Meter = field(default_factory=Meter)
 
     @property

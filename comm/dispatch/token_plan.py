@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import NamedTuple
 
 import torch
@@ -55,14 +56,24 @@ class PlanGroup(NamedTuple):
     """Experts of all ranks, and the multiple to which an expert's rows are padded."""
 
     experts: int
-    alignment: int
+    alignment: int = 1
+
+
+class RowRoom(NamedTuple):
+    """For the rows of plans that the host does not read: `times` the mean of ranks. Where that is less than all rows of
+    the group, a routing may have more; `overflows` (int64 [1]) counts those, and what comes of them is wrong."""
+
+    times: float
+    overflows: Tensor
 
 
 @dataclass(frozen=True)
 class Places:
     """All of a handle but its row count, for `room` rows: of a greater number, the last are in no place."""
 
-    message: Tensor  # int64 [X + W]: rows of each local expert, without padding, then 1 for each rank to refuse
+    # int64 [X + W + 1]: rows of each local expert that have a place, without padding; 1 for each rank to refuse; rows
+    # that all places would be, with padding.
+    message: Tensor
     pair: Tensor  # [room]
     token: Tensor  # [room]
     row: Tensor  # as in the handle, like all that follow
@@ -78,7 +89,8 @@ def places(chosen: ByRank, own_TK: Tensor, group: PlanGroup, room: int) -> Place
     local = whole.flatten() - chosen.rank * share
     key = torch.where((local >= 0) & (local < share), local, share)
     used = routing.count(key, share + 1)[:share]
-    begin = routing.starts(-(-used // group.alignment) * group.alignment)
+    padded = -(-used // group.alignment) * group.alignment
+    begin = routing.starts(padded)
     order = key.argsort(stable=True)
     shift = torch.cat((begin - routing.starts(used), begin.new_full((1,), room)))  # no place for others' experts
     place = torch.arange(len(order), device=order.device) + shift[key[order]]
@@ -87,7 +99,7 @@ def places(chosen: ByRank, own_TK: Tensor, group: PlanGroup, room: int) -> Place
     refused = routing.repeated(whole.view(ranks, most, top_k))
     own = torch.arange(len(own_TK), device=order.device)[:, None]
     return Places(
-        message=torch.cat((used.minimum((room - begin).clamp(min=0)), refused)),
+        message=torch.cat((used.minimum((room - begin).clamp(min=0)), refused, padded.sum().view(1))),
         pair=pair,
         token=pair // top_k,  # rounds down: -1 stays -1
         row=row.view(-1, top_k),
@@ -99,10 +111,11 @@ def places(chosen: ByRank, own_TK: Tensor, group: PlanGroup, room: int) -> Place
 def plan(chosen: ByRank, own_TK: Tensor, group: PlanGroup, label: str) -> TokenHandle:
     """The handle for everybody's choices; reads counts on the host, once. Raises ValueError if a token of some rank
     chose an expert twice."""
-    share = group.experts // len(chosen.window)
+    ranks = len(chosen.window)
+    share = group.experts // ranks
     found = places(chosen, own_TK, group, chosen.window.numel() + share * (group.alignment - 1))
     (told,) = routing.read(found.message)
-    routing.refuse(told[share:].nonzero().flatten().tolist())
+    routing.refuse(told[share : share + ranks].nonzero().flatten().tolist())
     used = told[:share].tolist()
     padded = routing.padded(used, group.alignment)
     # On a GPU kernels take the counts from there, so that a step has the same bits whether the host knows them or not.
@@ -111,12 +124,15 @@ def plan(chosen: ByRank, own_TK: Tensor, group: PlanGroup, label: str) -> TokenH
     return _handle(found, label, counts, sum(padded))
 
 
-def unread(chosen: ByRank, own_TK: Tensor, group: PlanGroup, label: str) -> TokenHandle:
-    """The same without a read on the host: for as many rows as there are pairs, which no routing exceeds. What lies
-    behind the last row of the last expert belongs to none. Padding is to be 1."""
-    share, room = group.experts // len(chosen.window), chosen.window.numel()
-    found = places(chosen, own_TK, group, room)
-    return _handle(found, label, DeviceCounts(found.message[:share], room), room)
+def unread(chosen: ByRank, own_TK: Tensor, group: PlanGroup, label: str, room: RowRoom) -> TokenHandle:
+    """The same without a read on the host, for as many rows as there is room for. What lies behind the last row of the
+    last expert belongs to none. The alignment is to be 1."""
+    ranks, pairs = len(chosen.window), chosen.window.numel()
+    rows = min(pairs, ceil(room.times * pairs / ranks))
+    found = places(chosen, own_TK, group, rows)
+    if rows < pairs:
+        room.overflows.add_(found.message[-1:] > rows)
+    return _handle(found, label, DeviceCounts(found.message[: group.experts // ranks], rows), rows)
 
 
 def _handle(found: Places, label: str, counts: Sequence[int], rows: int) -> TokenHandle:

@@ -61,7 +61,10 @@ def parts_of(plan: LayoutPlan, cuda: bool) -> Parts:
 def memory(plan: LayoutPlan, parts: Parts, sent: Dispatching, cuda: bool) -> list[RankMemory]:
     """Peak memory of every pipeline rank. `sent`: what its dispatcher moves."""
     held = most_held(plan, parts.flights)
-    ranks = zip(parts.buckets, held, graph_bytes(plan, parts.flights, held, cuda), strict=True)
+    graphs = graph_bytes(plan, parts.flights, held, cuda)
+    if plan.config.parallel.ep > 1 and sent.name != "nvlink":
+        graphs = [0] * len(held)  # `auto` takes another here
+    ranks = zip(parts.buckets, held, graphs, strict=True)
     return [
         RankMemory(rank, _kinds(plan, _Rank(rank, mine, *most), sent, cuda), host_state(plan, mine))
         for rank, (mine, *most) in enumerate(ranks)

@@ -259,7 +259,7 @@ def _phase_times(config: Config, machine: Machine, profile: Profile | None) -> d
 
 
 def _sent(config: Config, machine: Machine) -> Dispatching:
-    return traffic.dispatching(config, _topology(config, machine))
+    return traffic.dispatching(config, _topology(config, machine), machine.cuda)
 
 
 def _topology(config: Config, machine: Machine) -> Topology:

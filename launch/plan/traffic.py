@@ -21,6 +21,7 @@ from dryvine.comm.topology import LinkClass, Topology
 from dryvine.launch.plan.hardware import GIGA, Machine
 from dryvine.trainer.activations import DTYPE_BYTES
 from dryvine.trainer.config import Config
+from dryvine.trainer.graph_memory import recordable
 from dryvine.trainer.tensors.tiles import TILE
 
 WORD = 8
@@ -72,10 +73,10 @@ class Messages(NamedTuple):
     dispatch_backward: float
 
 
-def dispatching(config: Config, topology: Topology) -> Dispatching:
+def dispatching(config: Config, topology: Topology, cuda: bool) -> Dispatching:
     """Traffic of the first rank of the first expert-parallel group. `topology`: that of the world."""
     group, asked = topology.of(range(config.parallel.ep)), config.comm.dispatcher
-    name = automatic(group) if asked == AUTO else asked
+    name = automatic(group, recordable(config, cuda)) if asked == AUTO else asked
     if name == "nvlink" and group.ranks > 1:
         return _whole_tokens(config, group)
     return _two_hops(config, group, name) if name in ("hierarchical", "deepep", "fake") else _flat(config, group, name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,7 +28,7 @@ from dryvine.comm.dispatch.setup import Setup
 from dryvine.comm.dispatch.single_rank import SingleRank
 from dryvine.comm.local import run
 from dryvine.comm.mesh import Layout, Mesh, make_mesh
-from dryvine.comm.topology import by_sizes
+from dryvine.comm.topology import NVLINK_H800, Link, by_sizes
 
 CPU, MINUTE = torch.device("cpu"), timedelta(seconds=60)
 
@@ -190,6 +191,19 @@ def rounds_of_the_load(rank: int) -> dict[str, int]:
 def test_one_round_costs_one_exchange_of_loads() -> None:
     """Flat's message is 2 experts and a refusal, the load 4 ranks: 7 words to each rank."""
     assert run(rounds_of_the_load, 4) == [{"self": 56, "intra": 56, "inter": 112}] * 4
+
+
+def test_auto_takes_nvlink_where_it_is_known_to_be_faster() -> None:
+    """Two ranks of a node that NVLink joins, whose ops are CUDA graphs."""
+
+    def taken(sizes: list[int], kind: str, graphs: bool) -> str:
+        return pick(replace(by_sizes(sizes), intra=Link(kind, 160.0)), 8, 64, graphs)[0]
+
+    assert taken([2], "NVLink", graphs=True) == "nvlink"
+    assert "2 ranks joined by NVLink" in pick(replace(by_sizes([2]), intra=NVLINK_H800), 8, 64, True)[1]
+    others = ([2], "NVLink", False), ([2], "PCIe", True), ([4], "NVLink", True), ([1], "NVLink", True)
+    assert [taken(*other) for other in others] == ["flat"] * 4
+    assert taken([1, 1], "NVLink", graphs=True) == "hierarchical"
 
 
 def test_auto_says_why() -> None:

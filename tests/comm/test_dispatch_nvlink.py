@@ -23,6 +23,7 @@ from dryvine.comm.dispatch.flat import Flat
 from dryvine.comm.dispatch.meter import Meter
 from dryvine.comm.dispatch.nvlink import Nvlink
 from dryvine.comm.dispatch.setup import Setup
+from dryvine.comm.dispatch.token_plan import PlanGroup, RowRoom
 from dryvine.comm.dispatch.windows import WindowRows, Windows, word_count
 from dryvine.comm.live_steps import LiveStep
 from dryvine.comm.mesh import Layout, make_mesh
@@ -63,7 +64,8 @@ class Node:
         return on_ranks(self.ranks, guarded)
 
     def nvlink(self, rank: int, experts: int, alignment: int = 1) -> Nvlink:
-        return Nvlink(self.windows(rank), experts, MOST, alignment)
+        room = RowRoom(float(self.ranks), torch.zeros(1, dtype=torch.int64))
+        return Nvlink(self.windows(rank), PlanGroup(experts, alignment), MOST, room)
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)

@@ -15,7 +15,7 @@ from dryvine.parallel.graphs import Graphs
 from dryvine.parallel.stage import Flight
 from dryvine.trainer.activations import flight_sizes, held_bytes, left_bytes, microbatch_size, stage_bytes
 from dryvine.trainer.config import Config
-from dryvine.trainer.graph_memory import flights, graph_bytes, graph_line, graphs_refusal
+from dryvine.trainer.graph_memory import flights, graph_bytes, graph_line, graphs_refusal, may_overflow
 from dryvine.trainer.run_plan import RunPlan, make_plan
 from dryvine.trainer.temporaries import temporary_bytes
 from tests.support.tape import TapeRecorder
@@ -59,13 +59,28 @@ def test_flights_are_those_that_are_recorded(tiny: Tiny, overrides: tuple[str, .
     [
         ("data.mask=document", "data.mask = 'document'"),
         ("run.dtype=fp32", "in FP32"),
-        ("parallel.ep=2", "expert-parallel"),
+        ("parallel.ep=4", "expert-parallel"),
+        ("parallel.ep=2 comm.dispatcher=flat", "expert-parallel"),
+        ("parallel.ep=2 comm.dispatcher=nvlink comm.imbalance=1.5", "expert-parallel"),
     ],
 )
 def test_who_has_no_graphs_pays_for_none(tiny: Tiny, override: str, why: str) -> None:
-    config = tiny("run.dtype=bf16", "parallel.pp=2", override)
+    config = tiny("run.dtype=bf16", "parallel.pp=2", *override.split())
     assert why in (graphs_refusal(config, cuda=True) or "")
     assert extra(make_plan(config)) == [0, 0]
+
+
+def test_who_may_overflow(tiny: Tiny) -> None:
+    """Runs with graphs whose room is less than their ranks; with `auto` only where it may take nvlink."""
+
+    def may(words: str) -> bool:
+        return may_overflow(tiny("run.dtype=bf16", *words.split()), cuda=True)
+
+    assert may("parallel.ep=4 comm.dispatcher=nvlink")
+    assert may("parallel.ep=2 parallel.graph_room=1.5")
+    fine = ("ep=2", "ep=4", "ep=4 comm.dispatcher=nvlink parallel.graph_room=4", "ep=1 parallel.graph_room=1")
+    assert not any(may(f"parallel.{words}") for words in (*fine, "ep=2 parallel.graph_room=1 parallel.graphs=off"))
+    assert not may_overflow(tiny("run.dtype=bf16", "parallel.ep=4", "comm.dispatcher=nvlink"), cuda=False)
 
 
 def test_off_and_a_cpu_have_none(tiny: Tiny) -> None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
@@ -18,6 +18,7 @@ from torch import Tensor
 from dryvine.comm import local
 from dryvine.comm.dispatch import nvlink, payload, token_plan
 from dryvine.comm.dispatch.nvlink import Nvlink
+from dryvine.comm.dispatch.token_plan import RowRoom
 from dryvine.parallel.graphs import Graphs
 from dryvine.trainer.config import Config
 from dryvine.trainer.model import grouped
@@ -30,7 +31,7 @@ from tests.support.rig import rig_of
 from tests.support.tape import TapeRecorder
 
 Tiny = Callable[..., Config]
-LAYOUTS = [(1, "one_f_one_b"), (1, "zb1p"), (1, "dualpipev"), (2, "dualpipe")]
+LAYOUTS = [(1, 2, "one_f_one_b"), (1, 2, "zb1p"), (1, 2, "dualpipev"), (2, 2, "dualpipe"), (1, 4, "dualpipev")]
 
 
 def _gather(rows: Tensor, index: Tensor) -> Tensor:
@@ -40,13 +41,15 @@ def _gather(rows: Tensor, index: Tensor) -> Tensor:
 
 
 @contextmanager
-def _as_on_a_gpu(folder: Path) -> Iterator[None]:
-    """Memory that ranks share, and experts whose rows the host does not count, recorded or not."""
+def _as_on_a_gpu(folder: Path, room: float) -> Iterator[None]:
+    """Memory that ranks share, and experts whose rows the host does not count, recorded or not. `room` times the mean
+    of rows where they are not."""
+    without = partial(token_plan.unread, room=RowRoom(room, torch.zeros(1, dtype=torch.int64)))
     with (
         mock.patch.object(nvlink, "open_links", partial(open_host_links, folder)),
         mock.patch.object(nvlink, "gather", _gather),
         mock.patch.object(payload, "gather", _gather),
-        mock.patch.object(token_plan, "plan", token_plan.unread),
+        mock.patch.object(token_plan, "plan", without),
         mock.patch.object(grouped, "grouped_product", masked_product),
         mock.patch.object(grouped, "add_grouped_product", add_masked_product),
     ):
@@ -58,33 +61,66 @@ def _recorded(rig: Rig) -> TapeRecorder:
     recorder = TapeRecorder(rig.dispatcher.windows.live)
     rig.graphs = Graphs(recorder, rig.dispatcher.meter, lambda: rig.model.loss_weights.mtp)
     rig.graphs.loaded = True
+    rig.overflows = rig.dispatcher.room.overflows
     return recorder
 
 
-def trained(rank: int, folder: Path, config: Config, graphs: bool) -> tuple[list[Any], dict[str, Any], int]:
-    """Losses, norm and bytes of each step; weights; and how many replays there were."""
-    with _as_on_a_gpu(folder):
-        rig, seen = rig_of(config), []
+class Trained(NamedTuple):
+    steps: list[Any]  # losses, norm and bytes of each
+    weights: dict[str, Any]
+    replays: int
+    overflows: list[int | None]  # of each step
+
+
+def trained(rank: int, folder: Path, config: Config, graphs: bool, room: float) -> Trained:
+    """`room`: for rows of ops that are not recorded."""
+    with _as_on_a_gpu(folder, room):
+        rig, seen, overflows = rig_of(config), [], []
         recorder = _recorded(rig) if graphs else None
         for point in islice(points(rig.config.batch, rig.config.data.seq_len), 2):
             outcome = train_step(rig, point)
             losses = {name: [float(loss) for loss in many] for name, many in outcome.played.losses.items()}
             seen.append([losses, outcome.norm, rig.dispatcher.meter.take()])
+            overflows.append(outcome.overflows)
             assert outcome.played.exposed > 0, "the waits for messages are not measured"
         rig.optimizer.zero.settle()
         weights = {name: w.detach().numpy().copy() for name, w in rig.model.named_parameters()}
-        return seen, weights, recorder.replayed if recorder else 0
+        return Trained(seen, weights, recorder.replayed if recorder else 0, overflows)
 
 
-@pytest.mark.parametrize(("pp", "schedule"), LAYOUTS)
-def test_replayed_ops_with_messages_have_the_same_bits(tiny: Tiny, tmp_path: Path, pp: int, schedule: str) -> None:
-    """Pairs too, whose ops take turns."""
-    layout = (f"parallel.pp={pp}", "parallel.ep=2", f"parallel.schedule={schedule}")
+@pytest.mark.parametrize(("pp", "ep", "schedule"), LAYOUTS)
+def test_replayed_ops_with_messages_have_the_same_bits(
+    tiny: Tiny, tmp_path: Path, pp: int, ep: int, schedule: str
+) -> None:
+    """Pairs too, whose ops take turns. With more than two ranks rows have less room than all would need."""
+    layout = (f"parallel.pp={pp}", f"parallel.ep={ep}", f"parallel.schedule={schedule}", "parallel.graph_room=3")
     config = tiny(*layout, "comm.dispatcher=nvlink", "model.layers=4", "batch.sequences=8")
-    plain, replayed = (local.run(trained, 2 * pp, tmp_path, config, graphs) for graphs in (False, True))
-    for (seen, weights, none), (again, same, replays) in zip(plain, replayed, strict=True):
-        assert again == seen
-        assert none == 0
-        assert replays > 0
-        for name, value in weights.items():
-            assert (value == same[name]).all(), name
+    room = config.parallel.recorded_room
+    plain, replayed = (local.run(trained, ep * pp, tmp_path, config, graphs, room) for graphs in (False, True))
+    for one, again in zip(plain, replayed, strict=True):
+        assert again.steps == one.steps
+        assert one.replays == 0
+        assert again.replays > 0
+        assert again.overflows == [0, 0]
+        _same(one.weights, again.weights)
+
+
+@pytest.mark.parametrize("schedule", ["zb1p", "dualpipev"])
+def test_a_step_without_room_for_its_rows_is_run_again_without_graphs(
+    tiny: Tiny, tmp_path: Path, schedule: str
+) -> None:
+    """A mean's room is too little for one of two ranks at least, whatever the routing is: in every step."""
+    layout = ("parallel.ep=2", f"parallel.schedule={schedule}", "parallel.graph_room=1", "comm.dispatcher=nvlink")
+    config = tiny(*layout, "model.layers=4", "batch.sequences=8")
+    plain, replayed = (local.run(trained, 2, tmp_path, config, graphs, 2.0) for graphs in (False, True))
+    for one, again in zip(plain, replayed, strict=True):
+        assert again.replays > 0
+        assert all(again.overflows)
+        # What was sent in vain counts too.
+        assert [step[:2] for step in again.steps] == [step[:2] for step in one.steps]
+        _same(one.weights, again.weights)
+
+
+def _same(one: dict[str, Any], other: dict[str, Any]) -> None:
+    for name, value in one.items():
+        assert (value == other[name]).all(), name

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from math import ceil
 from typing import NamedTuple
 
 from dryvine.comm.integers import round_up
@@ -40,7 +41,7 @@ class MicrobatchSize:
     cuda: bool = True  # a CPU's attention core wants values as wide as queries
     documents: bool = False  # attention inside documents, whose kernel wants values as wide as queries, too
     single_rank: bool = False  # all experts are here: rows are ordered once, not on both sides of an exchange
-    room: int = 1  # for so many times as many rows at the experts
+    room: float = 1.0  # for so many times as many rows at the experts
 
 
 def saved_tensors(shape: Shape, recipe: Recipe, names: Iterable[str], size: MicrobatchSize) -> tuple[SavedTensor, ...]:
@@ -129,7 +130,7 @@ class _Rules:
 
     @property
     def rows(self) -> int:
-        return self.size.tokens * self.shape.top_k * self.size.room
+        return ceil(self.size.tokens * self.shape.top_k * self.size.room)
 
     # -- blocks
 

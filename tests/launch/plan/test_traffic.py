@@ -36,7 +36,7 @@ def test_two_hops_send_what_random_choices_send(tiny: Callable[..., Config], nod
     handle = fake.plan_routing(random_choices(config, tokens)).wait()
     rows = torch.zeros(tokens, config.model.hidden)
     fake.dispatch((rows,), torch.zeros(tokens, config.model.top_k), handle).wait()
-    sent, planned = fake.meter.take(), dispatching(config, topology).dispatch
+    sent, planned = fake.meter.take(), dispatching(config, topology, cuda=False).dispatch
     for link in ("intra", "inter"):
         each = sent[link] / tokens  # type: ignore[literal-required]
         assert planned[link] / 32 == pytest.approx(each, rel=0.02), link  # type: ignore[index]
