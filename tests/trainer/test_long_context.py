@@ -16,6 +16,9 @@ from tests.support.rig import rig_of, train_on
 Tiny = Callable[..., Config]
 CONFIGS = Path(__file__).parents[2] / "configs"
 MODEL = ("model.layers=2", "model.hidden=64", "model.bias_gamma=0", "model.balance_alpha=0", "run.eval_batches=8")
+# A step in one microbatch, and nothing beside the steps: a tenth of the time.
+QUICK = ("parallel.microbatch_sequences=16", "run.eval_every=1000", "run.checkpoint_every=1000")
+RUN = (*MODEL, *QUICK)
 YARN = ("model.max_position=128", "model.yarn={ factor = 4.0, original = 32 }")
 CONSTANT = 'optim.plan=[{ shape = "constant", length = 1000, to = 1.0 }]'
 
@@ -29,15 +32,16 @@ def validation_loss(config: Config) -> float:
 
 @pytest.mark.long
 def test_a_longer_context_keeps_the_loss_at_old_positions(tiny: Tiny) -> None:
-    first = tiny(*MODEL, "run.name=first", "run.steps=240", "optim.lr=3e-3", CONSTANT)
+    first = tiny(*RUN, "run.name=first", "run.steps=240", "optim.lr=3e-3", CONSTANT)
     train_on(0, first)
 
     def loss_of(weights: Config, *changes: str) -> float:
-        return validation_loss(tiny(*MODEL, f'run.init_from="{weights.run.folder}"', "run.name=asked", *changes))
+        return validation_loss(tiny(*RUN, f'run.init_from="{weights.run.folder}"', "run.name=asked", *changes))
 
     start = f'run.init_from="{first.run.folder}"'
-    longer = ("data.seq_len=128", "batch.sequences=4")  # as many tokens a step
-    second = tiny(*MODEL, *YARN, *longer, "run.name=second", "run.steps=40", "optim.lr=3e-4", CONSTANT, start)
+    # As many tokens a step.
+    longer = ("data.seq_len=128", "batch.sequences=4", "parallel.microbatch_sequences=4")
+    second = tiny(*RUN, *YARN, *longer, "run.name=second", "run.steps=40", "optim.lr=3e-4", CONSTANT, start)
     train_on(0, second)
     before = loss_of(first)
     at_once, after = loss_of(first, *YARN), loss_of(second, *YARN)
