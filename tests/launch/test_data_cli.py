@@ -106,7 +106,7 @@ def test_every_option_reaches_the_build(folder: Path) -> None:
     given = (recipe["vocab_size"], recipe["field"], recipe["validation_fraction"], recipe["fim_rate"])
     assert given == (290, "body", 0.25, 0.5)
     where = ["--where", "body!=x", "--where", "body>=record"]
-    assert run("--text", "in/*", "--out", "w", "--field", "body", *where).exit_code == 0
+    assert run("--text", "in/*.jsonl", "--out", "w", "--field", "body", *where).exit_code == 0
     assert Dataset.load(folder / "w").recipe["where"] == "body!=x and body>=record"
     assert run("--text", "in/*.txt", "--out", "p").exit_code == 0
     assert Dataset.load(folder / "p").recipe["vocab_size"] == 4096

@@ -281,6 +281,7 @@ def test_recipes_that_cannot_be_followed_are_refused_before_anything_is_written(
         "bare.json: no end-of-document token": BuildSpec(tokenizer=tmp_path / "bare.json"),
         "a.txt: not a tokenizer.json": BuildSpec(tokenizer=tmp_path / "a.txt"),
         "none.json: No such file": BuildSpec(tokenizer=tmp_path / "none.json"),
+        "--where: a.txt is text without fields": BuildSpec(vocab_size=300, where=("lang=en",)),
     }
     for reason, spec in refused.items():
         with pytest.raises(DataError, match=reason):

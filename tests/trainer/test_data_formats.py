@@ -179,7 +179,8 @@ def test_conditions_choose_records_in_every_format(tmp_path: Path, suffix: str) 
 
 @pytest.mark.parametrize(
     ("text", "met"),
-    [("a=1", True), ("a = 1.0", True), ("a!=1", False), ("a<2", True), ("a>x", False), ("b=yes", True), ("c=1", False),
+    [("a=1", True), ("a = 1.0", True), ("a!=1", False), ("a<2", True), ("a>x", False), ("a<=1", True), ("a>=1", True),
+     ("a>1", False), ("a<1", False), ("b=yes", True), ("c=1", False),
      ('b="yes"', True), ("d.e=null", True), ("d.e.f=1", False), ("x.y=3", True), ("g=true", True)],
 )  # fmt: skip
 def test_a_condition_is_met(text: str, met: bool) -> None:

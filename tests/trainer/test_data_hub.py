@@ -22,12 +22,13 @@ ON_HUB = {
     "en/old/copy of b.jsonl": b"b",
     "fr/\u00e9t\u00e9.jsonl": b"c",
 }
+# Those that need care come first: what an earlier one has fetched is in the cache for a later one.
 ON_HUB_FOUND = {
     "en/*.jsonl": {"a.jsonl": "a"},
-    "*.jsonl": {"top.jsonl": "top"},
-    "**/*.jsonl": {"top.jsonl": "top", "en/a.jsonl": "a", "en/old/b.jsonl": "b", "fr/\u00e9t\u00e9.jsonl": "c"},
-    "en/**": {"a.jsonl": "a", "part[1].txt": "one", "old/b.jsonl": "b"},
     "en/part[1].txt": {"part[1].txt": "one"},
+    "**/*.jsonl": {"top.jsonl": "top", "en/a.jsonl": "a", "en/old/b.jsonl": "b", "fr/\u00e9t\u00e9.jsonl": "c"},
+    "*.jsonl": {"top.jsonl": "top"},
+    "en/**": {"a.jsonl": "a", "part[1].txt": "one", "old/b.jsonl": "b"},
     "[f]?/*": {"\u00e9t\u00e9.jsonl": "c"},
 }
 

@@ -46,6 +46,8 @@ def test_patterns_mean_what_glob_means(tmp_path: Path, monkeypatch: pytest.Monke
     assert names("../b/**/[!h].??*") == ["c.txt", "d/e.txt"]
     assert names("~/b/*/*.md", "~/?.txt") == ["b/d/h.md", "a.txt"]
     assert names("./c.txt", ".g.txt") == ["c.txt", ".g.txt"]
+    (tmp_path / "list").write_text("b/c.txt\na.txt\n")
+    assert names("@~/list") == ["b/c.txt", "a.txt"]
     monkeypatch.chdir(tmp_path)
     assert names("**/*.txt") == ["a.txt", "b/c.txt", "b/d/e.txt"]
     assert names("../**/b/**/e.txt") == ["e.txt"]

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from dryvine.trainer.data import encoded, encoding_process, stream
+from dryvine.trainer.data import encoded, encoding_process, stream, tokenizer
 from dryvine.trainer.data.build import build
 from dryvine.trainer.data.config import DataError
 from dryvine.trainer.data.encoding import ItemText, TextPart
 from dryvine.trainer.data.inputs import match_files
 from dryvine.trainer.data.spec import BuildSpec
+from dryvine.trainer.data.tokenizer import learn_tokenizer
 from tests.trainer.test_data_build import contents, corpus
 
 SPEC = {"vocab_size": 300, "shard_tokens": 2500, "validation_fraction": 0.3, "fim_rate": 0.3}
@@ -56,6 +57,33 @@ def test_a_process_that_is_killed_ends_the_build_with_a_line(tmp_path: Path, mon
     build(inputs, BuildSpec(**SPEC), tmp_path / "out", processes=2)
     build(inputs, BuildSpec(**SPEC), tmp_path / "whole")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_an_error_in_a_process_is_raised_in_the_build_and_its_end_is_told(tmp_path: Path) -> None:
+    """Of a tokenizing process: whether it fails at a text, answers afterwards, or ends with nothing left to read."""
+    save = tmp_path / "tokenizer.json"
+    learn_tokenizer(["some words"], 300).save(str(save))
+    plan = encoded._Plan(BuildSpec(tokenizer=save), tokenizer.load(save))
+    whole = ItemText((TextPart(None, "some"),), 0)
+    with encoded._worker(plan) as worker:
+        worker.send([ItemText((TextPart(None, None),), 0)])  # type: ignore[arg-type]
+        with pytest.raises(TypeError):
+            worker.receive()
+        worker.send([whole])
+        (found,) = worker.receive()
+        assert found[-1] == 0
+        worker.process.kill()
+        with pytest.raises(DataError, match=r"ended with exit code -9"):
+            worker.receive()
+
+
+def test_modules_in_the_users_folder_are_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`python -m` would look for modules in the folder that a user happens to be in."""
+    (tmp_path / "a.txt").write_text("some words\n" * 50)
+    (tmp_path / "queue.py").write_text("raise SystemExit('a module of the user')")
+    monkeypatch.chdir(tmp_path)
+    spec = BuildSpec(vocab_size=300, validation_fraction=0)
+    assert build(match_files(["a.txt"]), spec, Path("out"), processes=2).train.documents == 1
 
 
 def test_a_call_gets_texts_until_they_are_long_enough() -> None:

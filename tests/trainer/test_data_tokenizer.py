@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from dryvine.trainer.data import tokenizer
 from dryvine.trainer.data.build import build
@@ -157,12 +157,21 @@ def letters(normalizer: normalizers.Normalizer | None, pre: pre_tokenizers.PreTo
     return made
 
 
+def trimming(post: processors.PostProcessor) -> Tokenizer:
+    """GPT-2's with a space in front, whose post-processor leaves blanks out of the tokens' places."""
+    made = letters(None, pre_tokenizers.ByteLevel(add_prefix_space=True))
+    made.post_processor = post
+    return made
+
+
 # Each adds something to, or takes something off, the start or the end of whatever it is given.
 AT_THE_ENDS = {
     "prepend": letters(normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]), None),
     "metaspace first": letters(None, pre_tokenizers.Metaspace(prepend_scheme="first")),
     "metaspace always": letters(None, pre_tokenizers.Metaspace(prepend_scheme="always")),
     "byte level with a space": letters(None, pre_tokenizers.ByteLevel(add_prefix_space=True)),
+    "byte level that trims places": trimming(processors.ByteLevel(trim_offsets=True)),
+    "as RoBERTa": trimming(processors.RobertaProcessing(("</s>", 0), ("</s>", 0), trim_offsets=True)),
     "strip": letters(normalizers.Strip(), pre_tokenizers.ByteLevel(add_prefix_space=False)),
     "strip and prepend": letters(normalizers.Sequence([normalizers.Strip(), normalizers.Prepend("▁")]), None),
 }

@@ -35,7 +35,7 @@ def build(
     """Build the dataset in `out`, resume an interrupted build, or return a finished one. With `processes` above 1,
     that many tokenize. If another process is building there, waits up to `deadline` seconds for it. Raises DataError
     if that takes longer, if `out` holds anything built from other files or settings, or if the inputs hold no text."""
-    spec.check()
+    spec.check(inputs)
     identity = fingerprint(inputs, spec)
     if finished := _finished(out, identity):
         return finished

@@ -38,7 +38,8 @@ class ItemText(NamedTuple):
 
 
 class Encoder(NamedTuple):
-    """A tokenizer that encodes text as nothing but text, and cut parts as if they were not."""
+    """A tokenizer that encodes text as nothing but text, and cut parts as if they were not. It has no post-processor:
+    one that trims blanks off the places of tokens would hide to which part they belong."""
 
     tokenizer: Tokenizer
     in_place: bool  # it changes nothing at the ends of a text
@@ -79,11 +80,11 @@ def _joined(text: ItemText, ids: Iterator[list[int]], typecode: str) -> array[in
 def _without_guards(encoding: Encoding, part: TextPart) -> list[int]:
     if not part.text:
         return []  # where both guards may be one unknown token
-    # Without a guard on the left, tokens that were put in front of the text stay: they may span no character.
+    # Without a guard on the left, tokens that were put in front of the text stay: they span its first character.
     first = 0 if part.starts else 1
     last = first + len(part.text)
     spans = zip(encoding.ids, encoding.offsets, strict=True)
-    return [token for token, (start, end) in spans if start < last and (part.starts or end > first)]
+    return [token for token, (start, end) in spans if start < last and end > first]
 
 
 def _edits_in_place(tokenizer: Tokenizer) -> bool:

@@ -61,6 +61,7 @@ class RecordText(NamedTuple):
 def records(inputs: Sequence[Input], spec: BuildSpec) -> Iterator[RecordText]:
     """The records that a build would read, in its order. Raises DataError for a tokenizer or a condition that cannot
     be used."""
+    spec.check(inputs)
     vocabulary = tokenizer.load(spec.tokenizer) if spec.tokenizer else None
     for item in read_stream(inputs, spec.fields, StreamPosition()):
         text, count = item.record.text, None

@@ -17,6 +17,7 @@ from dryvine.trainer.data.config import DataError
 from dryvine.trainer.data.dataset import FORMAT
 from dryvine.trainer.data.inputs import Input, printable
 from dryvine.trainer.data.readers.fields import Fields, condition
+from dryvine.trainer.data.readers.table import kind_of
 from dryvine.trainer.data.sampling import uniform
 from dryvine.trainer.data.stream import StreamPosition
 
@@ -57,9 +58,12 @@ class BuildSpec(BaseModel, frozen=True, extra="forbid"):
         """Whether the document with this key is in the validation split."""
         return uniform("split", key) < self.validation_fraction
 
-    def check(self) -> None:
-        """Raise DataError, before anything is written, if the given tokenizer does not fit the rest."""
-        assert self.fields.text  # asked for here, so that a condition that cannot be read is refused
+    def check(self, inputs: Sequence[Input]) -> None:
+        """Raise DataError, before anything is written, if the conditions do not fit the inputs, or the given tokenizer
+        the rest."""
+        text = next((file.name for file in inputs if kind_of(file.path).is_document), None)
+        if self.fields.where and text:
+            raise DataError(f"--where: {printable(text)} is text without fields; build it by itself, and blend the two")
         if not self.tokenizer:
             return
         given = tokenizer.load(self.tokenizer)

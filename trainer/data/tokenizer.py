@@ -96,7 +96,7 @@ def _read(path: Path) -> bytes:
 
 def _parse(path: Path, content: bytes) -> Encoder:
     try:
-        return Encoder.of(Tokenizer.from_str(_with_controls_special(content)))
+        return Encoder.of(Tokenizer.from_str(_for_text(content)))
     except Exception as error:  # tokenizers raises a bare Exception for whatever it cannot parse
         raise DataError(f"{path}: not a tokenizer.json ({error}); save one with tokenizer.save(path)") from None
 
@@ -105,12 +105,14 @@ def _is_control(name: str) -> bool:
     return name in _PACKING_NAMES or bool(_IN_BRACKETS.fullmatch(name.strip()))
 
 
-def _with_controls_special(content: bytes) -> str:
-    """The tokenizer with every control token declared special, so that `encode_special_tokens` covers them all.
+def _for_text(content: bytes) -> str:
+    """The tokenizer with every control token declared special, so that `encode_special_tokens` covers them all, and
+    without a post-processor (see `Encoder`), which would only add special tokens that are not asked for.
 
     Makers list end, fill-in-the-middle and role tokens as ordinary added tokens too, and those match in any text.
     """
     described = json.loads(content)
+    described["post_processor"] = None
     for token in described.get("added_tokens", ()):
         token["special"] |= _is_control(token["content"])
     return json.dumps(described)
