@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, Field
 
@@ -20,6 +20,10 @@ class CommConfig(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     )
     imbalance: float = Field(
         default=0.0, ge=0, description="dispatch in rounds beyond this times the mean load; 0: never"
+    )
+    sums: Literal["by_rank", "by_choice"] = Field(
+        default="by_rank",
+        description="how nvlink adds a token's rows; by_choice has flat's bits and returns top_k times the bytes",
     )
     sms: int | None = Field(
         default=None, ge=1, description="a GPU's SMs for the expert all-to-all, left free by GEMMs; none: NCCL's choice"

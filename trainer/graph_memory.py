@@ -97,7 +97,8 @@ def _sent(plan: LayoutPlan, stage: int) -> int:
         return 0
     kinds = {block.name: block.kind for block in blocks(shape)}
     layers = sum(kinds[name] in ("moe", "mtp") for name in plan.blocks[stage])
-    return layers * ranks * size.tokens * (2 * shape.hidden * size.dtype_bytes + 4 * shape.top_k)
+    rows = shape.top_k if plan.config.comm.sums == "by_choice" else 1
+    return layers * ranks * size.tokens * (2 * rows * shape.hidden * size.dtype_bytes + 4 * shape.top_k)
 
 
 def graph_line(plan: LayoutPlan) -> str:

@@ -244,6 +244,7 @@ def _dispatcher(config: Config, mesh: Mesh, topology: Topology | None) -> AnyDis
         top_k=shape.top_k,
         tokens=config.parallel.microbatch_sequences * config.data.seq_len,
         row_bytes=max(row_bytes(config)),
+        by_choice=comm.sums == "by_choice",
         graphs=recordable(config, mesh.device.type == "cuda"),
         room=config.parallel.recorded_room,
     )

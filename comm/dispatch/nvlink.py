@@ -6,8 +6,13 @@ on 4, 0.68 on 8. `flat` sends a row for each choice: for 2 ranks four times the 
 they are, without packing, and the copy engines use no SM (`windows`). Which rows a rank needs follows from everybody's
 choices (`token_plan`), so no counts are exchanged. Experts' outputs are summed by token where they were computed, in
 FP32, and rounded; the ranks' sums are added in rank order: within the tolerance of `hierarchical`, but not the same
-bits as `flat`. In larger groups, copies to ranks that need few of the rows are wasteful; DeepEP, or a push of the
-needed rows only, would send less.
+bits as `flat`. `Setup.by_choice` is for comparisons: every choice's row returns and is added in flat's order, which
+takes top_k times the bytes back and as much memory.
+
+In larger groups, copies to ranks that need few of the rows are wasteful; a push of the needed rows only, by a kernel,
+would send 0.68 of them to 8 ranks. It would take 8 to 16 SMs (323 GB/s each way by 8 programs, 380 by copy engines), so
+that 0.8 ms in the place of 1.1 for 4096 rows of 7168 would cost a tenth of the GPU meanwhile; where copies are hidden
+behind compute, as in pairs, that is no gain. From 16 ranks on, which share no node today, it would be.
 """
 
 from __future__ import annotations
@@ -49,7 +54,8 @@ def build(setup: Setup) -> AnyDispatcher:
     expect = expecting(mesh.watch, links.words)
     world_ranks = dist.get_process_group_ranks(mesh.experts)
     windows = Windows(setup.rank, links, size, setup.meter, setup.links, expect, world_ranks)
-    made = Nvlink(windows, PlanGroup(setup.experts, setup.alignment), setup.tokens, RowRoom(setup.room, _zero(mesh)))
+    group, room = PlanGroup(setup.experts, setup.alignment), RowRoom(setup.room, _zero(mesh))
+    made = Nvlink(windows, group, setup.tokens, room, setup.by_choice)
     if mesh.device.type == "cuda":
         _load(setup, made)
     return made
@@ -70,21 +76,22 @@ def _load(setup: Setup, made: Nvlink) -> None:
 
 
 def slot_bytes(setup: Setup) -> int:
-    """RowRoom for the widest rows, and a value for each choice."""
+    """Room for the widest rows, and a value for each choice."""
     ranks, most = setup.group_topology.ranks, setup.tokens
+    row = setup.row_bytes * (setup.top_k if setup.by_choice else 1)
     # Each of at most three tensors is rounded up by itself.
-    return round_up(ranks * most * (setup.row_bytes + 4 * setup.top_k), 1 << 12) + (1 << 12)
+    return round_up(ranks * most * (row + 4 * setup.top_k), 1 << 12) + (1 << 12)
 
 
 class Nvlink:
     """`Dispatcher` over windows. Ranks hold experts in equal, contiguous shares and dispatch at most `most` tokens.
-    `room` is that of recorded ops."""
+    `room` is that of recorded ops; `by_choice` as in `Setup`."""
 
-    def __init__(self, windows: Windows, group: PlanGroup, most: int, room: RowRoom) -> None:
+    def __init__(self, windows: Windows, group: PlanGroup, most: int, room: RowRoom, by_choice: bool = False) -> None:
         if group.experts % windows.ranks:
             raise ValueError(f"experts = {group.experts} do not divide over {windows.ranks} expert-parallel ranks")
         self.windows, self.meter = windows, windows.meter
-        self.group, self.most, self.room = group, most, room
+        self.group, self.most, self.room, self.by_choice = group, most, room, by_choice
 
     def plan_routing(self, experts_TK: Tensor, label: str = "") -> Pending[TokenHandle]:
         sent = token_plan.choices_to_send(experts_TK, self.most)
@@ -110,16 +117,17 @@ class Nvlink:
         return self.windows.start(lambda _: sent, rooms, read, f"dispatch of {handle.label}")
 
     def combine(self, rows: Tensor, pairs: Tensor | None, handle: TokenHandle) -> Pending[tuple[Tensor, ...]]:
-        parts = [sum_present(rows, handle.row).view(self.windows.ranks, self.most, *rows.shape[1:])]
+        returned = gather(rows, handle.row.flatten()) if self.by_choice else sum_present(rows, handle.row)
+        parts = [returned.view(self.windows.ranks, -1, *rows.shape[1:])]
         if pairs is not None:
             answers = gather(pairs.unsqueeze(1), handle.row.flatten())
             parts.append(answers.view(self.windows.ranks, self.most, handle.row.shape[1]))
 
         def read(came: list[ByRank]) -> tuple[Tensor, ...]:
             values = (gather_by_rank(of.values(), handle.owner.flatten()).view_as(handle.owner) for of in came[1:])
-            return (sum_by_rank(came[0], handle.total), *values)
+            return (sum_by_rank(came[0], handle.owner if self.by_choice else handle.total), *values)
 
-        rooms = tuple(WindowRows.of(part[0], self.most) for part in parts)
+        rooms = tuple(WindowRows.of(part[0], part.shape[1]) for part in parts)
         return self.windows.start(
             lambda rank: tuple(part[rank] for part in parts), rooms, read, f"combine of {handle.label}"
         )

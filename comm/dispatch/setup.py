@@ -25,6 +25,7 @@ class Setup:
     top_k: int = 8
     tokens: int = 4096  # most that a rank dispatches at once
     row_bytes: int = 0  # of the widest row that travels
+    by_choice: bool = False  # nvlink returns all rows of a token, and not their sum: flat's bits
     graphs: bool = False  # ops are recorded as CUDA graphs, if the dispatcher lets them
     room: float = inf  # of recorded ops: for so many times the mean of ranks' rows
     meter: Meter = field(default_factory=Meter)

@@ -99,7 +99,8 @@ def _flat(config: Config, group: Topology, name: str) -> Dispatching:
 
 
 def _whole_tokens(config: Config, group: Topology) -> Dispatching:
-    """Every token to every rank, and a row of sums for every token back; tensors lie by themselves, without words."""
+    """Every token to every rank, and a row of sums, or one for each choice, for every token back; tensors lie by
+    themselves, without words."""
     n, hidden, values = _tokens(config), config.model.hidden, 4 * config.model.top_k
     plain = hidden * DTYPE_BYTES[config.run.dtype]
     sent = hidden + ceil_div(hidden, TILE) if config.fp8.fp8_dispatch else plain
@@ -107,7 +108,8 @@ def _whole_tokens(config: Config, group: Topology) -> Dispatching:
     def each(size: int) -> LinkBytes:
         return _sum((group.link(0, other), n * size) for other in range(group.ranks))
 
-    return Dispatching("nvlink", *map(each, (values, sent + values, plain, sent, plain + values)))
+    back = plain * (config.model.top_k if config.comm.sums == "by_choice" else 1)
+    return Dispatching("nvlink", *map(each, (values, sent + values, back, sent, back + values)))
 
 
 def _two_hops(config: Config, group: Topology, name: str) -> Dispatching:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis.strategies import booleans
 from torch import Tensor
 
 from dryvine.comm import local
@@ -63,14 +65,14 @@ class Node:
 
         return on_ranks(self.ranks, guarded)
 
-    def nvlink(self, rank: int, experts: int, alignment: int = 1) -> Nvlink:
+    def nvlink(self, rank: int, experts: int, alignment: int = 1, by_choice: bool = False) -> Nvlink:
         room = RowRoom(float(self.ranks), torch.zeros(1, dtype=torch.int64))
-        return Nvlink(self.windows(rank), PlanGroup(experts, alignment), MOST, room)
+        return Nvlink(self.windows(rank), PlanGroup(experts, alignment), MOST, room, by_choice)
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
-@given(cases().filter(lambda case: sum(case[0]) <= 6))  # each rank has a thread for each rank
-def test_it_gives_what_flat_gives(case: tuple[list[int], int, int, list[Tensor], int, int]) -> None:
+@given(cases().filter(lambda case: sum(case[0]) <= 6), booleans())  # each rank has a thread for each rank
+def test_it_gives_what_flat_gives(case: tuple[list[int], int, int, list[Tensor], int, int], by_choice: bool) -> None:
     sizes, experts, top_k, chosen, alignment, _ = case
     ranks = sum(sizes)
     boards = Boards(by_sizes([ranks]))
@@ -85,13 +87,15 @@ def test_it_gives_what_flat_gives(case: tuple[list[int], int, int, list[Tensor],
         def both(rank: int) -> Any:
             given_rows = chosen[rank], rows[rank], weights[rank], grads[rank]
             flat = there_and_back(boards.flat(rank, experts, alignment), *given_rows)
-            return flat, there_and_back(node.nvlink(rank, experts, alignment), *given_rows)
+            return flat, there_and_back(node.nvlink(rank, experts, alignment, by_choice), *given_rows)
 
         found = node.run(both)
     for rank, (flat, ours) in enumerate(found):
         assert flat[0].counts == ours[0].counts
         for a, b in zip(flat[1], ours[1], strict=True):
             assert torch.equal(a, b)
+        if by_choice:
+            assert torch.equal(ours[2], flat[2])
         torch.testing.assert_close(ours[2], flat[2], rtol=1e-6, atol=1e-6)
         assert torch.equal(ours[3], flat[3])
         check_order(ours, rank, experts // ranks, chosen, rows)
@@ -263,6 +267,8 @@ def test_slots_hold_the_widest_message() -> None:
     ]
     assert nvlink.slot_bytes(setup) >= sum(room.bytes(4) for room in rooms[:2])
     assert nvlink.slot_bytes(setup) >= sum(room.bytes(4) for room in rooms[1:])
+    every = (WindowRows(1025 * 3, (5,), torch.float32), rooms[1])
+    assert nvlink.slot_bytes(replace(setup, by_choice=True)) >= sum(room.bytes(4) for room in every)
 
 
 def test_a_group_over_nodes_is_refused() -> None:

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 
 from dryvine.comm import local
@@ -48,8 +49,25 @@ def test_it_trains_like_one_process(tinier: Tiny, tmp_path: Path, pp: int, ep: i
     assert not [d for d in found if not d.fine]
 
 
-def test_its_bytes_are_planned(tinier: Tiny, tmp_path: Path) -> None:
-    config = tinier("parallel.ep=2", "comm.dispatcher=nvlink")
+def test_sums_by_choice_train_to_the_bits_of_flat(tinier: Tiny, tmp_path: Path) -> None:
+    """With four addends a token, whose order shows: by rank there are other bits."""
+    wide = ("parallel.ep=2", "model.routed=8", "model.top_k=4", "model.groups=1", "model.group_limit=1")
+
+    def weights(words: str) -> dict[str, np.ndarray]:
+        plan = make_plan(tinier(*wide, *words.split()))
+        with mock.patch.object(verify, "_started", return_value=local.run(trained, 2, tmp_path, plan)):
+            return dict(verify.play(plan.config, steps=2).weights)
+
+    flat, by_choice, by_rank = (
+        weights(f"comm.dispatcher={words}") for words in ("flat", "nvlink comm.sums=by_choice", "nvlink")
+    )
+    assert all(np.array_equal(by_choice[name], value) for name, value in flat.items())
+    assert not all(np.array_equal(by_rank[name], value) for name, value in flat.items())
+
+
+@pytest.mark.parametrize("sums", ["by_rank", "by_choice"])
+def test_its_bytes_are_planned(tinier: Tiny, tmp_path: Path, sums: str) -> None:
+    config = tinier("parallel.ep=2", "comm.dispatcher=nvlink", f"comm.sums={sums}")
     plan = make(make_plan(config), load_hardware("cpu"))
     for found in local.run(measured, 2, tmp_path, config):
         assert found.sent == {link: size for link, size in plan.dispatch_bytes_of(0).items() if size}
