@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from dryvine.trainer.generate.sampling import Ways
 from dryvine.trainer.model.rope import Rope
@@ -49,9 +50,10 @@ class Feed(NamedTuple):
     tokens: Tensor  # int64 [N]
     slots: Tensor  # int64 [N], of each token
     positions: Tensor  # int64 [N]
-    turn: Tensor  # complex [N, 1, R / 2]: what a pair at the token's position is multiplied by
+    cos: Tensor  # FP32 [N, R]: what the members of a pair are multiplied by at the token's position
+    sin: Tensor  # FP32 [N, R]: and the other member of the pair, with its sign
     length: int  # P: cached positions that are looked at
-    mask: Tensor  # FP32 [S, 1, T, P], of steps with drafts [S, 1, T x A, P]: 0 for what a token may see, else -inf
+    mask: Tensor  # FP32 [S, T, P], of steps with drafts [S, T x A, P]: 0 for what a token may see, else -inf
     sequences: Tensor | None  # int64 [S]: their slots; None: T tokens of each of the first S slots
     place: Tensor | None  # int64 [N]: of each token among S x T; None with `sequences`
     following: Tensor  # int64 [D, N]: the token 1, 2 ... places on; D is 0 except for prompts that MTP reads
@@ -70,9 +72,9 @@ def grid_feed(ids_ST: Tensor, at_ST: Tensor, length: int, spec: Spec) -> Feed:
     many, mask, at = ids_ST.shape[1], _mask(at_ST, length), at_ST.flatten()
     slots = torch.arange(len(ids_ST), device=at.device)
     if many > 1:
-        mask, slots = mask.repeat_interleave(spec.shape.heads, 2), slots.repeat_interleave(many)
-    ids, turn = ids_ST.flatten(), rotations(spec.rope, at, length)
-    return Feed(ids, slots, at, turn, length, mask, None, None, ids.new_empty(0), many - 1)
+        mask, slots = mask.repeat_interleave(spec.shape.heads, 1), slots.repeat_interleave(many)
+    ids, (cos, sin) = ids_ST.flatten(), rotations(spec.rope, at, length)
+    return Feed(ids, slots, at, cos, sin, length, mask, None, None, ids.new_empty(0), many - 1)
 
 
 def prefill_feed(pieces: Sequence[Stretch], depths: int, rope: Rope, device: torch.device) -> Feed:
@@ -88,8 +90,8 @@ def prefill_feed(pieces: Sequence[Stretch], depths: int, rope: Rope, device: tor
     packed = (tokens, np.repeat(own, sizes), at[inside], own, np.flatnonzero(inside), at)
     ids, slots, positions, sequences, place, grid = (torch.from_numpy(part).to(device) for part in packed)
     length = int(at.max(initial=-1)) + 1
-    mask, turn = _mask(grid, length), rotations(rope, positions, length)
-    return Feed(ids[0], slots, positions, turn, length, mask, sequences, place, ids[1:], 0)
+    mask, (cos, sin) = _mask(grid, length), rotations(rope, positions, length)
+    return Feed(ids[0], slots, positions, cos, sin, length, mask, sequences, place, ids[1:], 0)
 
 
 def _ahead(pieces: Sequence[Stretch], depth: int) -> list[int]:
@@ -98,12 +100,13 @@ def _ahead(pieces: Sequence[Stretch], depth: int) -> list[int]:
     return [token for tokens in whole for token in tokens[depth:]]
 
 
-def rotations(rope: Rope, positions_N: Tensor, length: int) -> Tensor:
-    """Complex [N, 1, R / 2]; positions are below `length`."""
-    cos, sin = rope.table(1 << max(0, length - 1).bit_length(), positions_N.device)
-    return torch.complex(cos[positions_N], sin[positions_N])
+def rotations(rope: Rope, positions_N: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """`cos` and `sin` of a feed; positions are below `length`."""
+    table_T2R = rope.by_member(1 << max(0, length - 1).bit_length(), positions_N.device)
+    cos_NR, sin_NR = functional.embedding(positions_N, table_T2R.flatten(1)).chunk(2, 1)
+    return cos_NR, sin_NR
 
 
 def _mask(positions_ST: Tensor, length: int) -> Tensor:
-    seen_STP = torch.arange(length, device=positions_ST.device) <= positions_ST.unsqueeze(-1)
-    return torch.zeros(seen_STP.shape, device=seen_STP.device).masked_fill_(~seen_STP, float("-inf")).unsqueeze(1)
+    hidden_STP = torch.arange(length, device=positions_ST.device) > positions_ST.unsqueeze(-1)
+    return torch.zeros(hidden_STP.shape, device=hidden_STP.device).masked_fill_(hidden_STP, float("-inf"))

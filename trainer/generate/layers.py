@@ -23,13 +23,14 @@ from torch.nn import functional
 from dryvine.trainer.fp8.linear import FP8Linear
 from dryvine.trainer.generate.feed import Feed
 from dryvine.trainer.model.ffn import FFN
-from dryvine.trainer.model.gate import route
+from dryvine.trainer.model.gate import Gate, route
 from dryvine.trainer.model.layer import DenseLayer, Layer, MoELayer
 from dryvine.trainer.model.linear import Linear
 from dryvine.trainer.model.norm import RMSNorm, normalise
 from dryvine.trainer.model.swiglu import swiglu_forward
 
 Multiply = Callable[[Tensor], Tensor]  # [N, inputs] -> [N, outputs]
+AddTo = Callable[[Tensor, Tensor], Tensor]  # x [N, outputs], [N, inputs] -> x + their product
 ToExperts = Callable[[Tensor, Tensor, Tensor], Tensor]  # rows [N, H], weights [N, K], experts [N, K] -> [N, H]
 
 
@@ -38,6 +39,22 @@ def multiply(linear: Linear | FP8Linear) -> Multiply:
     if isinstance(linear, FP8Linear):
         return linear
     weight_IO = linear.weight.detach().t()
+    return lambda x_NI: torch.mm(x_NI, weight_IO)
+
+
+def add_product(linear: Linear | FP8Linear) -> AddTo:
+    """x + y Wᵀ: on a CPU and in BF16, one operator."""
+    if isinstance(linear, FP8Linear):
+        return lambda x_NO, y_NI: x_NO + linear(y_NI)
+    weight_IO = linear.weight.detach().t()
+    return lambda x_NO, y_NI: torch.addmm(x_NO, y_NI, weight_IO)
+
+
+def to_fp32(gate: Gate) -> Multiply:
+    """The gate's logits, FP32."""
+    weight_IO = gate.weight.detach().t()
+    if weight_IO.dtype != torch.float32:
+        return gate
     return lambda x_NI: torch.mm(x_NI, weight_IO)
 
 
@@ -51,7 +68,7 @@ def normed(norm: RMSNorm) -> Multiply:
 
     def run(x_NH: Tensor) -> Tensor:
         length_N1 = torch.linalg.vector_norm(x_NH, dim=-1, keepdim=True)
-        return x_NH * torch.addcmul(least, length_N1, length_N1, value=share).rsqrt_() * weight
+        return (x_NH * torch.addcmul(least, length_N1, length_N1, value=share).rsqrt_()).mul_(weight)
 
     return run
 
@@ -67,100 +84,102 @@ class CachedAttention:
         else:
             q_a, q_norm, q_b = multiply(mla.q_a), normed(mla.q_norm), multiply(mla.q_b)
             self.queries = lambda x_NH: q_b(q_norm(q_a(x_NH)))
-        self.kv_a, self.kv_norm, self.o = multiply(mla.kv_a), normed(mla.kv_norm), multiply(mla.o)
-        up = mla.kv_b.weight.detach().view(s.heads, s.nope_dim + s.v_dim, s.kv_lora)
-        self.keys_AnC, self.values_AvC = up.split((s.nope_dim, s.v_dim), 1)
+        self.kv_a, self.kv_norm, self.add_o = multiply(mla.kv_a), normed(mla.kv_norm), add_product(mla.o)
+        up_AdC = mla.kv_b.weight.detach().view(s.heads, s.nope_dim + s.v_dim, s.kv_lora)
+        self.keys_AnC, self.values_ACv = up_AdC[:, : s.nope_dim], up_AdC[:, s.nope_dim :].transpose(1, 2)
 
     def __call__(self, x_NH: Tensor, feed: Feed, latents_SPW: Tensor) -> Tensor:
         normed_NH = self.norm(x_NH)
-        rows_NW = self._latents(self.kv_a(normed_NH), feed.turn)
+        rows_NW = self._latents(self.kv_a(normed_NH), feed)
         if feed.drafts:
             # A wrong draft's row is masked, that is multiplied by zero. If a token's own numbers are not finite, its
             # logits tell.
             rows_NW.nan_to_num_(0.0, 0.0, 0.0)
         latents_SPW[feed.slots, feed.positions] = rows_NW
-        q_NAW = self._absorbed(self.queries(normed_NH), feed.turn)
-        out_NAC = attend(q_NAW, latents_SPW, feed, self.shape.kv_lora)
-        values_ANv = torch.bmm(out_NAC.transpose(0, 1), self.values_AvC.transpose(1, 2))
-        return x_NH + self.o(values_ANv.transpose(0, 1).flatten(1))
+        q_NAW = self._absorbed(self.queries(normed_NH), feed)
+        out_NAC = attend(q_NAW, latents_SPW, feed, self.shape.kv_lora, self.scale)
+        values_ANv = torch.bmm(out_NAC.transpose(0, 1), self.values_ACv)
+        return self.add_o(x_NH, values_ANv.transpose(0, 1).flatten(1))
 
-    def _latents(self, kv_NW: Tensor, turn: Tensor) -> Tensor:
+    def _latents(self, kv_NW: Tensor, feed: Feed) -> Tensor:
         """The cache row of each token: [N, W]."""
-        c, rope = kv_NW.split((self.shape.kv_lora, self.shape.rope_dim), 1)
-        return torch.cat((self.kv_norm(c), rotate(rope.unsqueeze(1), turn).squeeze(1)), 1)
+        c, rope = kv_NW[:, : self.shape.kv_lora], kv_NW[:, self.shape.kv_lora :]
+        return torch.cat((self.kv_norm(c), rotate(rope, feed.cos, feed.sin)), 1)
 
-    def _absorbed(self, q: Tensor, turn: Tensor) -> Tensor:
-        """Queries in the space of latents, scaled for the softmax: [N, A, W]."""
-        q_NAD = q.unflatten(1, (self.shape.heads, -1)) * self.scale
-        nope, rope = q_NAD.split((self.shape.nope_dim, self.shape.rope_dim), 2)
-        return torch.cat((torch.bmm(nope.transpose(0, 1), self.keys_AnC).transpose(0, 1), rotate(rope, turn)), 2)
-
-
-def rotate(x_NAR: Tensor, turn: Tensor) -> Tensor:
-    """Rotate neighbouring pairs in place of each other. `rope.rotate` also reorders the pairs' members, which leaves
-    scores unchanged."""
-    pairs = torch.view_as_complex(x_NAR.float().contiguous().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turn).flatten(-2).to(x_NAR.dtype)
+    def _absorbed(self, q_ND: Tensor, feed: Feed) -> Tensor:
+        """Queries in the space of latents: [N, A, W]."""
+        q_NAD, nope = q_ND.view(-1, self.shape.heads, self.shape.qk_dim), self.shape.nope_dim
+        absorbed_ANC = torch.bmm(q_NAD[..., :nope].transpose(0, 1), self.keys_AnC)
+        rope_NAR = rotate(q_NAD[..., nope:], feed.cos.unsqueeze(1), feed.sin.unsqueeze(1))
+        return torch.cat((absorbed_ANC.transpose(0, 1), rope_NAR), 2)
 
 
-def attend(q_NAW: Tensor, latents_SPW: Tensor, feed: Feed, width: int) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate neighbouring pairs of the last dimension, in FP32. `rope.rotate` also reorders the pairs' members, which
+    leaves scores unchanged."""
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return torch.addcmul(x * cos, swapped, sin).to(x.dtype)
+
+
+def attend(q_NAW: Tensor, latents_SPW: Tensor, feed: Feed, width: int, scale: float) -> Tensor:
     """Softmax-weighted sums of the first `width` columns of the latents that each token may attend to: [N, A,
     width]."""
     if feed.sequences is None or feed.place is None:
-        cached = latents_SPW[: feed.mask.shape[0], : feed.length]
+        cached = latents_SPW[: len(feed.mask), : feed.length]
         q_SBW = q_NAW.view(len(cached), (1 + feed.drafts) * q_NAW.shape[1], q_NAW.shape[2])
-        return _step(q_SBW, cached, feed.mask, width).view(*q_NAW.shape[:2], width)
+        return _step(q_SBW, cached, feed.mask, width, scale).view(*q_NAW.shape[:2], width)
     cached = latents_SPW[feed.sequences, : feed.length]
-    sequences, length = feed.mask.shape[0], feed.mask.shape[2]
+    sequences, length = feed.mask.shape[:2]
     laid = q_NAW.new_zeros(sequences * length, *q_NAW.shape[1:]).index_copy_(0, feed.place, q_NAW)
     q_SATW = laid.unflatten(0, (sequences, length)).transpose(1, 2)
     keys = cached.unsqueeze(1).expand(-1, q_SATW.shape[1], -1, -1)
-    mask = feed.mask.to(q_NAW.dtype)
-    out = functional.scaled_dot_product_attention(q_SATW, keys, keys, attn_mask=mask, scale=1.0)
+    mask = feed.mask.unsqueeze(1).to(q_NAW.dtype)
+    out = functional.scaled_dot_product_attention(q_SATW, keys, keys, attn_mask=mask, scale=scale)
     return out.transpose(1, 2).flatten(0, 1)[feed.place, :, :width]
 
 
-def _step(q_SBW: Tensor, cached_SPW: Tensor, mask_S1BP: Tensor, width: int) -> Tensor:
+def _step(q_SBW: Tensor, cached_SPW: Tensor, mask_SBP: Tensor, width: int, scale: float) -> Tensor:
     """A token of each sequence, or several; all their heads share the sequence's latents: B = T x A."""
     if q_SBW.dtype == torch.float32:
-        scores_SBP = torch.baddbmm(mask_S1BP.squeeze(1), q_SBW, cached_SPW.transpose(1, 2))
+        scores_SBP = torch.baddbmm(mask_SBP, q_SBW, cached_SPW.transpose(1, 2), alpha=scale)
         return torch.bmm(scores_SBP.softmax(-1), cached_SPW[..., :width])
     # Scores must not be rounded to BF16.
     q, rows = q_SBW.unsqueeze(1), cached_SPW.unsqueeze(1)
-    mask = mask_S1BP.to(q.dtype)
-    return functional.scaled_dot_product_attention(q, rows, rows, attn_mask=mask, scale=1.0).squeeze(1)[..., :width]
+    mask = mask_SBP.unsqueeze(1).to(q.dtype)
+    return functional.scaled_dot_product_attention(q, rows, rows, attn_mask=mask, scale=scale).squeeze(1)[..., :width]
 
 
-def _ffn(norm: RMSNorm, ffn: FFN) -> tuple[Multiply, Multiply]:
-    """The norm before an FFN, and the FFN applied to it."""
+def add_ffn(ffn: FFN) -> AddTo:
+    """x + an FFN of what its norm returns."""
     if ffn.fp8 is not None:
-        return normed(norm), ffn
-    gate_up, down = multiply(ffn.gate_up), multiply(ffn.down)
-    return normed(norm), lambda x_NH: down(swiglu_forward(gate_up(x_NH), None))
+        return lambda x_NH, rows_NH: x_NH + ffn(rows_NH)
+    gate_up, add_down = multiply(ffn.gate_up), add_product(ffn.down)
+    return lambda x_NH, rows_NH: add_down(x_NH, swiglu_forward(gate_up(rows_NH), None))
 
 
 class CachedDense:
     def __init__(self, layer: DenseLayer) -> None:
         self.attention = CachedAttention(layer)
-        self.norm, self.ffn = _ffn(layer.ffn_norm, layer.ffn)
+        self.norm, self.add_ffn = normed(layer.ffn_norm), add_ffn(layer.ffn)
 
     def __call__(self, x_NH: Tensor, feed: Feed, latents_SPW: Tensor) -> tuple[Tensor, Tensor | None]:
         """-> x [N, H], and no choice of experts."""
         x_NH = self.attention(x_NH, feed, latents_SPW)
-        return x_NH + self.ffn(self.norm(x_NH)), None
+        return self.add_ffn(x_NH, self.norm(x_NH)), None
 
 
 class CachedMixture:
     def __init__(self, layer: MoELayer, to_experts: ToExperts) -> None:
         self.attention, self.norm, self.to_experts = CachedAttention(layer), normed(layer.ffn_norm), to_experts
-        self.shared = None if layer.shared is None else _ffn(layer.ffn_norm, layer.shared)[1]
-        self.gate, self.shape = layer.gate, layer.gate.shape.model_copy(update={"balance_alpha": 0.0})
+        self.add_shared = None if layer.shared is None else add_ffn(layer.shared)
+        self.logits, self.bias = to_fp32(layer.gate), layer.gate.bias
+        self.shape = layer.gate.shape.model_copy(update={"balance_alpha": 0.0})
 
     def __call__(self, x_NH: Tensor, feed: Feed, latents_SPW: Tensor) -> tuple[Tensor, Tensor | None]:
         """-> x [N, H], and the experts chosen, int64 [N, K]."""
         x_NH = self.attention(x_NH, feed, latents_SPW)
         rows_NH = self.norm(x_NH)
-        weights_NK, experts_NK, _ = route(self.gate(rows_NH), self.gate.bias, self.shape, 1)
-        if self.shared is not None:
-            x_NH = x_NH + self.shared(rows_NH)
+        weights_NK, experts_NK, _ = route(self.logits(rows_NH), self.bias, self.shape, 1)
+        if self.add_shared is not None:
+            x_NH = self.add_shared(x_NH, rows_NH)
         return x_NH + self.to_experts(rows_NH, weights_NK, experts_NK), experts_NK

@@ -26,6 +26,7 @@ class Rope:
         self.frequencies = frequencies(shape.rope_dim, shape.rope_theta, shape.yarn)
         self.scale = rotation_scale(shape.yarn)
         self._tables: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
+        self._by_member: dict[tuple[int, torch.device], Tensor] = {}
         self._packed: WeakKeyDictionary[Documents, tuple[Tensor, Tensor]] = WeakKeyDictionary()
 
     def table(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -37,6 +38,15 @@ class Rope:
                 (angles.sin() * self.scale).to(device),
             )
         return self._tables[length, device]
+
+    def by_member(self, length: int, device: torch.device) -> Tensor:
+        """[T, 2, D]: what each dimension is multiplied by, and its neighbour in the pair, with the sign. For rotations
+        that leave dimensions where they are."""
+        if (length, device) not in self._by_member:
+            cos, sin = (part.squeeze(1) for part in self.table(length, device))
+            pairs = torch.stack((cos, cos), -1), torch.stack((-sin, sin), -1)
+            self._by_member[length, device] = torch.stack([pair.flatten(1) for pair in pairs], 1)
+        return self._by_member[length, device]
 
     def packed(self, documents: Documents) -> tuple[Tensor, Tensor]:
         """(cos, sin) of each token of a microbatch by its position in its document, each [N, 1, D/2]. Cached for all

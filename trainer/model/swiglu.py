@@ -24,9 +24,9 @@ KERNELS = "dryvine.trainer.model.kernels.swiglu"
 def swiglu_forward(gate_up_N2F: Tensor, weights_N: Tensor | None) -> Tensor:
     """[N, 2F] -> [N, F]. Computed in FP32, rounded once."""
     gate, up = gate_up_N2F.float().chunk(2, -1)
-    out = torch.nn.functional.silu(gate) * up
+    out = torch.nn.functional.silu(gate).mul_(up)
     if weights_N is not None:
-        out = out * weights_N.float().unsqueeze(-1)
+        out.mul_(weights_N.float().unsqueeze(-1))
     return out.to(gate_up_N2F.dtype)
 
 
