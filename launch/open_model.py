@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 Model = Annotated[
     str, typer.Argument(help="A run folder, RUN@STEP, or a folder of exported or released weights.", show_default=False)
 ]
-Dtype = Annotated[Literal["auto", "fp32", "bf16"], typer.Option(help="auto: bf16 on a GPU, fp32 on a CPU.")]
+Dtype = Annotated[
+    Literal["auto", "fp32", "bf16", "int8"],
+    typer.Option(help="auto: bf16 on a GPU, fp32 on a CPU. int8: weights in 8 bits, on a CPU."),
+]
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option()]
 ExpertMemory = Annotated[
     str, typer.Option(help="2GiB, 500MB: read experts when they are asked for, and keep so much of them. CPU only.")
@@ -47,7 +50,7 @@ class Opened(NamedTuple):
     sampler: Sampler
     files: TokenizerFiles
     pages: ExpertPages | None
-    dtype: str  # fp32 or bf16
+    dtype: str  # fp32, bf16 or int8
 
 
 def open_model(model: str, ways: HowToCompute, tokenizer: Path | None) -> Opened:
@@ -59,17 +62,19 @@ def open_model(model: str, ways: HowToCompute, tokenizer: Path | None) -> Opened
     from dryvine.trainer.generate.sampler import Sampler
 
     memory = _bytes(ways.expert_memory) if ways.expert_memory else None
-    on_gpu = ways.device == "cuda" or (ways.device == "auto" and torch.cuda.is_available() and memory is None)
-    if on_gpu and memory is not None:
-        raise typer.BadParameter("--expert-memory is for a CPU: add --device cpu")
-    numbers = torch.bfloat16 if ways.dtype == "bf16" or (ways.dtype == "auto" and on_gpu) else torch.float32
+    cpu_only = {"--expert-memory": memory is not None, "--dtype int8": ways.dtype == "int8"}
+    asked = [option for option, given in cpu_only.items() if given]
+    on_gpu = ways.device == "cuda" or (ways.device == "auto" and torch.cuda.is_available() and not asked)
+    if on_gpu and asked:
+        raise typer.BadParameter(f"{asked[0]} is for a CPU: add --device cpu")
+    dtype = ways.dtype if ways.dtype != "auto" else "bf16" if on_gpu else "fp32"
+    numbers = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}[dtype]
     source = open_weights(model, ways.speculate)
     files = source.tokenizer(tokenizer)
     pages = None if memory is None else ExpertPages(source, numbers, memory)
     with progress_bar(Console(stderr=True)) as on_progress:
         loaded = load(source, numbers, torch.device("cuda" if on_gpu else "cpu"), on_progress, experts=pages is None)
     experts = None if pages is None else paged_experts(loaded, pages)
-    dtype = "bf16" if numbers == torch.bfloat16 else "fp32"
     sampler = Sampler.alone(loaded, experts=experts, speculate=ways.speculate)
     return Opened(source, sampler, files, pages, dtype)
 

@@ -41,7 +41,7 @@ def test_paged_experts_give_the_same_tokens_within_the_cap(tmp_path: Path, buffe
         assert torch.equal(one.tokens, other.tokens)
         assert torch.equal(one.routes, other.routes)
         assert (one.logprobs - other.logprobs).abs().max() < 1e-5
-    held = {page.result().down.data_ptr() for page in pages._pages.values()}
+    held = {page.result().down.values.data_ptr() for page in pages._pages.values()}
     assert len(held) == min(buffers, 16)  # two mixtures of eight
     f = pages.figures
     assert f.bytes_read >= f.misses * EXPERT > 0

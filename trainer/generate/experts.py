@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from dryvine.parallel.stage import Flight, Phase, State
-from dryvine.trainer.generate.layers import ToExperts
+from dryvine.trainer.generate.layers import Multiply, ToExperts, times
 from dryvine.trainer.model.experts import Experts
 from dryvine.trainer.model.swiglu import swiglu_forward
+from dryvine.trainer.tensors.weight import Weight
 
 FEW = 256  # tokens x experts, up to which all of both are multiplied
 FFNOfExpert = Callable[[int, Tensor, Tensor], Tensor]  # expert, its rows [R, H], their weights [R] -> [R, H]
@@ -73,7 +73,11 @@ def all_at_once(experts: Experts) -> ToExperts:
 
 def in_memory(experts: Experts) -> ToExperts:
     """All experts in this process's memory, on a CPU: for a few tokens of few experts at once, else one by one."""
-    few, many, number = all_at_once(experts), within(held(experts), len(experts.gate_up)), len(experts.gate_up)
+    number = len(experts.gate_up)
+    many = within(held(experts), number)
+    if experts.gate_up.int8 is not None:
+        return many
+    few = all_at_once(experts)
 
     def run(rows_NH: Tensor, weights_NK: Tensor, experts_NK: Tensor) -> Tensor:
         return (few if len(rows_NH) * number <= FEW else many)(rows_NH, weights_NK, experts_NK)
@@ -82,11 +86,17 @@ def in_memory(experts: Experts) -> ToExperts:
 
 
 def held(experts: Experts) -> FFNOfExpert:
-    """The product of one expert held in memory, in FP32 or BF16."""
-    gate_up, down = experts.gate_up.detach().unbind(), experts.down.detach().unbind()
+    """The product of one expert held in memory, in FP32, BF16 or 8 bits."""
+    gate_up, down = products(experts.gate_up), products(experts.down)
 
     def run(expert: int, rows_RH: Tensor, weights_R: Tensor) -> Tensor:
-        act_RF = swiglu_forward(functional.linear(rows_RH, gate_up[expert]), weights_R)
-        return functional.linear(act_RF, down[expert])
+        return down[expert](swiglu_forward(gate_up[expert](rows_RH), weights_R))
 
     return run
+
+
+def products(weight_XOI: Weight) -> list[Multiply]:
+    """x Wᵀ of each expert."""
+    if weight_XOI.int8 is not None:
+        return [part.product for part in weight_XOI.int8.split(weight_XOI.shape[1])]
+    return [times(weight_OI) for weight_OI in weight_XOI.detach()]

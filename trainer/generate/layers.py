@@ -35,27 +35,30 @@ ToExperts = Callable[[Tensor, Tensor, Tensor], Tensor]  # rows [N, H], weights [
 
 
 def multiply(linear: Linear | FP8Linear) -> Multiply:
-    """x Wᵀ as the module's forward computes it (FP32, BF16 or FP8)."""
+    """x Wᵀ as the module's forward computes it (FP32, BF16 or FP8), or with weights in 8 bits."""
     if isinstance(linear, FP8Linear):
         return linear
-    weight_IO = linear.weight.detach().t()
+    return linear.weight.int8.product if linear.weight.int8 is not None else times(linear.weight.detach())
+
+
+def times(weight_OI: Tensor) -> Multiply:
+    """x Wᵀ."""
+    weight_IO = weight_OI.t()
     return lambda x_NI: torch.mm(x_NI, weight_IO)
 
 
 def add_product(linear: Linear | FP8Linear) -> AddTo:
-    """x + y Wᵀ: on a CPU and in BF16, one operator."""
-    if isinstance(linear, FP8Linear):
-        return lambda x_NO, y_NI: x_NO + linear(y_NI)
+    """x + y Wᵀ; in FP32 and BF16 one operator."""
+    if isinstance(linear, FP8Linear) or linear.weight.int8 is not None:
+        product = multiply(linear)
+        return lambda x_NO, y_NI: x_NO + product(y_NI)
     weight_IO = linear.weight.detach().t()
     return lambda x_NO, y_NI: torch.addmm(x_NO, y_NI, weight_IO)
 
 
 def to_fp32(gate: Gate) -> Multiply:
     """The gate's logits, FP32."""
-    weight_IO = gate.weight.detach().t()
-    if weight_IO.dtype != torch.float32:
-        return gate
-    return lambda x_NI: torch.mm(x_NI, weight_IO)
+    return times(gate.weight.detach()) if gate.weight.dtype == torch.float32 else gate
 
 
 def normed(norm: RMSNorm) -> Multiply:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -33,8 +33,10 @@ from dryvine.trainer.model.shape import Shape, blocks
 from dryvine.trainer.model.spec import Spec
 from dryvine.trainer.rl.chat import Chat
 from dryvine.trainer.rl.chat_config import ChatConfig
+from dryvine.trainer.tensors.int8 import Int8
 from dryvine.trainer.tensors.weight import Weight
 
+LINEAR = frozenset({"q", "q_a", "q_b", "kv_a", "o", "gate_up", "down", "project"})  # what `dtype` int8 rounds
 Read = Callable[[Slice], Tensor]  # FP32, in the slice's shape
 
 
@@ -96,15 +98,20 @@ def open_weights(spec: str, mtp: bool = False) -> WeightSource:
 def load(
     source: WeightSource, dtype: torch.dtype, device: torch.device, on_progress: OnProgress, experts: bool = True
 ) -> Model:
-    """The whole model, as one stage on one device; without `experts`, expert weights get no memory. Raises
-    HandOffError if it cannot fit."""
+    """The whole model, as one stage on one device; without `experts`, expert weights get no memory. With int8 on a
+    CPU, weights of Linears and experts are in 8 bits, everything else in FP32. Raises HandOffError if it cannot fit."""
     shape = source.shape
     names = tuple(block.name for block in blocks(shape))
-    model = Model(Spec(shape, dtype, "meta"), {0: names}, SingleRank(shape.routed))
+    spec = Spec(shape, torch.float32 if dtype == torch.int8 else dtype, "meta")
+    model = Model(spec, {0: names}, SingleRank(shape.routed))
     held = {name: weight for name, weight in model.named_parameters() if experts or not weight.expert}
+    short = {name for name in held if dtype == torch.int8 and _in_8_bits(name)}
     total = sum(weight.numel() for weight in held.values())
-    _check_memory(source, total * dtype.itemsize, dtype, device)
-    _give_memory(model, device, experts)
+    needed = sum(weight.numel() * (1 if name in short else spec.dtype.itemsize) for name, weight in held.items())
+    _check_memory(source, needed, dtype, device)
+    _give_memory(model, device, held.keys() - short)
+    for name in short:
+        held[name].int8 = Int8.empty(held[name].numel() // held[name].shape[-1], held[name].shape[-1])
     done = 0
     tensors = {name: weight for name, weight in model.named_parameters() if name in held} | model.buffers
     for count in fill(tensors, source):
@@ -113,11 +120,18 @@ def load(
     return model
 
 
-def _give_memory(model: Model, device: torch.device, experts: bool) -> None:
-    """Allocate all parameters, or all but the experts'; zero the biases."""
-    for module in model.root.modules():
+def _in_8_bits(name: str) -> bool:
+    """Whether an 8-bit model has this parameter in 8 bits: matrices of blocks but the gate's, which selects, and that
+    of keys and values, which is no Linear while decoding."""
+    end = name.removesuffix(".weight").rsplit(".", 1)[-1]
+    return name.startswith(("layers.", "mtp.")) and end in LINEAR
+
+
+def _give_memory(model: Model, device: torch.device, names: Set[str]) -> None:
+    """Allocate the named parameters; zero the biases."""
+    for prefix, module in model.root.named_modules():
         for name, old in module.named_parameters(recurse=False):
-            if experts or not cast(Weight, old).expert:
+            if f"{prefix}.{name}" in names:
                 module.register_parameter(name, cast(Weight, old).empty_on(device))
         for name, buffer in module.named_buffers(recurse=False):
             module.register_buffer(name, torch.zeros_like(buffer, device=device))
@@ -132,10 +146,16 @@ def fill(tensors: dict[str, Tensor], source: WeightSource) -> Iterator[int]:
             tensors[name].copy_(bias)
     for place in places(source.shape):
         if place.ours in tensors and not place.copy:
-            flat = tensors[place.ours].view(-1)
             for piece in slices(place):
-                flat[piece.start : piece.start + piece.elements] = source.read(piece).flatten()
+                _write(tensors[place.ours], piece, source.read(piece))
                 yield piece.elements
+
+
+def _write(tensor: Tensor, piece: Slice, values: Tensor) -> None:
+    if isinstance(tensor, Weight) and tensor.int8 is not None:
+        tensor.int8.write(piece.start // piece.cols, values)
+    else:
+        tensor.view(-1)[piece.start : piece.start + piece.elements] = values.flatten()
 
 
 def _part(spec: str, shape: Shape, mtp: bool) -> Shape:
@@ -151,6 +171,7 @@ def _check_memory(source: WeightSource, needed: int, dtype: torch.dtype, device:
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:
         smaller = "; --dtype bf16 needs half" if dtype == torch.float32 else ""
+        smaller += ", int8 a quarter" if smaller and device.type == "cpu" else ""
         smaller += "; --expert-memory reads experts when they are asked for" if device.type == "cpu" else ""
         raise HandOffError(
             f"{source.name}: {needed / 1e9:.1f} GB of weights, and this {device.type} has {there / 1e9:.1f} GB{smaller}"

@@ -20,7 +20,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from dryvine.trainer.generate.experts import within
 from dryvine.trainer.generate.layers import ToExperts
@@ -32,6 +31,7 @@ from dryvine.trainer.model.decoder import Model
 from dryvine.trainer.model.gate import Gate, choose_experts
 from dryvine.trainer.model.shape import Shape
 from dryvine.trainer.model.swiglu import swiglu_forward
+from dryvine.trainer.tensors.int8 import Matrix, empty_matrix
 
 Key = tuple[str, int]  # layer, expert
 LEAST = 2  # buffers: one multiplies while the other is read
@@ -39,10 +39,15 @@ AHEAD = 4  # most experts that are read ahead at a time
 
 
 class Page(NamedTuple):
-    """One buffer: gate_up [2F, H], down [H, F]."""
+    """One buffer: gate_up [2F, H], down [H, F], in the dtype to multiply in, or in 8 bits."""
 
-    gate_up: Tensor
-    down: Tensor
+    gate_up: Matrix
+    down: Matrix
+
+    @staticmethod
+    def empty(shape: Shape, dtype: torch.dtype) -> Page:
+        size = (2 * shape.expert_ffn, shape.hidden), (shape.hidden, shape.expert_ffn)
+        return Page(*(empty_matrix(*part, dtype) for part in size))
 
 
 @dataclass
@@ -66,7 +71,7 @@ class ExpertPages:
     def __init__(self, source: WeightSource, dtype: torch.dtype, memory: int) -> None:
         self._source, self._dtype, self.figures = source, dtype, PageFigures()
         s = source.shape
-        size = 3 * s.expert_ffn * s.hidden * dtype.itemsize
+        size = sum(part.nbytes for part in Page.empty(s, dtype))
         self._most = min(memory // size, s.routed * (s.layers - s.first_dense + s.mtp_depth))
         if self._most < LEAST:
             raise HandOffError(
@@ -106,18 +111,16 @@ class ExpertPages:
         """A free buffer, a new one, or that of the least recently used expert."""
         if len(self._pages) == self._most:
             return self._pages.popitem(last=False)[1].result()
-        s = self._source.shape
-        size = (2 * s.expert_ffn, s.hidden), (s.hidden, s.expert_ffn)
-        return Page(*(torch.empty(shape, dtype=self._dtype) for shape in size))
+        return Page.empty(self._source.shape, self._dtype)
 
     def _read(self, key: Key, page: Page) -> Page:
         """Fill a page. Runs in the reader's thread."""
         with torch.no_grad():
             for place in self._where[key]:
-                stacked = page.down if place.ours.endswith("down") else page.gate_up
-                first = place.first % stacked.numel()
-                values = self._source.read(Slice(place, 0, place.shape[0]))
-                stacked.view(-1)[first : first + place.elements] = values.flatten()
+                is_down, s = place.ours.endswith("down"), self._source.shape
+                rows = s.hidden if is_down else 2 * s.expert_ffn  # of an expert
+                matrix = page.down if is_down else page.gate_up
+                matrix.write(place.first // place.shape[1] % rows, self._source.read(Slice(place, 0, place.shape[0])))
                 self.figures.bytes_read += place.elements * self._dtype.itemsize
         return page
 
@@ -137,8 +140,7 @@ def paged(pages: ExpertPages, layer: str, after: tuple[str, Gate] | None) -> ToE
 
     def ffn(expert: int, rows_RH: Tensor, weights_R: Tensor) -> Tensor:
         page = pages.get((layer, expert))
-        act_RF = swiglu_forward(functional.linear(rows_RH, page.gate_up), weights_R)
-        return functional.linear(act_RF, page.down)
+        return page.down.product(swiglu_forward(page.gate_up.product(rows_RH), weights_R))
 
     one_by_one = within(ffn, pages.experts)
 

@@ -127,6 +127,7 @@ def _head(model: Model) -> tuple[Multiply, Multiply]:
 
 
 def _to_experts(spec: Spec, stage: Stage, name: str, layer: MoELayer) -> ToExperts:
-    if spec.ep_size == 1 and spec.fp8 is None and layer.experts.gate_up.device.type == "cpu":
+    on_cpu = torch.device(spec.device).type == "cpu"
+    if spec.ep_size == 1 and spec.fp8 is None and on_cpu:
         return in_memory(layer.experts)
     return dispatched([phase for phase in stage.phases if phase.layer == name and phase.name in _TO_EXPERTS])

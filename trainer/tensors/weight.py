@@ -12,17 +12,21 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from dryvine.trainer.tensors.int8 import Int8
+
 Closure = Callable[[], None]
 
 
 class Weight(nn.Parameter):
     """A parameter with its FP32 gradient sum, which ZeRO may set to a view of its own bucket.
 
-    `expert`: dim 0 runs over this rank's routed experts, a contiguous slice of the global order.
+    `expert`: dim 0 runs over this rank's routed experts, a contiguous slice of the global order. `int8`: its numbers,
+    where they are in 8 bits and the weight itself has no memory; rows of all experts follow each other.
     """
 
     main_grad: Tensor | None = None
     expert: bool = False
+    int8: Int8 | None = None
     queue: Callable[[Closure], None] | None = None  # set by the model that holds the weight
 
     def empty_on(self, device: torch.device | str) -> Weight:
