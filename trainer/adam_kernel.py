@@ -51,7 +51,8 @@ class KernelAdamW:
 
     def __call__(self, on: Operands, updates: Tensor, update: Update, weights: Tensor | None = None) -> None:
         (beta1, beta2), size = self.config.betas, on.master.numel()
-        adamw_kernel[(ceil_div(size, BLOCK),)](
+        # Of no elements there is one program: a launch loads the kernel.
+        adamw_kernel[(max(1, ceil_div(size, BLOCK)),)](
             # A kernel without weights never writes them: any pointer will do.
             *on, on.master if weights is None else weights, updates, size,
             update.factor, 1.0 - update.rate * update.decay, update.rate, self.config.eps,

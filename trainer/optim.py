@@ -62,6 +62,14 @@ class Optimizer:
         self.zero.reduce()
         return float(self.zero.grad_norm()) / scale
 
+    def rehearse(self) -> None:
+        """Update no element of any bucket on the device, so that the kernels of an update are loaded."""
+        nothing = slice(0, 0)
+        for number, bucket in enumerate(self.zero.buckets):
+            if bucket.host is None:
+                on, weights = self.operands(number).part(nothing), bucket.values[nothing]
+                self.adam(on, self.step, Update(0.0, 1.0, 0.0), weights)
+
     def update(self, rate: float, norm: float, scale: float, witness: UpdateWitness | None = None) -> None:
         """Clip by the global norm, update the masters, and start sending the new weights to all copies. Collective."""
         clip = min(1.0, self.config.clip / (norm + 1e-6))

@@ -60,8 +60,10 @@ def rehearse(rig: Rig) -> None:
     if rig.graphs is not None:
         # Only now: no kernel may be loaded while a graph is recorded.
         _play(rig, runs[0][0], wire, training=True, eager=False)
-    # Gradient sums and weight gathers overlap with the schedule, so their kernels must be loaded before it.
+    # Gradient sums, the update and weight gathers overlap with one another and with the schedule, so their kernels
+    # must be loaded before it.
     rig.optimizer.zero.reduce()
+    rig.optimizer.rehearse()
     rig.publish()
     rig.optimizer.zero.zero_grads()
     rig.model.reset_loads()

@@ -47,6 +47,7 @@ from dryvine.trainer.hand_off.hf_config import config_json
 from dryvine.trainer.model.decoder import Model
 from dryvine.trainer.model.shape import Shape, blocks, count_parameters
 from dryvine.trainer.ramps import points
+from dryvine.trainer.rehearse import rehearse
 from dryvine.trainer.rig import make_rig, mesh_of
 from dryvine.trainer.run_plan import make_plan
 from dryvine.trainer.step import train_step
@@ -143,6 +144,7 @@ def dryvine(work: Work, recipe: str = "bf16") -> Ready:
     plan = make_plan(config)
     with patch.object(Model, "initialise", fill):
         rig = make_rig(plan, mesh_of(plan, work.device), Data(source, source))
+    rehearse(rig)
     each = points(config.batch, shape.max_position)
 
     def step(number: int) -> float:

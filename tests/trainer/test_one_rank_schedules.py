@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import islice
+from typing import Any
 
 import pytest
 import torch
@@ -29,14 +30,20 @@ WIDE = (
 
 
 def trained(config: Config, device: str, steps: int = 1) -> tuple[list[float], dict[str, Tensor]]:
-    """Losses of each step, and on the host the last step's gradients and the weights after it."""
+    """Losses of each step, and on the host the last step's gradients, before the update, and the weights after it."""
     rig = rig_of(config, device)
-    losses = []
+    losses, grads, update = [], dict[str, Tensor](), rig.update
+
+    def noting(*given: Any) -> None:
+        grads.update({f"grad {name}": w.gradient().cpu().clone() for name, w in rig.model.named_parameters()})
+        update(*given)
+
+    rig.update = noting  # type: ignore[method-assign]
     for point in islice(points(config.batch, config.data.seq_len), steps):
         played = train_step(rig, point).played
         losses += [float(loss) for name in sorted(played.losses) for loss in played.losses[name]]
     found = {name: weight.detach().cpu() for name, weight in rig.model.named_parameters()}
-    return losses, found | {f"grad {name}": w.gradient().cpu() for name, w in rig.model.named_parameters()}
+    return losses, found | grads
 
 
 def one_rank(tiny: Tiny, schedule: str, *more: str) -> Config:
