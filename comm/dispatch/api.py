@@ -27,7 +27,7 @@ class Handle(Protocol):
     @property
     def counts(self) -> Sequence[int]:
         """Rows of each local expert, [X] in expert order, padding to the alignment included: on the host, or
-        `DeviceCounts` where the host need not know them."""
+        `DeviceCounts` where the host need not know them. While ops are recorded, not before the first dispatch."""
         ...
 
 

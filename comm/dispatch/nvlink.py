@@ -4,10 +4,11 @@ experts there.
 With 8 choices nearly every token is needed on every rank of a small group: 0.998 of the tokens on each of 2 ranks, 0.92
 on 4, 0.68 on 8. `flat` sends a row for each choice: for 2 ranks four times the bytes. Here each rank copies its rows as
 they are, without packing, and the copy engines use no SM (`windows`). Which rows a rank needs follows from everybody's
-choices (`token_plan`), so no counts are exchanged. Experts' outputs are summed by token where they were computed, in
-FP32, and rounded; the ranks' sums are added in rank order: within the tolerance of `hierarchical`, but not the same
-bits as `flat`. `Setup.by_choice` is for comparisons: every choice's row returns and is added in flat's order, which
-takes top_k times the bytes back and as much memory.
+choices (`token_plan`), so no counts are exchanged; where the host need not know the counts, choices go with the rows.
+
+Experts' outputs are summed by token where they were computed, in FP32, and rounded; the ranks' sums are added in rank
+order: within the tolerance of `hierarchical`, but not the same bits as `flat`. `Setup.by_choice` is for comparisons:
+every choice's row returns and is added in flat's order, which takes top_k times the bytes back and as much memory.
 
 In larger groups, copies to ranks that need few of the rows are wasteful; a push of the needed rows only, by a kernel,
 would send 0.68 of them to 8 ranks. It would take 8 to 16 SMs (323 GB/s each way by 8 programs, 380 by copy engines), so
@@ -71,16 +72,16 @@ def _load(setup: Setup, made: Nvlink) -> None:
     ranks, choices = setup.group_topology.ranks, torch.arange(setup.top_k, dtype=torch.int32, device=device)
     every = choices.expand(ranks, setup.tokens, -1).contiguous()
     chosen = ByRank(every, every[setup.rank], setup.rank)
-    token_plan.unread(chosen, every[0].to(torch.int64), made.group, "", made.room)
+    token_plan.unread(chosen, every[0].to(torch.int64), made.group, made.room)
     made.room.overflows.zero_()
 
 
 def slot_bytes(setup: Setup) -> int:
-    """Room for the widest rows, and a value for each choice."""
+    """Room for the widest rows, and two values for each choice."""
     ranks, most = setup.group_topology.ranks, setup.tokens
     row = setup.row_bytes * (setup.top_k if setup.by_choice else 1)
-    # Each of at most three tensors is rounded up by itself.
-    return round_up(ranks * most * (row + 4 * setup.top_k), 1 << 12) + (1 << 12)
+    # Each of at most four tensors is rounded up by itself.
+    return round_up(ranks * most * (row + 8 * setup.top_k), 1 << 12) + (1 << 12)
 
 
 class Nvlink:
@@ -94,38 +95,46 @@ class Nvlink:
         self.group, self.most, self.room, self.by_choice = group, most, room, by_choice
 
     def plan_routing(self, experts_TK: Tensor, label: str = "") -> Pending[TokenHandle]:
-        sent = token_plan.choices_to_send(experts_TK, self.most)
-        recording = self.windows.live.recording
+        """While ops are recorded no message: choices go with the rows that are dispatched by them."""
+        handle = TokenHandle(label, experts_TK, token_plan.choices_to_send(experts_TK, self.most))
+        if self.windows.live.recording:
+            return Pending.done(handle)
 
         def read(came: list[ByRank]) -> TokenHandle:
-            if recording:
-                return token_plan.unread(came[0], experts_TK, self.group, label, self.room)
-            return token_plan.plan(came[0], experts_TK, self.group, label)
+            handle.known = token_plan.plan(came[0], experts_TK, self.group)
+            return handle
 
-        return self.windows.start(lambda _: (sent,), (WindowRows.of(sent, self.most),), read, f"routing of {label}")
+        return self.windows.start(
+            lambda _: (handle.sent,), (WindowRows.of(handle.sent, self.most),), read, f"routing of {label}"
+        )
 
     def dispatch(
         self, rows: tuple[Tensor, ...], pairs: Tensor | None, handle: TokenHandle
     ) -> Pending[tuple[Tensor, ...]]:
-        sent = tuple(t.contiguous() for t in (rows if pairs is None else (*rows, pairs)))
+        known, count = handle.known, len(rows)
+        given = (*rows, *(() if pairs is None else (pairs,)), *(() if known else (handle.sent,)))
+        sent = tuple(t.contiguous() for t in given)
 
         def read(came: list[ByRank]) -> tuple[Tensor, ...]:
-            spread = [gather_by_rank(tensor, handle.token) for tensor in came[: len(rows)]]
-            return (*spread, *(gather_by_rank(of.values(), handle.pair)[:, 0] for of in came[len(rows) :]))
+            plan = known or token_plan.unread(came.pop(), handle.chosen, self.group, self.room)
+            handle.known = plan
+            spread = (gather_by_rank(tensor, plan.token) for tensor in came[:count])
+            return (*spread, *(gather_by_rank(of.values(), plan.pair)[:, 0] for of in came[count:]))
 
         rooms = tuple(WindowRows.of(tensor, self.most) for tensor in sent)
         return self.windows.start(lambda _: sent, rooms, read, f"dispatch of {handle.label}")
 
     def combine(self, rows: Tensor, pairs: Tensor | None, handle: TokenHandle) -> Pending[tuple[Tensor, ...]]:
-        returned = gather(rows, handle.row.flatten()) if self.by_choice else sum_present(rows, handle.row)
+        plan = handle.plan
+        returned = gather(rows, plan.row.flatten()) if self.by_choice else sum_present(rows, plan.row)
         parts = [returned.view(self.windows.ranks, -1, *rows.shape[1:])]
         if pairs is not None:
-            answers = gather(pairs.unsqueeze(1), handle.row.flatten())
-            parts.append(answers.view(self.windows.ranks, self.most, handle.row.shape[1]))
+            answers = gather(pairs.unsqueeze(1), plan.row.flatten())
+            parts.append(answers.view(self.windows.ranks, self.most, plan.row.shape[1]))
 
         def read(came: list[ByRank]) -> tuple[Tensor, ...]:
-            values = (gather_by_rank(of.values(), handle.owner.flatten()).view_as(handle.owner) for of in came[1:])
-            return (sum_by_rank(came[0], handle.owner if self.by_choice else handle.total), *values)
+            values = (gather_by_rank(of.values(), plan.owner.flatten()).view_as(plan.owner) for of in came[1:])
+            return (sum_by_rank(came[0], plan.owner if self.by_choice else plan.total), *values)
 
         rooms = tuple(WindowRows.of(part[0], part.shape[1]) for part in parts)
         return self.windows.start(

@@ -28,16 +28,34 @@ ABSENT = -1  # the choice of a token that a rank does not have
 
 
 @dataclass(frozen=True)
-class TokenHandle:
+class TokenPlan:
     """Everything that both directions need, worked out once."""
 
-    label: str  # whose routing this is, for errors
     counts: Sequence[int]  # rows of each local expert, padded
     pair: Tensor  # [R] the pair of each row by expert, source, token; -1 for padding
     token: Tensor  # [R] and its token
     row: Tensor  # [W * M, K] the row of each pair; -1 where another rank has its expert
     total: Tensor  # [T, W] of each own token, its partial sums in the answers [W * M] of all ranks
     owner: Tensor  # [T, K] in the answers [W * M * K] of all ranks, that of the rank that has the expert
+
+
+@dataclass
+class TokenHandle:
+    """This rank's routing, and the plan as soon as everybody's is here."""
+
+    label: str  # whose routing this is, for errors
+    chosen: Tensor  # int64 [T, K]
+    sent: Tensor  # by `choices_to_send`
+    known: TokenPlan | None = None
+
+    @property
+    def plan(self) -> TokenPlan:
+        assert self.known is not None, f"{self.label}: nothing has been dispatched by this handle yet"
+        return self.known
+
+    @property
+    def counts(self) -> Sequence[int]:
+        return self.plan.counts
 
 
 def choices_to_send(experts_TK: Tensor, most: int) -> Tensor:
@@ -69,14 +87,14 @@ class RowRoom(NamedTuple):
 
 @dataclass(frozen=True)
 class Places:
-    """All of a handle but its row count, for `room` rows: of a greater number, the last are in no place."""
+    """All of a plan but its row count, for `room` rows: of a greater number, the last are in no place."""
 
     # int64 [X + W + 1]: rows of each local expert that have a place, without padding; 1 for each rank to refuse; rows
     # that all places would be, with padding.
     message: Tensor
     pair: Tensor  # [room]
     token: Tensor  # [room]
-    row: Tensor  # as in the handle, like all that follow
+    row: Tensor  # as in the plan, like all that follow
     total: Tensor
     owner: Tensor
 
@@ -108,8 +126,8 @@ def places(chosen: ByRank, own_TK: Tensor, group: PlanGroup, room: int) -> Place
     )
 
 
-def plan(chosen: ByRank, own_TK: Tensor, group: PlanGroup, label: str) -> TokenHandle:
-    """The handle for everybody's choices; reads counts on the host, once. Raises ValueError if a token of some rank
+def plan(chosen: ByRank, own_TK: Tensor, group: PlanGroup) -> TokenPlan:
+    """The plan for everybody's choices; reads counts on the host, once. Raises ValueError if a token of some rank
     chose an expert twice."""
     ranks = len(chosen.window)
     share = group.experts // ranks
@@ -121,10 +139,10 @@ def plan(chosen: ByRank, own_TK: Tensor, group: PlanGroup, label: str) -> TokenH
     # On a GPU kernels take the counts from there, so that a step has the same bits whether the host knows them or not.
     on_device = chosen.is_cuda and group.alignment == 1
     counts = DeviceCounts(found.message[:share], sum(used)) if on_device else padded
-    return _handle(found, label, counts, sum(padded))
+    return _plan(found, counts, sum(padded))
 
 
-def unread(chosen: ByRank, own_TK: Tensor, group: PlanGroup, label: str, room: RowRoom) -> TokenHandle:
+def unread(chosen: ByRank, own_TK: Tensor, group: PlanGroup, room: RowRoom) -> TokenPlan:
     """The same without a read on the host, for as many rows as there is room for. What lies behind the last row of the
     last expert belongs to none. The alignment is to be 1."""
     ranks, pairs = len(chosen.window), chosen.window.numel()
@@ -132,8 +150,8 @@ def unread(chosen: ByRank, own_TK: Tensor, group: PlanGroup, label: str, room: R
     found = places(chosen, own_TK, group, rows)
     if rows < pairs:
         room.overflows.add_(found.message[-1:] > rows)
-    return _handle(found, label, DeviceCounts(found.message[: group.experts // ranks], rows), rows)
+    return _plan(found, DeviceCounts(found.message[: group.experts // ranks], rows), rows)
 
 
-def _handle(found: Places, label: str, counts: Sequence[int], rows: int) -> TokenHandle:
-    return TokenHandle(label, counts, found.pair[:rows], found.token[:rows], found.row, found.total, found.owner)
+def _plan(found: Places, counts: Sequence[int], rows: int) -> TokenPlan:
+    return TokenPlan(counts, found.pair[:rows], found.token[:rows], found.row, found.total, found.owner)

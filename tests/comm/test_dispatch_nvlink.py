@@ -123,7 +123,7 @@ def test_partial_sums_are_made_in_fp32_and_rounded_once_a_rank(tmp_path: Path) -
     for rank, (got, _, _) in enumerate(found):
         partial = torch.zeros(2, MOST, 16)
         for other, (_, handle, scaled) in enumerate(found):
-            for row, token in enumerate(handle.token.tolist()):
+            for row, token in enumerate(handle.plan.token.tolist()):
                 if token // MOST == rank:
                     partial[other, token % MOST] += scaled[row].float()
         want = (partial[0].bfloat16().float() + partial[1].bfloat16().float()).bfloat16()
@@ -141,7 +141,7 @@ def test_fp8_values_and_scales_travel_side_by_side(tmp_path: Path) -> None:
         return (handle, *dispatcher.dispatch((values, scales), None, handle).wait())
 
     for handle, values, scales in node.run(one):
-        source, token = handle.token // MOST, handle.token % MOST
+        source, token = handle.plan.token // MOST, handle.plan.token % MOST
         assert torch.equal(scales[:, 0].long(), token)
         assert torch.equal(values[:, 3].long(), (token * 16 + 3 + source) % 256)
 
@@ -340,3 +340,32 @@ def test_a_slot_is_given_back_where_a_recording_is_cut_anyhow(tmp_path: Path) ->
             pending.wait()
             events.append(f"used {number}")
     assert events == ["cut", "waits", "read", "used 0", "cut", "cut", "waits", "read", "used 1", "cut"]
+
+
+def test_choices_of_recorded_ops_go_with_their_rows(tmp_path: Path) -> None:
+    """One message less than at once, for the same rows, as many bytes, and room behind them."""
+    node = Node(tmp_path, 2)
+
+    def one(rank: int) -> list[bool]:
+        dispatcher, (chosen, rows), steps = node.nvlink(rank, 8), bf16_case(rank), list[LiveStep]()
+        weights = chosen.float()
+        planned = dispatcher.plan_routing(chosen).wait()
+        want = dispatcher.dispatch((rows,), weights, planned).wait()
+        sent = dispatcher.meter.take()
+
+        def cut(step: LiveStep) -> None:
+            steps.append(step)
+            step.run()
+
+        with dispatcher.windows.live.recorded_by(cut):
+            handle = dispatcher.plan_routing(chosen).wait()
+            assert not steps
+            got = dispatcher.dispatch((rows,), weights, handle).wait()
+        assert [step.waits for step in steps] == [False, True, False]
+        assert dispatcher.meter.take() == sent
+        count = len(want[0])
+        assert len(got[0]) == 2 * MOST * 4
+        assert not got[0][count:].any()
+        return [torch.equal(a[:count], b) for a, b in zip(got, want, strict=True)]
+
+    assert node.run(one) == [[True, True]] * 2

@@ -1,0 +1,149 @@
+"""Messages of replayed graphs, on streams that only wait for what they were told to (`support.races`): what a replay
+writes and reads is ordered with the copies of this rank and of its peer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from dryvine.comm.dispatch.backends import WINDOW_SLOTS
+from dryvine.comm.dispatch.by_rank import ByRank
+from dryvine.comm.dispatch.meter import Meter
+from dryvine.comm.dispatch.windows import WindowRows, Windows
+from dryvine.comm.live_steps import LiveStep
+from tests.support.races import Event, Races, Slots, Stream
+
+ROOM = WindowRows(4, (8,), torch.float32)
+
+
+class Word(NamedTuple):
+    """What a word of `Windows` says, by its number."""
+
+    credit: bool
+    slot: int
+    source: int
+
+    @staticmethod
+    def of(number: int) -> Word:
+        flag, credit = divmod(number, 2)
+        return Word(bool(credit), flag // 4, flag // 2 % 2)
+
+
+class PeerLinks:
+    """`Links` of rank 0 to rank 1, which reads and sends as soon as it may, on a stream of its own."""
+
+    words: Any = SimpleNamespace(reached=print)  # nobody asks
+
+    def __init__(self, races: Races) -> None:
+        self.races, self.peer = races, races.stream("peer")
+        self.memories = [Slots(races), Slots(races)]
+        self.writes: dict[tuple[int, int], Event] = {}  # (word, value) -> when it was written
+
+    def memory(self, rank: int) -> Any:
+        return self.memories[rank]
+
+    def queue(self) -> PeerQueue:
+        return PeerQueue(self, self.races.stream("copies"))
+
+    def caller(self) -> PeerQueue:
+        return PeerQueue(self, self.races.here)
+
+    def reached(self, number: int, value: int) -> Event:
+        """When a word has this value."""
+        word = Word.of(number)
+        if word.source == 0 and not word.credit:
+            return self.writes[number, value]  # this rank's flag
+        start = word.slot * ROOM.bytes(2)
+        with self.races.on(self.peer):
+            if word.credit:  # of what this rank sent: the peer has read it
+                self.peer.wait_event(self.writes[number - 1, value])
+                ROOM.view(self.memories[1], start, 2).sum()
+            else:  # the flag of what the peer sends, for which it has waited for credit
+                if value > 1:
+                    self.peer.wait_event(self.writes[number + 1, value - 1])
+                ROOM.view(self.memories[0], start, 2).fill_(value)
+        return self.peer.record_event()
+
+
+class PeerQueue:
+    def __init__(self, links: PeerLinks, stream: Stream) -> None:
+        self.links, self.stream = links, stream
+
+    def after_caller(self) -> None:
+        self.stream.wait_stream(self.links.races.here)
+
+    def wait(self, words: Sequence[int], value: int) -> None:
+        for word in words if value else ():
+            self.stream.wait_event(self.links.reached(word, value))
+
+    def look(self, words: Sequence[int], value: int) -> None:
+        """`wait`, as if the words were there: the peer works all the same."""
+        for word in words if value else ():
+            self.links.reached(word, value)
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        with self.links.races.on(self.stream):
+            target.copy_(source)
+
+    def write(self, words: Sequence[int], value: int) -> None:
+        self.links.writes.update(((word, value), self.stream.record_event()) for word in words)
+
+    def write_at_once(self, words: Sequence[int], value: int) -> None:
+        """`write`, as if it did not wait for what was queued before."""
+        self.links.writes.update(((word, value), Event(self.links.races)) for word in words)
+
+    def here(self) -> Any:
+        raise NotImplementedError
+
+
+def replayed() -> list[str]:
+    """Faults of one recorded message, replayed some turns of its slot beside another that is sent at once."""
+    races = Races()
+    windows = Windows(0, PeerLinks(races), ROOM.bytes(2), Meter(), ["self", "intra"], lambda *_: None, [0, 1])
+    with races:
+        sent, result = torch.zeros(4, 8), torch.zeros(4, 8)
+        steps: list[LiveStep] = []
+        with windows.live.recorded_by(steps.append):
+            came: ByRank = windows.start(lambda _: (sent,), (ROOM,), lambda came: came[0], "recorded").wait()
+        post, wait, release = steps
+        for number in range(2 * WINDOW_SLOTS + 1):
+            sent.fill_(number)
+            post.run()
+            other = windows.start(
+                lambda _, n=number: (torch.full((4, 8), float(n)),), (ROOM,), lambda came: came[0].window[1] + 1, "now"
+            )
+            wait.run()
+            result.copy_(came.window[1] + sent)
+            release.run()
+            other.wait()
+    return list(races.found)
+
+
+def test_replays_are_ordered_with_copies() -> None:
+    assert replayed() == []
+
+
+@pytest.mark.parametrize(
+    ("name", "broken", "words"),
+    [
+        ("after_caller", lambda queue: None, "in copies does not wait for compute"),
+        ("write", PeerQueue.write_at_once, "writes over what compute may still read"),
+        ("wait", PeerQueue.look, "in compute does not wait for peer"),
+    ],
+    ids=["sent before it is made", "given back before it is read", "read before it is here"],
+)
+def test_a_missing_wait_is_found(monkeypatch: pytest.MonkeyPatch, name: str, broken: Any, words: str) -> None:
+    monkeypatch.setattr(PeerQueue, name, broken)
+    assert any(words in fault for fault in replayed()), replayed()
+
+
+def test_what_was_sent_is_not_written_before_it_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wait for what comes says nothing of it."""
+    plain = Windows._words_of
+    monkeypatch.setattr(Windows, "_words_of", lambda *given: plain(*given)._replace(done=plain(*given).done[:1]))
+    assert any("in compute writes over what copies may still read" in fault for fault in replayed())
