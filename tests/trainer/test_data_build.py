@@ -211,6 +211,8 @@ def test_inputs_without_text_are_refused_and_may_be_tried_again(
     inputs = match_files([f"{tmp_path}/a.jsonl"])
     with pytest.raises(DataError, match="no text to train on in 1 files, 4 lines skipped"):
         build(inputs, BuildSpec(vocab_size=300), tmp_path / "out")
+    with pytest.raises(DataError, match="all 4 documents are held out; add text, or lower --val-fraction"):
+        build(inputs, BuildSpec(vocab_size=300, field="body", validation_fraction=0.999), tmp_path / "out")
     monkeypatch.setattr(stream, "BATCH_RECORDS", 1)
     spec = BuildSpec(vocab_size=300, field="body", validation_fraction=0, shard_tokens=1)
     dataset = build(inputs, spec, tmp_path / "out")

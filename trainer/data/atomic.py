@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,21 +23,42 @@ class CannotWrite(OSError):
 
 
 def open_temporary(path: Path) -> BinaryIO:
-    """A new temporary file beside `path`; `rename_into_place` renames it."""
-    return path.with_name(path.name + ".tmp").open("wb")
+    """A new temporary file beside `path`; `rename_into_place` renames it. Raises CannotWrite."""
+    with CannotWrite.naming(path):
+        return path.with_name(path.name + ".tmp").open("wb")
+
+
+def append(file: BinaryIO, content: bytes | memoryview) -> None:
+    """Write to a temporary file, arrays as their `data`: `ndarray.tofile` and `np.save` to a file lose what does not
+    fit on a full disk, and say nothing. Raises CannotWrite."""
+    with _writing(file, Path(file.name.removesuffix(".tmp"))):
+        file.write(content)
 
 
 def rename_into_place(file: BinaryIO, path: Path) -> None:
-    """Close a temporary file and rename it to `path`. After a crash of the system, `path` is whole or not there."""
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
-    os.replace(file.name, path)
+    """Close a temporary file and rename it to `path`. After a crash of the system, `path` is whole or not there.
+    Raises CannotWrite."""
+    with _writing(file, path):
+        file.flush()
+        os.fsync(file.fileno())
+        file.close()
+        os.replace(file.name, path)
+
+
+@contextmanager
+def _writing(file: BinaryIO, path: Path) -> Iterator[None]:
+    """Close the file if it cannot be written."""
+    try:
+        with CannotWrite.naming(path):
+            yield
+    except CannotWrite:
+        with suppress(OSError):  # again, for what is left in its buffer
+            file.close()
+        raise
 
 
 def write_atomically(path: Path, content: str) -> None:
     """Write a whole file as UTF-8. Raises CannotWrite."""
-    with CannotWrite.naming(path):
-        file = open_temporary(path)
-        file.write(content.encode())
-        rename_into_place(file, path)
+    file = open_temporary(path)
+    append(file, content.encode())
+    rename_into_place(file, path)

@@ -72,6 +72,8 @@ def _refuse_empty(job: BuildJob, progress: BuildProgress) -> None:
     """Raise DataError, and leave a folder in which the build can be retried with other settings."""
     for name in ("progress.json", "tokenizer.json"):
         (job.folder / name).unlink()
+    if held_out := progress.val.documents:
+        raise DataError(f"{job.folder}: all {held_out} documents are held out; add text, or lower --val-fraction")
     raise DataError(
         f"{job.folder}: no text to train on in {len(job.inputs)} files, {progress.quarantined} lines skipped "
         "(quarantine.jsonl says why); check --text and --field"

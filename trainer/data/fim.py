@@ -17,7 +17,7 @@ from dryvine.trainer.data.sampling import uniform
 def rearrange(text: str, key: bytes, rate: float, markers: tuple[int, int, int] | None) -> tuple[TextPart, ...]:
     """The parts of a whole document in packing order: three for a share `rate` of all documents, else one. `markers`
     are the token ids before prefix, suffix and middle; without them no document is cut."""
-    if markers is None or uniform("fim", key) >= rate:
+    if not rate or markers is None or uniform("fim", key) >= rate:
         return (TextPart(None, text),)
     first, second = sorted(int(uniform(purpose, key) * (len(text) + 1)) for purpose in ("cut", "other cut"))
     prefix, middle, suffix = text[:first], text[first:second], text[second:]

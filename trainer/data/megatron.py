@@ -18,7 +18,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from dryvine.trainer.data.atomic import open_temporary, rename_into_place
+from dryvine.trainer.data.atomic import append, open_temporary, rename_into_place
 from dryvine.trainer.data.config import DataError
 from dryvine.trainer.data.dataset import SplitName
 from dryvine.trainer.data.packed_tokens import PackedTokens
@@ -118,7 +118,7 @@ def write_megatron(folder: Path, split: SplitName, prefix: Path) -> int:
     prefix.parent.mkdir(parents=True, exist_ok=True)
     data = open_temporary(_with(prefix, ".bin"))
     for start in range(0, len(packed), _COPY_TOKENS):
-        packed.tokens(start, min(_COPY_TOKENS, len(packed) - start)).astype(_TYPES[code]).tofile(data)
+        append(data, packed.tokens(start, min(_COPY_TOKENS, len(packed) - start)).astype(_TYPES[code]).data)
     rename_into_place(data, _with(prefix, ".bin"))
     ends = packed.document_ends().astype(np.int64)
     index = open_temporary(_with(prefix, ".idx"))
@@ -129,7 +129,7 @@ def write_megatron(folder: Path, split: SplitName, prefix: Path) -> int:
 
 def _write_index(file: BinaryIO, code: int, ends: NDArray[np.int64]) -> None:
     starts = np.concatenate([[0], ends[:-1]])
-    file.write(_HEADER.pack(_MAGIC, 1, code, len(ends), len(ends) + 1))
-    (ends - starts).astype("<i4").tofile(file)
-    (starts * np.dtype(_TYPES[code]).itemsize).astype("<i8").tofile(file)
-    np.arange(len(ends) + 1, dtype="<i8").tofile(file)
+    append(file, _HEADER.pack(_MAGIC, 1, code, len(ends), len(ends) + 1))
+    append(file, (ends - starts).astype("<i4").data)
+    append(file, (starts * np.dtype(_TYPES[code]).itemsize).astype("<i8").data)
+    append(file, np.arange(len(ends) + 1, dtype="<i8").data)

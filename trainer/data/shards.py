@@ -7,14 +7,16 @@ the quarantine back to the counted length.
 
 from __future__ import annotations
 
+import io
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 
-from dryvine.trainer.data.atomic import open_temporary, rename_into_place
+from dryvine.trainer.data.atomic import CannotWrite, append, open_temporary, rename_into_place
 from dryvine.trainer.data.dataset import Shard, Split, SplitName
 from dryvine.trainer.data.encoded import Encoded
 from dryvine.trainer.data.progress import BuildProgress
@@ -35,7 +37,7 @@ class ShardWriter:
 
     def add(self, item: Encoded) -> None:
         """Append an item's tokens."""
-        item.ids.tofile(self.file)
+        append(self.file, item.ids.data)
         self.tokens, self.bytes = self.tokens + item.ids.size, self.bytes + item.size
         if item.ends:
             self._ends.append(self.tokens)
@@ -50,7 +52,9 @@ class ShardWriter:
         shard = Shard(name=self.name, tokens=self.tokens, documents=len(self._ends))
         rename_into_place(self.file, shard.bin(self.folder))
         ends = open_temporary(shard.ends(self.folder))
-        np.save(ends, np.array(self._ends, np.uint64))
+        array = io.BytesIO()
+        np.save(array, np.array(self._ends, np.uint64))
+        append(ends, array.getvalue())
         rename_into_place(ends, shard.ends(self.folder))
         return Split(shards=(*before.shards, shard), bytes=before.bytes + self.bytes)
 
@@ -73,7 +77,8 @@ class PartWriter:
     def __exit__(self, *_: object) -> None:
         """Close what is still open. The next run overwrites the temporary files of a part that was not committed."""
         for file in (self.train.file, self.val.file, self._quarantine):
-            file.close()
+            with suppress(OSError):  # of a part that cannot be written, which has been said
+                file.close()
 
     @property
     def tokens(self) -> int:
@@ -89,13 +94,14 @@ class PartWriter:
         for line, reason in item.broken:
             entry = {"file": item.name, "line": line, "reason": reason}
             # A file name that is not UTF-8 has surrogates; JSON spells them \udcXX, and os.fsencode restores the bytes.
-            self._quarantine.write(json.dumps(entry, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
+            append(self._quarantine, json.dumps(entry, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
             self.quarantined += 1
 
     def commit(self, position: StreamPosition) -> BuildProgress:
         """Give all files their final names; a build killed after this continues at `position`."""
-        self._quarantine.flush()
-        os.fsync(self._quarantine.fileno())
+        with CannotWrite.naming(self.out / "quarantine.jsonl"):
+            self._quarantine.flush()
+            os.fsync(self._quarantine.fileno())
         length = self._quarantine.tell()
         self._quarantine.close()
         progress = BuildProgress(
