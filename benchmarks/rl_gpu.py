@@ -4,8 +4,9 @@
 
 The countdown recipe with 110 million parameters. After a warm start, every way answers the same questions in turns and
 learns from its answers: FP8 samplers have a copy of the weights, made anew before each rollout. Mismatches are those of
-the first update of a rollout, whose weights are the sampler's. MFU counts tokens of answers and prompts, forward alone
-for sampling, against the dense BF16 peak of `run.hardware`. On a CPU (`run.device=cpu`) FP8 is emulated.
+the first update of a rollout, whose weights are the sampler's. MFU counts tokens of answers and, for updates, of
+one prompt a question; forward alone for sampling, against the dense BF16 peak of `run.hardware`. On a CPU
+(`run.device=cpu`) FP8 is emulated.
 """
 
 from __future__ import annotations
@@ -125,7 +126,7 @@ def _in_fp8(rig: Rig) -> tuple[Sampler, Callable[[], None]]:
 def _figures(rig: Rig, outcome: RolloutOutcome) -> Figures:
     answers = [answer for group in outcome.answers.groups for answer in group.answers]
     new = sum(len(answer.completion.tokens) for answer in answers)
-    prompts = sum(len(answer.completion.request.prompt) for answer in answers)
+    prompts = sum(len(group.answers[0].completion.request.prompt) for group in outcome.answers.groups)  # computed once
     first, seconds = outcome.updates[0], outcome.parts
     machine = load_hardware(rig.config.run.hardware or "cpu")
     share = make(rig.plan, machine).flop_per_token[0] / (machine.peak_bf16 * 1e12)

@@ -16,7 +16,7 @@ LARGE = (
     "model.layers=8", "model.hidden=512", "model.ffn=1536", "model.expert_ffn=256", "model.heads=8",
     "model.q_lora=256", "model.kv_lora=128", "model.nope_dim=64", "model.rope_dim=32", "model.v_dim=64",
     "model.routed=32", "model.top_k=4", "model.groups=4", "model.group_limit=2", "run.dtype=bf16",
-    "run.hardware=h100", "batch.sequences=64", "parallel.microbatch_sequences=64",
+    "run.hardware=h100", "batch.sequences=128", "parallel.microbatch_sequences=128",
 )  # fmt: skip
 
 

@@ -222,6 +222,13 @@ def test_on_a_gpu_one_kernel_gets_all_documents() -> None:
     assert (given["max_q"], given["max_k"], given["scale"], given["window_size"]) == (24, 24, 0.3, (-1, 0))
 
 
+def _alone(q_LAD: Tensor, k_LAD: Tensor, v_LAD: Tensor, scale: float) -> Tensor:
+    """Attention over one document."""
+    q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (q_LAD, k_LAD, v_LAD))
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    return out.squeeze(0).transpose(0, 1)
+
+
 class Saving(torch.autograd.Function):
     """The kernel's place on a CPU: saves its inputs and output as torch's does, and computes each document anew."""
 
@@ -231,7 +238,7 @@ class Saving(torch.autograd.Function):
             leaves = [t.detach().requires_grad_() for t in heads]
             lengths = bounds.diff().tolist()
             parts = zip(*(t.split(lengths) for t in leaves), strict=True)
-            out = torch.cat([varlen._alone(*part, scale) for part in parts])
+            out = torch.cat([_alone(*part, scale) for part in parts])
         ctx.save_for_backward(*heads, out.detach())
         ctx.bounds, ctx.scale = bounds, scale
         return out.detach()
@@ -241,7 +248,7 @@ class Saving(torch.autograd.Function):
         with torch.enable_grad():
             leaves = [t.detach().requires_grad_() for t in ctx.saved_tensors[:3]]
             parts = zip(*(t.split(ctx.bounds.diff().tolist()) for t in leaves), strict=True)
-            out = torch.cat([varlen._alone(*part, ctx.scale) for part in parts])
+            out = torch.cat([_alone(*part, ctx.scale) for part in parts])
             return None, None, *torch.autograd.grad(out, leaves, grad)
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from dryvine.comm import local
 from dryvine.trainer.config import Config
@@ -16,6 +17,7 @@ from dryvine.trainer.deviations import Part, assembled
 from dryvine.trainer.generate.requests import Request
 from dryvine.trainer.generate.sampler import Sampler
 from dryvine.trainer.model.decoder import Model
+from dryvine.trainer.model.documents import documents_of
 from dryvine.trainer.model.loss import target_logprobs
 from dryvine.trainer.model.shape import blocks
 from dryvine.trainer.model.spec import Spec
@@ -23,7 +25,7 @@ from dryvine.trainer.rig import Rig, make_rig, mesh_of
 from dryvine.trainer.rl.choices import LossChoices
 from dryvine.trainer.rl.losses import k3
 from dryvine.trainer.rl.passes import Learnt, LessonPlan, learn, score
-from dryvine.trainer.rl.rows import Sample, pack, token_rows
+from dryvine.trainer.rl.rows import Lines, Sample, pack
 from dryvine.trainer.run_plan import make_plan
 
 Tiny = Callable[..., Config]
@@ -45,19 +47,25 @@ def bare(config: Config) -> Rig:
 
 
 def answers_of(config: Config, count: int = 24, seed: int = 0, routes: bool = True) -> list[Sample]:
-    """Random ones, with random experts of their own."""
+    """Random ones to random questions, with random experts."""
     draw = torch.Generator().manual_seed(seed)
     shape = config.model
     integer = lambda low, high: int(torch.randint(low, high, (1,), generator=draw))  # noqa: E731
     normal = lambda n: torch.randn(n, generator=draw)  # noqa: E731
+
+    def experts(tokens: int) -> Tensor:
+        """Two of one group, as the gate's limit allows."""
+        group = torch.randint(shape.groups, (shape.layers - shape.first_dense, tokens), generator=draw)
+        return torch.stack((2 * group, 2 * group + 1), -1).to(torch.int16)
+
     out = []
-    for _ in range(count):
-        p, n = integer(2, 8), integer(1, 12)
-        tokens = torch.randint(shape.vocab, (p + n,), generator=draw)
-        # Two experts of one group, as the gate's limit allows.
-        size = (shape.layers - shape.first_dense, p + n - 1)
-        group = torch.randint(shape.groups, size, generator=draw)
-        chosen = torch.stack((2 * group, 2 * group + 1), -1).to(torch.int16)
+    for number in range(count):
+        if number % 3 == 0:  # three answers to a question: the experts of all its prompt but the last token too
+            p = integer(1, 8)
+            prompt, before = torch.randint(shape.vocab, (p,), generator=draw), experts(p - 1)
+        n = integer(1, 12)
+        tokens = torch.cat((prompt, torch.randint(shape.vocab, (n,), generator=draw)))
+        chosen = torch.cat((before, experts(n)), 1)
         logprobs = -5 - normal(n).abs()
         out.append(
             Sample(
@@ -68,24 +76,35 @@ def answers_of(config: Config, count: int = 24, seed: int = 0, routes: bool = Tr
     return out
 
 
-def test_rows_hold_every_answer_as_a_document_of_its_own(tiny: Tiny) -> None:
+def test_rows_hold_every_answer_behind_its_prompt(tiny: Tiny) -> None:
+    """Rebuilt from the places that the attention core gets: each answer as if it were alone in the world."""
     answers = answers_of(tiny(*RL), 40)
     packing = pack(answers, 32)
     assert packing.rows <= 1 + sum(answer.size for answer in answers) * 11 / 9 / 33
-    tokens, documents = token_rows(packing, 0, packing.rows + 1, extra=2)
-    for number, answer in enumerate(answers):
-        place = packing.places[number]
-        span = slice(place.start, place.start + answer.size)
-        line = [*answer.prompt, *answer.tokens.tolist()]
-        assert tokens[place.row, span].tolist() == line
-        own = documents[place.row, span]
-        assert len(set(own.tolist())) == 1
-        assert int((documents[place.row] == own[0]).sum()) == answer.size
-        # The position that predicts the first token of the answer is the prompt's last.
-        at = packing.targets(number)
-        assert tokens[place.row, 1:][at].tolist() == answer.tokens.tolist()
+    lines = Lines(packing, 0, packing.rows + 1)
+    tokens, numbers, shared = lines.tokens(extra=2)
     assert not tokens[packing.rows].any()
-    assert (np.diff(documents, axis=1) >= 0).all()
+    inputs = tokens[:, :32].flatten()
+    for number, answer in enumerate(answers):
+        assert tokens[packing.places[number].row, 1:][packing.targets(number)].tolist() == answer.tokens.tolist()
+    documents = documents_of(numbers, [np.zeros((packing.rows + 1, 32), np.float32)] * 2, "cpu", shared)
+    assert documents.order is not None
+    read = [inputs[part].tolist() for part in np.split(documents.order, np.cumsum(documents.lengths)[:-1])]
+    for answer in answers:
+        line = [*answer.prompt, *answer.tokens.tolist()]
+        assert line in read or line[:-1] in read  # the last token of a row is only predicted
+    for copies in np.split(documents.order, np.cumsum(documents.lengths)[:-1]):
+        assert documents.positions[copies].tolist() == list(range(len(copies)))
+
+
+def test_answers_to_one_question_hold_its_prompt_once_a_row(tiny: Tiny) -> None:
+    answers = answers_of(tiny(*RL), 8)
+    prompt = (5, 6, 7, 8, 9, 10)
+    packing = pack([replace(answer, prompt=prompt, routes=None) for answer in answers], 200)
+    assert packing.rows == 1
+    tokens = Lines(packing, 0, 1).tokens(1)[0]
+    assert int((tokens[0] > 0).sum()) <= 5 + sum(1 + len(answer.tokens) for answer in answers)
+    assert {place.prompt for place in packing.places} == {0}
 
 
 def test_an_answer_that_fits_in_no_row_is_refused() -> None:
@@ -148,7 +167,7 @@ def compare(one: Config, many: Config, answers: list[Sample]) -> None:
     "layout",
     [
         ("parallel.microbatch_sequences=4",),
-        ("data.seq_len=24",),
+        ("data.seq_len=20",),
         ("batch.sequences=2",),
         ('model.recompute=["norm", "mla_up", "swiglu"]',),
         ("parallel.dp=2", "parallel.schedule=dualpipev", "batch.sequences=4"),

@@ -151,16 +151,22 @@ class Decoder:
 
     def routes_of(self, caches: Caches, spans: Sequence[Span]) -> list[Tensor]:
         """The experts that cached tokens chose: int16 [M, length, K] for each span."""
-        s = self.spec.shape
-        out = [torch.zeros(s.layers - s.first_dense, span.length, s.top_k, dtype=torch.int32) for span in spans]
-        for routes, span in zip(out, spans, strict=True):
-            for (_, stage), cache in self._held(caches, span.lane):
-                routes[self.parts[stage].mixtures] = cache.routes[:, span.slot, : span.length].int().cpu()
-        if self.mesh.size > 1 and spans:
-            flat = self.mesh.sum(torch.cat([one.flatten() for one in out]).to(self.mesh.device), "experts chosen").cpu()
-            parts = flat.split([one.numel() for one in out])
-            out = [part.view(one.shape) for part, one in zip(parts, out, strict=True)]
-        return [one.short() for one in out]
+        s, sizes = self.spec.shape, [span.length for span in spans]
+        if not spans:
+            return []
+        lanes = np.repeat([span.lane for span in spans], sizes)
+        slots = torch.from_numpy(np.repeat([span.slot for span in spans], sizes))
+        positions = torch.from_numpy(np.concatenate([np.arange(size) for size in sizes]))
+        out = torch.zeros(s.layers - s.first_dense, len(lanes), s.top_k, dtype=torch.int32, device=self.mesh.device)
+        for lane in sorted({span.lane for span in spans}):
+            of_lane = torch.from_numpy(np.flatnonzero(lanes == lane))
+            at, rows, columns = (part.to(out.device) for part in (of_lane, slots[of_lane], positions[of_lane]))
+            for (_, stage), cache in self._held(caches, lane):
+                for mixture, routes in zip(self.parts[stage].mixtures, cache.routes, strict=True):
+                    out[mixture, at] = routes[rows, columns].int()
+        if self.mesh.size > 1:
+            out = self.mesh.sum(out, "experts chosen")
+        return list(out.short().cpu().split(sizes, 1))
 
     def _route(self, wave: int) -> Sequence[int]:
         return self.routes[wave % len(self.routes)]

@@ -46,9 +46,9 @@ class Answer:
         self.drafts = drafts
         for token, logprob in zip(right, logprobs, strict=False):
             if self.reason is None:
-                self._take(token, logprob, until)
+                self.take(token, logprob, until)
 
-    def _take(self, token: int, logprob: float, until: Until | None) -> None:
+    def take(self, token: int, logprob: float, until: Until | None) -> None:
         """Add a sampled token, and end the answer if it was the last."""
         if logprob != logprob:
             self.fail("the model's logits are not finite")
@@ -125,6 +125,11 @@ class Lane:
 
     def take(self, drawn: Drawn, until: Until | None) -> None:
         """Give each answer its sampled tokens."""
+        if not self.drafts:
+            columns = (drawn.tokens[:, 0].tolist(), drawn.logprobs[:, 0].tolist())
+            for answer, token, logprob in zip(self.live, *columns, strict=True):
+                answer.take(token, logprob, until)
+            return
         for answer, *its in zip(self.live, *(part.tolist() for part in drawn), strict=True):
             answer.follow(*its, until)
 

@@ -67,6 +67,8 @@ class Rollout:
 
     def _cancel(self) -> bool:
         """End the answers to cancelled requests. Returns whether there are some."""
+        if not self._cancelled:
+            return False
         found = [answer for lane in self._lanes for answer in lane.live if answer.request in self._cancelled]
         for answer in found:
             answer.reason = "cancelled"
@@ -98,6 +100,8 @@ class Rollout:
     def _admit(self) -> list[Answer]:
         """Give slots to waiting requests while there are both. Returns the requests that are impossible."""
         refused: list[Answer] = []
+        if self._peek() is None:
+            return refused
         joining: list[list[Answer]] = [[] for _ in self._lanes]
         longest = [max((self._needed(a.request) for a in lane.live), default=0) for lane in self._lanes]
         while (answer := self._peek()) is not None:

@@ -33,7 +33,7 @@ ALONE = 1 << 14  # tokens fed at once where no run's microbatch says otherwise
 class Room:
     """The limits of a rank: answers in progress, and bytes of their latents and routes."""
 
-    slots: int = 512
+    slots: int = 2048
     cache_bytes: int = 1 << 30
 
 

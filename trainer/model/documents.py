@@ -6,20 +6,47 @@ attention stays inside, and a target in the next document is not trained on. Eve
 for a microbatch: the kernel needs the longest document's length as a number, and reading it from the device would block
 the host in every layer.
 
-Legend: S sequences, T positions, N = S * T tokens, D documents (a part of one counts as one).
+Documents may share their beginning, as answers to one question do: its tokens are there once, so all products of the
+model compute them once, and only the attention core gets them with every document (`Cells`).
+
+Legend: S sequences, T positions, N = S * T tokens, D documents (a part of one counts as one), P places of the core.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dryvine.comm.integers import round_up
 from dryvine.trainer.model.lesson import Lesson
+
+ALONE = -1  # of a document that shares no beginning
+_STEP = 16  # documents whose lengths round up to the same multiple are one call of the core on a CPU
+
+
+@dataclass(frozen=True, eq=False)
+class Cells:
+    """Which token is in each place of the attention core. All int64."""
+
+    tokens: Tensor  # [P]; a place that only fills up repeats a token of its document
+    place: Tensor  # [N], the place whose output is a token's
+    copies: Tensor  # the places of tokens, not those that fill up, in the order of the tokens
+    first: Tensor  # [N], where the places of each token begin in `copies`
+
+    @staticmethod
+    def of(tokens_P: NDArray[np.int64], fills_P: NDArray[np.bool_], device: torch.device) -> Cells:
+        """`fills_P`: which places only fill up."""
+        places = np.flatnonzero(~fills_P)
+        copies = places[np.argsort(tokens_P[places], kind="stable")]
+        counts = np.bincount(tokens_P[places])
+        first = np.cumsum(counts) - counts
+        return Cells(*(torch.from_numpy(part).to(device) for part in (tokens_P, copies[first], copies, first)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,14 +55,39 @@ class Documents:
     over N tokens; 0 for a target in another document."""
 
     positions: Tensor  # int64 [N], of each token in its document
-    bounds: Tensor  # int32 [D + 1]: where each document begins among the N tokens, and N
+    bounds: Tensor  # int32 [D + 1]: where each document begins among the tokens of all, and their number
     lengths: tuple[int, ...]  # of each document
     weights: tuple[Tensor, ...]  # FP32 [N] each
     lesson: Lesson | None = None  # an objective that replaces next-token prediction
+    order: NDArray[np.int64] | None = None  # the tokens of all documents, end to end; None: 0 to N - 1
 
     @property
     def longest(self) -> int:
         return max(self.lengths)
+
+    @cached_property
+    def packed(self) -> Cells | None:
+        """Documents end to end; None if tokens are already."""
+        if self.order is None:
+            return None
+        return Cells.of(self.order, np.zeros(len(self.order), bool), self.positions.device)
+
+    @cached_property
+    def in_grids(self) -> tuple[Cells, list[tuple[int, int]]]:
+        """Documents of about the same length as the rows of a grid, filled up to the longest; and the grids' sizes."""
+        lengths = np.array(self.lengths)
+        starts = np.cumsum(lengths) - lengths
+        classes = np.array([round_up(length, _STEP) for length in self.lengths])
+        tokens, fills, sizes = list[NDArray[np.int64]](), list[NDArray[np.bool_]](), list[tuple[int, int]]()
+        for size in np.unique(classes):
+            own = np.flatnonzero(classes == size)
+            at, own_lengths = np.arange(lengths[own].max()), lengths[own, None]
+            tokens.append((starts[own, None] + np.minimum(at, own_lengths - 1)).ravel())
+            fills.append((at >= own_lengths).ravel())
+            sizes.append((len(own), len(at)))
+        numbers = np.concatenate(tokens)
+        order = numbers if self.order is None else self.order[numbers]
+        return Cells.of(order, np.concatenate(fills), self.positions.device), sizes
 
 
 def same_document(numbers_ST: NDArray[np.int64], ahead: int, depths: int) -> NDArray[np.bool_]:
@@ -47,19 +99,45 @@ def same_document(numbers_ST: NDArray[np.int64], ahead: int, depths: int) -> NDA
 
 
 def documents_of(
-    numbers_ST: NDArray[np.int64], weights: Sequence[NDArray[np.float32]], device: torch.device | str
+    numbers_ST: NDArray[np.int64],
+    weights: Sequence[NDArray[np.float32]],
+    device: torch.device | str,
+    shared_ST: NDArray[np.int64] | None = None,
 ) -> Documents:
     """Make the `Documents` of a microbatch. `weights`, [S, T] each, are for the next token and every depth of MTP;
-    `numbers_ST`, the tokens' document numbers, has as many additional columns as there are weights."""
+    `numbers_ST`, the tokens' document numbers, has as many additional columns as there are weights. `shared_ST`, of the
+    same shape: where in its row the document begins that a token's document goes on from, or ALONE."""
     numbers = numbers_ST[:, : numbers_ST.shape[1] - len(weights)]
     begins = np.ones(numbers.shape, bool)
     begins[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
     starts = np.flatnonzero(begins)
     lengths = np.diff(starts, append=numbers.size)
     positions = np.arange(numbers.size) - np.repeat(starts, lengths)
+    order = None
+    if shared_ST is not None:
+        before = _before(starts, shared_ST[:, : numbers.shape[1]])
+        shared = np.where(before == ALONE, 0, lengths[before])
+        positions += np.repeat(shared, lengths)
+        order = _order(starts, lengths, before)
+        lengths = lengths + shared
     return Documents(
         torch.from_numpy(positions).to(device),
-        torch.from_numpy(np.append(starts, numbers.size).astype(np.int32)).to(device),
+        torch.from_numpy(np.append(0, np.cumsum(lengths)).astype(np.int32)).to(device),
         tuple(lengths.tolist()),
         tuple(torch.from_numpy(each.astype(np.float32).ravel()).to(device) for each in weights),
+        order=order,
     )
+
+
+def _before(starts: NDArray[np.int64], shared_ST: NDArray[np.int64]) -> NDArray[np.int64]:
+    """For each document, which one it goes on from, or ALONE."""
+    at = shared_ST.ravel()[starts]
+    places = starts // shared_ST.shape[1] * shared_ST.shape[1] + at
+    return np.where(at == ALONE, ALONE, np.searchsorted(starts, places))
+
+
+def _order(starts: NDArray[np.int64], lengths: NDArray[np.int64], before: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The tokens of documents behind their shared beginnings, end to end."""
+    own = [np.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)]
+    whole = [(own[i], part) if i != ALONE else (part,) for i, part in zip(before, own, strict=True)]
+    return np.concatenate([part for parts in whole for part in parts])

@@ -18,7 +18,7 @@ from dryvine.trainer.model.qkv import Heads, assemble
 from dryvine.trainer.model.recompute import through
 from dryvine.trainer.model.rope import softmax_scale
 from dryvine.trainer.model.spec import Spec
-from dryvine.trainer.model.varlen import attend_documents, pad_heads
+from dryvine.trainer.model.varlen import attend_documents, pad_heads, spread
 
 
 class MLA(nn.Module):
@@ -59,10 +59,10 @@ class MLA(nn.Module):
         return self.o(out_SATv.transpose(1, 2).flatten(2).flatten(0, 1))
 
     def _up_packed(self, q_latent: Tensor, kv_latent: Tensor, documents: Documents) -> Heads:
-        """-> q, k and v [N, A, width], as the core over documents takes them."""
+        """-> q, k and v [P, A, width], as the core over documents takes them."""
         heads = self._heads(q_latent, kv_latent, self.rope.packed(documents))
         q, k, v = (t.squeeze(0).transpose(0, 1) for t in heads)  # a table of N rows is one sequence to `assemble`
-        return pad_heads(q, k, v)
+        return spread(pad_heads(q, k, v), documents)
 
     def _core(self, q_SATd: Tensor, k_SATd: Tensor, v_SATd: Tensor) -> Tensor:
         out = functional.scaled_dot_product_attention(q_SATd, k_SATd, v_SATd, is_causal=True, scale=self.scale)

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from dryvine.parallel.executor import Batch, Played
 from dryvine.trainer.model.documents import Documents, documents_of
-from dryvine.trainer.model.lesson import Lesson, Scored
+from dryvine.trainer.model.lesson import Lesson, Objective, Scored
 from dryvine.trainer.model.shape import blocks
 from dryvine.trainer.ramps import Point, gradient_scale
 from dryvine.trainer.rig import Rig
 from dryvine.trainer.rl.choices import LossChoices
 from dryvine.trainer.rl.losses import Tokens, k3, objective, shares, token_losses
-from dryvine.trainer.rl.rows import Packing, Sample, answer_numbers, fill_targets, pack, route_rows, token_rows
+from dryvine.trainer.rl.rows import Lines, Packing, Sample, pack
 from dryvine.trainer.step import update
 
 
@@ -92,7 +92,7 @@ def score(rig: Rig, answers: Sequence[Sample], plan: LessonPlan) -> list[Sample]
         size = (packing.rows, packing.length, shape.top_k)
         routes = {name: torch.zeros(size, dtype=torch.int32, device=rig.mesh.device) for name in moe_layers(rig)}
     for one in _passes(rig, packing):
-        batch = _batch(rig, packing, one, plan, lambda first, count: _record_logprobs)
+        batch = _batch(rig, packing, one, plan, lambda _: _record_logprobs)
         played = rig.forward(one.count).run(replace(batch, training=False))
         _collect(rig, packing, one, played, "logprobs", logprobs)
         for name, own in routes.items():
@@ -107,8 +107,10 @@ def score(rig: Rig, answers: Sequence[Sample], plan: LessonPlan) -> list[Sample]
 
 
 def _routes_of(layers: Tensor, packing: Packing, number: int) -> Tensor:
-    place, size = packing.places[number], packing.answers[number].size
-    return layers[:, place.row, place.start : place.start + size - 1]
+    """[MoE layers, prompt and answer but the last token, K]."""
+    place, answer = packing.places[number], packing.answers[number]
+    row = layers[:, place.row]
+    return torch.cat((row[:, place.prompt : place.prompt + len(answer.prompt) - 1], row[:, packing.targets(number)]), 1)
 
 
 def _record_logprobs(scored: Scored) -> dict[str, Tensor]:
@@ -162,7 +164,7 @@ class _Fields:
     parts: Sequence[float]  # the share of each token of each answer
     microbatches: float  # of the whole update
 
-    def tokens(self, first: int, count: int) -> Tokens:
+    def tokens(self, lines: Lines) -> Tokens:
         answers = self.packing.answers
 
         def old(number: int) -> Tensor:
@@ -180,11 +182,10 @@ class _Fields:
             reference,
             lambda i: self.parts[i],
         )
-        filled = [fill_targets(self.packing, first, count, column) for column in columns]
-        return Tokens._make([*filled, answer_numbers(self.packing, first, count)])
+        return Tokens._make([*(lines.column(column) for column in columns), lines.answer_numbers()])
 
-    def objective(self, first: int, count: int) -> Callable[[Scored], dict[str, Tensor]]:
-        known = self.tokens(first, count)
+    def objective(self, lines: Lines) -> Objective:
+        known = self.tokens(lines)
 
         def run(scored: Scored) -> dict[str, Tensor]:
             tokens = Tokens(*(column.to(scored.logprobs.device) for column in known))
@@ -250,33 +251,31 @@ def _batch(
     packing: Packing,
     one: _Pass,
     plan: LessonPlan,
-    objective: Callable[[int, int], Callable[[Scored], dict[str, Tensor]]],
+    objective: Callable[[Lines], Objective],
 ) -> Batch:
-    """This data rank's microbatches of a pass, with a loss scale of 0. `objective` gets (first row, count)."""
+    """This data rank's microbatches of a pass, with a loss scale of 0."""
     size = rig.config.parallel.microbatch_sequences
     count = one.count // (size * rig.mesh.data_ranks)
     tokens, documents = [], []
     for first in (_first_row(rig, one, microbatch) for microbatch in range(count)):
-        rows, numbers = token_rows(packing, first, size, 1 + rig.config.model.mtp_depth)
+        lines = Lines(packing, first, size)
+        rows, *structure = lines.tokens(1 + rig.config.model.mtp_depth)
         tokens.append(rows.to(rig.mesh.device))
-        experts = _experts(rig, packing, first) if plan.replay else {}
-        lesson = Lesson(objective(first, size), plan.temperature, experts, plan.record)
-        documents.append(_documents(rig, numbers, lesson))
+        experts = _experts(rig, lines) if plan.replay else {}
+        lesson = Lesson(objective(lines), plan.temperature, experts, plan.record)
+        documents.append(_documents(rig, *structure, lesson))
     return Batch(tokens, 0.0, documents=documents)
 
 
-def _documents(rig: Rig, numbers: np.ndarray, lesson: Lesson) -> Documents:
+def _documents(rig: Rig, numbers: np.ndarray, shared: np.ndarray, lesson: Lesson) -> Documents:
     """Documents with every MTP target's weight 0: MTP does not learn in RL."""
     depths = 1 + rig.config.model.mtp_depth
     nothing = np.zeros((len(numbers), numbers.shape[1] - depths), np.float32)
-    return replace(documents_of(numbers, [nothing] * depths, rig.mesh.device), lesson=lesson)
+    return replace(documents_of(numbers, [nothing] * depths, rig.mesh.device, shared), lesson=lesson)
 
 
-def _experts(rig: Rig, packing: Packing, first: int) -> dict[str, Tensor]:
+def _experts(rig: Rig, lines: Lines) -> dict[str, Tensor]:
     """The experts to replay, for the MoE layers on this rank."""
-    size, top_k = rig.config.parallel.microbatch_sequences, rig.config.model.top_k
-    return {
-        name: route_rows(packing, first, size, layer, top_k).to(rig.mesh.device)
-        for layer, name in enumerate(moe_layers(rig))
-        if name in rig.model.gates
-    }
+    names = moe_layers(rig)
+    routes = lines.routes(len(names), rig.config.model.top_k).to(rig.mesh.device).long()
+    return {name: own for name, own in zip(names, routes, strict=True) if name in rig.model.gates}
