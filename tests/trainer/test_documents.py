@@ -24,7 +24,7 @@ from dryvine.trainer.data.packed_tokens import PackedTokens
 from dryvine.trainer.data.source import TokenSource
 from dryvine.trainer.model import varlen
 from dryvine.trainer.model.decoder import Model
-from dryvine.trainer.model.documents import Documents, documents_of, same_document
+from dryvine.trainer.model.documents import ALONE, Documents, documents_of, same_document
 from dryvine.trainer.model.layer import Layer
 from dryvine.trainer.model.shape import Shape, Yarn
 from dryvine.trainer.step import evaluate
@@ -188,6 +188,48 @@ def test_one_document_that_fills_the_sequence_is_what_no_mask_is() -> None:
         torch.testing.assert_close(one[name], other[name], rtol=1e-6, atol=1e-7)
     for name in expected:
         torch.testing.assert_close(grads[name], expected[name], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "bound"),
+    [
+        ("cpu", torch.float32, 1e-6),
+        pytest.param(
+            "cuda", torch.bfloat16, 1e-2,
+            marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+        ),
+    ],
+)  # fmt: skip
+def test_documents_that_share_their_beginning_are_computed_as_if_each_had_its_own(
+    device: str, dtype: torch.dtype, bound: float
+) -> None:
+    """Values and gradients; two rows, of which the second begins with a document alone."""
+    numbers = np.array([[1, 1, 1, 2, 2, 3, 3, 3, 0, 0], [4, 4, 5, 5, 5, 6, 6, 7, 0, 0]])
+    begins = np.array([[ALONE] * 3 + [0] * 5 + [ALONE] * 2, [ALONE] * 5 + [2] * 3 + [ALONE] * 2])
+    documents = documents_of(numbers, [np.zeros((2, 9), np.float32)], device, begins)
+    wide = tiny(hidden=128, heads=4, q_lora=64, kv_lora=64, nope_dim=32, rope_dim=16, v_dim=64)
+    model = model_on_gpu(wide, dtype) if device == "cuda" else filled(wide)
+    layer = model.root["layers"]["0"]
+    assert isinstance(layer, Layer)
+    x = torch.randn(18, 128, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    seed = torch.randn(18, 128, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    shared, apart = x.clone().requires_grad_(), x.clone().requires_grad_()
+    out = layer.attend(shared, 2, documents)
+    out.backward(seed)
+    expected = torch.zeros_like(out)
+    # (tokens before, own tokens), among the nine inputs of each row
+    for before, own in (
+        ([], [0, 1, 2]), ([0, 1, 2], [3, 4]), ([0, 1, 2], [5, 6, 7]), ([], [8]),
+        ([], [9, 10]), ([], [11, 12, 13]), ([11, 12, 13], [14, 15]), ([11, 12, 13], [16]), ([], [17]),
+    ):  # fmt: skip
+        alone = layer.attend(apart[[*before, *own]], 1, None)[len(before) :]
+        alone.backward(seed[own])
+        expected[own] = alone.detach()
+    for ours, theirs in ((out.detach(), expected), (shared.grad, apart.grad)):
+        assert ours is not None
+        assert theirs is not None
+        assert (ours - theirs).norm() < bound * theirs.norm()
+    assert documents.positions.tolist() == [0, 1, 2, 3, 4, 3, 4, 5, 0, 0, 1, 0, 1, 2, 3, 4, 3, 0]
 
 
 # -- what the kernel is given

@@ -259,11 +259,11 @@ def _batch(
     tokens, documents = [], []
     for first in (_first_row(rig, one, microbatch) for microbatch in range(count)):
         lines = Lines(packing, first, size)
-        rows, *structure = lines.tokens(1 + rig.config.model.mtp_depth)
+        rows, numbers, shared = lines.tokens(1 + rig.config.model.mtp_depth)
         tokens.append(rows.to(rig.mesh.device))
         experts = _experts(rig, lines) if plan.replay else {}
         lesson = Lesson(objective(lines), plan.temperature, experts, plan.record)
-        documents.append(_documents(rig, *structure, lesson))
+        documents.append(_documents(rig, numbers, shared, lesson))
     return Batch(tokens, 0.0, documents=documents)
 
 

@@ -47,7 +47,7 @@ class Sample:
         return len(self.prompt) + len(self.tokens)
 
 
-class Place(NamedTuple):
+class AnswerPlace(NamedTuple):
     """Where an answer is: its row, and the positions there of the prompt's last token, which the answer's own tokens
     follow, and of the prompt's first, whose others but the last are shared."""
 
@@ -61,7 +61,7 @@ class Packing:
     """`places[i]` is the place of answer i in `rows` rows of `length` input tokens; one more token is only
     predicted."""
 
-    places: Sequence[Place]
+    places: Sequence[AnswerPlace]
     rows: int
     length: int
     answers: Sequence[Sample] = field(repr=False)
@@ -86,7 +86,7 @@ def pack(answers: Sequence[Sample], length: int) -> Packing:
     largest = max(answer.size for answer in answers)
     if largest > length + 1:
         raise ValueError(f"an answer and its prompt have {largest} tokens, and a row {length} + 1: raise data.seq_len")
-    rows, places = OpenRows(length + 1), dict[int, Place]()
+    rows, places = OpenRows(length + 1), dict[int, AnswerPlace]()
     for prompt, numbers in _by_prompt(answers).items():
         starts: dict[int, int] = {}  # of this prompt, by row
         for number in numbers:
@@ -95,7 +95,7 @@ def pack(answers: Sequence[Sample], length: int) -> Packing:
             if row is None:
                 row = rows.tightest(len(prompt) - 1 + own)
                 starts[row] = rows.take(row, len(prompt) - 1).start
-            places[number] = Place(row, rows.take(row, own).start, starts[row])
+            places[number] = AnswerPlace(row, rows.take(row, own).start, starts[row])
     return Packing([places[number] for number in range(len(answers))], len(rows.room), length, answers)
 
 
