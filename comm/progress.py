@@ -35,7 +35,7 @@ class StreamWords:
         self.device = device
         self._memory = mmap.mmap(-1, STREAMS * 4)
         self._words = np.frombuffer(self._memory, np.int32)
-        self._base = map_host_memory(self._words.ctypes.data, self._words.nbytes)
+        self._base = map_host_memory(self._words, self)
         self._marks: dict[int, tuple[int, int]] = {}  # by the stream's handle: its word, and how many marks it has
 
     def mark(self) -> Callable[[], bool]:

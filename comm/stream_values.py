@@ -16,7 +16,9 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from functools import cache
+from weakref import finalize
 
+import numpy as np
 import torch
 
 WAIT_GEQ = 0  # CU_STREAM_WAIT_VALUE_GEQ: cyclic, until int32(word - value) >= 0
@@ -90,10 +92,17 @@ def copy_bytes(stream: torch.cuda.Stream, target: int, source: int, size: int) -
     _checked(_driver().cuMemcpyDtoDAsync_v2(target, source, size, stream.cuda_stream), "cuMemcpyDtoDAsync")
 
 
-def map_host_memory(address: int, size: int) -> int:
-    """Pin `size` bytes of this process at `address`. Returns their address as the current device sees it."""
-    _checked(int(torch.cuda.cudart().cudaHostRegister(address, size, 0)), "cudaHostRegister")
+def map_host_memory(memory: np.ndarray, owner: object) -> int:
+    """Pin memory of this process for as long as `owner` lives. Returns its address as the current device sees it."""
+    address = memory.ctypes.data
+    _checked(int(torch.cuda.cudart().cudaHostRegister(address, memory.nbytes, 0)), "cudaHostRegister")
+    # Before it is unmapped: whatever is mapped there next could not be pinned. At exit CUDA may be gone already.
+    finalize(owner, _unpin, memory).atexit = False
     seen = ctypes.c_uint64()
     found = _driver().cuMemHostGetDevicePointer_v2(ctypes.byref(seen), ctypes.c_void_p(address), ctypes.c_uint(0))
     _checked(found, "cuMemHostGetDevicePointer")
     return seen.value
+
+
+def _unpin(memory: np.ndarray) -> None:
+    _checked(int(torch.cuda.cudart().cudaHostUnregister(memory.ctypes.data)), "cudaHostUnregister")

@@ -30,7 +30,7 @@ class Words:
             self._memory = mmap.mmap(opened.fileno(), count * 4)
         self.values = np.frombuffer(self._memory, np.int32)
         on_device = device.type == "cuda"
-        self._base = map_host_memory(self.values.ctypes.data, self.values.nbytes) if on_device else 0
+        self._base = map_host_memory(self.values, self) if on_device else 0
 
     def address(self, index: int) -> int:
         return self._base + 4 * index

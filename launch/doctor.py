@@ -59,7 +59,7 @@ def doctor(
     if experts % topology.ranks:
         console.print(f"dispatcher: none; {experts} experts do not divide over {topology.ranks} ranks")
     else:
-        console.print("dispatcher: {} ({})".format(*pick(topology, top_k, experts)))
+        console.print("dispatcher: {} ({})".format(*pick(topology, top_k, experts, graphs=True)))
     if groups:
         limit = GroupLimit(*map(int, groups.split(":")))
         console.print(mismatch(topology, experts, limit, hidden * 2) or "routing groups fit nodes")

@@ -34,7 +34,7 @@ def pick(topology: Topology, top_k: int, experts: int, graphs: bool = False) -> 
     if topology.ranks == 1:
         return name, "one expert-parallel rank: nothing travels"
     if name == "nvlink":
-        return name, f"{topology.ranks} ranks joined by NVLink: tokens go by copy engine, between CUDA graphs"
+        return name, f"{topology.ranks} ranks joined by NVLink, whose ops are CUDA graphs: tokens go by copy engine"
     if len(topology.nodes) == 1:
         return (
             name,

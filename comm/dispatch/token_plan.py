@@ -146,7 +146,7 @@ def unread(chosen: ByRank, own_TK: Tensor, group: PlanGroup, room: RowRoom) -> T
     """The same without a read on the host, for as many rows as there is room for. What lies behind the last row of the
     last expert belongs to none. The alignment is to be 1."""
     ranks, pairs = len(chosen.window), chosen.window.numel()
-    rows = min(pairs, ceil(room.times * pairs / ranks))
+    rows = ceil(min(room.times, ranks) * pairs / ranks)
     found = places(chosen, own_TK, group, rows)
     if rows < pairs:
         room.overflows.add_(found.message[-1:] > rows)

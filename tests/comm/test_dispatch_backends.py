@@ -200,7 +200,7 @@ def test_auto_takes_nvlink_where_it_is_known_to_be_faster() -> None:
         return pick(replace(by_sizes(sizes), intra=Link(kind, 160.0)), 8, 64, graphs)[0]
 
     assert taken([2], "NVLink", graphs=True) == "nvlink"
-    assert "2 ranks joined by NVLink" in pick(replace(by_sizes([2]), intra=NVLINK_H800), 8, 64, True)[1]
+    assert "2 ranks joined by NVLink, whose" in pick(replace(by_sizes([2]), intra=NVLINK_H800), 8, 64, True)[1]
     others = ([2], "NVLink", False), ([2], "PCIe", True), ([4], "NVLink", True), ([1], "NVLink", True)
     assert [taken(*other) for other in others] == ["flat"] * 4
     assert taken([1, 1], "NVLink", graphs=True) == "hierarchical"

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ class Node:
         return on_ranks(self.ranks, guarded)
 
     def nvlink(self, rank: int, experts: int, alignment: int = 1, by_choice: bool = False) -> Nvlink:
-        room = RowRoom(float(self.ranks), torch.zeros(1, dtype=torch.int64))
+        room = RowRoom(inf, torch.zeros(1, dtype=torch.int64))
         return Nvlink(self.windows(rank), PlanGroup(experts, alignment), MOST, room, by_choice)
 
 

@@ -176,7 +176,7 @@ def test_words_count_what_each_stream_came_past(monkeypatch: pytest.MonkeyPatch)
         def __init__(self) -> None:
             self.cuda_stream = current[0]
 
-    monkeypatch.setattr(progress, "map_host_memory", lambda address, size: address)
+    monkeypatch.setattr(progress, "map_host_memory", lambda memory, owner: memory.ctypes.data)
     monkeypatch.setattr(progress, "write_value", write)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
     words = StreamWords(torch.device("cuda"))

@@ -6,7 +6,9 @@ import struct
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from dryvine.comm import stream_values
 
@@ -54,6 +56,17 @@ def test_one_word_needs_no_batch_and_none_no_call(driver: Driver) -> None:
 def test_a_copy_goes_to_the_target(driver: Driver) -> None:
     stream_values.copy_bytes(STREAM, target=1, source=2, size=3)
     assert driver.calls == [("cuMemcpyDtoDAsync_v2", 1, 2, 3, 77)]
+
+
+def test_memory_is_pinned_as_long_as_its_owner_lives(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else whatever is mapped at its address next cannot be pinned."""
+    runtime, memory = Driver(), np.zeros(6, np.int32)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    owner, address = Driver(), memory.ctypes.data
+    stream_values.map_host_memory(memory, owner)
+    assert runtime.calls == [("cudaHostRegister", address, 24, 0)]
+    del owner
+    assert runtime.calls[1:] == [("cudaHostUnregister", address)]
 
 
 def test_an_error_of_the_driver_is_raised(driver: Driver) -> None:

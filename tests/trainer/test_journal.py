@@ -87,7 +87,7 @@ def test_the_keys_of_a_row_are_those_that_others_read(tiny: Tiny) -> None:
         "step tokens loss val_loss val_loss_ema lr grad_norm skipped tokens_per_second bubble overlapped_share "
         "exposed_comm_ms exposed_comm_share slowest_rank_ms mtp_loss balance_loss load_imbalance rank_imbalance "
         "mbytes_inside_nodes mbytes_between_nodes fp8_bad_tiles fp8_floored_share seconds checkpoint_stall_ms "
-        "peak_mbytes watts celsius exposed_zero_ms"
+        "peak_mbytes watts celsius exposed_zero_ms graph_overflows"
     )
 
 

@@ -71,8 +71,8 @@ class ExpertGroups:
     def blocks(self) -> int:
         """128-row blocks of all experts together; at most so many if their counts are on the device."""
         if isinstance(self.counts, DeviceCounts):
-            # Each expert's last block may have a single row.
-            return (self.rows + len(self.counts) * (TILE - 1)) // TILE
+            # The last block of each expert that has rows may have a single one.
+            return (self.rows + min(self.rows, len(self.counts)) * (TILE - 1)) // TILE
         return sum(blocks(count) for count in self.counts)
 
     @cached_property
