@@ -50,6 +50,16 @@ def test_builds_and_reports(folder: Path) -> None:
     assert run("--text", "in/*.txt", "--text", "in/*.jsonl", "--out", "o", *options).exit_code == 0
 
 
+def test_ctrl_c_ends_with_130_and_says_how_to_go_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(*_: object, processes: int) -> Dataset:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data_cli, "build_dataset", build)
+    ended = run("--text", "in/*.txt", "--out", "o")
+    assert ended.exit_code == 130
+    assert "Interrupted. The same command continues" in ended.output
+
+
 def test_an_unquoted_pattern_works(folder: Path) -> None:
     assert run("--text", "in/00.txt", "in/01.txt", "in/02.txt", "--out", "o", "--val-fraction", "0").exit_code == 0
     assert Dataset.load(folder / "o").train.documents == 3

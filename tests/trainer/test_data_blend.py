@@ -290,6 +290,8 @@ def test_what_a_source_gives_is_said_before_the_start(blended: Tiny, capsys: pyt
     windows = data.train.parts[1].source.windows
     (line,) = [line for line in data.train.lines(8 * windows) if "data.blend: t" in line]
     assert f"2.00 epochs of {windows:,}; runs out and is read again" in line
+    (line,) = [line for line in data.train.lines(4 * windows) if "data.blend: t" in line]
+    assert line.endswith(f"1.00 epochs of {windows:,}")
 
 
 def test_sources_of_a_run_have_orders_of_their_own(tiny: Tiny, corpus: Path) -> None:
@@ -314,7 +316,7 @@ def test_the_validation_loss_is_shared_out_among_sources_that_hold_text_out(
 
 
 def test_a_run_longer_than_its_blend_is_refused(tiny: Tiny, corpus: Path) -> None:
-    with pytest.raises(DataError, match=r"make 10 sequences, and the run reads 96 .* lower run\.steps"):
+    with pytest.raises(DataError, match=r"make 10 sequences, and the run reads 96 \(3,072 tokens\); lower run\.steps"):
         open_data(tiny(f'data.blend=[{{source="{corpus}", tokens=320}}]'))
 
 

@@ -101,6 +101,7 @@ def test_damaged_and_foreign_files_are_named(tmp_path: Path) -> None:
         (b"PK" + index[2:], "not a Megatron index"),
         (index[:9] + struct.pack("<Q", 2) + index[17:], "version 2"),
         (index[:17] + b"\x06" + index[18:], "tokens of type 6"),
+        (index[:46] + struct.pack("<q", 8) + index[54:], "do not lie end to end"),
     ):
         (tmp_path / "web.idx").write_bytes(content)
         with pytest.raises(DataError, match=complaint):
@@ -165,6 +166,13 @@ def test_every_format_has_the_same_documents_and_is_resumed_anywhere(tmp_path: P
         assert [r.record.text for r in rest] == [r.record.text for r in records[done:]]
     (line,) = read(path, field="meta.none")[:1]
     assert "'meta.none'" in line.record.broken[0].reason or "none" in line.record.broken[0].reason
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_suffixes_in_capitals_are_read_alike(tmp_path: Path, suffix: str) -> None:
+    path = write_rows(tmp_path / f"rows{suffix}").rename(tmp_path / f"ROWS{suffix.upper()}")
+    assert documents(read(path, field="meta.text")) == [f"text {i}" for i in range(10)]
+    assert match_files([f"{tmp_path}/ROWS*"])[0].path == path
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
@@ -277,6 +285,10 @@ def test_peek_shows_a_runs_sequence_and_export_writes_what_peek_reads(tmp_path: 
     tokenizer = ["--tokenizer", str(corpus / "tokenizer.json")]
     again = run.invoke(app, ["data", "peek", f"{tmp_path}/mega_train", "--seq-len", "64", *tokenizer])
     assert again.exit_code == 0, again.output
+    write_dataset(tmp_path / "training only", [40])
+    alone = run.invoke(app, ["data", "export", f"{tmp_path}/training only", "--out", f"{tmp_path}/alone"])
+    assert alone.exit_code == 0, alone.output
+    assert sorted(path.name for path in tmp_path.glob("alone*")) == ["alone_train.bin", "alone_train.idx"]
     for words, complaint in (
         (["peek", str(tmp_path / "none")], "no finished dataset here"),
         (["peek", f"{tmp_path}/mega_train"], "name it with --tokenizer"),

@@ -102,6 +102,20 @@ def test_reads_across_shard_edges(tmp_path: Path, vocab_size: int) -> None:
             packed.tokens(start, length)
 
 
+@pytest.mark.parametrize("size", [0, 13, 15, 16])
+def test_a_shard_of_another_size_is_refused(tmp_path: Path, size: int) -> None:
+    """Cut off, or from another build: its tokens would not be those that the ends count."""
+    write_dataset(tmp_path, [7, 12])
+    shard = tmp_path / "train" / "00000.bin"
+    shard.write_bytes(bytes(size))
+    said = rf"00000\.bin: {size} bytes where dataset\.json says 14; copy or build it again"
+    with pytest.raises(DataError, match=said):
+        PackedTokens(tmp_path, "train")
+    shard.unlink()
+    with pytest.raises(DataError, match=r"00000\.bin: 0 bytes"):
+        PackedTokens(tmp_path, "train")
+
+
 def test_the_narrowest_type_that_holds_every_id() -> None:
     assert dtype_for(65536) == "<u2"
     assert dtype_for(65537) == "<u4"

@@ -225,6 +225,10 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     total = Dataset.load(Path("data")).train.documents + Dataset.load(Path("data")).val.documents
     clean = Dataset.load(Path("clean"))
     assert clean.train.documents + clean.val.documents == total - 2
+    asked = ["--similarity", "0.9", "--ngram", "7", "--quoted", "0.25"]
+    assert run.invoke(app, ["data", "dedup", "data", "--out", "other", *asked]).exit_code == 0
+    recipe = Dataset.load(Path("other")).recipe
+    assert [recipe[f"dedup_{name}"] for name in ("similarity", "ngram", "quoted")] == [0.9, 7, 0.25]
     stats = run.invoke(app, ["data", "stats", "clean", "--html", "stats.html"])
     assert stats.exit_code == 0, stats.output
     assert f"{clean.train.tokens:,}" in stats.output

@@ -100,6 +100,14 @@ def test_added_tokens_that_are_words_or_blanks_are_text(tmp_path: Path) -> None:
     assert (vocabulary.end, vocabulary.fim) == (ids[END], tuple(ids[name] for name in FIM))
 
 
+def test_a_control_token_with_blanks_around_it_is_a_control_token(tmp_path: Path) -> None:
+    made = Tokenizer.from_file(str(given(tmp_path / "given.json")))
+    made.add_tokens([AddedToken("\n<|Tool|> ", special=False)])
+    vocabulary = tokenizer.load(save(tmp_path / "t.json", made))
+    ids = vocabulary.tokenizer.encode("a\n<|Tool|> b", add_special_tokens=False).ids
+    assert len(ids) == len("a\n<|Tool|> b")
+
+
 def test_a_spelling_that_only_the_normalizer_makes_is_text_too(tmp_path: Path) -> None:
     made = Tokenizer.from_file(str(given(tmp_path / "given.json")))
     made.normalizer = normalizers.NFKC()

@@ -68,7 +68,7 @@ def dig(record: Mapping[str, object], path: str) -> object:
         return record[path]
     head, _, rest = path.partition(".")
     inner = record.get(head)
-    if not rest or not isinstance(inner, Mapping):
+    if not isinstance(inner, Mapping):
         raise ValueError(f"no field {path!r}")
     try:
         return dig(inner, rest)
