@@ -31,6 +31,8 @@ def test_patterns(tmp_path: Path) -> None:
     assert names(*patterns) == ["b/1.txt", "b/2.txt", "a/9.txt", "c.jsonl"]
     with pytest.raises(DataError, match=r"no\*\.txt': matches no file"):
         match_files([f"{tmp_path}/b/*.txt", f"{tmp_path}/no*.txt"])
+    with pytest.raises(DataError, match=r"/b': matches no file; name its files, as in '.*/b/\*\*/\*\.jsonl'"):
+        match_files([f"{tmp_path}/b"])
     write(tmp_path, "d.csv")
     with pytest.raises(DataError, match=r"d\.csv: no reader for \.csv; known: \.txt"):
         match_files([f"{tmp_path}/*.csv"])

@@ -42,7 +42,9 @@ def match_files(patterns: Sequence[str]) -> list[Input]:
     for asked, pattern in _listed(patterns):
         matches = _match(pattern)
         if not matches:
-            raise DataError(f"--text {asked!r}: matches no file; quote the pattern and check the path")
+            is_folder = os.path.isdir(os.path.expanduser(pattern))
+            fix = f"name its files, as in '{asked}/**/*.jsonl'" if is_folder else "quote the pattern and check the path"
+            raise DataError(f"--text {asked!r}: matches no file; {fix}")
         paths |= {identity: path for identity, path in matches.items() if identity not in paths}
     for path in paths.values():
         kind_of(path)
