@@ -58,6 +58,8 @@ class LossChoices(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
             raise ValueError(
                 f"correction_low = {self.correction_low} is not below correction_high = {self.correction_high}"
             )
+        if self.dual_clip is not None and self.clip != "ppo":
+            raise ValueError(f"dual_clip bounds the ratio of clip = 'ppo', and clip = {self.clip!r}; leave it out")
         if self.kl_estimator == "k3_unbiased" and self.kl_place == "reward":
             raise ValueError("kl_estimator = 'k3_unbiased' needs the new policy's ratio; set kl_place = 'loss'")
         return self

@@ -1,7 +1,7 @@
 """The `[rl]` table: reinforcement learning with verified rewards. Imports no torch.
 
 An update uses `questions` x `samples` answers. A rollout samples the answers of `minibatches` updates at once, from the
-current weights, and uses each answer `epochs` times. `run.steps` counts updates.
+current weights, and uses each answer `epochs` times. `run.steps` counts updates; the last rollout is completed.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from dryvine.trainer.rl.chat_config import ChatConfig
 from dryvine.trainer.rl.choices import LossChoices
 from dryvine.trainer.rl.presets import PresetName
 
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1, strict=True)]
 Share = Annotated[float, Field(ge=0, le=1)]
+MOST_ANSWERS = 1 << 20  # of a rollout, whose tokens every rank holds in memory
 
 
 class Alarms(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
@@ -34,6 +35,14 @@ class Alarms(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     reward_drop: Share = 0.5  # of the best reward seen (a running mean over 8 rollouts), lost
     unscored: Share = 0.1  # answers that no verifier could score
 
+    @model_validator(mode="after")
+    def _entropy_has_room(self) -> Alarms:
+        if self.entropy_below >= self.entropy_above:
+            raise ValueError(
+                f"entropy_below = {self.entropy_below} is not less than entropy_above = {self.entropy_above}"
+            )
+        return self
+
 
 class RLConfig(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     """`preset` is applied first, then the other keys override it (`presets.py`)."""
@@ -47,8 +56,8 @@ class RLConfig(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     questions: Positive = 32  # of an update
     samples: Positive = 16  # answers to each
     minibatches: Positive = 1  # updates of a rollout
-    epochs: Positive = 1
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    epochs: Annotated[Positive, Field(le=1000)] = 1
+    temperature: Annotated[float, Field(ge=0.01, le=100)] = 1.0
     max_tokens: Positive = 1024  # of an answer
     ahead: bool = (
         False  # the next rollout is sampled while this one is learnt from, by the weights of before (ahead.py)
@@ -68,19 +77,25 @@ class RLConfig(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     overlong: Literal["keep", "mask", "penalty"] = "keep"
     overlong_buffer: Positive = 1
     # A file for right answers, as conversations: the run writes it instead of learning (rejection sampling).
-    harvest: str | None = None
+    harvest: Annotated[str, Field(min_length=1)] | None = None
     harvest_per_question: Positive = 4
     evaluate_only: bool = False  # only evaluate the held-out questions; no updates
     eval_problems: Positive = 64  # held out; run.eval_every says when
-    eval_samples: Positive = 16  # to each, for pass@1 and pass@16
+    eval_samples: Annotated[Positive, Field(le=1 << 16)] = 16  # to each, for pass@1 and pass@16
     alarms: Alarms = Alarms()
 
     @model_validator(mode="after")
     def _fits(self) -> RLConfig:
-        if self.samples < 2 and self.loss.baseline != "batch_std":
+        if self.samples < 2:
             raise ValueError("samples = 1 leaves nothing to compare an answer with; set 2 or more")
         if self.loss.correction != "none" and self.old == "rollout":
             raise ValueError('loss.correction compares the trainer with the sampler: it needs old = "trainer"')
+        if (answers := self.questions * self.samples * self.minibatches) > MOST_ANSWERS:
+            raise ValueError(
+                f"questions x samples x minibatches = {answers:,} answers of one rollout are more than {MOST_ANSWERS:,}"
+            )
+        if self.harvest and self.evaluate_only:
+            raise ValueError("harvest and evaluate_only are two runs: leave one of them out")
         if self.overlong == "penalty" and self.overlong_buffer > self.max_tokens:
             raise ValueError(f"overlong_buffer = {self.overlong_buffer} is more than max_tokens = {self.max_tokens}")
         return self

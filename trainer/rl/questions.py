@@ -8,8 +8,10 @@ only sampling state of a run is a count, and a rollout that is repeated after a 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from dryvine.trainer.config import Config, ConfigError
 from dryvine.trainer.data.order import SequenceOrder
@@ -81,7 +83,16 @@ def open_task(config: Config) -> Curriculum:
             f"rl.max_tokens = {rl.max_tokens}, behind a prompt of {longest} tokens, is more than data.seq_len + 1 = "
             f"{config.data.seq_len + 1}; lower it, or raise data.seq_len"
         )
+    if rl.harvest is not None:
+        _check_writable(Path(rl.harvest))
     return Curriculum(rl, chat, train, held_out, config.run.seed)
+
+
+def _check_writable(path: Path) -> None:
+    """Raise ConfigError if rl.harvest cannot be written; nothing is made yet."""
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ConfigError(f"rl.harvest = {str(path)!r} cannot be written: name a file in a folder of yours")
 
 
 def check_verifiers(curriculum: Curriculum) -> None:

@@ -23,11 +23,11 @@ Numbers = tuple[int, int, int]  # ascending
 Solutions = dict[int, list[str]]  # by target: expressions, evaluated left to right
 
 
-class CountdownOptions(BaseModel, frozen=True, extra="forbid"):
+class CountdownOptions(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     """The keys of `[rl.task]` beside `name`."""
 
     largest: int = Field(default=LARGEST_NUMBER, ge=3, le=99, description="number of a puzzle")
-    format_weight: float = Field(default=0.0, description="of the format's score in the reward; 0: only measured")
+    format_weight: float = Field(default=0.0, ge=0, description="of the format's score in the reward; 0: only measured")
 
 
 OPTIONS = CountdownOptions

@@ -16,18 +16,20 @@ from pydantic import BaseModel, Field
 
 from dryvine.trainer.rl.tasks.question import Question, SplitOfTask, TaskError, user
 
+MOST = 1_000_000  # questions, which are all made at the start
 
-class GymOptions(BaseModel, frozen=True, extra="forbid"):
+
+class GymOptions(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     """The keys of `[rl.task]` beside `name`."""
 
     dataset: str = Field(description="a name of reasoning_gym.factory.DATASETS")
     options: dict[str, object] = Field(default={}, description="of the dataset's config")
     seed: int = 0
-    train_size: int = Field(default=2000, ge=1)
-    validation_size: int = Field(default=200, ge=1)
+    train_size: int = Field(default=2000, ge=1, le=MOST)
+    validation_size: int = Field(default=200, ge=1, le=MOST)
     system: str = Field(default="", description="a first message of the role system")
     partial: bool = Field(default=False, description="keep scores below 1; many datasets give some to any text")
-    format_weight: float = Field(default=0.0, description="of the format's score in the reward; 0: only measured")
+    format_weight: float = Field(default=0.0, ge=0, description="of the format's score in the reward; 0: only measured")
 
 
 OPTIONS = GymOptions
@@ -54,7 +56,7 @@ def _made(options: GymOptions, seed: int, size: int) -> list[Question]:
     except ImportError:
         raise TaskError("rl.task: there is no reasoning_gym: pip install dryvine[rl]") from None
     except (ValueError, TypeError, AssertionError) as error:  # no such dataset, no such option, or no such value
-        raise TaskError(f"rl.task: {options.dataset}: {error}") from None
+        raise TaskError(f"rl.task: {options.dataset}: {error}; reasoning_gym.factory.DATASETS names all") from None
     system = ({"role": "system", "content": options.system},) if options.system else ()
     source = {"dataset": options.dataset, "options": options.options, "seed": seed, "size": size}
     weights = {"reasoning_gym": 1.0, "format": options.format_weight}

@@ -24,7 +24,7 @@ from dryvine.trainer.rl.tasks.question import Question, SplitOfTask, TaskError, 
 from dryvine.trainer.rl.verifiers.names import VERIFIERS
 
 
-class JsonlOptions(BaseModel, frozen=True, extra="forbid"):
+class JsonlOptions(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     """The keys of `[rl.task]` beside `name`."""
 
     train: str = Field(description="a .jsonl file")
@@ -41,6 +41,8 @@ def questions(options: JsonlOptions, split: SplitOfTask) -> Sequence[Question]:
     """In the file's order. Raises TaskError, which names every bad line."""
     if unknown := sorted(options.verifiers.keys() - VERIFIERS.keys()):
         raise TaskError(f"rl.task.verifiers: no verifier {unknown[0]!r}; there are {', '.join(sorted(VERIFIERS))}")
+    if not any(options.verifiers.values()):
+        raise TaskError("rl.task.verifiers: all weights are 0, so all rewards would be; give one of them another")
     path = Path(options.train if split == "train" else options.validation)
     try:
         return read_lines(path, lambda record: _question(options, record), "questions")
