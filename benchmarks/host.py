@@ -1,14 +1,17 @@
 """Who limits a step, the device or the host that feeds it: with CUDA graphs and without.
 
-    python -m benchmarks.host [--set KEY=VALUE ...] [--deadline SECONDS] [--json FILE]
+    python -m benchmarks.host [--set KEY=VALUE ...] [--even] [--ways off on] [--deadline SECONDS] [--json FILE]
 
 The model of two_gpus.toml on one GPU, 8 microbatches of 4096 tokens, in BF16 and in FP8, each with graphs off and on in
 a process of its own; with `--set parallel.ep=2 comm.dispatcher=nvlink parallel.schedule=dualpipev` on two GPUs, as many
 microbatches on each. Device busy is the union of all kernels' times over the length of a profiled step, NCCL's left
 out, which wait; exposed is time in which compute waited for the all-to-all; launches are
 calls that start kernels, copies or graphs; reads are the places in a step where torch makes the host wait for the
-device. Memory of graphs is the peak with them less the peak without. Losses and weights after the last step are
-compared with those without graphs, which run twice, since a kernel of a library may add in another order each time.
+device. Memory of graphs is the peak with them less the peak without. An untrained gate loads expert-parallel ranks
+unevenly, more with each step, and the others wait: `imbalance` is the busiest rank's load over the mean in the last
+step, and `--even` gives every expert equal load, for times of everything but that. Losses and weights after the last
+step are compared with those without graphs, which run twice, since a kernel of a library may add in another order each
+time.
 """
 
 from __future__ import annotations
@@ -34,7 +37,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.two_gpus import corpus
 from dryvine.comm import local
-from dryvine.parallel.executor import Played
 from dryvine.trainer.activations import flight_sizes, held_bytes
 from dryvine.trainer.config import load
 from dryvine.trainer.data.splits import open_data
@@ -43,7 +45,8 @@ from dryvine.trainer.ramps import Point
 from dryvine.trainer.rehearse import rehearse
 from dryvine.trainer.rig import Rig, make_rig, mesh_of
 from dryvine.trainer.run_plan import RunPlan, make_plan
-from dryvine.trainer.step import train_step
+from dryvine.trainer.step import StepOutcome, train_step
+from tests.support.live import evenly
 
 CONFIG = Path(__file__).parent / "two_gpus.toml"
 SEQUENCES, WARM, STEPS = 8, 3, 7
@@ -63,31 +66,37 @@ class Measured:
     reads: int  # of the device by the host, in a step
     graphs: int
     peak: int  # bytes reserved
+    allocated: int  # of them at the peak, without the allocator's holes
+    imbalance: float
+    loss: float  # of the last microbatch
     predicted: int  # bytes that graphs were said to hold
     bits: str  # of losses and weights
     by_kind: dict[str, float]  # milliseconds of kernels by name, the longest
     card: str
 
 
-def measure(rank: int, plan: RunPlan) -> Measured:
+def measure(rank: int, plan: RunPlan, even: bool) -> Measured:
     """On this process's GPU."""
     device = torch.device("cuda", torch.cuda.current_device())
     rig = make_rig(plan, mesh_of(plan, device), open_data(plan.config))
+    for gate in rig.model.gates.values() if even else ():
+        gate.choose = evenly(gate)  # type: ignore[method-assign]
     rehearse(rig)
     torch.cuda.reset_peak_memory_stats()
     seconds, losses, exposed = [], [], []
     for step in range(WARM + STEPS):
         torch.cuda.synchronize()
         began = time.perf_counter()
-        played = _step(rig, step)
-        losses += [float(loss) for many in played.losses.values() for loss in many]
-        exposed.append(played.exposed)
+        outcome = _step(rig, step)
+        losses += [float(loss) for many in outcome.played.losses.values() for loss in many]
+        exposed.append(outcome.played.exposed)
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
     bits = hashlib.sha256(repr(losses).encode())
     for _, weight in sorted(rig.model.named_parameters()):
         bits.update(weight.detach().cpu().view(torch.uint8).numpy().tobytes())
-    peak, middle = torch.cuda.max_memory_reserved(), median(seconds[WARM:])
+    peak, allocated = torch.cuda.max_memory_reserved(), torch.cuda.max_memory_allocated()
+    middle = median(seconds[WARM:])
     reads = _reads(rig, WARM + STEPS)
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
         _step(rig, WARM + STEPS + 1)
@@ -109,6 +118,9 @@ def measure(rank: int, plan: RunPlan) -> Measured:
         reads=reads,
         graphs=rig.graphs.count if rig.graphs else 0,
         peak=peak,
+        allocated=allocated,
+        imbalance=1.0 if even else outcome.balance.ranks,
+        loss=losses[-1],
         predicted=max(graph_bytes(plan, flight_sizes(plan, cuda=True), held_bytes(plan, cuda=True), cuda=True)),
         bits=bits.hexdigest()[:12],
         by_kind=dict(kinds.most_common(25)),
@@ -121,9 +133,9 @@ def _sequences(plan: RunPlan) -> int:
     return SEQUENCES * plan.config.parallel.ep
 
 
-def _step(rig: Rig, number: int) -> Played:
+def _step(rig: Rig, number: int) -> StepOutcome:
     sequences = _sequences(rig.plan)
-    return train_step(rig, Point(number, number * sequences, sequences, rig.config.data.seq_len)).played
+    return train_step(rig, Point(number, number * sequences, sequences, rig.config.data.seq_len))
 
 
 def _reads(rig: Rig, number: int) -> int:
@@ -150,22 +162,25 @@ def main() -> int:
     options.add_argument("--set", nargs="*", default=[], help="more of the config, as table.key=value")
     options.add_argument("--deadline", type=float, default=120.0, help="seconds for each process")
     options.add_argument("--json", type=Path)
+    options.add_argument("--even", action="store_true", help="every expert gets as many rows as any other")
+    options.add_argument("--ways", nargs="*", default=["off", "off again", "on"], help="with graphs and without")
     options.add_argument("--numerics", nargs="*", default=list(NUMERICS), choices=list(NUMERICS))
     given = options.parse_args()
     table = Table(
-        "", "graphs", "ms", "tokens/s", "exposed", "busy", "kernels", "launches", "reads", "peak GB", "graphs'", "bits"
-    )
+        "", "graphs", "ms", "tokens/s", "exposed", "busy", "kernels", "launches", "reads", "GB", "of it used",
+        "graphs'", "imbalance", "loss", "bits",
+    )  # fmt: skip
     made: dict[str, Measured] = {}
     local.preload(__name__)
     with tempfile.TemporaryDirectory() as folder:
         source = f'data.source="{corpus(Path(folder), 320)}"'
         for numerics in given.numerics:
-            for way in ("off", "off again", "on"):
+            for way in given.ways:
                 graphs = f"parallel.graphs={way.split()[0]}"
                 words = ("parallel.pp=1", "parallel.schedule=one_f_one_b", graphs, source)
                 plan = make_plan(load(CONFIG, (*words, *NUMERICS[numerics], *given.set)))
                 found, *others = local.run(
-                    measure, plan.config.parallel.world, plan, deadline=given.deadline, device="cuda"
+                    measure, plan.config.parallel.world, plan, given.even, deadline=given.deadline, device="cuda"
                 )
                 found = replace(found, bits=" ".join(each.bits for each in (found, *others)))
                 made[f"{numerics} {way}"] = found
@@ -173,17 +188,18 @@ def main() -> int:
                     f"{numerics} {way}", f"{found.graphs}", f"{found.milliseconds:.0f}",
                     f"{found.tokens_per_second:,.0f}", f"{found.exposed:.1f}", f"{found.busy:.1%}", f"{found.kernels}",
                     f"{found.launches}", f"{found.reads}", f"{found.peak / 1e9:.1f}",
-                    f"{found.predicted / 1e9:.1f}", found.bits,
+                    f"{found.allocated / 1e9:.1f}", f"{found.predicted / 1e9:.1f}", f"{found.imbalance:.2f}",
+                    f"{found.loss:.3f}", found.bits,
                 )  # fmt: skip
                 print(f"{numerics} {way}: {found.milliseconds:.0f} ms, busy {found.busy:.1%}", flush=True)
-    Console(width=120).print(table)
+    Console(width=150).print(table)
     if given.json:
         given.json.write_text(json.dumps({name: asdict(found) for name, found in made.items()}, indent=1))
     different = [
-        f"{numerics}: {way} and off have different bits"
+        f"{numerics}: {way} and {given.ways[0]} have different bits"
         for numerics in given.numerics
-        for way in ("off again", "on")
-        if made[f"{numerics} off"].bits != made[f"{numerics} {way}"].bits
+        for way in given.ways[1:]
+        if made[f"{numerics} {given.ways[0]}"].bits != made[f"{numerics} {way}"].bits
     ]
     print("\n".join(different))
     return any("on and" in line for line in different)
