@@ -8,7 +8,8 @@ round's results are read while the next rounds' copies run, so a flag that overt
 
 Times: each measurement queues a sleep of the device, a tiny all-reduce that aligns the ranks, then an event, the
 operation and an event, so that neither the host nor the other rank's start is in it. Routing reads the device on the
-host and is timed from the all-reduce on, the host included. `copy` is a bare copy of dispatch's bytes to every peer.
+host and is timed from the all-reduce on, the host included. `wire` is a message of dispatch's rows from the first copy
+to the last flag, `copy` a bare copy of its bytes to every peer.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from dryvine.comm.dispatch import flat, nvlink
 from dryvine.comm.dispatch.api import AnyDispatcher
 from dryvine.comm.dispatch.nvlink import Nvlink
 from dryvine.comm.dispatch.setup import Setup
+from dryvine.comm.dispatch.windows import WindowRows
 from dryvine.comm.mesh import Layout, Mesh, make_mesh
 from dryvine.comm.topology import by_sizes
 from dryvine.comm.world import backend
@@ -121,7 +123,8 @@ def device_ms(fn: Callable[[], object], reads: bool = False) -> float:
 
 
 def times(dispatchers: dict[str, AnyDispatcher], tokens: int, hidden: int, device: torch.device) -> Table:
-    table = Table("backend", "payload", "routing", "dispatch", "combine", "copy", title=f"ms, {tokens} x {hidden}")
+    heads = ("backend", "payload", "routing", "dispatch", "combine", "wire", "copy")
+    table = Table(*heads, title=f"ms, {tokens} x {hidden}")
     chosen = torch.rand(tokens, EXPERTS, device=device).topk(TOP_K).indices
     weights = torch.rand(tokens, TOP_K, device=device)
     noise = torch.randn(tokens, hidden, device=device)
@@ -134,10 +137,17 @@ def times(dispatchers: dict[str, AnyDispatcher], tokens: int, hidden: int, devic
                 device_ms(lambda d=dispatcher: d.plan_routing(chosen).wait(), reads=True),
                 device_ms(lambda d=dispatcher, h=handle, p=payload: d.dispatch(p, weights, h).wait()),
                 device_ms(lambda d=dispatcher, h=handle, b=back: d.combine(b, None, h).wait()),
-                device_ms(lambda d=dispatcher, p=payload: bare_copy(d, p)) if isinstance(dispatcher, Nvlink) else 0.0,
             ]
-            table.add_row(name, str(payload[0].dtype)[6:], *(f"{ms:.3f}" if ms else "" for ms in parts))
+            if isinstance(dispatcher, Nvlink):
+                parts += [device_ms(lambda d=dispatcher, p=payload, f=f: f(d, p)) for f in (wire, bare_copy)]
+            table.add_row(name, str(payload[0].dtype)[6:], *(f"{ms:.3f}" for ms in parts))
     return table
+
+
+def wire(dispatcher: Nvlink, payload: tuple[Tensor, ...]) -> None:
+    """A message that nobody reads."""
+    rooms = tuple(WindowRows.of(tensor, dispatcher.most) for tensor in payload)
+    dispatcher.windows.start(lambda _: payload, rooms, lambda came: None, "wire").wait()
 
 
 def bare_copy(dispatcher: Nvlink, payload: tuple[Tensor, ...]) -> None:
