@@ -22,8 +22,11 @@ import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
+from dryvine.comm.dispatch import by_rank, token_plan
+from dryvine.comm.dispatch.by_rank import ByRank
 from dryvine.comm.dispatch.exchange import GroupExchange
 from dryvine.comm.dispatch.flat import Flat
+from dryvine.comm.dispatch.token_plan import PlanGroup
 from dryvine.parallel.stage import Flight
 from dryvine.parallel.wgrad import Closure
 from dryvine.trainer.adam import Operands, Update
@@ -41,7 +44,8 @@ from dryvine.trainer.ramps import OptimConfig
 from dryvine.trainer.tensors.groups import ExpertGroups
 
 MODULES = (
-    "dryvine.comm.dispatch.kernels", "dryvine.trainer.adam_kernel", "dryvine.trainer.tensors.group_tables",
+    "dryvine.comm.dispatch.kernels", "dryvine.comm.dispatch.plan_kernels",
+    "dryvine.trainer.adam_kernel", "dryvine.trainer.tensors.group_tables",
     "dryvine.trainer.fp8.kernels.casts", "dryvine.trainer.fp8.kernels.fused",
     "dryvine.trainer.fp8.kernels.hopper", "dryvine.trainer.model.kernels.gate",
     "dryvine.trainer.model.kernels.grouped", "dryvine.trainer.model.kernels.loss",
@@ -109,6 +113,18 @@ def products() -> None:
     grouped.wgrad(random(rows, 144), random(rows, 272), groups, torch.zeros(len(COUNTS), 144, 272, device="cuda"))
 
 
+def tokens() -> None:
+    """What `nvlink` makes of everybody's rows, with room for all and for less, its own apart from the others'."""
+    ranks, most, experts, top_k, rank = 3, 37, 12, 3, 1
+    drawn = torch.rand(ranks, most, experts, device="cuda").argsort(dim=2)[..., :top_k].int()
+    own = token_plan.choices_to_send(drawn[rank, :30].long(), most)
+    for room in (ranks * most * top_k, most * top_k // 2):
+        found = token_plan.places(ByRank(drawn, own, rank), drawn[rank, :30].long(), PlanGroup(experts), room)
+        rows = by_rank.gather_by_rank(ByRank(random(ranks, most, 72), random(30, 72), rank), found.token)
+        partial = by_rank.sum_present(rows, found.row).view(ranks, most, 72)
+        by_rank.sum_by_rank(ByRank(partial, partial[rank], rank), found.total)
+
+
 def model(recipe: Any) -> None:
     """All phases forward and backward, with a number of tokens that fits no tile."""
     fp8 = FP8(recipe, Triton(), "") if recipe.fp8 else None
@@ -148,6 +164,7 @@ def main() -> int:
     update()
     quantisers()
     products()
+    tokens()
     for recipe in (preset("bf16"), preset("deepseek_v3"), preset("deepseek_v3", dispatch="bf16")):
         model(recipe)
     torch.cuda.synchronize()
