@@ -11,8 +11,9 @@ from tests.support import triton_scripts as helpers_triton
 pytestmark = pytest.mark.skipif(not helpers_triton.PRESENT, reason="triton is for Linux only")
 
 
-def test_every_bit_agrees_under_the_interpreter() -> None:
-    helpers_triton.interpret("comm_interpreted.py")
+@helpers_triton.every_case
+def test_every_bit_agrees_under_the_interpreter(every: bool) -> None:
+    helpers_triton.interpret("comm_interpreted.py", every)
 
 
 compiled = helpers_triton.compiled("comm_compiled")

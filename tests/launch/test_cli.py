@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from dryvine.trainer.checkpoint import run_folder
 
 TINY = str(Path(__file__).parents[1] / "tiny.toml")
@@ -34,6 +36,7 @@ def test_train_launches_ranks_and_ends_with_the_table(corpus: Path, tmp_path: Pa
     assert (tmp_path / "tiny" / "checkpoints" / "step-00000002").is_dir()
 
 
+@pytest.mark.long
 def test_a_signal_to_the_launcher_saves_and_says_so(corpus: Path, tmp_path: Path) -> None:
     words = command("train", TINY, *DUALPIPE, *given(corpus, tmp_path), "run.steps=100000", "run.eval_every=100000")
     rows = tmp_path / "tiny" / "metrics.jsonl"
@@ -61,6 +64,7 @@ def test_ctrl_c_while_ranks_start_ends_at_once_and_not_with_0(corpus: Path, tmp_
     assert "Traceback" not in errors
 
 
+@pytest.mark.long
 def test_verify_says_what_deviates_and_by_how_much(corpus: Path, tmp_path: Path) -> None:
     done = run("verify", TINY, "parallel.ep=2", *given(corpus, tmp_path))
     assert done.returncode == 0, done.stderr

@@ -38,9 +38,14 @@ def run(*command: str, **environment: str) -> str:
     return done.stdout
 
 
-def interpret(tests: str) -> None:
-    """The tests of a file of tests/spawned/, under the interpreter."""
-    output = run("-m", "pytest", f"tests/spawned/{tests}", "-p", "no:cacheprovider", TRITON_INTERPRET="1")
+# The interpreter takes seconds a case: all of them are for the long tests.
+every_case = pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.long)])
+
+
+def interpret(tests: str, every: bool) -> None:
+    """The tests of a file of tests/spawned/, under the interpreter: every case, or the first of each test."""
+    cases = () if every else ("-p", "tests.support.first_cases")
+    output = run("-m", "pytest", f"tests/spawned/{tests}", "-p", "no:cacheprovider", *cases, TRITON_INTERPRET="1")
     assert "[100%]" in output
 
 
@@ -59,10 +64,10 @@ def compile_by(version: str, script: str, folder: Path) -> list[dict[str, Any]]:
 
 
 def compiled(script: str) -> Any:
-    """A fixture: every kernel of a script, by the triton of this torch; in the long tests by that of the oldest torch
-    we support."""
+    """A fixture: every kernel of a script, by the triton of this torch and by that of the oldest torch we support. A
+    minute each: for the long tests."""
 
-    @pytest.fixture(scope="module", params=[INSTALLED, pytest.param(OTHER, marks=pytest.mark.long)])
+    @pytest.fixture(scope="module", params=[pytest.param(v, marks=pytest.mark.long) for v in (INSTALLED, OTHER)])
     def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         return compile_by(request.param, script, tmp_path_factory.mktemp("triton"))
 

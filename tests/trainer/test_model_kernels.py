@@ -12,8 +12,9 @@ pytestmark = pytest.mark.skipif(not helpers_triton.PRESENT, reason="triton is fo
 SUMS = ("norm.norm_weight_kernel", "loss.logsumexp_kernel")  # store a number where others store a tensor
 
 
-def test_definitions_are_met_under_the_interpreter() -> None:
-    helpers_triton.interpret("model_interpreted.py")
+@helpers_triton.every_case
+def test_definitions_are_met_under_the_interpreter(every: bool) -> None:
+    helpers_triton.interpret("model_interpreted.py", every)
 
 
 compiled = helpers_triton.compiled("model_compiled")
