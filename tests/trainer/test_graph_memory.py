@@ -114,4 +114,6 @@ def test_flights_share_nothing(tiny: Tiny) -> None:
     assert extra(plan)[0] == hold - held_bytes(plan, cuda=True)[0] - max(own_0, own_1)
     row = make(plan, load_hardware("h100")).ranks[0].kinds[GRAPHS]
     assert row == extra(plan)[0]
-    assert f"{max(extra(plan)) / 1e9:.3g} GB" in graph_line(plan)
+    least = held_bytes(plan, cuda=True)[0] + max(own_0, own_1)
+    assert f"hold {hold / 1e9:.3g} GB" in graph_line(plan)
+    assert f"in 3 flights; ops without hold {least / 1e9:.3g} GB or more" in graph_line(plan)
