@@ -31,7 +31,7 @@ train: setup
 # distillation, and an evaluation of each. docs/rl.md.
 rl: setup
 	$(BIN)/dryvine demos --out data/countdown --largest 5
-	[ -e data/countdown/sums/dataset.json ] || $(BIN)/dryvine data build --text data/countdown/sums.jsonl --tokenizer data/countdown/tokenizer.json --out data/countdown/sums
+	[ -e data/countdown/sums/dataset.json ] || $(BIN)/dryvine data build --text data/countdown/sums.jsonl --tokenizer data/countdown/tokenizer.json --val-fraction 0.2 --out data/countdown/sums
 	$(BIN)/dryvine train configs/countdown_pretrain.toml
 	$(BIN)/dryvine sft configs/countdown_sft.toml run.init_from=runs/countdown_pretrain
 	$(BIN)/dryvine rl configs/countdown_r1zero.toml
