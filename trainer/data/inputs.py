@@ -6,6 +6,7 @@ import glob
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +27,18 @@ class Input(NamedTuple):
 def printable(name: str) -> str:
     """A file name for a person or a file of UTF-8: bytes that are not UTF-8 are spelled \\udcXX."""
     return name.encode(errors="backslashreplace").decode()
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn an OSError of the block, which reads an input, into a DataError with its name."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{path}: {error.strerror or error}; fix that, and run the same command again, which goes on from the last "
+            "whole shard"
+        ) from None
 
 
 def input_below(root: Path, path: Path) -> Input:

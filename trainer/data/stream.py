@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from dryvine.trainer.data.inputs import Input
+from dryvine.trainer.data.inputs import Input, reading
 from dryvine.trainer.data.readers.fields import Fields
 from dryvine.trainer.data.readers.record import Record
 from dryvine.trainer.data.readers.table import kind_of
@@ -38,15 +38,16 @@ class StreamItem(NamedTuple):
 
 def read_stream(inputs: Sequence[Input], fields: Fields, start: StreamPosition) -> Iterator[StreamItem]:
     """Every record from `start` on. The position after a file's last record is the start of the next file, so that
-    no end of a file is read twice."""
+    no end of a file is read twice. Raises DataError for a file that the system cannot read."""
     for index, file in enumerate(inputs[start.file :], start.file):
         kind = kind_of(file.path)
         line, byte = (start.line, start.byte) if index == start.file else (0, 0)
-        for record, following in _with_next(kind.read(file.path, fields, line, byte)):
-            after = StreamPosition(index, record.line, record.byte) if following else StreamPosition(index + 1)
-            text = record.text.encode()
-            key = file.name.encode(errors="surrogateescape") if kind.is_document else text
-            yield StreamItem(after, file.name, key, len(text), record)
+        with reading(file.path):
+            for record, following in _with_next(kind.read(file.path, fields, line, byte)):
+                after = StreamPosition(index, record.line, record.byte) if following else StreamPosition(index + 1)
+                text = record.text.encode()
+                key = file.name.encode(errors="surrogateescape") if kind.is_document else text
+                yield StreamItem(after, file.name, key, len(text), record)
 
 
 def _with_next(records: Iterator[Record]) -> Iterator[tuple[Record, Record | None]]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from dryvine.trainer.data import tokenizer
 from dryvine.trainer.data.atomic import write_atomically
+from dryvine.trainer.data.inputs import Input, reading
 from dryvine.trainer.data.readers.table import kind_of
 from dryvine.trainer.data.sampling import uniform
 from dryvine.trainer.data.spec import BuildJob
@@ -34,7 +35,7 @@ def _learn(job: BuildJob) -> str:
 def _sample(job: BuildJob) -> Iterator[str]:
     """About `sample_bytes` of training text, drawn evenly from all inputs."""
     fields = job.spec.fields
-    text_bytes = sum(kind_of(file.path).text_bytes(file.path, fields.text) for file in job.inputs)
+    text_bytes = sum(_text_bytes(file, fields.text) for file in job.inputs)
     rate = job.spec.sample_bytes / max(text_bytes, 1)
     for item in read_stream(job.inputs, fields, StreamPosition()):
         # The pieces of a large text share a key; their positions let each be drawn by itself.
@@ -42,6 +43,11 @@ def _sample(job: BuildJob) -> Iterator[str]:
         if not job.spec.holds_out(item.key) and uniform("sample", piece) < rate:
             yield from _without_long_words(item.record.text)
         job.report("learning the vocabulary", item.after)
+
+
+def _text_bytes(file: Input, field: str) -> int:
+    with reading(file.path):
+        return kind_of(file.path).text_bytes(file.path, field)
 
 
 def _without_long_words(text: str) -> Iterator[str]:

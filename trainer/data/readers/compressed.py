@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
+from dryvine.trainer.data.readers.record import is_damage
+
 _CODECS = {".gz": "gzip", ".zst": "zstd"}
 _STEP_BYTES = 2**20
 
@@ -62,6 +64,8 @@ class _Decompressed(io.RawIOBase):
         try:
             part = self.stream.read(len(into))
         except OSError as error:
+            if not is_damage(error):
+                raise
             self.damage, part = error, self._before_damage(len(into))
             if not part:
                 raise
@@ -87,6 +91,7 @@ def decompressed_bytes(path: Path, field: str) -> int:
         try:
             while part := file.data.read(_STEP_BYTES):
                 total += len(part)
-        except OSError:
-            return total
+        except OSError as error:
+            if not is_damage(error):
+                raise
     return total

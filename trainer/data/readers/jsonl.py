@@ -8,7 +8,15 @@ from pathlib import Path
 
 from dryvine.trainer.data.readers.compressed import OpenFile, open_by_suffix
 from dryvine.trainer.data.readers.fields import Fields, dig
-from dryvine.trainer.data.readers.record import Record, broken_record, other_encoding, reason_of, skip_line, text_of
+from dryvine.trainer.data.readers.record import (
+    Record,
+    broken_record,
+    is_damage,
+    other_encoding,
+    reason_of,
+    skip_line,
+    text_of,
+)
 
 MAX_LINE_BYTES = 2**28  # a longer line is more likely a JSON array under the wrong name
 
@@ -28,7 +36,7 @@ def read_jsonl(path: Path, fields: Fields, line: int, byte: int) -> Iterator[Rec
                 line = record.line
                 yield record
         except OSError as error:
-            if not file.is_compressed:
+            if not is_damage(error):
                 raise
             yield broken_record(line + 1, path.stat().st_size, f"damaged from here on: {error}")
 

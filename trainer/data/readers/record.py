@@ -49,6 +49,12 @@ class Reader(Protocol):
     def __call__(self, path: Path, fields: Fields, line: int, byte: int) -> Iterator[Record]: ...
 
 
+def is_damage(error: Exception) -> bool:
+    """Whether reading failed because of what the file holds. An OSError with a number is the disk's or the network's:
+    it may be gone at the next try, and text must not be left out for it."""
+    return not (isinstance(error, OSError) and error.errno)
+
+
 def broken_record(line: int, byte: int, reason: str) -> Record:
     """A record without text, for a line or file that is left out."""
     return Record(line, byte, broken=(Broken(line, reason),))
