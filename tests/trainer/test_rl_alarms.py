@@ -56,7 +56,7 @@ def test_a_reward_that_falls_is_an_alarm() -> None:
 
 
 def test_alarms_end_a_run_after_a_checkpoint(digit_run: Tiny) -> None:
-    config = digit_run("rl.alarms.action=stop", "rl.alarms.patience=2", "rl.alarms.entropy_above=1e-3", "run.steps=9")
+    config = digit_run("rl.alarms.action=stop", "rl.alarms.patience=2", "rl.alarms.entropy_above=0.02", "run.steps=9")
     with pytest.raises(Diverged, match="alarms in 2 rollouts in a row"):
         go(config)
     assert [row["step"] for row in read(config.run.folder, "alarms.jsonl")] == [1, 2]
