@@ -62,11 +62,12 @@ def write_tasks(run: OpenRun, folder: Path, count: int) -> None:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in some))
 
 
-def variants(run: OpenRun, spec: str, folder: Path, keep: int) -> Iterator[tuple[str, str]]:
-    """Name, and what `open_model` takes."""
+def variants(run: OpenRun, spec: str, folder: Path, keep: int) -> Iterator[tuple[str, str, str]]:
+    """Name, and what `open_model` takes: the model, and the dtype to multiply in."""
     for dtype in ("fp32", "bf16", "int8", "int4"):
         export_run(run, folder / dtype, ExportAs("hf", dtype), lambda *_: None)
-        yield dtype, str(folder / dtype)
+        yield dtype, str(folder / dtype), "fp32"
+    yield "fp32, multiplied in 8 bits", str(folder / "fp32"), "int8"
     text = folder / "other.jsonl"
     for name, number, merge in (
         ("bf16, no groups", run.shape.routed, False),
@@ -77,11 +78,11 @@ def variants(run: OpenRun, spec: str, folder: Path, keep: int) -> Iterator[tuple
         prune(spec, made, number, text, merge)
         out = folder / f"{made.name}-bf16"
         export_run(open_run(str(made)), out, ExportAs("hf", "bf16"), lambda *_: None)
-        yield name, str(out)
+        yield name, str(out), "fp32"
 
 
-def measured(name: str, model: str, folder: Path) -> dict[str, object]:
-    opened = open_model(model, HowToCompute("fp32", "cpu", ""), None)
+def measured(name: str, model: str, dtype: str, folder: Path) -> dict[str, object]:
+    opened = open_model(model, HowToCompute(dtype, "cpu", ""), None)
     subject = Subject(opened.source, opened.sampler, opened.files)
     size = sum(file.stat().st_size for file in Path(model).glob("*.safetensors"))
     row: dict[str, object] = {"model": name, "bytes": size}
@@ -103,8 +104,8 @@ def main() -> None:
         folder = Path(name)
         write_tasks(run, folder, args.count)
         rows = []
-        for variant, model in variants(run, args.run, folder, args.keep):
-            rows.append(measured(variant, model, folder))
+        for variant in variants(run, args.run, folder, args.keep):
+            rows.append(measured(*variant, folder))
             Console().print(json.dumps(rows[-1]))
     if args.out:
         args.out.write_text(json.dumps(rows, indent=1))

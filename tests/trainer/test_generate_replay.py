@@ -10,6 +10,7 @@ import torch
 
 from dryvine.comm.dispatch.single_rank import SingleRank
 from dryvine.trainer.generate import replay as replaying
+from dryvine.trainer.generate.cache import Cache
 from dryvine.trainer.generate.requests import Completion, Request
 from dryvine.trainer.generate.sampler import Room, Sampler
 from dryvine.trainer.model.decoder import Model
@@ -80,6 +81,36 @@ def test_what_an_abandoned_call_left_in_the_cache_changes_no_answer() -> None:
     next(some)
     some.close()  # type: ignore[attr-defined]
     assert all(map(same, in_order(Sampler.alone(model), requests), in_order(sampler, requests)))
+
+
+def test_unlike_calls_do_not_let_the_cache_grow_beyond_its_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many short answers and few long ones, in turns and in one call."""
+    monkeypatch.setattr(replaying, "SLOTS", 1)
+    monkeypatch.setattr(replaying, "POSITIONS", 1)
+    model = filled(tiny())
+    row = 3 * (16 + 4) * 4 + 3 * 2 * 3  # bytes: of layers, and of mixtures
+    room = Room(slots=32, cache_bytes=70 * row)
+    requests = [Request((i % 60, 2), 3, seed=i) for i in range(32)] + [
+        Request((7, i % 60), 60, seed=i) for i in (40, 41)
+    ]
+    plain = in_order(Sampler.alone(model, room), requests)
+    (part,) = Sampler.alone(model, room)._decoder.parts.values()
+    for replays, times in ((False, 1), (True, 4)):
+        sampler = Sampler.alone(model, room)
+        decoder, seen = sampler._decoder, []
+        decoder._replay = replaying.Replay(part, TapeRecorder()) if replays else None
+        reserve = Cache.reserve
+
+        def watched(cache: Cache, *size: int) -> None:
+            reserve(cache, *size)  # noqa: B023
+            seen.append((cache.latents.nbytes + cache.routes.nbytes) / room.cache_bytes)  # noqa: B023
+
+        monkeypatch.setattr(Cache, "reserve", watched)
+        for some in (requests, requests[:32], requests[32:], requests[:32]):
+            ours = {completion.request: completion for completion in sampler.generate(some)}
+            assert all(same(one, ours[one.request]) for one in plain if one.request in ours)
+        monkeypatch.setattr(Cache, "reserve", reserve)
+        assert max(seen) <= times
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

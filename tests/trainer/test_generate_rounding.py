@@ -29,7 +29,7 @@ def shape() -> Shape:
     """Widths that FP8 and the GPU's kernels take."""
     return tiny(
         hidden=256, ffn=256, expert_ffn=128, q_lora=128, kv_lora=64, nope_dim=64, rope_dim=32, v_dim=64, vocab=128,
-        init_std=0.06,
+        init_std=0.06, mtp_depth=1,
     )  # fmt: skip
 
 
@@ -45,14 +45,14 @@ def model_of(device: str, arithmetic: str) -> Model:
     return model
 
 
-def completions(model: Model, slots: int) -> list[Completion]:
+def completions(model: Model, slots: int, speculate: bool = False) -> list[Completion]:
     """Of different lengths, which leave and join."""
     rng = random.Random(0)
     requests = [
         Request(tuple(rng.randrange(128) for _ in range(rng.randint(1, 12))), rng.randint(1, 16), seed=i, group=i % 3)
         for i in range(12)
     ]
-    return list(Sampler.alone(model, Room(slots)).generate(requests))
+    return list(Sampler.alone(model, Room(slots), speculate=speculate).generate(requests))
 
 
 @GPU
@@ -63,17 +63,22 @@ def test_fp32_on_a_gpu_is_the_training_forward(slots: int) -> None:
 
 
 @devices
+@pytest.mark.parametrize("speculate", [False, True])
 @pytest.mark.parametrize("arithmetic", ["bf16", "fp8"])
-def test_rounding_takes_decoding_and_training_about_as_far_from_fp32(device: str, arithmetic: str) -> None:
+def test_rounding_takes_decoding_and_training_about_as_far_from_fp32(
+    device: str, arithmetic: str, speculate: bool
+) -> None:
     exact, model = model_of(device, "fp32"), model_of(device, arithmetic)
     decoded, trained, apart = [], [], []
-    for completion in completions(model, 5):
+    for completion in completions(model, 5, speculate):
+        assert (completion.drafted > 0) == (speculate and len(completion.tokens) > 1)
         tokens = [*completion.request.prompt, *completion.tokens.tolist()][:-1]
         true, ours = (said_of(training_forward(one, tokens)[0], completion) for one in (exact, model))
         decoded.append((completion.logprobs - true).abs())
         trained.append((ours - true).abs())
         apart.append((completion.logprobs - ours).abs())
-    far = [float(torch.cat(some).mean()) for some in (decoded, trained, apart)]
+    # Not means: a token whose gate is at a tie goes to another expert, and is 50 times as far off as the others.
+    far = [float(torch.cat(some).median()) for some in (decoded, trained, apart)]
     # Absorbed, queries and sums of latents are rounded once more than in training.
     assert far[0] < 2 * far[1]
     assert far[2] < 2 * far[1]

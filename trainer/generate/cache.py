@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 class Cache:
-    """`latents` [L, C, P, W] in the run's dtype, `routes` int16 [M, C, P, K]. Grows as it is asked to."""
+    """`latents` [L, C, P, W] in the run's dtype, `routes` int16 [M, C, P, K]. Grows as it is asked to, to a bound."""
 
     def __init__(self, layers: tuple[int, int], widths: tuple[int, int], like: Tensor) -> None:
         """(L, M), (W, K), and a tensor of the dtype and on the device."""
@@ -25,12 +25,16 @@ class Cache:
         self.latents = like.new_empty(layers[0], 0, 0, widths[0])
         self.routes = torch.empty(layers[1], 0, 0, widths[1], dtype=torch.int16, device=like.device)
 
-    def reserve(self, slots: int, positions: int) -> None:
-        """Make room for so many slots of so many positions, and keep what is there."""
+    def reserve(self, slots: int, positions: int, most: int) -> None:
+        """Make room for so many slots of so many positions, and keep what is there of these. Room that it has beyond
+        that, in either direction, is kept too as long as slots x positions are `most` together."""
         have = self.latents.shape[1:3]
-        if slots > have[0] or positions > have[1]:
-            size = (max(slots, have[0]), max(positions, have[1]))
-            self.latents, self.routes = _larger(self.latents, size), _larger(self.routes, size)
+        if slots <= have[0] and positions <= have[1]:
+            return
+        size = (max(slots, have[0]), max(positions, have[1]))
+        if size[0] * size[1] > most:
+            size = (slots, positions)
+        self.latents, self.routes = _resized(self.latents, size), _resized(self.routes, size)
 
     def clear(self, slot: int) -> None:
         """Zero a slot. Numbers that are not finite would spoil the slot's next answer, which multiplies them by
@@ -44,8 +48,9 @@ class Cache:
                 part[:, list(targets), :positions] = part[:, list(sources), :positions]
 
 
-def _larger(part: Tensor, size: tuple[int, int]) -> Tensor:
+def _resized(part: Tensor, size: tuple[int, int]) -> Tensor:
     # Zeros, since what is not seen yet is multiplied by zero, and must be finite.
     new = part.new_zeros(part.shape[0], *size, part.shape[-1])
-    new[:, : part.shape[1], : part.shape[2]] = part
+    both = [slice(min(pair)) for pair in zip(part.shape[1:3], size, strict=True)]
+    new[:, both[0], both[1]] = part[:, both[0], both[1]]
     return new

@@ -26,7 +26,7 @@ from dryvine.comm.pending import Pending
 from dryvine.comm.wire import P2PWire
 from dryvine.trainer.generate.cache import Cache
 from dryvine.trainer.generate.feed import Feed, LaneStep, Stretch, prefill_feed, step_feed
-from dryvine.trainer.generate.replay import Replay
+from dryvine.trainer.generate.replay import Replay, Size, graph_size
 from dryvine.trainer.generate.sampling import Drawn
 from dryvine.trainer.generate.stage import CachedStage, draw
 
@@ -89,10 +89,13 @@ class Decoder:
         if self._replay is not None:
             self._kept = caches
 
-    def reserve(self, caches: Caches, lane: int, slots: int, positions: int) -> None:
-        """Make room for `slots` slots of `positions` positions in a lane."""
+    def reserve(self, caches: Caches, lane: int, size: Size, most: int) -> None:
+        """Make room for so many slots of so many positions in a lane. Caches that have grown in both directions hold
+        `most` positions of all slots together, or with graphs, whose sizes are rounded up, four times as many."""
+        if self._replay is not None:
+            size, most = graph_size(*size), 4 * most
         for cache in self._caches_of(caches, lane):
-            cache.reserve(slots, positions)
+            cache.reserve(*size, most)
 
     def copy(self, caches: Caches, lane: int, sources: Sequence[int], targets: Sequence[int], positions: int) -> None:
         """Copy the first `positions` positions of some slots of a lane to others."""

@@ -12,63 +12,35 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from dryvine.trainer.generate.feed import LaneStep, Stretch
 from dryvine.trainer.generate.requests import Reason, Request
 from dryvine.trainer.generate.sampling import Drawn, Ways
+from dryvine.trainer.generate.slots import Integers, Slots
 
 Until = Callable[[Request, list[int]], bool]
 
 
 @dataclass
 class Answer:
-    """The completion so far. Once it has ended it has a `reason`; `why` says what failed."""
+    """A request with a slot. Once it has ended it has a `reason`, and what it sampled; `why` says what failed."""
 
     request: Request
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
     reason: Reason | None = None
     why: str = ""
-    drafts: list[int] = field(default_factory=list)  # guesses of the next tokens, or none
+    tokens: Integers = field(default_factory=lambda: np.empty(0, np.int64))
+    logprobs: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
     drafted: int = 0
     accepted: int = 0
-
-    @property
-    def cached(self) -> int:
-        """How many of its tokens are in the cache, once it has sampled one."""
-        return len(self.request.prompt) + len(self.tokens) - 1
-
-    def follow(self, tokens: list[int], logprobs: list[float], drafts: list[int], until: Until | None) -> None:
-        """What a step made of this answer: its tokens, in so far as the drafts were right, and the next drafts."""
-        right = [token for token in tokens if token >= 0]
-        self.drafted += len(self.drafts)
-        self.accepted += min(len(self.drafts), len(right) - 1)
-        self.drafts = drafts
-        for token, logprob in zip(right, logprobs, strict=False):
-            if self.reason is None:
-                self.take(token, logprob, until)
-
-    def take(self, token: int, logprob: float, until: Until | None) -> None:
-        """Add a sampled token, and end the answer if it was the last."""
-        if logprob != logprob:
-            self.fail("the model's logits are not finite")
-            return
-        self.tokens.append(token)
-        self.logprobs.append(logprob)
-        if token in self.request.stop:
-            self.reason = "stop"
-        elif len(self.tokens) == self.request.max_tokens:
-            self.reason = "length"
-        elif until is not None:
-            self._ask(until)
 
     def fail(self, why: str) -> None:
         self.reason, self.why = "failed", why
 
-    def _ask(self, until: Until) -> None:
+    def ask(self, until: Until, tokens: list[int]) -> None:
         """Call the user's callback. An error in it ends this answer only."""
         try:
-            if until(self.request, self.tokens):
+            if until(self.request, tokens):
                 self.reason = "callback"
         except Exception as error:
             self.fail(f"the callback raised {type(error).__name__}: {error}")
@@ -88,7 +60,8 @@ class Lane:
         """`drafts`: guesses in each step."""
         self.device, self.drafts = device, drafts
         self.live: list[Answer] = []
-        self._ways = Ways.of((), device)
+        self._slots = Slots.of((), drafts)
+        self._changed()
 
     def join(self, answers: Sequence[Answer]) -> Join:
         """Put answers into slots. All of a prompt but its last token is fed before the first step, which feeds the
@@ -106,6 +79,7 @@ class Lane:
                 after = request.prompt[-1:] * self.drafts
                 joined.feed.append(Stretch(slot, shared, request.prompt[shared:-1], after))
             self.live.append(answer)
+        self._slots = self._slots.beside(Slots.of([answer.request for answer in answers], self.drafts))
         self._changed()
         return joined
 
@@ -113,25 +87,63 @@ class Lane:
         """How many of the positions that two prompts feed first are equal. MTP has seen `drafts` tokens more there."""
         return max(0, min(common(one, other) - self.drafts, len(one) - 1, len(other) - 1))
 
+    @property
+    def longest(self) -> int:
+        """Cached positions that the longest answer may need; drafts may lie behind its last token."""
+        return self._slots.positions() + self.drafts if self.live else 0
+
+    def cached(self, slot: int) -> int:
+        """How many of the slot's tokens are in the cache."""
+        return int(self._slots.cached()[slot])
+
     def step(self) -> LaneStep:
         """The inputs of the next step."""
-        newest = [(answer.tokens or answer.request.prompt)[-1] for answer in self.live]
-        # Where there is no guess yet, any will do.
-        rows = [
-            (token, *(answer.drafts or [token] * self.drafts)) for token, answer in zip(newest, self.live, strict=True)
-        ]
-        positions = np.array([answer.cached for answer in self.live], np.int64)
-        return LaneStep(np.array(rows, np.int64).reshape(-1, 1 + self.drafts), positions, self._ways)
+        return LaneStep(self._slots.fed(), self._slots.cached(), self._ways)
 
     def take(self, drawn: Drawn, until: Until | None) -> None:
-        """Give each answer its sampled tokens."""
-        if not self.drafts:
-            columns = (drawn.tokens[:, 0].tolist(), drawn.logprobs[:, 0].tolist())
-            for answer, token, logprob in zip(self.live, *columns, strict=True):
-                answer.take(token, logprob, until)
-            return
-        for answer, *its in zip(self.live, *(part.tolist() for part in drawn), strict=True):
-            answer.follow(*its, until)
+        """Give each answer its sampled tokens, in so far as the drafts were right, and its next drafts."""
+        s = self._slots
+        right_S, guessed_S = (drawn.tokens >= 0).sum(1), (s.drafts >= 0).sum(1)
+        s.drafted[:] += guessed_S
+        s.accepted[:] += np.minimum(guessed_S, right_S - 1)
+        s.drafts[:] = drawn.drafts
+        rows = np.arange(len(self.live))
+        for tokens_S, logprobs_S, place in zip(drawn.tokens.T, drawn.logprobs.T, range(1 + self.drafts), strict=True):
+            rows = rows[right_S[rows] > place]
+            rows = self._add(rows, tokens_S[rows], logprobs_S[rows], until)
+
+    def _add(self, rows: Integers, tokens: Integers, logprobs: NDArray[np.float64], until: Until | None) -> Integers:
+        """Add a token to each of these slots. Returns those that go on."""
+        wrong = np.isnan(logprobs)
+        for slot in rows[wrong]:
+            self.live[slot].fail("the model's logits are not finite")
+        rows, tokens, logprobs = rows[~wrong], tokens[~wrong], logprobs[~wrong]
+        self._slots = s = self._slots.with_room()
+        s.add(rows, tokens, logprobs)
+        stop = np.isin(tokens, self._stops)
+        for at in np.flatnonzero(stop):  # another answer's
+            stop[at] = int(tokens[at]) in self.live[rows[at]].request.stop
+        full = (s.counts[rows] == s.most[rows]) & ~stop
+        for slot in rows[stop]:
+            self.live[slot].reason = "stop"
+        for slot in rows[full]:
+            self.live[slot].reason = "length"
+        rows = rows[~(stop | full)]
+        return rows if until is None else self._ask(rows, until)
+
+    def _ask(self, rows: Integers, until: Until) -> Integers:
+        for slot in rows:
+            self.live[slot].ask(until, self._slots.tokens[slot, : self._slots.counts[slot]].tolist())
+        return np.array([slot for slot in rows if self.live[slot].reason is None], np.int64)
+
+    def ended(self) -> list[tuple[int, Answer]]:
+        """The slots of answers that have ended, which now have all that they sampled."""
+        found = [(slot, answer) for slot, answer in enumerate(self.live) if answer.reason is not None]
+        for slot, answer in found:
+            s, count = self._slots, self._slots.counts[slot]
+            answer.tokens, answer.logprobs = s.tokens[slot, :count].copy(), s.logprobs[slot, :count].copy()
+            answer.drafted, answer.accepted = int(s.drafted[slot]), int(s.accepted[slot])
+        return found
 
     def leave(self) -> list[tuple[int, int]]:
         """Remove the answers that have ended. Returns the moves: (from slot, to slot)."""
@@ -143,11 +155,13 @@ class Lane:
         for source, target in moves:
             self.live[target] = self.live[source]
         del self.live[len(staying) :]
+        self._slots = self._slots.moved(moves, len(staying))
         self._changed()
         return moves
 
     def _changed(self) -> None:
-        self._ways = Ways.of([answer.request for answer in self.live], self.device)
+        self._ways = Ways.of_columns(self._slots.temperatures, self._slots.top_p, self._slots.seeds, self.device)
+        self._stops = np.array(sorted(frozenset().union(*{a.request.stop for a in self.live})), np.int64)
 
 
 def common(one: Sequence[int], other: Sequence[int]) -> int:

@@ -48,10 +48,9 @@ class Replay:
         self._pool = recorder.pool()
 
     def step(self, cache: Cache, step: LaneStep) -> Tensor:
-        """Feed a token to each of the first S slots: FP32 logits [S, V]."""
+        """Feed a token to each of the first S slots: FP32 logits [S, V]. The cache has room for a graph's size."""
         live = len(step.tokens)
-        size = power_of_two(live, SLOTS), power_of_two(int(step.positions.max()) + 1, POSITIONS)
-        cache.reserve(*size)
+        size = graph_size(live, int(step.positions.max()) + 1)
         if self._memory is not cache.latents:
             self._forget()
             self._memory = cache.latents
@@ -88,6 +87,11 @@ class Replay:
     def _feed(self, size: Size) -> Feed:
         tokens, positions = self._given[size]
         return grid_feed(tokens.view(-1, 1), positions.view(-1, 1), size[1], self.part.spec)
+
+
+def graph_size(slots: int, positions: int) -> Size:
+    """That of the graph for so many."""
+    return power_of_two(slots, SLOTS), power_of_two(positions, POSITIONS)
 
 
 def power_of_two(number: int, least: int) -> int:

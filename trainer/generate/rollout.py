@@ -78,10 +78,9 @@ class Rollout:
     def _leave(self) -> Iterator[Completion]:
         """The answers that have ended, with their routes. The last slots move into the free ones."""
         ended = [
-            (answer, Span(number, slot, answer.cached))
+            (answer, Span(number, slot, lane.cached(slot)))
             for number, lane in enumerate(self._lanes)
-            for slot, answer in enumerate(lane.live)
-            if answer.reason is not None
+            for slot, answer in lane.ended()
         ]
         if not ended:
             return
@@ -92,7 +91,7 @@ class Rollout:
         for number, lane in enumerate(self._lanes):
             if moves := lane.leave():
                 sources, targets = zip(*moves, strict=True)
-                length = max(lane.live[slot].cached for slot in targets)
+                length = max(lane.cached(slot) for slot in targets)
                 self._decoder.copy(self._caches, number, sources, targets, length)
         for (answer, _), chosen in zip(ended, routes, strict=True):
             yield self._completion(answer, chosen)
@@ -103,7 +102,7 @@ class Rollout:
         if self._peek() is None:
             return refused
         joining: list[list[Answer]] = [[] for _ in self._lanes]
-        longest = [max((self._needed(a.request) for a in lane.live), default=0) for lane in self._lanes]
+        longest = [lane.longest for lane in self._lanes]
         while (answer := self._peek()) is not None:
             if why := _refusal(answer.request, self._decoder.spec.shape):
                 answer.fail(why)
@@ -152,7 +151,8 @@ class Rollout:
         for number, (lane, answers) in enumerate(zip(self._lanes, joining, strict=True)):
             if answers:
                 joined = lane.join(answers)
-                self._decoder.reserve(self._caches, number, len(lane.live), longest[number])
+                size = (len(lane.live), longest[number])
+                self._decoder.reserve(self._caches, number, size, self._room.positions)
                 followers = {target for _, target, _ in joined.shared}
                 feeds[number] = [piece for piece in joined.feed if piece.slot not in followers]
                 late[number] = [piece for piece in joined.feed if piece.slot in followers]
@@ -166,7 +166,7 @@ class Rollout:
 
     def _completion(self, answer: Answer, routes: torch.Tensor) -> Completion:
         assert answer.reason is not None
-        tokens, logprobs = torch.tensor(answer.tokens, dtype=torch.int64), torch.tensor(answer.logprobs).float()
+        tokens, logprobs = torch.from_numpy(answer.tokens), torch.from_numpy(answer.logprobs).float()
         counts = answer.drafted, answer.accepted
         return Completion(answer.request, tokens, logprobs, routes, answer.reason, answer.why, *counts)
 

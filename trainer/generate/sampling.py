@@ -46,15 +46,22 @@ class Ways(NamedTuple):
     @staticmethod
     def of(requests: Sequence[Request], device: torch.device) -> Ways:
         """The parameters of a batch of requests, in their order."""
-        heat = [request.temperature for request in requests]
-        top_p = [request.top_p for request in requests]
-        greedy = [t == 0 for t in heat]
-        divide, cut = any(t not in (0, 1) for t in heat), any(p != 1 for p in top_p)
+        heat = np.array([request.temperature for request in requests], np.float64)
+        top_p = np.array([request.top_p for request in requests], np.float64)
+        seeds = np.array([request.seed % (1 << 64) for request in requests], np.uint64)
+        return Ways.of_columns(heat, top_p, seeds, device)
+
+    @staticmethod
+    def of_columns(
+        heat: NDArray[np.float64], top_p: NDArray[np.float64], seeds: NDArray[np.uint64], device: torch.device
+    ) -> Ways:
+        """Temperatures, top_p and seeds, each [S]."""
+        greedy, divide = heat == 0, np.where(heat == 0, 1.0, heat)
         return Ways(
-            torch.tensor([t or 1.0 for t in heat], device=device).unsqueeze(1) if divide else None,
-            torch.tensor(greedy, device=device) if any(greedy) else None,
-            torch.tensor(top_p, dtype=torch.float64, device=device).unsqueeze(1) if cut else None,
-            np.array([request.seed % (1 << 64) for request in requests], dtype=np.uint64),
+            torch.from_numpy(divide).float().to(device).unsqueeze(1) if (divide != 1).any() else None,
+            torch.from_numpy(greedy).to(device) if greedy.any() else None,
+            torch.from_numpy(top_p.copy()).to(device).unsqueeze(1) if (top_p != 1).any() else None,
+            seeds.copy(),
         )
 
     def each(self, times: int) -> Ways:

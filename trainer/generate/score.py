@@ -52,7 +52,7 @@ class Scorer:
         while now := list(islice(batches, self.decoder.lanes)):
             sheets = [_Sheet(batch) for batch in now]
             for lane, sheet in enumerate(sheets):
-                self.decoder.reserve(caches, lane, len(sheet.batch), sheet.longest)
+                self.decoder.reserve(caches, lane, (len(sheet.batch), sheet.longest), self.room.positions)
             self.decoder.prefill(caches, {lane: sheet.first for lane, sheet in enumerate(sheets)}, self._reader(sheets))
             for lane, sheet in enumerate(sheets):
                 if sheet.shared:
