@@ -68,6 +68,11 @@ def test_the_ends_of_documents_are_not_lost(tmp_path: Path) -> None:
     inputs = match_files([f"{tmp_path}/a.jsonl"])
     build(inputs, SPEC, tmp_path / "whole")
     fails_at("train/00000.ends.npy", inputs, tmp_path / "whole", tmp_path / "out")
+    write_megatron(tmp_path / "whole", "train", tmp_path / "exported")
+    too_little = (tmp_path / "exported.idx").stat().st_size - 1
+    with files_of_at_most(too_little), pytest.raises(CannotWrite, match=r"again\.idx: File too large"):
+        write_megatron(tmp_path / "whole", "train", tmp_path / "again")
+    assert not megatron_prefix(tmp_path / "again")
 
 
 def test_an_export_and_a_clean_copy_name_what_they_cannot_write(tmp_path: Path, inputs: list[Input]) -> None:
