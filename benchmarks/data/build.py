@@ -68,11 +68,11 @@ def prepare(folder: Path, megabytes: int) -> None:
 
 def measure(name: str, folder: Path, given: argparse.Namespace, until: float) -> Measured | None:
     """A row in processes of its own, or None if it was not done by `until` (of `time.monotonic`)."""
-    arguments = [str(folder), str(given.processes)]
+    words = [str(folder), str(given.processes)]
     if name == "datatrove":
-        command = [given.datatrove, str(Path(__file__).with_name("datatrove_row.py")), *arguments]
+        command = [given.datatrove, str(Path(__file__).with_name("datatrove_row.py")), *words]
     else:
-        command = [sys.executable, "-m", "benchmarks.data.row", name, *arguments]
+        command = [sys.executable, "-m", "benchmarks.data.row", name, *words]
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True)
     try:
