@@ -144,10 +144,9 @@ class Compute:
                 [edge for edge, _ in roots], [g for _, g in roots], retain_graph=flight.recorded or None
             )
         dx = grads[: self.through] + tuple(leaf.grad for leaf in leaves)
-        if flight.recorded:
-            # Or the next backward of the same graph would add to these.
-            for leaf in leaves:
-                leaf.grad = None
+        for leaf in leaves:
+            # Weight gradients may keep the leaf until W, and the next backward of a recorded graph would add to this.
+            leaf.grad = None
         return StepResult(Pending.done(dx), closures, [leaf.detach() for leaf in leaves])
 
     def _graph_of(self, flight: Flight) -> _Graph:

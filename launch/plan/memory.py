@@ -17,7 +17,14 @@ from dryvine.launch.plan.shards import BucketSize, buckets, parameters_of
 from dryvine.launch.plan.traffic import Dispatching
 from dryvine.launch.plan.transients import transients
 from dryvine.parallel.flow_control import AHEAD, most_messages
-from dryvine.trainer.activations import DTYPE_BYTES, FlightSizes, flight_sizes, microbatch_size, most_held
+from dryvine.trainer.activations import (
+    DTYPE_BYTES,
+    FlightSizes,
+    flight_sizes,
+    microbatch_size,
+    most_held,
+    most_in_slots,
+)
 from dryvine.trainer.graph_memory import graph_bytes
 from dryvine.trainer.model.parameters import ParameterSize
 from dryvine.trainer.run_plan import LayoutPlan
@@ -27,7 +34,7 @@ from dryvine.trainer.tensors.tiles import TILE
 WEIGHTS, COPIES, SUMS, SHARDS = "weights", "FP8 copies of weights", "gradient sums", "summed gradient shards"
 MASTERS, MOMENTS, GATES = "FP32 masters", "AdamW moments", "gate biases and loads"
 ACTIVATIONS, MESSAGES, STAGING, TRANSIENT = "activations", "pipeline messages", "dispatch buffers", "temporaries"
-GRAPHS = "CUDA graphs"
+GRAPHS, SLOTS = "CUDA graphs", "held until a slot ends"
 
 
 @dataclass(frozen=True)
@@ -61,10 +68,11 @@ def parts_of(plan: LayoutPlan, cuda: bool) -> Parts:
 def memory(plan: LayoutPlan, parts: Parts, sent: Dispatching, cuda: bool) -> list[RankMemory]:
     """Peak memory of every pipeline rank. `sent`: what its dispatcher moves."""
     held = most_held(plan, parts.flights)
+    slots = most_in_slots(plan, parts.flights)
     graphs = graph_bytes(plan, parts.flights, held, cuda)
     if plan.config.parallel.ep > 1 and sent.name != "nvlink":
         graphs = [0] * len(held)  # `auto` takes another here
-    ranks = zip(parts.buckets, held, graphs, strict=True)
+    ranks = zip(parts.buckets, held, slots, graphs, strict=True)
     return [
         RankMemory(rank, _kinds(plan, _Rank(rank, mine, *most), sent, cuda), host_state(plan, mine))
         for rank, (mine, *most) in enumerate(ranks)
@@ -75,6 +83,7 @@ class _Rank(NamedTuple):
     number: int  # of the pipeline rank
     buckets: list[BucketSize]
     activations: int  # the most that its flights keep
+    in_slots: int  # the same with what is held until a slot ends
     graphs: int  # what CUDA graphs hold in addition
 
 
@@ -91,6 +100,8 @@ def _kinds(plan: LayoutPlan, rank: _Rank, sent: Dispatching, cuda: bool) -> dict
     kinds[STAGING] = staging(sent) if gates else 0
     kinds[TRANSIENT] = transients(plan, rank.number, rank.buckets, rank.activations, cuda)
     kinds[GRAPHS] = rank.graphs
+    # A block's temporaries are among what its slot holds, and where ops are replayed, only the rehearsal holds it.
+    kinds[SLOTS] = max(rank.in_slots - rank.activations - kinds[TRANSIENT] - rank.graphs, 0)
     return kinds
 
 

@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 from dryvine.parallel.schedule.ir import Kind, Op, Schedule, Slot
 
+RUNNING: tuple[Kind, ...] = ("F", "I", "B")  # ops that may need memory while they run
+
 
 class SlotCount(NamedTuple):
     """Slots of the same kinds and stages: one of them, and how many a rank has."""
@@ -35,15 +37,23 @@ class Footprint:
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
 
-    def most_held(self, rank: int, sizes: Mapping[int, int], left: Mapping[int, int] | None = None) -> int:
+    def most_held(
+        self,
+        rank: int,
+        sizes: Mapping[int, int],
+        left: Mapping[int, int] | None = None,
+        running: Mapping[tuple[Kind, int], int] | None = None,
+    ) -> int:
         """The most that a rank holds at once of microbatches in flight: `sizes[stage]` from the start of F to the end
-        of B or W, and what an I has `left` until its W. No size is negative.
+        of B or W, what an I has `left` until its W, and while a slot runs, what each (kind, stage) of its ops needs
+        beside. No size is negative.
 
         I releases nothing: the weight gradients still need the inputs. A slot's ops take before any of them frees, as
         a pair holds both.
         """
-        stages = self.schedule.stages_of(rank)
-        each = [*(sizes[stage] for stage in stages), *(left[stage] if left else 0 for stage in stages)]
+        stages, left, running = self.schedule.stages_of(rank), left or {}, running or {}
+        each = [sizes[stage] for stage in stages] + [left.get(stage, 0) for stage in stages]
+        each += [running.get((kind, stage), 0) for kind in RUNNING for stage in stages]
         return max((sum(map(mul, each, counts)) for counts in self._held[rank]), default=0)
 
     @cached_property
@@ -64,7 +74,7 @@ class Footprint:
     @cached_property
     def _held(self) -> tuple[list[tuple[int, ...]], ...]:
         """Of each rank, the counts of microbatches that it holds at once, those left out that others exceed: of each of
-        its stages from F to B or W, then of each from I to W."""
+        its stages from F to B or W, then of each from I to W, then of each running an op, by RUNNING."""
         return tuple(_maximal(self._held_by(rank)) for rank in range(len(self.schedule.ranks)))
 
     def _held_by(self, rank: int) -> set[tuple[int, ...]]:
@@ -74,7 +84,8 @@ class Footprint:
             for op in slot:
                 if op.kind in "FI":
                     now[place[op.stage] + (len(place) if op.kind == "I" else 0)] += 1
-            found.add(tuple(now))
+            ops = Counter((op.kind, op.stage) for op in slot)
+            found.add((*now, *(ops[kind, stage] for kind in RUNNING for stage in place)))
             for op in slot:
                 if op.kind in "BW":
                     now[place[op.stage]] -= 1

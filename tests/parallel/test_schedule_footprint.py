@@ -8,8 +8,8 @@ from random import Random
 import pytest
 
 from dryvine.parallel.flow_control import most_messages
-from dryvine.parallel.schedule.footprint import Footprint
-from dryvine.parallel.schedule.ir import ProgramStep, Schedule
+from dryvine.parallel.schedule.footprint import RUNNING, Footprint
+from dryvine.parallel.schedule.ir import Kind, ProgramStep, Schedule
 from dryvine.parallel.schedule.lower import lower
 from dryvine.parallel.schedule.simulate import simulate
 from dryvine.parallel.schedule.table import SCHEDULES, build
@@ -17,11 +17,14 @@ from dryvine.parallel.schedule.table import SCHEDULES, build
 SCHEDULE_SIZES = [(name, pp, microbatches) for name in SCHEDULES for pp, microbatches in ((2, 8), (4, 16))]
 
 
-def walked(schedule: Schedule, rank: int, kept: Mapping[int, int], left: Mapping[int, int]) -> int:
+Running = Mapping[tuple[Kind, int], int]
+
+
+def walked(schedule: Schedule, rank: int, kept: Mapping[int, int], left: Mapping[int, int], running: Running) -> int:
     now = most = 0
     for slot in schedule.ranks[rank]:
         now += sum({"F": kept, "I": left}.get(op.kind, {}).get(op.stage, 0) for op in slot)
-        most = max(most, now)
+        most = max(most, now + sum(running.get((op.kind, op.stage), 0) for op in slot))
         now -= sum(kept[op.stage] * (op.kind in "BW") + left[op.stage] * (op.kind == "W") for op in slot)
     return most
 
@@ -42,8 +45,10 @@ def test_what_ranks_hold_and_send(name: str, pp: int, microbatches: int) -> None
     footprint, program = Footprint(schedule), lower(schedule)
     for _ in range(5):
         kept, left = ({s: random.randrange(100) for s in range(schedule.stages)} for _ in range(2))
+        running = {(kind, s): random.randrange(100) for kind in RUNNING for s in range(schedule.stages)}
         for rank in range(pp):
-            assert footprint.most_held(rank, kept, left) == walked(schedule, rank, kept, left)
+            assert footprint.most_held(rank, kept, left) == walked(schedule, rank, kept, left, {})
+            assert footprint.most_held(rank, kept, left, running) == walked(schedule, rank, kept, left, running)
     for rank, ahead in ((rank, ahead) for rank in range(pp) for ahead in (1, 2)):
         assert most_messages(footprint.messages[rank], ahead) == messages(program.ranks[rank], ahead)
 

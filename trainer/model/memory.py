@@ -59,28 +59,32 @@ def saved_bytes(shape: Shape, recipe: Recipe, names: Iterable[str], size: Microb
     return sum(row.bytes for row in saved_tensors(shape, recipe, names, size))
 
 
-# Tensors that no weight gradient reads, so that I frees them.
-FREED = frozenset(
-    (
-        "queries, keys, values",
-        "log-sum-exp of scores",
-        "gate and up",
-        "order of rows, there and back",
-        "weights of rows",
-    )
-)
+# What no weight gradient reads, so that I frees it: readers, and what others keep beside operands of Linears.
+FREED_READERS = frozenset(("attention core", "balance loss"))
+FREED = frozenset(("gate and up", "choices", "scores", "scores of the chosen", "weights and their sums"))
 
 
 def deferred_bytes(shape: Shape, recipe: Recipe, names: Iterable[str], size: MicrobatchSize) -> int:
-    """Bytes that a flight keeps from I to W beyond those from F to I: gradients of every Linear's and norm's output,
-    less what I has freed. The gradients of the logits reuse the memory of the logits."""
+    """Bytes that a flight keeps from I to W beyond those from F to I: gradients of every Linear's and norm's output and
+    what I has recomputed, less what it has freed. The gradients of the logits reuse the memory of the logits."""
     names = tuple(names)
     kinds = {block.name: block.kind for block in blocks(shape)}
     rules = _Rules(shape, recipe, size)
-    made = saved_tensors(shape.model_copy(update={"recompute": _of_tensors(shape)}), recipe, names, size)
-    freed = sum(row.bytes for row in made if row.what in FREED)
+    # Queries, keys and values are freed, recomputed or not.
+    ways = tuple(way for way in shape.recompute if way == "mla_up")
+    made = saved_tensors(shape.model_copy(update={"recompute": ways}), recipe, names, size)
+    what = FREED | {"arrived rows"} if recipe.fp8 else FREED  # experts in FP8 read their cast
+    freed = sum(row.bytes for row in made if row.what in what or _freed_by_reader(made, row))
     again = sum(row.bytes for row in made) - saved_bytes(shape, recipe, names, size)
     return max(0, sum(rules.left(kinds[name]) for name in names) + again - freed)
+
+
+def _freed_by_reader(rows: Iterable[SavedTensor], row: SavedTensor) -> bool:
+    if row.what == "output of the heads":  # kept on where `o` reads it, and not a tensor of its own
+        return row.reader == "attention core" and any(
+            other.block == row.block and other.what == row.what and other.reader == "o" for other in rows
+        )
+    return row.reader in FREED_READERS or (row.what == "logits" and row.reader == "gate")
 
 
 def remade_bytes(shape: Shape, recipe: Recipe, kind: str, size: MicrobatchSize) -> int:
@@ -104,6 +108,22 @@ def remade_phases(shape: Shape, recipe: Recipe) -> tuple[str, ...]:
 
 def _of_tensors(shape: Shape) -> tuple[str, ...]:
     return tuple(way for way in shape.recompute if way != "layer")
+
+
+class PassedBytes(NamedTuple):
+    """Bytes of what phases hand to the next and no flight keeps: of all phases of a forward, and of a backward."""
+
+    forward: int
+    backward: int
+
+
+def passed_bytes(shape: Shape, recipe: Recipe, names: Iterable[str], size: MicrobatchSize) -> PassedBytes:
+    """Of the blocks of one stage, whose backward ends with the gradient of its input."""
+    kinds = {block.name: block.kind for block in blocks(shape)}
+    rules = _Rules(shape, recipe, size)
+    every = [rules.passed(kinds[name]) for name in names]
+    end = 0 if recipe.fp8 else rules.in_dtype(size.tokens, shape.hidden)
+    return PassedBytes(sum(one.forward for one in every), sum(one.backward for one in every) + end)
 
 
 Row = tuple[str, str, str, int]  # phase, what, reader, bytes
@@ -198,7 +218,28 @@ class _Rules:
         join = self._linears(n, s.hidden) + 3 * head if kind == "mtp" else 0
         return ffn + self._linears(n, *q, *kv, s.hidden) + norms + join
 
+    def passed(self, kind: str) -> PassedBytes:
+        """Of one block. A layer without experts hands on what its neighbours keep: in a forward their input, in a
+        backward the gradient of a Linear's output, of which FP8 keeps a cast."""
+        s, n, x = self.shape, self.size.tokens, self.in_dtype(self.size.tokens, self.shape.hidden)
+        if kind not in ("moe", "mtp"):
+            return PassedBytes(0, x if self.recipe.fp8 and kind != "embed" else 0)
+        weights, rows = 4 * n * s.top_k, self.in_dtype(self.rows, s.hidden)
+        # The residual and the rows of the experts' results; where they are recomputed, their input and choices.
+        forward = x + rows + weights
+        forward += x if self.recomputed("norm") or self.recomputed("layer") else 0
+        forward += 8 * n * s.top_k if self.recomputed("layer") else 0
+        # Gradients of the experts' input by row and by token, of the weights of rows and of choices.
+        backward = rows + x + 4 * self.rows + weights + self._given_to_experts()
+        return PassedBytes(forward, backward + (x if self.recipe.fp8 or not s.shared else 0))
+
     # -- parts
+
+    def _given_to_experts(self) -> int:
+        """What the backward of experts in FP8 was given and does not keep for weight gradients."""
+        if self.recipe.fp8_dispatch:
+            return self.in_fp8(self.rows, 2 * self.shape.expert_ffn)
+        return 2 * self.in_dtype(self.rows, self.shape.hidden) if self.recipe.fp8 else 0
 
     def _linears(self, rows: int, *outputs: int) -> int:
         """Gradients of the outputs of Linears of the recipe, as their weight gradients read them."""
