@@ -1,6 +1,7 @@
-"""How many messages are under way: which receives are posted when, and how many sends may wait for theirs.
+"""How many messages are under way: which receives are posted when, and how many sends may wait for theirs; and how much
+streams may lie behind one another.
 
-Both follow from the schedule, so memory does too. Without a bound, a rank that runs ahead of a slow neighbour (GPipe's
+All follow from the schedule, so memory does too. Without a bound, a rank that runs ahead of a slow neighbour (GPipe's
 last rank, in its backwards) holds a gradient for every microbatch of the step.
 """
 
@@ -22,6 +23,7 @@ T = TypeVar("T")
 SendQueue = tuple[Channel, int]
 
 AHEAD = 1  # slots that a receive is posted before it is needed; more costs buffers and gains nothing
+STEPS_HELD = 3  # compute steps until what a GPU's streams have read is let go: with the one that runs, two MoE layers
 SLACK = 2  # messages that a rank may be further ahead than simulated, at equal costs, before it waits
 
 

@@ -6,9 +6,11 @@ a routing. On a CPU, compute runs in the caller, an all-to-all runs in gloo's th
 caller's waits for it. They run in the order in which they were made, so the bits do not depend on how long a message
 took.
 
-Tensors made in one stream and read in another are kept until all streams are synchronised at the end of a slot. The
-alternative, `record_stream` on each tensor, makes the allocator poll events to find out when memory is free, and the
-peak is then no longer determined by the schedule.
+Tensors made in one stream and read in another are kept for some compute steps, until each stream has been told to wait
+for what the others were then given. The alternative, `record_stream` on each tensor, makes the allocator poll events
+to find out when memory is free, and the peak is then no longer determined by the schedule. Kept until the end of a
+slot, all layers of a stage would hold the gradients of their Linears at once, and recompute of layers would save
+nothing.
 """
 
 from __future__ import annotations
@@ -18,11 +20,12 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
 from dryvine.comm.pending import Pending
+from dryvine.parallel.flow_control import STEPS_HELD
 from dryvine.parallel.stage import Grads, StepResult, StreamName
 from dryvine.parallel.wgrad import Closure
 
@@ -59,7 +62,7 @@ class Streams(Protocol):
         ...
 
     def synchronise(self) -> None:
-        """End a slot: every stream waits until all have completed what was queued, and kept memory is released."""
+        """End a slot: every stream waits until all have completed what was queued, and what was kept is released."""
         ...
 
     def mark(self) -> None:
@@ -170,8 +173,19 @@ class OneStream:
         return 0.0
 
 
+class _Reads(NamedTuple):
+    """What the steps up to a compute step read, and the places of the streams that this is held for."""
+
+    held: list[object]
+    places: list[torch.cuda.Event]
+
+
 class CudaStreams:
-    """Three streams. What a step read is held until `synchronise`, whichever stream made it.
+    """Three streams. What a step read is held for STEPS_HELD compute steps more, whichever stream made it.
+
+    Then all streams wait for where the others were at the end of the step, so whichever is given the memory comes after
+    its last reader. They were given that work some steps ago and seldom wait for long: the few steps are what weight
+    gradients may lie behind.
 
     Weight gradients that W brings are dealt out, one phase's for each message that compute waits for, from the moment
     when it starts to wait. All at once they would share the device with compute that is not waiting, and would have
@@ -185,7 +199,8 @@ class CudaStreams:
     def __init__(self, device: torch.device, side: SideStreams) -> None:
         self.side = side
         self.compute = torch.cuda.current_stream(device)
-        self.held: list[object] = []
+        self.held: list[object] = []  # since the last compute step
+        self.reads: deque[_Reads] = deque()  # of the compute steps before, oldest first
         self.dealt: deque[list[Closure]] = deque()  # W's, a phase each, still to come
         self.first = _record(self.compute)
         self.waits: list[EventPair] = []
@@ -205,6 +220,20 @@ class CudaStreams:
         baton.value, baton.stream, baton.event = Pending.done(made), name, stream.record_event()
         if result.closures:
             self._fill(result.closures)
+        if name == "compute":
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """A compute step has ended: release what was read STEPS_HELD of them ago."""
+        every = (self.compute, self.side.comm, self.side.wgrad)
+        self.reads.append(_Reads(self.held, [stream.record_event() for stream in every]))
+        self.held = []
+        if len(self.reads) <= STEPS_HELD:
+            return
+        for stream in every:
+            for place in self.reads[0].places:
+                stream.wait_event(place)
+        self.reads.popleft()
 
     def later(self, closures: list[Closure]) -> None:
         self.dealt.append(closures)
@@ -233,6 +262,7 @@ class CudaStreams:
         self.side.comm.wait_stream(self.compute)
         self.side.wgrad.wait_stream(self.compute)
         self.held.clear()
+        self.reads.clear()
 
     def mark(self) -> None:
         self.noted.append(_record(self.compute))

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from dryvine.parallel.schedule.ir import Kind
 from dryvine.trainer.config import Config
-from dryvine.trainer.model.memory import MicrobatchSize, deferred_bytes, passed_bytes, saved_bytes
+from dryvine.trainer.model.memory import MicrobatchSize, deferred_bytes, saved_bytes
 from dryvine.trainer.run_plan import LayoutPlan
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2}
@@ -37,41 +36,20 @@ def left_bytes(plan: LayoutPlan, cuda: bool, room: float = 1.0) -> dict[int, int
     return {stage: deferred_bytes(config.model, config.fp8, names, size) for stage, names in enumerate(plan.blocks)}
 
 
-def running_bytes(plan: LayoutPlan, cuda: bool) -> dict[tuple[Kind, int], int]:
-    """Bytes that an op keeps in each stage while its slot runs, beside its flight, on streams that hold what they have
-    read until the slot ends (`parallel.streams.CudaStreams`): what its phases passed on, and of a B what an I leaves.
-    """
-    config, size = plan.config, microbatch_size(plan.config, cuda)
-    found: dict[tuple[Kind, int], int] = {}
-    for stage, names in enumerate(plan.blocks):
-        forward, backward = passed_bytes(config.model, config.fp8, names, size)
-        left = deferred_bytes(config.model, config.fp8, names, size)
-        found |= {("F", stage): forward, ("I", stage): backward, ("B", stage): backward + left}
-    return found
-
-
 class FlightSizes(NamedTuple):
     """What one microbatch keeps in each stage."""
 
     kept: dict[int, int]  # `stage_bytes`
     left: dict[int, int]  # `left_bytes`
-    running: dict[tuple[Kind, int], int]  # `running_bytes`; empty where a step's tensors are freed as it ends
 
 
 def flight_sizes(plan: LayoutPlan, cuda: bool, room: float = 1.0) -> FlightSizes:
     """They follow from the blocks of each stage and the microbatch, whatever the schedule."""
-    holds = cuda and plan.config.parallel.overlap == "on"
-    running = running_bytes(plan, cuda) if holds else {}
-    return FlightSizes(stage_bytes(plan, cuda, room), left_bytes(plan, cuda, room), running)
+    return FlightSizes(stage_bytes(plan, cuda, room), left_bytes(plan, cuda, room))
 
 
 def most_held(plan: LayoutPlan, sizes: FlightSizes) -> list[int]:
     """The most that microbatches in flight of these sizes keep at once on each pipeline rank."""
-    return [plan.footprint.most_held(rank, sizes.kept, sizes.left) for rank in range(plan.config.parallel.pp)]
-
-
-def most_in_slots(plan: LayoutPlan, sizes: FlightSizes) -> list[int]:
-    """The same with what is held until a slot ends."""
     return [plan.footprint.most_held(rank, *sizes) for rank in range(plan.config.parallel.pp)]
 
 

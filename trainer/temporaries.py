@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from math import ceil
 
-from dryvine.trainer.activations import DTYPE_BYTES, microbatch_size
+from dryvine.trainer.activations import microbatch_size
+from dryvine.trainer.fp8.recipe import Recipe
 from dryvine.trainer.model.memory import SLICE_ELEMENTS, MicrobatchSize, remade_bytes
 from dryvine.trainer.model.shape import Shape, blocks
 from dryvine.trainer.run_plan import LayoutPlan
@@ -20,10 +21,13 @@ def temporary_bytes(plan: LayoutPlan, stages: Iterable[int], cuda: bool, room: f
     config = plan.config
     size, kinds = microbatch_size(config, cuda, room), {block.name: block.kind for block in blocks(config.model)}
     mine = {kinds[name] for stage in stages for name in plan.blocks[stage]}
-    wide = DTYPE_BYTES[config.run.dtype]
-    loss = 0 if cuda or not mine & {"head", "mtp"} else _in_loss(config.model, size.tokens, wide)
-    again = {kind: remade_bytes(config.model, config.fp8, kind, size) for kind in mine}
-    return max(loss, *(_in_block(config.model, kind, size, wide) + again[kind] for kind in mine))
+    loss = 0 if cuda or not mine & {"head", "mtp"} else _in_loss(config.model, size.tokens, size.dtype_bytes)
+    return max(loss, *(block_bytes(config.model, config.fp8, kind, size) for kind in mine))
+
+
+def block_bytes(s: Shape, recipe: Recipe, kind: str, size: MicrobatchSize) -> int:
+    """Bytes of the temporaries in the backward of one block."""
+    return _in_block(s, kind, size, size.dtype_bytes) + remade_bytes(s, recipe, kind, size)
 
 
 def _in_loss(s: Shape, tokens: int, wide: int) -> int:

@@ -23,18 +23,18 @@ from dryvine.trainer.activations import (
     flight_sizes,
     microbatch_size,
     most_held,
-    most_in_slots,
 )
 from dryvine.trainer.graph_memory import graph_bytes
 from dryvine.trainer.model.parameters import ParameterSize
 from dryvine.trainer.run_plan import LayoutPlan
+from dryvine.trainer.stream_memory import Running, most_running, running_bytes
 from dryvine.trainer.tensors.tiles import TILE
 
 # Kinds, in the order of tables.
 WEIGHTS, COPIES, SUMS, SHARDS = "weights", "FP8 copies of weights", "gradient sums", "summed gradient shards"
 MASTERS, MOMENTS, GATES = "FP32 masters", "AdamW moments", "gate biases and loads"
 ACTIVATIONS, MESSAGES, STAGING, TRANSIENT = "activations", "pipeline messages", "dispatch buffers", "temporaries"
-GRAPHS, SLOTS = "CUDA graphs", "held until a slot ends"
+GRAPHS, STREAMS = "CUDA graphs", "held by streams"
 
 
 @dataclass(frozen=True)
@@ -59,20 +59,21 @@ class Parts(NamedTuple):
 
     buckets: list[list[BucketSize]]  # of each pipeline rank
     flights: FlightSizes
+    running: Running
 
 
 def parts_of(plan: LayoutPlan, cuda: bool) -> Parts:
-    return Parts(buckets(plan), flight_sizes(plan, cuda))
+    return Parts(buckets(plan), flight_sizes(plan, cuda), running_bytes(plan, cuda))
 
 
 def memory(plan: LayoutPlan, parts: Parts, sent: Dispatching, cuda: bool) -> list[RankMemory]:
     """Peak memory of every pipeline rank. `sent`: what its dispatcher moves."""
     held = most_held(plan, parts.flights)
-    slots = most_in_slots(plan, parts.flights)
+    running = most_running(plan, parts.flights, parts.running)
     graphs = graph_bytes(plan, parts.flights, held, cuda)
     if plan.config.parallel.ep > 1 and sent.name != "nvlink":
         graphs = [0] * len(held)  # `auto` takes another here
-    ranks = zip(parts.buckets, held, slots, graphs, strict=True)
+    ranks = zip(parts.buckets, held, running, graphs, strict=True)
     return [
         RankMemory(rank, _kinds(plan, _Rank(rank, mine, *most), sent, cuda), host_state(plan, mine))
         for rank, (mine, *most) in enumerate(ranks)
@@ -83,7 +84,7 @@ class _Rank(NamedTuple):
     number: int  # of the pipeline rank
     buckets: list[BucketSize]
     activations: int  # the most that its flights keep
-    in_slots: int  # the same with what is held until a slot ends
+    running: int  # the same with what ops hold while they run
     graphs: int  # what CUDA graphs hold in addition
 
 
@@ -100,8 +101,8 @@ def _kinds(plan: LayoutPlan, rank: _Rank, sent: Dispatching, cuda: bool) -> dict
     kinds[STAGING] = staging(sent) if gates else 0
     kinds[TRANSIENT] = transients(plan, rank.number, rank.buckets, rank.activations, cuda)
     kinds[GRAPHS] = rank.graphs
-    # A block's temporaries are among what its slot holds, and where ops are replayed, only the rehearsal holds it.
-    kinds[SLOTS] = max(rank.in_slots - rank.activations - kinds[TRANSIENT] - rank.graphs, 0)
+    # Among what an op needs are its temporaries; and where ops are replayed, only the rehearsal needs it.
+    kinds[STREAMS] = max(rank.running - rank.activations - kinds[TRANSIENT] - rank.graphs, 0)
     return kinds
 
 

@@ -25,6 +25,7 @@ from dryvine.trainer.config import Config, ConfigError, Tree
 from dryvine.trainer.model.shape import blocks
 from dryvine.trainer.ramps import BatchConfig
 from dryvine.trainer.run_plan import LayoutPlan, LayoutPlans
+from dryvine.trainer.stream_memory import Running, running_bytes
 
 BEST = 10  # the number of best layouts that are found for certain
 MEMORY_SHARE = 0.7  # of a sweep's time: about what memory and bounds take
@@ -135,7 +136,7 @@ class _Bench:
         self.base, self.machine = base, machine
         self._layouts = LayoutPlans()
         self._buckets: dict[tuple[object, ...], list[list[BucketSize]]] = {}
-        self._flights: dict[tuple[object, ...], FlightSizes] = {}
+        self._flights: dict[tuple[object, ...], tuple[FlightSizes, Running]] = {}
 
     def judge(self, row: SweepRow) -> SweepRow:
         """The row with the layout's peak, and why it is out or a bound of its step from its slots."""
@@ -147,7 +148,7 @@ class _Bench:
         least = max(sum(state(layout, mine).values()) for mine in every)
         if least > machine.usable_bytes:
             return replace(row, reason=f"does not fit: weights, sums and optimizer alone {least / GIGA:.0f} GB")
-        ranks = memory_of(layout, Parts(every, self._flights_of(layout)), machine)
+        ranks = memory_of(layout, Parts(every, *self._flights_of(layout)), machine)
         row = replace(row, peak=max(rank.total for rank in ranks))
         if not fits(ranks, machine):
             return replace(row, reason=_too_large(ranks, machine))
@@ -165,11 +166,12 @@ class _Bench:
             self._buckets[key] = buckets(layout)
         return self._buckets[key]
 
-    def _flights_of(self, layout: LayoutPlan) -> FlightSizes:
+    def _flights_of(self, layout: LayoutPlan) -> tuple[FlightSizes, Running]:
         size = microbatch_size(layout.config, self.machine.cuda)
         key = layout.blocks, size, layout.config.model.recompute
         if key not in self._flights:
-            self._flights[key] = flight_sizes(layout, self.machine.cuda)
+            cuda = self.machine.cuda
+            self._flights[key] = flight_sizes(layout, cuda), running_bytes(layout, cuda)
         return self._flights[key]
 
 

@@ -68,6 +68,7 @@ STAGES = {
     "compute first and last": ("attention", "dispatch", "experts"),
     "comm first and last": ("dispatch", "experts", "combine"),
     "comm first, compute last": ("dispatch", "experts"),
+    "several layers": 3 * ("attention", "dispatch", "experts", "combine"),
 }
 
 
@@ -284,6 +285,7 @@ class InTurn(CudaStreams):
             self.compute.wait_stream(stream)
             stream.wait_stream(self.compute)
         self.held.clear()
+        self.reads.clear()
 
 
 class Apart(CudaStreams):
@@ -293,14 +295,23 @@ class Apart(CudaStreams):
         self.compute.wait_stream(self.side.comm)
         self.side.comm.wait_stream(self.compute)
         self.held.clear()
+        self.reads.clear()
 
 
 class Generous(CudaStreams):
-    """Holds nothing until streams are synchronised."""
+    """Holds nothing of what steps read."""
 
     def step(self, name: StreamName, baton: Any, run: Any) -> None:
         super().step(name, baton, run)
         self.held.clear()
+        self.reads.clear()
+
+
+class Careless(CudaStreams):
+    """Lets go of what earlier steps read without waiting for the other streams."""
+
+    def _let_go(self) -> None:
+        self.held = self.held[-4:]
 
 
 class Forgetful(CudaStreams):
@@ -323,6 +334,8 @@ class Forgetful(CudaStreams):
         (Apart, True, "writes over what wgrad"),  # in a receive buffer
         (Generous, True, "in compute may be given what"),
         (Generous, True, "in comm may be given what"),
+        (Careless, True, "in compute may be given what"),
+        (Careless, True, "in comm may be given what"),
     ],
 )
 def test_streams_that_would_race_are_found(kind: Kind, overlap: bool, words: str) -> None:
