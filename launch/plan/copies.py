@@ -1,4 +1,5 @@
-"""Host memory of the copies that `run.buddy_every` keeps: of a rank's own state, and of ranks of another node.
+"""Host memory of copies of a rank's state: the buffer from which checkpoints are written, and those that
+`run.buddy_every` keeps of its own and of ranks of another node.
 
 A copy holds the tensors of a rank's state; headers and manifests, some kilobytes, are not counted. While one is
 written the one before is still there, and the state lies in a buffer from which it is written, so a rank with one ward
@@ -17,8 +18,20 @@ from dryvine.trainer.activations import DTYPE_BYTES
 from dryvine.trainer.config import Config
 from dryvine.trainer.run_plan import LayoutPlan
 
+SAVES = "buffer of checkpoints"
 BUFFER, IN_MEMORY = "buffer of copies in memory", "copies in memory, old and new"
 STEP = 4  # bytes of a piece's count of updates
+
+
+def with_saves(plan: LayoutPlan, ranks: Sequence[RankMemory], every: Sequence[list[BucketSize]]) -> list[RankMemory]:
+    """`ranks` with the buffer of checkpoints in their host memory. What ranks hold alike, the first of them stores."""
+    gates, found = set[str](), list[RankMemory]()
+    for rank, mine in zip(ranks, every, strict=True):
+        own = {name for name in parameters_of(plan, rank.rank) if name.endswith("gate.weight")}
+        stored = state_bytes(plan, rank.rank, mine) - _bias_bytes(plan, len(own & gates))
+        gates |= own
+        found.append(replace(rank, host=rank.host | {SAVES: stored}))
+    return found
 
 
 def with_copies(
@@ -42,7 +55,11 @@ def state_bytes(plan: LayoutPlan, pp_rank: int, mine: Sequence[BucketSize]) -> i
     """Bytes of the tensors that a checkpoint holds of the first rank of a pipeline rank."""
     gates = sum(name.endswith("gate.weight") for name in parameters_of(plan, pp_rank))
     pieces = [part for one in mine for part in one.pieces(one.homes.index(pp_rank) * one.copies // len(one.homes))]
-    return element_bytes(plan.config) * sum(pieces) + STEP * len(pieces) + 4 * plan.config.model.routed * gates
+    return element_bytes(plan.config) * sum(pieces) + STEP * len(pieces) + _bias_bytes(plan, gates)
+
+
+def _bias_bytes(plan: LayoutPlan, gates: int) -> int:
+    return 4 * plan.config.model.routed * gates
 
 
 def element_bytes(config: Config) -> int:

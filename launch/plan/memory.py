@@ -34,6 +34,7 @@ from dryvine.trainer.tensors.tiles import TILE
 WEIGHTS, COPIES, SUMS, SHARDS = "weights", "FP8 copies of weights", "gradient sums", "summed gradient shards"
 MASTERS, MOMENTS, GATES = "FP32 masters", "AdamW moments", "gate biases and loads"
 ACTIVATIONS, MESSAGES, STAGING, TRANSIENT = "activations", "pipeline messages", "dispatch buffers", "temporaries"
+AVERAGES = "average of masters, and a copy"
 GRAPHS, STREAMS = "CUDA graphs", "held by streams"
 
 
@@ -43,7 +44,7 @@ class RankMemory:
 
     rank: int
     kinds: dict[str, int]  # on its GPU
-    host: dict[str, int]  # in its host's memory, with optim.offload and run.buddy_every
+    host: dict[str, int]  # in its host's memory: averages, what is offloaded, copies
 
     @property
     def total(self) -> int:
@@ -119,11 +120,12 @@ def state(plan: LayoutPlan, mine: Iterable[BucketSize]) -> dict[str, int]:
 
 
 def host_state(plan: LayoutPlan, mine: Iterable[BucketSize]) -> dict[str, int]:
-    """The same in host memory: with offload, the optimizer's state and summed gradients on their way to it."""
-    if plan.config.optim.offload != "cpu":
-        return {}
-    mine = list(mine)
-    return _optimizer(plan, mine) | {SHARDS: 4 * sum(b.shard for b in mine)}
+    """The same in host memory: with offload, the optimizer's state and summed gradients on their way to it; with an
+    average, it and the copy of the masters that it takes (`trainer.ema`)."""
+    mine, optim = list(mine), plan.config.optim
+    owned = 4 * sum(bucket.shard for bucket in mine)
+    kinds = _optimizer(plan, mine) | {SHARDS: owned} if optim.offload == "cpu" else {}
+    return kinds | ({AVERAGES: 2 * owned} if optim.ema else {})
 
 
 def _optimizer(plan: LayoutPlan, mine: Iterable[BucketSize]) -> dict[str, int]:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from dryvine.comm.integers import ceil_div
 from dryvine.comm.topology import Topology, by_sizes
 from dryvine.launch.plan import traffic
-from dryvine.launch.plan.copies import with_copies
+from dryvine.launch.plan.copies import with_copies, with_saves
 from dryvine.launch.plan.hardware import GIGA, TERA, Machine
 from dryvine.launch.plan.memory import Parts, RankMemory, memory, parts_of
 from dryvine.launch.plan.profiled import Profile
@@ -217,13 +217,13 @@ def make(run: LayoutPlan, machine: Machine, profile: Profile | None = None) -> P
     ConfigError if the profile is of another model or microbatch."""
     if profile:
         profile.check(run.config)
-    prices = prices_of(run, machine, profile)
+    prices, parts = prices_of(run, machine, profile), parts_of(run, machine.cuda)
     timeline = simulate(run.schedule, prices)
     return Plan(
         run=run,
         machine=machine,
         sent=_sent(run.config, machine),
-        ranks=memory_of(run, parts_of(run, machine.cuda), machine),
+        ranks=with_saves(run, memory_of(run, parts, machine), parts.buckets),
         times=_phase_times(run.config, machine, profile),
         prices=prices,
         timeline=timeline,
@@ -247,7 +247,7 @@ def prices_of(run: LayoutPlan, machine: Machine, profile: Profile | None = None)
 
 
 def memory_of(run: LayoutPlan, parts: Parts, machine: Machine) -> list[RankMemory]:
-    """Of every pipeline rank: known before a step is simulated."""
+    """Of every pipeline rank, without the buffer of checkpoints: known before a step is simulated."""
     ranks = memory(run, parts, _sent(run.config, machine), machine.cuda)
     if not run.config.run.buddy_every:
         return ranks

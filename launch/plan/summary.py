@@ -76,11 +76,14 @@ def headline(plan: Plan) -> list[str]:
     fullest, usable = plan.fullest, plan.machine.usable_bytes / GIGA
     most = f"{fullest.total / GIGA:.1f} GB on pipeline rank {fullest.rank} of {p.pp}"
     reserved = f"{usable:.1f} GB ({plan.machine.memory_gb:g} less {plan.machine.reserved_gb:g} for CUDA and NCCL)"
-    if any(rank.host for rank in plan.ranks):
-        on_host, has = max(rank.on_host for rank in plan.ranks) / GIGA, plan.machine.host.memory_gb
-        kinds = [("optim.offload", c.optim.offload == "cpu"), ("run.buddy_every", bool(c.run.buddy_every))]
-        of = " and ".join(name for name, on in kinds if on)
-        lines.append(f"host memory: {on_host:.3g} GB a GPU with {of}, of {has:g} GB")
+    on_host, has = max(rank.on_host for rank in plan.ranks) / GIGA, plan.machine.host.memory_gb
+    kinds = [
+        ("optim.offload", c.optim.offload == "cpu"),
+        ("optim.ema", bool(c.optim.ema)),
+        ("run.buddy_every", bool(c.run.buddy_every)),
+    ]
+    of = ", ".join(["a buffer of checkpoints", *(name for name, on in kinds if on)])
+    lines.append(f"host memory: {on_host:.3g} GB a GPU with {of}, of {has:g} GB")
     return [
         *lines,
         f"memory: fits: {most}, of {reserved}" if plan.fits else f"memory: DOES NOT FIT: {most}, of {reserved}",
