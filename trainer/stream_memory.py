@@ -22,7 +22,7 @@ STEPS = {"moe": 2, "mtp": 3}  # compute steps of a block; of other kinds 1
 Running = dict[tuple[Kind, int], int]  # (kind of op, stage) -> bytes
 
 
-class Held(NamedTuple):
+class BlockNeed(NamedTuple):
     """Of one block in an op."""
 
     held: int  # by streams, once it has run
@@ -48,19 +48,19 @@ def _orders(names: Sequence[str]) -> tuple[tuple[Kind, Sequence[str]], ...]:
     return ("F", names), ("I", names[::-1]), ("B", names[::-1])
 
 
-def _held(plan: LayoutPlan, kind: Kind, name: str, block: str, size: MicrobatchSize) -> Held:
+def _held(plan: LayoutPlan, kind: Kind, name: str, block: str, size: MicrobatchSize) -> BlockNeed:
     shape, recipe = plan.config.model, plan.config.fp8
     passed, steps = passed_bytes(shape, recipe, [name], size), STEPS.get(block, 1)
     if kind == "F":
-        return Held(passed.forward, 0, 0, steps)
+        return BlockNeed(passed.forward, 0, 0, steps)
     own = block_bytes(shape, recipe, block, size)
     if kind == "I":
-        return Held(passed.backward, own, 0, steps)
+        return BlockNeed(passed.backward, own, 0, steps)
     left, kept = (count(shape, recipe, [name], size) for count in (deferred_bytes, saved_bytes))
-    return Held(passed.backward + left, own, kept, steps)
+    return BlockNeed(passed.backward + left, own, kept, steps)
 
 
-def most_at_once(run: Sequence[Held]) -> int:
+def most_at_once(run: Sequence[BlockNeed]) -> int:
     """The most that blocks need, run one after the other: each its own, what the blocks of the last compute steps hold,
     less what those before have freed."""
     most = 0

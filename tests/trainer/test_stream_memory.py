@@ -22,7 +22,7 @@ from dryvine.trainer.model.memory import MicrobatchSize, deferred_bytes, passed_
 from dryvine.trainer.model.shape import Shape
 from dryvine.trainer.model.spec import Spec
 from dryvine.trainer.run_plan import make_plan
-from dryvine.trainer.stream_memory import Held, most_at_once, most_running, running_bytes
+from dryvine.trainer.stream_memory import BlockNeed, most_at_once, most_running, running_bytes
 from tests.support import model as helpers_model
 from tests.support.live import evenly
 from tests.support.model import random_tokens
@@ -101,7 +101,7 @@ def test_what_ops_hold_is_predicted(recipe: Recipe, ways: tuple[str, ...]) -> No
 
 def test_what_streams_hold_of_blocks_that_ran() -> None:
     """A MoE layer has two compute steps, so with the one that runs two layers are held, or four of one step."""
-    layer, step = Held(10, 3, 4, 2), Held(10, 3, 4, 1)
+    layer, step = BlockNeed(10, 3, 4, 2), BlockNeed(10, 3, 4, 1)
     assert most_at_once([layer]) == 10
     assert most_at_once([layer] * 2) == 20
     assert most_at_once([layer] * 3) == 20, "the first layer is let go, and has freed 4 of its flight"
