@@ -38,10 +38,10 @@ from dryvine.trainer.model.shape import blocks, count_parameters
 from dryvine.trainer.model.spec import Spec
 from dryvine.trainer.rehearse import rehearse
 from dryvine.trainer.rig import Rig, make_rig, mesh_of
-from dryvine.trainer.rl.asker import Asker
-from dryvine.trainer.rl.judge import Judge
+from dryvine.trainer.rl.grader import Grader
 from dryvine.trainer.rl.learner import Learner, RolloutOutcome
-from dryvine.trainer.rl.questions import Curriculum, open_task
+from dryvine.trainer.rl.questions import RLTask, open_task
+from dryvine.trainer.rl.rollout_worker import RolloutWorker
 from dryvine.trainer.run_plan import make_plan
 from dryvine.trainer.sources import open_sources
 
@@ -87,8 +87,8 @@ def in_turns(config: Config, rollouts: int) -> dict[str, Figures]:
     if device.type == "cuda":
         rehearse(rig)
     rows: dict[str, list[Figures]] = {str(way): [] for way in WAYS}
-    with Judge(task.rl, task.chat, rig.mesh, task.verifiers) as judge:
-        learners = {str(way): _learner(rig, task, judge, way) for way in WAYS}
+    with Grader(task.rl, task.chat, rig.mesh, task.verifiers) as grader:
+        learners = {str(way): _learner(rig, task, grader, way) for way in WAYS}
         for number in range(WARM + rollouts):
             for name, learner in learners.items():
                 rows[name].append(_figures(rig, learner.rollout(number, lambda *_: None)))
@@ -99,11 +99,11 @@ def in_turns(config: Config, rollouts: int) -> dict[str, Figures]:
     }
 
 
-def _learner(rig: Rig, task: Curriculum, judge: Judge, way: Way) -> Learner:
+def _learner(rig: Rig, task: RLTask, grader: Grader, way: Way) -> Learner:
     replayed = task.rl.model_copy(update={"replay": "rollout" if way.replay else "off"})
     sampler, settle = _in_fp8(rig) if way.fp8 else (Sampler.of_rig(rig), rig.optimizer.zero.settle)
     own = replace(task, rl=replayed)
-    return Learner(rig, Asker(own, sampler, judge, settle))
+    return Learner(rig, RolloutWorker(own, sampler, grader, settle))
 
 
 def _in_fp8(rig: Rig) -> tuple[Sampler, Callable[[], None]]:

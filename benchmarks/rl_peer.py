@@ -6,7 +6,7 @@
 Weights are those that the config begins with. The two take turns, an update each, so that whatever else the machine
 does falls on both; CPU seconds are told beside those of the clock for the same reason. TRL samples with transformers'
 `generate` and its KV cache, and pads each batch to its longest answer. `--experts` is how transformers multiplies with
-experts. Tokens are those of answers, of the whole loop: sampled, judged and learnt from. `--large` takes the model of
+experts. Tokens are those of answers, of the whole loop: sampled, graded and learnt from. `--large` takes the model of
 rl_gpu instead of a config's, in BF16; TRL's weights are then BF16 alone, which is its fastest, and ours have FP32
 masters.
 """
@@ -36,10 +36,10 @@ from dryvine.trainer.config import Config, load
 from dryvine.trainer.generate.sampler import Sampler
 from dryvine.trainer.rehearse import rehearse
 from dryvine.trainer.rig import Rig, make_rig, mesh_of
-from dryvine.trainer.rl.asker import Asker
-from dryvine.trainer.rl.judge import Judge
+from dryvine.trainer.rl.grader import Grader
 from dryvine.trainer.rl.learner import Learner
-from dryvine.trainer.rl.questions import Curriculum, open_task
+from dryvine.trainer.rl.questions import RLTask, open_task
+from dryvine.trainer.rl.rollout_worker import RolloutWorker
 from dryvine.trainer.run_plan import make_plan
 from dryvine.trainer.sources import open_sources
 
@@ -113,9 +113,9 @@ def _side_by_side(config: Config, steps: int, folder: Path, experts: str) -> dic
     if device.type == "cuda":
         rehearse(rig)
     own, other = Meter(), Meter()
-    with Judge(task.rl, task.chat, rig.mesh, task.verifiers) as judge:
+    with Grader(task.rl, task.chat, rig.mesh, task.verifiers) as grader:
         trainer = _theirs(rig, task, steps, folder, experts)
-        learner = Learner(rig, Asker(task, Sampler.of_rig(rig), judge, rig.optimizer.zero.settle))
+        learner = Learner(rig, RolloutWorker(task, Sampler.of_rig(rig), grader, rig.optimizer.zero.settle))
 
         def our_step(step: int) -> None:
             own.begin()
@@ -184,7 +184,7 @@ def _turns(meter: Meter, trainer: Any, our_step: Callable[[int], None]) -> Any:
     return Turns()
 
 
-def _theirs(rig: Rig, task: Curriculum, steps: int, folder: Path, experts: str) -> Any:
+def _theirs(rig: Rig, task: RLTask, steps: int, folder: Path, experts: str) -> Any:
     """GRPOTrainer with our weights, in the settings of the config."""
     from datasets import Dataset
     from transformers import PreTrainedTokenizerFast

@@ -24,8 +24,8 @@ from dryvine.trainer.model.shape import blocks
 from dryvine.trainer.model.spec import Spec
 from dryvine.trainer.rig import Rig, make_rig, mesh_of
 from dryvine.trainer.rl.losses import k3
-from dryvine.trainer.rl.passes import LessonPlan, score
-from dryvine.trainer.rl.questions import Ask, open_task
+from dryvine.trainer.rl.passes import PassOptions, score
+from dryvine.trainer.rl.questions import SamplingOptions, open_task
 from dryvine.trainer.rl.rows import Sample
 from dryvine.trainer.run_plan import make_plan
 from dryvine.trainer.sources import open_sources
@@ -59,7 +59,7 @@ def _sampled(rig: Rig, count: int) -> list[Sample]:
         Spec(shape, torch.bfloat16, "cpu"), {0: tuple(block.name for block in blocks(shape))}, rig.dispatcher
     )
     rounded.load({name: weight.detach() for name, weight in rig.model.named_parameters()} | dict(rig.model.buffers))
-    ask = Ask(task.rl.samples, task.rl.temperature)
+    ask = SamplingOptions(task.rl.samples, task.rl.temperature)
     numbers = range(-(-count // ask.samples))
     requests = [request for n in numbers for request in task.requests(task.question(n), n, ask)]
     return [
@@ -70,13 +70,13 @@ def _sampled(rig: Rig, count: int) -> list[Sample]:
 
 def _apart(rig: Rig, answers: list[Sample], replay: bool) -> Tensor:
     """Log-probabilities of the sampler less those of the trainer, over all tokens."""
-    scored = score(rig, answers, LessonPlan(1.0, replay=replay))
+    scored = score(rig, answers, PassOptions(1.0, replay=replay))
     return torch.cat([one.sampled - one.old for one in scored if one.old is not None])
 
 
 def _moved(rig: Rig, answers: list[Sample]) -> float:
     """The share of choices, by token and layer, that the trainer would make otherwise."""
-    live = score(rig, answers, LessonPlan(1.0, replay=False, record=True))
+    live = score(rig, answers, PassOptions(1.0, replay=False, record=True))
     pairs = [
         (a.routes.sort(-1).values, b.routes.sort(-1).values)
         for a, b in zip(answers, live, strict=True)

@@ -39,8 +39,8 @@ from dryvine.trainer.journal import same_run
 from dryvine.trainer.loop import train
 from dryvine.trainer.nonfinite import Diverged
 from dryvine.trainer.rig import mesh_of
-from dryvine.trainer.rl.asked import Asked
 from dryvine.trainer.rl.loop import reinforce
+from dryvine.trainer.rl.prompt_source import PromptSource
 from dryvine.trainer.rl.questions import check_verifiers
 from dryvine.trainer.run_lock import RunLock
 from dryvine.trainer.run_plan import RunPlan, load_plan
@@ -99,7 +99,7 @@ def _ready(words: Sequence[str], place: LaunchedRank) -> Ready:
     check_engine(config.fp8, device, (config.model.ffn, config.model.expert_ffn))
     check_fits(config, device)
     topology, data = _topology(config, place, device), open_sources(config)
-    if isinstance(data.train, Asked) and place.rank == 0:
+    if isinstance(data.train, PromptSource) and place.rank == 0:
         check_verifiers(data.train.task)
     same_run(config, data.identity)
     check_wandb(config)

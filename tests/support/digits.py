@@ -1,4 +1,4 @@
-"""A task that a tiny model learns in seconds, and a judge without processes: for tests of reinforcement learning."""
+"""A task that a tiny model learns in seconds, and a grader without processes: for tests of reinforcement learning."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from dryvine.trainer.config import Config
 from dryvine.trainer.generate.requests import Completion, Request
 from dryvine.trainer.generate.sampler import Sampler
 from dryvine.trainer.rig import mesh_of
-from dryvine.trainer.rl.asker import Asker
+from dryvine.trainer.rl.grader import GradedAnswer
 from dryvine.trainer.rl.groups import Group
-from dryvine.trainer.rl.judge import Judged
 from dryvine.trainer.rl.learner import Learner
 from dryvine.trainer.rl.loop import reinforce
 from dryvine.trainer.rl.questions import open_task
+from dryvine.trainer.rl.rollout_worker import RolloutWorker
 from dryvine.trainer.rl.tasks.countdown_demos import tokenizer
 from dryvine.trainer.rl.tasks.question import Question, user
 from dryvine.trainer.rl.verifiers.length import soft_overlong
@@ -33,22 +33,22 @@ from tests.support.rig import rig_of
 Tiny = Callable[..., Config]
 
 
-class DigitJudge:
-    """In a judge's place: the share of an answer that is digits, without processes."""
+class DigitGrader:
+    """In a grader's place: the share of an answer that is digits, without processes."""
 
     def __init__(self, rl: Any, chat: Any, mesh: Mesh, names: Any) -> None:
         self.rl, self.chat = rl, chat
 
-    def __enter__(self) -> DigitJudge:
+    def __enter__(self) -> DigitGrader:
         return self
 
     def __exit__(self, *_: object) -> None:
         return None
 
-    def over(self, mesh: Mesh) -> DigitJudge:
+    def over(self, mesh: Mesh) -> DigitGrader:
         return self
 
-    def judge(self, asked: list[tuple[Question, Completion]]) -> list[Judged]:
+    def grade(self, asked: list[tuple[Question, Completion]]) -> list[GradedAnswer]:
         out = []
         for _, completion in asked:
             text = self.chat.text(completion.tokens.tolist())
@@ -58,15 +58,15 @@ class DigitJudge:
                 if self.rl.overlong == "penalty"
                 else 0.0
             )
-            out.append(Judged(completion, text, {"digits": Verdict(score)}, reward, score == 1))
+            out.append(GradedAnswer(completion, text, {"digits": Verdict(score)}, reward, score == 1))
         return out
 
 
 @pytest.fixture
 def digit_run(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tiny:
-    """`digit_run("run.steps=20", ...)`: a config whose answers are judged by their share of digits. The right answer to
+    """`digit_run("run.steps=20", ...)`: a config whose answers are graded by their share of digits. The right answer to
     every question is 5, and a small shift of the first token's probabilities already raises the reward."""
-    monkeypatch.setattr("dryvine.trainer.rl.loop.Judge", DigitJudge)
+    monkeypatch.setattr("dryvine.trainer.rl.loop.Grader", DigitGrader)
     monkeypatch.setitem(VERIFIERS, "digits", "none")
     tokenizer().save(str(tmp_path / "tokenizer.json"))
     lines = "".join(json.dumps({"prompt": f"{n}+{5 - n}", "answer": 5}) + "\n" for n in range(5))
@@ -90,15 +90,15 @@ def go(config: Config) -> bool:
 def learner_of(config: Config) -> Learner:
     rig = rig_of(config)
     task = open_task(config)
-    judge = DigitJudge(task.rl, task.chat, rig.mesh, ())
-    return Learner(rig, Asker(task, Sampler.of_rig(rig), judge, rig.optimizer.zero.settle))  # type: ignore[arg-type]
+    grader = DigitGrader(task.rl, task.chat, rig.mesh, ())
+    return Learner(rig, RolloutWorker(task, Sampler.of_rig(rig), grader, rig.optimizer.zero.settle))  # type: ignore[arg-type]
 
 
 def quiet(*_: int) -> None:
     return None
 
 
-def judged(correct: list[bool]) -> Group:
+def graded(correct: list[bool]) -> Group:
     completion = Completion(Request((1,), 1), torch.ones(1), torch.zeros(1), torch.zeros(1), "stop")
-    answers = [Judged(completion, "", {"v": Verdict(float(c))}, float(c), c) for c in correct]
+    answers = [GradedAnswer(completion, "", {"v": Verdict(float(c))}, float(c), c) for c in correct]
     return Group(0, Question(user("x"), {}, {"v": 1.0}), answers)

@@ -15,9 +15,9 @@ from dryvine.trainer.config import Config
 from dryvine.trainer.rl.chat import Chat
 from dryvine.trainer.rl.conversations import read as read_conversations
 from dryvine.trainer.rl.evaluate import evaluation
-from dryvine.trainer.rl.judge import Judged
+from dryvine.trainer.rl.grader import GradedAnswer
 from dryvine.trainer.run_rows import read
-from tests.support.digits import DigitJudge, go, judged
+from tests.support.digits import DigitGrader, go, graded
 
 Tiny = Callable[..., Config]
 
@@ -41,17 +41,17 @@ def test_right_answers_are_harvested_as_conversations_that_fine_tuning_reads(dig
         'run.name="rejection"', init, f'rl.harvest="{out}"', "rl.harvest_per_question=2", "rl.max_tokens=12"
     )
     assert config.rl is not None
-    judge = DigitJudge.judge
+    grade = DigitGrader.grade
 
-    def easy(self: Any, asked: Any) -> list[Judged]:
+    def easy(self: Any, asked: Any) -> list[GradedAnswer]:
         """Whatever has a digit is right, and ended by itself."""
-        found = judge(self, asked)
+        found = grade(self, asked)
         return [
             replace(one, correct=one.reward > 0, completion=replace(one.completion, reason="stop")) for one in found
         ]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DigitJudge, "judge", easy)
+        patch.setattr(DigitGrader, "grade", easy)
         assert go(config)
     records = [json.loads(line) for line in out.read_text().splitlines()]
     assert records
@@ -63,12 +63,12 @@ def test_right_answers_are_harvested_as_conversations_that_fine_tuning_reads(dig
 
 def test_an_evaluation_has_shares_and_intervals() -> None:
     groups = [
-        judged([True, False, False, False]),
-        judged([False] * 4),
-        judged([True] * 4),
-        judged([True, True, False, False]),
+        graded([True, False, False, False]),
+        graded([False] * 4),
+        graded([True] * 4),
+        graded([True, True, False, False]),
     ]
-    found = evaluation([judged([c]) for c in (True, False, True, True)], groups)
+    found = evaluation([graded([c]) for c in (True, False, True, True)], groups)
     assert (found.greedy, found.pass_1, found.pass_k) == (0.75, 7 / 16, 0.75)
     assert found.scores == {"v": 7 / 16}
     assert found.greedy_low < 0.75 < found.greedy_high <= 1

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from dryvine.trainer.config import Config
+from dryvine.trainer.rl.grader import Grader
 from dryvine.trainer.rl.groups import Group
-from dryvine.trainer.rl.judge import Judge
 from dryvine.trainer.rl.tasks.question import Question, user
 from dryvine.trainer.rl.verifiers.names import STOPS
 from dryvine.trainer.rl.verifiers.verdict import Verdict
-from tests.support.digits import judged, learner_of, quiet
+from tests.support.digits import graded, learner_of, quiet
 
 Tiny = Callable[..., Config]
 
@@ -25,7 +25,7 @@ Tiny = Callable[..., Config]
 def test_dynamic_sampling_fills_up_with_other_questions_and_has_an_end(digit_run: Tiny) -> None:
     learner = learner_of(digit_run("rl.dynamic=true", "rl.refills=2"))
     asked: list[list[int]] = []
-    answers = learner.asker.answers
+    answers = learner.worker.answers
 
     def some(numbers: Any, ask: Any, on_answer: Any) -> list[Group]:
         """Every other question has answers of one reward."""
@@ -35,7 +35,7 @@ def test_dynamic_sampling_fills_up_with_other_questions_and_has_an_end(digit_run
         mixed = [replace(a, reward=float(i)) for i, a in enumerate(groups[0].answers)]
         return [replace(g, answers=mixed if g.number % 2 else flat) for g in groups]
 
-    learner.asker.answers = some  # type: ignore[method-assign]
+    learner.worker.answers = some  # type: ignore[method-assign]
     outcome = learner.rollout(0, quiet)
     assert asked == [[0, 1, 2, 3], [4, 5], [6]]
     assert [group.number for group in outcome.answers.groups] == [1, 3, 5]
@@ -52,7 +52,7 @@ def test_a_verifier_ends_an_answer(digit_run: Tiny, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setitem(STOPS, "digits", "of_a_user")
     monkeypatch.setitem(sys.modules, "of_a_user", SimpleNamespace(ended=ended))  # type: ignore[arg-type]
-    groups = learner_of(digit_run("rl.questions=1", "rl.samples=2", "rl.max_tokens=8")).asker.rollout(0, quiet).groups
+    groups = learner_of(digit_run("rl.questions=1", "rl.samples=2", "rl.max_tokens=8")).worker.rollout(0, quiet).groups
     answers = groups[0].answers
     assert {answer.completion.reason for answer in answers} == {"callback"}
     assert not any(answer.overlong for answer in answers)
@@ -63,7 +63,7 @@ def test_a_verifier_ends_an_answer(digit_run: Tiny, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(("overlong", "learnt"), [("keep", 16), ("mask", 0)])
 def test_answers_that_ran_out_of_tokens(digit_run: Tiny, overlong: str, learnt: int) -> None:
     learner = learner_of(digit_run(f'rl.overlong="{overlong}"', "rl.max_tokens=1"))
-    groups = learner.asker.rollout(0, quiet).groups
+    groups = learner.worker.rollout(0, quiet).groups
     cut = sum(answer.overlong for group in groups for answer in group.answers)
     assert cut >= 14
     lessons, _ = learner._lessons(groups)
@@ -101,8 +101,8 @@ def test_choices_of_the_loop_make_finite_updates(digit_run: Tiny, choices: tuple
 def test_answers_that_no_verifier_scored_teach_nothing(digit_run: Tiny) -> None:
     learner = learner_of(digit_run("rl.loss.kl=0.0"))
     before = [p.master.clone() for p in learner.rig.optimizer.pieces]
-    judge = learner.asker.judge.judge
-    learner.asker.judge.judge = lambda asked: [replace(one, reward=None) for one in judge(asked)]  # type: ignore[method-assign]
+    grade = learner.worker.grader.grade
+    learner.worker.grader.grade = lambda asked: [replace(one, reward=None) for one in grade(asked)]  # type: ignore[method-assign]
     assert learner.rollout(0, quiet).updates == []
     assert all(torch.equal(p.master, old) for p, old in zip(learner.rig.optimizer.pieces, before, strict=True))
 
@@ -113,7 +113,7 @@ def test_verdicts_are_shared_by_rank_0() -> None:
     verdicts = [{"integer": Verdict(None, "killed")}, {"integer": Verdict(1.0)}]
     mesh = SimpleNamespace(rank=1, gather=lambda own, what: [verdicts, own])
     chat = SimpleNamespace(text=lambda tokens: "5")
-    judge = Judge(SimpleNamespace(overlong="keep"), chat, mesh, ["integer"])  # type: ignore[arg-type]
-    completion = judged([True]).answers[0].completion
-    found = judge.judge([(question, completion)] * 2)
+    grader = Grader(SimpleNamespace(overlong="keep"), chat, mesh, ["integer"])  # type: ignore[arg-type]
+    completion = graded([True]).answers[0].completion
+    found = grader.grade([(question, completion)] * 2)
     assert [(one.reward, one.correct) for one in found] == [(None, False), (1.0, True)]

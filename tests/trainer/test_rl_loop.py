@@ -13,10 +13,10 @@ from dryvine.launch.report.runs import RunFolder
 from dryvine.trainer.config import Config, ConfigError
 from dryvine.trainer.hand_off.names import biases
 from dryvine.trainer.hand_off.run_files import open_run
-from dryvine.trainer.rl.judge import Judged
+from dryvine.trainer.rl.grader import GradedAnswer
 from dryvine.trainer.rl.questions import open_task
 from dryvine.trainer.run_rows import read
-from tests.support.digits import DigitJudge, go
+from tests.support.digits import DigitGrader, go
 
 Tiny = Callable[..., Config]
 
@@ -76,14 +76,14 @@ def test_answers_ahead_are_those_of_the_weights_before_the_last_rollout(digit_ru
 
 
 def test_what_fails_while_sampling_ahead_fails_the_run(digit_run: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    judge = DigitJudge.judge
+    grade = DigitGrader.grade
 
-    def broken(self: Any, asked: Any) -> list[Judged]:
+    def broken(self: Any, asked: Any) -> list[GradedAnswer]:
         if threading.current_thread() is not threading.main_thread() and len(asked) > 8:
             raise OSError("no more processes")
-        return judge(self, asked)
+        return grade(self, asked)
 
-    monkeypatch.setattr(DigitJudge, "judge", broken)
+    monkeypatch.setattr(DigitGrader, "grade", broken)
     with pytest.raises(OSError, match="no more processes"):
         go(digit_run("rl.ahead=true"))
 

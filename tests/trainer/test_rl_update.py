@@ -24,7 +24,7 @@ from dryvine.trainer.model.spec import Spec
 from dryvine.trainer.rig import Rig, make_rig, mesh_of
 from dryvine.trainer.rl.choices import LossChoices
 from dryvine.trainer.rl.losses import k3
-from dryvine.trainer.rl.passes import Learnt, LessonPlan, learn, score
+from dryvine.trainer.rl.passes import PassOptions, UpdateResult, learn, score
 from dryvine.trainer.rl.rows import Lines, Sample, pack
 from dryvine.trainer.run_plan import make_plan
 
@@ -37,7 +37,7 @@ RL = (
     "batch.sequences=16",
 )
 CHOICES = LossChoices(kl=0.05, ratio="token", aggregate="token_mean")
-PLAIN = LessonPlan(temperature=0.7, replay=True)
+PLAIN = PassOptions(temperature=0.7, replay=True)
 
 
 def bare(config: Config) -> Rig:
@@ -134,7 +134,7 @@ def test_log_probabilities_are_those_of_the_softmax_at_the_temperature() -> None
 
 def played(
     rank: int, config: Config, answers: list[Sample], steps: int = 1
-) -> tuple[Learnt, Part, Part, list[np.ndarray]]:
+) -> tuple[UpdateResult, Part, Part, list[np.ndarray]]:
     """For `local.run`: figures, gradients and weights of this rank after updates, and the scores before them."""
     rig = bare(config)
     before = [answer.old.numpy() for answer in score(rig, answers, PLAIN)]  # type: ignore[union-attr]
@@ -192,7 +192,7 @@ def test_a_share_by_microbatch_would_be_seen(tiny: Tiny, monkeypatch: pytest.Mon
 
 
 def live_routes(rig: Rig, answers: list[Sample]) -> list[Sample]:
-    return score(rig, answers, LessonPlan(0.7, replay=False, record=True))
+    return score(rig, answers, PassOptions(0.7, replay=False, record=True))
 
 
 def test_a_pass_records_the_experts_that_gates_choose(tiny: Tiny) -> None:
@@ -201,8 +201,8 @@ def test_a_pass_records_the_experts_that_gates_choose(tiny: Tiny) -> None:
     answers = answers_of(rig.config)
     recorded = live_routes(rig, answers)
     assert all(a.routes.shape == (5, a.size - 1, 2) for a in recorded)  # type: ignore[union-attr]
-    same = score(rig, recorded, LessonPlan(0.7, replay=True))
-    other = score(rig, answers, LessonPlan(0.7, replay=True))
+    same = score(rig, recorded, PassOptions(0.7, replay=True))
+    other = score(rig, answers, PassOptions(0.7, replay=True))
     for one, two, three in zip(recorded, same, other, strict=True):
         torch.testing.assert_close(one.old, two.old, rtol=1e-6, atol=1e-6)
         assert not torch.allclose(one.old, three.old, atol=1e-4)  # type: ignore[arg-type]
@@ -262,7 +262,7 @@ def test_replay_takes_most_of_the_difference_between_a_bf16_sampler_and_an_fp32_
     ]
     found = {}
     for replay in (False, True):
-        scored = score(rig, answers, LessonPlan(1.0, replay=replay))
+        scored = score(rig, answers, PassOptions(1.0, replay=replay))
         apart = torch.cat([one.sampled - one.old for one in scored])  # type: ignore[operator]
         found[replay] = float(k3(apart).mean())
     assert found[True] * 10 < found[False], found

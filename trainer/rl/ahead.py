@@ -1,4 +1,4 @@
-"""Sampling one rollout ahead: while the ranks learn from one rollout, a thread of each samples and judges the next.
+"""Sampling one rollout ahead: while the ranks learn from one rollout, a thread of each samples and grades the next.
 
 It samples with a copy of the weights from before the update, in the training layout and through process groups of its
 own. A step then takes as long as the longer of the two, and every answer but the first rollout's is one rollout stale:
@@ -21,10 +21,10 @@ import torch
 from dryvine.comm.topology import Topology
 from dryvine.trainer.generate.sampler import Sampler
 from dryvine.trainer.rig import Rig, make_model, mesh_beside
-from dryvine.trainer.rl.asker import Answers, Asker, OnAnswer
-from dryvine.trainer.rl.judge import Judge
-from dryvine.trainer.rl.questions import Curriculum
+from dryvine.trainer.rl.grader import Grader
+from dryvine.trainer.rl.questions import RLTask
 from dryvine.trainer.rl.reference import Reference
+from dryvine.trainer.rl.rollout_worker import Answers, OnAnswer, RolloutWorker
 
 FIELD = "ahead"  # of a checkpoint's pieces
 
@@ -32,12 +32,12 @@ FIELD = "ahead"  # of a checkpoint's pieces
 class Ahead:
     """`behind` are the weights that the next answers of `take` are sampled with. All methods are collective."""
 
-    def __init__(self, rig: Rig, task: Curriculum, judge: Judge, topology: Topology | None = None) -> None:
+    def __init__(self, rig: Rig, task: RLTask, grader: Grader, topology: Topology | None = None) -> None:
         self._rig, self.behind = rig, Reference(rig)
         mesh = mesh_beside(rig.plan, rig.mesh)
         self._copy = make_model(rig.plan, mesh, topology)
         sampler = Sampler.in_layout(self._copy.model, mesh, rig.plan)
-        self.asker = Asker(task, sampler, judge.over(mesh), settle=lambda: None)
+        self.worker = RolloutWorker(task, sampler, grader.over(mesh), settle=lambda: None)
         self._under_way: _Task | None = None
 
     def take(self, first: int, on_answer: OnAnswer) -> Answers:
@@ -59,7 +59,7 @@ class Ahead:
                 own[name].copy_(live)
         if self._copy.fp8 is not None:
             self._copy.fp8.cache.expire()
-        self._under_way = _Task(lambda: self.asker.rollout(first, on_answer), self._rig.mesh.device)
+        self._under_way = _Task(lambda: self.worker.rollout(first, on_answer), self._rig.mesh.device)
 
     def wait(self) -> None:
         """Wait until nothing is in progress."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from dryvine.trainer.rl.groups import Group
 from dryvine.trainer.rl.learner import RolloutOutcome
-from dryvine.trainer.rl.passes import Learnt
+from dryvine.trainer.rl.passes import UpdateResult
 
 READ = 4  # samples of a rollout that are kept to read
 
@@ -56,7 +56,7 @@ def _scores(groups: Sequence[Group]) -> Row:
     return row
 
 
-def _learnt(updates: Sequence[Learnt], has_reference: bool) -> Row:
+def _learnt(updates: Sequence[UpdateResult], has_reference: bool) -> Row:
     """Figures of all updates of a rollout; mismatches are those of the first, whose weights are the sampler's."""
     if not updates:
         return {}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from dryvine.trainer.rl.choices import Baseline
-from dryvine.trainer.rl.judge import Judged
+from dryvine.trainer.rl.grader import GradedAnswer
 from dryvine.trainer.rl.losses import advantages
 from dryvine.trainer.rl.rows import Sample
 from dryvine.trainer.rl.tasks.question import Question
@@ -21,7 +21,7 @@ class Group:
 
     number: int
     question: Question
-    answers: Sequence[Judged]
+    answers: Sequence[GradedAnswer]
 
     @property
     def teaches(self) -> bool:
@@ -29,7 +29,9 @@ class Group:
         return len({answer.reward for answer in self.answers if answer.reward is not None}) > 1
 
 
-def valued(groups: Sequence[Group], baseline: Baseline, penalties: Sequence[Sequence[float]]) -> list[list[float]]:
+def group_advantages(
+    groups: Sequence[Group], baseline: Baseline, penalties: Sequence[Sequence[float]]
+) -> list[list[float]]:
     """The advantage of every answer, from rewards less penalties; 0 for an answer that could not be scored."""
     width = max(len(group.answers) for group in groups)
     rewards = torch.full((len(groups), width), math.nan, dtype=torch.float64)
@@ -41,7 +43,7 @@ def valued(groups: Sequence[Group], baseline: Baseline, penalties: Sequence[Sequ
     return [row[: len(group.answers)] for row, group in zip(found, groups, strict=True)]
 
 
-def sample_of(answer: Judged) -> Sample:
+def sample_of(answer: GradedAnswer) -> Sample:
     """The part of an answer that an update uses."""
     completion = answer.completion
     return Sample(completion.request.prompt, completion.tokens, completion.logprobs, completion.routes)

@@ -14,18 +14,18 @@ from pathlib import Path
 from dryvine.trainer.data.atomic import write_atomically
 from dryvine.trainer.rl.groups import Group
 from dryvine.trainer.rl.learner import Learner
-from dryvine.trainer.rl.questions import Ask
+from dryvine.trainer.rl.questions import SamplingOptions
 
 
 def harvest(learner: Learner, path: Path, on_answer: Callable[[int, int], None]) -> tuple[int, int]:
     """Sample as many questions as a run would, and write the correct answers. Returns (answers kept, answers sampled).
     Collective."""
     rl, steps = learner.task.rl, learner.rig.config.run.steps
-    ask = Ask(rl.samples, rl.temperature)
+    ask = SamplingOptions(rl.samples, rl.temperature)
     lines: list[str] = []
     asked = 0
     for first in range(0, steps * rl.questions, rl.questions):
-        groups = learner.asker.answers(range(first, first + rl.questions), ask, on_answer)
+        groups = learner.worker.answers(range(first, first + rl.questions), ask, on_answer)
         asked += sum(len(group.answers) for group in groups)
         lines += _lines(groups, rl.chat.answers, rl.harvest_per_question)
     if learner.rig.mesh.rank == 0:

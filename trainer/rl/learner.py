@@ -21,13 +21,13 @@ from dryvine.trainer.rig import Rig
 from dryvine.trainer.rl.ahead import FIELD as AHEAD
 from dryvine.trainer.rl.ahead import Ahead
 from dryvine.trainer.rl.alarms import AlarmMemory
-from dryvine.trainer.rl.asker import Answers, Asker, OnAnswer
-from dryvine.trainer.rl.groups import Group, sample_of, valued
-from dryvine.trainer.rl.judge import Judged
-from dryvine.trainer.rl.passes import Learnt, LessonPlan, learn, score
-from dryvine.trainer.rl.questions import Curriculum
+from dryvine.trainer.rl.grader import GradedAnswer
+from dryvine.trainer.rl.groups import Group, group_advantages, sample_of
+from dryvine.trainer.rl.passes import PassOptions, UpdateResult, learn, score
+from dryvine.trainer.rl.questions import RLTask
 from dryvine.trainer.rl.reference import FIELD as REFERENCE
 from dryvine.trainer.rl.reference import Reference
+from dryvine.trainer.rl.rollout_worker import Answers, OnAnswer, RolloutWorker
 from dryvine.trainer.rl.rows import Sample
 from dryvine.trainer.saves import crosses
 
@@ -35,7 +35,7 @@ from dryvine.trainer.saves import crosses
 @dataclass(frozen=True)
 class RolloutOutcome:
     answers: Answers
-    updates: Sequence[Learnt]
+    updates: Sequence[UpdateResult]
     advantages: Sequence[Sequence[float]]  # by group and answer
     parts: dict[str, float]  # seconds of sampling, scoring, learning
     seconds: float  # of all; less than their sum where they overlap
@@ -47,7 +47,7 @@ class Learner:
     """One rank's part of a run. All methods are collective."""
 
     rig: Rig
-    asker: Asker
+    worker: RolloutWorker
     ahead: Ahead | None = None  # None: sampling and learning take turns
     asked: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))  # questions, in the whole run
     reference: Reference | None = field(init=False)
@@ -58,8 +58,8 @@ class Learner:
         self.alarms = AlarmMemory(self.task.rl.alarms)
 
     @property
-    def task(self) -> Curriculum:
-        return self.asker.task
+    def task(self) -> RLTask:
+        return self.worker.task
 
     def state(self) -> RunState:
         """The tensors that a checkpoint stores, live; the rest of the state follows from them and from the config."""
@@ -109,7 +109,7 @@ class Learner:
     def _answers(self, step: int, on_answer: OnAnswer) -> Answers:
         """To the next questions. If they are made ahead, those of the next rollout are begun."""
         if self.ahead is None:
-            answers = self.asker.rollout(int(self.asked), on_answer)
+            answers = self.worker.rollout(int(self.asked), on_answer)
         else:
             answers = self.ahead.take(int(self.asked), on_answer)
         self.asked += answers.asked
@@ -120,8 +120,8 @@ class Learner:
         return answers
 
     @property
-    def _plan(self) -> LessonPlan:
-        return LessonPlan(self.task.rl.temperature, replay=self.task.rl.replay != "off")
+    def _plan(self) -> PassOptions:
+        return PassOptions(self.task.rl.temperature, replay=self.task.rl.replay != "off")
 
     def _lessons(self, groups: Sequence[Group]) -> tuple[list[Sample], list[list[float]]]:
         """The answers that the updates use, with everything the loss needs, and the advantages of all answers."""
@@ -131,7 +131,7 @@ class Learner:
         size = rl.samples
         samples = [flat[i * size : (i + 1) * size] for i in range(len(groups))]
         penalties = [[self._penalty(sample) for sample in group] for group in samples]
-        values = valued(groups, rl.loss.baseline, penalties)
+        values = group_advantages(groups, rl.loss.baseline, penalties)
         lessons = [
             replace(sample, advantage=value)
             for group, row, worth in zip(groups, samples, values, strict=True)
@@ -140,7 +140,7 @@ class Learner:
         ]
         return lessons, values
 
-    def _counts(self, answer: Judged) -> bool:
+    def _counts(self, answer: GradedAnswer) -> bool:
         left_out = answer.overlong and self.task.rl.overlong == "mask"
         return answer.reward is not None and len(answer.completion.tokens) > 0 and not left_out
 
@@ -149,15 +149,15 @@ class Learner:
         those are replayed."""
         rl, own = self.task.rl, samples
         if rl.old == "trainer" or rl.replay == "trainer":
-            plan = LessonPlan(rl.temperature, replay=rl.replay == "rollout", record=rl.replay == "trainer")
+            plan = PassOptions(rl.temperature, replay=rl.replay == "rollout", record=rl.replay == "trainer")
             own = score(self.rig, samples, plan)
             if rl.old == "rollout":
                 own = [replace(sample, old=None) for sample in own]
         if self.reference:
             with self.reference.in_place():
                 # The reference routes by its own gates: the policy's routes would make it another network.
-                judged = score(self.rig, samples, LessonPlan(rl.temperature, replay=False))
-            own = [replace(sample, reference=other.old) for sample, other in zip(own, judged, strict=True)]
+                graded = score(self.rig, samples, PassOptions(rl.temperature, replay=False))
+            own = [replace(sample, reference=other.old) for sample, other in zip(own, graded, strict=True)]
         return own
 
     def _penalty(self, sample: Sample) -> float:

@@ -23,13 +23,13 @@ from dryvine.trainer.nonfinite import Diverged
 from dryvine.trainer.ramps import Point, learning_rate
 from dryvine.trainer.rig import make_rig
 from dryvine.trainer.rl.ahead import Ahead
-from dryvine.trainer.rl.asked import Asked
-from dryvine.trainer.rl.asker import Asker
 from dryvine.trainer.rl.figures import rollout_figures, sample_lines
+from dryvine.trainer.rl.grader import Grader
 from dryvine.trainer.rl.harvest import harvest
-from dryvine.trainer.rl.judge import Judge
 from dryvine.trainer.rl.learner import Learner
 from dryvine.trainer.rl.pictures import draw
+from dryvine.trainer.rl.prompt_source import PromptSource
+from dryvine.trainer.rl.rollout_worker import RolloutWorker
 from dryvine.trainer.run_bar import run_bar
 from dryvine.trainer.run_plan import RunPlan
 from dryvine.trainer.saves import Saves, crosses
@@ -49,15 +49,15 @@ def reinforce(
     """Train for `run.steps` updates, from the newest checkpoint of the run folder if there is one. Returns False if a
     signal stopped it early, after a save. Raises Diverged and CheckpointError. Collective."""
     config, run, source = plan.config, plan.config.run, data.train
-    assert isinstance(source, Asked)
+    assert isinstance(source, PromptSource)
     rig = make_rig(plan, mesh, data, topology)
     console = Console(quiet=mesh.rank != 0)
-    with Judge(source.task.rl, source.task.chat, mesh, source.task.verifiers) as judge:
+    with Grader(source.task.rl, source.task.chat, mesh, source.task.verifiers) as grader:
         rl = source.task.rl
         only_answer = rl.evaluate_only or rl.harvest is not None
-        asker = Asker(source.task, Sampler.of_rig(rig), judge, rig.optimizer.zero.settle)
-        ahead = Ahead(rig, source.task, judge, topology) if rl.ahead and not only_answer else None
-        learner = Learner(rig, asker, ahead)
+        worker = RolloutWorker(source.task, Sampler.of_rig(rig), grader, rig.optimizer.zero.settle)
+        ahead = Ahead(rig, source.task, grader, topology) if rl.ahead and not only_answer else None
+        learner = Learner(rig, worker, ahead)
         if only_answer:
             return _only_answer(learner, console)
         done = resume(rig, console, learner.state())
@@ -87,7 +87,7 @@ def _only_answer(learner: Learner, console: Console) -> bool:
             bar.update(task, completed=ended, total=of)
 
         if path is None:
-            lines = [f"{name} {value:.4f}" for name, value in learner.asker.evaluate(on_answer).figures().items()]
+            lines = [f"{name} {value:.4f}" for name, value in learner.worker.evaluate(on_answer).figures().items()]
         else:
             kept, of = harvest(learner, Path(path), on_answer)
             lines = [f"{path}: {kept} right answers of {of}; fine-tune on it with sft.train"]
@@ -146,7 +146,7 @@ class _Run:
         return figures
 
     def _evaluate(self) -> dict[str, float]:
-        return self.learner.asker.evaluate(self._on_answer).figures()
+        return self.learner.worker.evaluate(self._on_answer).figures()
 
     def _on_answer(self, ended: int, of: int) -> None:
         self.bar.update(self.part, completed=ended, total=of)

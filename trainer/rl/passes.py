@@ -28,7 +28,7 @@ from dryvine.trainer.rl.rows import Lines, Packing, Sample, pack
 from dryvine.trainer.step import update
 
 
-class LessonPlan(NamedTuple):
+class PassOptions(NamedTuple):
     """How a forward pass over answers runs."""
 
     temperature: float
@@ -45,7 +45,7 @@ class _Pass:
 
 
 @dataclass(frozen=True)
-class Learnt:
+class UpdateResult:
     """The figures of an update, over all ranks."""
 
     norm: float  # of the gradient, before the clip
@@ -81,7 +81,7 @@ def moe_layers(rig: Rig) -> list[str]:
 # -- forward
 
 
-def score(rig: Rig, answers: Sequence[Sample], plan: LessonPlan) -> list[Sample]:
+def score(rig: Rig, answers: Sequence[Sample], plan: PassOptions) -> list[Sample]:
     """The answers with the trainer's log-probabilities under the current weights as `old`, and with `plan.record` its
     routes too. The same on every rank. Collective."""
     packing = pack(answers, rig.config.data.seq_len)
@@ -128,7 +128,7 @@ def _collect(rig: Rig, packing: Packing, one: _Pass, played: Played, name: str, 
 # -- an update
 
 
-def learn(rig: Rig, answers: Sequence[Sample], choices: LossChoices, plan: LessonPlan, step: int) -> Learnt:
+def learn(rig: Rig, answers: Sequence[Sample], choices: LossChoices, plan: PassOptions, step: int) -> UpdateResult:
     """Update the weights from all of `answers`. As in pretraining, a gradient that is not finite on any rank updates
     nothing. Gate biases stay as they are. Collective."""
     rl = rig.config.rl
@@ -205,7 +205,7 @@ class _Fields:
         return run
 
 
-def _learnt(rig: Rig, norm: float, microbatches: float, played: Sequence[Played]) -> Learnt:
+def _learnt(rig: Rig, norm: float, microbatches: float, played: Sequence[Played]) -> UpdateResult:
     """The figures over all ranks, by two reductions."""
     device = rig.mesh.device
     losses = [loss for one in played for loss in one.losses.get("loss", ())]
@@ -227,7 +227,7 @@ def _learnt(rig: Rig, norm: float, microbatches: float, played: Sequence[Played]
     largest_apart = max((float(value) for value in apart), default=0.0)
     most = rig.mesh.max(torch.tensor([largest_apart, idle], dtype=torch.float64, device=device), "figures of an update")
     other, routed = rest[-2:]
-    return Learnt(norm, loss, TokenSums(*rest[:-2]), float(most[0]), other / max(1.0, routed), float(most[1]))
+    return UpdateResult(norm, loss, TokenSums(*rest[:-2]), float(most[0]), other / max(1.0, routed), float(most[1]))
 
 
 # -- rows to microbatches
@@ -250,7 +250,7 @@ def _batch(
     rig: Rig,
     packing: Packing,
     one: _Pass,
-    plan: LessonPlan,
+    plan: PassOptions,
     objective: Callable[[Lines], Objective],
 ) -> Batch:
     """This data rank's microbatches of a pass, with a loss scale of 0."""

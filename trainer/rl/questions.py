@@ -26,7 +26,7 @@ LOOKED_AT = 1000  # of the questions with most characters, when the one with mos
 
 
 @dataclass(frozen=True)
-class Ask:
+class SamplingOptions:
     """How a question is sampled: `samples` answers, at a temperature."""
 
     samples: int
@@ -34,7 +34,7 @@ class Ask:
 
 
 @dataclass(frozen=True)
-class Curriculum:
+class RLTask:
     """The questions of a run and its chat. Built before any process group exists."""
 
     rl: RLConfig
@@ -47,7 +47,9 @@ class Curriculum:
         """Question `number` of the run, from 0."""
         return self.train[SequenceOrder(self.seed, len(self.train)).window(number)]
 
-    def requests(self, question: Question, number: int, ask: Ask, purpose: str = "train") -> Iterator[Request]:
+    def requests(
+        self, question: Question, number: int, ask: SamplingOptions, purpose: str = "train"
+    ) -> Iterator[Request]:
         """One request for each answer; they form a group, so their prompt is computed once."""
         prompt = self.chat.prompt(question.messages)
         for sample in range(ask.samples):
@@ -62,7 +64,7 @@ class Curriculum:
         return {name for question in (*self.train, *self.held_out) for name in question.weights}
 
 
-def open_task(config: Config) -> Curriculum:
+def open_task(config: Config) -> RLTask:
     """Raises ConfigError, DataError."""
     rl = config.rl
     assert rl is not None
@@ -85,7 +87,7 @@ def open_task(config: Config) -> Curriculum:
         )
     if rl.harvest is not None:
         _check_writable(Path(rl.harvest))
-    return Curriculum(rl, chat, train, held_out, config.run.seed)
+    return RLTask(rl, chat, train, held_out, config.run.seed)
 
 
 def _check_writable(path: Path) -> None:
@@ -95,9 +97,9 @@ def _check_writable(path: Path) -> None:
         raise ConfigError(f"rl.harvest = {str(path)!r} cannot be written: name a file in a folder of yours")
 
 
-def check_verifiers(curriculum: Curriculum) -> None:
+def check_verifiers(task: RLTask) -> None:
     """Load every verifier once, before any GPU is held. Raises ConfigError for one that cannot be loaded."""
     try:
-        Pool(curriculum.verifiers, workers=1).close()
+        Pool(task.verifiers, workers=1).close()
     except VerifierError as error:
         raise ConfigError(f"rl.task: {error}") from None

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from dryvine.trainer.rl.questions import Curriculum
+from dryvine.trainer.rl.questions import RLTask
 
 
-class Asked:
+class PromptSource:
     """A `SequenceSource` of rows of `length` zeros. Training never learns from them."""
 
-    def __init__(self, task: Curriculum, length: int) -> None:
+    def __init__(self, task: RLTask, length: int) -> None:
         self.task, self.length = task, length
 
     def sequences(self, first: int, count: int, stride: int = 1) -> NDArray[np.int64]:

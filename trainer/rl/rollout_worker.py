@@ -1,4 +1,4 @@
-"""Questions to judged answers, for rollouts and evaluations.
+"""Questions to graded answers, for rollouts and evaluations.
 
 It reads weights and changes none. So the same class serves the rank that trains, with its live weights, and the thread
 that samples ahead of it, with a copy of them (`ahead.py`).
@@ -15,9 +15,9 @@ from dryvine.trainer.generate.lane import Until
 from dryvine.trainer.generate.requests import Completion, Request
 from dryvine.trainer.generate.sampler import Sampler
 from dryvine.trainer.rl.evaluate import Evaluation, evaluation
+from dryvine.trainer.rl.grader import Grader
 from dryvine.trainer.rl.groups import Group
-from dryvine.trainer.rl.judge import Judge
-from dryvine.trainer.rl.questions import Ask, Curriculum
+from dryvine.trainer.rl.questions import RLTask, SamplingOptions
 from dryvine.trainer.rl.tasks.question import Question
 from dryvine.trainer.rl.verifiers.names import STOPS
 
@@ -36,19 +36,19 @@ class Answers:
 
 
 @dataclass
-class Asker:
-    """Samples and judges. `settle` is called before weights are read. Methods are collective over the judge's mesh."""
+class RolloutWorker:
+    """Samples and grades. `settle` is called before weights are read. Methods are collective over the grader's mesh."""
 
-    task: Curriculum
+    task: RLTask
     sampler: Sampler
-    judge: Judge
+    grader: Grader
     settle: Callable[[], None]
 
     def rollout(self, first: int, on_answer: OnAnswer) -> Answers:
         """The answers to questions from `first` on. With `rl.dynamic`, groups of equal rewards are dropped and
         others sampled in their place, up to `rl.refills` times."""
         rl, started = self.task.rl, time.perf_counter()
-        wanted, ask, asked = rl.questions * rl.minibatches, Ask(rl.samples, rl.temperature), 0
+        wanted, ask, asked = rl.questions * rl.minibatches, SamplingOptions(rl.samples, rl.temperature), 0
         kept: list[Group] = []
         idle: list[Group] = []
         for rounds in range(1, 2 + (rl.refills if rl.dynamic else 0)):  # noqa: B007
@@ -62,19 +62,19 @@ class Asker:
         # If every group was dropped, the update still has its KL term.
         return Answers(kept or idle, len(idle), rounds - 1, asked, time.perf_counter() - started)
 
-    def answers(self, numbers: Sequence[int], ask: Ask, on_answer: OnAnswer) -> list[Group]:
-        """Sample and judge a group for each of these question numbers of the run."""
+    def answers(self, numbers: Sequence[int], ask: SamplingOptions, on_answer: OnAnswer) -> list[Group]:
+        """Sample and grader a group for each of these question numbers of the run."""
         return self._groups([(n, self.task.question(n)) for n in numbers], ask, "train", on_answer)
 
     def evaluate(self, on_answer: OnAnswer) -> Evaluation:
         """Evaluate the held-out questions."""
         rl, held_out = self.task.rl, list(enumerate(self.task.held_out))
-        greedy = self._groups(held_out, Ask(1, 0.0), "greedy", on_answer)
-        sampled = self._groups(held_out, Ask(rl.eval_samples, rl.temperature), "eval", on_answer)
+        greedy = self._groups(held_out, SamplingOptions(1, 0.0), "greedy", on_answer)
+        sampled = self._groups(held_out, SamplingOptions(rl.eval_samples, rl.temperature), "eval", on_answer)
         return evaluation(greedy, sampled)
 
     def _groups(
-        self, asked: Sequence[tuple[int, Question]], ask: Ask, purpose: str, on_answer: OnAnswer
+        self, asked: Sequence[tuple[int, Question]], ask: SamplingOptions, purpose: str, on_answer: OnAnswer
     ) -> list[Group]:
         requests = [[*self.task.requests(question, n, ask, purpose)] for n, question in asked]
         every = [request for group in requests for request in group]
@@ -88,9 +88,9 @@ class Asker:
             for (_, question), group in zip(asked, requests, strict=True)
             for request in group
         ]
-        judged = self.judge.judge(pairs)
+        graded = self.grader.grade(pairs)
         size = ask.samples
-        return [Group(n, question, judged[i * size : (i + 1) * size]) for i, (n, question) in enumerate(asked)]
+        return [Group(n, question, graded[i * size : (i + 1) * size]) for i, (n, question) in enumerate(asked)]
 
     def _until(self, asked: Mapping[int, Question]) -> Until | None:
         """A callback that tells whether a verifier of the question considers an answer finished; questions are found

@@ -23,7 +23,7 @@ from dryvine.trainer.rl.verifiers.verdict import Job, Verdict, weighted
 
 
 @dataclass(frozen=True)
-class Judged:
+class GradedAnswer:
     """An answer, its text, and its verdicts; `reward` is None if one of the verifiers could not score it."""
 
     completion: Completion
@@ -39,7 +39,7 @@ class Judged:
 
 
 @dataclass
-class Judge:
+class Grader:
     """Scores answers. Raises VerifierError on rank 0 if a verifier cannot be loaded. Use it as a context manager."""
 
     rl: RLConfig
@@ -51,27 +51,27 @@ class Judge:
     def __post_init__(self) -> None:
         self._pool = Pool(self.names) if self.mesh.rank == 0 else None
 
-    def __enter__(self) -> Judge:
+    def __enter__(self) -> Grader:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if self._pool:
             self._pool.close()
 
-    def over(self, mesh: Mesh) -> Judge:
+    def over(self, mesh: Mesh) -> Grader:
         """The same verifiers, whose verdicts are told through the groups of another mesh; close this one only. Rank 0
         asks the two of them in turn."""
         other = copy(self)
         other.mesh = mesh
         return other
 
-    def judge(self, asked: Sequence[tuple[Question, Completion]]) -> list[Judged]:
+    def grade(self, asked: Sequence[tuple[Question, Completion]]) -> list[GradedAnswer]:
         """Score answers; the results are in the same order on every rank. Collective."""
         texts = [self.chat.text(completion.tokens.tolist()) for _, completion in asked]
         own = self._verdicts(asked, texts) if self._pool else None
         verdicts = cast(list[dict[str, Verdict]], self.mesh.gather(own, "verdicts")[0])
         return [
-            self._judged(question, completion, text, found)
+            self._graded(question, completion, text, found)
             for (question, completion), text, found in zip(asked, texts, verdicts, strict=True)
         ]
 
@@ -86,9 +86,11 @@ class Judge:
         scored = iter(self._pool.score(jobs))
         return [{name: next(scored) for name in question.weights} for question, _ in asked]
 
-    def _judged(self, question: Question, completion: Completion, text: str, verdicts: dict[str, Verdict]) -> Judged:
+    def _graded(
+        self, question: Question, completion: Completion, text: str, verdicts: dict[str, Verdict]
+    ) -> GradedAnswer:
         answered = completion.reason not in ("failed", "cancelled")
         reward = weighted(question.weights, verdicts) if answered else None
         if reward is not None and self.rl.overlong == "penalty":
             reward += soft_overlong(len(completion.tokens), self.rl.max_tokens, self.rl.overlong_buffer)
-        return Judged(completion, text, verdicts, reward, verdicts[question.deciding].right)
+        return GradedAnswer(completion, text, verdicts, reward, verdicts[question.deciding].right)
