@@ -15,7 +15,8 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from functools import cached_property
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -43,17 +44,35 @@ class Batch:
     eager: bool = False
 
 
+class PlayedTimes(NamedTuple):
+    """Of one run of the schedule, in seconds of `time.perf_counter`."""
+
+    timeline: Sequence[tuple[Slot, float, float]] = ()  # slot, start, end; it starts when what it needs has arrived
+    exposed: float = 0.0  # seconds in which compute waited for the all-to-all inside ops
+
+
 @dataclass
 class Played:
-    """What a rank did in one run of the schedule. Times are seconds of `time.perf_counter`; a slot starts when what it
-    needs has arrived."""
+    """What a rank did in one run of the schedule. A GPU's times are those of hundreds of events, and reading them takes
+    milliseconds, so they are read when they are asked for: by then the GPU has the update to do."""
 
     losses: dict[str, list[Tensor]] = field(default_factory=dict)  # name -> one scalar per microbatch that made it
     microbatches: dict[str, list[int]] = field(default_factory=dict)  # name -> which ones, in the same order
-    timeline: list[tuple[Slot, float, float]] = field(default_factory=list)  # slot, start, end
     started: float = 0.0
     ended: float = 0.0
-    exposed: float = 0.0  # seconds in which compute waited for the all-to-all inside ops
+    read_times: Callable[[], PlayedTimes] = PlayedTimes
+
+    @cached_property
+    def times(self) -> PlayedTimes:
+        return self.read_times()
+
+    @property
+    def timeline(self) -> Sequence[tuple[Slot, float, float]]:
+        return self.times.timeline
+
+    @property
+    def exposed(self) -> float:
+        return self.times.exposed
 
     @property
     def idle(self) -> float:
@@ -266,10 +285,14 @@ class _Play:
             del self._flights[key]
 
     def end(self) -> Played:
-        seconds = self.streams.marks()  # of each slot's start and end
-        self.played.timeline = list(zip(self.slots, seconds[::2], seconds[1::2], strict=True))
-        self.played.exposed = self.streams.exposed()
-        self.played.ended = time.perf_counter()
+        self.played.ended = self.streams.end()
+        slots, streams = self.slots, self.streams
+
+        def read() -> PlayedTimes:
+            seconds = streams.marks()  # of each slot's start and end
+            return PlayedTimes(list(zip(slots, seconds[::2], seconds[1::2], strict=True)), streams.exposed())
+
+        self.played.read_times = read
         return self.played
 
 

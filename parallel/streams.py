@@ -69,8 +69,12 @@ class Streams(Protocol):
         """Record the current time of the compute stream; on a GPU, the time when the device gets here."""
         ...
 
+    def end(self) -> float:
+        """End the run: wait for the device. Returns this host's `time.perf_counter`."""
+        ...
+
     def marks(self) -> list[float]:
-        """The times that `mark` recorded, in seconds of this host's `time.perf_counter`. Waits for the device."""
+        """After `end`: the times that `mark` recorded, in seconds of `time.perf_counter`."""
         ...
 
     def waiting(self) -> AbstractContextManager[None]:
@@ -78,7 +82,7 @@ class Streams(Protocol):
         ...
 
     def exposed(self) -> float:
-        """Seconds so far in which compute waited for a message and nothing else ran. Waits for the device."""
+        """After `end`: seconds in which compute waited for a message and nothing else ran."""
         ...
 
 
@@ -128,6 +132,9 @@ class CpuStreams:
     def mark(self) -> None:
         self.noted.append(time.perf_counter())
 
+    def end(self) -> float:
+        return time.perf_counter()
+
     def marks(self) -> list[float]:
         return self.noted
 
@@ -162,6 +169,9 @@ class OneStream:
     def synchronise(self) -> None: ...
 
     def mark(self) -> None: ...
+
+    def end(self) -> float:
+        return time.perf_counter()
 
     def marks(self) -> list[float]:
         return []
@@ -267,18 +277,20 @@ class CudaStreams:
     def mark(self) -> None:
         self.noted.append(_record(self.compute))
 
-    def marks(self) -> list[float]:
+    def end(self) -> float:
         # Events give distances only: measure from one whose time the host knows, as it has just waited for it.
-        last = _record(self.compute)
-        last.synchronize()
-        now = time.perf_counter()
-        return [now - mark.elapsed_time(last) / 1e3 for mark in self.noted]
+        self.last = _record(self.compute)
+        self.last.synchronize()
+        self.ended = time.perf_counter()
+        return self.ended
+
+    def marks(self) -> list[float]:
+        return [self.ended - mark.elapsed_time(self.last) / 1e3 for mark in self.noted]
 
     def waiting(self) -> AbstractContextManager[None]:
         return self._timed(self.waits, self.compute)
 
     def exposed(self) -> float:
-        _record(self.compute).synchronize()
         waits, fills = (
             [(self.first.elapsed_time(start), self.first.elapsed_time(end)) for start, end in spans]
             for spans in (self.waits, self.fills)

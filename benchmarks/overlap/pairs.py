@@ -70,7 +70,7 @@ def pair(kinds: str, times: Times, clockwork: Any, device: torch.device, overlap
     start = time.perf_counter()
     weave.play(tracks, streams, weave.ORDERS[device.type] if overlap else None)
     _synchronise(device)
-    return time.perf_counter() - start, streams.exposed()
+    return streams.end() - start, streams.exposed()
 
 
 def _track(kind: str, stage: Any, x: torch.Tensor) -> weave.Track:

@@ -18,7 +18,7 @@ from dryvine.comm import local
 from dryvine.comm.pending import Pending
 from dryvine.comm.wire import ReceiveBuffers
 from dryvine.parallel import overlap
-from dryvine.parallel.executor import Batch, EdgeWire, Executor, Played
+from dryvine.parallel.executor import Batch, EdgeWire, Executor, Played, PlayedTimes
 from dryvine.parallel.flow_control import AHEAD, posts, rank_program
 from dryvine.parallel.overlap import ORDERS
 from dryvine.parallel.schedule.check import check
@@ -305,7 +305,8 @@ def test_a_run_reports_losses_with_their_microbatches_in_order(name: str) -> Non
 
 def test_idle_is_the_time_between_slots() -> None:
     slot = (Op("F", 0, 0),)
-    played = Played(timeline=[(slot, 11.0, 12.0), (slot, 14.0, 16.0)], started=10.5, ended=17.0)
+    times = PlayedTimes([(slot, 11.0, 12.0), (slot, 14.0, 16.0)])
+    played = Played(read_times=lambda: times, started=10.5, ended=17.0)
     assert played.idle == 6.5 - 3
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dryvine.comm import local
-from dryvine.parallel.executor import Played
+from dryvine.parallel.executor import Played, PlayedTimes
 from dryvine.parallel.schedule.ir import Op
 from dryvine.trainer.config import Config
 from dryvine.trainer.metrics import metrics_row, reduce_figures
@@ -32,10 +32,9 @@ def _row(rank: int, config: Config) -> tuple[dict[str, Any], bool]:
             "balance.layers.3": [torch.tensor(0.5)],
             "balance.mtp.0": [torch.tensor(0.25)],
         },
-        timeline=timelines[rank],
         started=(10.0, 20.0)[rank],
         ended=(14.0, 22.0)[rank],
-        exposed=(0.1, 0.3)[rank],
+        read_times=lambda: PlayedTimes(timelines[rank], exposed=(0.1, 0.3)[rank]),
     )
     rig.dispatcher.meter.add(("self", "intra", "inter"), (9, 3, rank), 500_000)
     point = next(points(config.batch, config.data.seq_len))
@@ -72,7 +71,7 @@ def test_what_a_run_does_not_have_is_null(tiny: Tiny) -> None:
     config = tiny("model.mtp_depth=0", "model.balance_alpha=0", "parallel.overlap=off")
     rig, loss = rig_of(config), torch.tensor(1.0)
     slot = (Op("F", 0, 0), Op("B", 0, 1))
-    played = Played(losses={"loss": [loss]}, timeline=[(slot, 0.0, 1.0)], started=0.0, ended=1.0)
+    played = Played({"loss": [loss]}, ended=1.0, read_times=lambda: PlayedTimes([(slot, 0.0, 1.0)]))
     figures = reduce_figures(rig, played, 1.0, stop=False)
     point = next(points(config.batch, config.data.seq_len))
     row = metrics_row(rig, point, StepOutcome(played, 1.0, Balance(1.0, 1.0)), figures)

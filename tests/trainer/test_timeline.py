@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dryvine.comm import local
-from dryvine.parallel.executor import Played
+from dryvine.parallel.executor import Played, PlayedTimes
 from dryvine.parallel.schedule.simulate import Timeline
 from dryvine.parallel.schedule.table import build
 from dryvine.trainer import timeline
@@ -29,7 +29,9 @@ def _measured(rank: int, config: Config) -> list[list[tuple[float, float]]] | No
     late = 50.0 * mesh.data_rank - 100.0 * rank
     slots = enumerate(plan.schedule.ranks[mesh.pp_rank])
     drawn = timeline.gather_timeline(
-        plan.schedule, Played(timeline=[(slot, late + i, late + i + 1) for i, slot in slots]), mesh
+        plan.schedule,
+        Played(read_times=lambda: PlayedTimes([(slot, late + i, late + i + 1) for i, slot in slots])),
+        mesh,
     )
     return None if drawn is None else [[(cell.start, cell.end) for cell in row] for row in drawn.cells]
 
