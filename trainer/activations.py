@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from dryvine.trainer.config import Config
 from dryvine.trainer.model.memory import MicrobatchSize, deferred_bytes, saved_bytes
+from dryvine.trainer.rl.config import CORE_TOKENS
 from dryvine.trainer.run_plan import LayoutPlan
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2}
@@ -21,7 +22,8 @@ def microbatch_size(config: Config, cuda: bool, room: float = 1.0) -> Microbatch
     tokens = sequences * config.data.seq_len
     single_rank = config.parallel.ep == 1 and config.comm.dispatcher in ("auto", "flat")
     documents = config.data.mask == "document"
-    return MicrobatchSize(tokens, sequences, DTYPE_BYTES[config.run.dtype], cuda, documents, single_rank, room)
+    core = CORE_TOKENS if config.rl else 1
+    return MicrobatchSize(tokens, sequences, DTYPE_BYTES[config.run.dtype], cuda, documents, single_rank, room, core)
 
 
 def stage_bytes(plan: LayoutPlan, cuda: bool, room: float = 1.0) -> dict[int, int]:

@@ -107,6 +107,18 @@ def test_answers_to_one_question_hold_its_prompt_once_a_row(tiny: Tiny) -> None:
     assert {place.prompt for place in packing.places} == {0}
 
 
+def test_attention_gets_at_most_twice_a_row(tiny: Tiny) -> None:
+    """However long the prompt is that hundreds of short answers share: memory is planned for that much."""
+    one = answers_of(tiny(*RL), 1)[0]
+    short = replace(one, prompt=tuple(range(1, 81)), tokens=one.tokens[:1], sampled=one.sampled[:1], routes=None)
+    packing = pack([short] * 60, 199)
+    lines = Lines(packing, 0, packing.rows)
+    _, numbers, shared = lines.tokens(1)
+    documents = documents_of(numbers, [np.zeros((packing.rows, 199), np.float32)], "cpu", shared)
+    assert sum(documents.lengths) <= 2 * 199 * packing.rows
+    assert packing.rows == 30  # two in each: 79 + 2 x 81 tokens for attention, and padding of 116
+
+
 def test_an_answer_that_fits_in_no_row_is_refused() -> None:
     exact = Sample((1,) * 20, torch.ones(13, dtype=torch.int64), torch.zeros(13))
     assert pack([exact], 32).rows == 1

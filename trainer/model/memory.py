@@ -42,6 +42,7 @@ class MicrobatchSize:
     documents: bool = False  # attention inside documents, whose kernel wants values as wide as queries, too
     single_rank: bool = False  # all experts are here: rows are ordered once, not on both sides of an exchange
     room: float = 1.0  # for so many times as many rows at the experts
+    core: int = 1  # times `tokens`: what attention gets where documents share their beginnings
 
 
 def saved_tensors(shape: Shape, recipe: Recipe, names: Iterable[str], size: MicrobatchSize) -> tuple[SavedTensor, ...]:
@@ -275,13 +276,14 @@ class _Rules:
         yield from self._core(phase)
 
     def _core(self, phase: str) -> Iterator[Row]:
-        s, n, cuda = self.shape, self.size.tokens, self.size.cuda and not self.size.documents
+        s, n, cuda = self.shape, self.size.tokens * self.size.core, self.size.cuda and not self.size.documents
         if not self.recomputed("mla_up"):
             # On a GPU values are a view of kv_b's output, which stays as a whole, with the keys' part without rope.
             values = s.nope_dim + s.v_dim if cuda else max(s.qk_dim, s.v_dim)
             yield phase, "queries, keys, values", "attention core", self.in_dtype(n, s.heads * (2 * s.qk_dim + values))
         elif s.q_lora is None:
-            yield phase, "queries before rope", "attention core, by recompute", self.in_dtype(n, s.heads * s.qk_dim)
+            rows = self.size.tokens
+            yield phase, "queries before rope", "attention core, by recompute", self.in_dtype(rows, s.heads * s.qk_dim)
         out = s.v_dim if cuda else max(s.qk_dim, s.v_dim)
         yield phase, "output of the heads", "attention core", self.in_dtype(n, s.heads * out)
         yield phase, "log-sum-exp of scores", "attention core", 4 * n * s.heads
@@ -290,8 +292,8 @@ class _Rules:
     def _after_attention(self, out: int) -> int:
         n, width = self.size.tokens, self.shape.heads * self.shape.v_dim
         if not self.recipe.fp8:
-            # A padded output is cut to its width; else o reads the core's output, which is counted there.
-            return self.in_dtype(n, width) if out > self.shape.v_dim else 0
+            # A padded or spread output is cut to its width or tokens; else o reads the core's, which is counted there.
+            return self.in_dtype(n, width) if out > self.shape.v_dim or self.size.core > 1 else 0
         if self.recipe.cache_after_attention == "fp8":
             return self.in_fp8(n, width)
         # E5M6: 12 bits an element and an FP32 scale a tile.

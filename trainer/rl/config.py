@@ -16,6 +16,7 @@ from dryvine.trainer.rl.presets import PresetName
 
 Positive = Annotated[int, Field(ge=1, strict=True)]
 Share = Annotated[float, Field(ge=0, le=1)]
+CORE_TOKENS = 2  # times a row's length: most tokens that attention gets of it, a shared prompt with each answer
 MOST_ANSWERS = 1 << 20  # of a rollout, whose tokens every rank holds in memory
 
 

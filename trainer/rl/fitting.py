@@ -31,6 +31,10 @@ class OpenRows:
         at = bisect.bisect_left(self._rooms, size)
         if at < len(self._rooms):
             return self._rows_by_room[self._rooms[at]][-1]
+        return self.new()
+
+    def new(self) -> int:
+        """An empty row."""
         self.room.append(self._length)
         self._keep(len(self.room) - 1)
         return len(self.room) - 1

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dryvine.trainer.model.documents import ALONE
+from dryvine.trainer.rl.config import CORE_TOKENS
 from dryvine.trainer.rl.fitting import OpenRows
 
 NOWHERE = -1  # the expert number of tokens without a recorded route
@@ -81,21 +82,29 @@ class Packing:
 
 
 def pack(answers: Sequence[Sample], length: int) -> Packing:
-    """Answers to one prompt share its tokens but the last in every row that has some of them. Raises ValueError for an
-    answer that fits in no row."""
+    """Answers to one prompt share its tokens but the last in every row that has some of them. No row has more for
+    attention than CORE_TOKENS allows. Raises ValueError for an answer that fits in no row."""
     largest = max(answer.size for answer in answers)
     if largest > length + 1:
         raise ValueError(f"an answer and its prompt have {largest} tokens, and a row {length} + 1: raise data.seq_len")
     rows, places = OpenRows(length + 1), dict[int, AnswerPlace]()
+    core: defaultdict[int, int] = defaultdict(int)  # tokens that attention gets, by row, without padding
+    most = CORE_TOKENS * length
     for prompt, numbers in _by_prompt(answers).items():
-        starts: dict[int, int] = {}  # of this prompt, by row
+        shared, starts = len(prompt) - 1, dict[int, int]()  # of this prompt, by row
         for number in numbers:
             own = 1 + len(answers[number].tokens)
-            row = min((r for r in starts if rows.room[r] >= own), key=lambda r: rows.room[r], default=None)
-            if row is None:
-                row = rows.tightest(len(prompt) - 1 + own)
-                starts[row] = rows.take(row, len(prompt) - 1).start
+            beside = [r for r in starts if rows.room[r] >= own and core[r] + shared + rows.room[r] <= most]
+            if beside:
+                row = min(beside, key=rows.room.__getitem__)
+            else:
+                row = rows.tightest(shared + own)
+                if core[row] + shared + rows.room[row] > most:
+                    row = rows.new()
+                starts[row] = rows.take(row, shared).start
+                core[row] += shared
             places[number] = AnswerPlace(row, rows.take(row, own).start, starts[row])
+            core[row] += shared + own
     return Packing([places[number] for number in range(len(answers))], len(rows.room), length, answers)
 
 
