@@ -12,6 +12,7 @@ from dryvine.trainer.activations import DTYPE_BYTES, FlightSizes, flight_sizes, 
 from dryvine.trainer.config import Config
 from dryvine.trainer.model.shape import blocks
 from dryvine.trainer.run_plan import LayoutPlan
+from dryvine.trainer.stream_memory import most_running, running_bytes
 from dryvine.trainer.temporaries import temporary_bytes
 
 
@@ -103,16 +104,16 @@ def _sent(plan: LayoutPlan, stage: int) -> int:
 
 def graph_line(plan: LayoutPlan) -> str:
     """A line for the start of a run with graphs: the bytes of activations and temporaries with them and without, on the
-    rank with the most. Without, streams hold more for a time, and the allocator has more holes: on two GPUs 37.2 GB in
-    all were used and 42.9 reserved where flights and temporaries explain 35.1; with graphs 44.0 and 45.6, and 43.2 were
-    planned. So only a bound is given for ops without."""
+    rank with the most. Without, rows of other numbers each time leave holes: on two GPUs 42.9 GB in all were reserved
+    and 37.2 used; with graphs, where 43.2 were planned, 45.6 and 44.0. So only a bound is given for ops without."""
     sizes = flight_sizes(plan, cuda=True)
     held = most_held(plan, sizes)
     extra = graph_bytes(plan, sizes, held, cuda=True)
-    least = [most + temporary_bytes(plan, plan.blocks_of(rank), True) for rank, most in enumerate(held)]
-    whole = [sum(both) for both in zip(least, extra, strict=True)]
+    own = [most + temporary_bytes(plan, plan.blocks_of(rank), True) for rank, most in enumerate(held)]
+    whole = [sum(both) for both in zip(own, extra, strict=True)]
     rank = whole.index(max(whole))
+    least = max(own[rank], most_running(plan, sizes, running_bytes(plan, cuda=True))[rank])
     return (
         f"CUDA graphs hold {whole[rank] / 1e9:.3g} GB of activations and temporaries on pipeline rank {rank}, in "
-        f"{sum(flights(plan, rank).values())} flights; ops without hold {least[rank] / 1e9:.3g} GB or more"
+        f"{sum(flights(plan, rank).values())} flights; ops without hold {least / 1e9:.3g} GB or more"
     )

@@ -303,6 +303,18 @@ def test_a_run_reports_losses_with_their_microbatches_in_order(name: str) -> Non
     assert played.exposed == 1.5
 
 
+def test_times_are_read_when_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's take milliseconds, in which it would have nothing to do."""
+
+    def refuse(streams: Exposed) -> float:
+        raise AssertionError("read")
+
+    monkeypatch.setattr(Exposed, "exposed", refuse)
+    _, played = run_alone(build("one_f_one_b", 4, 8), 1)
+    with pytest.raises(AssertionError, match="read"):
+        assert played.exposed
+
+
 def test_idle_is_the_time_between_slots() -> None:
     slot = (Op("F", 0, 0),)
     times = PlayedTimes([(slot, 11.0, 12.0), (slot, 14.0, 16.0)])
