@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from dryvine.comm.integers import ceil_div
 from dryvine.trainer.begin import resume
 from dryvine.trainer.config import load
 from dryvine.trainer.generate.sampler import Sampler
@@ -60,7 +61,7 @@ def _sampled(rig: Rig, count: int) -> list[Sample]:
     )
     rounded.load({name: weight.detach() for name, weight in rig.model.named_parameters()} | dict(rig.model.buffers))
     ask = SamplingOptions(task.rl.samples, task.rl.temperature)
-    numbers = range(-(-count // ask.samples))
+    numbers = range(ceil_div(count, ask.samples))
     requests = [request for n in numbers for request in task.requests(task.question(n), n, ask)]
     return [
         Sample(done.request.prompt, done.tokens, done.logprobs, done.routes)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import matplotlib
 
+from dryvine.comm.integers import ceil_div
 from dryvine.trainer.intervals import Figure
 from dryvine.trainer.run_rows import Figures, read
 
@@ -57,7 +58,7 @@ def draw(folder: Path) -> bool:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    down = -(-len(panels) // ACROSS)
+    down = ceil_div(len(panels), ACROSS)
     size = (4.2 * min(ACROSS, len(panels)), 3.2 * down)
     figure, axes = pyplot.subplots(down, min(ACROSS, len(panels)), figsize=size, layout="constrained", squeeze=False)
     for axis in axes.flat[len(panels) :]:

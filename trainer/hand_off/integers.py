@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dryvine.comm.integers import ceil_div
 from dryvine.trainer.hand_off import q4_k
 
 OURS = "dryvine-blocks"  # the quant_method of config.json
@@ -26,7 +27,7 @@ Tensors = dict[str, Tensor]  # by what their names end in
 
 def announced(bits: int, rows: int, cols: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Dtypes and shapes of what `quantize` returns."""
-    blocks = -(-cols // BLOCK)
+    blocks = ceil_div(cols, BLOCK)
     grid = (torch.float16, (rows, blocks))
     if bits == 8:
         return {"": (torch.int8, (rows, cols)), SCALE: grid}

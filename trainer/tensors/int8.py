@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dryvine.comm.integers import round_up
+
 FEW = 12  # rows of a product, up to which integers are multiplied
 STEP = 32
 
@@ -32,7 +34,7 @@ class Int8(NamedTuple):
     @staticmethod
     def empty(rows: int, columns: int) -> Int8:
         """Zeros."""
-        values = torch.zeros(rows, -(-columns // STEP) * STEP, dtype=torch.int8)
+        values = torch.zeros(rows, round_up(columns, STEP), dtype=torch.int8)
         return Int8(values, torch.ones(rows, dtype=torch.bfloat16), columns)
 
     @property
