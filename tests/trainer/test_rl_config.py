@@ -8,9 +8,13 @@ from pathlib import Path
 import pytest
 
 from dryvine.trainer.config import Config, ConfigError, load
+from dryvine.trainer.data.build import build
 from dryvine.trainer.data.config import DataError
+from dryvine.trainer.data.inputs import match_files
+from dryvine.trainer.data.spec import BuildSpec
 from dryvine.trainer.rl.questions import open_task
 from dryvine.trainer.rl.tasks.countdown_demos import write
+from dryvine.trainer.sources import open_sources
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "countdown_r1zero.toml"
 Load = Callable[..., Config]
@@ -107,3 +111,14 @@ def test_questions_of_ones_own_that_cannot_be_used_are_refused(demo: Load, table
 def test_what_is_right_is_taken(demo: Load) -> None:
     task = open_task(demo(f'rl.task={{name="jsonl",{FILE},verifiers={{countdown=1.0,format=-0.1}}}}'))
     assert task.verifiers == {"countdown", "format"}
+
+
+def test_the_sums_that_make_rl_pretrains_on_fill_both_splits(tmp_path: Path) -> None:
+    """With the fraction that the Makefile holds out; five percent of them are shorter than one sequence."""
+    (line,) = (line for line in (CONFIG.parents[1] / "Makefile").read_text().splitlines() if "sums.jsonl" in line)
+    share = float(line.split("--val-fraction ")[1].split()[0])
+    write(tmp_path, 10, 0.6, 0, largest=5)
+    spec = BuildSpec(tokenizer=tmp_path / "tokenizer.json", validation_fraction=share)
+    build(match_files([f"{tmp_path}/sums.jsonl"]), spec, tmp_path / "sums")
+    data = open_sources(load(CONFIG.with_name("countdown_pretrain.toml"), (f'data.source="{tmp_path}/sums"',)))
+    assert data.train.sequences(0, 2).shape == data.val.sequences(0, 2).shape == (2, 257)
