@@ -2,8 +2,10 @@
 
     python -m benchmarks.generate --sequences 16 --out generate.json
 
-transformers runs with its KV cache, greedy, and with that of its implementations of experts which is the fastest in a
-short trial. Both are given the same prompts and return the same tokens but for ties, of which the share is told.
+With --dtype int8 our weights are in 8 bits (`dryvine generate --dtype int8`), those of transformers in FP32; the two
+then choose other tokens. transformers runs with its KV cache, greedy, and with that of its implementations of experts
+which is the fastest in a short trial. Both are given the same prompts and return the same tokens but for ties, of which
+the share is told.
 The two take turns, and the best of several rounds is compared, so that whatever else the machine does falls on both.
 """
 
@@ -21,11 +23,13 @@ from torch import Tensor
 
 from benchmarks.support.as_transformers import as_transformers
 from dryvine.comm.dispatch.single_rank import SingleRank
+from dryvine.trainer.generate.open import name_in_8_bits
 from dryvine.trainer.generate.requests import Request
 from dryvine.trainer.generate.sampler import Sampler
 from dryvine.trainer.model.decoder import Model
 from dryvine.trainer.model.shape import Shape, blocks, count_parameters
 from dryvine.trainer.model.spec import Spec
+from dryvine.trainer.tensors.int8 import Int8
 
 TINY = Shape(
     layers=4, first_dense=1, hidden=128, ffn=256, expert_ffn=64, heads=4, q_lora=64, kv_lora=32, nope_dim=16,
@@ -48,6 +52,17 @@ def ours(shape: Shape, device: str, dtype: torch.dtype) -> Model:
     model = Model(Spec(shape, dtype, device), {0: names}, SingleRank(shape.routed))
     model.initialise(0)
     return model
+
+
+def in_8_bits(model: Model) -> Model:
+    """The same model with weights in 8 bits."""
+    short = ours(model.spec.shape, "cpu", torch.float32)
+    for name, weight in short.named_parameters():
+        if name_in_8_bits(name):
+            rows = weight.detach().flatten(0, -2)
+            weight.int8 = Int8.empty(*rows.shape)
+            weight.int8.write(0, rows)
+    return short
 
 
 def theirs(model: Model, implementation: str) -> Callable[[Tensor, int], Tensor]:
@@ -89,7 +104,7 @@ def seconds(run: Callable[[], object], device: str) -> float:
 def compare(name: str, sequences: int, new: int, device: str, dtype: torch.dtype) -> dict[str, object]:
     """A row: tokens per second of both, the ratio, and the share of equal tokens."""
     shape = MODELS[name]
-    model = ours(shape, device, dtype)
+    model = ours(shape, device, torch.float32 if dtype == torch.int8 else dtype)
     prompts = torch.randint(shape.vocab, (sequences, 16), generator=torch.Generator().manual_seed(1)).to(device)
     trials = {}
     for implementation in IMPLEMENTATIONS:
@@ -101,7 +116,7 @@ def compare(name: str, sequences: int, new: int, device: str, dtype: torch.dtype
             print(f"transformers, {implementation}: {str(error).splitlines()[0]}")
     fastest = min(trials, key=lambda implementation: trials[implementation][0])
     peer = f"transformers, {fastest}"
-    runs = {"dryvine": sampler_of(model), peer: trials[fastest][1]}
+    runs = {"dryvine": sampler_of(in_8_bits(model) if dtype == torch.int8 else model), peer: trials[fastest][1]}
     tokens = {label: run(prompts, new).cpu() for label, run in runs.items()}
     best = dict.fromkeys(runs, float("inf"))
     for _ in range(ROUNDS):
@@ -126,7 +141,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=16)
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "int8"), default="float32")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     rows = [compare(name, args.sequences, args.new, args.device, getattr(torch, args.dtype)) for name in args.models]

@@ -4,8 +4,9 @@
 
 A random model of 1.4 GB of BF16 experts (7 mixtures of 128, 4 chosen) is written, and answers one request in FP32, in a
 process of its own for each cap: in BF16 the two ways to multiply round differently, and random logits are near ties.
-This process reads /proc/PID/smaps_rollup of that one, before the experts are opened and while it decodes. Random gates
-are the worst case: they ask for any expert at any time, and the guess for the next layer is poor.
+This process reads /proc/PID/smaps_rollup of that one, before the experts are opened, when it has answered one request
+to another, tiny model, and while it decodes. Random gates are the worst case: they ask for any expert at any time, and
+the guess for the next layer is poor.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 
+from dryvine.comm.dispatch.single_rank import SingleRank
 from dryvine.launch.pages.plots import Curve, lines
 from dryvine.trainer.generate.open import load, open_weights
 from dryvine.trainer.generate.paged import ExpertPages, paged_experts
@@ -30,7 +32,9 @@ from dryvine.trainer.generate.sampler import Sampler
 from dryvine.trainer.hand_off.hf_config import config_json
 from dryvine.trainer.hand_off.names import places
 from dryvine.trainer.hand_off.safetensors_file import SafetensorsWriter
-from dryvine.trainer.model.shape import Shape
+from dryvine.trainer.model.decoder import Model
+from dryvine.trainer.model.shape import Shape, blocks
+from dryvine.trainer.model.spec import Spec
 
 SHAPE = Shape(
     layers=8, first_dense=1, hidden=512, ffn=1024, expert_ffn=512, heads=8, q_lora=128, kv_lora=64, nope_dim=32,
@@ -59,12 +63,22 @@ def write(folder: Path) -> int:
     return sum(2 * place.elements for place in every if ".experts." in place.ours)
 
 
+def answer_with_another() -> None:
+    """One request to a model of 0.3 MB: torch reads 9 MB of its own code when operators are first used."""
+    few = {"layers": 2, "hidden": 64, "ffn": 64, "expert_ffn": 32, "q_lora": 32, "kv_lora": 32, "routed": 8}
+    shape = SHAPE.model_copy(update=few)
+    model = Model(Spec(shape, torch.float32, CPU), {0: tuple(b.name for b in blocks(shape))}, SingleRank(shape.routed))
+    model.initialise(0)
+    list(Sampler.alone(model).generate([Request((1, 2, 3), 4)]))
+
+
 def child(folder: str, cap: int, new: int) -> None:
     """Answers one request; says when the experts are about to be opened, and waits for the word to go on."""
     torch.set_num_threads(1)
     source = open_weights(folder)
     model = load(source, torch.float32, CPU, lambda *_: None, experts=not cap)
     warm = Sampler.alone(model) if not cap else None
+    answer_with_another()
     print("ready", flush=True)
     sys.stdin.readline()
     pages = ExpertPages(source, torch.float32, cap) if cap else None

@@ -105,7 +105,7 @@ def load(
     spec = Spec(shape, torch.float32 if dtype == torch.int8 else dtype, "meta")
     model = Model(spec, {0: names}, SingleRank(shape.routed))
     held = {name: weight for name, weight in model.named_parameters() if experts or not weight.expert}
-    short = {name for name in held if dtype == torch.int8 and _in_8_bits(name)}
+    short = {name for name in held if dtype == torch.int8 and name_in_8_bits(name)}
     total = sum(weight.numel() for weight in held.values())
     needed = sum(weight.numel() * (1 if name in short else spec.dtype.itemsize) for name, weight in held.items())
     _check_memory(source, needed, dtype, device)
@@ -120,7 +120,7 @@ def load(
     return model
 
 
-def _in_8_bits(name: str) -> bool:
+def name_in_8_bits(name: str) -> bool:
     """Whether an 8-bit model has this parameter in 8 bits: matrices of blocks but the gate's, which selects, and that
     of keys and values, which is no Linear while decoding."""
     end = name.removesuffix(".weight").rsplit(".", 1)[-1]
