@@ -159,7 +159,7 @@ def test_the_order_of_additions_shows(native: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("width", [1, 5, 72, 1100])
+@pytest.mark.parametrize("width", [1, 5, 1100])
 def test_own_rows_are_read_where_they_are(native: Any, dtype: torch.dtype, width: int) -> None:
     """Whatever lies in their place in the window."""
     drawn = special(77, width + 1)[:, :width].to(dtype)
@@ -190,11 +190,15 @@ def everybodys(seed: int, ranks: int, most: int, experts: int, top_k: int, token
     return ByRank(window.to(torch.int32), own, rank), own[:tokens].to(torch.int64)
 
 
-@pytest.mark.parametrize("room", ["all", "less"])
-@pytest.mark.parametrize("alignment", [1, 8])
 @pytest.mark.parametrize(
-    ("ranks", "most", "experts", "top_k", "tokens"),
-    [(2, 37, 8, 3, 37), (3, 150, 6, 2, 1), (2, 130, 80, 8, 100), (4, 33, 8, 1, 0), (8, 12, 8, 4, 12)],
+    ("ranks", "most", "experts", "top_k", "tokens", "alignment", "room"),
+    [
+        (2, 37, 8, 3, 37, 1, "all"),
+        (3, 150, 6, 2, 1, 8, "all"),
+        (2, 130, 80, 8, 100, 1, "less"),
+        (4, 33, 8, 1, 0, 1, "all"),
+        (8, 12, 8, 4, 12, 8, "less"),
+    ],
 )
 def test_places(
     native: Any, ranks: int, most: int, experts: int, top_k: int, tokens: int, alignment: int, room: str
