@@ -41,6 +41,7 @@ def render(config: Config, words: Sequence[str], job: SlurmJob) -> str:
         run=shlex.join(words),
         environment="\n".join(f"export {name}={shlex.quote(value)}" for name, value in _environment(config, job)),
         check=_check(job),
+        step=1 if job.check else 0,  # srun numbers its steps from 0
         command=_lines([*_srun(config, job), *_inside(job), *(_ranks() if job.per_rank else _torchrun(job))]),
     )
 

@@ -99,3 +99,20 @@ def test_time_limit_requeue_and_scancel_are_survived(slurm: Slurm, corpus: Path,
     assert slurm.wait(again, ("COMPLETED", "FAILED")) == "COMPLETED", printed(tmp_path, again)
     assert f"resuming {tmp_path}/tiny after step {done}" in " ".join(printed(tmp_path, again).split())
     assert steps() == done + 3
+
+
+def test_the_next_task_of_an_array_goes_on(slurm: Slurm, corpus: Path, tmp_path: Path) -> None:
+    """Each task has a log of its own. What is left of the array is cancelled once the run has ended."""
+    given = words(corpus, tmp_path, "comm.deadline=30", "run.checkpoint_every=1000", "run.eval_every=100000")
+    options = ("--nodes", "2", "--gpus-per-node", "1", "--no-check", "--array", "3", "--time", "5")
+    # So many steps that the first task cannot end them before its signal.
+    job = submit(slurm, *given, "run.steps=100000", *options)
+
+    def logs() -> str:
+        return " ".join(" ".join(path.read_text().split()) for path in sorted((tmp_path / "tiny").glob("slurm-*.out")))
+
+    until(lambda: "stopped by a signal after step" in logs(), 240, logs)
+    stopped = re.findall(r"after step (\d+)", logs())[-1]
+    until(lambda: f"resuming {tmp_path}/tiny after step {stopped}" in logs(), 100, logs)
+    assert slurm.ask("squeue", "-h", "-j", job, "-o", "%K %T").splitlines()[-1].startswith("2 ")
+    slurm.ask("scancel", job)
