@@ -10,6 +10,7 @@ the machine changes from minute to minute. Goal: within 10%.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 import time
@@ -22,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dryvine.comm import local
+from dryvine.comm.host import MALLOC
 from dryvine.launch.plan.hardware import load_hardware
 from dryvine.launch.plan.plan import make
 from dryvine.launch.plan.profiled import Profile
@@ -78,6 +80,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=3, help="microbatches of each block in a profile")
     options = parser.parse_args()
+    os.environ |= MALLOC  # as `dryvine train` starts ranks on a CPU
     local.preload("benchmarks.planner")
     table = Table("layout", "planned, s", "measured, s", "planned / measured", title="steps on gloo, from a profile")
     worst = 0.0
