@@ -121,7 +121,7 @@ class Lane:
         self._slots = s = self._slots.with_room()
         s.add(rows, tokens, logprobs)
         stop = np.isin(tokens, self._stops)
-        for at in np.flatnonzero(stop):  # another answer's
+        for at in np.flatnonzero(stop):  # it may stop other answers only
             stop[at] = int(tokens[at]) in self.live[rows[at]].request.stop
         full = (s.counts[rows] == s.most[rows]) & ~stop
         for slot in rows[stop]:
