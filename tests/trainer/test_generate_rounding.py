@@ -7,6 +7,7 @@ import random
 
 import pytest
 import torch
+from torch import Tensor
 
 from dryvine.comm.dispatch.single_rank import SingleRank
 from dryvine.trainer.fp8.engines.names import make_engine
@@ -62,6 +63,12 @@ def test_fp32_on_a_gpu_is_the_training_forward(slots: int) -> None:
     assert max(largest_difference(model, completion) for completion in completions(model, slots)) < 1e-5
 
 
+def _mean_of_most(far_N: Tensor) -> float:
+    """Without the largest 2%: a token whose gate is at a tie goes to another expert, and is 50 times as far off as the
+    others."""
+    return float(far_N.sort().values[: int(0.98 * len(far_N))].mean())
+
+
 @devices
 @pytest.mark.parametrize("speculate", [False, True])
 @pytest.mark.parametrize("arithmetic", ["bf16", "fp8"])
@@ -77,8 +84,7 @@ def test_rounding_takes_decoding_and_training_about_as_far_from_fp32(
         decoded.append((completion.logprobs - true).abs())
         trained.append((ours - true).abs())
         apart.append((completion.logprobs - ours).abs())
-    # Not means: a token whose gate is at a tie goes to another expert, and is 50 times as far off as the others.
-    far = [float(torch.cat(some).median()) for some in (decoded, trained, apart)]
+    far = [_mean_of_most(torch.cat(some)) for some in (decoded, trained, apart)]
     # Absorbed, queries and sums of latents are rounded once more than in training.
     assert far[0] < 2 * far[1]
     assert far[2] < 2 * far[1]
