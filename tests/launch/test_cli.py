@@ -38,7 +38,8 @@ def test_train_launches_ranks_and_ends_with_the_table(corpus: Path, tmp_path: Pa
 
 @pytest.mark.long
 def test_a_signal_to_the_launcher_saves_and_says_so(corpus: Path, tmp_path: Path) -> None:
-    words = command("train", TINY, *DUALPIPE, *given(corpus, tmp_path), "run.steps=100000", "run.eval_every=100000")
+    never = ("run.steps=100000", "run.eval_every=100000", "run.checkpoint_every=100000")
+    words = command("train", TINY, *DUALPIPE, *given(corpus, tmp_path), *never)
     rows = tmp_path / "tiny" / "metrics.jsonl"
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         until = time.monotonic() + 100
