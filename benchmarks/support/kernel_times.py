@@ -30,7 +30,7 @@ KINDS = {
     r"|^(sum|tally|place|arrive|tables)_kernel",
     "copies": r"copy|CatArray|memcpy|memset|fill|^aten::(cat|zeros?_?|empty\w*|clone|contiguous|to)$",
     "elementwise": r"elementwise|reduce|triton_|^aten::"
-    r"|^(gate|gate_backward|balance|gated|gated_backward|heads|heads_backward|logsumexp|logits_gradient)_kernel",
+    r"|^(adamw|gate|gate_backward|balance|gated|gated_backward|heads|heads_backward|logsumexp|logits_gradient)_kernel",
 }
 UNKNOWN = "unclassified"
 DEVICE = {"kernel", "gpu_memcpy", "gpu_memset"}

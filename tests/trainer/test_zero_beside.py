@@ -79,9 +79,9 @@ def _spy_on_bucket(bucket: Bucket, events: list[tuple[str, str]]) -> None:
         events.append(("sum", name))
         return sum_(None, what)
 
-    def noted_send(shard: torch.Tensor, watch: object, what: str) -> Pending[None]:
+    def noted_send(watch: object, what: str) -> Pending[None]:
         events.append(("gather", name))
-        return send(shard, None, what).then(lambda _: events.append(("gathered", name)))
+        return send(None, what).then(lambda _: events.append(("gathered", name)))
 
     bucket.sum, bucket.send = noted_sum, noted_send  # type: ignore[method-assign]
 
