@@ -31,7 +31,10 @@ from tests.support.rig import rig_of
 from tests.support.tape import TapeRecorder
 
 Tiny = Callable[..., Config]
-LAYOUTS = [(1, 2, "one_f_one_b"), (1, 2, "zb1p"), (1, 2, "dualpipev"), (2, 2, "dualpipe"), (1, 4, "dualpipev")]
+LAYOUTS = [
+    (1, 2, "dualpipev"), (2, 2, "dualpipe"), (1, 4, "dualpipev"),
+    *(pytest.param(1, 2, name, marks=pytest.mark.long) for name in ("one_f_one_b", "zb1p")),
+]  # fmt: skip
 
 
 def _gather(rows: Tensor, index: Tensor) -> Tensor:

@@ -32,9 +32,9 @@ SEQUENCES, LENGTH = 2, 512
 RECIPES = {
     "bf16": preset("bf16"),
     "fp8": preset("deepseek_v3"),
-    "fp8, rows sent in bf16": preset("deepseek_v3", dispatch="bf16"),
+    "fp8, rows sent in bf16": pytest.param(preset("deepseek_v3", dispatch="bf16"), marks=pytest.mark.long),
 }
-WAYS = [(), ("norm", "swiglu"), ("norm", "mla_up", "swiglu"), ("layer",)]
+WAYS = [(), pytest.param(("norm", "swiglu"), marks=pytest.mark.long), ("norm", "mla_up", "swiglu"), ("layer",)]
 NAMES = ("layers.0", "layers.1", "head")
 
 
