@@ -145,7 +145,7 @@ def times(dispatchers: dict[str, AnyDispatcher], tokens: int, hidden: int, devic
 
 
 def wire(dispatcher: Nvlink, payload: tuple[Tensor, ...]) -> None:
-    """A message that nobody reads."""
+    """A message whose rows are not read."""
     rooms = tuple(WindowRows.of(tensor, dispatcher.most) for tensor in payload)
     dispatcher.windows.start(lambda _: payload, rooms, lambda came: None, "wire").wait()
 

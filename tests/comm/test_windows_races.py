@@ -9,14 +9,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
 
 from dryvine.comm.dispatch.backends import WINDOW_SLOTS
 from dryvine.comm.dispatch.by_rank import ByRank
 from dryvine.comm.dispatch.meter import Meter
 from dryvine.comm.dispatch.windows import WindowRows, Windows
 from dryvine.comm.live_steps import LiveStep
-from tests.support.races import Event, Races, Slots, Stream
+from tests.support.races import Event, Races, Slots, StreamQueue
 
 ROOM = WindowRows(4, (8,), torch.float32)
 
@@ -37,7 +36,7 @@ class Word(NamedTuple):
 class PeerLinks:
     """`Links` of rank 0 to rank 1, which reads and sends as soon as it may, on a stream of its own."""
 
-    words: Any = SimpleNamespace(reached=print)  # nobody asks
+    words: Any = SimpleNamespace(reached=print)  # never called
 
     def __init__(self, races: Races) -> None:
         self.races, self.peer = races, races.stream("peer")
@@ -70,13 +69,7 @@ class PeerLinks:
         return self.peer.record_event()
 
 
-class PeerQueue:
-    def __init__(self, links: PeerLinks, stream: Stream) -> None:
-        self.links, self.stream = links, stream
-
-    def after_caller(self) -> None:
-        self.stream.wait_stream(self.links.races.here)
-
+class PeerQueue(StreamQueue[PeerLinks]):
     def wait(self, words: Sequence[int], value: int) -> None:
         for word in words if value else ():
             self.stream.wait_event(self.links.reached(word, value))
@@ -85,17 +78,6 @@ class PeerQueue:
         """`wait`, as if the words were there: the peer works all the same."""
         for word in words if value else ():
             self.links.reached(word, value)
-
-    def copy(self, target: Tensor, source: Tensor) -> None:
-        with self.links.races.on(self.stream):
-            target.copy_(source)
-
-    def write(self, words: Sequence[int], value: int) -> None:
-        self.links.writes.update(((word, value), self.stream.record_event()) for word in words)
-
-    def write_at_once(self, words: Sequence[int], value: int) -> None:
-        """`write`, as if it did not wait for what was queued before."""
-        self.links.writes.update(((word, value), Event(self.links.races)) for word in words)
 
     def here(self) -> Any:
         raise NotImplementedError

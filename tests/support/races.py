@@ -26,7 +26,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import pytest
 import torch
@@ -272,20 +272,25 @@ class Nccl:
         out[:] = [value] * len(out)
 
 
-@dataclass
-class Queue:
-    """Work in a stream that reaches the memory of peers, for `CopyWire`."""
+class HasWrites(Protocol):
+    """Links whose queues note when they wrote a word."""
 
-    links: Neighbours
+    races: Races
+    writes: dict[tuple[int, int], Event]  # (word, value) -> when it was written
+
+
+L = TypeVar("L", bound=HasWrites)
+
+
+@dataclass
+class StreamQueue(Generic[L]):
+    """Copies and writes in a stream; a queue of some links adds its waits."""
+
+    links: L
     stream: Stream
 
     def after_caller(self) -> None:
         self.stream.wait_stream(self.links.races.here)
-
-    def wait(self, words: Sequence[int], value: int) -> None:
-        for word in words:
-            if (line := self.links.flags.get(word)) and line.target == self.links.rank:
-                self.stream.wait_stream(self.links.fill(line, value - 1))
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         with self.links.races.on(self.stream):
@@ -297,6 +302,15 @@ class Queue:
     def write_at_once(self, words: Sequence[int], value: int) -> None:
         """`write`, as if it did not wait for what was queued before."""
         self.links.writes.update(((word, value), Event(self.links.races)) for word in words)
+
+
+class Queue(StreamQueue["Neighbours"]):
+    """Work in a stream that reaches the memory of peers, for `CopyWire`."""
+
+    def wait(self, words: Sequence[int], value: int) -> None:
+        for word in words:
+            if (line := self.links.flags.get(word)) and line.target == self.links.rank:
+                self.stream.wait_stream(self.links.fill(line, value - 1))
 
     def here(self) -> Pending[None]:
         work = Work(self.links.races, self.stream.record_event(), self.links.coin)

@@ -20,7 +20,7 @@ from tests.trainer.test_data_build import contents
 from tests.trainer.test_data_formats import write_rows
 
 SPEC = BuildSpec(vocab_size=300, field="meta.text", validation_fraction=0)
-UNREADABLE = Path("/proc/self/mem")  # opens, and gives EIO when its first bytes are read
+UNREADABLE = Path("/proc/self/mem")  # opens, but reading its first bytes raises EIO
 
 
 @pytest.mark.skipif(not UNREADABLE.exists(), reason="needs /proc")
