@@ -16,7 +16,7 @@ A contender runs in a process of its own with a deadline; one that fails is list
 same model is proven in tests/trainer/test_model_parity.py; here their parameters are counted. MFU is 3 x the forward's
 FLOPs (products, and half the square for causal attention; nothing for what is recomputed) over 989 TFLOPS, the BF16
 peak of an H100 or H200, for FP8 too. `batched_mm` experts are left out: they copy a weight for every row, terabytes
-here.
+here. On a GPU a last step is profiled: device time by kind, kernels on two streams at once counted twice.
 """
 
 from __future__ import annotations
@@ -39,8 +39,10 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.model.layer import fill
+from benchmarks.support import kernel_times
 from dryvine.trainer.config import Config
 from dryvine.trainer.data.splits import Data
 from dryvine.trainer.hand_off.hf_config import config_json
@@ -231,10 +233,12 @@ def measure(name: str, work: Work) -> dict[str, Any]:
         if number == work.warm - 1 and work.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
     seconds = statistics.median(times[work.warm :])
+    peak = torch.cuda.max_memory_allocated() if work.device.type == "cuda" else 0
     return {
         "tokens_per_second": work.tokens / seconds,
         "mfu": work.flops / seconds / PEAK,
-        "peak_bytes": torch.cuda.max_memory_allocated() if work.device.type == "cuda" else 0,
+        "peak_bytes": peak,
+        **(device_time(lambda: ready.step(work.warm + work.steps)) if work.device.type == "cuda" else {}),
         "steps_s": times,
         "losses": losses,
         "parameters": ready.parameters,
@@ -242,6 +246,20 @@ def measure(name: str, work: Work) -> dict[str, Any]:
         "note": ready.note,
         "whole_s": time.perf_counter() - started,
     }
+
+
+def device_time(step: Callable[[], float]) -> dict[str, Any]:
+    """Milliseconds of a profiled step's kernels by kind, "gaps" when none runs; and the longest kernels."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        step()
+        torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        profiled.export_chrome_trace(str(trace := Path(folder) / "trace.json"))
+        kernels = kernel_times.read(trace, ())
+    kinds = {kind: us / 1e3 for kind, us in kernel_times.by_kind(kernels).items()}
+    length = max(k.start + k.duration for k in kernels) - kernels[0].start
+    kinds["gaps"] = (length - kernel_times.busy(kernels)) / 1e3
+    return {"kinds_ms": kinds, "kernels": len(kernels), "largest": kernel_times.largest(kernels, 40)}
 
 
 def attempt(name: str, seconds: float, words: list[str]) -> dict[str, Any]:
@@ -281,6 +299,8 @@ def show(console: Console, results: dict[str, dict[str, Any]], work: Work) -> bo
         speed, peak = f"{one['tokens_per_second']:,.0f}", f"{one['peak_bytes'] / 1e9:.1f}"
         table.add_row(name, speed, ratio, mfu, peak, losses, one["states"])
     console.print(table)
+    if timed := {name: one["kinds_ms"] for name, one in good.items() if "kinds_ms" in one}:
+        console.print(_kinds(timed))
     for name, one in results.items():
         if note := one.get("failed") or one.get("note"):
             console.print(f"{name}: {note}", markup=False, highlight=False)
@@ -289,6 +309,14 @@ def show(console: Console, results: dict[str, dict[str, Any]], work: Work) -> bo
     same = set(counts.values()) <= {expected}
     console.print(f"parameters: {expected:,} each" if same else f"PARAMETERS DIFFER from {expected:,}: {counts}")
     return same and bool(good)
+
+
+def _kinds(timed: dict[str, dict[str, float]]) -> Table:
+    """A column for each contender, a row for each kind that any of them has."""
+    table = Table("ms of one step on the device", *timed)
+    for kind in dict.fromkeys(kind for kinds in timed.values() for kind in kinds):
+        table.add_row(kind, *(f"{kinds.get(kind, 0.0):.1f}" for kinds in timed.values()))
+    return table
 
 
 def main() -> int:
