@@ -91,14 +91,10 @@ class Bucket:
         size = self.master.numel()
         return slice(index * size, (index + 1) * size)
 
-    def segments(self, index: int) -> Iterator[tuple[bool, slice]]:
-        """(whether they are matrices, where they are) of the shard of copy `index`, padding included."""
-        size = self.master.numel()
-        boundary = min(max(self.layout.vectors - self._shard(index).start, 0), size)
-        if boundary:
-            yield True, slice(0, boundary)
-        if boundary < size:
-            yield False, slice(boundary, size)
+    def matrices(self, index: int) -> int:
+        """How many of the first elements of the shard of copy `index` are of matrices, padding included; vectors
+        follow."""
+        return min(max(self.layout.vectors - self._shard(index).start, 0), self.master.numel())
 
     def spans(self, index: int) -> Iterator[ShardSpan]:
         """What is in the shard of copy `index`."""

@@ -11,7 +11,7 @@ kernels that hold SMs.
 
 Matrices come first and then vectors, each from a multiple of LANES on, as do shards: AdamW's vectorised kernels round
 the last few elements of a call differently, so that a call must never end within a vector, or a layout would show in
-the bits. Two calls update a shard.
+the bits.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""AdamW on a GPU in one pass: clip, moments, master, and the weights in their own dtype.
+"""AdamW on a GPU in one pass: clip, moments, master, and the weights in their own dtype, of matrices and vectors.
 
 Memory traffic is all that it costs: with FP32 moments and BF16 weights it reads 16 bytes of an element and writes 14,
 where torch's fused kernel (28 bytes), a multiplication for the clip (8) and a copy to the weights (6) move 42. BF16
@@ -20,8 +20,8 @@ BLOCK = 2048  # elements of a program, 16 of each tensor for a thread
 
 
 @triton.jit
-def adamw_kernel(master, grad, first, second, weights, updates, N, factor, keep, rate, eps, beta1, rest1, beta2, rest2,
-                 log1, log2, WEIGHTS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def adamw_kernel(master, grad, first, second, weights, updates, N, matrices, factor, keep, rate, eps, beta1, rest1,
+                 beta2, rest2, log1, log2, WEIGHTS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     here = i < N
     # 1 - beta^t of update t, in FP64: for beta = 0.999 and t = 1 FP32 would lose three digits.
@@ -35,7 +35,7 @@ def adamw_kernel(master, grad, first, second, weights, updates, N, factor, keep,
     tl.store(second + i, v.to(second.dtype.element_ty), mask=here)
     # The master moves by moments that are not yet rounded.
     slope = (m / unbias1) / (tl.sqrt_rn(tl.div_rn(v, unbias2 + tl.zeros_like(v))) + eps)
-    new = tl.load(master + i, mask=here, other=0.0) * keep - slope * rate
+    new = tl.load(master + i, mask=here, other=0.0) * tl.where(i < matrices, keep, 1.0) - slope * rate
     tl.store(master + i, new, mask=here)
     if WEIGHTS:
         tl.store(weights + i, new.to(weights.dtype.element_ty), mask=here)
@@ -54,7 +54,7 @@ class KernelAdamW:
         # Of no elements there is one program: a launch loads the kernel.
         adamw_kernel[(max(1, ceil_div(size, BLOCK)),)](
             # A kernel without weights never writes them: any pointer will do.
-            *on, on.master if weights is None else weights, updates, size,
+            *on.tensors, on.master if weights is None else weights, updates, size, on.matrices,
             update.factor, 1.0 - update.rate * update.decay, update.rate, self.config.eps,
             beta1, 1.0 - beta1, beta2, 1.0 - beta2, _log(beta1), _log(beta2),
             weights is not None, BLOCK, num_warps=4,

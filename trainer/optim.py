@@ -10,7 +10,6 @@ on; what it would gain is measured in docs/fp8.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -79,9 +78,8 @@ class Optimizer:
         for number in self.zero.gathers_turn:
             if witness:
                 witness.before(number, update)
-            bucket = self.zero.buckets[number]
             with self.zero.new_weights(number) as weights:
-                self.step_shard(self.operands(number), bucket.segments(bucket.index), update, weights)
+                self.step_shard(self.operands(number), update, weights)
             if witness:
                 witness.after(number)
         self.step += 1
@@ -91,16 +89,13 @@ class Optimizer:
     def operands(self, number: int) -> Operands:
         """The tensors of this rank's shard of a bucket; not copies."""
         bucket, moments = self.zero.buckets[number], self.moments[number]
-        return Operands(bucket.master, bucket.grad, moments.exp_avg, moments.exp_avg_sq)
+        matrices = bucket.matrices(bucket.index)
+        return Operands(bucket.master, bucket.grad, moments.exp_avg, moments.exp_avg_sq, matrices)
 
-    def step_shard(
-        self, whole: Operands, segments: Iterable[tuple[bool, slice]], update: Update, weights: Tensor | None = None
-    ) -> None:
-        """Update the operands of a shard, of this or another rank, in place; `segments` as of `Bucket.segments`,
-        `weights` as of `AdamW`."""
-        for matrices, part in segments:
-            of_part = update if matrices else update._replace(decay=0.0)
-            self.adam(whole.part(part), self.step, of_part, None if weights is None else weights[part])
+    def step_shard(self, on: Operands, update: Update, weights: Tensor | None = None) -> None:
+        """Update the operands of a shard, or of a part of one, of this or another rank, in place; `weights` as of
+        `AdamW`."""
+        self.adam(on, self.step, update, weights)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Full shapes of the parameters of which this rank has pieces."""

@@ -56,13 +56,13 @@ class Witness:
     def before(self, number: int, update: Update) -> None:
         """Update a copy of the previous rank's shard."""
         bucket, own = self._optimizer.zero.buckets[number], self._optimizer.operands(number)
-        segments, spans = list(bucket.segments(_before(bucket))), list(bucket.spans(_before(bucket)))
+        spans, matrices = list(bucket.spans(_before(bucket))), bucket.matrices(_before(bucket))
         found = []
         for start in range(0, len(own.master), PART):
             end = min(start + PART, len(own.master))
-            theirs = Operands(*(self._shift(bucket, tensor) for tensor in own.part(slice(start, end))))
-            inside = ((matrices, _within(part, start, end)) for matrices, part in segments)
-            self._optimizer.step_shard(theirs, [(m, part) for m, part in inside if part.start < part.stop], update)
+            part = own._replace(matrices=matrices).part(slice(start, end))
+            theirs = Operands(*(self._shift(bucket, tensor) for tensor in part.tensors), matrices=part.matrices)
+            self._optimizer.step_shard(theirs, update)
             found.append(field_sums(theirs, _moved(spans, start, end)))
         self._repeated = torch.cat(found)
 

@@ -10,7 +10,8 @@ are counted in the seconds that its cores worked for them, so that other process
 as it does by default, which is not the same work:
 
     transformers   BF16 weights, BF16 gradients, BF16 moments (torch's fused AdamW on a BF16 model); sdpa
-    dryvine        BF16 weights, FP32 gradient sums, FP32 masters and moments; the trainer's own `train_step`
+    dryvine        BF16 weights, FP32 gradient sums and masters, moments in FP32, or with `--moments bf16` in BF16 as
+                   V3 has them; the trainer's own `train_step`
 
 A contender runs in a process of its own with a deadline; one that fails is listed with its reason. That both are the
 same model is proven in tests/trainer/test_model_parity.py; here their parameters are counted. MFU is 3 x the forward's
@@ -93,6 +94,7 @@ class Work(NamedTuple):
     sequences: int  # of a microbatch
     microbatches: int  # of a step
     dtype: str  # of weights, "bf16" or "fp32"
+    moments: str  # of dryvine's AdamW, "bf16" or "fp32"
     device: torch.device
     warm: int  # steps before those measured
     steps: int
@@ -139,7 +141,7 @@ def dryvine(work: Work, recipe: str = "bf16") -> Ready:
         "data": {"source": "random", "seq_len": shape.max_position, "vocab_size": shape.vocab},
         "batch": {"sequences": work.sequences * work.microbatches},
         "parallel": {"pp": 1, "ep": 1, "schedule": "one_f_one_b", "microbatch_sequences": work.sequences},
-        "optim": {"lr": 1e-4, "plan": [{"shape": "constant", "length": 1, "to": 1.0}]},
+        "optim": {"lr": 1e-4, "moments": work.moments, "plan": [{"shape": "constant", "length": 1, "to": 1.0}]},
         "fp8": {"preset": recipe, "guard_every": 0},
     })  # fmt: skip
     source: Any = RandomTokens(shape)
@@ -154,7 +156,7 @@ def dryvine(work: Work, recipe: str = "bf16") -> Ready:
         return float(torch.stack(result.played.losses["loss"]).mean())
 
     parameters = sum(weight.numel() for _, weight in rig.model.named_parameters())
-    states = "FP32 gradients, masters and moments"
+    states = f"FP32 gradients and masters, {work.moments.upper()} moments"
     return Ready(step, parameters, states, rig.fp8.chosen if rig.fp8 else "")
 
 
@@ -326,6 +328,7 @@ def main() -> int:
     parser.add_argument("--contender", action="append", choices=list(CONTENDERS), help="3b: all; else all but compiled")
     parser.add_argument("--sequences", type=int, help="of a microbatch")
     parser.add_argument("--microbatches", type=int, help="of a step")
+    parser.add_argument("--moments", choices=("fp32", "bf16"), default="fp32", help="of dryvine's AdamW")
     parser.add_argument("--layers", type=int)
     parser.add_argument("--steps", type=int, default=6, help="measured, after 3 that are not")
     parser.add_argument("--deadline", type=float, default=235, help="seconds for all together")
@@ -339,6 +342,7 @@ def main() -> int:
         options.sequences or size.sequences,
         options.microbatches or size.microbatches,
         size.dtype,
+        options.moments,
         torch.device(options.device),
         3,
         options.steps,
@@ -355,7 +359,8 @@ def main() -> int:
         f"{work.tokens} tokens a step in {work.microbatches} microbatches; {work.flops / 1e12:.1f} TFLOP a step"
     )
     words = [f"--device={options.device}", f"--sequences={work.sequences}", f"--microbatches={work.microbatches}",
-             f"--layers={shape.layers}", f"--steps={work.steps}", f"--size={options.size}"]  # fmt: skip
+             f"--layers={shape.layers}", f"--steps={work.steps}", f"--size={options.size}",
+             f"--moments={work.moments}"]  # fmt: skip
     results, end = {}, time.monotonic() + options.deadline
     for name in names:
         left = end - time.monotonic()

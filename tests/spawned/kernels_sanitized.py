@@ -152,7 +152,8 @@ def update() -> None:
     """At a size that is no multiple of a program's, moments in both dtypes."""
     for moments in (torch.float32, torch.bfloat16):
         on = Operands(
-            *(torch.zeros(5003, device="cuda", dtype=dtype) for dtype in (*[torch.float32] * 2, *[moments] * 2))
+            *(torch.zeros(5003, device="cuda", dtype=dtype) for dtype in (*[torch.float32] * 2, *[moments] * 2)),
+            matrices=4096,
         )
         weights = torch.zeros(5003, device="cuda", dtype=torch.bfloat16)
         KernelAdamW(OptimConfig())(on, torch.zeros((), device="cuda"), Update(1e-3, 1.0, 0.1), weights)

@@ -66,9 +66,9 @@ def every() -> Any:
         types = (
             typed("*fp32", "master", "grad", "updates") | typed(moments, "first", "second") | typed("fp32", *numbers)
         )
-        types |= {"weights": "*bf16", "N": "i32"}
+        types |= {"weights": "*bf16", "N": "i32", "matrices": "i32"}
         known = {"WEIGHTS": True, "BLOCK": adam_kernel.BLOCK}
-        yield compile_for_hopper(adam_kernel.adamw_kernel, types, known, frozenset("N"), 4, fusion=True)
+        yield compile_for_hopper(adam_kernel.adamw_kernel, types, known, frozenset(("N", "matrices")), 4, fusion=True)
     for facts in GATES:
         yield from gates(Shape.model_construct(**facts))
 

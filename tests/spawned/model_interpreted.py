@@ -270,7 +270,7 @@ def test_adamw_in_one_pass_is_fp64_to_rounding(
     memory = [torch.randn(size + 9) for _ in range(2)] + [torch.zeros(size + 9, dtype=MOMENTS[moments]) for _ in "mv"]
     memory.append(torch.zeros(size + 9, dtype=torch.bfloat16))
     behind = [tensor[size:].clone() for tensor in memory]
-    on, weights = Operands(*(tensor[:size] for tensor in memory[:4])), memory[4][:size]
+    on, weights = Operands(*(tensor[:size] for tensor in memory[:4]), matrices=size), memory[4][:size]
     for updates in range(3):
         on.grad.normal_()
         before = {"master": on.master.clone(), "exp_avg": on.exp_avg.clone(), "exp_avg_sq": on.exp_avg_sq.clone()}
@@ -283,6 +283,23 @@ def test_adamw_in_one_pass_is_fp64_to_rounding(
             assert ((getattr(on, field).double() - want[field]).abs() <= bound).all(), field
         assert weights.equal(on.master.bfloat16() if updates else torch.zeros_like(weights))
     assert all(tensor[size:].equal(old) for tensor, old in zip(memory, behind, strict=True))
+
+
+@pytest.mark.parametrize("moments", ["fp32", "bf16"])
+@pytest.mark.parametrize("matrices", [0, 16, BLOCK - 16, BLOCK, BLOCK + 48, BLOCK + 64])
+def test_matrices_decay_and_vectors_do_not_with_the_bits_of_a_launch_for_each(moments: str, matrices: int) -> None:
+    config, size, step = OptimConfig(moments=moments), BLOCK + 64, torch.tensor(3.0)  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    tensors = [torch.randn(size), torch.randn(size), *(torch.rand(size).to(MOMENTS[moments]) for _ in "mv")]
+    whole, apart = (Operands(*(tensor.clone() for tensor in tensors), matrices=matrices) for _ in range(2))
+    weights, each = (torch.zeros(size, dtype=torch.bfloat16) for _ in range(2))
+    KernelAdamW(config)(whole, step, Update(1e-2, 0.25, 0.5), weights)
+    for part, decay in ((slice(0, matrices), 0.5), (slice(matrices, size), 0.0)):
+        # All of a part decays by the same.
+        on = apart.part(part)._replace(matrices=part.stop - part.start)
+        KernelAdamW(config)(on, step, Update(1e-2, 0.25, decay), each[part])
+    assert all(one.equal(two) for one, two in zip(whole.tensors, apart.tensors, strict=True))
+    assert weights.equal(each)
 
 
 @pytest.mark.parametrize("name", GATES)

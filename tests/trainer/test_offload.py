@@ -48,7 +48,7 @@ class FakeOp:
 
 
 def operands(size: int = 16) -> Operands:
-    return Operands(*(torch.full((size,), float(n)) for n in range(4)))
+    return Operands(*(torch.full((size,), float(n)) for n in range(4)), matrices=size // 2)
 
 
 def mesh_of(*said: str) -> mock.Mock:
@@ -57,15 +57,20 @@ def mesh_of(*said: str) -> mock.Mock:
 
 
 def test_the_bits_of_deepspeeds_step_depend_on_its_number_alone() -> None:
-    """Its object keeps powers of the betas from call to call, so each call has an object of its own."""
+    """Its object keeps powers of the betas from call to call, so each call has an object of its own. Matrices decay,
+    vectors do not."""
     op, on = FakeOp(), operands()
     DeepSpeedAdamW(CONFIG, op)(on, torch.tensor(4.0), Update(1e-3, 1.0, 0.1))
-    settings = (1e-3, 0.9, 0.95, 1e-8, 0.1)
+    matrices, vectors = ((1e-3, 0.9, 0.95, 1e-8, decay) for decay in (0.1, 0.0))
     assert [call[:-4] if call[0] == "update" else call for call in op.calls] == [
-        ("create", 0, *settings, True, False),
-        ("update", 0, 5, *settings, True),
+        ("create", 0, *matrices, True, False),
+        ("update", 0, 5, *matrices, True),
+        ("create", 0, *vectors, True, False),
+        ("update", 0, 5, *vectors, True),
     ]
-    assert all(given is tensor for given, tensor in zip(op.calls[1][-4:], on, strict=True))
+    for call, start in ((op.calls[1], 0), (op.calls[3], 8)):
+        parts = zip(call[-4:], on.tensors, strict=True)
+        assert all(given.data_ptr() == of[start:].data_ptr() and len(given) == 8 for given, of in parts)
 
 
 def test_deepspeeds_is_taken_where_all_ranks_have_it_and_torchs_is_said_with_the_reason() -> None:

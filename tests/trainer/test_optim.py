@@ -88,12 +88,12 @@ def test_chunks_change_no_bit() -> None:
 
 
 def test_a_chunk_is_full_and_no_fuller() -> None:
-    """A matrix of 15 and a vector of 4, each padded to 16."""
+    """A matrix of 15 and a vector of 4, each padded to 16, in one shard."""
     ours = optimizer(OptimConfig(moments="bf16"))
     sizes: list[int] = []
     with chunks_of(7), mock.patch.object(ours.adam, "exact", lambda on, *_: sizes.append(on.master.numel())):
         ours.update(RATE, 1.0, 1.0)
-    assert sizes == [7, 7, 2, 7, 7, 2]
+    assert sizes == [7, 7, 7, 7, 4]
 
 
 def test_the_average_is_told_before_the_masters_change_and_after() -> None:
