@@ -135,6 +135,14 @@ class Rig:
         self._forget_copies()
         with self.integrity.watching(step) as witness:
             self.optimizer.update(rate, norm, scale, witness)
+        # Now, while the device has the update to do: there are a hundred launches of a few microseconds each.
+        self.renew_copies()
+
+    def renew_copies(self) -> None:
+        """Update the FP8 copies of weights that have changed, for graphs, which read them without asking."""
+        if self.fp8 is not None and self.graphs is not None:
+            self.optimizer.zero.settle()
+            self.fp8.cache.refresh()
 
     def restored(self) -> None:
         """Send the weights to all copies after the optimizer's state was loaded. Collective."""

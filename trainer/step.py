@@ -92,15 +92,13 @@ def accumulate(rig: Rig, point: Point, eager: bool = False) -> Played:
 
 
 def _prepare_fp8(rig: Rig, point: Point) -> bool:
-    """Enable the guard in steps whose tiles are counted. Returns whether this is one; if not, and graphs run it,
-    refreshes the FP8 copies of the weights, which graphs read directly."""
+    """Enable the guard in steps whose tiles are counted. Returns whether this is one; graphs run all others."""
     if rig.fp8 is None:
         return False
     every = rig.config.fp8.guard_every
     rig.fp8.guard.on = every > 0 and point.step % every == 0
-    if rig.graphs is not None and not rig.fp8.guard.on:
-        rig.optimizer.zero.settle()
-        rig.fp8.cache.refresh()
+    if not rig.fp8.guard.on:
+        rig.renew_copies()
     return rig.fp8.guard.on
 
 
@@ -132,8 +130,8 @@ def balance(rig: Rig, gamma: float) -> torch.Tensor | None:
 def imbalances(loads: torch.Tensor, ep: int) -> Balance:
     """The imbalances of loads [layers, experts], where each of `ep` ranks holds an equal, contiguous share."""
     by_rank = loads.unflatten(1, (ep, -1)).sum(-1)
-    experts, ranks = ((n.max(dim=1).values * n.shape[1] / n.sum(dim=1)).max() for n in (loads, by_rank))
-    return Balance(float(experts), float(ranks))
+    worst = [(n.max(dim=1).values * n.shape[1] / n.sum(dim=1)).max() for n in (loads, by_rank)]
+    return Balance(*torch.stack(worst).tolist())  # one read of the device
 
 
 class Validation(NamedTuple):

@@ -152,6 +152,20 @@ def test_an_update_reaches_the_fp8_copies_of_weights(tiny: Tiny) -> None:
     assert torch.equal(rig.fp8.cache.get(weight)[0].dequantize(), fresh)
 
 
+def test_where_graphs_read_them_an_update_makes_the_fp8_copies_anew(tiny: Tiny) -> None:
+    rig = rig_of(tiny(*FP8))
+    rig.graphs = mock.Mock()
+    weight = next(p for name, p in rig.model.named_parameters() if name.endswith("experts.gate_up"))
+    assert rig.fp8
+    read = rig.fp8.cache.get(weight)[0]
+    old = read.dequantize()
+    for piece in rig.optimizer.pieces:
+        piece.grad.fill_(1.0)
+    rig.update(1e-1, 1.0, 1.0, step=1)
+    assert not torch.equal(read.dequantize(), old)
+    assert torch.equal(read.dequantize(), WeightCache(rig.config.fp8).get(weight)[0].dequantize())
+
+
 def test_gradients_stay_above_the_floor_of_fp8(tiny: Tiny) -> None:
     """Without `gradient_scale` more than half of these tiles are under it. Queries are left out: while attention is
     still uniform their gradients are nearly zero, whatever they are scaled by."""
