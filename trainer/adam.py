@@ -13,7 +13,7 @@ one for each, a GPU was idle while the host issued the next, about 0.1 ms a buck
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol, cast
 
 import torch
@@ -40,10 +40,15 @@ class Operands(NamedTuple):
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self[:4]
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> Operands:
+        """With what `function` makes of each tensor."""
+        master, grad, exp_avg, exp_avg_sq = map(function, self.tensors)
+        return Operands(master, grad, exp_avg, exp_avg_sq, self.matrices)
+
     def part(self, where: slice) -> Operands:
         start, end, _ = where.indices(len(self.master))
         inside = min(max(self.matrices - start, 0), end - start)
-        return Operands(*(tensor[where] for tensor in self.tensors), matrices=inside)
+        return self.map(lambda tensor: tensor[where])._replace(matrices=inside)
 
 
 class Update(NamedTuple):

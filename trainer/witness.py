@@ -61,7 +61,7 @@ class Witness:
         for start in range(0, len(own.master), PART):
             end = min(start + PART, len(own.master))
             part = own._replace(matrices=matrices).part(slice(start, end))
-            theirs = Operands(*(self._shift(bucket, tensor) for tensor in part.tensors), matrices=part.matrices)
+            theirs = part.map(lambda tensor: self._shift(bucket, tensor))
             self._optimizer.step_shard(theirs, update)
             found.append(field_sums(theirs, _moved(spans, start, end)))
         self._repeated = torch.cat(found)
