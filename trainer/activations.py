@@ -33,9 +33,12 @@ def stage_bytes(plan: LayoutPlan, cuda: bool, room: float = 1.0) -> dict[int, in
 
 
 def left_bytes(plan: LayoutPlan, cuda: bool, room: float = 1.0) -> dict[int, int]:
-    """Bytes that a microbatch keeps in each stage from its I to its W, beside those of `stage_bytes`."""
+    """Bytes that a microbatch keeps in each stage from its I to its W, beside those of `stage_bytes`; 0 where it keeps
+    less than those."""
     config, size = plan.config, microbatch_size(plan.config, cuda, room)
-    return {stage: deferred_bytes(config.model, config.fp8, names, size) for stage, names in enumerate(plan.blocks)}
+    return {
+        stage: max(0, deferred_bytes(config.model, config.fp8, names, size)) for stage, names in enumerate(plan.blocks)
+    }
 
 
 class FlightSizes(NamedTuple):

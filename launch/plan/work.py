@@ -76,13 +76,14 @@ class _Block:
 
     def head(self) -> Iterator[Task]:
         s, n = self.shape, self.tokens
-        yield self._norm("head", s.hidden)
+        yield self._norm("head", s.hidden, cast=False)
         yield from self._plain("head", n, s.hidden, s.vocab)
         logits = self._bytes(n, s.vocab)
         yield Task("head", STREAM, logits, 2 * logits)
 
     def mtp(self) -> Iterator[Task]:
         s, n = self.shape, self.tokens
+        # Of both, one after the other, the Linear behind makes a cast, again where they are recomputed.
         yield from (self._norm("attention", s.hidden) for _ in range(2))
         yield from self._product("attention", n, 2 * s.hidden, s.hidden)
         yield from self.moe()
@@ -145,10 +146,11 @@ class _Block:
         flop = 2.0 * rows * inputs * outputs
         yield Task(phase, self._in_run_dtype(""), flop, flop, flop)
 
-    def _norm(self, phase: str, width: int) -> Task:
+    def _norm(self, phase: str, width: int, cast: bool = True) -> Task:
+        """Its weight's gradient is summed over tokens in I. `cast`: Linears of the recipe read it, in FP8 its cast."""
         one = self._bytes(self.tokens, width)
-        again = 2 * one if "norm" in self.shape.recompute else 0.0
-        return Task(phase, STREAM, 2 * one, 3 * one + again, 2 * one)
+        again = 2 * one + (self.tokens * width if cast and self.recipe.fp8 else 0)
+        return Task(phase, STREAM, 2 * one, 5 * one + (again if "norm" in self.shape.recompute else 0))
 
     def _kernel(self, grouped: str) -> str:
         return f"fp8{grouped}" if self.recipe.fp8 else self._in_run_dtype(grouped)

@@ -67,8 +67,7 @@ def quantisers() -> Any:
     yield compile_one(cast_kernels.unpack_kernel, {"ROWS": cast_kernels.ROWS}, 4)
     yield compile_one(fused_kernels.swiglu_kernel, {"WEIGHTED": True, "UE8M0": False, "ROWS": fused_kernels.ROWS}, 4)
     yield compile_one(fused_kernels.swiglu_backward_kernel, {"WEIGHTED": True, "UE8M0": False, "WORDS": 8}, 4, 128)
-    for cast_too in (True, False):
-        yield compile_one(fused_kernels.rmsnorm_kernel, {"CAST": cast_too, "UE8M0": False, "TILES": 64}, 8)
+    yield compile_one(fused_kernels.rmsnorm_kernel, {"UE8M0": False, "TILES": 64}, 8)
 
 
 if __name__ == "__main__":

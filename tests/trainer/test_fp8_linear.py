@@ -302,3 +302,16 @@ def test_a_width_that_ends_within_a_tile_keeps_its_gradient() -> None:
         FP8Linear(w, make(cache_after_attention=kept), after_attention=True)(x.requires_grad_()).backward(dy)
         errors.append(relative(w.gradient(), dy.t().double() @ x.double()))
     assert errors[0] < errors[1] < 0.05
+
+
+@pytest.mark.parametrize("recipe", ["fp8", "e5m6"])
+def test_an_input_that_another_operator_keeps_is_saved_as_it_is_to_the_same_bits(recipe: str) -> None:
+    x, dy, gradients = normal(50, 200), normal(50, 64), []
+    for kept in (False, True):
+        w = Weight(normal(64, 200))
+        project = FP8Linear(w, make(cache_after_attention=recipe), after_attention=True)
+        y = project(x.requires_grad_(), kept=kept)
+        assert any(saved is x for saved in y.grad_fn.saved_tensors) == kept  # type: ignore[union-attr]
+        y.backward(dy)
+        gradients.append(w.gradient())
+    assert torch.equal(*gradients)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from dryvine.trainer.fp8 import fused
+from dryvine.trainer.fp8.casts import quantize_rows
 from dryvine.trainer.fp8.fp8 import FP8
 from dryvine.trainer.model.norm import RMSNorm, normalise
-from dryvine.trainer.tensors.quantized import Quantized
 from tests.support.model import in_fp8, random_tokens, tiny, train
 
 Result = tuple[dict[str, Tensor], dict[str, Tensor], list[Any]]
@@ -63,14 +63,14 @@ def test_the_norms_cast_is_the_one_that_linears_would_make(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("shared", [1, 0])
-def test_recompute_changes_no_bit_and_casts_nothing_twice(monkeypatch: pytest.MonkeyPatch, shared: int) -> None:
-    with_cast, plain = (Counter(monkeypatch, fused, name) for name in ("rmsnorm_rows", "rmsnorm"))
+def test_recompute_changes_no_bit_and_casts_each_norm_once_more(monkeypatch: pytest.MonkeyPatch, shared: int) -> None:
+    with_cast = Counter(monkeypatch, fused, "rmsnorm_rows")
     kept = step(shared=shared)
-    casts, norms = with_cast.calls, plain.calls
+    casts, with_cast.calls = with_cast.calls, 0
     same(kept, step(shared=shared, recompute=("norm",)))
+    # Where experts are not shared, the norm before them is cast for no Linear.
+    assert casts == 4 * 4 - (0 if shared else 3)
     assert with_cast.calls == 2 * casts
-    routed = 3 if shared else 0  # whose gates ask for the norm again; without shared experts nothing was cast there
-    assert plain.calls == 2 * norms + routed
 
 
 def test_other_tiles_are_not_fused_and_are_cast_once_a_tensor_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,16 +84,19 @@ def test_other_tiles_are_not_fused_and_are_cast_once_a_tensor_too(monkeypatch: p
 def test_norm_is_the_models_norm() -> None:
     """The FP8 model's norm sums in FP64: no nearer to the other than BF16's last bit, and no further."""
     x, weight = torch.randn(50, 384).bfloat16(), torch.rand(384).bfloat16()
-    ours, inverse = fused.rmsnorm(x, weight, 1e-6)
+    rows, ours, _ = fused.rmsnorm_rows(x, weight, 1e-6)
     theirs = torch.nn.functional.rms_norm(x.double(), (384,), weight.double(), 1e-6)
     torch.testing.assert_close(ours.double(), theirs, rtol=2**-8, atol=0)
-    rows, normed, again = fused.rmsnorm_rows(x, weight, 1e-6)
-    assert isinstance(rows, Quantized)
-    assert torch.equal(normed, ours)
-    assert torch.equal(again, inverse)
+    cast = quantize_rows(ours)
+    assert torch.equal(rows.values.view(torch.uint8), cast.values.view(torch.uint8))
+    assert torch.equal(rows.scales, cast.scales)
 
 
-@pytest.mark.parametrize("norm", [fused.rmsnorm, normalise])
+def with_cast(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return fused.rmsnorm_rows(x, weight, eps)[1:]
+
+
+@pytest.mark.parametrize("norm", [with_cast, normalise])
 def test_eps_is_added_to_the_mean_square(norm: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]) -> None:
     """Of rows whose mean square is eps, or far below it."""
     x = torch.tensor([[1e-3], [1e-6]]).expand(2, 128) * torch.tensor([1.0, -1.0]).repeat(64)

@@ -7,7 +7,8 @@ The three products of a weight (arXiv 2412.19437, figure 6):
     Wgrad  dW += dyᵀ x   both by columns (128x1): tiles run along the tokens that are summed over
 
 x is saved for the backward as FP8 rows, which are transposed and quantised again for Wgrad, as in V3: half of BF16's
-memory.
+memory. The attention core keeps its output in BF16 for its own backward, so the Linear behind it saves that, and rounds
+it to E5M6 when dW runs: a copy in E5M6, made in the forward, would have the same bits and three quarters more memory.
 linear.py and ffn.py are the autograd functions.
 """
 
@@ -28,6 +29,7 @@ from dryvine.trainer.tensors.quantized import E5M6, Quantized
 from dryvine.trainer.tensors.weight import Weight
 
 Operand = Callable[[], Quantized]  # of Wgrad: computed when dW runs, so that its cast is deferred too
+Saved = Quantized | E5M6 | Tensor  # of a Linear's input; a Tensor is the attention core's output, which the core keeps
 
 
 class FP8:
@@ -54,8 +56,16 @@ class FP8:
             return casts.quantize_rows(x, self.recipe.scales)
         return quantize_coarse(x, self.recipe.activation_tile, self.recipe.scales)
 
-    def columns(self, saved: Quantized | E5M6, groups: ExpertGroups, width: int | None = None) -> Quantized:
-        """Saved rows as an operand of Wgrad. The columns of E5M6 beyond `width` are padding."""
+    def after_attention(self, x: Tensor) -> Quantized | E5M6:
+        """The input [R, C] of the Linear after attention, as Wgrad reads it."""
+        if self.recipe.cache_after_attention == "fp8":
+            return self.rows(x)
+        return casts.pack_e5m6(x.detach().contiguous())
+
+    def columns(self, saved: Saved, groups: ExpertGroups, width: int | None = None) -> Quantized:
+        """What was saved as an operand of Wgrad. The columns of E5M6 beyond `width` are padding."""
+        if isinstance(saved, Tensor):
+            saved = self.after_attention(saved)
         if isinstance(saved, E5M6):
             x = casts.unpack_e5m6(saved)[:, :width].contiguous()
             return casts.quantize_columns(x, groups, self.recipe.scales)

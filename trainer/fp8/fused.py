@@ -53,20 +53,15 @@ def _weigh(x: Tensor, weights: Tensor | None) -> Tensor:
 
 
 @kernel_in(KERNELS)
-def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """[R, C] -> the normed x in x's dtype, and 1 / rms, FP32 [R, 1], for the backward."""
+def rmsnorm_rows(
+    x: Tensor, weight: Tensor, eps: float, scales: ScaleFormat = "fp32"
+) -> tuple[Quantized, Tensor, Tensor]:
+    """RMSNorm and cast in one pass: [R, C] -> the normed x as quantised rows and in x's dtype, and 1 / rms, FP32
+    [R, 1], for the backward. It is rounded to x's dtype before it is quantised, so that readers of either see the same
+    values."""
     square = x.double()
     mean = ((square * square).sum(-1, keepdim=True) / x.shape[-1]).float()
     # By way of FP64, since torch's FP32 sqrt on a CPU is not correctly rounded.
     inverse = 1.0 / (mean + eps).double().sqrt().float()
-    return (x.float() * inverse * weight.float()).to(x.dtype), inverse
-
-
-@kernel_in(KERNELS)
-def rmsnorm_rows(
-    x: Tensor, weight: Tensor, eps: float, scales: ScaleFormat = "fp32"
-) -> tuple[Quantized, Tensor, Tensor]:
-    """`rmsnorm` and cast in one pass: quantised rows, then the results of `rmsnorm`. The normed x is rounded to x's
-    dtype before it is quantised, so that readers of either see the same values."""
-    normed, inverse = rmsnorm(x, weight, eps)
+    normed = (x.float() * inverse * weight.float()).to(x.dtype)
     return quantize_rows(normed, scales), normed, inverse

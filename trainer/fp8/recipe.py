@@ -49,7 +49,7 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
     promotion: Annotated[int, Field(ge=0, multiple_of=32)] = 128
     # What multiplies: a name of engines/names.py, or "auto", the fastest that works.
     gemm: Annotated[str, AfterValidator(_known_engine)] = "auto"
-    # The saved input of the Linear after attention.
+    # To what the input of the Linear after attention is rounded for its weight gradient.
     cache_after_attention: Literal["fp8", "e5m6"] = "e5m6"
     # Rows sent to experts, and gradients of what experts returned, in 1x128 tiles of power-of-two scales; sums coming
     # back are in run.dtype. "bf16", the default with other tiles: in run.dtype too.

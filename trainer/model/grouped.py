@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from dryvine.comm.dispatch.counts import DeviceCounts
 from dryvine.trainer.model.linear import add_product
-from dryvine.trainer.tensors.context import Context
+from dryvine.trainer.tensors.context import Context, for_later
 from dryvine.trainer.tensors.groups import ExpertGroups
 from dryvine.trainer.tensors.weight import Weight
 
@@ -62,7 +62,7 @@ class _GroupedLinear(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: _GroupedContext, dy_RO: Tensor) -> tuple[Tensor, None, None]:
-        (x_RI,), weight, groups = ctx.saved_tensors, ctx.weight, ctx.groups
+        (x_RI,), weight, groups = for_later(ctx), ctx.weight, ctx.groups
         weight.defer(lambda: add_grouped_product(weight.gradient(), dy_RO, x_RI, groups))
         return grouped_product(dy_RO, weight.detach().transpose(1, 2), groups), None, None
 

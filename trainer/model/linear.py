@@ -19,7 +19,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from dryvine.trainer.tensors.context import Context
+from dryvine.trainer.tensors.context import Context, for_later
 from dryvine.trainer.tensors.quantized import Quantized
 from dryvine.trainer.tensors.weight import Weight
 
@@ -46,7 +46,7 @@ class _Linear(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: _WeightContext, dy_NO: Tensor) -> tuple[Tensor | None, None]:
-        (x_NI,), weight = ctx.saved_tensors, ctx.weight
+        (x_NI,), weight = for_later(ctx), ctx.weight
         weight.defer(lambda: add_product(weight.gradient(), dy_NO, x_NI))
         return dy_NO @ weight if ctx.needs_input_grad[0] else None, None
 
@@ -70,7 +70,7 @@ class _ToFP32(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: _WeightContext, dy_NO: Tensor) -> tuple[Tensor | None, None]:
-        (x_NI,), weight = ctx.saved_tensors, ctx.weight
+        (x_NI,), weight = for_later(ctx), ctx.weight
         if not _on_tensor_cores(x_NI):
             weight.defer(lambda: add_product(weight.gradient(), dy_NO, x_NI))
             return (dy_NO @ weight.float()).to(x_NI.dtype) if ctx.needs_input_grad[0] else None, None
@@ -104,6 +104,6 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = weight_OI
 
-    def forward(self, x_NI: Tensor, rows: Quantized | None = None) -> Tensor:
-        """`rows`, x in FP8 (`Normed`), is used by FP8 Linears only."""
+    def forward(self, x_NI: Tensor, rows: Quantized | None = None, kept: bool = False) -> Tensor:
+        """`rows`, x in FP8 (`Normed`), and `kept` are used by FP8 Linears only."""
         return linear(x_NI, self.weight)

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from dryvine.comm.by_device import kernel_in
 from dryvine.trainer.model.lesson import Scored
 from dryvine.trainer.model.memory import SLICE_ELEMENTS
-from dryvine.trainer.tensors.context import Context
+from dryvine.trainer.tensors.context import Context, for_later
 
 KERNELS = "dryvine.trainer.model.kernels.loss"
 
@@ -58,7 +58,7 @@ class _CrossEntropy(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Context, dloss: Tensor) -> tuple[Tensor, None, None]:
-        logits_NV, targets_N, norm_N, *weights = ctx.saved_tensors
+        logits_NV, targets_N, norm_N, *weights = for_later(ctx)
         scale = dloss / targets_N.shape[0]
         scales_N = scale * weights[0] if weights else scale.expand(targets_N.shape[0])
         logits_to_gradient(logits_NV, targets_N, norm_N, scales_N.contiguous())
@@ -90,7 +90,7 @@ class _TargetLogprobs(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: _ScoredContext, dlogprobs_N: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
-        logits_NV, targets_N, norm_N = ctx.saved_tensors
+        logits_NV, targets_N, norm_N = for_later(ctx)
         logits_to_gradient(logits_NV, targets_N, norm_N, (dlogprobs_N / -ctx.temperature).contiguous())
         return logits_NV, None, None
 

@@ -61,13 +61,13 @@ def saved_bytes(shape: Shape, recipe: Recipe, names: Iterable[str], size: Microb
 
 
 # What no weight gradient reads, so that I frees it: readers, and what others keep beside operands of Linears.
-FREED_READERS = frozenset(("attention core", "balance loss"))
+FREED_READERS = frozenset(("attention core", "balance loss", "norm", "norm_e", "norm_h"))
 FREED = frozenset(("gate and up", "choices", "scores", "scores of the chosen", "weights and their sums"))
 
 
 def deferred_bytes(shape: Shape, recipe: Recipe, names: Iterable[str], size: MicrobatchSize) -> int:
-    """Bytes that a flight keeps from I to W beyond those from F to I: gradients of every Linear's and norm's output and
-    what I has recomputed, less what it has freed. The gradients of the logits reuse the memory of the logits."""
+    """Bytes that a flight keeps from I to W beyond those from F to I: gradients of every Linear's output and what I has
+    recomputed, less what it has freed, which may be more. The gradients of the logits reuse their memory."""
     names = tuple(names)
     kinds = {block.name: block.kind for block in blocks(shape)}
     rules = _Rules(shape, recipe, size)
@@ -77,7 +77,7 @@ def deferred_bytes(shape: Shape, recipe: Recipe, names: Iterable[str], size: Mic
     what = FREED | {"arrived rows"} if recipe.fp8 else FREED  # experts in FP8 read their cast
     freed = sum(row.bytes for row in made if row.what in what or _freed_by_reader(made, row))
     again = sum(row.bytes for row in made) - saved_bytes(shape, recipe, names, size)
-    return max(0, sum(rules.left(kinds[name]) for name in names) + again - freed)
+    return sum(rules.left(kinds[name]) for name in names) + again - freed
 
 
 def _freed_by_reader(rows: Iterable[SavedTensor], row: SavedTensor) -> bool:
@@ -204,8 +204,10 @@ class _Rules:
     def left(self, kind: str) -> int:
         """Of one block, by its I."""
         s, n, head = self.shape, self.size.tokens, self.in_dtype(self.size.tokens, self.shape.hidden)
-        if kind in ("embed", "head"):
+        if kind == "embed":
             return head
+        if kind == "head":
+            return 0
         # FP8's FFNs keep no product of gate and up: its cast by columns is made in I.
         extra = 1 if self.recipe.fp8 else 0
         ffn = self._linears(n, (2 + extra) * s.ffn, s.hidden)
@@ -215,16 +217,16 @@ class _Rules:
             ffn = shared + routed + 4 * n * s.routed
         q = (s.heads * s.qk_dim,) if s.q_lora is None else (s.q_lora, s.heads * s.qk_dim)
         kv = (s.kv_lora + s.rope_dim, s.heads * (s.nope_dim + s.v_dim))
-        norms = self.in_dtype(n, 2 * s.hidden + s.kv_lora + (s.q_lora or 0))
-        join = self._linears(n, s.hidden) + 3 * head if kind == "mtp" else 0
-        return ffn + self._linears(n, *q, *kv, s.hidden) + norms + join
+        join = self._linears(n, s.hidden) + head if kind == "mtp" else 0
+        return ffn + self._linears(n, *q, *kv, s.hidden) + join
 
     def passed(self, kind: str) -> PassedBytes:
         """Of one block. A layer without experts hands on what its neighbours keep: in a forward their input, in a
-        backward the gradient of a Linear's output, of which FP8 keeps a cast."""
+        backward the gradient of a Linear's output, of which FP8 keeps a cast. Its own input, which the norm alone has
+        read, is read a last time."""
         s, n, x = self.shape, self.size.tokens, self.in_dtype(self.size.tokens, self.shape.hidden)
         if kind not in ("moe", "mtp"):
-            return PassedBytes(0, x if self.recipe.fp8 and kind != "embed" else 0)
+            return PassedBytes(0, 0 if kind == "embed" else 2 * x if self.recipe.fp8 else x)
         weights, rows = 4 * n * s.top_k, self.in_dtype(self.rows, s.hidden)
         # The residual and the rows of the experts' results; where they are recomputed, their input and choices.
         forward = x + rows + weights
@@ -232,7 +234,7 @@ class _Rules:
         forward += 8 * n * s.top_k if self.recomputed("layer") else 0
         # Gradients of the experts' input by row and by token, of the weights of rows and of choices.
         backward = rows + x + 4 * self.rows + weights + self._given_to_experts()
-        return PassedBytes(forward, backward + (x if self.recipe.fp8 or not s.shared else 0))
+        return PassedBytes(forward, backward + x + (x if self.recipe.fp8 or not s.shared else 0))
 
     # -- parts
 
@@ -244,7 +246,7 @@ class _Rules:
 
     def _linears(self, rows: int, *outputs: int) -> int:
         """Gradients of the outputs of Linears of the recipe, as their weight gradients read them."""
-        return sum(self.in_fp8(rows, width) if self.recipe.fp8 else self.in_dtype(rows, width) for width in outputs)
+        return sum(self.in_fp8(width, rows) if self.recipe.fp8 else self.in_dtype(rows, width) for width in outputs)
 
     def _tokens(self) -> int:
         """A copy where sequences are cut out of longer ones; one sequence alone is a view."""
@@ -252,9 +254,9 @@ class _Rules:
 
     def _operand(self, rows: int, width: int) -> int:
         """What a Linear of the recipe keeps of its normed input."""
-        if self.recipe.fp8:
-            return self.in_fp8(rows, width)
-        return 0 if self.recomputed("norm") else self.in_dtype(rows, width)
+        if self.recomputed("norm"):
+            return 0
+        return self.in_fp8(rows, width) if self.recipe.fp8 else self.in_dtype(rows, width)
 
     def _norm(self, phase: str, what: str, width: int, linear: str, plain: str = "") -> Iterator[Row]:
         """A norm's input, and its output as kept by a `linear` of the recipe and by a `plain` one in run.dtype."""
@@ -291,9 +293,11 @@ class _Rules:
 
     def _after_attention(self, out: int) -> int:
         n, width = self.size.tokens, self.shape.heads * self.shape.v_dim
+        # A padded or spread output is cut to its width or tokens; else o reads the core's, which is counted there.
         if not self.recipe.fp8:
-            # A padded or spread output is cut to its width or tokens; else o reads the core's, which is counted there.
             return self.in_dtype(n, width) if out > self.shape.v_dim or self.size.core > 1 else 0
+        if out == self.shape.v_dim and not self.size.documents:
+            return 0
         if self.recipe.cache_after_attention == "fp8":
             return self.in_fp8(n, width)
         # E5M6: 12 bits an element and an FP32 scale a tile.

@@ -56,7 +56,9 @@ class MLA(nn.Module):
             )
             return self.o(out_NAv.flatten(1))
         out_SATv = through(lambda: self._up(q_latent, kv_latent, sequences), self._core, again)
-        return self.o(out_SATv.transpose(1, 2).flatten(2).flatten(0, 1))
+        out_NI = out_SATv.transpose(1, 2).flatten(2).flatten(0, 1)
+        # A view, if the core has left heads of a token side by side; else a copy, which nothing else keeps.
+        return self.o(out_NI, kept=out_NI.data_ptr() == out_SATv.data_ptr())
 
     def _up_packed(self, q_latent: Tensor, kv_latent: Tensor, documents: Documents) -> Heads:
         """-> q, k and v [P, A, width], as the core over documents takes them."""

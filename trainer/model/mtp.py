@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dryvine.trainer.model.layer import MoELayer
-from dryvine.trainer.model.recompute import through
+from dryvine.trainer.model.norm import Normed, through_normed
 from dryvine.trainer.model.spec import Spec
 
 
@@ -26,11 +26,14 @@ class MTP(nn.Module):
         self.norm_h, self.norm_e, self.norm = spec.norm(hidden), spec.norm(hidden), spec.norm(hidden)
         self.project = spec.linear(2 * hidden, hidden)
         self.layer = MoELayer(spec)
-        self.again = "norm" in spec.shape.recompute
+        self.fp8, self.again = spec.fp8, "norm" in spec.shape.recompute
 
     def join(self, x_NH: Tensor, embedded_NH: Tensor) -> Tensor:
         """Combine the normed hidden states of the previous depth and the next token's embedding -> [N, H] (equation
         21)."""
-        return through(
-            lambda: (torch.cat((self.norm_e(embedded_NH).x, self.norm_h(x_NH).x), -1),), self.project, self.again
-        )
+
+        def make() -> Normed:
+            both_NH = torch.cat((self.norm_e(embedded_NH).x, self.norm_h(x_NH).x), -1)
+            return Normed(both_NH, None if self.fp8 is None else self.fp8.rows(both_NH))
+
+        return through_normed(make, lambda normed: self.project(*normed), self.again, make)

@@ -65,9 +65,12 @@ class _RMSNorm(Function):
     @once_differentiable
     def backward(ctx: _NormContext, dy_NH: Tensor) -> tuple[Tensor, None, None, None]:
         (x_NH, inverse_N1), weight = ctx.saved_tensors, ctx.weight
+        # Only the addition is deferred, whose order sets the bits. The sum over tokens takes microseconds, and in W it
+        # would keep dy and x until then.
+        summed_H = weight_gradient(dy_NH, x_NH, inverse_N1)
 
         def add() -> None:
-            weight.gradient().add_(weight_gradient(dy_NH, x_NH, inverse_N1))
+            weight.gradient().add_(summed_H)
 
         weight.defer(add)
         return input_gradient(dy_NH, x_NH, inverse_N1, weight.detach()), None, None, None
@@ -92,23 +95,42 @@ class RMSNorm(nn.Module):
         self.fused = fp8 is not None and fp8.recipe.activation_tile == "1x128"
 
     def forward(self, x_NH: Tensor) -> Normed:
+        normed, inverse_N1 = self._compute(x_NH)
+        return Normed(_RMSNorm.apply(x_NH, self.weight, normed.x, inverse_N1), normed.rows)
+
+    def again(self, x_NH: Tensor) -> Normed:
+        """The bitwise equal result for recomputation in a backward, without a gradient."""
+        return self._compute(x_NH)[0]
+
+    def _compute(self, x_NH: Tensor) -> tuple[Normed, Tensor]:
+        """-> the result, outside the graph, and 1 / rms."""
         x, weight_H = x_NH.detach(), self.weight.detach()
-        rows = None
         if self.fp8 is not None and self.fused:
             rows, normed_NH, inverse_N1 = fused.rmsnorm_rows(x, weight_H, self.eps, self.fp8.recipe.scales)
-        else:
-            normed_NH, inverse_N1 = normalise(x, weight_H, self.eps)
-            if self.fp8 is not None:
-                rows = self.fp8.rows(normed_NH)
-        return Normed(_RMSNorm.apply(x_NH, self.weight, normed_NH, inverse_N1), rows)
-
-    def again(self, x_NH: Tensor) -> Tensor:
-        """The bitwise equal output for recomputation in a backward: without a gradient, and without the cast."""
-        norm = fused.rmsnorm if self.fused else normalise
-        return norm(x_NH.detach(), self.weight.detach(), self.eps)[0]
+            return Normed(normed_NH, rows), inverse_N1
+        normed_NH, inverse_N1 = normalise(x, weight_H, self.eps)
+        return Normed(normed_NH, None if self.fp8 is None else self.fp8.rows(normed_NH)), inverse_N1
 
 
 def through_norm(norm: RMSNorm, x_NH: Tensor, use: Callable[[Normed], R], again: bool) -> R:
-    """use(norm(x)). With `again`, the normed x is not kept for the backward but recomputed: see `through`."""
-    normed_NH, rows = norm(x_NH)
-    return through(lambda: (normed_NH,), lambda made_NH: use(Normed(made_NH, rows)), again, lambda: (norm.again(x_NH),))
+    """use(norm(x)). With `again`, neither the normed x nor its cast is kept for the backward: see `through`."""
+    return through_normed(lambda: norm(x_NH), use, again, lambda: norm.again(x_NH))
+
+
+def through_normed(
+    make: Callable[[], Normed], use: Callable[[Normed], R], again: bool, remake: Callable[[], Normed]
+) -> R:
+    """use(make()), or with `again` recomputed by `remake`."""
+    normed = make()
+
+    def join(x_NH: Tensor, *cast: Tensor) -> R:
+        if normed.rows is None:
+            return use(Normed(x_NH, None))
+        values, scales = cast
+        return use(Normed(x_NH, Quantized(values, scales, normed.rows.tile)))
+
+    return through(lambda: _tensors(normed), join, again, lambda: _tensors(remake()))
+
+
+def _tensors(normed: Normed) -> tuple[Tensor, ...]:
+    return (normed.x,) if normed.rows is None else (normed.x, normed.rows.values, normed.rows.scales)

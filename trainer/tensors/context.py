@@ -14,3 +14,8 @@ class Context(Protocol):
     needs_input_grad: tuple[bool, ...]
 
     def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+
+
+def for_later(ctx: Context) -> tuple[Tensor, ...]:
+    """The saved tensors without their history, for a deferred weight gradient, which would keep the graph's inputs."""
+    return tuple(t.detach() for t in ctx.saved_tensors)

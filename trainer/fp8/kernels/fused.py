@@ -123,9 +123,8 @@ def swiglu_backward_kernel(dy, saved, ks, weights, q, s, qt, st, act, acts, dw, 
 
 
 @triton.jit
-def rmsnorm_kernel(x, weight, q, s, normed, inverse, R, C, eps, s_stride, CAST: tl.constexpr, UE8M0: tl.constexpr,
-                   TILES: tl.constexpr):  # fmt: skip
-    """A row to a program, TILES tiles at least as wide as it. With CAST the normed row leaves in FP8 too."""
+def rmsnorm_kernel(x, weight, q, s, normed, inverse, R, C, eps, s_stride, UE8M0: tl.constexpr, TILES: tl.constexpr):
+    """A row to a program, TILES tiles at least as wide as it."""
     r = tl.program_id(0)
     b = tl.arange(0, TILES)
     c = b[:, None] * 128 + tl.arange(0, 128)[None, :]
@@ -140,12 +139,11 @@ def rmsnorm_kernel(x, weight, q, s, normed, inverse, R, C, eps, s_stride, CAST: 
     w = tl.load(weight + c, mask=c < C, other=0.0).to(tl.float32)
     y = (v * inv * w).to(normed.dtype.element_ty)
     tl.store(normed + base + c, y, mask=c < C)
-    if CAST:
-        # The cast is of the normed row as rounded to its dtype, as a Linear would read it.
-        y = y.to(tl.float32)
-        scale = scale_of(tl.max(magnitude(y), 1), 448.0, UE8M0)
-        tl.store(q + base + c, e4m3(y, scale[:, None]), mask=c < C)
-        tl.store(s + b * s_stride + r, scale, mask=b * 128 < C)
+    # The cast is of the normed row as rounded to its dtype, as a Linear would read it.
+    y = y.to(tl.float32)
+    scale = scale_of(tl.max(magnitude(y), 1), 448.0, UE8M0)
+    tl.store(q + base + c, e4m3(y, scale[:, None]), mask=c < C)
+    tl.store(s + b * s_stride + r, scale, mask=b * 128 < C)
     tl.store(inverse + r + tl.arange(0, 1)[:, None] + tl.arange(0, 1)[None, :], inv)
 
 
@@ -184,27 +182,15 @@ def swiglu_backward(
     return out, transposed, act, pieces.sum(-1)
 
 
-def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return _rmsnorm(x, weight, eps, None, "fp32")
-
-
 def rmsnorm_rows(
     x: Tensor, weight: Tensor, eps: float, scales: ScaleFormat = "fp32"
 ) -> tuple[Quantized, Tensor, Tensor]:
-    out = empty_rows(x.shape[0], x.shape[1], x.device)
-    return out, *_rmsnorm(x, weight, eps, out, scales)
-
-
-def _rmsnorm(
-    x: Tensor, weight: Tensor, eps: float, out: Quantized | None, scales: ScaleFormat
-) -> tuple[Tensor, Tensor]:
     rows, cols = x.shape
-    x = x.contiguous()
+    x, out = x.contiguous(), empty_rows(rows, cols, x.device)
     normed, inverse = torch.empty_like(x), torch.empty(rows, 1, device=x.device)
-    values, s, stride = (x, inverse, 0) if out is None else (out.values, out.scales, out.scales.stride(1))
     if rows:
         rmsnorm_kernel[(rows,)](
-            x, weight, values, s, normed, inverse, rows, cols, eps, stride, out is not None, scales == "ue8m0",
-            triton.next_power_of_2(blocks(cols)), num_warps=8, enable_fp_fusion=False,
+            x, weight, out.values, out.scales, normed, inverse, rows, cols, eps, out.scales.stride(1),
+            scales == "ue8m0", triton.next_power_of_2(blocks(cols)), num_warps=8, enable_fp_fusion=False,
         )  # fmt: skip
-    return normed, inverse
+    return out, normed, inverse
