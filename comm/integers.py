@@ -11,3 +11,8 @@ def ceil_div(n: int, size: int) -> int:
 def round_up(n: int, size: int) -> int:
     """The least multiple of `size` that is at least n."""
     return ceil_div(n, size) * size
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two that is at least n, for n > 0."""
+    return 1 << (n - 1).bit_length()

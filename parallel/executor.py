@@ -27,7 +27,7 @@ from dryvine.parallel.flow_control import RankProgram, SendQueue, channel, queue
 from dryvine.parallel.graphs import Graphs, PlayedOp
 from dryvine.parallel.overlap import PairOrder
 from dryvine.parallel.schedule.ir import Edge, Op, ProgramStep, Slot
-from dryvine.parallel.stage import Flight, Stage, State
+from dryvine.parallel.stage import Carried, Flight, Stage, State
 from dryvine.parallel.streams import Streams
 
 
@@ -40,7 +40,7 @@ class Batch:
     tokens: Sequence[Tensor]
     loss_scale: float
     training: bool = True
-    documents: Sequence[object] | None = None
+    documents: Sequence[Carried] | None = None
     eager: bool = False
 
 
@@ -168,12 +168,14 @@ class Executor:
         """The graphs that replay this batch's ops; None if the host calls their phases one by one."""
         if self.graphs is None or not batch.training:
             return None
-        if batch.eager or batch.documents is not None or not self.graphs.loaded:
+        documents = batch.documents or ()
+        kind = documents[0].kind if documents else None
+        if batch.eager or kind not in self.graphs.loaded:
             # Graphs and eager ops together would need the activations twice.
             self.graphs.drop()
-            self.graphs.loaded = True
+            self.graphs.loaded.add(kind)
             return None
-        self.graphs.begin()
+        self.graphs.begin(kind, [each.sizes() for each in documents])
         return self.graphs
 
     def _step(self, step: ProgramStep, play: _Play) -> None:

@@ -3,9 +3,9 @@
 A stage of a V3-like model launches a thousand kernels a microbatch, which takes a host longer than the GPU takes to run
 them. A graph contains the addresses of one microbatch's tensors, so there is one for each op (F, B, I, W) of each
 microbatch in flight at once: a schedule that holds three microbatches in a stage has three flights there, whose graphs
-later microbatches reuse in turn. Varying inputs are copied in before a replay (tokens, loss scale, received tensors),
-and the stage's outputs are copied out after it, so that a message or the next stage may keep them for any time: 2/3 of
-a millisecond for each GB.
+later microbatches reuse in turn. Varying inputs are copied in before a replay (tokens, loss scale, received tensors,
+documents, which are filled up to lengths that no microbatch has exceeded yet), and the stage's outputs are copied out
+after it, so that a message or the next stage may keep them for any time: 2/3 of a millisecond for each GB.
 
 All graphs of a rank run one after the other on one stream. Those of one flight share a memory pool: tensors that are
 used from one of its ops to another are kept permanently, all others are temporaries, whose memory its other ops reuse.
@@ -60,7 +60,7 @@ class Recorder(Protocol):
         ...
 
     def free(self) -> None:
-        """Return unused memory, and that of deleted graphs, to the device, which must be idle."""
+        """Return unused memory, and that of deleted graphs, to the device, once it is idle."""
         ...
 
 
@@ -90,6 +90,7 @@ class CudaRecorder:
         return parts.steps, made
 
     def free(self) -> None:
+        torch.cuda.synchronize(self.stream.device)
         torch.cuda.empty_cache()
 
 
@@ -156,23 +157,28 @@ class Graphs:
         self._idle: defaultdict[int, list[int]] = defaultdict(list)  # recordings that no microbatch uses, by stage
         self._used: dict[tuple[int, int], int] = {}  # (stage, microbatch) -> which
         self._constants: Hashable = None
-        self.loaded = False  # a run without graphs has loaded every kernel and made whatever is made once
+        self._sizes: tuple[int, ...] = ()  # that the graphs have of what varies in `Carried`
+        # The kinds of `Carried` whose first run, without graphs, has loaded every kernel and made what is made once.
+        self.loaded: set[Hashable] = set()
 
     @property
     def count(self) -> int:
         return sum(len(recordings.ops) for stage in self._recorded.values() for recordings in stage)
 
-    def begin(self) -> None:
-        """Start a run of a schedule. If it is the first, or constants have changed, the device must be idle."""
-        now = self.constants()
-        if self._constants != now or not self._recorded:
+    def begin(self, kind: Hashable, sizes: Sequence[tuple[int, ...]]) -> None:
+        """Start a run of a schedule, whose microbatches carry something of this kind, in these sizes. If that is
+        another kind, or larger than all before, or constants have changed, all graphs are recorded anew."""
+        now = (kind, self.constants())
+        known = [self._sizes] if self._constants == now else []
+        largest = tuple(max(column) for column in zip(*known, *sizes, strict=True))
+        if self._constants != now or self._sizes != largest or not self._recorded:
             self.drop()
-        self._constants = now
+        self._constants, self._sizes = now, largest
         self._used.clear()
         self._idle = defaultdict(list, {n: list(range(len(stage))) for n, stage in self._recorded.items()})
 
     def drop(self) -> None:
-        """Drop every graph and its memory. The device must be idle."""
+        """Drop every graph and its memory. Waits for the device."""
         self._recorded.clear()
         self.recorder.free()
 
@@ -207,8 +213,12 @@ class Graphs:
             own.tokens.data.copy_(flight.tokens)
             assert isinstance(own.loss_scale, Tensor)
             own.loss_scale.data.fill_(flight.loss_scale)
-        for memory, given in zip(recorded.inputs, state, strict=True):
-            memory.data.copy_(given)
+            if own.documents and flight.documents:
+                given = flight.documents.filled(self._sizes).tensors()
+                for memory, value in zip(own.documents.tensors(), given, strict=True):
+                    memory.data.copy_(value)
+        for memory, value in zip(recorded.inputs, state, strict=True):
+            memory.data.copy_(value)
         return recorded
 
     def _recordings(self, op: Op, flight: Flight) -> Recordings:
@@ -219,7 +229,9 @@ class Graphs:
                 idle.append(len(stage))
                 tokens = flight.tokens.clone()
                 scale = torch.ones((), dtype=torch.float32, device=tokens.device)
-                stage.append(Recordings(Flight(tokens, scale, recorded=True), self.recorder.pool()))
+                documents = flight.documents and flight.documents.filled(self._sizes).copied()
+                own = Flight(tokens, scale, documents=documents, recorded=True)
+                stage.append(Recordings(own, self.recorder.pool()))
             self._used[op.stage, op.microbatch] = idle.pop()
         return self._of(op)
 

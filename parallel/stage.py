@@ -26,9 +26,9 @@ rows [R,H] in the run's dtype; the gradients that experts return are (dx, drows 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Generic, Literal, NamedTuple, Protocol, TypeVar, cast
+from typing import Generic, Literal, NamedTuple, Protocol, Self, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -44,6 +44,31 @@ State = tuple[Tensor, ...]
 Grads = tuple[Tensor | None, ...]
 
 
+class Carried(Protocol):
+    """What a flight carries beside its tokens for its phases, such as where documents lie. Its tensors are of other
+    lengths in each microbatch, and graphs know addresses and lengths only: they have memory for the longest, and what
+    is shorter is filled up."""
+
+    @property
+    def kind(self) -> Hashable:
+        """All of it but its tensors and their lengths. Graphs of one kind replay no other."""
+        ...
+
+    def sizes(self) -> tuple[int, ...]:
+        """The lengths that differ between microbatches, rounded up so that they seldom grow."""
+        ...
+
+    def filled(self, sizes: tuple[int, ...]) -> Self:
+        """The same, filled up to these lengths with what changes no result."""
+        ...
+
+    def copied(self) -> Self:
+        """With tensors of its own."""
+        ...
+
+    def tensors(self) -> list[Tensor]: ...
+
+
 @dataclass
 class Flight:
     """One microbatch in one stage, from the start of its F to the end of its W.
@@ -56,7 +81,7 @@ class Flight:
     loss_scale: float | Tensor
     training: bool = True
     microbatch: int = 0  # its number in the step
-    documents: object = None  # where documents lie in the tokens, if phases are to know; nothing in this room reads it
+    documents: Carried | None = None  # where documents lie in the tokens, if phases are to know
     recorded: bool = False  # its ops become CUDA graphs, so a backward leaves what it reads for the next replay
     losses: dict[str, Tensor] = field(default_factory=dict)  # name -> detached, already weighted scalar
     saved: dict[Phase, object] = field(default_factory=dict)  # what the backward of a phase needs of its forward

@@ -26,8 +26,8 @@ def graphs_refusal(config: Config, cuda: bool, dispatcher: str = "") -> str | No
             "the host reads how many rows come from other expert-parallel ranks "
             "(not with comm.dispatcher = 'nvlink', for ranks of one node)"
         )
-    if config.data.mask != "none":
-        return f"data.mask = '{config.data.mask}' splits attention where the host says"
+    if config.rl and config.rl.ahead:
+        return "rl.ahead samples beside updates, and two threads of a process cannot record at once"
     if config.run.dtype != "bf16":
         return "products of experts in FP32 take them one by one"
     return None

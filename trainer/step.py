@@ -7,6 +7,7 @@ the gate biases by the expert loads of the global batch.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -61,21 +62,35 @@ class Gradients(NamedTuple):
 
 
 def gradients(rig: Rig, point: Point) -> Gradients:
-    """Run the schedule over a step's sequences and sum the gradients, scaled, over all copies.
+    """Run the schedule over a step's sequences and sum the gradients, scaled, over all copies."""
+    found = summed(rig, gradient_scale(point), lambda eager: [accumulate(rig, point, eager)])
+    return Gradients(found.played[0], found.norm, found.overflows)
+
+
+class Summed(NamedTuple):
+    """`played` is what was accumulated; the rest as in `Gradients`."""
+
+    played: Sequence[Played]
+    norm: float
+    overflows: int | None
+
+
+def summed(rig: Rig, scale: float, accumulate: Callable[[bool], Sequence[Played]]) -> Summed:
+    """Sum over all copies the gradients that `accumulate(eager)` leaves, times `scale`.
 
     If graphs had no room for the rows of some routing, on any rank, what they computed is wrong: everything is run
     again without graphs. Repeating only the microbatch concerned would need a read of the device before its backward
     adds to the gradients, in each microbatch of each step; this reads once a step, beside the norm.
     """
-    played, scale = accumulate(rig, point), gradient_scale(point)
+    played = accumulate(False)
     overflows = rig.take_overflows()
     norm = rig.optimizer.reduce(scale)
     count = None if overflows is None else int(overflows)
     if not count:
-        return Gradients(played, norm, count)
+        return Summed(played, norm, count)
     rig.model.reset_loads()
-    played = accumulate(rig, point, eager=True)
-    return Gradients(played, rig.optimizer.reduce(scale), count)
+    played = accumulate(True)
+    return Summed(played, rig.optimizer.reduce(scale), count)
 
 
 def accumulate(rig: Rig, point: Point, eager: bool = False) -> Played:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -28,6 +28,7 @@ from dryvine.trainer.model.documents import ALONE, Documents, documents_of, same
 from dryvine.trainer.model.layer import Layer
 from dryvine.trainer.model.shape import Shape, Yarn
 from dryvine.trainer.step import evaluate
+from tests.support.documents import short_documents
 from tests.support.model import filled, run_backward, run_forward, tiny, whole
 from tests.support.rig import rig_of
 from tests.trainer.test_data_order import write_dataset
@@ -152,9 +153,7 @@ def test_a_whole_model_has_the_losses_and_gradients_of_its_documents(name: str) 
     model = filled(tiny(mtp_depth=1, balance_alpha=0.0, mtp_weight=1.0))
     tokens, documents = tokens_of(model.spec.shape), plain_documents(*LENGTHS, depth=1)
     only = [weights * (i == ahead - 1) for i, weights in enumerate(documents.weights)]
-    losses, grads = train(
-        model, tokens, Documents(documents.positions, documents.bounds, documents.lengths, tuple(only))
-    )
+    losses, grads = train(model, tokens, replace(documents, weights=tuple(only)))
     line, n = tokens[:, :24].flatten(), documents.positions.numel()
     total, summed, at = 0.0, {key: torch.zeros_like(g) for key, g in grads.items()}, 0
     for length in documents.lengths:
@@ -394,14 +393,7 @@ def test_a_masked_run_trains_like_one_process_in_combined_layouts(short: Tiny, l
 @pytest.fixture
 def short(tiny: Tiny, tmp_path: Path) -> Tiny:
     """The tiny config on documents of a few tokens each."""
-    draw = np.random.default_rng(0)
-    write_dataset(tmp_path / "short", [9000], vocab_size=320)
-    folder = tmp_path / "short"
-    ends = np.unique(np.append(draw.integers(1, 9000, 1200), 9000)).astype(np.uint64)
-    np.save(folder / "train" / "00000.ends.npy", ends)
-    (folder / "val").symlink_to(folder / "train")
-    described = json.loads((folder / "dataset.json").read_text())
-    (folder / "dataset.json").write_text(json.dumps(described | {"val": described["train"]}))
+    folder = short_documents(tmp_path / "short")
     return lambda *overrides: tiny(f'data.source="{folder}"', *overrides)
 
 

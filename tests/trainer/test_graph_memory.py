@@ -41,7 +41,7 @@ def recorded(plan: RunPlan, rank: int) -> dict[int, int]:
     graphs = Graphs(TapeRecorder(), Meter(), lambda: None)
     flight = Flight(torch.zeros(1, 1), 1.0)
     for _ in range(2):
-        graphs.begin()
+        graphs.begin(None, [])
         for op in plan.schedule.ops(rank):
             graphs._recordings(op, flight)
             graphs._release(op)
@@ -58,8 +58,8 @@ def test_flights_are_those_that_are_recorded(tiny: Tiny, overrides: tuple[str, .
 @pytest.mark.parametrize(
     ("override", "why"),
     [
-        ("data.mask=document", "data.mask = 'document'"),
         ("run.dtype=fp32", "in FP32"),
+        ('data.mask=document rl.chat.tokenizer="none" rl.max_tokens=16 rl.ahead=true', "two threads"),
         ("parallel.ep=4", "expert-parallel"),
         ("parallel.ep=2 comm.dispatcher=flat", "expert-parallel"),
         ("parallel.ep=2 comm.dispatcher=nvlink comm.imbalance=1.5", "expert-parallel"),

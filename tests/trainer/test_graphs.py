@@ -11,17 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from dryvine.comm.dispatch import routing
-from dryvine.comm.dispatch.single_rank import Local, SingleRank
-from dryvine.comm.pending import Pending
-from dryvine.parallel.graphs import Graphs
 from dryvine.trainer.batches import read_batch
 from dryvine.trainer.config import Config, ConfigError
-from dryvine.trainer.model import grouped
 from dryvine.trainer.ramps import points
 from dryvine.trainer.rig import Rig
 from dryvine.trainer.step import accumulate, train_step
-from tests.support.masked_experts import add_masked_product, masked_product
+from tests.support.recorded import as_on_a_gpu, recorded_by
 from tests.support.rig import rig_of
 from tests.support.tape import TapeRecorder
 
@@ -32,25 +27,7 @@ SMALL = ("model.layers=2", "batch.sequences=4")
 
 @pytest.fixture(autouse=True)
 def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A single rank whose host does not read the counts, and products of experts that do not either."""
-
-    def plan_routing(self: SingleRank, experts_TK: Tensor, label: str = "") -> Pending[Local]:
-        order = routing.by_expert(experts_TK, 1, self.experts)
-        self._count(1, order.message)
-        return Pending.done(Local.unread(order))
-
-    monkeypatch.setattr(SingleRank, "plan_routing", plan_routing)
-    monkeypatch.setattr(grouped, "grouped_product", masked_product)
-    monkeypatch.setattr(grouped, "add_grouped_product", add_masked_product)
-
-
-def rigged(config: Config, recorder: TapeRecorder | None) -> Rig:
-    """`recorder` None: without graphs."""
-    rig = rig_of(config)
-    if recorder is not None:
-        rig.graphs = Graphs(recorder, rig.dispatcher.meter, lambda: rig.model.loss_weights.mtp)
-        rig.graphs.loaded = True
-    return rig
+    as_on_a_gpu(monkeypatch)
 
 
 def state(rig: Rig) -> dict[str, Tensor]:
@@ -92,8 +69,8 @@ RECOMPUTE = "model.recompute=['norm','swiglu','mla_up']"
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_replayed_steps_have_the_same_bits(tiny: Tiny, schedule: str) -> None:
     config, recorder = one_rank(tiny, schedule, *SMALL, RECOMPUTE), TapeRecorder()
-    rig = rigged(config, recorder)
-    assert_same(trained(rig), trained(rigged(config, None)))
+    rig = recorded_by(recorder, rig_of(config))
+    assert_same(trained(rig), trained(rig_of(config)))
     assert rig.graphs is not None
     assert rig.graphs.count == SCHEDULES[schedule]
     # Every op of both steps was replayed, recorded or not.
@@ -103,14 +80,14 @@ def test_replayed_steps_have_the_same_bits(tiny: Tiny, schedule: str) -> None:
 def test_what_is_a_number_in_a_graph_makes_new_graphs_when_it_changes(tiny: Tiny) -> None:
     changes = "optim.mtp_weight_plan=[{after=128, to=0.1}]"
     config, recorder = one_rank(tiny, "one_f_one_b", *SMALL, changes), TapeRecorder()
-    rig = rigged(config, recorder)
-    assert_same(trained(rig), trained(rigged(config, None)))
+    rig = recorded_by(recorder, rig_of(config))
+    assert_same(trained(rig), trained(rig_of(config)))
     assert recorder.freed == 2
 
 
 def test_a_step_without_graphs_gives_their_memory_back(tiny: Tiny) -> None:
     config, recorder = one_rank(tiny, "one_f_one_b", *SMALL), TapeRecorder()
-    rig = rigged(config, recorder)
+    rig = recorded_by(recorder, rig_of(config))
     first, second = islice(points(config.batch, config.data.seq_len), 2)
     accumulate(rig, first)
     assert rig.graphs is not None

@@ -63,7 +63,7 @@ def _recorded(rig: Rig) -> TapeRecorder:
     assert isinstance(rig.dispatcher, Nvlink)
     recorder = TapeRecorder(rig.dispatcher.windows.live)
     rig.graphs = Graphs(recorder, rig.dispatcher.meter, lambda: rig.model.loss_weights.mtp)
-    rig.graphs.loaded = True
+    rig.graphs.loaded.add(None)
     rig.overflows = rig.dispatcher.room.overflows
     return recorder
 

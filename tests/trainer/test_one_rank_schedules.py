@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from torch import Tensor
 from dryvine.trainer.config import Config
 from dryvine.trainer.ramps import points
 from dryvine.trainer.step import train_step
+from tests.support.documents import short_documents
 from tests.support.rig import rig_of
 
 Tiny = Callable[..., Config]
@@ -104,6 +106,15 @@ def test_graphs_do_not_change_a_bit(tiny: Tiny, numerics: str, schedule: str) ->
     """Three steps: without graphs for what is made once, recorded, replayed. Of FP8's, none counts tiles."""
     more = ("fp8.guard_every=0",) if numerics == "fp8" else ()
     check_bits(*(one_rank(tiny, schedule, f"parallel.graphs={way}", *more, *WAYS[numerics]) for way in ("on", "off")))
+
+
+@needs_cuda
+@pytest.mark.parametrize("recompute", ["[]", "['norm','swiglu','mla_up']"])
+def test_graphs_over_documents_do_not_change_a_bit(tiny: Tiny, tmp_path: Path, recompute: str) -> None:
+    """Documents of a block of the kernel at most, whose gradients it sums in one order."""
+    source = f'data.source="{short_documents(tmp_path / "short")}"'
+    words = (source, "data.mask=document", f"model.recompute={recompute}", *WAYS["bf16"])
+    check_bits(*(one_rank(tiny, "one_f_one_b", f"parallel.graphs={way}", *words) for way in ("on", "off")))
 
 
 @needs_cuda

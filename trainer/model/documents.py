@@ -4,7 +4,8 @@ Packed sequences hold parts of several documents. Pre-training may let attention
 4.1); fine-tuning and RL may not. With a `Documents`, every document is computed as if it were alone: positions restart,
 attention stays inside, and a target in the next document is not trained on. Everything is computed on the host once
 for a microbatch: the kernel needs the longest document's length as a number, and reading it from the device would block
-the host in every layer.
+the host in every layer. A CUDA graph contains that number and all lengths, so its documents are filled up to more and
+longer ones (`Documents.filled`, for `parallel.stage.Carried`): with empty documents, which the kernel skips.
 
 Documents may share their beginning, as answers to one question do: its tokens are there once, so all products of the
 model compute them once, and only the attention core gets them with every document (`Cells`).
@@ -14,20 +15,23 @@ Legend: S sequences, T positions, N = S * T tokens, D documents (a part of one c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
-from dryvine.comm.integers import round_up
+from dryvine.comm.integers import power_of_two, round_up
 from dryvine.trainer.model.lesson import Lesson
 
 ALONE = -1  # of a document that shares no beginning
 _STEP = 16  # documents whose lengths round up to the same multiple are one call of the core on a CPU
+_FEWEST, _SHORTEST = 16, 128  # documents, and tokens of the longest, that a graph has room for at least
+_PARTS = 8  # of N: in such steps a graph's places grow
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,16 +41,23 @@ class Cells:
     tokens: Tensor  # [P]; a place that only fills up repeats a token of its document
     place: Tensor  # [N], the place whose output is a token's
     copies: Tensor  # the places of tokens, not those that fill up, in the order of the tokens
-    first: Tensor  # [N], where the places of each token begin in `copies`
+    first: Tensor  # [N + 1], where the places of each token begin in `copies`, and where the last one's end
 
     @staticmethod
     def of(tokens_P: NDArray[np.int64], fills_P: NDArray[np.bool_], device: torch.device) -> Cells:
         """`fills_P`: which places only fill up."""
         places = np.flatnonzero(~fills_P)
         copies = places[np.argsort(tokens_P[places], kind="stable")]
-        counts = np.bincount(tokens_P[places])
-        first = np.cumsum(counts) - counts
-        return Cells(*(torch.from_numpy(part).to(device) for part in (tokens_P, copies[first], copies, first)))
+        first = np.append(0, np.cumsum(np.bincount(tokens_P[places])))
+        return Cells(*(torch.from_numpy(part).to(device) for part in (tokens_P, copies[first[:-1]], copies, first)))
+
+    def filled(self, places: int) -> Cells:
+        """With more places, behind all documents, of which `first` knows nothing."""
+        tokens, copies = (functional.pad(t, (0, places - len(t))) for t in (self.tokens, self.copies))
+        return Cells(tokens, self.place, copies, self.first)
+
+    def tensors(self) -> list[Tensor]:
+        return [self.tokens, self.place, self.copies, self.first]
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,20 +67,19 @@ class Documents:
 
     positions: Tensor  # int64 [N], of each token in its document
     bounds: Tensor  # int32 [D + 1]: where each document begins among the tokens of all, and their number
-    lengths: tuple[int, ...]  # of each document
+    lengths: tuple[int, ...]  # of each document; unknown, and empty, in a graph
     weights: tuple[Tensor, ...]  # FP32 [N] each
+    longest: int  # length, or more
+    row: int  # T, which no document is longer than
     lesson: Lesson | None = None  # an objective that replaces next-token prediction
     order: NDArray[np.int64] | None = None  # the tokens of all documents, end to end; None: 0 to N - 1
-
-    @property
-    def longest(self) -> int:
-        return max(self.lengths)
+    cells: Cells | None = None  # a graph's `packed`
 
     @cached_property
     def packed(self) -> Cells | None:
         """Documents end to end; None if tokens are already."""
         if self.order is None:
-            return None
+            return self.cells
         return Cells.of(self.order, np.zeros(len(self.order), bool), self.positions.device)
 
     @cached_property
@@ -88,6 +98,36 @@ class Documents:
         numbers = np.concatenate(tokens)
         order = numbers if self.order is None else self.order[numbers]
         return Cells.of(order, np.concatenate(fills), self.positions.device), sizes
+
+    # -- for graphs
+
+    @property
+    def kind(self) -> Hashable:
+        return len(self.weights), self.packed is None, self.lesson and self.lesson.kind
+
+    def sizes(self) -> tuple[int, int, int]:
+        """Documents, places of the core, and the longest document."""
+        tokens = len(self.positions)
+        places = round_up(sum(self.lengths), max(1, tokens // _PARTS)) if self.packed else tokens
+        return max(_FEWEST, power_of_two(len(self.lengths))), places, max(_SHORTEST, power_of_two(self.longest))
+
+    def filled(self, sizes: tuple[int, ...]) -> Documents:
+        documents, places, longest = sizes
+        bounds = functional.pad(self.bounds, (0, documents - len(self.lengths)), value=sum(self.lengths))
+        cells = self.packed and self.packed.filled(places)
+        return replace(self, bounds=bounds, lengths=(), longest=longest, order=None, cells=cells)
+
+    def copied(self) -> Documents:
+        cells = self.cells and Cells(*(t.clone() for t in self.cells.tensors()))
+        weights = tuple(each.clone() for each in self.weights)
+        lesson = self.lesson and self.lesson.copied()
+        same = self.positions.clone(), self.bounds.clone()
+        return replace(self, positions=same[0], bounds=same[1], weights=weights, lesson=lesson, cells=cells)
+
+    def tensors(self) -> list[Tensor]:
+        cells = self.packed.tensors() if self.packed else []
+        lesson = self.lesson.tensors() if self.lesson else []
+        return [self.positions, self.bounds, *self.weights, *cells, *lesson]
 
 
 def same_document(numbers_ST: NDArray[np.int64], ahead: int, depths: int) -> NDArray[np.bool_]:
@@ -125,6 +165,8 @@ def documents_of(
         torch.from_numpy(np.append(0, np.cumsum(lengths)).astype(np.int32)).to(device),
         tuple(lengths.tolist()),
         tuple(torch.from_numpy(each.astype(np.float32).ravel()).to(device) for each in weights),
+        int(lengths.max()),
+        numbers.shape[1],
         order=order,
     )
 

@@ -10,8 +10,8 @@ Legend: N tokens, K choices per token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from torch import Tensor
@@ -24,17 +24,31 @@ class Scored(NamedTuple):
     entropies: Tensor  # of that softmax, in nats, without gradient
 
 
-# -> what to record, by name. Of these, what has a gradient is a loss.
-Objective = Callable[[Scored], dict[str, Tensor]]
+# The head's results and the lesson's columns -> what to record, by name. Of these, what has a gradient is a loss.
+# Objectives that compute the same are equal, and the host reads no tensor in one: graphs contain it.
+Objective = Callable[[Scored, tuple[Tensor, ...]], dict[str, Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
 class Lesson:
-    """`experts` are the choices to replay, int64 [N, K] by MoE block; tokens whose first is negative, and blocks that
-    are not named, are routed as usual. `record`: the choices of every gate are recorded as `routes.BLOCK`, int16
-    [N, K]."""
+    """`columns` are what is known of each target, [N] each, on the device of the model. `experts` are the choices to
+    replay, int64 [N, K] by MoE block; tokens whose first is negative, and blocks that are not named, are routed as
+    usual. `record`: the choices of every gate are recorded as `routes.BLOCK`, int16 [N, K]."""
 
     objective: Objective
+    columns: tuple[Tensor, ...] = ()
     temperature: float = 1.0
     experts: Mapping[str, Tensor] = field(default_factory=dict)
     record: bool = False
+
+    @property
+    def kind(self) -> Hashable:
+        """All but the tensors."""
+        return self.objective, len(self.columns), self.temperature, tuple(self.experts), self.record
+
+    def tensors(self) -> list[Tensor]:
+        return [*self.columns, *self.experts.values()]
+
+    def copied(self) -> Lesson:
+        experts = {name: own.clone() for name, own in self.experts.items()}
+        return replace(self, columns=tuple(column.clone() for column in self.columns), experts=experts)

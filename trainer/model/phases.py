@@ -207,7 +207,8 @@ def _predict(rank: Wiring, name: str, norm: RMSNorm, depth: int) -> Phase:
         documents = _documents(flight)
         if depth == 0 and documents and documents.lesson:
             normed_NH, scored = run.score(state[0], rank.tokens(flight, 1), documents.lesson.temperature)
-            return Outcome(() if last else (normed_NH,), documents.lesson.objective(scored))
+            found = documents.lesson.objective(scored, documents.lesson.columns)
+            return Outcome(() if last else (normed_NH,), found)
         weights = None if documents is None else documents.weights[depth]
         normed_NH, loss = run(state[0], rank.tokens(flight, depth + 1), weights)
         weight = 1.0 if depth == 0 else rank.weights.mtp / shape.mtp_depth
@@ -227,7 +228,7 @@ def _counted_once(function: Function, guard: Guard) -> Function:
 
 
 def _documents(flight: Flight) -> Documents | None:
-    """The flight's documents, whose type `parallel` does not know."""
+    """The flight's documents, of which `parallel` knows no more than how to copy them."""
     return cast(Documents | None, flight.documents)
 
 

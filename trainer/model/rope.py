@@ -52,7 +52,7 @@ class Rope:
         """(cos, sin) of each token of a microbatch by its position in its document, each [N, 1, D/2]. Cached for all
         layers as long as the microbatch exists."""
         if documents not in self._packed:
-            cos, sin = self.table(documents.longest, documents.positions.device)
+            cos, sin = self.table(documents.row, documents.positions.device)
             self._packed[documents] = cos[documents.positions], sin[documents.positions]
         return self._packed[documents]
 

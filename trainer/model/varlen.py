@@ -62,7 +62,9 @@ class _Spread(Function):
     @once_differentiable
     def backward(ctx: _SpreadContext, dy_PAD: Tensor) -> tuple[Tensor, None]:
         copies, first = ctx.cells.copies, ctx.cells.first
-        return functional.embedding_bag(copies, dy_PAD.flatten(1), first, mode="sum").view(-1, *dy_PAD.shape[1:]), None
+        # What is behind the last token's places is in no sum: there a kernel that skips empty documents writes nothing.
+        dy = functional.embedding_bag(copies, dy_PAD.flatten(1), first, mode="sum", include_last_offset=True)
+        return dy.view(-1, *dy_PAD.shape[1:]), None
 
 
 def attend_documents(q_PAD: Tensor, k_PAD: Tensor, v_PAD: Tensor, documents: Documents, scale: float) -> Tensor:

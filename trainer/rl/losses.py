@@ -32,7 +32,7 @@ class Tokens(NamedTuple):
     sampled: Tensor  # log-probability that the sampler drew it with
     reference: Tensor  # log-probability under the reference policy; zeros where there is none
     share: Tensor  # of the update's mean
-    answer: Tensor  # int64: number of its answer in this microbatch
+    answer: Tensor  # int64: number of its answer in this microbatch, below N
 
 
 class Terms(NamedTuple):
@@ -128,9 +128,9 @@ def objective(terms: Terms, share: Tensor) -> Tensor:
 def answer_means(values: Tensor, answer: Tensor, counted: Tensor) -> Tensor:
     """For each counted token, the mean of `values` over its answer, [N]; 0 elsewhere. An answer is never split over
     microbatches."""
-    size = int(answer.max()) + 1 if answer.numel() else 0
-    counts = values.new_zeros(size).index_add(0, answer, counted.to(values.dtype))
-    sums = values.new_zeros(size).index_add(0, answer, torch.where(counted, values, 0.0))
+    # As many sums as tokens: how many answers there are is on the device.
+    counts = torch.zeros_like(values).index_add(0, answer, counted.to(values.dtype))
+    sums = torch.zeros_like(values).index_add(0, answer, torch.where(counted, values, 0.0))
     return torch.where(counted, (sums / counts.clamp(min=1))[answer], 0.0)
 
 

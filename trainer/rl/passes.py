@@ -25,7 +25,7 @@ from dryvine.trainer.rig import Rig
 from dryvine.trainer.rl.choices import LossChoices
 from dryvine.trainer.rl.losses import Tokens, k3, objective, shares, token_losses
 from dryvine.trainer.rl.rows import Lines, Packing, Sample, pack
-from dryvine.trainer.step import update
+from dryvine.trainer.step import summed, update
 
 
 class PassOptions(NamedTuple):
@@ -92,7 +92,7 @@ def score(rig: Rig, answers: Sequence[Sample], plan: PassOptions) -> list[Sample
         size = (packing.rows, packing.length, shape.top_k)
         routes = {name: torch.zeros(size, dtype=torch.int32, device=rig.mesh.device) for name in moe_layers(rig)}
     for one in _passes(rig, packing):
-        batch = _batch(rig, packing, one, plan, lambda _: _record_logprobs)
+        batch = _batch(rig, packing, one, plan, _record_logprobs, lambda _: ())
         played = rig.forward(one.count).run(replace(batch, training=False))
         _collect(rig, packing, one, played, "logprobs", logprobs)
         for name, own in routes.items():
@@ -113,7 +113,7 @@ def _routes_of(layers: Tensor, packing: Packing, number: int) -> Tensor:
     return torch.cat((row[:, place.prompt : place.prompt + len(answer.prompt) - 1], row[:, packing.targets(number)]), 1)
 
 
-def _record_logprobs(scored: Scored) -> dict[str, Tensor]:
+def _record_logprobs(scored: Scored, _: tuple[Tensor, ...]) -> dict[str, Tensor]:
     return {"logprobs": scored.logprobs}
 
 
@@ -140,15 +140,20 @@ def learn(rig: Rig, answers: Sequence[Sample], choices: LossChoices, plan: PassO
     passes = list(_passes(rig, packing))
     point = Point(step, 0, sum(one.count for one in passes), packing.length)
     microbatches = point.sequences / rig.config.parallel.microbatch_sequences
-    fields = _Fields(packing, choices, [parts[i] for i in taught], microbatches)
-    rig.optimizer.zero.zero_grads()
-    played = []
-    for one in passes:
-        batch = _batch(rig, packing, one, plan, fields.objective)
-        # Losses are means over microbatches, as in pretraining: shares are multiplied up in `fields`.
-        executor = rig.training(one.count) if one is passes[-1] else rig.accumulating(one.count)
-        played.append(executor.run(replace(batch, loss_scale=gradient_scale(point) / microbatches)))
-    norm = rig.optimizer.reduce(gradient_scale(point))
+    fields = _Fields(packing, [parts[i] for i in taught], microbatches)
+    batches = [_batch(rig, packing, one, plan, PolicyLoss(choices), fields.columns) for one in passes]
+
+    def accumulate(eager: bool) -> list[Played]:
+        rig.optimizer.zero.zero_grads()
+        played = []
+        for one, batch in zip(passes, batches, strict=True):
+            executor = rig.training(one.count) if one is passes[-1] else rig.accumulating(one.count)
+            share = gradient_scale(point) / microbatches
+            played.append(executor.run(replace(batch, loss_scale=share, eager=eager)))
+        return played
+
+    rig.renew_copies()
+    played, norm, _ = summed(rig, gradient_scale(point), accumulate)
     if math.isfinite(norm):
         update(rig, point, norm)
     rig.model.reset_loads()
@@ -156,15 +161,36 @@ def learn(rig: Rig, answers: Sequence[Sample], choices: LossChoices, plan: PassO
 
 
 @dataclass(frozen=True)
+class PolicyLoss:
+    """The objective of an update: the columns are those of `Tokens`."""
+
+    choices: LossChoices
+
+    def __call__(self, scored: Scored, columns: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        tokens = Tokens(*columns)
+        counted = tokens.share > 0
+        terms = token_losses(self.choices, scored.logprobs, tokens)
+        apart = torch.where(counted, scored.logprobs.detach() - tokens.sampled, 0.0)
+        moved = torch.where(counted, scored.logprobs.detach() - tokens.reference, 0.0)
+        entropies = torch.where(counted, scored.entropies, 0.0)
+        sums = (counted, k3(-apart), k3(moved), terms.clipped, entropies)  # in the order of `TokenSums`
+        return {
+            "loss": objective(terms, tokens.share),
+            "token_sums": torch.stack([column.sum().double() for column in sums]),
+            "apart": apart.abs().max(),
+        }
+
+
+@dataclass(frozen=True)
 class _Fields:
-    """The per-token data of an update's answers, and their objective."""
+    """The per-token data of an update's answers."""
 
     packing: Packing
-    choices: LossChoices
     parts: Sequence[float]  # the share of each token of each answer
     microbatches: float  # of the whole update
 
-    def tokens(self, lines: Lines) -> Tokens:
+    def columns(self, lines: Lines) -> tuple[Tensor, ...]:
+        """`Tokens` of some rows."""
         answers = self.packing.answers
 
         def old(number: int) -> Tensor:
@@ -180,29 +206,10 @@ class _Fields:
             old,
             lambda i: answers[i].sampled,
             reference,
-            lambda i: self.parts[i],
+            # Losses are means over microbatches, as in pretraining.
+            lambda i: self.parts[i] * self.microbatches,
         )
         return Tokens._make([*(lines.column(column) for column in columns), lines.answer_numbers()])
-
-    def objective(self, lines: Lines) -> Objective:
-        known = self.tokens(lines)
-
-        def run(scored: Scored) -> dict[str, Tensor]:
-            tokens = Tokens(*(column.to(scored.logprobs.device) for column in known))
-            counted = tokens.share > 0
-            terms = token_losses(self.choices, scored.logprobs, tokens)
-            loss = objective(terms, tokens.share) * self.microbatches
-            apart = torch.where(counted, scored.logprobs.detach() - tokens.sampled, 0.0)
-            moved = torch.where(counted, scored.logprobs.detach() - tokens.reference, 0.0)
-            entropies = torch.where(counted, scored.entropies, 0.0)
-            sums = (counted, k3(-apart), k3(moved), terms.clipped, entropies)  # in the order of `TokenSums`
-            return {
-                "loss": loss,
-                "token_sums": torch.stack([column.sum().double() for column in sums]),
-                "apart": apart.abs().max(),
-            }
-
-        return run
 
 
 def _learnt(rig: Rig, norm: float, microbatches: float, played: Sequence[Played]) -> UpdateResult:
@@ -251,9 +258,10 @@ def _batch(
     packing: Packing,
     one: _Pass,
     plan: PassOptions,
-    objective: Callable[[Lines], Objective],
+    objective: Objective,
+    columns: Callable[[Lines], tuple[Tensor, ...]],
 ) -> Batch:
-    """This data rank's microbatches of a pass, with a loss scale of 0."""
+    """This data rank's microbatches of a pass, with a loss scale of 0. `columns`: what the objective knows of rows."""
     size = rig.config.parallel.microbatch_sequences
     count = one.count // (size * rig.mesh.data_ranks)
     tokens, documents = [], []
@@ -262,7 +270,8 @@ def _batch(
         rows, numbers, shared = lines.tokens(1 + rig.config.model.mtp_depth)
         tokens.append(rows.to(rig.mesh.device))
         experts = _experts(rig, lines) if plan.replay else {}
-        lesson = Lesson(objective(lines), plan.temperature, experts, plan.record)
+        known = tuple(column.to(rig.mesh.device) for column in columns(lines))
+        lesson = Lesson(objective, known, plan.temperature, experts, plan.record)
         documents.append(_documents(rig, numbers, shared, lesson))
     return Batch(tokens, 0.0, documents=documents)
 
