@@ -149,7 +149,9 @@ def main() -> int:
     parser.add_argument("--deadline", type=float, default=400, help="seconds for everything")
     options = parser.parse_args()
     ends, profiles, rows = time.monotonic() + options.deadline, dict[Words, Profile](), dict[str, Row]()
-    local.preload("benchmarks.planner_gpu")
+    local.preload(
+        "dryvine.launch.plan.plan", "dryvine.launch.profile", "dryvine.trainer.rehearse", "benchmarks.two_gpus"
+    )
     with tempfile.TemporaryDirectory() as folder:
         given = (f'data.source="{corpus(Path(folder), 320)}"', f'run.out="{folder}"')
         for name, (model, layout) in LAYOUTS[options.gpus].items():

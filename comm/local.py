@@ -30,7 +30,8 @@ class RankFailed(RuntimeError):
 
 def preload(*modules: str) -> None:
     """Have the forkserver import what ranks need besides torch, once instead of in each rank. Call it before the
-    first `run`."""
+    first `run`. Not for a module that was started with `python -m`: every rank runs that as its own main module, and
+    Python warns if it has been imported."""
     # What making any optimizer imports: two seconds of it.
     lazily = ["torch._dynamo", "torch.distributed.tensor"]
     names = ["__main__", "torch", "torch.distributed", "dryvine.comm.local", *lazily, *modules]

@@ -242,6 +242,7 @@ def prices_of(run: LayoutPlan, machine: Machine, profile: Profile | None = None)
         traffic.messages(_sent(config, machine), machine),
         config.parallel.overlap == "on",
         machine.beside_comm,
+        profile.whole if profile else 1.0,
         _message_seconds(config, machine),
     )
 

@@ -21,7 +21,8 @@ class Profile(BaseModel, frozen=True, extra="forbid"):
     tokens: int  # of the microbatch
     seq_len: int
     phases: dict[str, dict[str, tuple[float, float, float]]]  # kind of block -> phase -> F, I, W
-    update_seconds: float  # a step of AdamW, clip and publication, per element owned
+    whole: float = 1.0  # a B over the sum of its I and its W, which run beside each other
+    update_seconds: float  # gradients zeroed, AdamW, clip and publication, per element owned
 
     def times(self) -> dict[str, PhaseTimes]:
         return {kind: {p: OpTimes(*t) for p, t in phases.items()} for kind, phases in self.phases.items()}

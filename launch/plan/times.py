@@ -65,6 +65,7 @@ class StagePrices:
     messages: Messages
     overlap: bool  # pairs are woven; else one op after the other
     beside_comm: float = 1.0  # factor on arithmetic that shares the device with an all-to-all
+    whole: float = 1.0  # a B over the sum of its I and its W
     P2P: float = 0.0
 
     @cached_property
@@ -114,7 +115,8 @@ class StagePrices:
             pieces = [Work("compute", sum(t.weights for t in block.values())) for block in blocks]
             return tuple(piece for piece in pieces if piece.time)
         else:
-            pieces = [p for block in reversed(blocks) for p in _backward(block, self.messages, kind == "B")]
+            both = self.whole if kind == "B" else None
+            pieces = [piece for block in reversed(blocks) for piece in _backward(block, self.messages, both)]
         return tuple(_merged(pieces))
 
 
@@ -127,11 +129,12 @@ def _forward(block: PhaseTimes, messages: Messages) -> Iterator[Work]:
             yield Work("comm", messages.combine)
 
 
-def _backward(block: PhaseTimes, messages: Messages, whole: bool) -> Iterator[Work]:
+def _backward(block: PhaseTimes, messages: Messages, whole: float | None) -> Iterator[Work]:
+    """`whole`: the factor of a B; None for an I."""
     for phase, times in reversed(block.items()):
         if phase == "experts":
             yield Work("comm", messages.combine_backward)
-        yield Work("compute", times.inputs + (times.weights if whole else 0.0))
+        yield Work("compute", times.inputs if whole is None else whole * (times.inputs + times.weights))
         if phase == "experts":
             yield Work("comm", messages.dispatch_backward)
 

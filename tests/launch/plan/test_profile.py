@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
 
+from dryvine.launch import profile
 from dryvine.launch.plan.hardware import load_hardware
 from dryvine.launch.plan.plan import make
 from dryvine.launch.plan.profiled import Profile, read_profile
-from dryvine.launch.profile import measure
 from dryvine.trainer.config import Config, ConfigError
 from dryvine.trainer.run_plan import make_plan
 
 
 def profile_of(config: Config) -> Profile:
-    return measure(config, torch.device("cpu"), 1, lambda kind: None)
+    return profile.measure(config, torch.device("cpu"), 1, lambda kind: None)
 
 
 @pytest.mark.parametrize("recipe", ["bf16", "deepseek_v3"])
@@ -41,8 +42,27 @@ def test_every_phase_is_timed_and_a_plan_of_another_layout_takes_it(
     plan = make(make_plan(other), load_hardware("cpu"), found)
     assert plan.source == "a profile of cpu"
     assert plan.times["head"]["head"].forward == found.phases["head"]["head"][0]
-    busy = sum(found.phases["dense"]["dense"]) * plan.run.schedule.microbatches
+    forward, inputs, weights = found.phases["dense"]["dense"]
+    busy = (forward + found.whole * (inputs + weights)) * plan.run.schedule.microbatches
     assert plan.step_seconds > busy
+
+
+def test_phases_last_until_the_next_begins(tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that each reading moves on by one. A MoE layer's messages are its experts'."""
+    clock = count(0.0)
+    monkeypatch.setattr(profile, "_now", lambda device: next(clock))
+    found = profile_of(tiny())
+    layer = {"attention": (1, 1, 1), "experts": (4, 3, 1)}
+    assert found.phases == {
+        "embed": {"embed": (1, 1, 1)},
+        "dense": {"dense": (1, 1, 1)},
+        "moe": layer,
+        "head": {"head": (1, 1, 1)},
+        "mtp": {**layer, "head": (1, 1, 1)},
+    }
+    # As one B, weight gradients begin no phase: of two MoE layers, MTP with its head, and three others.
+    inputs, weights = 3 * 4 + 4, 3 * 2 + 4
+    assert found.whole == inputs / (inputs + weights)
 
 
 def test_a_profile_of_something_else_is_refused(tiny: Callable[..., Config], tmp_path: Path) -> None:
