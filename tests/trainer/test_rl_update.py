@@ -27,6 +27,7 @@ from dryvine.trainer.rl.losses import k3
 from dryvine.trainer.rl.passes import PassOptions, UpdateResult, learn, score
 from dryvine.trainer.rl.rows import Lines, Sample, pack
 from dryvine.trainer.run_plan import make_plan
+from tests.trainer.test_one_rank_schedules import WAYS
 
 Tiny = Callable[..., Config]
 RL = (
@@ -40,10 +41,10 @@ CHOICES = LossChoices(kl=0.05, ratio="token", aggregate="token_mean")
 PLAIN = PassOptions(temperature=0.7, replay=True)
 
 
-def bare(config: Config) -> Rig:
+def bare(config: Config, device: str = "cpu") -> Rig:
     """A rig without questions: answers come from here."""
     plan = make_plan(config)
-    return make_rig(plan, mesh_of(plan, torch.device("cpu")), Data(None, None))  # type: ignore[arg-type]
+    return make_rig(plan, mesh_of(plan, torch.device(device)), Data(None, None))  # type: ignore[arg-type]
 
 
 def answers_of(config: Config, count: int = 24, seed: int = 0, routes: bool = True) -> list[Sample]:
@@ -190,6 +191,24 @@ def compare(one: Config, many: Config, answers: list[Sample]) -> None:
 def test_an_update_is_the_same_in_every_split_and_layout(tiny: Tiny, layout: tuple[str, ...]) -> None:
     answers = answers_of(tiny(*RL))
     compare(tiny(*RL), tiny(*RL, *layout), answers)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("recompute", ["[]", "['norm','swiglu','mla_up']", "['layer']"])
+def test_on_a_gpu_graphs_change_no_bit_of_an_update(tiny: Tiny, recompute: str) -> None:
+    """Updates without graphs, recorded, replayed, recorded anew for more answers, and replayed. Documents are a block
+    of the kernel at most, whose gradients it sums in one order."""
+    words = (*RL, "parallel.pp=1", "parallel.ep=1", "parallel.microbatch_sequences=4", f"model.recompute={recompute}")
+    found = []
+    for way in ("on", "off"):
+        rig = bare(tiny(*words, *WAYS["bf16"], f"parallel.graphs={way}"), "cuda")
+        counts = enumerate((12, 6, 9, 24, 24))
+        seen = [learn(rig, answers_of(rig.config, n, seed=step), CHOICES, PLAIN, step) for step, n in counts]
+        weights = {name: weight.detach().cpu() for name, weight in rig.model.named_parameters()}
+        found.append(([replace(one, bubble=0.0) for one in seen], weights))
+    (ours, weights), (theirs, others) = found
+    assert ours == theirs
+    assert not [name for name, value in weights.items() if not torch.equal(value, others[name])]
 
 
 def test_a_share_by_microbatch_would_be_seen(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
