@@ -47,14 +47,13 @@ from dryvine.parallel.stage import Flight, Grads, Phase, Stage, State, StepResul
 from dryvine.parallel.streams import Streams, make_streams
 from dryvine.parallel.zero import Zero
 from dryvine.trainer.config import Config
-from dryvine.trainer.fp8.choose import choose_engines
 from dryvine.trainer.fp8.fp8 import FP8
 from dryvine.trainer.model.decoder import Model
 from dryvine.trainer.model.shape import blocks
 from dryvine.trainer.model.spec import Spec
 from dryvine.trainer.optim import Optimizer
 from dryvine.trainer.rehearse import EchoWire
-from dryvine.trainer.rig import DTYPES
+from dryvine.trainer.rig import DTYPES, make_fp8
 
 COMM = ("routing", "dispatch", "combine")  # phases whose local work is part of the experts'
 MOST = 2  # blocks of a kind in the small model
@@ -79,7 +78,7 @@ def measure(config: Config, device: torch.device, rounds: int, on_progress: Call
     """Means over the `rounds` microbatches of a step, and of these the medians of some steps. Raises if the small model
     does not fit on the device."""
     mesh = make_mesh(Layout(), device, timedelta(seconds=60))
-    fp8 = FP8(config.fp8, *choose_engines(config.fp8, mesh, config.run.folder)) if config.fp8.fp8 else None
+    fp8 = make_fp8(config, mesh)
     kinds = _some(config)
     model = _model(config, device, tuple(kinds), fp8)
     on_progress("a step")

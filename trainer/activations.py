@@ -23,7 +23,8 @@ def microbatch_size(config: Config, cuda: bool, room: float = 1.0) -> Microbatch
     single_rank = config.parallel.ep == 1 and config.comm.dispatcher in ("auto", "flat")
     documents = config.data.mask == "document"
     core = CORE_TOKENS if config.rl else 1
-    return MicrobatchSize(tokens, sequences, DTYPE_BYTES[config.run.dtype], cuda, documents, single_rank, room, core)
+    wide, ep = DTYPE_BYTES[config.run.dtype], config.parallel.ep
+    return MicrobatchSize(tokens, sequences, wide, cuda, documents, single_rank, room, core, ep)
 
 
 def stage_bytes(plan: LayoutPlan, cuda: bool, room: float = 1.0) -> dict[int, int]:

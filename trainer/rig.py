@@ -182,11 +182,19 @@ class RankModel(NamedTuple):
     fp8: FP8 | None
 
 
+def make_fp8(config: Config, mesh: Mesh) -> FP8 | None:
+    """The FP8 arithmetic of this rank, if the run has any. Collective."""
+    if not config.fp8.fp8:
+        return None
+    transposes = "transposes" not in config.model.recompute
+    return FP8(config.fp8, *choose_engines(config.fp8, mesh, config.run.folder), transposes)
+
+
 def make_model(plan: RunPlan, mesh: Mesh, topology: Topology | None = None) -> RankModel:
     """Build this rank's part of the model, with uninitialised weights. Collective."""
     config = plan.config
     dispatcher = _dispatcher(config, mesh, topology)
-    fp8 = FP8(config.fp8, *choose_engines(config.fp8, mesh, config.run.folder)) if config.fp8.fp8 else None
+    fp8 = make_fp8(config, mesh)
     spec = Spec(config.model, DTYPES[config.run.dtype], mesh.device, mesh.ep_rank, mesh.ep, fp8)
     return RankModel(Model(spec, plan.blocks_of(mesh.pp_rank), dispatcher), dispatcher, fp8)
 

@@ -27,7 +27,14 @@ def temporary_bytes(plan: LayoutPlan, stages: Iterable[int], cuda: bool, room: f
 
 def block_bytes(s: Shape, recipe: Recipe, kind: str, size: MicrobatchSize) -> int:
     """Bytes of the temporaries in the backward of one block."""
-    return _in_block(s, kind, size, size.dtype_bytes) + remade_bytes(s, recipe, kind, size)
+    transposed = _transposed(s, kind, size) if recipe.fp8 and "transposes" in s.recompute else 0
+    return _in_block(s, kind, size, size.dtype_bytes, transposed) + remade_bytes(s, recipe, kind, size)
+
+
+def _transposed(s: Shape, kind: str, size: MicrobatchSize) -> int:
+    """Bytes of the largest FP8 weight of an FFN, transposed while its dX is computed."""
+    experts = 2 * s.expert_ffn * max(s.routed // size.ep, s.shared)
+    return s.hidden * {"dense": 2 * s.ffn, "moe": experts, "mtp": experts}.get(kind, 0)
 
 
 def _in_loss(s: Shape, tokens: int, wide: int) -> int:
@@ -37,9 +44,9 @@ def _in_loss(s: Shape, tokens: int, wide: int) -> int:
     return 4 * rows * s.vocab * (1 if wide == 4 else 2)
 
 
-def _in_block(s: Shape, kind: str, size: MicrobatchSize, wide: int) -> int:
+def _in_block(s: Shape, kind: str, size: MicrobatchSize, wide: int, transposed: int) -> int:
     """Bytes of the largest set of gradients that exist at once in the backward of such a block: of gate, up and their
-    product in FFNs, of queries, keys and values in attention."""
+    product in FFNs, with a `transposed` weight, of queries, keys and values in attention."""
     tokens, rows = size.tokens, ceil(size.tokens * s.top_k * size.room)
     attention = tokens * s.heads * (3 * s.qk_dim + 2 * s.v_dim + s.nope_dim)
     ffn = {
@@ -49,4 +56,5 @@ def _in_block(s: Shape, kind: str, size: MicrobatchSize, wide: int) -> int:
         "head": 2 * tokens * s.hidden,
         "mtp": rows * (3 * s.expert_ffn + s.hidden),
     }[kind]
-    return wide * max(ffn, attention if kind in ("dense", "moe", "mtp") else 0) + wide * 2 * tokens * s.hidden
+    most = max(wide * ffn + transposed, wide * attention if kind in ("dense", "moe", "mtp") else 0)
+    return most + wide * 2 * tokens * s.hidden

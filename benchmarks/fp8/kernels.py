@@ -179,6 +179,7 @@ def speed_casts(copy: float) -> None:
     weights, norm = torch.rand(tokens, device="cuda"), torch.rand(hidden, device="cuda")
     w = torch.randn(experts, 2 * width, hidden, device="cuda")
     saved, kept, packed = casts.quantize_rows(x), casts.quantize_rows(h), casts.pack_e5m6(x)
+    blocks = casts.quantize_blocks(w)[0]
     many, few = x.numel(), dy.numel()
     work: dict[str, tuple[float, Callable[[int], object]]] = {
         "rows": (3 * many, lambda i: casts.quantize_rows(x)),
@@ -186,6 +187,7 @@ def speed_casts(copy: float) -> None:
         "columns of fp8": (2 * many, lambda i: casts.quantize_columns(saved, groups)),
         "rows and columns": (4 * many, lambda i: casts.quantize_both(x, groups)),
         "weight blocks, both ways": (6 * w.numel(), lambda i: casts.quantize_blocks(w)),
+        "weight blocks, transposed": (2 * w.numel(), lambda i: casts.transpose_blocks(blocks)),
         "swiglu": (7 * few, lambda i: fused.swiglu_rows(h, weights)),
         "swiglu backward": (9 * few, lambda i: fused.swiglu_backward(dy, kept, weights, groups)),
         "rmsnorm": (5 * many, lambda i: fused.rmsnorm_rows(x, norm, 1e-6)),

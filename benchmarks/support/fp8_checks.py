@@ -87,6 +87,10 @@ def check_casts() -> int:
                     casts.quantize_blocks(gx.float(), scales),
                     casts.quantize_blocks(x.float(), scales),
                 ),
+                "blocks, transposed": (
+                    casts.transpose_blocks(casts.quantize_blocks(gx.float(), scales)[0]),
+                    casts.quantize_blocks(x.float(), scales)[1],
+                ),
                 "swiglu": (fused.swiglu_rows(gx, gw, scales), fused.swiglu_rows(x, weights, scales)),
                 "swiglu backward": (
                     fused.swiglu_backward(gdy, on_gpu, gw, device, scales)[:3],

@@ -94,7 +94,8 @@ def _kinds(plan: LayoutPlan, rank: _Rank, sent: Dispatching, cuda: bool) -> dict
     gates = sum(name.endswith("gate.weight") for name in parameters)
     kinds = state(plan, rank.buckets)
     if config.fp8.fp8:
-        kinds[COPIES] = sum(_copies(one, config.parallel.ep) for one in parameters.values())
+        ways = 1 if "transposes" in config.model.recompute else 2
+        kinds[COPIES] = sum(_copies(one, config.parallel.ep, ways) for one in parameters.values())
     kinds[GATES] = 12 * config.model.routed * gates
     kinds[ACTIVATIONS] = rank.activations
     boundary = microbatch_size(config, cuda).tokens * config.model.hidden * DTYPE_BYTES[config.run.dtype]
@@ -133,15 +134,15 @@ def _optimizer(plan: LayoutPlan, mine: Iterable[BucketSize]) -> dict[str, int]:
     return {MASTERS: 4 * owned, MOMENTS: 2 * DTYPE_BYTES[plan.config.optim.moments] * owned}
 
 
-def _copies(parameter: ParameterSize, ep: int) -> int:
-    """Blocks for Fprop and for Dgrad, a byte an element, and FP32 scales of 128x128."""
+def _copies(parameter: ParameterSize, ep: int, ways: int) -> int:
+    """Blocks for Fprop, and for Dgrad where both `ways` are kept: a byte an element, and FP32 scales of 128x128."""
     if not parameter.linear:
         return 0
     rows, cols = parameter.shape[-2:]
     elements = parameter.elements(ep)
     matrices = elements // (rows * cols)
     scales = [ceil_div(a, TILE) * round_up(ceil_div(b, TILE), 4) for a, b in ((rows, cols), (cols, rows))]
-    return 2 * elements + 4 * matrices * sum(scales)
+    return ways * elements + 4 * matrices * sum(scales[:ways])
 
 
 def staging(sent: Dispatching) -> int:

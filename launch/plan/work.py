@@ -53,6 +53,11 @@ class _Block:
     def rows(self) -> int:
         return self.size.tokens * self.shape.top_k
 
+    @property
+    def experts(self) -> int:
+        """Of this rank."""
+        return self.shape.routed // self.size.ep
+
     # -- blocks
 
     def embed(self) -> Iterator[Task]:
@@ -140,6 +145,9 @@ class _Block:
         flop = 2.0 * rows * inputs * outputs
         yield Task(phase, self._kernel(grouped), flop, flop)
         yield Task(phase, "fp8_wgrad" if self.recipe.fp8 else self._kernel(grouped), weights=flop)
+        if self.recipe.fp8 and "transposes" in self.shape.recompute:
+            # A byte an element, read and written.
+            yield Task(phase, STREAM, inputs=2.0 * inputs * outputs * (self.experts if grouped else 1))
 
     def _plain(self, phase: str, rows: int, inputs: int, outputs: int) -> Iterator[Task]:
         """A Linear that stays in the run's dtype: gate and head."""

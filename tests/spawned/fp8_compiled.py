@@ -63,6 +63,7 @@ def quantisers() -> Any:
     turn = {"GROUPED": True, "UE8M0": True, "WORDS": cast_kernels.TRANSPOSE_WORDS}
     yield compile_one(cast_kernels.transpose_kernel, turn, 4, 96, x=f"*{FP8}")
     yield compile_one(cast_kernels.blocks_kernel, {"UE8M0": False}, 8)
+    yield compile_one(cast_kernels.transpose_blocks_kernel, {}, 8, q="*u8")
     yield compile_one(cast_kernels.pack_kernel, {"ROWS": cast_kernels.ROWS}, 4)
     yield compile_one(cast_kernels.unpack_kernel, {"ROWS": cast_kernels.ROWS}, 4)
     yield compile_one(fused_kernels.swiglu_kernel, {"WEIGHTED": True, "UE8M0": False, "ROWS": fused_kernels.ROWS}, 4)

@@ -139,7 +139,10 @@ def test_no_rows_at_all() -> None:
 def test_blocks(kind: str, shape: tuple[int, ...]) -> None:
     w = INPUTS[kind](*shape) if len(shape) == 2 else torch.stack([INPUTS[kind](*shape[1:]) for _ in range(shape[0])])
     for scales in ("fp32", "ue8m0"):
-        _same(casts.quantize_blocks.kernel(w, scales), casts.quantize_blocks(w, scales))  # type: ignore[arg-type]
+        whole, transposed = casts.quantize_blocks(w, scales)  # type: ignore[arg-type]
+        _same(casts.quantize_blocks.kernel(w, scales), (whole, transposed))
+        _same(casts.transpose_blocks.kernel(whole), transposed)
+        _same(casts.transpose_blocks(whole), transposed)
 
 
 @pytest.mark.parametrize(("kind", "weighted"), [("spread", True), ("not finite", True), ("subnormal", False)])

@@ -92,7 +92,7 @@ def quantisers() -> None:
         casts.quantize_columns(x, groups, scales)
         casts.quantize_columns(saved, groups, scales)
         casts.quantize_both(x, groups, scales)
-        casts.quantize_blocks(random(3, 144, 272), scales)
+        casts.transpose_blocks(casts.quantize_blocks(random(3, 144, 272), scales)[0])
         fused.rmsnorm_rows(x, torch.rand(width, device="cuda").bfloat16(), 1e-6, scales)
         for weighting in (weights, None):
             _, kept = fused.swiglu_rows(x, weighting, scales)

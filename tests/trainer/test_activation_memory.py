@@ -179,7 +179,7 @@ def test_a_run_holds_what_its_schedule_keeps_in_flight(tiny: Callable[..., Confi
     [
         ((), MicrobatchSize(32, 1, 4, False, single_rank=True)),
         (("parallel.microbatch_sequences=2", "run.dtype=bf16"), MicrobatchSize(64, 2, 2, False, single_rank=True)),
-        (("parallel.ep=2",), MicrobatchSize(32, 1, 4, False, single_rank=False)),
+        (("parallel.ep=2",), MicrobatchSize(32, 1, 4, False, single_rank=False, ep=2)),
         (("comm.dispatcher=hierarchical",), MicrobatchSize(32, 1, 4, False, single_rank=False)),
     ],
 )

@@ -109,8 +109,8 @@ def test_validation_uses_the_average_and_puts_the_weights_back(tinier: Tiny) -> 
     assert averaged != loss
     weight = next(w for n, w in rig.model.named_parameters() if n.endswith("attention.o.weight"))
     assert rig.fp8
-    fresh = WeightCache(rig.config.fp8).get(weight)[0]
-    assert torch.equal(rig.fp8.cache.get(weight)[0].dequantize(), fresh.dequantize())
+    fresh = WeightCache(rig.config.fp8).fprop(weight)
+    assert torch.equal(rig.fp8.cache.fprop(weight).dequantize(), fresh.dequantize())
 
 
 def _averages(rank: int, config: Config) -> tuple[Averages, list[float | None]]:

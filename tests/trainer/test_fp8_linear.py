@@ -149,6 +149,27 @@ def test_a_weight_is_cast_once_a_step_and_again_after_it_changed(monkeypatch: py
     assert len(calls) == 2
 
 
+def test_transposes_that_are_not_kept_have_the_same_bits_before_and_after_an_update() -> None:
+    x, w = normal(150, 256), Weight(normal(384, 256))
+    kept, made = (FP8(preset("deepseek_v3"), Emulate(), "", transposes) for transposes in (True, False))
+    for _ in range(2):
+        for fp8 in (kept, made):
+            fp8.cache.expire()
+        one, other = (_input_gradient(FP8Linear(w, fp8), x) for fp8 in (kept, made))
+        assert torch.equal(one, other)
+        assert made.cache.dgrad(w) is not made.cache.dgrad(w)
+        assert kept.cache.dgrad(w) is kept.cache.dgrad(w)
+        with torch.no_grad():
+            w.mul_(-3)
+
+
+def _input_gradient(project: FP8Linear, x: Tensor) -> Tensor:
+    x = x.detach().requires_grad_()
+    project(x).square().sum().backward()
+    assert x.grad is not None
+    return x.grad
+
+
 def test_a_cast_that_is_handed_in_is_not_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
     fp8, a, b = make(), Weight(normal(32, 64)), Weight(normal(48, 64))
     x = normal(10, 64)

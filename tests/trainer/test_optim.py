@@ -145,11 +145,11 @@ def test_an_update_reaches_the_fp8_copies_of_weights(tiny: Tiny) -> None:
     rig = rig_of(tiny(*FP8, "optim.lr=0.1"))
     name, weight = next((n, w) for n, w in rig.model.named_parameters() if n.endswith("attention.o.weight"))
     assert rig.fp8
-    stale = rig.fp8.cache.get(weight)[0].dequantize()
+    stale = rig.fp8.cache.fprop(weight).dequantize()
     go(rig, 1)
-    fresh = WeightCache(rig.config.fp8).get(weight)[0].dequantize()
+    fresh = WeightCache(rig.config.fp8).fprop(weight).dequantize()
     assert not torch.equal(stale, fresh), f"{name}: the step was too small to see"
-    assert torch.equal(rig.fp8.cache.get(weight)[0].dequantize(), fresh)
+    assert torch.equal(rig.fp8.cache.fprop(weight).dequantize(), fresh)
 
 
 def test_where_graphs_read_them_an_update_makes_the_fp8_copies_anew(tiny: Tiny) -> None:
@@ -157,13 +157,13 @@ def test_where_graphs_read_them_an_update_makes_the_fp8_copies_anew(tiny: Tiny) 
     rig.graphs = mock.Mock()
     weight = next(p for name, p in rig.model.named_parameters() if name.endswith("experts.gate_up"))
     assert rig.fp8
-    read = rig.fp8.cache.get(weight)[0]
+    read = rig.fp8.cache.fprop(weight)
     old = read.dequantize()
     for piece in rig.optimizer.pieces:
         piece.grad.fill_(1.0)
     rig.update(1e-1, 1.0, 1.0, step=1)
     assert not torch.equal(read.dequantize(), old)
-    assert torch.equal(read.dequantize(), WeightCache(rig.config.fp8).get(weight)[0].dequantize())
+    assert torch.equal(read.dequantize(), WeightCache(rig.config.fp8).fprop(weight).dequantize())
 
 
 def test_gradients_stay_above_the_floor_of_fp8(tiny: Tiny) -> None:

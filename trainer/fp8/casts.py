@@ -15,7 +15,16 @@ from torch.nn import functional
 from dryvine.comm.by_device import kernel_in
 from dryvine.trainer.fp8.numbers import filled, scale_of, scaled, tiles_of
 from dryvine.trainer.tensors.groups import ExpertGroups
-from dryvine.trainer.tensors.quantized import E4M3, E5M6, BothWays, Quantized, empty_both_ways, empty_rows, empty_scales
+from dryvine.trainer.tensors.quantized import (
+    E4M3,
+    E5M6,
+    BothWays,
+    Quantized,
+    empty_both_ways,
+    empty_rows,
+    empty_scales,
+    empty_transposed,
+)
 from dryvine.trainer.tensors.tiles import E5M6_MAX, TILE, ScaleFormat
 
 KERNELS = "dryvine.trainer.fp8.kernels.casts"
@@ -89,9 +98,21 @@ def blocks_and_transposed(
     out.scales.copy_(scale_of(amax, scales))
     values = scaled(tiles, out.scales[..., :, None, :, None]).flatten(-4, -3).flatten(-2, -1)
     out.values.copy_(values[..., :rows, :cols].to(E4M3))
-    transposed.values.copy_(out.values.transpose(-2, -1))
-    transposed.scales.copy_(out.scales.transpose(-2, -1))
+    _transpose(out, transposed)
     return BothWays(out, transposed)
+
+
+@kernel_in(KERNELS)
+def transpose_blocks(w: Quantized) -> Quantized:
+    """128x128 blocks of [..., R, C] -> of the transpose [..., C, R], as `quantize_blocks` makes them."""
+    out = empty_transposed(w.values)
+    _transpose(w, out)
+    return out
+
+
+def _transpose(w: Quantized, out: Quantized) -> None:
+    out.values.copy_(w.values.transpose(-2, -1))
+    out.scales.copy_(w.scales.transpose(-2, -1))
 
 
 @kernel_in(KERNELS)

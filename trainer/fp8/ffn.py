@@ -55,11 +55,11 @@ class FP8FFN:
     def forward(self, x: Quantized, weights_R: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, SavedFFN]:
         """FP8 rows [R, I] -> [R, I] in `dtype`, and what `backward` needs."""
         fp8 = self.fp8
-        gate_up = fp8.engine.product(x, fp8.cache.get(self.up).fprop, self.experts, dtype)
+        gate_up = fp8.engine.product(x, fp8.cache.fprop(self.up), self.experts, dtype)
         act, gate_up_rows = swiglu_rows(gate_up, weights_R, fp8.recipe.scales)
         fp8.guard.count(self.up, "input", x)
         fp8.guard.count(self.down, "input", act)
-        y = fp8.engine.product(act, fp8.cache.get(self.down).fprop, self.experts, dtype)
+        y = fp8.engine.product(act, fp8.cache.fprop(self.down), self.experts, dtype)
         return y, SavedFFN(x, gate_up_rows, weights_R)
 
     def backward(
@@ -67,7 +67,7 @@ class FP8FFN:
     ) -> tuple[Tensor, Tensor | None]:
         """dy by rows, and a function that casts it by columns -> dx in `dtype` and d weights; dW are deferred."""
         fp8 = self.fp8
-        dact = fp8.engine.product(dy, fp8.cache.get(self.down).dgrad, self.experts, dtype)
+        dact = fp8.engine.product(dy, fp8.cache.dgrad(self.down), self.experts, dtype)
         dh, dh_transposed, act_transposed, dweights = swiglu_backward(
             dact, saved.gate_up, saved.weights, self.groups, fp8.recipe.scales
         )
@@ -77,7 +77,7 @@ class FP8FFN:
         # Capturing `saved` would keep gate_up as well.
         x = saved.x
         fp8.defer_wgrad(self.up, lambda: dh_transposed, lambda: fp8.columns(x, self.groups), self.groups)
-        dx = fp8.engine.product(dh, fp8.cache.get(self.up).dgrad, self.experts, dtype)
+        dx = fp8.engine.product(dh, fp8.cache.dgrad(self.up), self.experts, dtype)
         return dx, None if saved.weights is None else dweights.to(saved.weights.dtype)
 
 

@@ -34,11 +34,11 @@ Saved = Quantized | E5M6 | Tensor  # of a Linear's input; a Tensor is the attent
 
 class FP8:
     """The FP8 arithmetic of one rank, built once and passed to its modules. `chosen`: which engine is used and why, for
-    the log."""
+    the log. `transposes`: as of `WeightCache`."""
 
-    def __init__(self, recipe: Recipe, engine: Products, chosen: str) -> None:
+    def __init__(self, recipe: Recipe, engine: Products, chosen: str, transposes: bool = True) -> None:
         self.recipe, self.engine, self.chosen = recipe, engine, chosen
-        self.cache, self.guard = WeightCache(recipe), Guard()
+        self.cache, self.guard = WeightCache(recipe, transposes), Guard()
         self._all_rows: dict[int, ExpertGroups] = {}
 
     def all_rows(self, x: Tensor) -> ExpertGroups:

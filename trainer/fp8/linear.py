@@ -28,7 +28,7 @@ class _FP8Linear(Function):
         ctx.weight, ctx.fp8 = weight, fp8
         ctx.save_for_backward(*_tensors(saved))
         fp8.guard.count(weight, "input", rows)
-        return fp8.engine.product(rows, fp8.cache.get(weight).fprop, None, x_NI.dtype)
+        return fp8.engine.product(rows, fp8.cache.fprop(weight), None, x_NI.dtype)
 
     @staticmethod
     @once_differentiable
@@ -41,7 +41,7 @@ class _FP8Linear(Function):
         fp8.defer_wgrad(weight, lambda: dy_transposed, lambda: fp8.columns(saved, groups, width), groups)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = fp8.engine.product(dy, fp8.cache.get(weight).dgrad, None, dy_NO.dtype)
+            dx = fp8.engine.product(dy, fp8.cache.dgrad(weight), None, dy_NO.dtype)
         return dx, None, None, None, None
 
 

@@ -43,6 +43,7 @@ class MicrobatchSize:
     single_rank: bool = False  # all experts are here: rows are ordered once, not on both sides of an exchange
     room: float = 1.0  # for so many times as many rows at the experts
     core: int = 1  # times `tokens`: what attention gets where documents share their beginnings
+    ep: int = 1  # expert-parallel ranks, each with as many of the experts
 
 
 def saved_tensors(shape: Shape, recipe: Recipe, names: Iterable[str], size: MicrobatchSize) -> tuple[SavedTensor, ...]:

@@ -65,8 +65,9 @@ class Shape(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     bias_gamma: float = Field(default=1e-3, ge=0)
     init_std: float = Field(default=0.006, gt=0)
     norm_eps: float = Field(default=1e-6, gt=0)
-    # Outputs computed again in the backward; "layer": everything between a layer's input, its dispatch and its output.
-    recompute: tuple[Literal["norm", "mla_up", "swiglu", "layer"], ...] = ()
+    # Outputs computed again in the backward; "layer": everything between a layer's input, its dispatch and its output;
+    # "transposes": the transposed FP8 weights that input gradients read, kept by the rank for all microbatches.
+    recompute: tuple[Literal["norm", "mla_up", "swiglu", "layer", "transposes"], ...] = ()
 
     @property
     def sparse_gate(self) -> bool:

@@ -105,5 +105,10 @@ class BothWays(NamedTuple):
 
 def empty_both_ways(w: Tensor) -> BothWays:
     """For the weight w; not filled."""
-    rows, cols = w.shape[-2:]
-    return BothWays(empty_blocks(w.shape, w.device), empty_blocks((*w.shape[:-2], cols, rows), w.device))
+    return BothWays(empty_blocks(w.shape, w.device), empty_transposed(w))
+
+
+def empty_transposed(w: Tensor) -> Quantized:
+    """Room for the blocks of the transpose of w."""
+    *batch, rows, cols = w.shape
+    return empty_blocks((*batch, cols, rows), w.device)

@@ -27,7 +27,15 @@ from dryvine.trainer.fp8.kernels.numbers import (
     scaled,
 )
 from dryvine.trainer.tensors.groups import ExpertGroups
-from dryvine.trainer.tensors.quantized import E5M6, BothWays, Quantized, empty_both_ways, empty_rows, empty_scales
+from dryvine.trainer.tensors.quantized import (
+    E5M6,
+    BothWays,
+    Quantized,
+    empty_both_ways,
+    empty_rows,
+    empty_scales,
+    empty_transposed,
+)
 from dryvine.trainer.tensors.tiles import TILE, ScaleFormat, blocks
 
 # Rows to a program of the row cast: each thread has 16 loads of 16 bytes in flight.
@@ -119,6 +127,36 @@ def put_values(q, v, inverse, fault, r, end, c, C):
 
 
 @triton.jit
+def put_transposed(qt, four, x, row, R, c, C):
+    """Store a block of the transpose of matrix x from uint32 [32, 128]: four rows of a column in a word, and words of a
+    column side by side."""
+    p = row * 32 + tl.arange(0, 32)
+    at = qt + x.to(tl.int64) * C * (R // 4) + c.to(tl.int64)[:, None] * (R // 4) + p[None, :]
+    tl.store(at, tl.trans(four.to(tl.int32, bitcast=True)), mask=(c < C)[:, None] & (4 * p < R)[None, :])
+
+
+@triton.jit
+def fourth_bytes(q, first, R, c, C):
+    """Bytes of rows first, first + 4, .. of a block of 128, uint32 [32, 128], zeros beyond R."""
+    r = first + 4 * tl.arange(0, 32)
+    keep = (r < R)[:, None] & (c < C)[None, :]
+    return tl.load(q + r.to(tl.int64)[:, None] * C + c[None, :], mask=keep, other=0).to(tl.uint32)
+
+
+@triton.jit
+def transpose_blocks_kernel(q, s, qt, st, R, C, s_batch, s_stride, st_batch, st_stride):
+    """A block of 128x128 of matrix x to a program: bytes and scale, as `blocks_kernel` leaves them transposed."""
+    col, row, x = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    c = col * 128 + tl.arange(0, 128)
+    q += x.to(tl.int64) * R * C
+    four = fourth_bytes(q, row * 128, R, c, C) | (fourth_bytes(q, row * 128 + 1, R, c, C) << 8)
+    four |= fourth_bytes(q, row * 128 + 2, R, c, C) << 16
+    four |= fourth_bytes(q, row * 128 + 3, R, c, C) << 24
+    put_transposed(qt, four, x, row, R, c, C)
+    tl.store(st + x * st_batch + col * st_stride + row, tl.load(s + x * s_batch + row * s_stride + col))
+
+
+@triton.jit
 def blocks_kernel(w, q, s, qt, st, R, C, s_batch, s_stride, st_batch, st_stride, UE8M0: tl.constexpr):
     """A block of 128x128 of matrix x of w to a program, and its transpose. `qt` is int32 [X, C, R / 4]: the transpose
     leaves as words, as in `put_columns`. (As bytes, Triton 3.6 stores half of them wrong where R is not a multiple of
@@ -140,12 +178,8 @@ def blocks_kernel(w, q, s, qt, st, R, C, s_batch, s_stride, st_batch, st_stride,
     put_values(q, v1, inverse, fault, r + 1, R, c, C)
     put_values(q, v2, inverse, fault, r + 2, R, c, C)
     put_values(q, v3, inverse, fault, r + 3, R, c, C)
-    # The transpose: four rows of a column in a word, and words of a column side by side.
     four = byte(v0, inverse) | (byte(v1, inverse) << 8) | (byte(v2, inverse) << 16) | (byte(v3, inverse) << 24)
-    four = tl.where(fault, 0, four).to(tl.int32, bitcast=True)
-    p = row * 32 + tl.arange(0, 32)
-    at = qt + x.to(tl.int64) * C * (R // 4) + c.to(tl.int64)[:, None] * (R // 4) + p[None, :]
-    tl.store(at, tl.trans(four), mask=(c < C)[:, None] & (4 * p < R)[None, :])
+    put_transposed(qt, tl.where(fault, 0, four), x, row, R, c, C)
     # Both copies have the same scales, at mirrored places.
     one = tl.arange(0, 1)[:, None] + tl.arange(0, 1)[None, :]
     tl.store(s + x * s_batch + row * s_stride + col + one, scale)
@@ -271,6 +305,16 @@ def quantize_blocks(w: Tensor, scales: ScaleFormat = "fp32", out: BothWays | Non
         scales == "ue8m0", num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
     return BothWays(plain, transposed)
+
+
+def transpose_blocks(w: Quantized) -> Quantized:
+    out, (rows, cols) = empty_transposed(w.values), w.values.shape[-2:]
+    batch = w.values.shape[0] if w.values.dim() == 3 else 1
+    transpose_blocks_kernel[(blocks(cols), blocks(rows), batch)](
+        w.values.view(torch.uint8), w.scales, out.values.view(torch.int32), out.scales, rows, cols, w.scales.stride(0),
+        w.scales.stride(-2), out.scales.stride(0), out.scales.stride(-2), num_warps=8,
+    )  # fmt: skip
+    return out
 
 
 def pack_e5m6(x: Tensor) -> E5M6:
