@@ -12,7 +12,8 @@ from triton.experimental.gluon import language as gl
 from dryvine.trainer.fp8.kernels import casts as cast_kernels
 from dryvine.trainer.fp8.kernels import fused as fused_kernels
 from dryvine.trainer.fp8.kernels import hopper
-from tests.support.compile import compile_for_hopper
+from dryvine.trainer.tensors import sums
+from tests.support.compile import compile_for_hopper, sums_type
 
 FP8 = "fp8e4nv"
 # What is known of arguments at a real launch: pointers and these sizes are multiples of 16.
@@ -54,7 +55,7 @@ def products() -> Any:
         yield compile_one(hopper.product_kernel, constants(config, GROUPED=grouped), 4, **descriptors(config.sub))
     config = hopper.WGRAD
     types = descriptors(config.sub)
-    yield compile_one(hopper.wgrad_kernel, constants(config), 4, **types, c="*fp32")
+    yield compile_one(hopper.wgrad_kernel, constants(config, RING=sums.RING), 4, **types, c_desc=sums_type())
 
 
 def quantisers() -> Any:

@@ -12,7 +12,8 @@ from triton.experimental.gluon import language as gl
 from dryvine.trainer import adam_kernel
 from dryvine.trainer.model.kernels import gate, grouped, loss, norm, qkv, swiglu
 from dryvine.trainer.model.shape import Shape
-from tests.support.compile import compile_for_hopper
+from dryvine.trainer.tensors import sums
+from tests.support.compile import compile_for_hopper, sums_type
 
 V3 = {"A": 128, "NOPE": 128, "PAIRS": 32, "V": 128, "NOPE2": 128, "PAIRS2": 32}
 TABLES = {"cos": "*fp32", "sin": "*fp32", "T": "i32"}
@@ -55,8 +56,8 @@ def every() -> Any:
     yield compile_for_hopper(norm.norm_weight_kernel, types, known, frozenset(("N", "H", "dy_stride", "x_stride")), 4)
     layout = repr(gl.NVMMASharedLayout(128, 16, rank=2))
     types = {f"{name}_desc": f"tensordesc<bf16[64,{width}],{layout}>" for name, width in (("dy", 64), ("x", 256))}
-    types |= {"total": "*fp32", "ends": "*i32"} | typed("i32", "M", "N", "tiles")
-    known = {name.upper(): value for name, value in asdict(grouped.WGRAD).items()}
+    types |= {"total_desc": sums_type(), "ends": "*i32"} | typed("i32", "M", "N", "tiles")
+    known = {name.upper(): value for name, value in asdict(grouped.WGRAD).items()} | {"RING": sums.RING}
     yield compile_for_hopper(grouped.wgrad_kernel, types, known, frozenset("MN"), 4, fusion=True)
     types = {"logits": "*bf16", "targets": "*i64", "norms": "*fp32", "scales": "*fp32", "V": "i32"}
     for kernel in (loss.logsumexp_kernel, loss.logits_gradient_kernel):

@@ -14,7 +14,10 @@ import triton
 import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
+
+from dryvine.trainer.tensors.sums import CHUNK
 
 TOOL = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
 
@@ -57,6 +60,11 @@ def compile_for_hopper(
         "cast": ptx.count("cvt.rn.satfinite.e4m3x2.f32"),
         "widest": [_widest(ptx, way) for way in ("ld", "st")],
     }
+
+
+def sums_type() -> str:
+    """Of the descriptor of FP32 sums."""
+    return f"tensordesc<fp32[1,64,{CHUNK}],{gl.NVMMASharedLayout(128, 32, rank=3)!r}>"
 
 
 def _widest(ptx: str, way: str) -> list[int]:

@@ -29,7 +29,7 @@ def add_grouped_product(total_XOI: Tensor, dy_RO: Tensor, x_RI: Tensor, groups: 
     if x_RI.is_cuda and (len(groups.counts) > FEW or isinstance(groups.counts, DeviceCounts)):
         from dryvine.trainer.model.kernels import grouped
 
-        if grouped.fits(dy_RO, x_RI):
+        if grouped.fits(dy_RO, x_RI, total_XOI):
             return grouped.wgrad(dy_RO, x_RI, groups, total_XOI)
     counts = list(groups.counts)
     for total, dy, x in zip(total_XOI, dy_RO.split(counts), x_RI.split(counts), strict=True):

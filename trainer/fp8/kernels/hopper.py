@@ -23,6 +23,7 @@ from dryvine.comm.integers import ceil_div
 from dryvine.trainer.tensors.groups import ExpertGroups
 from dryvine.trainer.tensors.persistent import barriers, place_of, programs
 from dryvine.trainer.tensors.quantized import Quantized
+from dryvine.trainer.tensors.sums import RING, add_columns, addable, ask_first, make_ring, sums_descriptor
 from dryvine.trainer.tensors.tiles import TILE, blocks
 
 
@@ -39,7 +40,8 @@ class TileConfig:
 
 
 PRODUCT = TileConfig()
-WGRAD = TileConfig(group_m=16, registers=240)
+# A stage less than products have: its shared memory is the ring's of the sums.
+WGRAD = TileConfig(group_m=16, registers=240, stages=3)
 
 
 @gluon.jit
@@ -183,7 +185,7 @@ def _wgrad_loads(a_desc, b_desc, a_bufs, b_bufs, full, empty, starts, num_m, num
 
 
 @gluon.jit
-def _wgrad_sums(HALF: gl.constexpr, a_bufs, b_bufs, scale_bufs, full, empty, c, sa, sb, starts, M, N, num_m, num_n,
+def _wgrad_sums(HALF: gl.constexpr, a_bufs, b_bufs, scale_bufs, full, empty, ring, sa, sb, starts, M, N, num_m, num_n,
                 tiles, sa_stride, sb_stride, GROUP_M: gl.constexpr, SUB: gl.constexpr, COUNT: gl.constexpr,
                 STAGES: gl.constexpr):  # fmt: skip
     """A warpgroup that multiplies: rows 64 * HALF to 64 * HALF + 63 of each tile, added to what total holds.
@@ -199,13 +201,16 @@ def _wgrad_sums(HALF: gl.constexpr, a_bufs, b_bufs, scale_bufs, full, empty, c, 
     cols = gl.arange(0, SUB * COUNT, layout=line)
     zero = gl.zeros((64, SUB), gl.float32, layout=mma)
     shared = scale_bufs.index(HALF)
-    turn = 0
+    turn, added = 0, 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         expert = tile // (num_m * num_n)
         tile_m, tile_n = place_of(tile % (num_m * num_n), num_m, num_n, GROUP_M)
         m = tile_m * 128 + 64 * HALF + rows
         n = tile_n * (SUB * COUNT) + cols
         first, last = gl.load(starts + expert), gl.load(starts + expert + 1)
+        place = (expert, tile_m * 128 + 64 * HALF, tile_n * (SUB * COUNT))
+        if first < last:
+            ask_first(ring, HALF, place)
         sa_at, sb_at = sa + first * sa_stride + m, sb + first * sb_stride + n
         ours, theirs = m < M, n < N
         # Scales of the first two blocks.
@@ -235,31 +240,33 @@ def _wgrad_sums(HALF: gl.constexpr, a_bufs, b_bufs, scale_bufs, full, empty, c, 
                 term = part * gl.expand_dims(b_now, 0) * gl.expand_dims(a_now, 1)
                 sums = sums[:i] + (sums[i] + term,) + sums[i + 1 :]  # noqa: RUF005
             turn += 1
-        # In the product's own layout four threads cover a 32-byte sector of FP32: no shuffle would store faster.
-        n = tile_n * (SUB * COUNT) + gl.arange(0, SUB, layout=in_cols)
-        c_at = c + expert.to(gl.int64) * M * N + gl.expand_dims(m.to(gl.int64) * N, 1) + gl.expand_dims(n, 0)
-        for i in gl.static_range(COUNT):
-            keep = gl.expand_dims(ours, 1) & gl.expand_dims(n + SUB * i < N, 0) & (first < last)
-            gl.store(c_at + SUB * i, gl.load(c_at + SUB * i, mask=keep, other=0.0) + sums[i], mask=keep)
+        if first < last:
+            width: gl.constexpr = ring[1].shape[3]
+            for i in gl.static_range(COUNT):
+                add_columns(ring, HALF, place, sums[i], added, i * SUB // width, SUB * COUNT // width)
+            added += 1
+    # Shared memory must last until the last stores have read it.
+    tma.store_wait(0)
 
 
 @gluon.jit
-def wgrad_kernel(a_desc, b_desc, c, sa, sb, starts, M, N, num_m, tiles, sa_stride, sb_stride, GROUP_M: gl.constexpr,
-                 SUB: gl.constexpr, COUNT: gl.constexpr, STAGES: gl.constexpr,
-                 REGISTERS: gl.constexpr):  # fmt: skip
+def wgrad_kernel(a_desc, b_desc, c_desc, sa, sb, starts, M, N, num_m, tiles, sa_stride, sb_stride,
+                 GROUP_M: gl.constexpr, SUB: gl.constexpr, COUNT: gl.constexpr, STAGES: gl.constexpr,
+                 REGISTERS: gl.constexpr, RING: gl.constexpr):  # fmt: skip
     """Stages as in `product_kernel`, and room for B's scales of one block for each warpgroup."""
     a_bufs = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * 2, 64, 128], a_desc.layout)
     b_bufs = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * COUNT, SUB, 128], b_desc.layout)
     scale_bufs = gl.allocate_shared_memory(gl.float32, [2, SUB * COUNT], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    ring = make_ring(c_desc, RING)
     full, empty = barriers(STAGES)
     num_n = gl.cdiv(N, SUB * COUNT)
     # The first function runs on the warps of the launch, the others on 4 warps and 1 with the registers named; what
     # they leave is the first one's.
     gl.warp_specialize(
         [
-            (_wgrad_sums, (0, a_bufs, b_bufs, scale_bufs, full, empty, c, sa, sb, starts, M, N, num_m, num_n, tiles,
+            (_wgrad_sums, (0, a_bufs, b_bufs, scale_bufs, full, empty, ring, sa, sb, starts, M, N, num_m, num_n, tiles,
                            sa_stride, sb_stride, GROUP_M, SUB, COUNT, STAGES)),
-            (_wgrad_sums, (1, a_bufs, b_bufs, scale_bufs, full, empty, c, sa, sb, starts, M, N, num_m, num_n, tiles,
+            (_wgrad_sums, (1, a_bufs, b_bufs, scale_bufs, full, empty, ring, sa, sb, starts, M, N, num_m, num_n, tiles,
                            sa_stride, sb_stride, GROUP_M, SUB, COUNT, STAGES)),
             (_wgrad_loads, (a_desc, b_desc, a_bufs, b_bufs, full, empty, starts, num_m, num_n, tiles, GROUP_M, SUB,
                             COUNT, STAGES)),
@@ -305,8 +312,13 @@ def wgrad(a: Quantized, b: Quantized, groups: ExpertGroups, total: Tensor, confi
     tiles = len(groups.counts) * num_m * ceil_div(n, config.sub * config.count)
     if not groups.blocks:
         return
+    # Sums behind a matrix of odd sizes are not where TMA can reach them.
+    sums = total if addable(total) else total.clone()
     wgrad_kernel[(programs(total.device, tiles),)](
-        _descriptor(a.values, 64), _descriptor(b.values, config.sub), total, a.scales, b.scales, groups.tables.starts,
-        m, n, num_m, tiles, a.scales.stride(1), b.scales.stride(1), GROUP_M=config.group_m, SUB=config.sub,
-        COUNT=config.count, STAGES=config.stages, REGISTERS=config.registers, num_warps=4,
+        _descriptor(a.values, 64), _descriptor(b.values, config.sub), sums_descriptor(sums), a.scales, b.scales,
+        groups.tables.starts, m, n, num_m, tiles, a.scales.stride(1), b.scales.stride(1),
+        GROUP_M=config.group_m, SUB=config.sub, COUNT=config.count, STAGES=config.stages,
+        REGISTERS=config.registers, RING=RING, num_warps=4,
     )  # fmt: skip
+    if sums is not total:
+        total.copy_(sums)

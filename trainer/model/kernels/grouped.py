@@ -7,6 +7,7 @@ blocks pay nothing.
 
 In Gluon, built as fp8/kernels/hopper.py: a CTA per SM walks over tiles of 128 x 256, one warp loads, and two warpgroups
 own half of the tile's rows each. Both operands are contracted over rows, so both are read transposed in shared memory.
+Sums in memory are read and written by TMA (tensors/sums.py), beside the products.
 Legend: dy [R, M], x [R, N], rows grouped by expert; `ends` as in ExpertGroups.
 """
 
@@ -23,11 +24,12 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from dryvine.comm.integers import ceil_div
 from dryvine.trainer.tensors.groups import ExpertGroups
 from dryvine.trainer.tensors.persistent import barriers, place_of, programs
+from dryvine.trainer.tensors.sums import RING, add_columns, addable, ask_first, make_ring, sums_descriptor
 
 
 @dataclass(frozen=True)
 class GroupedConfig:
-    stages: int = 4  # blocks of 64 rows in flight
+    stages: int = 3  # blocks of 64 rows in flight
     group_m: int = 16  # tiles are walked in bands of this many rows of tiles, for L2
     registers: int = 240  # of a thread that multiplies
 
@@ -65,16 +67,18 @@ def _loads(dy_desc, x_desc, dy_bufs, x_bufs, full, empty, ends, num_m, num_n, ti
 
 
 @gluon.jit
-def _sums(HALF: gl.constexpr, dy_bufs, x_bufs, full, empty, total, ends, M, N, num_m, num_n, tiles,
-          GROUP_M: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+def _sums(HALF: gl.constexpr, dy_bufs, x_bufs, full, empty, ring, ends, num_m, num_n, tiles, GROUP_M: gl.constexpr,
+          STAGES: gl.constexpr):  # fmt: skip
     """A warpgroup that multiplies: 64 of the 128 rows of each tile, number HALF of two."""
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 256, 16])
-    half: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     rows = gl.arange(0, 64, layout=gl.SliceLayout(0, operand))
-    turn = 0
+    turn, added = 0, 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         expert, tile_m, tile_n, first, end = _tile(tile, ends, num_m, num_n, GROUP_M)
+        place = (expert, tile_m * 128 + 64 * HALF, tile_n * 256)
+        if first < end:
+            ask_first(ring, HALF, place)
         full_end = end - (end - first) % 64
         sums = gl.zeros((64, 256), gl.float32, layout=mma)
         # Full blocks: both operands from shared memory.
@@ -101,32 +105,26 @@ def _sums(HALF: gl.constexpr, dy_bufs, x_bufs, full, empty, total, ends, M, N, n
             sums = warpgroup_mma_wait(0, deps=[sums])
             mbarrier.arrive(empty.index(stage))
             turn += 1
-        # Add to the total, in the product's own layout, in which four threads cover a 32-byte sector of FP32: no
-        # shuffle would store faster. In two halves of columns, since the sums and what they are added to do not fit
-        # the registers together.
-        m = tile_m * 128 + 64 * HALF + gl.arange(0, 64, layout=gl.SliceLayout(1, half))
-        n = tile_n * 256 + gl.arange(0, 128, layout=gl.SliceLayout(0, half))
-        at = total + expert.to(gl.int64) * M * N + gl.expand_dims(m.to(gl.int64) * N, 1) + gl.expand_dims(n, 0)
-        keep = gl.expand_dims((m < M) & (first < end), 1)
-        parts = gl.split(gl.permute(gl.reshape(sums, [64, 2, 128]), [0, 2, 1]))
-        for i in gl.static_range(2):
-            ours = keep & gl.expand_dims(n + 128 * i < N, 0)
-            part = gl.convert_layout(parts[i], half, assert_trivial=True)
-            gl.store(at + 128 * i, gl.load(at + 128 * i, mask=ours, other=0.0) + part, mask=ours)
+        if first < end:
+            add_columns(ring, HALF, place, sums, added, 0, 8)
+            added += 1
+    # Shared memory must last until the last stores have read it.
+    tma.store_wait(0)
 
 
 @gluon.jit
-def wgrad_kernel(dy_desc, x_desc, total, ends, M, N, tiles, GROUP_M: gl.constexpr,
-                 STAGES: gl.constexpr, REGISTERS: gl.constexpr):  # fmt: skip
+def wgrad_kernel(dy_desc, x_desc, total_desc, ends, M, N, tiles, GROUP_M: gl.constexpr,
+                 STAGES: gl.constexpr, REGISTERS: gl.constexpr, RING: gl.constexpr):  # fmt: skip
     dy_bufs = gl.allocate_shared_memory(gl.bfloat16, [STAGES * 2, 64, 64], dy_desc.layout)
     x_bufs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 64, 256], x_desc.layout)
+    ring = make_ring(total_desc, RING)
     full, empty = barriers(STAGES)
     num_m, num_n = gl.cdiv(M, 128), gl.cdiv(N, 256)
     # Two warpgroups multiply and one warp loads. The first warpgroup gets what registers the others leave.
     gl.warp_specialize(
         [
-            (_sums, (0, dy_bufs, x_bufs, full, empty, total, ends, M, N, num_m, num_n, tiles, GROUP_M, STAGES)),
-            (_sums, (1, dy_bufs, x_bufs, full, empty, total, ends, M, N, num_m, num_n, tiles, GROUP_M, STAGES)),
+            (_sums, (0, dy_bufs, x_bufs, full, empty, ring, ends, num_m, num_n, tiles, GROUP_M, STAGES)),
+            (_sums, (1, dy_bufs, x_bufs, full, empty, ring, ends, num_m, num_n, tiles, GROUP_M, STAGES)),
             (_loads, (dy_desc, x_desc, dy_bufs, x_bufs, full, empty, ends, num_m, num_n, tiles, GROUP_M, STAGES)),
         ],
         [4, 1],
@@ -134,11 +132,13 @@ def wgrad_kernel(dy_desc, x_desc, total, ends, M, N, tiles, GROUP_M: gl.constexp
     )
 
 
-def fits(dy_RM: Tensor, x_RN: Tensor) -> bool:
+def fits(dy_RM: Tensor, x_RN: Tensor, total_XMN: Tensor) -> bool:
     """Whether `wgrad` takes them: BF16 on Hopper, rows of whole 16 bytes (TMA's alignment)."""
     operands = (dy_RM, x_RN)
-    return torch.cuda.get_device_capability(x_RN.device)[0] == 9 and all(
-        t.dtype == torch.bfloat16 and t.shape[1] % 8 == 0 for t in operands
+    return (
+        addable(total_XMN)
+        and torch.cuda.get_device_capability(x_RN.device)[0] == 9
+        and all(t.dtype == torch.bfloat16 and t.shape[1] % 8 == 0 for t in operands)
     )
 
 
@@ -149,8 +149,8 @@ def wgrad(dy_RM: Tensor, x_RN: Tensor, groups: ExpertGroups, total_XMN: Tensor, 
     _, m, n = total_XMN.shape
     tiles = len(groups.counts) * ceil_div(m, 128) * ceil_div(n, 256)
     wgrad_kernel[(programs(total_XMN.device, tiles),)](
-        _descriptor(dy_RM, 64), _descriptor(x_RN, 256), total_XMN, groups.ends, m, n, tiles,
-        GROUP_M=config.group_m, STAGES=config.stages, REGISTERS=config.registers, num_warps=4,
+        _descriptor(dy_RM, 64), _descriptor(x_RN, 256), sums_descriptor(total_XMN), groups.ends, m, n, tiles,
+        GROUP_M=config.group_m, STAGES=config.stages, REGISTERS=config.registers, RING=RING, num_warps=4,
     )  # fmt: skip
 
 
