@@ -41,7 +41,10 @@ def obstacle(config: Config, device: torch.device, dispatcher: AnyDispatcher, fp
     if why := graphs_refusal(config, device.type == "cuda"):
         return why
     if config.parallel.ep > 1 and not isinstance(dispatcher, Nvlink):
-        return "the host reads how many rows come from other ranks: auto took flat, or nvlink found no shared memory"
+        return (
+            "the host reads how many rows come from other ranks: they are on several nodes, auto took flat, or nvlink "
+            "found no shared memory"
+        )
     if fp8 is not None and fp8.engine.reads_counts:
         return "the engine of [fp8] takes experts one by one"
     return None

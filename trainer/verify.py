@@ -18,6 +18,7 @@ import torch.distributed as dist
 from rich.console import Console
 
 from dryvine.comm import local
+from dryvine.comm.topology import by_sizes
 from dryvine.comm.world import backend, set_environment
 from dryvine.parallel.config import ParallelConfig
 from dryvine.trainer.config import Config
@@ -113,7 +114,8 @@ def _in_this_world(plan: RunPlan, steps: int, device: str) -> list[RankRun]:
 def _rank(rank: int, plan: RunPlan, steps: int, device: str) -> RankRun:
     config = plan.config
     where = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
-    rig = make_rig(plan, mesh_of(plan, where), open_sources(config))
+    nodes = config.comm.topology.nodes  # that the run would have; others are not looked for: these ranks share a host
+    rig = make_rig(plan, mesh_of(plan, where), open_sources(config), by_sizes(nodes) if nodes else None)
     if device == "cuda":
         rehearse(rig)
         report_loads(rank)

@@ -7,6 +7,7 @@ that checks a config has no torch. (A dict of functions would need a second list
 
 from __future__ import annotations
 
+from dryvine.comm.integers import round_up
 from dryvine.comm.topology import Topology
 
 BACKENDS: dict[str, str] = {
@@ -20,7 +21,11 @@ BACKENDS: dict[str, str] = {
 # Messages that `nvlink` has room for at once: two of a forward and two of a backward, as one is read while the next
 # is written. Their memory is planned.
 WINDOW_SLOTS = 4
-# Ranks of a group for which `auto` takes `nvlink`: others have not been measured.
+# Of hop 2 by copy engine (`copy_exchange`), for each pair of ranks: as one slot is filled, others are on their way and
+# emptied. 8 MiB take 22 us over NVLink, a few times what a flag takes.
+RING_SLOTS = 4
+PIECE_BYTES = 8 << 20
+# Ranks of a node for which `auto` takes `nvlink`: others have not been measured.
 NVLINK_RANKS = 2
 AUTO = "auto"  # let `choose.pick` take one
 
@@ -34,7 +39,20 @@ def check_name(name: str) -> str:
 
 def automatic(group: Topology, graphs: bool = False) -> str:
     """What `auto` takes for an expert-parallel group: two hops as soon as it spans nodes. `graphs`: CUDA graphs record
-    ops whose dispatcher lets them; without graphs nvlink has not been faster than flat."""
+    ops whose dispatcher lets them; without graphs nvlink has not been faster than flat in one node."""
+    by_copy = group.intra.kind == "NVLink" and max(map(len, group.nodes)) == NVLINK_RANKS
     if len(group.nodes) > 1:
-        return "hierarchical"
-    return "nvlink" if graphs and group.ranks == NVLINK_RANKS and group.intra.kind == "NVLink" else "flat"
+        return "nvlink" if by_copy else "hierarchical"
+    return "nvlink" if graphs and by_copy else "flat"
+
+
+def piece_bytes(row_bytes: int, top_k: int, tokens: int) -> int:
+    """A slot of `copy_exchange`: for rows of `row_bytes` bytes with two values for each choice, no more of them than a
+    small group sends."""
+    widest = row_bytes + 8 * top_k + 64  # each tensor of a row is rounded up by itself
+    return min(PIECE_BYTES, round_up(tokens * widest, 256))
+
+
+def ring_bytes(ranks: int, row_bytes: int, top_k: int, tokens: int) -> int:
+    """Of `copy_exchange`, on each of a node's `ranks` ranks."""
+    return ranks * RING_SLOTS * piece_bytes(row_bytes, top_k, tokens)

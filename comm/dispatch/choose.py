@@ -33,7 +33,7 @@ def pick(topology: Topology, top_k: int, experts: int, graphs: bool = False) -> 
     name = automatic(topology, graphs)
     if topology.ranks == 1:
         return name, "one expert-parallel rank: nothing travels"
-    if name == "nvlink":
+    if name == "nvlink" and len(topology.nodes) == 1:
         return name, f"{topology.ranks} ranks joined by NVLink, whose ops are CUDA graphs: tokens go by copy engine"
     if len(topology.nodes) == 1:
         return (
@@ -43,9 +43,10 @@ def pick(topology: Topology, top_k: int, experts: int, graphs: bool = False) -> 
     crossings = expected_crossings(topology, top_k, experts)
     version = deepep.probe()[0]
     also = f"; DeepEP {version} is installed and can be asked for" if version else ""
+    inside = "; inside nodes it goes by copy engine" if name == "nvlink" else ""
     return name, (
         f"{len(topology.nodes)} nodes: a token crosses {topology.inter.kind} {crossings.once:.2f} times, "
-        f"with flat {crossings.each:.2f} times{also}"
+        f"with flat {crossings.each:.2f} times{inside}{also}"
     )
 
 

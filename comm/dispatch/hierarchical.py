@@ -27,10 +27,11 @@ from dryvine.comm.dispatch.worker import Worker
 from dryvine.comm.pending import Pending
 
 
-def build(setup: Setup) -> Dispatcher[TwoHopHandle]:
+def build(setup: Setup, by_copy: bool = False) -> Dispatcher[TwoHopHandle]:
+    """`by_copy`: hop 2 is `copy_exchange`."""
     if setup.mesh is None:
         raise ValueError("comm.dispatcher = hierarchical: one process has no other to send to; use flat")
-    groups = make_hop_groups(setup.mesh, setup)
+    groups = make_hop_groups(setup.mesh, setup, by_copy)
     return Hierarchical(groups, setup.experts, setup.mesh.device, setup.chunks, setup.alignment)
 
 

@@ -7,9 +7,11 @@ makes no communicator that it does not use. How a group is made and connected is
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dryvine.comm.dispatch.copy_exchange import open_exchange
 from dryvine.comm.dispatch.exchange import Exchange, GroupExchange
 from dryvine.comm.dispatch.setup import Setup
 from dryvine.comm.mesh import Mesh
@@ -37,17 +39,26 @@ def rail_of(topology: Topology, rank: int) -> Ranks:
     return next(rail for rail in topology.rails() if rank in rail)
 
 
-def make_hop_groups(mesh: Mesh, setup: Setup) -> HopGroups:
-    """Collective over the world."""
+def make_hop_groups(mesh: Mesh, setup: Setup, by_copy: bool = False) -> HopGroups:
+    """`by_copy`: inside a node rows go by copy engine, where its ranks can open their memory to each other. Collective
+    over the world."""
     part, me = setup.group_topology, setup.rank
     nodes, rails = _families(mesh, setup.world_topology)
     groups = mesh.new_groups([*nodes, *rails], mesh.sms)
 
-    def exchange(ranks: Sequence[int]) -> Exchange:
+    def exchange(ranks: Sequence[int], by_copy: bool = False) -> Exchange:
         group = groups.get(tuple(mesh.rank - me + r for r in ranks))
-        return GroupExchange(group, [part.link(me, r) for r in ranks], setup.meter, setup.watch)
+        classes = [part.link(me, r) for r in ranks]
+        if group and by_copy:
+            if opened := open_exchange(group, classes, setup):
+                return opened
+            if me == ranks[0]:
+                said = "nvlink: no memory that ranks %s could share; their hop 2 is an all-to-all instead"
+                logging.getLogger(__name__).warning(said, ", ".join(map(str, ranks)))
+        return GroupExchange(group, classes, setup.meter, setup.watch)
 
-    return HopGroups(part, me, setup.exchange(), exchange(part.nodes[part.node_of(me)]), exchange(rail_of(part, me)))
+    here = part.nodes[part.node_of(me)]
+    return HopGroups(part, me, setup.exchange(), exchange(here, by_copy), exchange(rail_of(part, me)))
 
 
 def _families(mesh: Mesh, world: Topology) -> tuple[list[Ranks], list[Ranks]]:

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dryvine.comm.copy_links import expecting, open_links
-from dryvine.comm.dispatch import flat, token_plan
+from dryvine.comm.dispatch import flat, hierarchical, token_plan
 from dryvine.comm.dispatch.api import AnyDispatcher
 from dryvine.comm.dispatch.backends import WINDOW_SLOTS
 from dryvine.comm.dispatch.by_rank import ByRank, gather_by_rank, sum_by_rank, sum_present
@@ -39,11 +39,13 @@ from dryvine.comm.pending import Pending
 
 
 def build(setup: Setup) -> AnyDispatcher:
-    """`flat` where there is one rank, or where the ranks cannot open their memory to each other. Collective over the
-    group. Raises ValueError for a group that spans nodes."""
+    """`flat` where there is one rank, or where the ranks cannot open their memory to each other; over several nodes
+    `hierarchical`, with copies as its hop 2. Collective over the group, or over the world if that spans nodes."""
     topology, mesh = setup.group_topology, setup.mesh
     if len(topology.nodes) > 1:
-        raise ValueError(f"nvlink: the expert-parallel group spans {len(topology.nodes)} nodes; use hierarchical")
+        if setup.by_choice:
+            raise ValueError("comm.sums = by_choice: between nodes rows travel as sums; use comm.dispatcher = flat")
+        return hierarchical.build(setup, by_copy=True)
     if mesh is None or mesh.experts is None:
         return flat.build(setup)
     size, near = slot_bytes(setup), tuple(range(topology.ranks))

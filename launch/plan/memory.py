@@ -72,7 +72,7 @@ def memory(plan: LayoutPlan, parts: Parts, sent: Dispatching, cuda: bool) -> lis
     held = most_held(plan, parts.flights)
     running = most_running(plan, parts.flights, parts.running)
     graphs = graph_bytes(plan, parts.flights, held, cuda)
-    if plan.config.parallel.ep > 1 and sent.name != "nvlink":
+    if plan.config.parallel.ep > 1 and not sent.recorded:
         graphs = [0] * len(held)  # `auto` takes another here
     ranks = zip(parts.buckets, held, running, graphs, strict=True)
     return [
@@ -146,6 +146,6 @@ def _copies(parameter: ParameterSize, ep: int, ways: int) -> int:
 
 
 def staging(sent: Dispatching) -> int:
-    """Bytes of wire rows, sent and received, of the largest all-to-all; with nvlink, of its slots."""
-    copies = WINDOW_SLOTS if sent.name == "nvlink" else 2
-    return copies * max(sum(b.values()) for b in (sent.dispatch, sent.combine, sent.dispatch_backward))
+    """Bytes of wire rows, sent and received, of the largest all-to-all; with nvlink, of its slots or rings."""
+    copies = WINDOW_SLOTS if sent.recorded else 2
+    return sent.rings + copies * max(sum(b.values()) for b in (sent.dispatch, sent.combine, sent.dispatch_backward))

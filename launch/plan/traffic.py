@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import comb
 from typing import NamedTuple
 
-from dryvine.comm.dispatch.backends import AUTO, automatic
+from dryvine.comm.dispatch.backends import AUTO, automatic, ring_bytes
 from dryvine.comm.integers import ceil_div, round_up
 from dryvine.comm.topology import LinkClass, Topology
 from dryvine.launch.plan.hardware import GIGA, Machine
@@ -56,6 +56,8 @@ class Dispatching:
     combine: LinkBytes
     combine_backward: LinkBytes
     dispatch_backward: LinkBytes
+    recorded: bool = False  # its ops can be CUDA graphs: `nvlink` inside one node
+    rings: int = 0  # bytes of a rank's memory that its hop 2 keeps (`comm.dispatch.copy_exchange`)
 
     @property
     def all(self) -> LinkBytes:
@@ -77,9 +79,16 @@ def dispatching(config: Config, topology: Topology, cuda: bool) -> Dispatching:
     """Traffic of the first rank of the first expert-parallel group. `topology`: that of the world."""
     group, asked = topology.of(range(config.parallel.ep)), config.comm.dispatcher
     name = automatic(group, recordable(config, cuda)) if asked == AUTO else asked
+    if len(group.nodes) > 1 and name == "nvlink":
+        return replace(_two_hops(config, group, name), rings=_rings(config, len(group.nodes[0])))
     if name == "nvlink" and group.ranks > 1:
         return _whole_tokens(config, group)
     return _two_hops(config, group, name) if name in ("hierarchical", "deepep", "fake") else _flat(config, group, name)
+
+
+def _rings(config: Config, near: int) -> int:
+    top_k = config.model.top_k
+    return ring_bytes(near, max(row_bytes(config, top_k)), top_k, _tokens(config)) if near > 1 else 0
 
 
 def _tokens(config: Config) -> int:
@@ -109,7 +118,7 @@ def _whole_tokens(config: Config, group: Topology) -> Dispatching:
         return _sum((group.link(0, other), n * size) for other in range(group.ranks))
 
     back = plain * (config.model.top_k if config.comm.sums == "by_choice" else 1)
-    return Dispatching("nvlink", *map(each, (values, sent + values, back, sent, back + values)))
+    return Dispatching("nvlink", *map(each, (values, sent + values, back, sent, back + values)), recorded=True)
 
 
 def _two_hops(config: Config, group: Topology, name: str) -> Dispatching:

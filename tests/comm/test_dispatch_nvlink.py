@@ -272,9 +272,9 @@ def test_slots_hold_the_widest_message() -> None:
     assert nvlink.slot_bytes(replace(setup, by_choice=True)) >= sum(room.bytes(4) for room in every)
 
 
-def test_a_group_over_nodes_is_refused() -> None:
-    with pytest.raises(ValueError, match="spans 2 nodes; use hierarchical"):
-        nvlink.build(Setup(experts=8, topology=by_sizes([1, 1])))
+def test_sums_by_choice_over_nodes_are_refused() -> None:
+    with pytest.raises(ValueError, match="by_choice: between nodes rows travel as sums"):
+        nvlink.build(Setup(experts=8, topology=by_sizes([1, 1]), by_choice=True))
 
 
 def cannot_share(rank: int) -> tuple[str, list[str]]:

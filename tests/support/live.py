@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch.autograd.profiler import profile
 
+from dryvine.comm.topology import by_sizes
 from dryvine.trainer.config import Config
 from dryvine.trainer.data.splits import open_data
 from dryvine.trainer.model.gate import Choice, Gate
@@ -31,7 +32,9 @@ def measure(rank: int, config: Config) -> RankBytes:
     """For `local.run`: train a step with even routing, as plans suppose it, and count."""
     plan = make_plan(config)
     with profile(profile_memory=True) as profiled:
-        rig = make_rig(plan, mesh_of(plan, torch.device("cpu")), open_data(config))
+        nodes = config.comm.topology.nodes
+        mesh = mesh_of(plan, torch.device("cpu"))
+        rig = make_rig(plan, mesh, open_data(config), by_sizes(nodes) if nodes else None)
         for gate in rig.model.gates.values():
             gate.choose = evenly(gate)  # type: ignore[method-assign]
         train_step(rig, next(points(config.batch, config.data.seq_len)))
