@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import comb
 from typing import NamedTuple
 
@@ -56,8 +56,8 @@ class Dispatching:
     combine: LinkBytes
     combine_backward: LinkBytes
     dispatch_backward: LinkBytes
-    recorded: bool = False  # its ops can be CUDA graphs: `nvlink` inside one node
-    rings: int = 0  # bytes of a rank's memory that its hop 2 keeps (`comm.dispatch.copy_exchange`)
+    recorded: bool = field(default=False, kw_only=True)  # its ops can be CUDA graphs: `nvlink` inside one node
+    rings: int = field(default=0, kw_only=True)  # bytes that hop 2 keeps of a rank's memory (`copy_exchange`)
 
     @property
     def all(self) -> LinkBytes:
