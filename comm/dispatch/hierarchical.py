@@ -27,8 +27,12 @@ from dryvine.comm.dispatch.worker import Worker
 from dryvine.comm.pending import Pending
 
 
-def build(setup: Setup, by_copy: bool = False) -> Dispatcher[TwoHopHandle]:
-    """`by_copy`: hop 2 is `copy_exchange`."""
+def build(setup: Setup) -> Dispatcher[TwoHopHandle]:
+    return two_hops(setup)
+
+
+def two_hops(setup: Setup, by_copy: bool = False) -> Dispatcher[TwoHopHandle]:
+    """`by_copy` as in `make_hop_groups`."""
     if setup.mesh is None:
         raise ValueError("comm.dispatcher = hierarchical: one process has no other to send to; use flat")
     groups = make_hop_groups(setup.mesh, setup, by_copy)

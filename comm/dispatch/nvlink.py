@@ -25,10 +25,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dryvine.comm.copy_links import expecting, open_links
-from dryvine.comm.dispatch import flat, hierarchical, token_plan
+from dryvine.comm.dispatch import flat, token_plan
 from dryvine.comm.dispatch.api import AnyDispatcher
 from dryvine.comm.dispatch.backends import WINDOW_SLOTS
 from dryvine.comm.dispatch.by_rank import ByRank, gather_by_rank, sum_by_rank, sum_present
+from dryvine.comm.dispatch.hierarchical import two_hops
 from dryvine.comm.dispatch.payload import gather
 from dryvine.comm.dispatch.setup import Setup
 from dryvine.comm.dispatch.token_plan import PlanGroup, RowRoom, TokenHandle
@@ -45,7 +46,7 @@ def build(setup: Setup) -> AnyDispatcher:
     if len(topology.nodes) > 1:
         if setup.by_choice:
             raise ValueError("comm.sums = by_choice: between nodes rows travel as sums; use comm.dispatcher = flat")
-        return hierarchical.build(setup, by_copy=True)
+        return two_hops(setup, by_copy=True)
     if mesh is None or mesh.experts is None:
         return flat.build(setup)
     size, near = slot_bytes(setup), tuple(range(topology.ranks))
