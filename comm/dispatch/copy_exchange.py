@@ -55,8 +55,8 @@ def word_count(ranks: int) -> int:
     return 2 * RING_SLOTS * ranks * ranks
 
 
-class Piece(NamedTuple):
-    """Rows of one pair of ranks, at most a slot of them."""
+class Passage(NamedTuple):
+    """Rows of one pair of ranks that go through a slot at once."""
 
     peer: int
     rows: Tensor
@@ -135,14 +135,14 @@ class CopyExchange:
             come[flag + 1] = turn + 1
         return come
 
-    def _pieces(self, parts: Sequence[Tensor], peers: Sequence[int], numbers: Counter[int]) -> Iterator[Piece]:
+    def _pieces(self, parts: Sequence[Tensor], peers: Sequence[int], numbers: Counter[int]) -> Iterator[Passage]:
         """The first piece of each peer, then the second of each, ...; `parts` are by rank."""
         cut = [[(peer, piece) for piece in self._cut(parts[peer])] for peer in peers]
         for some in zip_longest(*cut):
             for peer, rows in filter(None, some):
                 turn, slot = divmod(numbers[peer], RING_SLOTS)
                 numbers[peer] += 1
-                yield Piece(peer, rows, slot, turn)
+                yield Passage(peer, rows, slot, turn)
 
     def _cut(self, rows: Tensor) -> Sequence[Tensor]:
         """Source and target cut alike: by rows of one size and slots of one size."""
