@@ -55,7 +55,7 @@ def word_count(ranks: int) -> int:
     return 2 * RING_SLOTS * ranks * ranks
 
 
-class Passage(NamedTuple):
+class SlotFill(NamedTuple):
     """Rows of one pair of ranks that go through a slot at once."""
 
     peer: int
@@ -135,14 +135,14 @@ class CopyExchange:
             come[flag + 1] = turn + 1
         return come
 
-    def _pieces(self, parts: Sequence[Tensor], peers: Sequence[int], numbers: Counter[int]) -> Iterator[Passage]:
+    def _pieces(self, parts: Sequence[Tensor], peers: Sequence[int], numbers: Counter[int]) -> Iterator[SlotFill]:
         """The first piece of each peer, then the second of each, ...; `parts` are by rank."""
         cut = [[(peer, piece) for piece in self._cut(parts[peer])] for peer in peers]
         for some in zip_longest(*cut):
             for peer, rows in filter(None, some):
                 turn, slot = divmod(numbers[peer], RING_SLOTS)
                 numbers[peer] += 1
-                yield Passage(peer, rows, slot, turn)
+                yield SlotFill(peer, rows, slot, turn)
 
     def _cut(self, rows: Tensor) -> Sequence[Tensor]:
         """Source and target cut alike: by rows of one size and slots of one size."""
