@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,17 +20,24 @@ FAULT, REFUSED, DIVERGED = 1, 2, 3
 
 
 def answers(asked: list[Case], folder: Path) -> Iterator[tuple[Case, int, str, str]]:
-    """Run them one after the other in children of one process. Yields each with exit code, stdout, stderr."""
-    lines = "".join(json.dumps({"name": case.name, "words": case.words}) + "\n" for case in asked)
+    """Run them in children of one process, as many at once as there are cores. Yields each, as it ends, with exit code,
+    stdout, stderr."""
+    lines = "".join(json.dumps({"number": n, "words": case.words}) + "\n" for n, case in enumerate(asked))
+    (folder / "asked").write_text(lines)
     env = {**environment(), "PYTHONPATH": str(ROOT)}
-    server = subprocess.run(
-        [sys.executable, "-m", "tests.spawned.hostile"],
-        input=lines, capture_output=True, text=True, cwd=folder, env=env, check=False,
-    )  # fmt: skip
-    assert server.returncode == 0, server.stderr
-    for case, line in zip(asked, server.stdout.splitlines(), strict=True):
-        answer = json.loads(line)
-        yield case, answer["code"], answer["out"], answer["err"]
+    with (
+        (folder / "asked").open() as given,
+        (folder / "server").open("w+") as said,
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.spawned.hostile"],
+            stdin=given, stdout=subprocess.PIPE, stderr=said, text=True, cwd=folder, env=env,
+        ) as server,
+    ):  # fmt: skip
+        assert server.stdout
+        for line in server.stdout:
+            answer = json.loads(line)
+            yield asked[answer["number"]], answer["code"], answer["out"], answer["err"]
+    assert server.returncode == 0, (folder / "server").read_text()
 
 
 def fault(folder: Path, code: int, out: str, err: str) -> str:
@@ -70,14 +78,20 @@ def script_fault(script: str, folder: Path) -> str:
 
 
 @pytest.mark.long
-def test_hostile_configs_and_options(corpus: Path, tmp_path: Path, count: Callable[[int, int], int]) -> None:
+def test_hostile_configs_and_options(
+    corpus: Path, tmp_path: Path, count: Callable[[int, int], int], capsys: pytest.CaptureFixture[str]
+) -> None:
     everything = list(cases(corpus, tmp_path))
     assert len(everything) >= 300
     asked = everything[:: max(1, len(everything) // count(90, len(everything)))]
-    faults, trained = [], 0
-    for case, code, out, err in answers(asked, tmp_path):
+    faults, trained, done, began = [], 0, 0, time.monotonic()
+    for done, (case, code, out, err) in enumerate(answers(asked, tmp_path), 1):
         trained += code == 0 and not out.startswith("#!")
         if found := fault(tmp_path, code, out, err):
             faults.append(f"{case.name}: {found}: {err[-300:]}")
+        if done % 25 == 0:
+            with capsys.disabled():
+                print(f"\n{done} of {len(asked)} cases, {len(faults)} faults, {time.monotonic() - began:.0f} s", end="")
+    assert done == len(asked)
     assert not faults, f"{len(faults)} of {len(asked)}:\n" + "\n".join(faults)
-    print(f"{len(asked)} cases, {trained} of them valid runs")
+    print(f"{len(asked)} cases, {trained} of them valid runs, {time.monotonic() - began:.0f} s")

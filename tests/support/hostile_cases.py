@@ -10,7 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, get_args
 
+from pydantic import BaseModel
+
 from dryvine.trainer.config import Config, load
+from dryvine.trainer.rl.tasks.countdown_demos import write
 from tests.support.launching import TINY
 
 
@@ -27,6 +30,7 @@ NASTY = ("$(touch pwned)", "`touch pwned`", "'; touch pwned; '", '"; touch pwned
 OPTIONS = ("partition", "account", "qos", "reservation", "constraint", "exclude", "name", "time", "interface", "ib-hca",
            "container", "mounts")  # fmt: skip
 NUMBERS = ("nodes", "gpus-per-node", "array", "cpus-per-rank")
+CONFIGS = Path(__file__).parents[2] / "configs"
 SLURM = ("launch", "slurm", TINY, "--nodes=1", "--gpus-per-node=1", "--dry-run")
 
 
@@ -42,6 +46,11 @@ def _cases(corpus: Path, folder: Path) -> Iterator[Case]:
         # A billion steps, or batches of a validation, are legal and take years.
         dry = ("--dry-run",) if key in ("run.steps", "run.eval_batches") else ()
         yield Case(f"{key}={value}", ("train", TINY, *dry, *given, f"{key}={value}"))
+    reinforced, out = _reinforced(folder), given[1]
+    for key, value in _values():
+        if key.startswith(("rl.", "run.", "parallel.")):
+            dry = ("--dry-run",) if key == "run.steps" else ()
+            yield Case(f"rl {key}={value}", ("train", reinforced, *dry, out, "run.steps=1", f"{key}={value}"))
     for number, path in enumerate(_files(folder)):
         yield Case(f"file {number}: {path.name[:40]}", ("train", str(path), *given))
     for word in ("=", "a", "a=", ".=1", "run.=1", "run..name=1", "run.name.x=1", "run.name", "x.y=1", "\n=\n", *NASTY):
@@ -75,21 +84,55 @@ def _values() -> Iterator[tuple[str, str]]:
             yield key, "1000000000"
 
 
-def _keys(table: str) -> Iterator[str]:
-    """Of a table that a config need not have, too."""
-    kind = Config.model_fields[table].annotation
-    for model in get_args(kind) or (kind,):
-        yield from getattr(model, "model_fields", ())
+def _keys(model: type[BaseModel], before: str) -> Iterator[str]:
+    """Dotted, of tables within tables and of those that a config need not have, too."""
+    for name, field in model.model_fields.items():
+        yield f"{before}{name}"
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from _keys(kind, f"{before}{name}.")
 
 
 def keys() -> list[str]:
     """Every key of a config, dotted."""
-    return [f"{table}.{key}" for table in Config.model_fields for key in _keys(table)]
+    return [key for key in _keys(Config, "") if key not in Config.model_fields]
 
 
-def _at(tree: dict[str, dict[str, object] | None], key: str) -> object:
-    table, _, name = key.partition(".")
-    return (tree[table] or {}).get(name)
+def _at(tree: object, key: str) -> object:
+    for name in key.split("."):
+        tree = tree.get(name) if isinstance(tree, dict) else None
+    return tree
+
+
+def _reinforced(folder: Path) -> str:
+    """A config of a small run that learns from answers to countdown."""
+    demo = folder / "demo"
+    write(demo, 10, 0.6, 0, largest=3)
+    path = folder / "reinforced.toml"
+    path.write_text(f"""
+extends = "{CONFIGS / "countdown.toml"}"
+[run]
+device = "cpu"
+eval_every = 1
+[rl]
+preset = "dapo"
+dynamic = false
+overlong = "keep"
+minibatches = 1
+questions = 2
+samples = 2
+max_tokens = 8
+eval_problems = 2
+eval_samples = 1
+[rl.task]
+name = "countdown"
+largest = 3
+[rl.chat]
+tokenizer = "{demo / "tokenizer.json"}"
+controls = ["<think>", "</think>", "<answer>", "</answer>"]
+roles = {{ user = "<|User|>{{content}}<|Assistant|>", assistant = "{{content}}<|endoftext|>" }}
+""")
+    return str(path)
 
 
 def _files(folder: Path) -> Iterator[Path]:
