@@ -204,6 +204,12 @@ def test_auto_takes_nvlink_where_it_is_known_to_be_faster() -> None:
     others = ([2], "NVLink", False), ([2], "PCIe", True), ([4], "NVLink", True), ([1], "NVLink", True)
     assert [taken(*other) for other in others] == ["flat"] * 4
     assert taken([1, 1], "NVLink", graphs=True) == "hierarchical"
+    assert [taken([2, 2], "NVLink", graphs) for graphs in (True, False)] == ["nvlink"] * 2
+    assert [taken(*other) for other in (([2, 2], "PCIe", True), ([4, 4], "NVLink", True))] == ["hierarchical"] * 2
+    why = pick(replace(by_sizes([2, 2]), intra=NVLINK_H800), 8, 64)[1]
+    assert (
+        why == "2 nodes: a token crosses ethernet 1.00 times, with flat 4.00 times; inside nodes it goes by copy engine"
+    )
 
 
 def test_auto_says_why() -> None:
