@@ -48,18 +48,29 @@ class DigitGrader:
     def over(self, mesh: Mesh) -> DigitGrader:
         return self
 
-    def grade(self, asked: list[tuple[Question, Completion]]) -> list[GradedAnswer]:
-        out = []
-        for _, completion in asked:
-            text = self.chat.text(completion.tokens.tolist())
-            score = sum(c in "0123456789" for c in text) / 4
-            reward = score + (
-                soft_overlong(len(completion.tokens), self.rl.max_tokens, self.rl.overlong_buffer)
-                if self.rl.overlong == "penalty"
-                else 0.0
-            )
-            out.append(GradedAnswer(completion, text, {"digits": Verdict(score)}, reward, score == 1))
-        return out
+    def begin(self) -> DigitGrading:
+        return DigitGrading(self)
+
+    def rewarded(self, completion: Completion) -> GradedAnswer:
+        text = self.chat.text(completion.tokens.tolist())
+        score = sum(c in "0123456789" for c in text) / 4
+        reward = score + (
+            soft_overlong(len(completion.tokens), self.rl.max_tokens, self.rl.overlong_buffer)
+            if self.rl.overlong == "penalty"
+            else 0.0
+        )
+        return GradedAnswer(completion, text, {"digits": Verdict(score)}, reward, score == 1)
+
+
+class DigitGrading:
+    def __init__(self, grader: DigitGrader) -> None:
+        self._grader, self._answers = grader, list[GradedAnswer]()
+
+    def add(self, question: Question, completion: Completion) -> None:
+        self._answers.append(self._grader.rewarded(completion))
+
+    def graded(self) -> list[GradedAnswer]:
+        return self._answers
 
 
 @pytest.fixture

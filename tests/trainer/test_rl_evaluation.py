@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from dryvine.trainer.config import Config
+from dryvine.trainer.generate.requests import Completion
 from dryvine.trainer.rl.chat import Chat
 from dryvine.trainer.rl.conversations import read as read_conversations
 from dryvine.trainer.rl.evaluate import evaluation
@@ -41,17 +42,15 @@ def test_right_answers_are_harvested_as_conversations_that_fine_tuning_reads(dig
         'run.name="rejection"', init, f'rl.harvest="{out}"', "rl.harvest_per_question=2", "rl.max_tokens=12"
     )
     assert config.rl is not None
-    grade = DigitGrader.grade
+    rewarded = DigitGrader.rewarded
 
-    def easy(self: Any, asked: Any) -> list[GradedAnswer]:
+    def easy(self: Any, completion: Completion) -> GradedAnswer:
         """Whatever has a digit is right, and ended by itself."""
-        found = grade(self, asked)
-        return [
-            replace(one, correct=one.reward > 0, completion=replace(one.completion, reason="stop")) for one in found
-        ]
+        one = rewarded(self, completion)
+        return replace(one, correct=one.reward > 0, completion=replace(completion, reason="stop"))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DigitGrader, "grade", easy)
+        patch.setattr(DigitGrader, "rewarded", easy)
         assert go(config)
     records = [json.loads(line) for line in out.read_text().splitlines()]
     assert records

@@ -101,8 +101,8 @@ def test_choices_of_the_loop_make_finite_updates(digit_run: Tiny, choices: tuple
 def test_answers_that_no_verifier_scored_teach_nothing(digit_run: Tiny) -> None:
     learner = learner_of(digit_run("rl.loss.kl=0.0"))
     before = [p.master.clone() for p in learner.rig.optimizer.pieces]
-    grade = learner.worker.grader.grade
-    learner.worker.grader.grade = lambda asked: [replace(one, reward=None) for one in grade(asked)]  # type: ignore[method-assign]
+    rewarded = learner.worker.grader.rewarded
+    learner.worker.grader.rewarded = lambda *answer: replace(rewarded(*answer), reward=None)  # type: ignore[method-assign]
     assert learner.rollout(0, quiet).updates == []
     assert all(torch.equal(p.master, old) for p, old in zip(learner.rig.optimizer.pieces, before, strict=True))
 
@@ -115,5 +115,8 @@ def test_verdicts_are_shared_by_rank_0() -> None:
     chat = SimpleNamespace(text=lambda tokens: "5")
     grader = Grader(SimpleNamespace(overlong="keep"), chat, mesh, ["integer"])  # type: ignore[arg-type]
     completion = graded([True]).answers[0].completion
-    found = grader.grade([(question, completion)] * 2)
+    grading = grader.begin()
+    for _ in range(2):
+        grading.add(question, completion)
+    found = grading.graded()
     assert [(one.reward, one.correct) for one in found] == [(None, False), (1.0, True)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from itertools import count
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from dryvine.launch.report.page import report_page
 from dryvine.launch.report.runs import RunFolder
 from dryvine.trainer.config import Config, ConfigError
+from dryvine.trainer.generate.requests import Completion
 from dryvine.trainer.hand_off.names import biases
 from dryvine.trainer.hand_off.run_files import open_run
 from dryvine.trainer.rl.grader import GradedAnswer
@@ -76,14 +78,14 @@ def test_answers_ahead_are_those_of_the_weights_before_the_last_rollout(digit_ru
 
 
 def test_what_fails_while_sampling_ahead_fails_the_run(digit_run: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    grade = DigitGrader.grade
+    rewarded, counts = DigitGrader.rewarded, count()
 
-    def broken(self: Any, asked: Any) -> list[GradedAnswer]:
-        if threading.current_thread() is not threading.main_thread() and len(asked) > 8:
+    def broken(self: Any, completion: Completion) -> GradedAnswer:
+        if threading.current_thread() is not threading.main_thread() and next(counts) > 8:
             raise OSError("no more processes")
-        return grade(self, asked)
+        return rewarded(self, completion)
 
-    monkeypatch.setattr(DigitGrader, "grade", broken)
+    monkeypatch.setattr(DigitGrader, "rewarded", broken)
     with pytest.raises(OSError, match="no more processes"):
         go(digit_run("rl.ahead=true"))
 

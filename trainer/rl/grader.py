@@ -6,7 +6,7 @@ silently update to different weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from copy import copy
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -18,7 +18,7 @@ from dryvine.trainer.rl.chat import Chat
 from dryvine.trainer.rl.config import RLConfig
 from dryvine.trainer.rl.tasks.question import Question
 from dryvine.trainer.rl.verifiers.length import soft_overlong
-from dryvine.trainer.rl.verifiers.pool import Pool
+from dryvine.trainer.rl.verifiers.pool import Marking, Pool
 from dryvine.trainer.rl.verifiers.verdict import Job, Verdict, weighted
 
 
@@ -65,28 +65,17 @@ class Grader:
         other.mesh = mesh
         return other
 
-    def grade(self, asked: Sequence[tuple[Question, Completion]]) -> list[GradedAnswer]:
-        """Score answers; the results are in the same order on every rank. Collective."""
-        texts = [self.chat.text(completion.tokens.tolist()) for _, completion in asked]
-        own = self._verdicts(asked, texts) if self._pool else None
-        verdicts = cast(list[dict[str, Verdict]], self.mesh.gather(own, "verdicts")[0])
-        return [
-            self._graded(question, completion, text, found)
-            for (question, completion), text, found in zip(asked, texts, verdicts, strict=True)
-        ]
+    def begin(self) -> Grading:
+        """Grade answers that are still to come. One at a time."""
+        return Grading(self, Marking(self._pool) if self._pool else None)
 
-    def _verdicts(self, asked: Sequence[tuple[Question, Completion]], texts: list[str]) -> list[dict[str, Verdict]]:
-        assert self._pool
+    def jobs(self, question: Question, completion: Completion, text: str) -> list[Job]:
+        """One for each of the question's verifiers."""
         bounds = {"max_tokens": self.rl.max_tokens, "overlong_buffer": self.rl.overlong_buffer}
-        jobs = [
-            Job(name, text, {**bounds, **question.record, "completion_tokens": len(completion.tokens)})
-            for (question, completion), text in zip(asked, texts, strict=True)
-            for name in question.weights
-        ]
-        scored = iter(self._pool.score(jobs))
-        return [{name: next(scored) for name in question.weights} for question, _ in asked]
+        problem = {**bounds, **question.record, "completion_tokens": len(completion.tokens)}
+        return [Job(name, text, problem) for name in question.weights]
 
-    def _graded(
+    def rewarded(
         self, question: Question, completion: Completion, text: str, verdicts: dict[str, Verdict]
     ) -> GradedAnswer:
         answered = completion.reason not in ("failed", "cancelled")
@@ -94,3 +83,30 @@ class Grader:
         if reward is not None and self.rl.overlong == "penalty":
             reward += soft_overlong(len(completion.tokens), self.rl.max_tokens, self.rl.overlong_buffer)
         return GradedAnswer(completion, text, verdicts, reward, verdicts[question.deciding].right)
+
+
+class Grading:
+    """Answers that verifiers score while others are still sampled. Verdicts depend on the answer alone, so when it came
+    changes nothing."""
+
+    def __init__(self, grader: Grader, marking: Marking | None) -> None:
+        self._grader, self._marking = grader, marking
+        self._asked: list[tuple[Question, Completion, str]] = []
+
+    def add(self, question: Question, completion: Completion) -> None:
+        """The next answer: on all ranks the same."""
+        text = self._grader.chat.text(completion.tokens.tolist())
+        self._asked.append((question, completion, text))
+        if self._marking:
+            for job in self._grader.jobs(question, completion, text):
+                self._marking.add(job)
+
+    def graded(self) -> list[GradedAnswer]:
+        """All of them, in the order in which they were added, on every rank. Collective."""
+        own = self._verdicts(self._marking) if self._marking else None
+        verdicts = cast(list[dict[str, Verdict]], self._grader.mesh.gather(own, "verdicts")[0])
+        return [self._grader.rewarded(*asked, found) for asked, found in zip(self._asked, verdicts, strict=True)]
+
+    def _verdicts(self, marking: Marking) -> list[dict[str, Verdict]]:
+        scored = iter(marking.verdicts())
+        return [{name: next(scored) for name in question.weights} for question, *_ in self._asked]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib import import_module
 
 from dryvine.trainer.generate.lane import Until
-from dryvine.trainer.generate.requests import Completion, Request
+from dryvine.trainer.generate.requests import Request
 from dryvine.trainer.generate.sampler import Sampler
 from dryvine.trainer.rl.evaluate import Evaluation, evaluation
 from dryvine.trainer.rl.grader import Grader
@@ -79,18 +79,16 @@ class RolloutWorker:
         requests = [[*self.task.requests(question, n, ask, purpose)] for n, question in asked]
         every = [request for group in requests for request in group]
         self.settle()
-        found: dict[tuple[int | None, int], Completion] = {}
-        for completion in self.sampler.generate(every, self._until(dict(asked))):
-            found[completion.request.group, completion.request.seed] = completion
-            on_answer(len(found), len(every))
-        pairs = [
-            (question, found[request.group, request.seed])
-            for (_, question), group in zip(asked, requests, strict=True)
-            for request in group
+        grading, questions = self.grader.begin(), dict(asked)
+        for number, completion in enumerate(self.sampler.generate(every, self._until(questions)), 1):
+            assert completion.request.group is not None
+            grading.add(questions[completion.request.group], completion)
+            on_answer(number, len(every))
+        found = {_name(answer.completion.request): answer for answer in grading.graded()}
+        return [
+            Group(n, question, [found[_name(request)] for request in group])
+            for (n, question), group in zip(asked, requests, strict=True)
         ]
-        graded = self.grader.grade(pairs)
-        size = ask.samples
-        return [Group(n, question, graded[i * size : (i + 1) * size]) for i, (n, question) in enumerate(asked)]
 
     def _until(self, asked: Mapping[int, Question]) -> Until | None:
         """A callback that tells whether a verifier of the question considers an answer finished; questions are found
@@ -105,3 +103,8 @@ class RolloutWorker:
             return any(stops[name](text, question.record) for name in question.weights if name in stops)
 
         return until
+
+
+def _name(request: Request) -> tuple[int | None, int]:
+    """Which answer of a rollout it asks for."""
+    return request.group, request.seed

@@ -18,7 +18,7 @@ from dryvine.trainer.config import Config, dump
 from dryvine.trainer.exit_codes import ExitCode
 from dryvine.trainer.rl.tasks.countdown_demos import tokenizer
 from dryvine.trainer.rl.verifiers import names
-from dryvine.trainer.rl.verifiers.pool import Pool, VerifierError
+from dryvine.trainer.rl.verifiers.pool import Marking, Pool, VerifierError
 from dryvine.trainer.rl.verifiers.verdict import Job, Verdict, weighted
 from dryvine.trainer.rl.verifiers.worker import WorkerLimits
 
@@ -41,6 +41,7 @@ def verify(answer, problem):
         case "file":
             with open(problem["path"], "wb") as file: file.write(bytes(2 << 20))
         case "shout": os.write(problem["fd"], b"x" * (1 << 20))
+        case "touch": open(problem["path"], "wb").close()
         case "pid": return Verdict(float(os.getpid()))
     return Verdict(float(answer))
 """
@@ -110,6 +111,37 @@ def test_workers_killed_from_outside_are_replaced(odd: Pool) -> None:
             os.kill(int(verdict.score), signal.SIGKILL)
     time.sleep(0.2)
     assert [verdict.score for verdict in odd.score(jobs("1", "2", "3"))] == [1, 2, 3], "they were idle, so none is lost"
+
+
+def test_jobs_that_share_a_worker_are_each_judged_alone(odd: Pool) -> None:
+    """Idle workers get many at once; one that is lost costs its own job, and has its own deadline."""
+    answers = [str(n) for n in range(200)]
+    for number, bad in ((20, "die"), (60, "hang"), (61, "die"), (150, "raise")):
+        answers[number] = bad
+    expected = [None if not answer.isdigit() else float(answer) for answer in answers]
+    assert [verdict.score for verdict in odd.score(jobs(*answers))] == expected
+
+
+def test_jobs_are_scored_while_others_are_added(odd: Pool, tmp_path: Path) -> None:
+    """Nobody waits for verdicts yet, and a worker has answered; the order stays that of adding."""
+    marking, written = Marking(odd), tmp_path / "written"
+    (first,) = jobs("touch", path=str(written))
+    marking.add(first)
+    until = time.monotonic() + 60
+    while not written.exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    assert written.exists()
+    for job in jobs(*map(str, range(50))):
+        marking.add(job)
+    assert [verdict.score for verdict in marking.verdicts()] == [None, *range(50)]
+
+
+def test_what_is_given_up_is_nobodys_verdict(odd: Pool) -> None:
+    """A marking that nobody ends, as of a rollout that fails: the next one has its own verdicts."""
+    given_up = Marking(odd)
+    for job in jobs(*["7"] * 100):
+        given_up.add(job)
+    assert [verdict.score for verdict in odd.score(jobs("1", "2", "3"))] == [1, 2, 3]
 
 
 def test_a_long_answer_is_wrong_and_not_read(odd: Pool) -> None:
