@@ -50,7 +50,7 @@ class Machine(BaseModel, frozen=True, extra="forbid"):
 
     name: str
     gpus_per_node: PositiveInt = 8
-    memory_gb: PositiveFloat  # of one GPU, 10^9 bytes
+    memory_gb: PositiveFloat  # of one GPU, 10^9 bytes, as CUDA reports them: "80 GB" are nearer to GiB
     reserved_gb: float = Field(default=2.0, ge=0)  # CUDA's context, NCCL's buffers, cuBLAS's workspaces
     peak_bf16: PositiveFloat  # TFLOPS, dense: what MFU is measured against
     memory_bandwidth: PositiveFloat  # GB/s

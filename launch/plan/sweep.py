@@ -31,7 +31,8 @@ BEST = 10  # the number of best layouts that are found for certain
 MEMORY_SHARE = 0.7  # of a sweep's time: about what memory and bounds take
 ROUNDING = 1 - 1e-9  # sums in another order
 MICROBATCHES = (1, 2, 4, 8)  # sequences
-RECOMPUTE: tuple[tuple[str, ...], ...] = ((), ("norm", "mla_up", "swiglu"))
+OUTPUTS = ("norm", "mla_up", "swiglu")
+RECOMPUTE: tuple[tuple[str, ...], ...] = ((), OUTPUTS)
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Candidate:
     recompute: tuple[str, ...]
 
     def __str__(self) -> str:
-        again = ", recompute" if self.recompute else ""
+        again = f", recompute {', '.join(self.recompute)}" if self.recompute else ""
         return f"pp {self.pp} x dp {self.dp} x ep {self.ep}, {self.schedule}, microbatch {self.microbatch}{again}"
 
     def config(self, base: Config) -> Config:
@@ -106,9 +107,10 @@ def sweep(
 def candidates(base: Config, gpus: int) -> Iterator[Candidate]:
     """All layouts of so many GPUs that the model's blocks and experts allow, whether or not the schedule does."""
     most = len(blocks(base.model))
+    ways = (*RECOMPUTE, (*OUTPUTS, "transposes")) if base.fp8.fp8 else RECOMPUTE
     for pp in (n for n in range(1, most + 1) if gpus % n == 0):
         for ep in (n for n in range(1, gpus // pp + 1) if gpus // pp % n == 0 and base.model.routed % n == 0):
-            for schedule, microbatch, again in product(SCHEDULES, MICROBATCHES, RECOMPUTE):
+            for schedule, microbatch, again in product(SCHEDULES, MICROBATCHES, ways):
                 if pp > 1 or schedule in ("one_f_one_b", "dualpipev"):  # one rank has no pipeline
                     yield Candidate(pp, gpus // pp // ep, ep, schedule, microbatch, again)
 

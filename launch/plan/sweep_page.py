@@ -37,9 +37,10 @@ def cells(row: SweepRow, best: float) -> tuple[str, ...]:
 
 
 def layout_label(row: SweepRow) -> str:
-    """The candidate in a narrow column: b, sequences a microbatch; r, with recompute."""
+    """The candidate in a narrow column: b, sequences a microbatch; r, recompute; t, also of transposes."""
     c = row.candidate
-    return f"{c.pp}x{c.dp}x{c.ep} {c.schedule} b{c.microbatch}{' r' if c.recompute else ''}"
+    again = " rt" if "transposes" in c.recompute else " r" if c.recompute else ""
+    return f"{c.pp}x{c.dp}x{c.ep} {c.schedule} b{c.microbatch}{again}"
 
 
 def why_not(rows: Sequence[SweepRow]) -> Rows:
@@ -68,7 +69,7 @@ def show_sweep(rows: Sequence[SweepRow], console: Console) -> None:
     best, good = best_seconds(rows), [row for row in rows if row.fits]
     print_table(
         console,
-        f"the best of {len(rows)} layouts (b: sequences a microbatch, r: recompute)",
+        f"the best of {len(rows)} layouts (b: sequences a microbatch, r: recompute, t: of transposes too)",
         list(HEADS),
         [cells(row, best) for row in good[:BEST]],
     )
