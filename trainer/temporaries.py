@@ -38,10 +38,10 @@ def _transposed(s: Shape, kind: str, size: MicrobatchSize) -> int:
 
 
 def _in_loss(s: Shape, tokens: int, wide: int) -> int:
-    """On a CPU the logits' gradient is computed in FP32 slices of at most `SLICE_ELEMENTS`: one copy, and a second, of
-    the logits themselves, where they are not in FP32."""
+    """On a CPU the logits' gradient is computed in FP32 slices of at most `SLICE_ELEMENTS`: in a copy, where the logits
+    are not in FP32."""
     rows = min(tokens, max(1, SLICE_ELEMENTS // s.vocab))
-    return 4 * rows * s.vocab * (1 if wide == 4 else 2)
+    return 0 if wide == 4 else 4 * rows * s.vocab
 
 
 def _in_block(s: Shape, kind: str, size: MicrobatchSize, wide: int, transposed: int) -> int:

@@ -40,16 +40,26 @@ def log_sum_exp(logits_NV: Tensor) -> Tensor:
 def logits_to_gradient(logits_NV: Tensor, targets_N: Tensor, norms_N: Tensor, scales_N: Tensor) -> None:
     """Overwrite logits with scale * d loss / d logits: the gradient of a sum of losses, each times its FP32 scale."""
     for part in _slices(logits_NV):
-        grad = (logits_NV[part].float() - norms_N[part].unsqueeze(1)).exp_()
-        rows = torch.arange(grad.shape[0], device=grad.device)
-        grad[rows, targets_N[part]] -= 1
-        logits_NV[part] = grad.mul_(scales_N[part].unsqueeze(1))
+        # FP32 logits themselves; of others a copy.
+        grad = logits_NV[part].float().sub_(norms_N[part].unsqueeze(1)).exp_()
+        grad[torch.arange(len(grad)), targets_N[part]] -= 1
+        torch.mul(grad, scales_N[part].unsqueeze(1), out=logits_NV[part])
+
+
+def _norms(logits_NV: Tensor) -> Tensor:
+    """log sum exp of each row, FP32 [N]. On a CPU, FP32 logits become their log-softmax, whose norms are 0: that is one
+    of torch's kernels, which reads and writes each row once, for four that each pass over a slice."""
+    if logits_NV.is_cuda or logits_NV.dtype != torch.float32:
+        return log_sum_exp(logits_NV)
+    for part in _slices(logits_NV):
+        torch.log_softmax(logits_NV[part], -1, out=logits_NV[part])
+    return logits_NV.new_zeros(len(logits_NV))
 
 
 class _CrossEntropy(Function):
     @staticmethod
     def forward(ctx: Context, logits_NV: Tensor, targets_N: Tensor, weights_N: Tensor | None) -> Tensor:
-        norm_N = log_sum_exp(logits_NV)
+        norm_N = _norms(logits_NV)
         ctx.save_for_backward(logits_NV, targets_N, norm_N, *([] if weights_N is None else [weights_N]))
         hit_N = logits_NV.gather(1, targets_N.unsqueeze(1)).squeeze(1).float()
         losses_N = norm_N - hit_N
@@ -76,7 +86,7 @@ class _TargetLogprobs(Function):
     def forward(ctx: _ScoredContext, logits_NV: Tensor, targets_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         if temperature != 1.0:
             logits_NV.div_(temperature)
-        norm_N, entropies_N = log_sum_exp(logits_NV), torch.empty_like(targets_N, dtype=torch.float32)
+        norm_N, entropies_N = _norms(logits_NV), torch.empty_like(targets_N, dtype=torch.float32)
         for part in _slices(logits_NV):
             logits = logits_NV[part].float()
             # -sum p log p = log sum exp - sum p x
