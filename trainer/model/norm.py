@@ -32,20 +32,22 @@ def normalise(x_NH: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tenso
     """-> the normed x in its dtype, and 1 / rms, FP32 [N, 1]."""
     x = x_NH.float()
     inverse_N1 = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-    return (x * inverse_N1 * weight_H.float()).to(x_NH.dtype), inverse_N1
+    return (x * inverse_N1).mul_(weight_H.float()).to(x_NH.dtype), inverse_N1
 
 
 @kernel_in(KERNELS)
 def input_gradient(dy_NH: Tensor, x_NH: Tensor, inverse_N1: Tensor, weight_H: Tensor) -> Tensor:
     """The gradient of the input, [N, H] in x's dtype."""
     unit, slope = x_NH.float() * inverse_N1, dy_NH.float() * weight_H.float()
-    return (inverse_N1 * (slope - unit * (slope * unit).mean(-1, keepdim=True))).to(x_NH.dtype)
+    mean_N1 = (slope * unit).mean(-1, keepdim=True)
+    # In place, as all of this file: on a CPU new memory costs as much as the arithmetic.
+    return slope.sub_(unit.mul_(mean_N1)).mul_(inverse_N1).to(x_NH.dtype)
 
 
 @kernel_in(KERNELS)
 def weight_gradient(dy_NH: Tensor, x_NH: Tensor, inverse_N1: Tensor) -> Tensor:
     """FP32 [H]: the sum over tokens of dy * x / rms."""
-    return (dy_NH.float() * x_NH.float() * inverse_N1).sum(0)
+    return (dy_NH.float() * x_NH.float()).mul_(inverse_N1).sum(0)
 
 
 class _NormContext(Context, Protocol):
