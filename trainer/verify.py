@@ -18,7 +18,7 @@ import torch.distributed as dist
 from rich.console import Console
 
 from dryvine.comm import local
-from dryvine.comm.topology import by_sizes
+from dryvine.comm.topology import TopologyConfig, discover
 from dryvine.comm.world import backend, set_environment
 from dryvine.parallel.config import ParallelConfig
 from dryvine.trainer.config import Config
@@ -82,7 +82,8 @@ def in_fp32(config: Config) -> Config:
 def alone(config: Config) -> Config:
     """The same training in one process: one rank, one stage, the same microbatch size."""
     one = ParallelConfig(microbatch_sequences=config.parallel.microbatch_sequences)
-    return in_fp32(config).model_copy(update={"parallel": one})
+    comm = config.comm.model_copy(update={"topology": TopologyConfig()})
+    return in_fp32(config).model_copy(update={"parallel": one, "comm": comm})
 
 
 def play(config: Config, device: str = "cpu", steps: int = STEPS) -> Run:
@@ -114,8 +115,9 @@ def _in_this_world(plan: RunPlan, steps: int, device: str) -> list[RankRun]:
 def _rank(rank: int, plan: RunPlan, steps: int, device: str) -> RankRun:
     config = plan.config
     where = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
-    nodes = config.comm.topology.nodes  # that the run would have; others are not looked for: these ranks share a host
-    rig = make_rig(plan, mesh_of(plan, where), open_sources(config), by_sizes(nodes) if nodes else None)
+    asked = config.comm.topology  # nodes that are not given are not looked for: these ranks may share a host
+    topology = discover(config.parallel.world, asked, {}) if asked.nodes else None
+    rig = make_rig(plan, mesh_of(plan, where), open_sources(config), topology)
     if device == "cuda":
         rehearse(rig)
         report_loads(rank)
