@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import mean
 from typing import NamedTuple
@@ -264,8 +264,9 @@ def _sent(config: Config, machine: Machine) -> Dispatching:
 
 
 def _topology(config: Config, machine: Machine) -> Topology:
-    nodes = config.comm.topology.nodes
-    return by_sizes(nodes) if nodes else machine.topology(config.parallel.world)
+    """The machine's links, and the nodes that the config gives, if any."""
+    made, nodes = machine.topology(config.parallel.world), config.comm.topology.nodes
+    return replace(made, nodes=by_sizes(nodes).nodes) if nodes else made
 
 
 def _message_seconds(config: Config, machine: Machine) -> float:

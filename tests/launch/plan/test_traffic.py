@@ -42,6 +42,17 @@ def test_two_hops_send_what_random_choices_send(tiny: Callable[..., Config], nod
         assert planned[link] / 32 == pytest.approx(each, rel=0.02), link  # type: ignore[index]
 
 
+def test_nodes_of_the_config_have_the_links_of_the_machine(tiny: Callable[..., Config]) -> None:
+    """So `auto` takes the same as on the machine: copies inside nodes of two GPUs, whose rings are planned."""
+    pairs, fours = (
+        make(make_plan(tiny("parallel.ep=4", f"comm.topology.nodes={nodes}", "run.device=cuda")), load_hardware("h100"))
+        for nodes in ("[2,2]", "[4]")
+    )
+    assert (pairs.sent.name, fours.sent.name) == ("nvlink", "flat")
+    assert pairs.sent.rings > 0
+    assert fours.sent.rings == 0
+
+
 def test_a_token_reaches_what_its_groups_allow(tiny: Callable[..., Config]) -> None:
     config = tiny("model.routed=8", "model.groups=4", "model.group_limit=2", "model.top_k=4")
     assert reached(config, 1) == 1
