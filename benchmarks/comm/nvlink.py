@@ -151,19 +151,17 @@ def wire(dispatcher: Nvlink, payload: tuple[Tensor, ...]) -> None:
 
 
 def bare_copy(dispatcher: Nvlink, payload: tuple[Tensor, ...]) -> None:
-    """The payload into every peer's memory, at once, and back to this stream: no flags, no spreading."""
+    """The payload into every peer's memory, one after the other, and back to this stream: no flags, no spreading. With a
+    queue for each peer it takes longer: on 4 x H200 0.89 ms, where messages by one queue take 0.50, flags included."""
     windows = dispatcher.windows
-    peers = [rank for rank in range(windows.ranks) if rank != windows.rank]
-    queues = [windows.links.queue() for _ in peers]
-    for rank, queue in zip(peers, queues, strict=True):
-        queue.after_caller()
-        start = windows.rank * sum(t.nbytes for t in payload)
+    queue, start = windows.links.queue(), windows.rank * sum(t.nbytes for t in payload)
+    queue.after_caller()
+    for step in range(1, windows.ranks):
+        memory, place = windows.links.memory((windows.rank + step) % windows.ranks), start
         for tensor in payload:
-            there = windows.links.memory(rank)[start : start + tensor.nbytes]
-            queue.copy(there.view(tensor.dtype).view(tensor.shape), tensor)
-            start += tensor.nbytes
-    for queue in queues:
-        queue.here().wait()
+            queue.copy(memory[place : place + tensor.nbytes].view(tensor.dtype).view(tensor.shape), tensor)
+            place += tensor.nbytes
+    queue.here().wait()
 
 
 def main() -> None:
