@@ -50,7 +50,6 @@ class Member(NamedTuple):
     """A parameter in a bucket, of which it is a view, and so is its gradient."""
 
     name: str
-    at: int  # where it begins in the bucket
     first: int  # its first element, counted in the whole parameter: an expert slice does not start at 0
     shape: tuple[int, ...]  # of the whole parameter
     parameter: nn.Parameter
@@ -98,11 +97,9 @@ class Bucket:
 
     def spans(self, index: int) -> Iterator[ShardSpan]:
         """What is in the shard of copy `index`."""
-        shard = self._shard(index)
-        for name, at, first, shape, parameter, _ in self.members:
-            low, high = max(at, shard.start), min(at + parameter.numel(), shard.stop)
-            if low < high:
-                yield ShardSpan(name, first + low - at, slice(low - shard.start, high - shard.start), shape)
+        members = {member.name: member for member in self.members}
+        for name, start, inside in self.layout.spans(index, self.master.numel()):
+            yield ShardSpan(name, members[name].first + start, inside, members[name].shape)
 
     def pieces(self) -> Iterator[Piece]:
         for name, start, inside, shape in self.spans(self.index):
@@ -173,7 +170,7 @@ def make_bucket(
 ) -> Bucket:
     """Move the parameters of a layout into a bucket."""
     ranks = mesh.ranks(*layout.copies)
-    like, size = parameters[next(iter(layout.starts))], layout.padded(len(ranks))
+    like, size = parameters[next(iter(layout.places))], layout.padded(len(ranks))
     values = torch.zeros(size, dtype=like.dtype, device=like.device)
     grads = torch.zeros(size, dtype=torch.float32, device=like.device)
     shard = grads if len(ranks) == 1 else grads.new_zeros(size // len(ranks))
@@ -182,23 +179,22 @@ def make_bucket(
     bucket = Bucket(
         layout, groups.get(ranks), ranks.index(mesh.rank), memory.sums, [], values, grads, shard, master, grad, host
     )
-    for name, at in layout.starts.items():
-        bucket.members.append(_move(name, parameters[name], bucket, at, mesh))
+    for name, place in layout.places.items():
+        bucket.members.append(_move(name, parameters[name], bucket, place, mesh))
     master.copy_(values[bucket.own])
     return bucket
 
 
-def _move(name: str, parameter: nn.Parameter, bucket: Bucket, at: int, mesh: Mesh) -> Member:
-    """Move a parameter into a bucket, to element `at`, and make its `main_grad` a view too."""
-    place = slice(at, at + parameter.numel())
+def _move(name: str, parameter: nn.Parameter, bucket: Bucket, place: slice, mesh: Mesh) -> Member:
+    """Move a parameter into a bucket, to its place there, and make its `main_grad` a view too."""
     bucket.values[place] = parameter.detach().flatten()
     parameter.data = bucket.values[place].view(parameter.shape)
     grad = bucket.grads[place].view(parameter.shape)
     parameter.main_grad = grad  # type: ignore[attr-defined]
     if not is_expert(parameter):
-        return Member(name, at, 0, tuple(parameter.shape), parameter, grad)
+        return Member(name, 0, tuple(parameter.shape), parameter, grad)
     experts, *of_one = parameter.shape
-    return Member(name, at, mesh.ep_rank * parameter.numel(), (mesh.ep * experts, *of_one), parameter, grad)
+    return Member(name, mesh.ep_rank * parameter.numel(), (mesh.ep * experts, *of_one), parameter, grad)
 
 
 def is_expert(parameter: nn.Parameter) -> bool:

@@ -59,21 +59,45 @@ class BucketEntry(NamedTuple):
     dtype: str
 
 
+class LayoutSpan(NamedTuple):
+    """The elements of one parameter in a shard of a bucket."""
+
+    name: str
+    start: int  # the first, counted in the parameter's part of this bucket
+    in_shard: slice
+
+    @property
+    def elements(self) -> int:
+        return int(self.in_shard.stop - self.in_shard.start)
+
+
 @dataclass(frozen=True)
 class BucketLayout:
-    """The parameters of a bucket in their order, and where each begins."""
+    """The parameters of a bucket in their order, and where each is."""
 
     copies: Holders
     dtype: str
     readers: tuple[ReadingLayer, ...]  # of all its parameters, ascending
-    starts: Mapping[str, int]
+    places: Mapping[str, slice]
     vectors: int  # where vectors begin
     end: int  # of the last parameter
-    elements: int  # that are no padding
+
+    @property
+    def elements(self) -> int:
+        """Those that are no padding."""
+        return sum(place.stop - place.start for place in self.places.values())
 
     def padded(self, copies: int) -> int:
         """Elements with those that fill up the last shard."""
         return round_up(self.end, copies * LANES)
+
+    def spans(self, index: int, size: int) -> Iterator[LayoutSpan]:
+        """What is in the shard of copy `index`, where each has `size` elements."""
+        first, end = index * size, (index + 1) * size
+        for name, place in self.places.items():
+            low, high = max(place.start, first), min(place.stop, end)
+            if low < high:
+                yield LayoutSpan(name, low - place.start, slice(low - first, high - first))
 
     @cached_property
     def stages(self) -> frozenset[int]:
@@ -117,14 +141,14 @@ def _layout(entries: Sequence[BucketEntry]) -> BucketLayout:
     matrices = sorted((e for e in entries if e.matrix), key=lambda e: e.name)
     vectors = sorted((e for e in entries if not e.matrix), key=lambda e: e.name)
     boundary = round_up(sum(e.elements for e in matrices), LANES)
-    starts, at = {}, 0
+    places, at = {}, 0
     for entry in (*matrices, *vectors):
         at = boundary if entry in vectors[:1] else at
-        starts[entry.name] = at
+        places[entry.name] = slice(at, at + entry.elements)
         at += entry.elements
     readers = tuple(sorted({reader for entry in entries for reader in entry.readers}))
     first = entries[0]
-    return BucketLayout(first.copies, first.dtype, readers, starts, boundary, at, sum(e.elements for e in entries))
+    return BucketLayout(first.copies, first.dtype, readers, places, boundary, at)
 
 
 class BucketTurns(NamedTuple):

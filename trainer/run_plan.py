@@ -18,7 +18,7 @@ from dryvine.parallel.partition import partition
 from dryvine.parallel.schedule.check import check
 from dryvine.parallel.schedule.footprint import Footprint
 from dryvine.parallel.schedule.ir import Program, Schedule
-from dryvine.parallel.schedule.lower import forward_only, lower
+from dryvine.parallel.schedule.lower import forward_only
 from dryvine.parallel.schedule.rules import ScheduleError
 from dryvine.parallel.schedule.table import build, legal
 from dryvine.trainer.config import Config, ConfigError, load
@@ -79,8 +79,8 @@ def make_plan(config: Config) -> RunPlan:
     """Build, check and lower a schedule per batch size, and partition the model. Raises ConfigError."""
     layout = LayoutPlans().of(config)
     try:
-        training = {n: _checked(footprint.schedule) for n, footprint in layout.footprints.items()}
-        validation = _checked(forward_only(layout.schedule))
+        training = {n: check(footprint.schedule) for n, footprint in layout.footprints.items()}
+        validation = check(forward_only(layout.schedule))
     except ScheduleError as error:
         raise ConfigError(f"parallel.schedule: {error}") from None
     return RunPlan(config, layout.footprints, layout.blocks, training, validation)
@@ -161,8 +161,3 @@ def _microbatches(config: Config, sequences: int) -> int:
             f"try {max(1, microbatches) * per_microbatch} or {(microbatches + 1) * per_microbatch}"
         )
     return microbatches
-
-
-def _checked(schedule: Schedule) -> Program:
-    check(schedule)
-    return lower(schedule)

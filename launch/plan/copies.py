@@ -54,8 +54,13 @@ def with_copies(
 def state_bytes(plan: LayoutPlan, pp_rank: int, mine: Sequence[BucketSize]) -> int:
     """Bytes of the tensors that a checkpoint holds of the first rank of a pipeline rank."""
     gates = sum(name.endswith("gate.weight") for name in parameters_of(plan, pp_rank))
-    pieces = [part for one in mine for part in one.pieces(one.homes.index(pp_rank) * one.copies // len(one.homes))]
+    pieces = [span.elements for one in mine for span in one.layout.spans(_first_copy(one, pp_rank), one.shard)]
     return element_bytes(plan.config) * sum(pieces) + STEP * len(pieces) + _bias_bytes(plan, gates)
+
+
+def _first_copy(bucket: BucketSize, pp_rank: int) -> int:
+    """The number of the copy that the first rank of a pipeline rank has."""
+    return bucket.homes.index(pp_rank) * bucket.copies // len(bucket.homes)
 
 
 def _bias_bytes(plan: LayoutPlan, gates: int) -> int:

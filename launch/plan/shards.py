@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
-from itertools import pairwise
 
 from dryvine.parallel.buckets import BucketEntry, BucketLayout, Holders, ReadingLayer, layouts
 from dryvine.trainer.model.parameters import ParameterSize, parameters
@@ -39,17 +38,6 @@ class BucketSize:
     @property
     def shard(self) -> int:
         return self.padded // self.copies
-
-    def pieces(self, index: int) -> list[int]:
-        """Elements of each parameter in the shard of copy `index`, without padding."""
-        layout, low, high = self.layout, index * self.shard, (index + 1) * self.shard
-        starts = sorted(layout.starts.values())
-        matrices_end = layout.elements - (layout.end - layout.vectors)
-        ends = [
-            min(end, matrices_end) if start < matrices_end else end for start, end in pairwise([*starts, layout.end])
-        ]
-        parts = (min(end, high) - max(start, low) for start, end in zip(starts, ends, strict=True))
-        return [part for part in parts if part > 0]
 
 
 def parameters_of(plan: LayoutPlan, pp_rank: int) -> dict[str, ParameterSize]:

@@ -22,8 +22,9 @@ Messages = dict[
 ]  # (route, direction, source, target) -> in order
 
 
-def check(schedule: Schedule) -> None:
-    """Raise ScheduleError, with the grid round the bad slot, unless every rank can run its slots to the end.
+def check(schedule: Schedule) -> Program:
+    """The program of a schedule that every rank can run to the end; else raise ScheduleError, with the grid round the
+    bad slot.
 
     A schedule of forwards alone is complete too; otherwise every F needs its B, or its I and W.
     """
@@ -31,7 +32,9 @@ def check(schedule: Schedule) -> None:
     checker.place_ops()
     checker.complete()
     checker.progress()
-    checker.message_order()
+    program = lower(schedule)
+    checker.message_order(program)
+    return program
 
 
 class _Checker:
@@ -135,9 +138,8 @@ class _Checker:
         circle = list(waits)[list(waits).index(rank) :]
         self._fail((rank, at[rank]), "cyclic wait: " + "; ".join(waits[r] for r in circle))
 
-    def message_order(self) -> None:
+    def message_order(self, program: Program) -> None:
         """On each communicator (route, direction), two ranks send and receive messages in the same order."""
-        program = lower(self.schedule)
         received = _by_channel((edge, at) for step, at in _steps(program) for edge in step.receives)
         sent = _by_channel((edge, at) for step, at in _steps(program) for edge in step.sends)
         for channel, sends in sent.items():
