@@ -173,11 +173,12 @@ def main() -> int:
     made: dict[str, Measured] = {}
     local.preload(__name__)
     with tempfile.TemporaryDirectory() as folder:
-        source = f'data.source="{corpus(Path(folder), 320)}"'
+        sequences = SEQUENCES * load(CONFIG, tuple(given.set)).parallel.ep
+        batch = (f'data.source="{corpus(Path(folder), 320)}"', f"batch.sequences={sequences}")
         for numerics in given.numerics:
             for way in given.ways:
                 graphs = f"parallel.graphs={way.split()[0]}"
-                words = ("parallel.pp=1", "parallel.schedule=one_f_one_b", graphs, source)
+                words = ("parallel.pp=1", "parallel.schedule=one_f_one_b", graphs, *batch)
                 plan = make_plan(load(CONFIG, (*words, *NUMERICS[numerics], *given.set)))
                 found, *others = local.run(
                     measure, plan.config.parallel.world, plan, given.even, deadline=given.deadline, device="cuda"
