@@ -4,6 +4,7 @@ Ranks are threads, their memory a file that all map, their copy engines threads 
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,7 +23,9 @@ from torch import Tensor
 from dryvine.comm import local
 from dryvine.comm.dispatch import nvlink
 from dryvine.comm.dispatch.backends import WINDOW_SLOTS
+from dryvine.comm.dispatch.exchange import GroupExchange
 from dryvine.comm.dispatch.flat import Flat
+from dryvine.comm.dispatch.hierarchical import Hierarchical
 from dryvine.comm.dispatch.meter import Meter
 from dryvine.comm.dispatch.nvlink import Nvlink
 from dryvine.comm.dispatch.setup import Setup
@@ -277,23 +280,29 @@ def test_sums_by_choice_over_nodes_are_refused() -> None:
         nvlink.build(Setup(experts=8, topology=by_sizes([1, 1]), by_choice=True))
 
 
-def cannot_share(rank: int) -> tuple[str, list[str]]:
-    import logging
-
+def cannot_share(rank: int) -> list[str]:
+    """What was said on this rank."""
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("dryvine.comm.dispatch.nvlink").addHandler(handler)
-    mesh = make_mesh(Layout(ep=2), CPU, timedelta(seconds=30))
-    made = nvlink.build(Setup(experts=8, mesh=mesh, topology=by_sizes([2]), tokens=4, row_bytes=8))
-    assert isinstance(made, Flat)
-    return type(made).__name__, said
+    for name in ("nvlink", "hop_groups"):
+        logging.getLogger(f"dryvine.comm.dispatch.{name}").addHandler(handler)
+    mesh = make_mesh(Layout(ep=3), CPU, timedelta(seconds=30))
+    one, two = (
+        nvlink.build(Setup(experts=6, mesh=mesh, topology=by_sizes(sizes), tokens=4, row_bytes=8))
+        for sizes in ([3], [1, 2])
+    )
+    assert isinstance(one, Flat)
+    assert isinstance(two, Hierarchical)
+    assert isinstance(two.intra, GroupExchange)
+    return said
 
 
-def test_ranks_that_cannot_share_memory_use_flat_and_say_so_once() -> None:
-    (_, first), (_, second) = local.run(cannot_share, 2, deadline=60)
-    assert first == ["nvlink: no memory that the ranks could share; flat is used instead"]
-    assert second == []
+def test_ranks_that_cannot_share_memory_use_an_all_to_all_and_say_so_once() -> None:
+    """In one node flat's, in two that of two hops."""
+    flat = "nvlink: no memory that the ranks could share; flat is used instead"
+    hop2 = "nvlink: no memory that ranks 1, 2 could share; their hop 2 is an all-to-all instead"
+    assert local.run(cannot_share, 3, deadline=60) == [[flat], [hop2], []]
 
 
 def test_a_recorded_message_is_sent_and_awaited_anew_at_each_replay(tmp_path: Path) -> None:
