@@ -170,7 +170,7 @@ def make_bucket(
 ) -> Bucket:
     """Move the parameters of a layout into a bucket."""
     ranks = mesh.ranks(*layout.copies)
-    like, size = parameters[next(iter(layout.places))], layout.padded(len(ranks))
+    like, size = parameters[next(iter(layout.starts))], layout.padded(len(ranks))
     values = torch.zeros(size, dtype=like.dtype, device=like.device)
     grads = torch.zeros(size, dtype=torch.float32, device=like.device)
     shard = grads if len(ranks) == 1 else grads.new_zeros(size // len(ranks))
@@ -179,14 +179,15 @@ def make_bucket(
     bucket = Bucket(
         layout, groups.get(ranks), ranks.index(mesh.rank), memory.sums, [], values, grads, shard, master, grad, host
     )
-    for name, place in layout.places.items():
-        bucket.members.append(_move(name, parameters[name], bucket, place, mesh))
+    for name, at in layout.starts.items():
+        bucket.members.append(_move(name, parameters[name], bucket, at, mesh))
     master.copy_(values[bucket.own])
     return bucket
 
 
-def _move(name: str, parameter: nn.Parameter, bucket: Bucket, place: slice, mesh: Mesh) -> Member:
-    """Move a parameter into a bucket, to its place there, and make its `main_grad` a view too."""
+def _move(name: str, parameter: nn.Parameter, bucket: Bucket, at: int, mesh: Mesh) -> Member:
+    """Move a parameter into a bucket, to element `at`, and make its `main_grad` a view too."""
+    place = slice(at, at + parameter.numel())
     bucket.values[place] = parameter.detach().flatten()
     parameter.data = bucket.values[place].view(parameter.shape)
     grad = bucket.grads[place].view(parameter.shape)

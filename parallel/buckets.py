@@ -73,19 +73,20 @@ class LayoutSpan(NamedTuple):
 
 @dataclass(frozen=True)
 class BucketLayout:
-    """The parameters of a bucket in their order, and where each is."""
+    """The parameters of a bucket in their order, matrices before vectors, and where each begins."""
 
     copies: Holders
     dtype: str
     readers: tuple[ReadingLayer, ...]  # of all its parameters, ascending
-    places: Mapping[str, slice]
+    starts: Mapping[str, int]
     vectors: int  # where vectors begin
     end: int  # of the last parameter
+    padding: int  # before the vectors, where matrices have ended
 
     @property
     def elements(self) -> int:
         """Those that are no padding."""
-        return sum(place.stop - place.start for place in self.places.values())
+        return self.end - self.padding
 
     def padded(self, copies: int) -> int:
         """Elements with those that fill up the last shard."""
@@ -94,10 +95,11 @@ class BucketLayout:
     def spans(self, index: int, size: int) -> Iterator[LayoutSpan]:
         """What is in the shard of copy `index`, where each has `size` elements."""
         first, end = index * size, (index + 1) * size
-        for name, place in self.places.items():
-            low, high = max(place.start, first), min(place.stop, end)
+        stops = [*self.starts.values(), self.end][1:]
+        for (name, start), stop in zip(self.starts.items(), stops, strict=True):
+            low, high = max(start, first), min(stop - self.padding if stop == self.vectors else stop, end)
             if low < high:
-                yield LayoutSpan(name, low - place.start, slice(low - first, high - first))
+                yield LayoutSpan(name, low - start, slice(low - first, high - first))
 
     @cached_property
     def stages(self) -> frozenset[int]:
@@ -141,14 +143,15 @@ def _layout(entries: Sequence[BucketEntry]) -> BucketLayout:
     matrices = sorted((e for e in entries if e.matrix), key=lambda e: e.name)
     vectors = sorted((e for e in entries if not e.matrix), key=lambda e: e.name)
     boundary = round_up(sum(e.elements for e in matrices), LANES)
-    places, at = {}, 0
+    starts, at = {}, 0
     for entry in (*matrices, *vectors):
         at = boundary if entry in vectors[:1] else at
-        places[entry.name] = slice(at, at + entry.elements)
+        starts[entry.name] = at
         at += entry.elements
     readers = tuple(sorted({reader for entry in entries for reader in entry.readers}))
     first = entries[0]
-    return BucketLayout(first.copies, first.dtype, readers, places, boundary, at)
+    padding = at - sum(e.elements for e in entries)
+    return BucketLayout(first.copies, first.dtype, readers, starts, boundary, at, padding)
 
 
 class BucketTurns(NamedTuple):

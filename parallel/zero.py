@@ -59,7 +59,7 @@ class Zero:
         groups = mesh.new_groups(sorted({mesh.ranks(*held) for held in world}), mesh.sms)
         made = layouts(_entry(name, parameter, *held[name]) for name, parameter in parameters.items())
         self.buckets = [make_bucket(layout, parameters, groups, mesh, memory) for layout in made]
-        self._layers = [frozenset(r.layer for name in layout.places for r in own[name]) for layout in made]
+        self._layers = [frozenset(r.layer for name in layout.starts for r in own[name]) for layout in made]
         self._turns = BucketTurns(tuple(range(len(made))), tuple(range(len(made))))
         self._unsummed = [set(of) for of in self._layers]  # layers whose gradients are not complete, of each bucket
         self._to_sum = list(self._turns.sums)
