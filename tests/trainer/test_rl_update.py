@@ -98,6 +98,28 @@ def test_rows_hold_every_answer_behind_its_prompt(tiny: Tiny) -> None:
         assert documents.positions[copies].tolist() == list(range(len(copies)))
 
 
+@pytest.mark.parametrize(("first", "count"), [(0, 9), (1, 2), (3, 4)])
+def test_what_is_known_of_an_answer_is_where_its_tokens_are(tiny: Tiny, first: int, count: int) -> None:
+    """Columns of the objective where tokens are predicted, experts where they are fed; nothing elsewhere."""
+    answers = answers_of(tiny(*RL), 40)
+    packing = pack(answers, 32)
+    lines = Lines(packing, first, count)
+    sampled = lines.of_tokens(packing.end_to_end(lambda answer: answer.sampled)).view(count, 32)
+    advantages = lines.of_answers(torch.tensor([answer.advantage for answer in answers])).view(count, 32)
+    numbers, routes = lines.answer_numbers().view(count, 32), lines.routes(5, 2).view(5, count, 32, 2)
+    inside = [i for i, place in enumerate(packing.places) if first <= place.row < first + count]
+    assert int((sampled != 0).sum()) == sum(len(answers[i].tokens) for i in inside)
+    seen = set()
+    for i in inside:
+        place, where, answer = packing.places[i], packing.targets(i), answers[i]
+        row, before = place.row - first, slice(place.prompt, place.prompt + len(answer.prompt) - 1)
+        assert sampled[row, where].tolist() == answer.sampled.tolist()
+        assert set(advantages[row, where].tolist()) == {float(torch.tensor(answer.advantage))}
+        seen |= {int(number) for number in numbers[row, where].unique()}
+        assert torch.equal(torch.cat((routes[:, row, before], routes[:, row, where]), 1), answer.routes)  # type: ignore[arg-type]
+    assert seen == set(range(len(inside)))
+
+
 def test_answers_to_one_question_hold_its_prompt_once_a_row(tiny: Tiny) -> None:
     answers = answers_of(tiny(*RL), 8)
     prompt = (5, 6, 7, 8, 9, 10)

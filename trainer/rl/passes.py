@@ -140,13 +140,13 @@ def learn(rig: Rig, answers: Sequence[Sample], choices: LossChoices, plan: PassO
     passes = list(_passes(rig, packing))
     point = Point(step, 0, sum(one.count for one in passes), packing.length)
     microbatches = point.sequences / rig.config.parallel.microbatch_sequences
-    fields = _Fields(packing, [parts[i] for i in taught], microbatches)
-    batches = [_batch(rig, packing, one, plan, PolicyLoss(choices), fields.columns) for one in passes]
+    fields = _Fields.of(packing, [parts[i] for i in taught], microbatches)
 
     def accumulate(eager: bool) -> list[Played]:
         rig.optimizer.zero.zero_grads()
         played = []
-        for one, batch in zip(passes, batches, strict=True):
+        for one in passes:
+            batch = _batch(rig, packing, one, plan, PolicyLoss(choices), fields.columns)
             executor = rig.training(one.count) if one is passes[-1] else rig.accumulating(one.count)
             share = gradient_scale(point) / microbatches
             played.append(executor.run(replace(batch, loss_scale=share, eager=eager)))
@@ -183,33 +183,31 @@ class PolicyLoss:
 
 @dataclass(frozen=True)
 class _Fields:
-    """The per-token data of an update's answers."""
+    """The per-token data of an update's answers: FP32, by answer, or by token end to end."""
 
-    packing: Packing
-    parts: Sequence[float]  # the share of each token of each answer
-    microbatches: float  # of the whole update
+    advantage: Tensor
+    old: Tensor
+    sampled: Tensor
+    reference: Tensor
+    share: Tensor
+
+    @staticmethod
+    def of(packing: Packing, parts: Sequence[float], microbatches: float) -> _Fields:
+        """`parts`: the share of each token of each answer."""
+        return _Fields(
+            torch.tensor([answer.advantage for answer in packing.answers]),
+            packing.end_to_end(lambda answer: answer.sampled if answer.old is None else answer.old),
+            packing.end_to_end(lambda answer: answer.sampled),
+            packing.end_to_end(lambda a: torch.zeros_like(a.sampled) if a.reference is None else a.reference),
+            # Losses are means over microbatches, as in pretraining.
+            torch.tensor([part * microbatches for part in parts]),
+        )
 
     def columns(self, lines: Lines) -> tuple[Tensor, ...]:
         """`Tokens` of some rows."""
-        answers = self.packing.answers
-
-        def old(number: int) -> Tensor:
-            answer = answers[number]
-            return answer.sampled if answer.old is None else answer.old
-
-        def reference(number: int) -> Tensor | float:
-            found = answers[number].reference
-            return 0.0 if found is None else found
-
-        columns = (
-            lambda i: answers[i].advantage,
-            old,
-            lambda i: answers[i].sampled,
-            reference,
-            # Losses are means over microbatches, as in pretraining.
-            lambda i: self.parts[i] * self.microbatches,
-        )
-        return Tokens._make([*(lines.column(column) for column in columns), lines.answer_numbers()])
+        by_token = (lines.of_tokens(values) for values in (self.old, self.sampled, self.reference))
+        ends = lines.of_answers(self.share), lines.answer_numbers()
+        return Tokens._make([lines.of_answers(self.advantage), *by_token, *ends])
 
 
 def _learnt(rig: Rig, norm: float, microbatches: float, played: Sequence[Played]) -> UpdateResult:

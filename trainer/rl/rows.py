@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -80,6 +80,38 @@ class Packing:
         start = self.places[number].start
         return slice(start, start + len(self.answers[number].tokens))
 
+    @cached_property
+    def lengths(self) -> Tensor:
+        """int64 [A]: tokens of each answer."""
+        return torch.tensor([len(answer.tokens) for answer in self.answers])
+
+    @cached_property
+    def before(self) -> Tensor:
+        """int64 [A]: tokens of its prompt but the last."""
+        return torch.tensor([len(answer.prompt) - 1 for answer in self.answers])
+
+    @cached_property
+    def at(self) -> Tensor:
+        """int64 [A, 3]: the numbers of each `AnswerPlace`."""
+        return torch.tensor(self.places)
+
+    def end_to_end(self, parts: Callable[[Sample], Tensor], axis: int = 0) -> Tensor:
+        """A part of each answer, one behind the other."""
+        return torch.cat([parts(answer) for answer in self.answers], axis)
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """int64: those of all answers, end to end."""
+        return self.end_to_end(lambda answer: answer.tokens)
+
+    @cached_property
+    def routes(self) -> Tensor | None:
+        """int16 [MoE layers, .., K]: of all answers end to end, each with its prompt; None if none has any, which is
+        the same for all."""
+        if self.answers[0].routes is None:
+            return None
+        return self.end_to_end(lambda answer: cast(Tensor, answer.routes), 1)
+
 
 def pack(answers: Sequence[Sample], length: int) -> Packing:
     """Answers to one prompt share its tokens but the last in every row that has some of them. No row has more for
@@ -117,77 +149,88 @@ def _by_prompt(answers: Sequence[Sample]) -> dict[tuple[int, ...], list[int]]:
 
 
 class Lines:
-    """`count` rows of a packing from row `first` on. Rows past the last are empty."""
+    """`count` rows of a packing from row `first` on. Rows past the last are empty.
+
+    An update has thousands of answers, and Python for each of them took longer than a GPU takes to learn from all. So
+    what fills rows are copies of whole columns: what is end to end in `Packing` goes where the rows have it.
+    """
 
     def __init__(self, packing: Packing, first: int, count: int) -> None:
         self._packing, self._first, self._count = packing, first, count
         rows = range(first, min(first + count, packing.rows))
-        self.numbers = [number for row in rows for number in packing.by_row[row]]
-        self._targets = _spans([(self._at(i), len(packing.answers[i].tokens)) for i in self.numbers])
+        self._numbers = torch.tensor([i for row in rows for i in packing.by_row[row]], dtype=torch.int64)
+        self._lengths = packing.lengths[self._numbers]
+        self._row, self._start, self._prompt = (packing.at[self._numbers] - torch.tensor([first, 0, 0])).unbind(1)
 
     def tokens(self, extra: int) -> tuple[Tensor, NDArray[np.int64], NDArray[np.int64]]:
         """Tokens, the number of each token's document, and where in its row the shared prompt of its document begins or
         ALONE: int64 [count, T + extra] each. A prompt without its last token is a document, and so is padding, which is
         zeros."""
         shape = self._count, self._packing.length + extra
-        tokens, documents = torch.zeros(shape, dtype=torch.int64), np.zeros(shape, np.int64)
-        shared = np.full(shape, ALONE)
-        for number in self.numbers:
-            answer, place = self._packing.answers[number], self._packing.places[number]
-            row, before = place.row - self._first, len(answer.prompt) - 1
-            own = slice(place.start, place.start + 1 + len(answer.tokens))
-            tokens[row, own] = torch.cat((torch.tensor(answer.prompt[-1:]), answer.tokens))
-            spans = [(own.start, own.stop)]
-            if before:
-                shared[row, own] = place.prompt
-                tokens[row, place.prompt : place.prompt + before] = torch.tensor(answer.prompt[:-1])
-                spans.append((place.prompt, place.prompt + before))
-            for start, stop in spans:
-                documents[row, start:stop] = 1 + start  # a number that no other has
-        return tokens, documents, shared
+        tokens, documents, shared = (torch.full(shape, fill) for fill in (0, 0, ALONE))
+        at, answers = self._row * shape[1] + self._start, self._packing.answers
+        own = _spans(at, self._lengths + 1)
+        tokens.view(-1)[at] = torch.tensor([answers[i].prompt[-1] for i in self._numbers.tolist()], dtype=torch.int64)
+        tokens.view(-1)[_spans(at + 1, self._lengths)] = self._packing.tokens[self._picked(self._packing.lengths)]
+        # A document's number is one that no other of its row has.
+        documents.view(-1)[own] = (1 + self._start).repeat_interleave(self._lengths + 1)
+        begins = torch.where(self._packing.before[self._numbers] > 0, self._prompt, ALONE)
+        shared.view(-1)[own] = begins.repeat_interleave(self._lengths + 1)
+        for one in self._first_behind_each_prompt().tolist():
+            row, start, prompt = (
+                int(self._row[one]),
+                int(self._prompt[one]),
+                answers[int(self._numbers[one])].prompt[:-1],
+            )
+            tokens[row, start : start + len(prompt)] = torch.tensor(prompt, dtype=torch.int64)
+            documents[row, start : start + len(prompt)] = 1 + start
+        return tokens, documents.numpy(), shared.numpy()
 
-    def column(self, value: Callable[[int], Tensor | float]) -> Tensor:
-        """FP32 [N]: `value(i)`, [n] or one number, where answer i is predicted, and 0 elsewhere."""
-        answers = self._packing.answers
-        parts = [torch.as_tensor(value(i), dtype=torch.float32).expand(len(answers[i].tokens)) for i in self.numbers]
-        return self._put(torch.zeros(self._count * self._packing.length), parts)
+    def of_tokens(self, values: Tensor) -> Tensor:
+        """[N] from a number for each token of all answers, end to end; 0 where none is predicted."""
+        return self._put(values[self._picked(self._packing.lengths)])
+
+    def of_answers(self, values: Tensor) -> Tensor:
+        """[N] from a number for each answer, likewise."""
+        return self._put(values[self._numbers].repeat_interleave(self._lengths))
 
     def answer_numbers(self) -> Tensor:
         """int64 [N]: for each target position, the index of its answer among those of these rows; 0 elsewhere."""
-        sizes = torch.tensor([len(self._packing.answers[i].tokens) for i in self.numbers], dtype=torch.int64)
-        numbers = torch.arange(len(sizes)).repeat_interleave(sizes)
-        return self._put(torch.zeros(self._count * self._packing.length, dtype=torch.int64), [numbers])
+        return self._put(torch.arange(len(self._numbers)).repeat_interleave(self._lengths))
 
     def routes(self, layers: int, top_k: int) -> Tensor:
         """int16 [layers, N, K]: the experts of every token, NOWHERE for those without a recorded route."""
         out = torch.full((layers, self._count * self._packing.length, top_k), NOWHERE, dtype=torch.int16)
-        spans, parts = list[tuple[int, int]](), list[Tensor]()
-        for number in self.numbers:
-            answer, place = self._packing.answers[number], self._packing.places[number]
-            if answer.routes is not None:
-                before = len(answer.prompt) - 1
-                spans += [
-                    (self._at(number) - place.start + place.prompt, before),
-                    (self._at(number), len(answer.tokens)),
-                ]
-                parts += [answer.routes[:, :before], answer.routes[:, before:]]
-        if parts:
-            out[:, _spans(spans)] = torch.cat(parts, 1)
+        if self._packing.routes is not None and len(self._numbers):
+            # A prompt's are those of its first answer here.
+            some, row = self._first_behind_each_prompt(), self._row * self._packing.length
+            sizes = self._packing.lengths + self._packing.before
+            begins, before = (sizes.cumsum(0) - sizes)[self._numbers], self._packing.before[self._numbers]
+            into = (row + self._prompt)[some], row + self._start
+            out_of = begins[some], begins + before
+            lengths = before[some], self._lengths
+            places, picked = (_spans(torch.cat(at), torch.cat(lengths)) for at in (into, out_of))
+            out[:, places] = self._packing.routes[:, picked]
         return out
 
-    def _at(self, number: int) -> int:
-        """The position of an answer among the input tokens of all rows."""
-        place = self._packing.places[number]
-        return (place.row - self._first) * self._packing.length + place.start
+    def _first_behind_each_prompt(self) -> Tensor:
+        """Of the answers that share a prompt here, the first: indices into `_numbers`."""
+        keys = self._row * (self._packing.length + 1) + self._prompt
+        shared = torch.nonzero(self._packing.before[self._numbers] > 0).squeeze(1)
+        _, first = np.unique(keys[shared].numpy(), return_index=True)
+        return shared[torch.from_numpy(first)]
 
-    def _put(self, out: Tensor, parts: Sequence[Tensor]) -> Tensor:
-        if parts:
-            out[self._targets] = torch.cat(list(parts))
+    def _picked(self, lengths: Tensor) -> Tensor:
+        """Where the tokens of these answers are among those of all, end to end."""
+        return _spans((lengths.cumsum(0) - lengths)[self._numbers], self._lengths)
+
+    def _put(self, values: Tensor) -> Tensor:
+        out = torch.zeros(self._count * self._packing.length, dtype=values.dtype)
+        out[_spans(self._row * self._packing.length + self._start, self._lengths)] = values
         return out
 
 
-def _spans(spans: Sequence[tuple[int, int]]) -> Tensor:
-    """int64: the numbers of all spans (start, length), end to end."""
-    starts, lengths = torch.tensor(spans, dtype=torch.int64).view(-1, 2).unbind(1)
-    begins = lengths.cumsum(0) - lengths
-    return torch.arange(int(lengths.sum())) + (starts - begins).repeat_interleave(lengths)
+def _spans(starts: Tensor, lengths: Tensor) -> Tensor:
+    """int64: the numbers of all spans, end to end."""
+    ends = lengths.cumsum(0)
+    return torch.arange(int(lengths.sum())) + (starts - ends + lengths).repeat_interleave(lengths)
