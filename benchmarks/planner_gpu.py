@@ -55,36 +55,38 @@ Words = tuple[str, ...]
 # Layouts of each number of GPUs: the model, and what is changed of `ALONE`.
 LAYOUTS: dict[int, dict[str, tuple[Words, Words]]] = {
     1: {
-        "narrow, BF16": (NARROW, ()),
         "wide, BF16": (WIDE, ()),
+        "narrow, BF16": (NARROW, ()),
         "wide, FP8": ((*WIDE, *FP8), ()),
         "wide, BF16, dualpipev": (WIDE, ("parallel.schedule=dualpipev",)),
     },
     2: {
+        "wide, dualpipe": (WIDE, ("parallel.pp=2", "parallel.schedule=dualpipe")),
         "wide, dp 2": (WIDE, ("parallel.dp=2",)),
         "wide, 1F1B": (WIDE, ("parallel.pp=2",)),
-        "wide, dualpipe": (WIDE, ("parallel.pp=2", "parallel.schedule=dualpipe")),
         "wide, ep 2": (WIDE, ("parallel.ep=2", "comm.dispatcher=flat")),
         "wide, FP8, dualpipe": ((*WIDE, *FP8), ("parallel.pp=2", "parallel.schedule=dualpipe")),
     },
 }
 WARM, STEPS = 2, 5
-BEFORE = 30.0  # seconds for a layout to end: none is begun later
+BEFORE = 20.0  # seconds for a layout to end: none is begun later
 
 
 class RankFound(NamedTuple):
-    """Of one rank. Bytes by kind and link as in a plan; `idle` before the first step."""
+    """Of one rank. Bytes by kind and link as in a plan; `idle` before the first step. `seconds` are a step's, and
+    `schedule` what its schedule has of them."""
 
     state: dict[str, int]
     sent: dict[str, int]
     idle: int
     peak: int
     seconds: float
+    schedule: float
 
 
 def profile(rank: int, config: Config) -> Profile:
     """For `local.run`."""
-    return measure(config, torch.device("cuda", torch.cuda.current_device()), 5, lambda kind: None)
+    return measure(config, torch.device("cuda", torch.cuda.current_device()), 3, lambda part: None)
 
 
 def train(rank: int, config: Config) -> RankFound:
@@ -96,19 +98,20 @@ def train(rank: int, config: Config) -> RankFound:
     rehearse(rig)
     held, idle = state(rig), _requested("current")
     torch.cuda.reset_peak_memory_stats()
-    times, sent = [], dict[str, int]()
+    times, played, sent = [], [], dict[str, int]()
     for step in range(WARM + STEPS):
         size = config.batch.sequences
         rig.mesh.sum(torch.zeros(1, device=rig.mesh.device), "start of a step")
         torch.cuda.synchronize()
         rig.dispatcher.meter.take()
         began = time.perf_counter()
-        train_step(rig, Point(step, step * size, size, config.data.seq_len))
+        outcome = train_step(rig, Point(step, step * size, size, config.data.seq_len))
         torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
+        played.append(outcome.played.ended - began)
         sent = dict(rig.dispatcher.meter.take())
     rig.optimizer.zero.settle()
-    return RankFound(held, sent, idle, _requested("peak"), median(times[WARM:]))
+    return RankFound(held, sent, idle, _requested("peak"), median(times[WARM:]), median(played[WARM:]))
 
 
 def _requested(which: str) -> int:
@@ -148,7 +151,8 @@ def main() -> int:
     parser.add_argument("--gpus", type=int, choices=LAYOUTS, default=1)
     parser.add_argument("--deadline", type=float, default=400, help="seconds for everything")
     options = parser.parse_args()
-    ends, profiles, rows = time.monotonic() + options.deadline, dict[Words, Profile](), dict[str, Row]()
+    began = time.monotonic()
+    ends, profiles, rows = began + options.deadline, dict[Words, Profile](), dict[str, Row]()
     local.preload(
         "dryvine.launch.plan.plan", "dryvine.launch.profile", "dryvine.trainer.rehearse", "benchmarks.two_gpus"
     )
@@ -165,6 +169,7 @@ def main() -> int:
                 print(f"{name}: {str(error)[-1500:]}", flush=True)
                 continue
             show_kinds(name, rows[name])
+            print(f"{time.monotonic() - began:.0f} s so far", flush=True)
     Console(width=130).print(table(rows))
     return 0 if rows and all(row.exact() for row in rows.values()) else 1
 
@@ -184,7 +189,10 @@ def show_kinds(name: str, row: Row) -> None:
     for rank, found in enumerate(row.ranks):
         kinds = ", ".join(f"{kind} {size / 1e9:.3f}" for kind, size in row.of(rank).kinds.items() if size)
         print(f"{name}, rank {rank}: planned {kinds}; idle {found.idle / 1e9:.3f}, peak {found.peak / 1e9:.3f}")
-    print(f"{name}: planned {row.plan.step_seconds:.4f} s, measured {row.seconds:.4f} s", flush=True)
+    measured = max(found.schedule for found in row.ranks), row.seconds
+    planned = row.plan.timeline.span, row.plan.step_seconds
+    for of, (schedule, step) in (("planned", planned), ("measured", measured)):
+        print(f"{name}: {of} {1e3 * schedule:.1f} ms to the end of the schedule, {1e3 * step:.1f} in all", flush=True)
 
 
 def table(rows: dict[str, Row]) -> Table:

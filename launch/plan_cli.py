@@ -68,9 +68,10 @@ def profile(
     overrides: Overrides = None,
     device: Annotated[str, typer.Option(help="cuda, or cpu")] = "cuda",
     out: Annotated[Path, typer.Option(help="the file that `plan --profile` takes")] = Path("profile.json"),
-    rounds: Annotated[int, typer.Option(min=1, help="microbatches of each kind of block")] = 10,
+    rounds: Annotated[int, typer.Option(min=1, help="microbatches of a step")] = 10,
 ) -> None:
-    """Measure the phases of the config's blocks on one GPU, for plans of any layout of the same microbatches."""
+    """Measure the phases of the config's blocks on one GPU, for plans of any layout of the same microbatches. They are
+    timed in steps of a model with up to two blocks of each kind."""
     import torch
 
     from dryvine.launch.profile import measure

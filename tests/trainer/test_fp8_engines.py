@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -129,6 +130,25 @@ def test_an_old_or_broken_package_is_refused(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(te_engine, "version", lambda _, version=version: version)
         reason = TransformerEngine.missing(CPU)
         assert reason == line if line is None else line in str(reason)
+
+
+@pytest.mark.parametrize(
+    ("name", "module"), [("deep_gemm", "deep_gemm"), ("transformer_engine", "transformer_engine.pytorch")]
+)
+def test_a_package_that_warns_when_imported_can_be_used(
+    name: str, module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Transformer Engine warns of a JAX that it thinks is too old; warnings are errors in tests, and under -W error."""
+    on_hopper(monkeypatch)
+    monkeypatch.setattr(te_engine, "version", lambda _: "2.20.2")
+    content = "import warnings\nwarnings.warn('an old JAX', RuntimeWarning)\nk_grouped_fp8_gemm_nt_contiguous = None\n"
+    package = tmp_path.joinpath(*module.split("."))
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(content)
+    for loaded in (module, module.partition(".")[0]):
+        monkeypatch.delitem(sys.modules, loaded, raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert ADAPTERS[name].missing(CPU) is None
 
 
 class Off(Emulate):

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dryvine.trainer.fp8.engines.operands import aligned, by_expert, by_range, no_hopper
+from dryvine.trainer.fp8.engines.operands import aligned, by_expert, by_range, imported, no_hopper
 from dryvine.trainer.fp8.engines.protocol import Engine
 from dryvine.trainer.tensors.groups import ExpertGroups
 from dryvine.trainer.tensors.quantized import Quantized
@@ -36,7 +36,7 @@ class DeepGemm(Engine):
             return reason
         instead = "fp8.gemm = 'triton' multiplies in the same recipe"
         try:
-            import deep_gemm
+            deep_gemm = imported("deep_gemm")
         except ImportError:
             return f"is not installed: {INSTALL}; {instead}"
         except Exception as error:

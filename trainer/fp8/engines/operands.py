@@ -1,10 +1,13 @@
-"""Converts operands to the layouts that engines need: one expert's part, padded rows, the strides of scales that a
-library requires. All functions return their argument itself if it already has that layout."""
+"""What engines of several libraries need: whether one can be used here, and operands in the layouts that it takes (one
+expert's part, padded rows, the strides of scales). Conversions return their argument itself if it has that layout."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
+from importlib import import_module
 from itertools import pairwise
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -13,6 +16,14 @@ from dryvine.comm.integers import round_up
 from dryvine.trainer.tensors.groups import ExpertGroups
 from dryvine.trainer.tensors.quantized import Quantized
 from dryvine.trainer.tensors.tiles import TILE
+
+
+def imported(name: str) -> ModuleType:
+    """A library. What it warns of when imported (another library that it thinks is too old) does not keep it from being
+    used where warnings are errors."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return import_module(name)
 
 
 def no_hopper(device: torch.device) -> str | None:

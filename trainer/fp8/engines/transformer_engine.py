@@ -2,8 +2,8 @@
 
 Written from the source of 2.20.2: transformer_engine/pytorch/cpp_extensions/gemm.py,
 transformer_engine/pytorch/tensor/float8_blockwise_tensor.py and its storage for the layout,
-transformer_engine/common/gemm/cublaslt_gemm.cu for what is refused. Never run against the package: see docs/fp8.md. The
-tests hold it against a stand-in that refuses what those files refuse.
+transformer_engine/common/gemm/cublaslt_gemm.cu for what is refused. Run against that package on an H100 (docs/fp8.md);
+on a CPU tests hold it against a stand-in that refuses what those files refuse.
 
 Its blockwise tensors "in GEMM format" are what Quantized holds: values by rows, scales of 1x128 tiles as [K / 128, rows
 rounded up to 4], of 128x128 blocks as [rows / 128, K / 128 rounded up to 4]. So nothing is cast and whole tensors are
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dryvine.comm.integers import round_up
-from dryvine.trainer.fp8.engines.operands import aligned, by_expert, by_range, filled, no_hopper
+from dryvine.trainer.fp8.engines.operands import aligned, by_expert, by_range, filled, imported, no_hopper
 from dryvine.trainer.fp8.engines.protocol import Engine
 from dryvine.trainer.tensors.groups import ExpertGroups
 from dryvine.trainer.tensors.quantized import Quantized
@@ -46,7 +46,7 @@ class TransformerEngine(Engine):
             return f"is {installed}, and needs to be 2.20 or later: {FIX}"
         # It loads CUDA's libraries when imported, which can fail in many ways.
         try:
-            import transformer_engine.pytorch  # noqa: F401
+            imported("transformer_engine.pytorch")
         except Exception as error:
             return f"cannot be imported ({type(error).__name__}: {error}): {FIX}"
         return None
