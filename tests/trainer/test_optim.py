@@ -152,6 +152,17 @@ def test_an_update_reaches_the_fp8_copies_of_weights(tiny: Tiny) -> None:
     assert torch.equal(rig.fp8.cache.fprop(weight).dequantize(), fresh)
 
 
+def test_transposes_are_recomputed_where_the_config_says_so_and_training_keeps_its_bits(tiny: Tiny) -> None:
+    ways = "model.recompute=['norm', 'mla_up', 'swiglu'{}]"
+    kept, made = (rig_of(tiny(*FP8, "optim.lr=0.1", ways.format(more))) for more in ("", ", 'transposes'"))
+    assert kept.fp8
+    assert made.fp8
+    assert (kept.fp8.cache.transposes, made.fp8.cache.transposes) == (True, False)
+    assert go(kept, 1) == go(made, 1)
+    pairs = zip(kept.model.named_parameters(), made.model.named_parameters(), strict=True)
+    assert all(torch.equal(one, other) for (_, one), (_, other) in pairs)
+
+
 def test_where_graphs_read_them_an_update_makes_the_fp8_copies_anew(tiny: Tiny) -> None:
     rig = rig_of(tiny(*FP8))
     rig.graphs = mock.Mock()

@@ -35,7 +35,7 @@ RECIPES = {
     "fp8, rows sent in bf16": pytest.param(preset("deepseek_v3", dispatch="bf16"), marks=pytest.mark.long),
 }
 WAYS = [(), pytest.param(("norm", "swiglu"), marks=pytest.mark.long), ("norm", "mla_up", "swiglu"), ("layer",)]
-NAMES = ("layers.0", "layers.1", "head")
+NAMES = ("layers.0", "layers.1", "head", "mtp.0")
 
 
 class Left(NamedTuple):
@@ -88,7 +88,8 @@ def _ended(census: Census, held: list[object]) -> Left:
 @pytest.mark.parametrize("ways", WAYS, ids=lambda ways: "+".join(ways) or "kept")
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
 def test_what_ops_hold_is_predicted(recipe: Recipe, ways: tuple[str, ...]) -> None:
-    shape = helpers_model.tiny(hidden=128, ffn=256, expert_ffn=128, vocab=128, max_position=LENGTH, recompute=ways)
+    widths = {"hidden": 128, "ffn": 256, "expert_ffn": 128, "vocab": 128}
+    shape = helpers_model.tiny(**widths, max_position=LENGTH, mtp_depth=1, recompute=ways)
     size = MicrobatchSize(SEQUENCES * LENGTH, SEQUENCES, 2, cuda=False)
     forward, backward = played(shape, recipe)
     kept, left = (count(shape, recipe, NAMES, size) for count in (saved_bytes, deferred_bytes))

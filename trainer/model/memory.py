@@ -235,7 +235,8 @@ class _Rules:
         forward += 8 * n * s.top_k if self.recomputed("layer") else 0
         # Gradients of the experts' input by row and by token, of the weights of rows and of choices.
         backward = rows + x + 4 * self.rows + weights + self._given_to_experts()
-        return PassedBytes(forward, backward + x + (x if self.recipe.fp8 or not s.shared else 0))
+        ends = 2 if kind == "mtp" else 1  # inputs of norms: the layer's, and its head's
+        return PassedBytes(forward, backward + ends * x + (x if self.recipe.fp8 or not s.shared else 0))
 
     # -- parts
 
