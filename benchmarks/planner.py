@@ -1,10 +1,10 @@
 """Step times of small layouts on gloo ranks beside plans from a profile of another layout.
 
-    python -m benchmarks.planner [--steps 6] [--rounds 8] [--layouts 'ep 2' ...]
+    python -m benchmarks.planner [--rounds 5] [--layouts 'ep 2' ...]
 
-The profile is that of one process per core with the whole model in it; layouts then cut the model, share it, or both.
-Profiles and layouts take turns, and each layout is planned from the profiles before and after it, since other work on
-the machine changes from minute to minute. Goal: within 10%.
+The profile is that of the whole model in one process; layouts then cut the model, share it, or both. Other work on the
+machine changes from second to second, so ranks profile and step in turn, each beside the other, and a step is planned
+from the profiles of its ranks just before and after it. Medians of rounds. Goal: within 10%.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from itertools import islice
+from collections.abc import Callable, Sequence
+from itertools import islice, pairwise
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import NamedTuple
 
 import torch
@@ -27,14 +27,14 @@ from rich.table import Table
 from dryvine.comm import local
 from dryvine.comm.host import MALLOC
 from dryvine.launch.plan.hardware import load_hardware
-from dryvine.launch.plan.plan import make
+from dryvine.launch.plan.plan import Plan, make
 from dryvine.launch.plan.profiled import Profile
 from dryvine.launch.profile import measure
 from dryvine.trainer.config import Config, load
 from dryvine.trainer.data.prepare import prepare
 from dryvine.trainer.data.splits import open_data
-from dryvine.trainer.ramps import points
-from dryvine.trainer.rig import make_rig, mesh_of
+from dryvine.trainer.ramps import Point, points
+from dryvine.trainer.rig import Rig, make_rig, mesh_of
 from dryvine.trainer.run_plan import make_plan
 from dryvine.trainer.step import train_step
 
@@ -57,12 +57,8 @@ LAYOUTS = {
     "dp 2": ("parallel.dp=2",),
     "dp 2, gpipe": ("parallel.dp=2", "parallel.schedule=gpipe"),
 }
-CORES = 2
-
-
-def profile(rank: int, config: Config, rounds: int) -> Profile:
-    """For `local.run`: each core is measured while the others are busy too."""
-    return measure(config, torch.device("cpu"), rounds, lambda kind: None)
+STEPS = 2  # of a round
+MICROBATCHES = 3  # measured in a step of a profile
 
 
 class Seconds(NamedTuple):
@@ -76,34 +72,86 @@ class Seconds(NamedTuple):
         return self.schedule + self.rest
 
 
-def steps(rank: int, config: Config, count: int) -> list[Seconds]:
-    """For `local.run`: of `count` steps after a first one."""
-    plan = make_plan(config)
-    rig = make_rig(plan, mesh_of(plan, torch.device("cpu")), open_data(config))
-    times = []
-    for point in islice(points(config.batch, config.data.seq_len), count + 1):
-        started = time.perf_counter()
-        played = train_step(rig, point).played
-        times.append(Seconds(played.ended - started, time.perf_counter() - played.ended))
-    return times[1:]
+class RankRounds(NamedTuple):
+    """Of one rank: the steps of each round, and the profiles around them."""
+
+    steps: list[Seconds]
+    profiles: list[Profile]
 
 
-def slowest(ranks: Sequence[Sequence[Seconds]]) -> Seconds:
-    """The median of the steps, each as long as on its slowest rank."""
-    each = [max(of, key=lambda seconds: seconds.all) for of in zip(*ranks, strict=True)]
-    return sorted(each, key=lambda seconds: seconds.all)[len(each) // 2]
+class Compared(NamedTuple):
+    """A round, planned and measured."""
+
+    planned: Seconds
+    measured: Seconds
+
+    @property
+    def ratio(self) -> float:
+        return self.planned.all / self.measured.all
+
+
+def in_turn(rank: int, config: Config, whole: Config, rounds: int) -> RankRounds:
+    """For `local.run`: a profile of `whole`, then a round of steps of `config`, and so on."""
+    plan, cpu = make_plan(config), torch.device("cpu")
+    rig = make_rig(plan, mesh_of(plan, cpu), open_data(config))
+    every = iter(points(config.batch, config.data.seq_len))
+    found = RankRounds([], [])
+    for number in range(rounds + 2):
+        steps = [timed(rig, point) for point in islice(every, STEPS)]
+        rig.mesh.sum(torch.zeros(1), "the end of a round")
+        if number:  # the first is a warm-up
+            found.profiles.append(measure(whole, cpu, MICROBATCHES, lambda part: None))
+            found.steps.append(Seconds(*(mean(of) for of in zip(*steps, strict=True))))
+            rig.mesh.sum(torch.zeros(1), "the end of a profile")
+    return RankRounds(found.steps[1:], found.profiles)
+
+
+def timed(rig: Rig, point: Point) -> Seconds:
+    started = time.perf_counter()
+    played = train_step(rig, point).played
+    return Seconds(played.ended - started, time.perf_counter() - played.ended)
+
+
+def compare(config: Config, whole: Config, rounds: int) -> list[Compared]:
+    """Each round as long as on its slowest rank."""
+    ranks = local.run(in_turn, config.parallel.world, config, whole, rounds, deadline=500.0)
+    run, machine = make_plan(config), load_hardware("cpu")
+    plans = [[make(run, machine, profile) for profile in of] for of in zip(*(r.profiles for r in ranks), strict=True)]
+    steps = [max(of, key=lambda seconds: seconds.all) for of in zip(*(r.steps for r in ranks), strict=True)]
+    return [
+        Compared(_mean([*before, *after]), measured)
+        for (before, after), measured in zip(pairwise(plans), steps, strict=True)
+    ]
+
+
+def _mean(plans: Sequence[Plan]) -> Seconds:
+    return Seconds(mean(plan.timeline.span for plan in plans), mean(plan.optimizer_seconds for plan in plans))
+
+
+def _row(name: str, rounds: Sequence[Compared]) -> list[str]:
+    planned, measured = ([getattr(each, of) for each in rounds] for of in ("planned", "measured"))
+    figures = [median(one(each) for each in side) for side in (planned, measured) for one in COLUMNS]
+    ratios = sorted(each.ratio for each in rounds)
+    return [
+        name,
+        *(f"{1e3 * figure:.1f}" for figure in figures),
+        f"{median(ratios):.3f}",
+        f"{ratios[0]:.2f} to {ratios[-1]:.2f}",
+    ]
+
+
+COLUMNS: tuple[Callable[[Seconds], float], ...] = (lambda s: s.all, lambda s: s.schedule, lambda s: s.rest)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--rounds", type=int, default=8, help="microbatches in a step of a profile")
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     options = parser.parse_args()
     os.environ |= MALLOC  # as `dryvine train` starts ranks on a CPU
     local.preload("dryvine.launch.plan.plan", "dryvine.launch.profile", "dryvine.trainer.step")
     table = Table(
-        "layout", "planned, ms", "schedule", "rest", "measured, ms", "schedule", "rest", "planned / measured",
+        "layout", "planned, ms", "schedule", "rest", "measured, ms", "schedule", "rest", "planned / measured", "rounds",
         title="steps on gloo, from a profile",
     )  # fmt: skip
     worst = 0.0
@@ -111,25 +159,15 @@ def main() -> int:
         base = (*BASE, f'run.out="{folder}"')
         whole = load("configs/tiny_cpu.toml", base)
         prepare(whole.data)
-        before = local.run(profile, CORES, whole, options.rounds)
         for name in options.layouts:
-            config = load("configs/tiny_cpu.toml", (*base, *LAYOUTS[name]))
-            measured = slowest(local.run(steps, config.parallel.world, config, options.steps, deadline=500.0))
-            after = local.run(profile, CORES, whole, options.rounds)
-            run, machine = make_plan(config), load_hardware("cpu")
-            plans = [make(run, machine, one) for one in (*before, *after)]
-            planned = Seconds(
-                *(mean(of) for of in zip(*((p.timeline.span, p.optimizer_seconds) for p in plans), strict=True))
-            )
-            before, ratio = after, planned.all / measured.all
-            worst = max(worst, abs(ratio - 1))
-            figures = (planned.all, *planned, measured.all, *measured)
-            table.add_row(name, *(f"{1e3 * seconds:.1f}" for seconds in figures), f"{ratio:.3f}")
-            print(name, f"{ratio:.3f}", file=sys.stderr, flush=True)
-    Console(width=100).print(table)
-    print(
-        f"largest error {worst:.1%}; goal 10%; one thread a rank, {Path('/proc/loadavg').read_text().split()[0]} load"
-    )
+            rounds = compare(load("configs/tiny_cpu.toml", (*base, *LAYOUTS[name])), whole, options.rounds)
+            row = _row(name, rounds)
+            worst = max(worst, abs(median(each.ratio for each in rounds) - 1))
+            table.add_row(*row)
+            print(*row, sep="  ", file=sys.stderr, flush=True)
+    Console(width=110).print(table)
+    load_now = Path("/proc/loadavg").read_text().split()[0]
+    print(f"largest error {worst:.1%}; goal 10%; one thread a rank, load {load_now}")
     return 0 if worst <= 0.1 else 1
 
 
