@@ -32,6 +32,7 @@ ALONE = -1  # of a document that shares no beginning
 _STEP = 16  # documents whose lengths round up to the same multiple are one call of the core on a CPU
 _FEWEST, _SHORTEST = 16, 128  # documents, and tokens of the longest, that a graph has room for at least
 _PARTS = 8  # of N: in such steps a graph's places grow
+_PIECE = 16  # places that are no token's are summed in pieces of so many
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +42,7 @@ class Cells:
     tokens: Tensor  # [P]; a place that only fills up repeats a token of its document
     place: Tensor  # [N], the place whose output is a token's
     copies: Tensor  # the places of tokens, not those that fill up, in the order of the tokens
-    first: Tensor  # [N + 1], where the places of each token begin in `copies`, and where the last one's end
+    first: Tensor  # [N + 1 or more], where the places of each token begin in `copies`; then where those of none do
 
     @staticmethod
     def of(tokens_P: NDArray[np.int64], fills_P: NDArray[np.bool_], device: torch.device) -> Cells:
@@ -52,9 +53,12 @@ class Cells:
         return Cells(*(torch.from_numpy(part).to(device) for part in (tokens_P, copies[first[:-1]], copies, first)))
 
     def filled(self, places: int) -> Cells:
-        """With more places, behind all documents, of which `first` knows nothing."""
+        """With more places, behind all documents, which are no token's: in short pieces, since a GPU adds up each piece
+        one by one."""
         tokens, copies = (functional.pad(t, (0, places - len(t))) for t in (self.tokens, self.copies))
-        return Cells(tokens, self.place, copies, self.first)
+        pieces = torch.arange(_PIECE, places + _PIECE, _PIECE, device=self.first.device)
+        first = torch.cat((self.first, (self.first[-1:] + pieces).clamp(max=places)))
+        return Cells(tokens, self.place, copies, first)
 
     def tensors(self) -> list[Tensor]:
         return [self.tokens, self.place, self.copies, self.first]

@@ -62,9 +62,10 @@ class _Spread(Function):
     @once_differentiable
     def backward(ctx: _SpreadContext, dy_PAD: Tensor) -> tuple[Tensor, None]:
         copies, first = ctx.cells.copies, ctx.cells.first
-        # What is behind the last token's places is in no sum: there a kernel that skips empty documents writes nothing.
-        dy = functional.embedding_bag(copies, dy_PAD.flatten(1), first, mode="sum", include_last_offset=True)
-        return dy.view(-1, *dy_PAD.shape[1:]), None
+        # Sums behind those of the tokens are dropped: there a kernel that skips empty documents writes nothing. (With
+        # `include_last_offset` a GPU's last sum goes to the end of the indices, wherever the last offset is.)
+        sums = functional.embedding_bag(copies, dy_PAD.flatten(1), first, mode="sum")
+        return sums[: len(ctx.cells.place)].view(-1, *dy_PAD.shape[1:]), None
 
 
 def attend_documents(q_PAD: Tensor, k_PAD: Tensor, v_PAD: Tensor, documents: Documents, scale: float) -> Tensor:
