@@ -38,7 +38,7 @@ SMALLER = (
 VARIANTS = {
     "plain": (),
     "plain, no graphs": ("parallel.graphs=off",),
-    "documents": ("data.mask=document",),
+    "documents": ("data.mask=document", "parallel.graphs=on"),
     "documents, no graphs": ("data.mask=document", "parallel.graphs=off"),
     "offload": ("optim.offload=cpu",),
 }
