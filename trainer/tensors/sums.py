@@ -1,6 +1,6 @@
 """FP32 sums in memory that the persistent Hopper kernels add weight gradients to, in Gluon: by TMA, through a ring.
 
-A tile of 128 x 256 sums is 128 KiB to read and to write, as much time as the products of 700 rows. Loads and stores of
+A tile of 128 x 256 sums is 128 KiB to read and to write, as much time as the products of 900 rows. Loads and stores of
 threads take turns in that time: each thread waits for what memory holds, adds, stores, and only then multiplies again.
 Here a ring of chunks in shared memory is between: the first chunks of a tile are asked for before its products, each
 of the others when the chunk before its own has left, and stores end while the next tile's products run.
