@@ -38,10 +38,10 @@ def _transposed(s: Shape, kind: str, size: MicrobatchSize) -> int:
 
 
 def _in_loss(s: Shape, tokens: int, wide: int) -> int:
-    """On a CPU the logits' gradient is computed in FP32 slices of at most `SLICE_ELEMENTS`: in a copy, where the logits
-    are not in FP32."""
+    """On a CPU the loss takes logits in slices of at most `SLICE_ELEMENTS`: in place where they are in FP32; else in an
+    FP32 copy, beside one that torch's `logsumexp` makes."""
     rows = min(tokens, max(1, SLICE_ELEMENTS // s.vocab))
-    return 0 if wide == 4 else 4 * rows * s.vocab
+    return 0 if wide == 4 else 8 * rows * s.vocab
 
 
 def _in_block(s: Shape, kind: str, size: MicrobatchSize, wide: int, transposed: int) -> int:
