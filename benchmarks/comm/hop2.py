@@ -11,25 +11,19 @@ takes from compute; `copy` is a bare copy of the bytes to one peer after the oth
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable
-from datetime import timedelta
 from functools import partial
 
 import torch
-import torch.distributed as dist
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.comm.nvlink import device_ms
+from benchmarks.comm.nvlink import device_ms, joined, leave
 from dryvine.comm.dispatch.copy_exchange import CopyExchange, open_exchange
 from dryvine.comm.dispatch.exchange import Exchange, GroupExchange, own_links
 from dryvine.comm.dispatch.setup import Setup
-from dryvine.comm.mesh import Layout, make_mesh
 from dryvine.comm.pending import Pending
 from dryvine.comm.topology import by_sizes
-from dryvine.comm.world import backend
 
 UNDER_WAY = 3
 
@@ -117,22 +111,14 @@ def main() -> None:
     options.add_argument("--rows", type=int, default=4096)
     options.add_argument("--hidden", type=int, default=7168)
     given = options.parse_args()
-    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    device = torch.device("cuda", torch.cuda.current_device())
-    dist.init_process_group(backend("cuda"))
-    ranks = dist.get_world_size()
-    mesh = make_mesh(Layout(ep=ranks), device, timedelta(seconds=120))
+    mesh = joined()
     assert mesh.experts is not None
-    setup = Setup(64, mesh, by_sizes([ranks]), tokens=given.rows, row_bytes=2 * given.hidden)
-    ours = open_exchange(mesh.experts, own_links(ranks, mesh.rank), setup)
+    setup = Setup(64, mesh, by_sizes([mesh.ep]), tokens=given.rows, row_bytes=2 * given.hidden)
+    ours = open_exchange(mesh.experts, own_links(mesh.ep, mesh.rank), setup)
     assert ours is not None, "the ranks could not open their memory to each other"
     exchanges = ours, GroupExchange(mesh.experts)
     print(soak(exchanges, mesh.rank, given), flush=True)
-    made = times(exchanges, given)
-    if mesh.rank == 0:
-        print(f"{ranks} x {torch.cuda.get_device_name()}, torch {torch.__version__}")
-        Console(width=100).print(made)
-    dist.destroy_process_group()
+    leave(mesh, times(exchanges, given))
 
 
 if __name__ == "__main__":

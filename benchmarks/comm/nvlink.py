@@ -164,27 +164,34 @@ def bare_copy(dispatcher: Nvlink, payload: tuple[Tensor, ...]) -> None:
     queue.here().wait()
 
 
+def joined() -> Mesh:
+    """torchrun's ranks, all expert-parallel, each with a GPU of this host."""
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(backend("cuda"))
+    device = torch.device("cuda", torch.cuda.current_device())
+    return make_mesh(Layout(ep=dist.get_world_size()), device, timedelta(seconds=120))
+
+
+def leave(mesh: Mesh, made: Table) -> None:
+    """Print the first rank's table with the machine, and part."""
+    if mesh.rank == 0:
+        print(f"{mesh.ep} x {torch.cuda.get_device_name()}, torch {torch.__version__}")
+        Console(width=100).print(made)
+    dist.destroy_process_group()
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--rounds", type=int, default=300)
     options.add_argument("--tokens", type=int, default=4096)
     options.add_argument("--hidden", type=int, default=7168)
     given = options.parse_args()
-    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    device = torch.device("cuda", torch.cuda.current_device())
-    dist.init_process_group(backend("cuda"))
-    ranks = dist.get_world_size()
-    mesh = make_mesh(Layout(ep=ranks), device, timedelta(seconds=120))
-    row = 2 * given.hidden
-    setup = Setup(EXPERTS, mesh, by_sizes([ranks]), top_k=TOP_K, tokens=given.tokens, row_bytes=row)
+    mesh, row = joined(), 2 * given.hidden
+    setup = Setup(EXPERTS, mesh, by_sizes([mesh.ep]), top_k=TOP_K, tokens=given.tokens, row_bytes=row)
     ours, theirs = nvlink.build(setup), flat.build(setup)
     assert isinstance(ours, Nvlink), "the ranks could not open their memory to each other"
     print(soak(mesh, (ours, theirs), given.rounds, given.tokens, given.hidden), flush=True)
-    made = times({"nvlink": ours, "flat": theirs}, given.tokens, given.hidden, device)
-    if mesh.rank == 0:
-        print(f"{ranks} x {torch.cuda.get_device_name()}, torch {torch.__version__}")
-        Console(width=100).print(made)
-    dist.destroy_process_group()
+    leave(mesh, times({"nvlink": ours, "flat": theirs}, given.tokens, given.hidden, mesh.device))
 
 
 if __name__ == "__main__":

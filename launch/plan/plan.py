@@ -264,7 +264,7 @@ def _sent(config: Config, machine: Machine) -> Dispatching:
 
 
 def _topology(config: Config, machine: Machine) -> Topology:
-    """The machine's links, and the nodes that the config gives, if any."""
+    """The machine's links, between the nodes of the config where it names them."""
     made, nodes = machine.topology(config.parallel.world), config.comm.topology.nodes
     return replace(made, nodes=by_sizes(nodes).nodes) if nodes else made
 

@@ -3,7 +3,6 @@ what arrives is ordered with the caller's work, and slots with the peer's."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -13,31 +12,13 @@ from dryvine.comm.dispatch.backends import RING_SLOTS
 from dryvine.comm.dispatch.copy_exchange import CopyExchange
 from dryvine.comm.dispatch.meter import Meter
 from dryvine.comm.pending import Pending
-from tests.support.races import Event, Races, Slots, StreamQueue
+from tests.support.peer_links import PeerLinks, PeerQueue
+from tests.support.races import Event, Races
 
 PIECE, ROWS = 64, 10  # 2 rows of 32 bytes a piece, so 5 pieces in rings of 4
 
 
-class PeerLinks:
-    """`Links` of rank 0 to rank 1, which fills and empties slots as soon as it may, on a stream of its own."""
-
-    words: Any = None  # never looked at
-
-    def __init__(self, races: Races) -> None:
-        self.races, self.peer = races, races.stream("peer")
-        self.memories = [Slots(races), Slots(races)]
-        self.writes: dict[tuple[int, int], Event] = {}  # (word, value) -> when it was written
-        self.queues = iter(("writing", "reading"))
-
-    def memory(self, rank: int) -> Any:
-        return self.memories[rank]
-
-    def queue(self) -> PeerQueue:
-        return PeerQueue(self, self.races.stream(next(self.queues)))
-
-    def caller(self) -> PeerQueue:
-        return PeerQueue(self, self.races.here)
-
+class Peer(PeerLinks):
     def reached(self, word: int, value: int) -> Event:
         """When a word has this value."""
         number, credit = divmod(word, 2)
@@ -54,25 +35,12 @@ class PeerLinks:
         return self.peer.record_event()
 
 
-class PeerQueue(StreamQueue[PeerLinks]):
-    def wait(self, words: Sequence[int], value: int) -> None:
-        for word in words if value else ():
-            self.stream.wait_event(self.links.reached(word, value))
-
-    def look(self, words: Sequence[int], value: int) -> None:
-        """`wait`, as if the words were there: the peer works all the same."""
-        for word in words if value else ():
-            self.links.reached(word, value)
-
-    def here(self) -> Pending[None]:
-        event = self.stream.record_event()
-        return Pending(lambda: self.links.races.here.wait_event(event))
-
-
 def played() -> list[str]:
     """Faults of a few exchanges, each beside other work of the caller."""
     races = Races()
-    exchange = CopyExchange(0, PeerLinks(races), PIECE, Meter(), ["self", "intra"], lambda *_: None, [0, 1])
+    exchange = CopyExchange(
+        0, Peer(races, "writing", "reading"), PIECE, Meter(), ["self", "intra"], lambda *_: None, [0, 1]
+    )
     with races:
         sent, into, result = (torch.zeros(ROWS + 2, 8) for _ in range(3))
         for number in range(3):

@@ -3,8 +3,6 @@ writes and reads is ordered with the copies of this rank and of its peer."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -15,7 +13,8 @@ from dryvine.comm.dispatch.by_rank import ByRank
 from dryvine.comm.dispatch.meter import Meter
 from dryvine.comm.dispatch.windows import WindowRows, Windows
 from dryvine.comm.live_steps import LiveStep
-from tests.support.races import Event, Races, Slots, StreamQueue
+from tests.support.peer_links import PeerLinks, PeerQueue
+from tests.support.races import Event, Races
 
 ROOM = WindowRows(4, (8,), torch.float32)
 
@@ -33,25 +32,7 @@ class Word(NamedTuple):
         return Word(bool(credit), flag // 4, flag // 2 % 2)
 
 
-class PeerLinks:
-    """`Links` of rank 0 to rank 1, which reads and sends as soon as it may, on a stream of its own."""
-
-    words: Any = SimpleNamespace(reached=print)  # never called
-
-    def __init__(self, races: Races) -> None:
-        self.races, self.peer = races, races.stream("peer")
-        self.memories = [Slots(races), Slots(races)]
-        self.writes: dict[tuple[int, int], Event] = {}  # (word, value) -> when it was written
-
-    def memory(self, rank: int) -> Any:
-        return self.memories[rank]
-
-    def queue(self) -> PeerQueue:
-        return PeerQueue(self, self.races.stream("copies"))
-
-    def caller(self) -> PeerQueue:
-        return PeerQueue(self, self.races.here)
-
+class Peer(PeerLinks):
     def reached(self, number: int, value: int) -> Event:
         """When a word has this value."""
         word = Word.of(number)
@@ -69,24 +50,10 @@ class PeerLinks:
         return self.peer.record_event()
 
 
-class PeerQueue(StreamQueue[PeerLinks]):
-    def wait(self, words: Sequence[int], value: int) -> None:
-        for word in words if value else ():
-            self.stream.wait_event(self.links.reached(word, value))
-
-    def look(self, words: Sequence[int], value: int) -> None:
-        """`wait`, as if the words were there: the peer works all the same."""
-        for word in words if value else ():
-            self.links.reached(word, value)
-
-    def here(self) -> Any:
-        raise NotImplementedError
-
-
 def replayed() -> list[str]:
     """Faults of one recorded message, replayed some turns of its slot beside another that is sent at once."""
     races = Races()
-    windows = Windows(0, PeerLinks(races), ROOM.bytes(2), Meter(), ["self", "intra"], lambda *_: None, [0, 1])
+    windows = Windows(0, Peer(races, "copies"), ROOM.bytes(2), Meter(), ["self", "intra"], lambda *_: None, [0, 1])
     with races:
         sent, result = torch.zeros(4, 8), torch.zeros(4, 8)
         steps: list[LiveStep] = []
