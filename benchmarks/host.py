@@ -35,7 +35,7 @@ from rich.table import Table
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.two_gpus import corpus
+from benchmarks.support.corpus import corpus
 from dryvine.comm import local
 from dryvine.trainer.activations import flight_sizes, held_bytes
 from dryvine.trainer.config import load
@@ -174,11 +174,13 @@ def main() -> int:
     local.preload(__name__)
     with tempfile.TemporaryDirectory() as folder:
         sequences = SEQUENCES * load(CONFIG, tuple(given.set)).parallel.ep
-        batch = (f'data.source="{corpus(Path(folder), 320)}"', f"batch.sequences={sequences}")
+        # All steps alike: no ramp.
+        batch = (f"batch.sequences={sequences}", f"batch.ramp_from={sequences}")
+        data = f'data.source="{corpus(Path(folder), 320)}"'
         for numerics in given.numerics:
             for way in given.ways:
                 graphs = f"parallel.graphs={way.split()[0]}"
-                words = ("parallel.pp=1", "parallel.schedule=one_f_one_b", graphs, *batch)
+                words = ("parallel.pp=1", "parallel.schedule=one_f_one_b", graphs, data, *batch)
                 plan = make_plan(load(CONFIG, (*words, *NUMERICS[numerics], *given.set)))
                 found, *others = local.run(
                     measure, plan.config.parallel.world, plan, given.even, deadline=given.deadline, device="cuda"

@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.two_gpus import corpus
+from benchmarks.support.corpus import corpus
 from dryvine.comm import local
 from dryvine.comm.local import RankFailed
 from dryvine.launch.plan.hardware import load_hardware
@@ -154,7 +154,7 @@ def main() -> int:
     began = time.monotonic()
     ends, profiles, rows = began + options.deadline, dict[Words, Profile](), dict[str, Row]()
     local.preload(
-        "dryvine.launch.plan.plan", "dryvine.launch.profile", "dryvine.trainer.rehearse", "benchmarks.two_gpus"
+        "dryvine.launch.plan.plan", "dryvine.launch.profile", "dryvine.trainer.rehearse", "benchmarks.support.corpus"
     )
     with tempfile.TemporaryDirectory() as folder:
         given = (f'data.source="{corpus(Path(folder), 320)}"', f'run.out="{folder}"')

@@ -1,21 +1,17 @@
-"""What is to be checked and measured on two GPUs of one host.
+"""Whole steps on two GPUs of one host, by one setting after the other.
 
-    python -m benchmarks.two_gpus --part checks|times|faults [--out FOLDER] [--deadline SECONDS]
+    python -m benchmarks.two_gpus pipelines|experts [--out FOLDER] [--deadline SECONDS]
 
-`checks`: every layout of two ranks trains like one GPU in FP32, and twice to the same bits in its own dtypes (`dryvine
-verify`), and 50 steps of `dryvine train` in three layouts have the losses of one GPU; side by side. `times`: whole
-steps by one GPU and by the pipelines at M = 4, 8 and 32, against what the bubble allows, and the timeline of a DualPipe
-step over its simulation; then two expert-parallel ranks with overlap off and on, at full speed and with the all-to-all
-held to a few SMs, against compute alone and communication alone. `faults`: ranks lost and runs resumed (faults.py).
+`pipelines`: one GPU and the pipelines at M = 4, 8 and 32, against what the bubble allows, and the timeline of a
+DualPipe step over its simulation. `experts`: two expert-parallel ranks with overlap off and on, at full speed and with
+the all-to-all held to a few SMs, against compute alone and communication alone.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
-import sysconfig
 import time
 from pathlib import Path
 
@@ -23,91 +19,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import faults
-from benchmarks.one_gpu import Done, Job, play, table
+from benchmarks.support.corpus import corpus
 from benchmarks.support.timed_steps import Memory, Timed, timed
 from dryvine.comm.local import RankFailed
-from dryvine.parallel.schedule.table import SCHEDULES
 from dryvine.trainer import timeline
 from dryvine.trainer.config import load
-from dryvine.trainer.data.build import build
-from dryvine.trainer.data.inputs import match_files
-from dryvine.trainer.data.spec import BuildSpec
 
-CLI = ("-c", "from dryvine.launch.cli import main; main()")
-DEVIATING = r" in |rror|warning"  # a cell of verify's table that is out of bounds names its tensor
-AT_ONCE = 5  # checks: 7 take turns on two GPUs for twice as long each, and 22 have no room in 80 GB
-WIDE = (  # FP8 on a GPU needs sizes that are multiples of 128
-    "model.hidden=128", "model.ffn=256", "model.expert_ffn=128", "model.q_lora=64", "model.kv_lora=64",
-    "model.nope_dim=64", "model.rope_dim=16", "model.v_dim=64",
-)  # fmt: skip
 PIPELINES = ("one_f_one_b", "zb1p", "dualpipev", "dualpipe")
 MICROBATCHES = (4, 8, 32)
 BEFORE = 40.0  # seconds for a setting to end: none is begun later
-STEPS = 50  # of the loss curves
-DEADLINE = 12.0  # faults: seconds until a lost rank is named
-CURVE = 0.02  # the largest difference of two runs' losses in BF16, nats
-
-
-def corpus(out: Path, vocab: int) -> Path:
-    """A dataset of standard library files."""
-    folder = out / f"corpus-{vocab}"
-    files = match_files([str(Path(sysconfig.get_path("stdlib")) / "[a-d]*.py")])
-    build(files, BuildSpec(vocab_size=vocab, validation_fraction=0.3), folder)
-    return folder
-
-
-def checks(out: Path) -> list[Job]:
-    layouts = {f"{name} {overlap}": _pipeline(name, overlap) for name in SCHEDULES for overlap in ("on", "off")}
-    layouts |= {f"ep 2 {way}": _experts(way) for way in ("flat", "hierarchical", "nvlink", "auto")}
-    layouts["dp 2"] = ("parallel.dp=2", "parallel.schedule=one_f_one_b")
-    for dtype, words in {"bf16": ("run.dtype=bf16",), "fp8": ("run.dtype=bf16", "fp8.preset=deepseek_v3")}.items():
-        layouts[f"dualpipe {dtype}"] = (*_pipeline("dualpipe", "on"), *words, *WIDE)
-        for way in ("flat", "nvlink"):
-            layouts[f"ep 2 {way} {dtype}"] = (*_experts(way), *words, *WIDE)
-    verify = (*CLI, "verify", "tests/tiny.toml", "--device", "cuda", f"data.source={corpus(out, 320)}")
-    return [Job(name, (*verify, *words), 300, DEVIATING) for name, words in layouts.items()]
-
-
-def _pipeline(schedule: str, overlap: str) -> tuple[str, ...]:
-    chunks = 2 if schedule == "interleaved" else 1
-    return "parallel.pp=2", f"parallel.schedule={schedule}", f"parallel.chunks={chunks}", f"parallel.overlap={overlap}"
-
-
-def _experts(dispatcher: str) -> tuple[str, ...]:
-    return "parallel.ep=2", "parallel.schedule=dualpipev", f"comm.dispatcher={dispatcher}"
-
-
-def curves(out: Path) -> list[Job]:
-    """`dryvine train` in BF16 by one GPU and in three layouts of two."""
-    data = corpus(out, 320)
-    layouts = {"one": (), "pp": _pipeline("dualpipe", "on"), "ep": _experts("auto"), "dp": ("parallel.dp=2",)}
-    return [
-        Job(f"curve {name}", _train(out, f"curve_{name}", data, *words), 200, r"rror|warning|tokens/s")
-        for name, words in layouts.items()
-    ]
-
-
-def _train(out: Path, name: str, data: Path, *words: str) -> tuple[str, ...]:
-    run = (f"run.out={out}", f"run.name={name}", f"data.source={data}", f"run.steps={STEPS}", "run.device=cuda")
-    return (*CLI, "train", "tests/tiny.toml", *run, "run.dtype=bf16", "run.eval_every=1000", *WIDE, *words)
-
-
-def compare_curves(out: Path) -> list[Done]:
-    """A row a layout: the largest difference of its losses to one GPU's."""
-    losses = {
-        path.parent.name: [json.loads(line)["loss"] for line in path.read_text().splitlines()]
-        for path in out.glob("curve_*/metrics.jsonl")
-    }
-    alone = losses.pop("curve_one", [])
-    found = []
-    for name, curve in losses.items():
-        largest = max((abs(a - b) for a, b in zip(alone, curve, strict=False)), default=float("inf"))
-        fine = largest <= CURVE and len(curve) == len(alone) == STEPS
-        note = f"{len(curve)} steps, loss {curve[0]:.3f} to {curve[-1]:.3f}, at most {largest:.4f} from one GPU's"
-        found.append(Done(Job(name, (), 0, ""), "right" if fine else "WRONG", 0, [note]))
-    return found
-
 
 Settings = dict[str, tuple[tuple[str, ...], tuple[int, ...]]]  # name -> words, sequences in a step
 
@@ -204,47 +124,24 @@ def draw(found: Found, out: Path) -> None:
         timeline.write(out / "dualpipe.html", step)
 
 
-def part_checks(out: Path, at: float, console: Console) -> bool:
-    results = play([*checks(out), *curves(out)], AT_ONCE, at, out, console) + compare_curves(out)
-    console.print(table(results))
-    return all(done.outcome == "right" for done in results)
-
-
-def part_times(out: Path, at: float, console: Console) -> bool:
-    complete = True
-    for settings, tabulate in ((pipelines(), pipelines_table), (experts(), experts_table)):
-        found = measure(settings, out, at, console)
-        console.print(tabulate(found))
-        draw(found, out)
-        complete &= found.keys() == settings.keys()
-    return complete
-
-
-def part_faults(out: Path, at: float, console: Console) -> bool:
-    """Its jobs have deadlines of their own."""
-    run = faults.Run("cuda", DEADLINE, out)
-    found = faults.findings(run, ("ops", "resume"), together=3)
-    console.print(faults.table(found, run))
-    return all(finding.fine for finding in found)
-
-
-PARTS = {"checks": part_checks, "times": part_times, "faults": part_faults}
+PARTS = {"pipelines": (pipelines, pipelines_table), "experts": (experts, experts_table)}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--part", choices=PARTS, required=True)
-    parser.add_argument("--out", type=Path, default=Path("runs/two_gpus"), help="a folder for every job's whole output")
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--out", type=Path, default=Path("runs/two_gpus"), help="a folder for corpus and timeline")
     parser.add_argument("--deadline", type=float, default=530, help="seconds for everything")
     options = parser.parse_args()
-    if torch.cuda.device_count() < 2:
-        sys.exit(f"two_gpus.py: needs two CUDA devices, torch sees {torch.cuda.device_count()}")
     out, at = options.out.resolve(), time.monotonic() + options.deadline
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    console = Console(width=160)
-    console.print(f"2 x {torch.cuda.get_device_name()}, torch {torch.__version__}; whole output in {out}")
-    return 0 if PARTS[options.part](out, at, console) else 1
+    console, (settings, tabulate) = Console(width=160), PARTS[options.part]
+    console.print(f"2 x {torch.cuda.get_device_name()}, torch {torch.__version__}")
+    found = measure(settings(), out, at, console)
+    console.print(tabulate(found))
+    draw(found, out)
+    return 0 if found.keys() == settings().keys() else 1
 
 
 if __name__ == "__main__":

@@ -7,15 +7,13 @@ import json
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 
-from benchmarks import faults, one_gpu
+from benchmarks import faults
 from benchmarks.support import kernel_times
 from benchmarks.support.census import Census
 
@@ -125,34 +123,6 @@ def test_a_census_counts_what_is_kept_and_nothing_else() -> None:
     assert [size for size, _ in census.alive()] == [4000, 4000]
     del kept
     assert census.bytes == 0
-
-
-def test_one_gpu_tells_what_was_right_wrong_and_late(tmp_path: Path) -> None:
-    """By jobs that need no GPU. The late one has started a process of its own, which must not outlive it."""
-    child = "import subprocess; p = subprocess.Popen(['sleep', '60']); print('child', p.pid, flush=True); p.wait()"
-    jobs = [
-        one_gpu.Job("good", ("-c", "print('noise'); print('speed 5'); print('speed 7')"), 30, "speed"),
-        one_gpu.Job("bad", ("-c", "print('about to'); 1 / 0"), 30, "speed"),
-        one_gpu.Job("late", ("-c", child), 3, "child"),
-        one_gpu.Job("absent", ("-c", ""), 30, "", ("no-such-tool",)),
-    ]
-    found = {d.job.name: d for d in one_gpu.play(jobs, 9, time.monotonic() + 60, tmp_path, Console(quiet=True))}
-    assert {name: done.outcome for name, done in found.items()} == {
-        "good": "right", "bad": "exit 1", "late": "out of time", "absent": "not run",
-    }  # fmt: skip
-    assert found["good"].lines == ["speed 5", "speed 7"]
-    assert found["bad"].lines == ["ZeroDivisionError: division by zero"]
-    (line,) = found["late"].lines
-    state = Path(f"/proc/{line.split()[1]}/stat")
-    assert not state.exists() or state.read_text().split()[2] == "Z"
-    assert (tmp_path / "good.txt").read_text().startswith("noise")
-
-
-def test_every_job_on_one_gpu_names_files_that_exist() -> None:
-    jobs = [*one_gpu.checks(Path("out")), *one_gpu.TIMES]
-    for job in jobs:
-        assert all((one_gpu.ROOT / word).exists() for word in job.words if re.search(r"\.(py|toml)$", word)), job.name
-    assert len({job.name for job in jobs}) == len(jobs)
 
 
 @pytest.mark.long

@@ -244,6 +244,11 @@ def _conflict(config: Config) -> str | None:
             f"data.mask = 'document' has no kernel for heads of nope_dim + rope_dim = {m.qk_dim} elements; "
             f"lower them to {WIDEST_HEAD} in all, or set data.mask = 'none'"
         )
+    if "transposes" in m.recompute and not config.fp8.fp8:
+        return (
+            f"model.recompute: 'transposes' are of FP8 weights, of which fp8.linear = {config.fp8.linear!r} has none; "
+            f"set model.recompute = {[what for what in m.recompute if what != 'transposes']}"
+        )
     return _too_long(m, config.data.seq_len) or _no_path(config)
 
 

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.host import CONFIG, NUMERICS
-from benchmarks.two_gpus import corpus
+from benchmarks.support.corpus import corpus
 from dryvine.comm import local
 from dryvine.comm.dispatch.windows import Windows
 from dryvine.parallel.executor import Executor

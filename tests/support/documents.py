@@ -1,4 +1,4 @@
-"""Datasets of documents of a few tokens each."""
+"""Documents of a few tokens each: packed into sequences, and as datasets."""
 
 from __future__ import annotations
 
@@ -7,7 +7,22 @@ from pathlib import Path
 
 import numpy as np
 
+from dryvine.trainer.model.documents import Documents, documents_of, same_document
 from tests.trainer.test_data_order import write_dataset
+
+LENGTHS = ((5, 1, 9, 3, 6), (24,), (1,) * 4 + (20,), (13, 11))  # of the documents of a sequence of 24 tokens
+
+
+def numbers_of(*sequences: tuple[int, ...], extra: int) -> np.ndarray:
+    """Document numbers of sequences made of documents of these lengths; the last goes on."""
+    rows = [np.repeat(np.arange(len(lengths)), lengths) for lengths in sequences]
+    return np.stack([np.append(row, [row[-1]] * extra) for row in rows])
+
+
+def plain_documents(*sequences: tuple[int, ...], depth: int = 0, device: str = "cpu") -> Documents:
+    numbers = numbers_of(*sequences, extra=1 + depth)
+    inside = [same_document(numbers, ahead, 1 + depth) for ahead in range(1, 2 + depth)]
+    return documents_of(numbers, [same.astype(np.float32) for same in inside], device)
 
 
 def short_documents(folder: Path) -> Path:

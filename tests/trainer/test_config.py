@@ -51,6 +51,7 @@ WRONG = {
     "data.seq_len=33": ("data.seq_len = 33 is more than model.max_position = 32", "set data.seq_len = 32 or less"),
     "model.max_position=31": ("data.seq_len = 32", "model.max_position = 31", "raise model.max_position"),
     "model.yarn={ factor = 1.5, original = 16 }": ("max_position = 32", "factor = 24", "raise model.yarn.factor"),
+    "model.recompute=['norm', 'transposes']": ("fp8.linear = 'bf16' has none", "model.recompute = ['norm']"),
     "parallel.pp=10": ("at least 10 blocks", "fewer pipeline ranks"),
     "nonsense": ("'nonsense'", "table.key=value"),
     "comm.dispatcher=flatt": ("comm.dispatcher", "flat"),

@@ -2,51 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import varlen as torch_varlen
 
 from dryvine.parallel.stage import Flight
-from dryvine.trainer import verify
-from dryvine.trainer.batches import read_batch
-from dryvine.trainer.config import Config, ConfigError
-from dryvine.trainer.data.packed_tokens import PackedTokens
-from dryvine.trainer.data.source import TokenSource
-from dryvine.trainer.model import varlen
 from dryvine.trainer.model.decoder import Model
-from dryvine.trainer.model.documents import ALONE, Documents, documents_of, same_document
+from dryvine.trainer.model.documents import ALONE, Documents, documents_of
 from dryvine.trainer.model.layer import Layer
 from dryvine.trainer.model.shape import Shape, Yarn
-from dryvine.trainer.step import evaluate
-from tests.support.documents import short_documents
+from tests.support.documents import LENGTHS, plain_documents
 from tests.support.model import filled, run_backward, run_forward, tiny, whole
-from tests.support.rig import rig_of
-from tests.trainer.test_data_order import write_dataset
-
-Tiny = Callable[..., Config]
-LENGTHS = ((5, 1, 9, 3, 6), (24,), (1,) * 4 + (20,), (13, 11))  # of the documents of a sequence of 24 tokens
-
-
-def numbers_of(*sequences: tuple[int, ...], extra: int) -> np.ndarray:
-    """Document numbers of sequences made of documents of these lengths; the last goes on."""
-    rows = [np.repeat(np.arange(len(lengths)), lengths) for lengths in sequences]
-    return np.stack([np.append(row, [row[-1]] * extra) for row in rows])
-
-
-def plain_documents(*sequences: tuple[int, ...], depth: int = 0, device: str = "cpu") -> Documents:
-    numbers = numbers_of(*sequences, extra=1 + depth)
-    inside = [same_document(numbers, ahead, 1 + depth) for ahead in range(1, 2 + depth)]
-    return documents_of(numbers, [same.astype(np.float32) for same in inside], device)
 
 
 def test_positions_restart_and_targets_stay_inside() -> None:
@@ -229,191 +198,3 @@ def test_documents_that_share_their_beginning_are_computed_as_if_each_had_its_ow
         assert theirs is not None
         assert (ours - theirs).norm() < bound * theirs.norm()
     assert documents.positions.tolist() == [0, 1, 2, 3, 4, 3, 4, 5, 0, 0, 1, 0, 1, 2, 3, 4, 3, 0]
-
-
-# -- what the kernel is given
-
-
-def test_heads_are_padded_to_what_the_kernel_takes() -> None:
-    q, k, v = (torch.randn(7, 2, width) for width in (12, 12, 8))
-    heads = varlen.pad_heads(q, k, v)
-    assert [t.shape[-1] for t in heads] == [16, 16, 16]
-    assert torch.equal(heads[2][..., :8], v)
-    assert not heads[2][..., 8:].any()
-    wide = torch.randn(7, 2, 192)
-    assert varlen.pad_heads(wide, wide, torch.randn(7, 2, 128))[0] is wide
-
-
-def test_on_a_gpu_one_kernel_gets_all_documents() -> None:
-    """Against a stand-in with the signature of torch's, on fake tensors: shapes, bounds, window and scale."""
-    given = {}
-
-    def record(*args: object, **named: object) -> Tensor:
-        given.update(inspect.signature(torch_varlen_attn).bind(*args, **named).arguments)
-        return torch.empty_like(given["query"])
-
-    torch_varlen_attn = torch_varlen.varlen_attn
-    documents = plain_documents(*LENGTHS)
-    with FakeTensorMode(), mock.patch.object(torch_varlen, "varlen_attn", record):
-        q, k, v = (torch.empty(96, 2, 16, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-        out = varlen.attend_documents(q, k, v, documents, 0.3)
-    assert (out.shape, out.dtype) == ((96, 2, 16), torch.bfloat16)
-    assert given["cu_seq_q"] is given["cu_seq_k"] is documents.bounds
-    assert given["cu_seq_q"].dtype == torch.int32
-    assert (given["max_q"], given["max_k"], given["scale"], given["window_size"]) == (24, 24, 0.3, (-1, 0))
-
-
-def _alone(q_LAD: Tensor, k_LAD: Tensor, v_LAD: Tensor, scale: float) -> Tensor:
-    """Attention over one document."""
-    q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (q_LAD, k_LAD, v_LAD))
-    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-    return out.squeeze(0).transpose(0, 1)
-
-
-class Saving(torch.autograd.Function):
-    """The kernel's place on a CPU: saves its inputs and output as torch's does, and computes each document anew."""
-
-    @staticmethod
-    def forward(ctx, bounds, scale, *heads):  # type: ignore[no-untyped-def]
-        with torch.enable_grad():
-            leaves = [t.detach().requires_grad_() for t in heads]
-            lengths = bounds.diff().tolist()
-            parts = zip(*(t.split(lengths) for t in leaves), strict=True)
-            out = torch.cat([_alone(*part, scale) for part in parts])
-        ctx.save_for_backward(*heads, out.detach())
-        ctx.bounds, ctx.scale = bounds, scale
-        return out.detach()
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        with torch.enable_grad():
-            leaves = [t.detach().requires_grad_() for t in ctx.saved_tensors[:3]]
-            parts = zip(*(t.split(ctx.bounds.diff().tolist()) for t in leaves), strict=True)
-            out = torch.cat([_alone(*part, ctx.scale) for part in parts])
-            return None, None, *torch.autograd.grad(out, leaves, grad)
-
-
-def test_recompute_keeps_nothing_of_what_the_kernel_saves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel saves exactly the tensors that are made again, so they are known and dropped; and padded ones too."""
-    monkeypatch.setattr(varlen, "_on_flash", lambda q: True)
-    stand_in = lambda q, k, v, bounds, *_, scale, **__: Saving.apply(bounds, scale, q, k, v)  # noqa: E731
-    monkeypatch.setattr(torch_varlen, "varlen_attn", stand_in)
-    grads, kept = {}, {}
-    for recompute in ((), ("mla_up",)):
-        layer = filled(tiny(recompute=recompute)).root["layers"]["0"]
-        x = torch.randn(96, 32, generator=torch.Generator().manual_seed(0), requires_grad=True)
-        out = layer.attend(x, 4, plain_documents(*LENGTHS))
-        core = next(node for node in nodes(out.grad_fn) if "Saving" in type(node).__name__)
-        kept[recompute] = [isinstance(raw, int) for raw in raw_saved(core)]
-        out.sum().backward()
-        grads[recompute] = x.grad
-    assert kept[()] == [False] * 4
-    assert kept["mla_up",] == [True, True, True, False]
-    assert torch.equal(grads[()], grads["mla_up",])
-
-
-def nodes(node: Any) -> Iterator[Any]:
-    yield node
-    for after, _ in node.next_functions:
-        if after is not None:
-            yield from nodes(after)
-
-
-def raw_saved(node: Any) -> list[object]:
-    """What the hooks made of the saved tensors: numbers for those to be made again."""
-    return [saved.data if isinstance(saved.data, int) else saved for saved in node._raw_saved_tensors]
-
-
-# -- where documents are
-
-
-def test_windows_know_their_documents_across_shards(tmp_path: Path) -> None:
-    write_dataset(tmp_path, [33, 40, 51])  # a document each
-    packed = PackedTokens(tmp_path, "train")
-    for start in range(0, 124, 5):
-        for stop in (start + 1, min(start + 34, 124), 124):
-            expected = [end for end in (33, 73, 124) if start < end < stop]
-            assert packed.ends_between(start, stop).tolist() == expected
-    source = TokenSource(tmp_path, "train", seq_len=10, extra=2, seed=5)
-    numbers = source.documents(0, source.windows)
-    owner = np.repeat([0, 1, 2], [33, 40, 51])
-    for row, number in zip(numbers, range(source.windows), strict=True):
-        start = source.order.window(number) * 10
-        np.testing.assert_array_equal(row, owner[start : start + 12] - owner[start])
-
-
-def test_a_real_corpus_ends_its_documents_where_its_end_tokens_are(corpus: Path) -> None:
-    source = TokenSource(corpus, "train", seq_len=64, extra=2, seed=1)
-    tokens, numbers = source.sequences(0, 200), source.documents(0, 200)
-    ends = tokens[:, :-1] == source.packed.dataset.end_token
-    np.testing.assert_array_equal(np.diff(numbers, axis=1) == 1, ends)
-
-
-# -- a run
-
-MASKED = ("data.mask=document", "batch.sequences=16")
-
-
-@pytest.mark.parametrize(
-    "layout",
-    [
-        pytest.param(("parallel.pp=2", "parallel.schedule=dualpipe"), id="pp2", marks=pytest.mark.long),
-        pytest.param(("parallel.dp=2", "parallel.schedule=dualpipev"), id="dp2", marks=pytest.mark.long),
-        pytest.param(
-            ("parallel.ep=2", "parallel.microbatch_sequences=2", 'model.recompute=["norm", "mla_up", "swiglu"]'),
-            id="ep2",
-        ),
-    ],
-)
-def test_a_masked_run_trains_like_one_process(short: Tiny, layout: tuple[str, ...]) -> None:
-    found = verify.compare(short(*MASKED, "model.layers=3", "batch.sequences=8", *layout))
-    assert not [d for d in found if not d.fine]
-
-
-@pytest.mark.long
-@pytest.mark.parametrize(
-    "layout",
-    [
-        ("parallel.pp=2", "parallel.ep=2", "parallel.schedule=dualpipe"),
-        ("parallel.pp=2", "parallel.ep=2", "parallel.schedule=dualpipe", 'model.recompute=["layer"]'),
-        ("parallel.pp=2", "parallel.dp=2", "parallel.schedule=dualpipev"),
-        ("parallel.pp=2", "parallel.dp=2", "parallel.schedule=zbv"),
-        ("parallel.pp=2", "parallel.schedule=zb1p", "parallel.microbatch_sequences=2", 'model.recompute=["layer"]'),
-        ("parallel.pp=4", "parallel.schedule=one_f_one_b"),
-        ("parallel.pp=2", "parallel.chunks=2", "parallel.schedule=interleaved"),
-        ("parallel.dp=2", "parallel.ep=2", "parallel.schedule=gpipe"),
-    ],
-    ids=lambda layout: " ".join(key.partition(".")[2] for key in layout),
-)
-def test_a_masked_run_trains_like_one_process_in_combined_layouts(short: Tiny, layout: tuple[str, ...]) -> None:
-    found = verify.compare(short(*MASKED, *layout))
-    assert not [d for d in found if not d.fine]
-
-
-@pytest.fixture
-def short(tiny: Tiny, tmp_path: Path) -> Tiny:
-    """The tiny config on documents of a few tokens each."""
-    folder = short_documents(tmp_path / "short")
-    return lambda *overrides: tiny(f'data.source="{folder}"', *overrides)
-
-
-def test_the_loss_is_the_mean_over_targets_inside_documents_whatever_the_microbatch(short: Tiny) -> None:
-    """Microbatches with few such targets count for less."""
-    losses = [evaluate(rig_of(short(*MASKED, f"parallel.microbatch_sequences={size}"))).loss for size in (1, 4, 16)]
-    assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
-    assert evaluate(rig_of(short())).loss != pytest.approx(losses[0], rel=1e-4)
-
-
-def test_weights_of_a_step_make_a_mean(short: Tiny) -> None:
-    rig = rig_of(short(*MASKED, "parallel.microbatch_sequences=2"))
-    batch = read_batch(rig, rig.data.train, 0, 16)
-    for depth in (0, 1):
-        weights = torch.stack([d.weights[depth] for d in batch.documents])  # type: ignore[union-attr, attr-defined]
-        assert float(weights.mean()) == pytest.approx(1, rel=1e-6)
-        assert len(weights.unique()) == 2
-        assert 0.5 < float((weights > 0).float().mean()) < 0.95
-
-
-def test_a_head_wider_than_the_kernel_is_refused(tiny: Tiny) -> None:
-    with pytest.raises(ConfigError, match=r"no kernel for heads of nope_dim \+ rope_dim = 260"):
-        tiny("data.mask=document", "model.nope_dim=256")

@@ -1,0 +1,260 @@
+"""`benchmarks.on_gpus` without a GPU: jobs of its own kind are played, and the command line of every job is right."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import re
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch.distributed import run as torchrun
+
+from benchmarks import host, on_gpus, planner_gpu, step_variants, two_gpus
+from benchmarks.overlap import graphed
+from benchmarks.support import gpu_jobs
+from benchmarks.support.jobs import ROOT, SLOTS, TOO_LATE, Job, Lanes, Session, forecast
+from dryvine.comm import local
+from dryvine.trainer.config import Config, load
+from dryvine.trainer.run_plan import make_plan
+
+OUT = Path("/out")
+EVERY = [job for part in gpu_jobs.PARTS.values() for job in part(OUT)]
+Tiny = Callable[..., Config]
+
+
+def played(jobs: list[Job], out: Path, gpus: list[str], seconds: float = 60) -> Session:
+    session = Session(gpus, time.monotonic() + seconds, out, out / "all.zip", Console(quiet=True))
+    session.play(jobs)
+    return session
+
+
+def alive(pid: str) -> bool:
+    state = Path(f"/proc/{pid}/stat")
+    return state.exists() and state.read_text().split()[2] != "Z"
+
+
+class Impatient(Job):
+    limit = 3.0  # type: ignore[assignment]
+
+
+# ---- playing
+
+
+def test_what_was_right_wrong_and_late_is_told_and_nothing_outlives_its_job(tmp_path: Path) -> None:
+    """The hanging one has started a process in a session of its own, as torchrun starts its ranks, and another whose
+    parent is gone."""
+    start = """
+import subprocess, sys, time
+print("child", subprocess.Popen(["sleep", "60"], start_new_session=True).pid, flush=True)
+"""
+    hangs = f"""{start}
+subprocess.run([sys.executable, "-c", {start!r}])
+time.sleep(60)
+"""
+    jobs = [
+        Job("good", ("-c", "print('noise'); print('speed 5'); print('speed 7')"), 9, "speed"),
+        Job("bad", ("-c", "print('about to'); 1 / 0"), 9, "speed"),
+        Job("bad by itself", ("-c", "print('speed 5'); print('row 3 DIFFERS')"), 9, "speed", wrong="DIFFERS"),
+        Impatient("hangs", ("-c", hangs), 1, "child"),
+        Job("killed", ("-c", "import os; print('last words', flush=True); os.kill(os.getpid(), 9)"), 9, "words"),
+        Job("absent", ("-c", ""), 9, "", under=("no-such-tool",)),
+        Job("too late", ("-c", ""), 900, ""),
+    ]
+    session = played(jobs, tmp_path, ["0", "1"])
+    found = {done.job.name: done for done in session.results}
+    assert {name: done.outcome for name, done in found.items()} == {
+        "good": "right", "bad": "exit 1", "bad by itself": "WRONG", "hangs": "out of time",
+        "killed": "killed by signal 9", "absent": "not run", "too late": TOO_LATE,
+    }  # fmt: skip
+    assert found["good"].lines == ["speed 5", "speed 7"]
+    assert found["bad"].lines == ["ZeroDivisionError: division by zero"]
+    assert found["bad by itself"].lines[-1] == "row 3 DIFFERS"
+    children = [line.split()[1] for line in found["hangs"].lines]
+    assert len(children) == 2
+    assert not [pid for pid in children if alive(pid)]
+    with zipfile.ZipFile(tmp_path / "all.zip") as archive:
+        assert archive.testzip() is None
+        assert sorted(archive.namelist()) == ["bad.txt", "bad_by_itself.txt", "good.txt", "hangs.txt", "killed.txt"]
+        assert archive.read("good.txt").startswith(b"noise")
+
+
+def test_at_the_end_of_all_time_what_runs_is_ended_and_kept(tmp_path: Path) -> None:
+    words = "import time; print('half', flush=True); time.sleep(60)"
+    (done,) = played([Job("long", ("-c", words), 1, "half")], tmp_path, ["0"], seconds=3).results
+    assert (done.outcome, done.lines) == ("out of time", ["half"])
+    assert done.seconds < 20
+
+
+def test_jobs_see_their_own_gpus_and_what_is_timed_has_them_alone(tmp_path: Path) -> None:
+    """By what each says of its GPUs and its time: one of two GPUs, two that are timed, four that share one."""
+    say = "import os, time; print(os.environ['CUDA_VISIBLE_DEVICES'], time.time()); time.sleep(0.5); print(time.time())"
+    asked = [(2, SLOTS)] + [(1, SLOTS)] * 2 + [(1, 2)] * 4
+    jobs = [Job(f"j{n}", ("-c", say), 5, "", gpus, slots) for n, (gpus, slots) in enumerate(asked)]
+    played(jobs, tmp_path, ["2", "5"])
+    said = [(tmp_path / f"j{n}.txt").read_text().split() for n in range(len(asked))]
+    spans = [(set(gpus.split(",")), float(begin), float(end)) for gpus, begin, end in said]
+    assert [len(gpus) for gpus, *_ in spans] == [gpus for gpus, _ in asked]
+    assert set.union(*(gpus for gpus, *_ in spans)) == {"2", "5"}
+    for n, (gpus, begin, end) in enumerate(spans[:3]):
+        others = [span for m, span in enumerate(spans) if m != n and span[0] & gpus]
+        assert all(e <= begin or b >= end for _, b, e in others)
+    shared = spans[3:]
+    assert any(a[0] & b[0] and a[1] < b[2] and b[1] < a[2] for a in shared for b in shared if a is not b)
+
+
+def test_a_job_of_several_gpus_is_not_overtaken_forever() -> None:
+    """Lanes are neighbours, and a job that finds no room holds back those behind it."""
+    one, two = Job("one", (), 10, ""), Job("two", (), 10, "", gpus=2)
+    lanes = Lanes("0123")
+    assert lanes.take(one) == ("0",)
+    assert lanes.take(two) == ("2", "3")
+    assert lanes.take(two) is None
+    lanes.give(one, ("0",))
+    assert lanes.take(two) == ("0", "1")
+    assert forecast([two, one, one, one], "01") == 30
+    assert forecast([one, two, one, one], "01") == 30
+    assert forecast([Job("check", (), 10, "", slots=2)] * 9, "01") == 20
+
+
+def test_the_whole_command_with_a_table_and_what_was_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def few(out: Path) -> list[Job]:
+        write = f"open({str(out / 'good.json')!r}, 'w').write('1'); print('fine')"
+        wide = Job("wide", ("-c", ""), 1, "", gpus=2)
+        return [Job("good", ("-c", write), 1, "fine"), Job("late", ("-c", ""), 99, ""), wide]
+
+    monkeypatch.setitem(gpu_jobs.PARTS, "checks", few)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H100")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    words = ["--part", "checks", "--deadline", "30", "--out", str(tmp_path / "found")]
+    monkeypatch.setattr(sys, "argv", ["on_gpus", *words])
+    assert on_gpus.main() == 1
+    said = capsys.readouterr().out
+    assert "for more GPUs: wide" in said
+    assert "for another time: --only 'late'" in said
+    with zipfile.ZipFile(tmp_path / "found.zip") as archive:
+        assert sorted(archive.namelist()) == ["good.json", "good.txt", "table.txt"]
+        assert "fine" in archive.read("table.txt").decode()
+
+
+# ---- command lines
+
+
+class Parsed(Exception):
+    """The module has taken its command line."""
+
+
+@pytest.fixture
+def only_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    parse = argparse.ArgumentParser.parse_known_args
+
+    def parsed(self: argparse.ArgumentParser, args: Any = None, namespace: Any = None) -> Any:
+        _, rest = parse(self, args, namespace)
+        raise Parsed if not rest else AssertionError(f"unknown: {rest}")
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parsed)
+
+
+BENCHMARKS = {
+    job.name: (word, job.words[at + 1 :])
+    for job in EVERY
+    for at, word in enumerate(job.words)
+    if word.startswith("benchmarks.")
+}
+
+
+@pytest.mark.usefixtures("only_parsed")
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_every_benchmark_takes_its_words(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, words = BENCHMARKS[name]
+    monkeypatch.setattr(sys, "argv", [module, *words])
+    main = importlib.import_module(module).main
+    if name == "dispatch alone":  # it reads no words
+        assert not words
+        return
+    with pytest.raises(Parsed):
+        main()
+
+
+def test_torchrun_takes_its_words() -> None:
+    found = [torchrun.parse_args(job.words[2:]) for job in EVERY if "torch.distributed.run" in job.words]
+    assert [args.nproc_per_node for args in found] == ["2", "2", "4", "4"]
+    assert all(args.standalone and args.module for args in found)
+
+
+def test_every_layout_is_a_config(corpus: Path) -> None:
+    count = 0
+    for job in EVERY:
+        if "tests/tiny.toml" in job.words:
+            words = [re.sub("^data.source=.*", f"data.source={corpus}", word) for word in job.words if "=" in word]
+            assert make_plan(load(ROOT / "tests/tiny.toml", words)).config.parallel.world in (job.gpus, 1)
+            count += 1
+    assert count > 30
+
+
+def test_every_file_is_there_and_every_name_its_own() -> None:
+    for job in EVERY:
+        assert all((ROOT / word).exists() for word in job.words if re.search(r"^\w.*\.(py|toml)$", word)), job.name
+    assert len({job.slug for job in EVERY}) == len(EVERY)
+
+
+@pytest.fixture
+def no_ranks(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> list[Config]:
+    """The configs of which ranks would have been started; each start fails, but of `host` and `graphed`."""
+    configs: list[Config] = []
+
+    def run(fn: Callable[..., Any], world: int, *args: Any, deadline: float, device: str) -> list[Any]:
+        config = getattr(args[0], "config", args[0])
+        assert world == config.parallel.world
+        configs.append(config)
+        made = {
+            host.measure: host.Measured(1.0, 1.0, 0.0, 1.0, 1, 1, 1, 1, 1, 1, 1.0, 1.0, 1, "bits", {}, "H100"),
+            graphed.measure: {way: [1.0] for way in graphed.WAYS},
+        }
+        if fn not in made:
+            raise local.RankFailed("none was started")
+        return [made[fn]] * world
+
+    monkeypatch.setattr(local, "run", run)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H100")
+    for module in (host, graphed, planner_gpu):
+        monkeypatch.setattr(module, "corpus", lambda out, vocab: corpus)
+    for module in (two_gpus, step_variants):
+        monkeypatch.setattr(module, "corpus", lambda *_: corpus)
+    return configs
+
+
+@pytest.mark.parametrize(
+    ("name", "starts"),
+    [("host", 4), ("host, ep 2", 2), ("host, ep 4", 2), ("overlap with graphs", 2), ("planner, one GPU", 4),
+     ("planner, two GPUs", 5), ("step variants", 3), ("offload", 2), ("pipelines", 5), ("experts", 14)],
+)  # fmt: skip
+def test_every_benchmark_of_steps_gets_as_far_as_its_ranks(
+    name: str, starts: int, tmp_path: Path, no_ranks: list[Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (job,) = (job for part in gpu_jobs.PARTS.values() for job in part(tmp_path) if job.name == name)
+    module, words = job.words[1], job.words[2:]
+    monkeypatch.setattr(sys, "argv", [module, *words])
+    importlib.import_module(module).main()
+    assert len(no_ranks) == starts
+    assert {config.parallel.world for config in no_ranks} <= {1, job.gpus}
+    assert all(config.run.device == "cuda" for config in no_ranks)
+
+
+@pytest.mark.long
+def test_every_job_of_pytest_selects_tests() -> None:
+    for job in EVERY:
+        if "pytest" in job.words:
+            words = [sys.executable, *job.words, "--collect-only"]
+            done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=100, check=False)
+            assert done.returncode == 0, f"{job.name}: {done.stdout}"
