@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, TypeAlias
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, PositiveInt
 
 LinkClass: TypeAlias = Literal["self", "intra", "inter"]  # within a rank, inside a node, between nodes
 
@@ -33,10 +33,10 @@ NVLINK_H800 = Link("NVLink", 160.0)
 INFINIBAND = Link("InfiniBand", 50.0)
 
 
-class TopologyConfig(BaseModel, frozen=True, extra="forbid"):
+class TopologyConfig(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     """`[comm.topology]`: empty fields are detected."""
 
-    nodes: tuple[int, ...] = Field(default=(), description="ranks on each node, e.g. [8, 8]; empty: found")
+    nodes: tuple[PositiveInt, ...] = Field(default=(), description="ranks on each node, e.g. [8, 8]; empty: found")
     intra: str = Field(default="", description="kind of link inside a node; empty: found")
     inter: str = Field(default="", description="kind of link between nodes; empty: found")
     intra_gigabytes: float = Field(default=0.0, ge=0, description="GB/s a rank has inside its node; 0: by kind")

@@ -23,6 +23,8 @@ import typer
 
 from dryvine.comm.host import available_memory
 from dryvine.comm.topology import Topology, TopologyConfig, discover
+from dryvine.launch.options import numbers
+from dryvine.trainer.data.atomic import CannotWrite
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -86,7 +88,8 @@ def comm(
 
     shape = CommShape(hidden, experts, top_k, rounds)
     tokens = tokens or ("256,1024,4096" if "RANK" in os.environ else "256,1024")
-    cases = [Case(b, int(t), d) for d in dtypes.split(",") for t in tokens.split(",") for b in backends.split(",")]
+    sizes = numbers("--tokens", tokens, "tokens a rank")
+    cases = [Case(b, t, d) for d in dtypes.split(",") for t in sizes for b in backends.split(",")]
     figures, topology = _under_torchrun(shape, cases) if "RANK" in os.environ else _here(shape, cases, nodes)
     if int(os.environ.get("RANK", 0)) == 0:
         Console(highlight=False).print(times(figures), rates(figures, topology))
@@ -99,7 +102,7 @@ def _here(shape: CommShape, cases: list[Case], nodes: str) -> tuple[list[CommFig
     from dryvine.comm.local import run
 
     os.environ.update(MALLOC)
-    config = TopologyConfig(nodes=tuple(map(int, nodes.split(","))), inter="loopback")
+    config = TopologyConfig(nodes=numbers("--nodes", nodes, "the ranks on each node"), inter="loopback")
     topology = discover(sum(config.nodes), config, {})
     _check_memory(topology.ranks, shape, max(case.tokens for case in cases))
     return run(measure, topology.ranks, topology, shape, cases, deadline=3600)[0], topology
@@ -273,4 +276,5 @@ def plot(figures: list[CommFigure], topology: Topology, out: Path) -> None:
     right.set(xlabel="tokens per rank", ylabel="between nodes, GB/s per rank", xscale="log", yscale="log")
     for axes in (left, right):
         axes.legend()
-    canvas.savefig(out)
+    with CannotWrite.naming(out):
+        canvas.savefig(out)

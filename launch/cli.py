@@ -25,11 +25,14 @@ from dryvine.launch.data_peek_cli import peek
 from dryvine.launch.data_quality_cli import dedup, stats
 from dryvine.launch.demos_cli import demos
 from dryvine.launch.doctor import doctor
+from dryvine.launch.options import ConfigFile, Overrides, Restarts
 from dryvine.launch.plan_cli import HardwareName, machine_of, plan, profile
 from dryvine.launch.report_cli import report, watch
 from dryvine.launch.schedule_cli import schedule
 from dryvine.launch.start import start
 from dryvine.launch.verifier_cli import check_verifier
+from dryvine.trainer.config import ConfigError
+from dryvine.trainer.data.atomic import CannotWrite
 from dryvine.trainer.say import say
 
 app = typer.Typer(
@@ -63,8 +66,6 @@ app.command()(prune_cli.prune)
 app.command()(check_verifier)
 app.command("import")(hand_off_cli.import_)
 
-ConfigFile = Annotated[Path, typer.Argument(help="a TOML file, see configs/", show_default=False)]
-Overrides = Annotated[list[str] | None, typer.Argument(help="table.key=value ...", show_default=False)]
 OneGpu = Annotated[bool, typer.Option("--one-gpu", help="shrink any config to one rank, for a debugger")]
 
 
@@ -72,9 +73,7 @@ OneGpu = Annotated[bool, typer.Option("--one-gpu", help="shrink any config to on
 def train(
     config: ConfigFile,
     overrides: Overrides = None,
-    max_restarts: Annotated[
-        int, typer.Option(min=0, help="Start again so often what fails, from its newest save.")
-    ] = 0,
+    max_restarts: Restarts = 0,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check, simulate and size everything; train nothing.")
     ] = False,
@@ -84,6 +83,8 @@ def train(
 ) -> None:
     """Train on this machine: in this process if the layout has one rank and is not to be started again, else in one
     process per rank. Exit code 0: finished; 1: a fault; 2: refused; 3: diverged; 75: stopped by a signal and saved."""
+    if (rank or hardware) and not dry_run:
+        raise ConfigError("--rank and --hardware are for --dry-run: add it, or leave them out")
     if one_gpu:
         config, overrides = _one_gpu(config, overrides or ()), None
     from dryvine.trainer.run_plan import load_plan
@@ -124,7 +125,8 @@ CommandLineError: type[typer.BadParameter] = typer.BadParameter.__mro__[2]  # cl
 
 
 def main() -> None:
-    """Run the app. A user error prints one line on stderr and exits with 2, without a traceback."""
+    """Run the app. A user error prints one line on stderr and exits with 2, a file that cannot be written with 1,
+    without a traceback."""
     try:
         sys.exit(app(standalone_mode=False))
     except CommandLineError as error:
@@ -132,6 +134,9 @@ def main() -> None:
             say(f"{message}; see --help")
     except typer.Abort:
         sys.exit(130)
+    except CannotWrite as error:
+        say(error)
+        sys.exit(1)
     except ValueError as error:
         if type(error) is ValueError:
             raise

@@ -14,16 +14,18 @@ from dryvine.comm.nvml import Hardware, nics, probe, refined
 from dryvine.comm.topology import GroupLimit, Topology, TopologyConfig, discover, mismatch, spans
 from dryvine.launch.health import gpus, host
 from dryvine.launch.health.finding import Finding
+from dryvine.launch.options import numbers
+from dryvine.trainer.config import ConfigError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-World = Annotated[int, typer.Option(help="ranks of the run; 0: WORLD_SIZE, SLURM_NTASKS or 1")]
+World = Annotated[int, typer.Option(min=0, help="ranks of the run; 0: WORLD_SIZE, SLURM_NTASKS or 1")]
 Nodes = Annotated[str, typer.Option(help="ranks on each node, e.g. 8,8; empty: found")]
-Experts = Annotated[int, typer.Option(help="routed experts, to judge the dispatcher")]
-TopK = Annotated[int, typer.Option(help="experts a token uses")]
+Experts = Annotated[int, typer.Option(min=1, help="routed experts, to judge the dispatcher")]
+TopK = Annotated[int, typer.Option(min=1, help="experts a token uses")]
 Groups = Annotated[str, typer.Option(help="node-limited routing as groups:limit, e.g. 8:4; empty: none")]
-Hidden = Annotated[int, typer.Option(help="width of a token, for bytes (BF16)")]
+Hidden = Annotated[int, typer.Option(min=1, help="width of a token, for bytes (BF16)")]
 BeforeRun = Annotated[Path | None, typer.Option(help="fail unless this node, and all that srun starts, can run CONFIG")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="of --before-run: table.key=value ...", show_default=False)]
 
@@ -48,10 +50,14 @@ def doctor(
 
     from dryvine.comm.dispatch.choose import pick
 
+    if overrides:
+        raise ConfigError(f"{overrides[0]}: overrides are of --before-run CONFIG: add it, or leave them out")
+    if top_k > experts:
+        raise ConfigError(f"--top-k {top_k}: a token has {experts} experts to choose from; see --experts")
+    sizes = numbers("--nodes", nodes, "the ranks on each node") if nodes else ()
+    limit = _group_limit(groups, experts) if groups else None
     console, hardware = Console(highlight=False), probe()
-    count = world or int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
-    config = TopologyConfig(nodes=tuple(int(n) for n in nodes.split(",") if n))
-    topology = refined(discover(sum(config.nodes) or count, config, os.environ), hardware)
+    topology = refined(_topology(sizes, world), hardware)
     console.print(f"{topology.ranks} ranks on {len(topology.nodes)} nodes; found by {topology.source}")
     console.print(table(topology))
     console.print(picture(topology))
@@ -60,13 +66,40 @@ def doctor(
         console.print(f"dispatcher: none; {experts} experts do not divide over {topology.ranks} ranks")
     else:
         console.print("dispatcher: {} ({})".format(*pick(topology, top_k, experts, graphs=True)))
-    if groups:
-        limit = GroupLimit(*map(int, groups.split(":")))
-        console.print(mismatch(topology, experts, limit, hidden * 2) or "routing groups fit nodes")
+        if limit:
+            console.print(mismatch(topology, experts, limit, hidden * 2) or "routing groups fit nodes")
     for line in _warnings(topology, os.environ.get("GLOO_SOCKET_IFNAME", "")):
         console.print(f"warning: {line}")
     for finding in _health(topology.ranks):
         console.print(str(finding), markup=False, soft_wrap=True)
+
+
+def _topology(sizes: tuple[int, ...], world: int) -> Topology:
+    """Of `sizes` ranks on each node if they are given, else of `world` ranks, else as the launcher's variables say.
+    Raises ConfigError."""
+    count = sum(sizes) or world or _variable("WORLD_SIZE", 0) or _variable("SLURM_NTASKS", 1)
+    try:
+        return discover(count, TopologyConfig(nodes=sizes), os.environ)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _variable(name: str, otherwise: int) -> int:
+    """A number in the environment. Raises ConfigError."""
+    text = os.environ.get(name) or str(otherwise)
+    if not text.isdecimal():
+        raise ConfigError(f"{name} = {text!r} in the environment is no number: unset it")
+    return int(text)
+
+
+def _group_limit(text: str, experts: int) -> GroupLimit:
+    """Of groups:limit. Raises ConfigError."""
+    parts = text.split(":")
+    if len(parts) == 2 and all(part.isdecimal() for part in parts):
+        found = GroupLimit(*map(int, parts))
+        if 1 <= found.limit <= found.groups and experts % found.groups == 0:
+            return found
+    raise ConfigError(f"--groups {text}: write groups:limit, such as 8:4, with groups that divide {experts} experts")
 
 
 def _health(ranks: int) -> Iterator[Finding]:
@@ -75,7 +108,7 @@ def _health(ranks: int) -> Iterator[Finding]:
     yield from host.limits(ranks, bool(nics(Path("/sys"))))
     yield from host.name_resolves()
     yield from host.disk(Path("runs"))
-    yield from host.ports("this host", int(os.environ.get("MASTER_PORT") or 29500))
+    yield from host.ports("this host", _variable("MASTER_PORT", 29500))
     yield from gpus.gpus(0)
     yield from gpus.infiniband()
     yield from gpus.xids()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from dryvine.launch.plan.hardware import Machine
-from dryvine.launch.plan.plan import Plan, make
+from dryvine.launch.plan.plan import Plan, make, topology_of
 from dryvine.launch.plan.shards import BucketSize, buckets
 from dryvine.launch.plan.summary import headline, memory_rows, print_table
 from dryvine.parallel.flow_control import rank_program, slots_by_line
@@ -82,7 +82,7 @@ def _whole(plan: Plan) -> Iterator[str]:
 def _of_rank(plan: Plan, program: Program, place: RankPlace) -> Iterator[str]:
     """What one rank holds, and which ranks it talks to."""
     run, config, p = plan.run, plan.config, plan.config.parallel
-    topology = plan.machine.topology(p.world)
+    topology = topology_of(config, plan.machine)
     yield (
         f"rank {place.rank}: pipeline rank {place.pp} of {p.pp}, data rank {place.dp} of {p.dp}, "
         f"expert rank {place.ep} of {p.ep}; GPU {topology.rail_of(place.rank)} of node {topology.node_of(place.rank)}"

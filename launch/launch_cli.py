@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from dryvine.launch.files import write_file
+from dryvine.launch.options import ConfigFile, Overrides
 from dryvine.launch.slurm.job import JobError, SlurmJob
 from dryvine.launch.slurm.render import render
 from dryvine.trainer.config import Config
@@ -24,13 +25,13 @@ def _launch() -> None:
 
 @app.command()
 def slurm(
-    config: Annotated[Path, typer.Argument(help="a TOML file, see configs/", show_default=False)],
-    overrides: Annotated[list[str] | None, typer.Argument(help="table.key=value ...", show_default=False)] = None,
+    config: ConfigFile,
+    overrides: Overrides = None,
     *,
     nodes: Annotated[int, typer.Option(help="nodes of the job")],
     gpus_per_node: Annotated[int, typer.Option(help="GPUs, and so ranks, on each; ranks if run.device is cpu")],
     partition: Annotated[str, typer.Option()] = "",
-    time: Annotated[str, typer.Option(help="limit of one start; the run goes on in the next")] = "",
+    time: Annotated[str, typer.Option(help="limit of one start, as SLURM writes it; the run goes on in the next")] = "",
     account: Annotated[str, typer.Option()] = "",
     qos: Annotated[str, typer.Option()] = "",
     reservation: Annotated[str, typer.Option()] = "",
@@ -39,7 +40,7 @@ def slurm(
     name: Annotated[str, typer.Option(help="of the job; empty: run.name")] = "",
     array: Annotated[int, typer.Option(help="so many starts, one after the other, in place of requeueing")] = 0,
     cpus_per_rank: Annotated[int, typer.Option(help="CPUs to bind each rank to; 0: nodes are taken whole")] = 0,
-    interface: Annotated[str, typer.Option(help="network interface between nodes, for NCCL and gloo")] = "",
+    interface: Annotated[str, typer.Option(help="network interfaces between nodes, for NCCL and gloo, e.g. ib0")] = "",
     ib_hca: Annotated[str, typer.Option(help="InfiniBand devices for NCCL, as NCCL_IB_HCA takes them")] = "",
     container: Annotated[str, typer.Option(help="pyxis:IMAGE or apptainer:IMAGE")] = "",
     mounts: Annotated[str, typer.Option(help="HOST:CONTAINER[,...] besides the working folder")] = "",
@@ -81,9 +82,8 @@ def _submit(script: str, config: Config) -> None:
     if shutil.which("sbatch") is None:
         raise JobError("sbatch is not on this machine's PATH: log in where it is, or see the script with --dry-run")
     folder = config.run.folder
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "pretrain.sbatch"
-    path.write_text(script)
+    write_file(path, script)
     done = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise JobError(f"sbatch refuses {path}: {' '.join(done.stderr.split())}")

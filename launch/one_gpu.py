@@ -15,6 +15,7 @@ import tomli_w
 
 from dryvine.comm.config import CommConfig
 from dryvine.comm.integers import ceil_div, round_up
+from dryvine.launch.files import write_file
 from dryvine.parallel.schedule.table import legal
 from dryvine.trainer.config import Config, RunConfig, dump, load
 from dryvine.trainer.data.config import STDLIB, DataConfig, DataError
@@ -33,12 +34,11 @@ WIDTHS = ("hidden", "ffn", "expert_ffn", "heads", "q_lora", "kv_lora")
 
 def write_one_gpu(path: Path, overrides: Sequence[str], memory: float) -> tuple[Path, list[str]]:
     """Write the config, scaled down to `memory` bytes, into its run folder. Returns its path, and lines that list
-    every change. Raises ConfigError."""
+    every change. Raises ConfigError and CannotWrite."""
     whole = load(path, overrides)
     small = shrunk(whole, memory)
     target = small.run.folder / "one_gpu.toml"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(dump(small))
+    write_file(target, dump(small))
     return target, [f"one GPU, in {target}:", *(f"  {line}" for line in _changes(whole, small))]
 
 

@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dryvine.launch.files import write_file
+from dryvine.launch.options import ConfigFile, Overrides
 from dryvine.launch.plan.hardware import Machine, load_hardware, names
 from dryvine.trainer.config import Config, ConfigError, RunConfig, load
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-ConfigFile = Annotated[Path, typer.Argument(help="a TOML file, see configs/", show_default=False)]
-Overrides = Annotated[list[str] | None, typer.Argument(help="table.key=value ...", show_default=False)]
 HardwareName = Annotated[
     str, typer.Option(help=f"{', '.join(names())}, or a TOML file; empty: the config's", show_default=False)
 ]
-Price = Annotated[float | None, typer.Option(min=0, help="dollars for an hour of one GPU", show_default=False)]
+Price = Annotated[float | None, typer.Option(min=0, max=1e6, help="dollars for an hour of one GPU", show_default=False)]
 
 
 def machine_of(asked: str, run: RunConfig, price: float | None) -> Machine:
@@ -42,6 +42,10 @@ def plan(
     """What a run will take: memory by rank, bytes by link, a step's time and where it goes, GPU hours, money."""
     from rich.console import Console
 
+    if gpus and not sweep:
+        raise ConfigError("--gpus is for --sweep; a plan has as many as its layout: set parallel.pp/dp/ep")
+    if profile and sweep:
+        raise ConfigError("--profile was measured with one size of microbatch, which --sweep varies: leave one out")
     console = Console(highlight=False)
     if sweep:
         _sweep(load(config, overrides or ()), hardware, price, gpus, as_json, html, console)
@@ -105,6 +109,5 @@ def _sweep(
 
 
 def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    write_file(path, text)
     typer.echo(f"wrote {path}", err=True)

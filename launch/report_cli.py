@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from dryvine.launch.files import write_file
+
 RunFolders = Annotated[list[Path], typer.Argument(help="run folders, such as runs/tiny_cpu", show_default=False)]
 OneRun = Annotated[Path, typer.Argument(help="a run folder", show_default=False)]
 
@@ -22,8 +24,7 @@ def report(
 
     path = out or runs[0] / "report.html"
     text = report_page([RunFolder.open(run) for run in runs])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    write_file(path, text)
     typer.echo(f"wrote {path}")
 
 

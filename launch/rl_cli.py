@@ -7,11 +7,10 @@ from typing import Annotated
 
 import typer
 
+from dryvine.launch.options import Overrides, Restarts
 from dryvine.launch.start import start
 
 ConfigFile = Annotated[Path, typer.Argument(help="a TOML file with the table [sft] or [rl], see configs/")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="table.key=value ...", show_default=False)]
-Restarts = Annotated[int, typer.Option(min=0, help="Start again so often what fails, from its newest save.")]
 
 
 def sft(config: ConfigFile, overrides: Overrides = None, max_restarts: Restarts = 0) -> None:

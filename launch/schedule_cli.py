@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
+from dryvine.launch.files import write_file
 from dryvine.parallel.schedule.check import check
 from dryvine.parallel.schedule.costs import Costs
 from dryvine.parallel.schedule.draw.formats import FORMATS
@@ -108,8 +109,7 @@ def _write(drawing: str, out: Path | None) -> None:
     if out is None:
         typer.echo(drawing, nl=False)
         return
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(drawing)
+    write_file(out, drawing)
     typer.echo(f"wrote {out}", err=True)
 
 

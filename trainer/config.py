@@ -94,7 +94,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     try:
         config = Config.model_validate(_over_preset(tree))
     except ValidationError as error:
-        raise ConfigError(f"{path}: {_explain(error)}") from None
+        raise ConfigError(f"{path}: {explain(error, Config)}") from None
     if problem := _conflict(config):
         raise ConfigError(f"{path}: {problem}")
     return config
@@ -184,26 +184,26 @@ def _apply(tree: Tree, override: str) -> None:
     tree[key] = value
 
 
-def _explain(error: ValidationError) -> str:
-    """The first complaint as one line, and how many more there are."""
+def explain(error: ValidationError, root: type[BaseModel]) -> str:
+    """The first complaint about a `root` as one line, and how many more there are."""
     # A misspelt key explains the others, such as the one that is then missing.
     first, *more = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-    key = ".".join(str(part) for part in first["loc"])
     match first["type"]:
         case "extra_forbidden":
-            line = f"{key}: unknown key{_near_key(first['loc'])}"
+            line = f"unknown key{_near_key(first['loc'], root)}"
         case "missing":
-            line = f"{key}: must be given"
+            line = "must be given"
         case "value_error":
-            line = f"{key}: {first['ctx']['error']}"
+            line = str(first["ctx"]["error"])
         case _:
-            line = f"{key}: {first['msg'][0].lower()}{first['msg'][1:]}, not {first['input']!r}"
-    return line + (f" (and {len(more)} more)" if more else "")
+            line = f"{first['msg'][0].lower()}{first['msg'][1:]}, not {first['input']!r}"
+    key = ".".join(str(part) for part in first["loc"])
+    return (f"{key}: {line}" if key else line) + (f" (and {len(more)} more)" if more else "")
 
 
-def _near_key(location: tuple[int | str, ...]) -> str:
+def _near_key(location: tuple[int | str, ...], root: type[BaseModel]) -> str:
     """What to do about the unknown key at the end of `location`: the nearest key of its table, or all of them."""
-    table: type[BaseModel] | None = Config
+    table: type[BaseModel] | None = root
     for part in location[:-1]:
         # An index into a list stays with the model of the list's items.
         if isinstance(part, str) and table is not None:
@@ -233,6 +233,12 @@ def _conflict(config: Config) -> str | None:
     if m.routed % ep:
         divisors = [n for n in range(1, m.routed + 1) if m.routed % n == 0]
         return f"model.routed = {m.routed} experts do not divide over parallel.ep = {ep}; ep may be one of {divisors}"
+    nodes = config.comm.topology.nodes
+    if nodes and sum(nodes) != config.parallel.world:
+        return (
+            f"comm.topology.nodes = {list(nodes)} are {sum(nodes)} ranks, but parallel.pp x dp x ep are "
+            f"{config.parallel.world}; give the ranks of each node, or leave it out"
+        )
     if m.vocab < config.data.vocab_size:
         return f"model.vocab = {m.vocab} is less than data.vocab_size = {config.data.vocab_size}; raise model.vocab"
     if (config.sft or config.rl) and config.data.mask != "document":

@@ -75,7 +75,7 @@ def disk(folder: Path, checkpoint_bytes: int = 0, kept: int = 1) -> Iterator[Fin
     what = f"disk of {folder}"
     home = next(p for p in (folder, *folder.absolute().parents) if p.is_dir())
     needed, free = checkpoint_bytes * (kept + 1), shutil.disk_usage(home).free
-    room = f"{free / 1e9:.1f} GB free of {needed / 1e9:.1f} GB that checkpoints need"
+    room = f"{free / 1e9:.1f} GB free" + (f", checkpoints need {needed / 1e9:.1f}" if needed else "")
     yield judged(free >= max(needed, PROBE), f"room on the {what}", room, "free some, or set run.out elsewhere")
     if free < PROBE:
         return
@@ -105,7 +105,7 @@ def ports(address: str, port: int) -> Iterator[Finding]:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             sock.bind(("", port))
-        except OSError as error:
+        except (OSError, OverflowError) as error:
             yield Finding("bad", f"port {port} of {address}", str(error), "set MASTER_PORT to a free one")
             return
     yield Finding("ok", f"port {port} of {address}", "free")

@@ -12,18 +12,28 @@ import difflib
 import tomllib
 from functools import cached_property
 from pathlib import Path
+from typing import Annotated, Self
 
-from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import AfterValidator, BaseModel, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from dryvine.comm.topology import Link, Topology, by_sizes
-from dryvine.trainer.config import ConfigError
+from dryvine.trainer.config import ConfigError, explain
 
 FOLDER = Path(__file__).parent / "machines"
 # Peak rates, and what kernels make of them, are in FLOP/s and bytes/s once they are read.
 TERA, GIGA = 1e12, 1e9
 
 
-class KernelRates(BaseModel, frozen=True, extra="forbid"):
+def _has_a_rate(link: Link) -> Link:
+    if link.gigabytes <= 0:
+        raise ValueError(f'{link.gigabytes:g} GB/s: write the kind of link and its rate, such as ["NVLink", 160]')
+    return link
+
+
+RatedLink = Annotated[Link, AfterValidator(_has_a_rate)]
+
+
+class KernelRates(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     """TFLOPS that kernels reach with the whole device. Accumulation and operand formats are the recipe's."""
 
     fp32: PositiveFloat  # products of a run in FP32
@@ -36,7 +46,7 @@ class KernelRates(BaseModel, frozen=True, extra="forbid"):
     attention_backward: PositiveFloat
 
 
-class Host(BaseModel, frozen=True, extra="forbid"):
+class Host(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     """A GPU's share of its host, for what is kept off the GPU. By default that of a node of 8 H100 (NVIDIA's data sheet
     of DGX H100: 2 TB; two sockets of eight DDR5-4800 channels, 614 GB/s; PCIe 5 x16, 50 of 64 GB/s a guess)."""
 
@@ -45,7 +55,7 @@ class Host(BaseModel, frozen=True, extra="forbid"):
     link: PositiveFloat = 50  # GB/s each way between GPU and host memory
 
 
-class Machine(BaseModel, frozen=True, extra="forbid"):
+class Machine(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     """A kind of machine. `dollars` is for an hour of one GPU."""
 
     name: str
@@ -55,8 +65,8 @@ class Machine(BaseModel, frozen=True, extra="forbid"):
     peak_bf16: PositiveFloat  # TFLOPS, dense: what MFU is measured against
     memory_bandwidth: PositiveFloat  # GB/s
     streaming: float = Field(gt=0, le=1)  # share of it that elementwise kernels reach
-    intra: Link  # inside a node, GB/s a GPU and way that messages reach
-    inter: Link  # between nodes
+    intra: RatedLink  # inside a node, GB/s a GPU and way that messages reach
+    inter: RatedLink  # between nodes
     latency_us: PositiveFloat = 20.0  # of one all-to-all or message, without its bytes
     sms: PositiveInt
     comm_sms: int = Field(default=0, ge=0)  # taken from arithmetic while an all-to-all runs beside it
@@ -65,6 +75,16 @@ class Machine(BaseModel, frozen=True, extra="forbid"):
     host: Host = Host()
     dollars: float = Field(default=2.0, ge=0)
     cuda: bool = True
+
+    @model_validator(mode="after")
+    def _leaves_something(self) -> Self:
+        if self.comm_sms >= self.sms:
+            raise ValueError(f"comm_sms = {self.comm_sms} leave none of sms = {self.sms} to arithmetic; lower comm_sms")
+        if self.reserved_gb >= self.memory_gb:
+            raise ValueError(
+                f"reserved_gb = {self.reserved_gb:g} leave nothing of memory_gb = {self.memory_gb:g}; lower reserved_gb"
+            )
+        return self
 
     @cached_property
     def beside_comm(self) -> float:
@@ -98,8 +118,6 @@ def load_hardware(name: str) -> Machine:
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names())}, or a TOML file of your own"
         raise ConfigError(f"hardware {name!r}: no such kind; {hint}") from None
     except ValidationError as error:
-        # A misspelt key explains the one that is then missing.
-        first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-        raise ConfigError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg'].lower()}") from None
+        raise ConfigError(f"{path}: {explain(error, Machine)}") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as TOML: {error}") from None

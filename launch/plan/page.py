@@ -26,9 +26,10 @@ def plan_page(plan: Plan) -> str:
 
 
 def _parts(plan: Plan) -> Iterator[str]:
-    first, *_, memory = headline(plan)
+    first, *_, host, memory = headline(plan)
     yield paragraph(first)
-    yield paragraph(memory, "good" if plan.fits else "bad")
+    for line in (memory, host):
+        yield paragraph(line, "bad" if "DOES NOT FIT" in line else "good")
     yield cards(
         {
             "a step": f"{plan.step_seconds:.4g} s",

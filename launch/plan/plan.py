@@ -252,7 +252,7 @@ def memory_of(run: LayoutPlan, parts: Parts, machine: Machine) -> list[RankMemor
     ranks = memory(run, parts, _sent(run.config, machine), machine.cuda)
     if not run.config.run.buddy_every:
         return ranks
-    return with_copies(run, ranks, parts.buckets, _topology(run.config, machine))
+    return with_copies(run, ranks, parts.buckets, topology_of(run.config, machine))
 
 
 def _phase_times(config: Config, machine: Machine, profile: Profile | None) -> dict[str, PhaseTimes]:
@@ -260,10 +260,10 @@ def _phase_times(config: Config, machine: Machine, profile: Profile | None) -> d
 
 
 def _sent(config: Config, machine: Machine) -> Dispatching:
-    return traffic.dispatching(config, _topology(config, machine), machine.cuda)
+    return traffic.dispatching(config, topology_of(config, machine), machine.cuda)
 
 
-def _topology(config: Config, machine: Machine) -> Topology:
+def topology_of(config: Config, machine: Machine) -> Topology:
     """The machine's links, between the nodes of the config where it names them."""
     made, nodes = machine.topology(config.parallel.world), config.comm.topology.nodes
     return replace(made, nodes=by_sizes(nodes).nodes) if nodes else made

@@ -60,7 +60,7 @@ def figures(plan: Plan) -> dict[str, object]:
 
 
 def headline(plan: Plan) -> list[str]:
-    """The run, the step, the cost and the memory: a line each."""
+    """The run, the step, the cost, and the memory of host and GPU: a line each."""
     c, p, causal, whole = plan.config, plan.config.parallel, *plan.mfu
     tokens = f"{p.microbatch_sequences * c.data.seq_len:,}"
     recipe = "FP8" if c.fp8.fp8 else c.run.dtype.upper()
@@ -83,11 +83,13 @@ def headline(plan: Plan) -> list[str]:
         ("run.buddy_every", bool(c.run.buddy_every)),
     ]
     of = ", ".join(["a buffer of checkpoints", *(name for name, on in kinds if on)])
-    lines.append(f"host memory: {on_host:.3g} GB a GPU with {of}, of {has:g} GB")
-    return [
-        *lines,
-        f"memory: fits: {most}, of {reserved}" if plan.fits else f"memory: DOES NOT FIT: {most}, of {reserved}",
-    ]
+    host_fits, gpu_fits = on_host <= has, fullest.total <= plan.machine.usable_bytes
+    lines.append(f"host memory: {_fits(host_fits)}: {on_host:.3g} GB a GPU with {of}, of {has:g} GB")
+    return [*lines, f"memory: {_fits(gpu_fits)}: {most}, of {reserved}"]
+
+
+def _fits(it_does: bool) -> str:
+    return "fits" if it_does else "DOES NOT FIT"
 
 
 def large(number: float) -> str:
@@ -117,8 +119,8 @@ def step_rows(plan: Plan) -> Rows:
         line("new weights to all copies, not hidden", plan.sharding.gathers.exposed),
         line("step", step),
         line("of it exposed all-to-all", plan.exposed_seconds),
-        line("hidden under it: sums of gradients, of", plan.sharding.sums.seconds),
-        line("hidden under it: new weights, of", plan.sharding.gathers.seconds),
+        line("sums of gradients, hidden and not", plan.sharding.sums.seconds),
+        line("new weights to all copies, hidden and not", plan.sharding.gathers.seconds),
         ("forwards that run in a pair", "", f"{plan.overlapped_share:.1%}", "", ""),
         ("waits for a slower rank, checkpoints, validation", "not planned", "", "", ""),
     ]
@@ -179,7 +181,7 @@ def phase_rows(plan: Plan) -> Rows:
 def show(plan: Plan, console: Console) -> None:
     """Print the whole plan."""
     for line in headline(plan):
-        console.print(line, markup=False, highlight=False)
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     heads, kinds = memory_rows(plan)
     intra, inter = plan.machine.intra.kind, plan.machine.inter.kind
     print_table(console, "where a step goes", STEP_HEADS, step_rows(plan))
@@ -199,7 +201,7 @@ def print_table(console: Console, title: str, heads: list[str], rows: Rows) -> N
 
     table = Table(title=title, title_justify="left")
     for number, head in enumerate(heads):
-        table.add_column(head, justify="right" if number else "left")
+        table.add_column(head, justify="right" if number else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
     console.print(table)

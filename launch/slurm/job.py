@@ -13,10 +13,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 WORD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
-WORDS = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+,&|*:\[\]-]*")  # lists of them, and constraints
+ACCOUNT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+@-]*")  # such as proj@h100, where a site has accounts by hardware
+WORDS = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+,:\[\]-]*")  # lists of words, and of nodes: gpu[01-16]
+CONSTRAINT = re.compile(r"[A-Za-z0-9_(\[][A-Za-z0-9_.+,&|*:()\[\]-]*")  # such as [rack1|rack2] and (a&b)|c
 PATH = re.compile(r"[A-Za-z0-9_./+-]+")
-DEVICES = re.compile(r"[=^]{0,2}[A-Za-z0-9_][A-Za-z0-9_.,:-]*")
+INTERFACES = re.compile(r"=?[A-Za-z0-9_][A-Za-z0-9_.,:-]*")
+DEVICES = re.compile(r"\^?=?[A-Za-z0-9_][A-Za-z0-9_.,:-]*")  # of NCCL_IB_HCA: ^ all but these, = exact names
 TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?")
+NO_LIMIT = ("unlimited", "infinite")  # SLURM's words for it, in any case
 ARRAY_MOST = 10_000
 KINDS = ("pyxis", "apptainer")
 
@@ -53,7 +57,7 @@ class SlurmJob:
             value = getattr(self, field.name)
             if field.name in FORMS and value and not FORMS[field.name].fullmatch(value):
                 raise JobError(
-                    f"--{field.name.replace('_', '-')} {value!r}: SLURM takes no such characters; "
+                    f"{_option(field.name)} {value!r}: such characters are not taken here; "
                     f"it must match {FORMS[field.name].pattern}"
                 )
         self._sizes()
@@ -73,7 +77,7 @@ class SlurmJob:
         }
         for name, fits in limits.items():
             if not fits(getattr(self, name)):
-                raise JobError(f"--{name.replace('_', '-')} {getattr(self, name)}: no machine has so many")
+                raise JobError(f"{_option(name)} {getattr(self, name)}: no machine has so many")
 
     @property
     def ranks(self) -> int:
@@ -89,22 +93,30 @@ class SlurmJob:
 FORMS = {
     "name": WORD,
     "partition": WORDS,
-    "account": WORD,
+    "account": ACCOUNT,
     "qos": WORD,
     "reservation": WORDS,
-    "constraint": WORDS,
+    "constraint": CONSTRAINT,
     "exclude": WORDS,
-    "time": TIME,
-    "interface": DEVICES,
+    "interface": INTERFACES,
     "ib_hca": DEVICES,
 }
 
 
-def parse_time(time: str) -> int:
-    """SLURM's minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]]. Raises JobError."""
+def _option(field: str) -> str:
+    return "--" + field.replace("_", "-")
+
+
+def parse_time(time: str) -> int | None:
+    """Seconds of SLURM's minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]]; None for
+    UNLIMITED, INFINITE and 0, which ask for no limit. Raises JobError."""
+    if time.lower() in NO_LIMIT:
+        return None
     found = TIME.fullmatch(time)
     if not found:
-        raise JobError(f"--time {time!r}: write minutes, hours:minutes:seconds or days-hours:minutes:seconds")
+        raise JobError(
+            f"--time {time!r}: write minutes, hours:minutes:seconds, days-hours:minutes:seconds or UNLIMITED"
+        )
     first, second, third = (int(found[name] or 0) for name in ("first", "second", "third"))
     if found["days"] is not None:
         total = int(found["days"]) * 86400 + first * 3600 + second * 60 + third
@@ -112,9 +124,9 @@ def parse_time(time: str) -> int:
         total = first * 3600 + second * 60 + third
     else:
         total = first * 60 + second
-    if not 0 < total < 2**31:
-        raise JobError(f"--time {time!r}: that is {total} seconds; SLURM takes 1 s to 68 years")
-    return total
+    if total >= 2**31:
+        raise JobError(f"--time {time!r}: that is {total} seconds; SLURM takes up to 68 years")
+    return total or None
 
 
 def log_path(folder: Path) -> str:

@@ -71,10 +71,16 @@ def _fits(config: Config, job: SlurmJob) -> None:
             f"--nodes {job.nodes} x --gpus-per-node {job.gpus_per_node} are {job.ranks} ranks, but the config's layout "
             f"has {config.parallel.world}: give that many, or set parallel.pp/dp/ep"
         )
-    early = lead(config)
-    if job.time and parse_time(job.time) <= early:
+    nodes = config.comm.topology.nodes
+    if nodes and nodes != (job.gpus_per_node,) * job.nodes:
         raise JobError(
-            f"--time {job.time} is {parse_time(job.time)} s, and ranks must be told to save {early} s before its end "
+            f"--nodes {job.nodes} x --gpus-per-node {job.gpus_per_node}, but comm.topology.nodes = {list(nodes)}: "
+            "give as many of each, or leave comm.topology.nodes out, which SLURM tells the ranks"
+        )
+    limit, early = parse_time(job.time) if job.time else None, lead(config)
+    if limit is not None and limit <= early:
+        raise JobError(
+            f"--time {job.time} is {limit} s, and ranks must be told to save {early} s before its end "
             "(comm.deadline and a save): give more, or lower comm.deadline"
         )
 
@@ -82,13 +88,17 @@ def _fits(config: Config, job: SlurmJob) -> None:
 def _directives(config: Config, job: SlurmJob) -> Iterator[str]:
     yield f"job-name={job.name}"
     yield f"nodes={job.nodes}"
-    yield f"ntasks-per-node={job.gpus_per_node if job.per_rank else 1}"
+    yield f"ntasks-per-node={_tasks_per_node(job)}"
     if config.run.device != "cpu":
         yield f"gpus-per-node={job.gpus_per_node}"
     for name in ("partition", "account", "qos", "reservation", "constraint", "exclude", "time"):
         if value := getattr(job, name):
             yield f"{name}={value}"
-    yield f"cpus-per-task={_cpus(job)}" if job.cpus_per_rank else "exclusive"
+    if job.cpus_per_rank:
+        yield f"cpus-per-task={_cpus(job)}"
+    else:
+        yield "exclusive"
+        yield "mem=0"  # all of a node's: without it a whole node comes with the partition's default for its CPUs
     if job.array:
         yield f"array=1-{job.array}%1"
     yield f"output={log_path(config.run.folder)}"
@@ -110,7 +120,7 @@ def _environment(config: Config, job: SlurmJob) -> Iterator[tuple[str, str]]:
     yield "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(lead(config))
     if job.interface:
         yield "NCCL_SOCKET_IFNAME", job.interface
-        yield "GLOO_SOCKET_IFNAME", job.interface.lstrip("=^")
+        yield "GLOO_SOCKET_IFNAME", job.interface.removeprefix("=")
     if job.ib_hca:
         yield "NCCL_IB_HCA", job.ib_hca
     if config.run.device == "cpu":
@@ -121,13 +131,23 @@ def _check(job: SlurmJob) -> str:
     """One doctor per node, which check each other's connections; a bad node fails the job before it starts."""
     if not job.check:
         return ""
-    srun = ["srun", "--kill-on-bad-exit=1", "--ntasks-per-node=1", *_pyxis(job)]
     doctor = ['"$python" -m dryvine.launch.cli doctor --before-run', '"${run[@]}"']
-    return _lines([*srun, *_inside(job), *doctor]) + " || exit 1\n"
+    return _lines([*_tasks(job, 1), *_pyxis(job), *_inside(job), *doctor]) + " || exit 1\n"
+
+
+def _tasks(job: SlurmJob, per_node: int) -> Iterator[str]:
+    """srun of so many tasks a node. Their sum is given too: srun would take it from the job's SLURM_NTASKS, and then
+    ignore another number for each node."""
+    yield from ("srun", "--kill-on-bad-exit=1", f"--ntasks={per_node * job.nodes}", f"--ntasks-per-node={per_node}")
+
+
+def _tasks_per_node(job: SlurmJob) -> int:
+    """Of the job: its ranks, or one torchrun."""
+    return job.gpus_per_node if job.per_rank else 1
 
 
 def _srun(config: Config, job: SlurmJob) -> Iterator[str]:
-    yield from ("srun", "--kill-on-bad-exit=1", f"--ntasks-per-node={job.gpus_per_node if job.per_rank else 1}")
+    yield from _tasks(job, _tasks_per_node(job))
     # srun does not take --cpus-per-task from the job since SLURM 22.05.
     yield from (f"--cpus-per-task={_cpus(job)}", "--cpu-bind=cores") if job.cpus_per_rank else ("--cpu-bind=none",)
     if job.per_rank and config.run.device != "cpu":

@@ -79,3 +79,45 @@ def test_what_cannot_be_is_one_line_and_exit_code_2(corpus: Path, tmp_path: Path
         assert done.returncode == 2
         assert done.stderr.startswith("dryvine: ")
         assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("plan", TINY, "--html"),
+        ("plan", TINY, "--sweep", "--gpus", "2", "--html"),
+        ("schedule", "1f1b", "--pp", "2", "--microbatches", "4", "--format", "svg", "--out"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_one_line(tmp_path: Path, words: tuple[str, ...]) -> None:
+    (tmp_path / "file").write_text("")
+    done = run(*words, str(tmp_path / "file" / "page"))
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith(f"dryvine: {tmp_path}/file/page: ")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("plan", TINY, "--gpus", "8"), "--gpus is for --sweep"),
+        (("plan", TINY, "--sweep", "--profile", "x.json"), "leave one out"),
+        (("plan", TINY, "--price", "inf"), "--price"),
+        (("train", TINY, "--rank", "1"), "--rank and --hardware are for --dry-run"),
+        (("train", TINY, "--hardware", "h100"), "--rank and --hardware are for --dry-run"),
+        (("doctor", "run.steps=1"), "overrides are of --before-run"),
+        (("doctor", "--world", "-3"), "--world"),
+        (("doctor", "--nodes", "8,a"), "--nodes 8,a: write the ranks on each node"),
+        (("doctor", "--nodes", "8,0"), "--nodes 8,0: write the ranks on each node"),
+        (("doctor", "--groups", "8"), "--groups 8: write groups:limit"),
+        (("doctor", "--groups", "8:9"), "--groups 8:9: write groups:limit"),
+        (("doctor", "--nodes", "8,8", "--top-k", "300"), "--top-k 300: a token has 256 experts"),
+        (("bench", "comm", "--nodes", "8,0"), "--nodes 8,0: write the ranks on each node"),
+    ],
+)
+def test_an_option_that_would_be_ignored_or_makes_no_sense_is_refused(words: tuple[str, ...], says: str) -> None:
+    done = run(*words)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("dryvine: ")
+    assert done.stderr.count("\n") == 1
+    assert says in done.stderr

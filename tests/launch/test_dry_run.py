@@ -52,6 +52,13 @@ def test_places_are_those_of_the_mesh(tiny: Callable[..., Config]) -> None:
         RankPlace.of(12, config)
 
 
+def test_a_ranks_node_is_that_of_the_config(tiny: Callable[..., Config]) -> None:
+    config = tiny("parallel.pp=2", "parallel.ep=2", "parallel.schedule=dualpipe", "comm.topology.nodes=[3, 1]")
+    console = Console(file=StringIO(), width=160)
+    dry_run(make_plan(config), load_hardware("cpu"), 3, console)
+    assert "GPU 0 of node 1" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
 def test_every_slot_of_a_short_step_is_listed(tiny: Callable[..., Config]) -> None:
     config = tiny("parallel.pp=2", "parallel.schedule=1f1b", "batch.sequences=4")
     console = Console(file=StringIO(), width=160)

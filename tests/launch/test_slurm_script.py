@@ -76,11 +76,34 @@ def test_a_gpu_run_asks_for_gpus_and_binds_ranks(four: Config) -> None:
     assert (asked["gpus-per-node"], asked["ntasks-per-node"], asked["cpus-per-task"]) == ("2", "1", "16")
     assert "export NCCL_IB_HCA==mlx5_0:1,mlx5_1\n" in node or "export NCCL_IB_HCA='=mlx5_0:1,mlx5_1'\n" in node
     assert "export GLOO_SOCKET_IFNAME=ib0\n" in node
+    exact = render(config, ["c.toml"], job(interface="=ib0,ib1"))
+    assert "export NCCL_SOCKET_IFNAME==ib0,ib1\n" in exact or "export NCCL_SOCKET_IFNAME='=ib0,ib1'\n" in exact
+    assert "export GLOO_SOCKET_IFNAME=ib0,ib1\n" in exact
     rank = render(config, ["c.toml"], job(cpus_per_rank=8, per_rank=True))
     asked = directives(rank)
     assert (asked["ntasks-per-node"], asked["cpus-per-task"]) == ("2", "8")
     assert "--gpu-bind=none" in rank
     assert "torch.distributed.run" not in rank
+
+
+def test_an_interface_to_avoid_is_refused_since_gloo_would_take_it() -> None:
+    with pytest.raises(JobError, match="--interface"):
+        job(interface="^docker0")
+    assert job(ib_hca="^mlx5_0").ib_hca == "^mlx5_0", "of NCCL alone"
+
+
+@pytest.mark.parametrize("per_rank", [False, True])
+def test_the_check_is_one_task_a_node_whatever_the_job_has(four: Config, per_rank: bool) -> None:
+    """srun takes the number of all tasks from the job unless it is told, and then ignores that of each node."""
+    script = render(four, ["c.toml"], job(per_rank=per_rank)).replace(" \\\n", "")
+    check, run = (line.split() for line in script.splitlines() if line.startswith("srun"))
+    assert {"--ntasks=2", "--ntasks-per-node=1"} <= set(check)
+    assert ({"--ntasks=4", "--ntasks-per-node=2"} if per_rank else {"--ntasks=2", "--ntasks-per-node=1"}) <= set(run)
+
+
+def test_whole_nodes_come_with_all_of_their_memory(four: Config) -> None:
+    assert directives(render(four, ["c.toml"], job()))["mem"] == "0"
+    assert "mem" not in directives(render(four, ["c.toml"], job(cpus_per_rank=4)))
 
 
 @pytest.mark.parametrize("container", ["pyxis:nvcr.io#nvidia/pytorch:25.01", "apptainer:/images/a b.sif"])
@@ -126,14 +149,50 @@ def test_what_slurm_does_not_take_is_refused(name: str, word: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "value"),
-    [("90", 5400), ("90:30", 5430), ("2:00:00", 7200), ("1-0", 86400), ("1-2:30", 95400), ("1-2:30:15", 95415)],
+    ("name", "word"),
+    [
+        ("account", "abc@h100"),
+        ("partition", "gpu,big"),
+        ("constraint", "[rack1|rack2]"),
+        ("constraint", "(h100&ib)|h200"),
+        ("constraint", "[rack1*2&rack2*4]"),
+        ("exclude", "n[1-3],m07"),
+    ],
 )
-def test_slurms_ways_to_write_a_time(text: str, value: int) -> None:
+def test_what_clusters_have_is_passed_on(four: Config, name: str, word: str) -> None:
+    assert directives(render(four, ["c.toml"], job(**{name: word})))[name] == word
+
+
+def test_a_job_without_a_limit_is_not_too_short(four: Config) -> None:
+    assert directives(render(four, ["c.toml"], job(time="UNLIMITED")))["time"] == "UNLIMITED"
+
+
+def test_nodes_of_the_config_are_those_of_the_job(tiny: Callable[..., Config]) -> None:
+    config = tiny("parallel.pp=2", "parallel.ep=2", "parallel.schedule=dualpipe", "comm.topology.nodes=[2,2]")
+    render(config, ["c.toml"], job())
+    with pytest.raises(JobError, match=r"--nodes 4 x --gpus-per-node 1, but comm\.topology\.nodes = \[2, 2\]"):
+        render(config, ["c.toml"], job(nodes=4, gpus_per_node=1))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("UNLIMITED", None),
+        ("infinite", None),
+        ("0", None),
+        ("90", 5400),
+        ("90:30", 5430),
+        ("2:00:00", 7200),
+        ("1-0", 86400),
+        ("1-2:30", 95400),
+        ("1-2:30:15", 95415),
+    ],
+)
+def test_slurms_ways_to_write_a_time(text: str, value: int | None) -> None:
     assert parse_time(text) == value
 
 
-@pytest.mark.parametrize("text", ["0", "1:2:3:4", "soon", "-5", "1-", "9" * 30, "1:60x"])
+@pytest.mark.parametrize("text", ["1:2:3:4", "soon", "-5", "1-", "9" * 30, "1:60x"])
 def test_times_that_slurm_does_not_take(text: str) -> None:
     with pytest.raises(JobError, match="--time"):
         parse_time(text)

@@ -26,7 +26,12 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
     ("change", "says"),
     [
         (("sms = 132", "sms = -1"), "sms: "),
-        (("casts", "cats"), "cats: "),
+        (("casts", "cats"), "cats: unknown key; did you mean casts"),
+        (("comm_sms = 20", "comm_sms = 132"), "toml: comm_sms = 132 leave none of sms = 132"),
+        (("memory_gb = 85.0", "memory_gb = 2"), "reserved_gb = 2 leave nothing of memory_gb = 2; lower"),
+        (("memory_gb = 85.0", "memory_gb = inf"), "memory_gb: input should be a finite number"),
+        (('intra = ["NVLink", 160]', 'intra = ["NVLink", 0]'), "intra: 0 GB/s: write the kind of link and its rate"),
+        (('inter = ["InfiniBand", 40]', 'inter = ["InfiniBand", inf]'), "inter.*: input should be a finite number"),
         (("[tflops]", "[tflops"), "cannot be read as TOML"),
     ],
 )
