@@ -26,6 +26,9 @@ class LiveSteps:
 
     def __init__(self) -> None:
         self.during = ""  # what is being replayed, for errors
+        # Of the next message of what is recorded. Ranks need not record the same ops at the same time, and agree on
+        # where a message goes by this number alone.
+        self.number = 0
         self._cut: Callable[[LiveStep], None] | None = None
         self._held: list[LiveStep] = []
 

@@ -25,7 +25,7 @@ import gc
 import warnings
 from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -77,17 +77,25 @@ class CudaRecorder:
         # A collection could destroy a CUDA object, which a stream that records forbids.
         collecting = gc.isenabled()
         gc.disable()
-        # The backward in this thread: the one that records.
-        with torch.cuda.stream(self.stream), torch.autograd.set_multithreading_enabled(False):
-            parts.begin()
-            try:
-                with self.live.recorded_by(parts.cut):
-                    made = run()
-            finally:
-                parts.end()
-        if collecting:
-            gc.enable()
+        try:
+            # The backward in this thread: the one that records.
+            with torch.cuda.stream(self.stream), torch.autograd.set_multithreading_enabled(False):
+                made = self._recorded(run, parts)
+        finally:
+            if collecting:
+                gc.enable()
         return parts.steps, made
+
+    def _recorded(self, run: Callable[[], T], parts: _Parts) -> T:
+        parts.begin()
+        try:
+            with self.live.recorded_by(parts.cut):
+                made = run()
+        except BaseException:
+            parts.abandon()
+            raise
+        parts.end()
+        return made
 
     def free(self) -> None:
         torch.cuda.synchronize(self.stream.device)
@@ -114,6 +122,11 @@ class _Parts:
             self._empty.append(self._graph)
         else:
             self.steps.append(LiveStep(self._graph.replay))
+
+    def abandon(self) -> None:
+        """After an error, which usually makes CUDA refuse to end the recording: that must not be what others hear."""
+        with suppress(RuntimeError):
+            self._graph.capture_end()
 
     def cut(self, step: LiveStep) -> None:
         self.end()
@@ -249,6 +262,8 @@ class Graphs:
         # A backward takes what it reads out of the flight, and so does W.
         flight.saved = dict(recordings.saved)
         before = self.meter.take()
+        # Two slots on for a backward, so that the messages of a pair, which take turns, do not wait for each other's.
+        self.recorder.live.number = 0 if op.kind == "F" else 2
         steps, (outputs,) = self.recorder.record(
             lambda: overlap.play([overlap.track(op, stage, flight, inputs)], OneStream(), None), recordings.pool
         )

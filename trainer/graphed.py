@@ -16,6 +16,7 @@ from dryvine.parallel.graphs import CudaRecorder, Graphs
 from dryvine.trainer.config import Config, ConfigError
 from dryvine.trainer.fp8.fp8 import FP8
 from dryvine.trainer.graph_memory import graphs_refusal
+from dryvine.trainer.model.grouped import reads_counts
 from dryvine.trainer.model.phases import LossWeights
 
 
@@ -47,4 +48,6 @@ def obstacle(config: Config, device: torch.device, dispatcher: AnyDispatcher, fp
         )
     if fp8 is not None and fp8.engine.reads_counts:
         return "the engine of [fp8] takes experts one by one"
+    if fp8 is None and reads_counts(device, training=True):
+        return "products of experts take them one by one on GPUs other than Hopper"
     return None

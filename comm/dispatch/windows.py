@@ -17,10 +17,11 @@ GPU by itself, and all peers share them. Own rows are not copied (`by_rank`). Fl
 same wait also says that what this rank sent has left. (There were 20 calls a message before, and 5 messages a layer.)
 
 While ops are recorded (`live_steps`), a message gets its slot, where graphs will read and write, and is sent at each
-replay with the slot's turn of that moment. The transfers could be nodes of the graph: driver calls on a stream that
-records become such. But the words they wait for would then be constants, so they would have to be reset in each replay
-by their reader, and waits for different turns could not be told apart by the host, which names what is late; and ops of
-a pair that take turns are cut at their messages anyhow.
+replay with the slot's turn of that moment. Its n is its place in its op, not in time: a rank whose documents outgrow
+its graphs records them anew while the others replay theirs, and all must mean the same slot. The transfers could be
+nodes of the graph: driver calls on a stream that records become such. But the words they wait for would then be
+constants, so they would have to be reset in each replay by their reader, and waits for different turns could not be
+told apart by the host, which names what is late; and ops of a pair that take turns are cut at their messages anyhow.
 """
 
 from __future__ import annotations
@@ -138,7 +139,7 @@ class Windows:
         needed = sum(room.bytes(self.ranks) for room in rooms)
         if needed > self.slot_bytes:
             raise ValueError(f"{what}: takes {needed} bytes of a slot of {self.slot_bytes}")
-        slot, self._messages = self._messages % WINDOW_SLOTS, self._messages + 1
+        slot = self._next_slot()
         own, message = sent(self.rank), self._message(sent, rooms, slot, what)
         self.live.run(LiveStep(lambda: self._post(message)))
 
@@ -150,6 +151,13 @@ class Windows:
             return result
 
         return Pending(finish, lambda: self._arrived(message))
+
+    def _next_slot(self) -> int:
+        if self.live.recording:
+            number, self.live.number = self.live.number, self.live.number + 1
+        else:
+            number, self._messages = self._messages, self._messages + 1
+        return number % WINDOW_SLOTS
 
     def _message(
         self, sent: Callable[[int], tuple[Tensor, ...]], rooms: tuple[WindowRows, ...], slot: int, what: str

@@ -227,6 +227,14 @@ def test_swiglu_of_extremes() -> None:
     )
 
 
+@pytest.mark.parametrize("held", [torch.nan, torch.inf, 3e38])
+def test_swiglu_of_a_row_of_weight_zero_is_zero_whatever_it_holds(held: float) -> None:
+    h, weights = torch.full((3, 16), held), torch.tensor([0.0, 1.0, -0.0])
+    y = swiglu_forward.kernel(h, weights)
+    assert y[[0, 2]].eq(0).all()
+    assert not y[1].isfinite().any()
+
+
 @pytest.mark.parametrize(("rows", "width"), [(0, 16), (5, 24), (300, 144)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_gradient_of_a_norms_weight_is_an_fp32_sum(rows: int, width: int, dtype: torch.dtype) -> None:

@@ -4,6 +4,7 @@ a tape that behaves as graphs do; on a GPU by graphs."""
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -111,6 +112,18 @@ def test_unlike_calls_do_not_let_the_cache_grow_beyond_its_bound(monkeypatch: py
             assert all(same(one, ours[one.request]) for one in plain if one.request in ours)
         monkeypatch.setattr(Cache, "reserve", reserve)
         assert max(seen) <= times
+
+
+@pytest.mark.parametrize(("major", "replays"), [(8, False), (9, True), (10, True), (12, False)])
+def test_a_gpu_whose_products_read_counts_has_no_graphs(
+    monkeypatch: pytest.MonkeyPatch, major: int, replays: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
+    monkeypatch.setattr(replaying, "CudaRecorder", lambda device, live: TapeRecorder(live))
+    (part,) = Sampler.alone(filled(tiny()))._decoder.parts.values()
+    on_gpu = replace(part.spec, device="cuda", dtype=torch.bfloat16)
+    monkeypatch.setattr(part, "spec", on_gpu)
+    assert (replaying.make_replay({0: part}) is not None) == replays
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from dryvine.comm.dispatch.single_rank import SingleRank
 from dryvine.trainer.batches import read_batch
 from dryvine.trainer.config import Config, ConfigError
+from dryvine.trainer.graphed import obstacle
 from dryvine.trainer.ramps import points
 from dryvine.trainer.rig import Rig
 from dryvine.trainer.step import accumulate, train_step
@@ -100,3 +102,17 @@ def test_a_step_without_graphs_gives_their_memory_back(tiny: Tiny) -> None:
 def test_graphs_that_are_asked_for_and_cannot_be_are_refused_in_a_line(tiny: Tiny) -> None:
     with pytest.raises(ConfigError, match=r"parallel.graphs = 'on': the device is a cpu; set parallel.graphs = 'auto'"):
         rig_of(one_rank(tiny, "one_f_one_b", "parallel.graphs=on"))
+
+
+@pytest.mark.parametrize(
+    ("capability", "why"),
+    [((9, 0), None), ((8, 0), "GPUs other than Hopper"), ((10, 0), "GPUs other than Hopper"), ((12, 0), "than Hopper")],
+)
+def test_a_gpu_whose_products_read_counts_has_no_graphs(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], why: str | None
+) -> None:
+    """`auto` would fail while it records: torch's loop over experts, and ours for weight gradients, read the device."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    config = one_rank(tiny, "one_f_one_b", "run.dtype=bf16", "run.device=cuda")
+    found = obstacle(config, torch.device("cuda"), SingleRank(4), None)
+    assert found is None if why is None else why in str(found)

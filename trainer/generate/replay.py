@@ -26,6 +26,7 @@ from dryvine.parallel.graphs import CudaRecorder, Recorder
 from dryvine.trainer.generate.cache import Cache
 from dryvine.trainer.generate.feed import Feed, LaneStep, grid_feed
 from dryvine.trainer.generate.stage import CachedStage
+from dryvine.trainer.model.grouped import reads_counts
 
 SLOTS, POSITIONS = 16, 64  # the smallest graph
 Size = tuple[int, int]  # sequences, cached positions
@@ -105,6 +106,6 @@ def make_replay(parts: Mapping[int, CachedStage]) -> Replay | None:
     spec = part.spec
     if torch.device(spec.device).type != "cuda" or spec.dtype != torch.bfloat16 or not part.whole:
         return None
-    if spec.fp8 is not None and spec.fp8.engine.reads_counts:
+    if reads_counts(torch.device(spec.device), training=False) if spec.fp8 is None else spec.fp8.engine.reads_counts:
         return None
     return Replay(part, CudaRecorder(torch.device(spec.device), LiveSteps()))

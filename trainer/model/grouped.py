@@ -24,6 +24,13 @@ from dryvine.trainer.tensors.weight import Weight
 FEW = 8
 
 
+def reads_counts(device: torch.device, training: bool) -> bool:
+    """Whether products of experts in BF16 make the host read their rows' counts on this GPU, in a forward or in
+    training: torch's kernel for them is for Hopper and Blackwell, and on others it is a loop; that of weight gradients
+    is for Hopper."""
+    return torch.cuda.get_device_capability(device)[0] not in ((9,) if training else (9, 10))
+
+
 def add_grouped_product(total_XOI: Tensor, dy_RO: Tensor, x_RI: Tensor, groups: ExpertGroups) -> None:
     """total[x] += dyᵀ x over the rows of expert x, as `add_product`; on Hopper, one kernel for many experts."""
     if x_RI.is_cuda and (len(groups.counts) > FEW or isinstance(groups.counts, DeviceCounts)):

@@ -22,7 +22,9 @@ KERNELS = "dryvine.trainer.model.kernels.swiglu"
 
 @kernel_in(KERNELS)
 def swiglu_forward(gate_up_N2F: Tensor, weights_N: Tensor | None) -> Tensor:
-    """[N, 2F] -> [N, F]. Computed in FP32, rounded once."""
+    """[N, 2F] -> [N, F]. Computed in FP32, rounded once. On a GPU a row of weight zero becomes zero, whatever it holds:
+    CUDA graphs have rows of no expert, which hold what their memory did, NaN perhaps, and the kernel of weight
+    gradients multiplies those behind the last expert's by zero. Elsewhere there are none, and it would be a pass."""
     gate, up = gate_up_N2F.float().chunk(2, -1)
     out = torch.nn.functional.silu(gate).mul_(up)
     if weights_N is not None:

@@ -99,7 +99,8 @@ def _sums(HALF: gl.constexpr, dy_bufs, x_bufs, full, empty, ring, ends, num_m, n
             mbarrier.wait(full.index(stage), (turn // STAGES) & 1)
             dy = dy_bufs.index(stage * 2 + HALF).permute((1, 0)).load(operand)
             # Zero times the neighbour's x. A NaN or an infinity there passes through; it makes the neighbour's own
-            # gradient not finite anyway, and the step is skipped for that.
+            # gradient not finite anyway, and the step is skipped for that. Behind the last expert's rows x must be
+            # finite: dispatched rows are zero there, and so is what SwiGLU makes of any row of weight zero.
             dy = gl.where(gl.expand_dims(full_end + rows < end, 0), dy, 0.0)
             sums = warpgroup_mma(dy, x_bufs.index(stage), sums, use_acc=full_end > first, is_async=True)
             sums = warpgroup_mma_wait(0, deps=[sums])

@@ -21,7 +21,8 @@ def gated_kernel(h, weights, y, F, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr):
         up = tl.load(h + row * 2 * F + F + c, mask=c < F, other=0.0).to(tl.float32)
         out = gate / (1.0 + tl.exp(-gate)) * up
         if WEIGHTED:
-            out = out * tl.load(weights + row).to(tl.float32)
+            weight = tl.load(weights + row).to(tl.float32)
+            out = tl.where(weight == 0.0, 0.0, out * weight)
         tl.store(y + row * F + c, out.to(y.dtype.element_ty), mask=c < F)
 
 
