@@ -26,14 +26,15 @@ def check_verifier(
         record = json.loads(problem)
         if not isinstance(record, dict):
             raise ValueError("not an object")
+    except ValueError as error:
+        say(f"--problem {problem!r}: {error}; write a JSON object, for example {EXAMPLE}")
+        raise typer.Exit(2) from None
+    text = sys.stdin.buffer.read().decode(errors="replace") if answer == "-" else answer
+    try:
         with Pool([name], workers=1) as pool:
-            text = sys.stdin.read() if answer == "-" else answer
             (verdict,) = pool.score([Job(name, text, record)])
     except VerifierError as error:
         say(error)
-        raise typer.Exit(2) from None
-    except ValueError as error:
-        say(f"--problem {problem!r}: {error}; write a JSON object, for example {EXAMPLE}")
         raise typer.Exit(2) from None
     score = "not scored" if verdict.score is None else f"{verdict.score:g}"
     typer.echo(f"{score}: {verdict.why}" if verdict.why else score)

@@ -209,6 +209,20 @@ def same_run(config: Config, identity: DataIdentity) -> None:
                 f"{config.run.folder}: holds a run with another [{table}] table; set run.name for a new run, "
                 f"or go on with {path}"
             )
+    if missing := sorted(_kept_by_rl(config) - _kept_by_rl(before)):
+        raise ConfigError(
+            f"{config.run.folder}: holds a run without {missing[0]}, so its checkpoints lack what that needs; set "
+            f'run.name for a new run, and run.init_from = "{config.run.folder}" for its weights'
+        )
+
+
+def _kept_by_rl(config: Config) -> set[str]:
+    """What adds to a checkpoint of reinforcement learning. A run that only answers reads the weights of any."""
+    rl = config.rl
+    if rl is None or rl.evaluate_only or rl.harvest:
+        return set()
+    keys = {"[rl]": True, "rl.loss.kl": rl.loss.kl > 0, "rl.ahead": rl.ahead}
+    return {key for key, kept in keys.items() if kept}
 
 
 def _identity_of(folder: Path) -> DataIdentity:

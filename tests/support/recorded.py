@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.nn import functional
 from torch.nn.attention import varlen as torch_varlen
 
 from dryvine.comm.dispatch import routing
@@ -16,6 +18,7 @@ from dryvine.comm.pending import Pending
 from dryvine.parallel.graphs import Graphs
 from dryvine.trainer.model import grouped, varlen
 from dryvine.trainer.rig import Rig
+from dryvine.trainer.tensors import in_order
 from tests.support.masked_experts import add_masked_product, masked_product
 from tests.support.tape import TapeRecorder
 
@@ -30,7 +33,8 @@ def recorded_by(recorder: TapeRecorder, rig: Rig) -> Rig:
 
 
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A single rank whose host does not read the counts, and products of experts that do not either."""
+    """A single rank whose host does not read the counts, products of experts that do not either, and sums of rows that
+    are sorted."""
 
     def plan_routing(self: SingleRank, experts_TK: Tensor, label: str = "") -> Pending[Local]:
         order = routing.by_expert(experts_TK, 1, self.experts)
@@ -40,12 +44,24 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SingleRank, "plan_routing", plan_routing)
     monkeypatch.setattr(grouped, "grouped_product", masked_product)
     monkeypatch.setattr(grouped, "add_grouped_product", add_masked_product)
+    monkeypatch.setattr(in_order, "_sorts", lambda total: True)
 
 
 def attend_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attention over documents by one call, which reads on the device where they are, and writes nothing elsewhere."""
+    """Attention over documents by one call, which reads on the device where they are, and writes nothing elsewhere; and
+    sums of copies, of which the last goes on to the end of the indices."""
     monkeypatch.setattr(varlen, "_on_flash", lambda q: True)
+    monkeypatch.setattr(varlen.functional, "embedding_bag", partial(_embedding_bag, functional.embedding_bag))
     monkeypatch.setattr(torch_varlen, "varlen_attn", _varlen_attn)
+
+
+def _embedding_bag(
+    on_cpu: Callable[..., Tensor], indices: Tensor, rows: Tensor, begin: Tensor, *, include_last_offset: bool = False,
+    mode: str,
+) -> Tensor:  # fmt: skip
+    """CUDA's kernel takes 0 for where the first bag begins, and reads no offset behind the last bag."""
+    begin = begin[:-1] if include_last_offset else begin
+    return on_cpu(indices, rows, torch.cat((torch.zeros_like(begin[:1]), begin[1:])), mode=mode)
 
 
 class _InDocuments(Function):

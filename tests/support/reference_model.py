@@ -37,6 +37,19 @@ def losses(p: Params, shape: Shape, tokens: Tensor) -> dict[str, Tensor]:
     return found
 
 
+def logprobs(p: Params, shape: Shape, tokens: Tensor, temperature: float, experts: Tensor | None) -> Tensor:
+    """The log-probability of each of the tokens [T + 1] but the first, [T]. `experts`: [MoE layers, T, K] to take."""
+    x = p["embed.weight"][tokens[None, :-1]]
+    for i in range(shape.layers):
+        given = None
+        if experts is not None and i >= shape.first_dense:
+            chosen = experts[i - shape.first_dense].long()
+            given = torch.zeros(1, len(chosen), shape.routed, dtype=x.dtype).scatter_(2, chosen[None], 1)
+        x = _layer(p, f"layers.{i}", f"layers.{i}", shape, x, i >= shape.first_dense, {}, given)
+    logits = _norm(x[0], p["norm.weight"], shape) @ p["head.weight"].T
+    return (logits / temperature).log_softmax(-1).gather(1, tokens[1:, None]).squeeze(1)
+
+
 def _cross_entropy(h: Tensor, p: Params, target: Tensor) -> Tensor:
     return -(h @ p["head.weight"].T).log_softmax(-1).gather(-1, target.unsqueeze(-1)).mean()
 
@@ -45,7 +58,12 @@ def _norm(x: Tensor, weight: Tensor, shape: Shape) -> Tensor:
     return x / (x.pow(2).mean(-1, keepdim=True) + shape.norm_eps).sqrt() * weight
 
 
-def _layer(p: Params, name: str, label: str, s: Shape, x: Tensor, is_moe: bool, found: dict[str, Tensor]) -> Tensor:
+def _layer(
+    p: Params, name: str, label: str, s: Shape, x: Tensor, is_moe: bool, found: dict[str, Tensor],
+    given: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """`given`: which experts each token takes, 0/1, instead of the gate's choice."""
+
     def get(part: str) -> Tensor:
         return p[f"{name}.{part}"]
 
@@ -58,7 +76,7 @@ def _layer(p: Params, name: str, label: str, s: Shape, x: Tensor, is_moe: bool, 
     if s.balance_alpha:
         found[f"balance.{label}"] = torch.stack([_balance(one, s) for one in scores]).mean()
     out = _ffn(n, get("shared.gate_up.weight"), get("shared.down.weight")) if s.shared else torch.zeros_like(x)
-    chosen = _chosen(scores.detach(), get("gate.bias"), s)
+    chosen = _chosen(scores.detach(), get("gate.bias"), s) if given is None else given
     weights = scores * chosen
     if s.normalise:
         weights = weights / weights.sum(-1, keepdim=True)

@@ -3,7 +3,8 @@
 While a function is recorded its operators are written on a tape; a replay calls them again and puts each result
 where it was. As on a GPU, recording changes nothing that existed before; a replay knows addresses and numbers and no
 Python; and memory that a recording gave back is taken by later recordings of its pool, for tensors that last too. So a
-replay here leaves NaN in all that later recordings of its pool have made, and in what nobody of the pool holds."""
+replay here leaves NaN in all that later recordings of its pool have made, and in what nobody of the pool holds. What a
+GPU adds in another order in each run is refused, since a CPU's bits would not show it."""
 
 from __future__ import annotations
 
@@ -19,6 +20,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from dryvine.comm.live_steps import LiveStep, LiveSteps
 
 T = TypeVar("T")
+_ATEN = torch.ops.aten
+BY_ATOMICS = (_ATEN.index_add, _ATEN.index_add_, _ATEN.scatter_add, _ATEN.scatter_add_)
 Call = tuple[Any, Any, Any, list[Tensor]]  # operator, arguments, results
 
 
@@ -47,6 +50,8 @@ class Tape(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is torch.ops.aten._local_scalar_dense.default:
             raise AssertionError("the host reads the device in a graph")
+        if func.overloadpacket in BY_ATOMICS:
+            _refuse_other_orders(*args[1:4])
         args_, kwargs_ = (tree_map_only(Tensor, _alias, tree) for tree in (args, kwargs))
         for argument, given in zip(func._schema.arguments, args_, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write:
@@ -82,6 +87,14 @@ class Tape(TorchDispatchMode):
             tensor.copy_(value)
         for aliases in self.made.values():
             _poison(aliases[0])
+
+
+def _refuse_other_orders(dim: int, index: Tensor, values: Tensor) -> None:
+    """Raise where one element gets several numbers whose sum depends on their order: all but integers."""
+    along = 0 if index.dim() == 1 else dim
+    several = (index.sort(along).values.diff(dim=along) == 0).any()
+    if several and not torch.equal(values, values.round()):
+        raise AssertionError("a GPU adds these in another order in each run: use tensors.in_order")
 
 
 def _poison(tensor: Tensor) -> None:

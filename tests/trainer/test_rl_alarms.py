@@ -55,6 +55,15 @@ def test_a_reward_that_falls_is_an_alarm() -> None:
     assert memory.stops
 
 
+def test_a_rollout_that_nobody_could_score_is_no_reward_of_zero() -> None:
+    memory = AlarmMemory(Alarms())
+    for _ in range(WINDOW):
+        memory.check(sound(reward=0.4))
+    unscored = [memory.check(sound(reward=None, unscored=1.0)) for _ in range(2 * WINDOW)]
+    assert all([line.split(":")[0] for line in lines] == ["unscored"] for lines in unscored)
+    assert not memory.check(sound(reward=0.4))
+
+
 def test_alarms_end_a_run_after_a_checkpoint(digit_run: Tiny) -> None:
     config = digit_run("rl.alarms.action=stop", "rl.alarms.patience=2", "rl.alarms.entropy_above=0.02", "run.steps=9")
     with pytest.raises(Diverged, match="alarms in 2 rollouts in a row"):

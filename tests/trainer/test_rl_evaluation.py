@@ -17,6 +17,8 @@ from dryvine.trainer.rl.chat import Chat
 from dryvine.trainer.rl.conversations import read as read_conversations
 from dryvine.trainer.rl.evaluate import evaluation
 from dryvine.trainer.rl.grader import GradedAnswer
+from dryvine.trainer.rl.tasks.question import Question, user
+from dryvine.trainer.rl.verifiers.verdict import Verdict
 from dryvine.trainer.run_rows import read
 from tests.support.digits import DigitGrader, go, graded
 
@@ -58,6 +60,15 @@ def test_right_answers_are_harvested_as_conversations_that_fine_tuning_reads(dig
     assert all(any(character.isdigit() for character in text) for text in texts)
     assert len(read_conversations(out, Chat(config.rl.chat), 32)) == len(records)
     assert not (tmp_path / "rejection").exists()
+
+
+def test_questions_have_verifiers_of_their_own_and_what_could_not_be_scored_is_in_no_mean() -> None:
+    one, other = graded([True, False]), graded([True, True])
+    answers = [replace(a, verdicts={"w": v}) for a, v in zip(other.answers, (Verdict(None), Verdict(0.5)), strict=True)]
+    other = replace(other, question=Question(user("y"), {}, {"w": 1.0}), answers=answers)
+    unknown = replace(other, answers=[replace(a, verdicts={"u": Verdict(None)}) for a in answers])
+    found = evaluation([graded([True])] * 3, [one, other, unknown])
+    assert found.scores == {"v": 0.5, "w": 0.5}
 
 
 def test_an_evaluation_has_shares_and_intervals() -> None:

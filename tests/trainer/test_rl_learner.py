@@ -98,13 +98,38 @@ def test_choices_of_the_loop_make_finite_updates(digit_run: Tiny, choices: tuple
     assert outcome.updates[0].largest_apart < 1e-4
 
 
-def test_answers_that_no_verifier_scored_teach_nothing(digit_run: Tiny) -> None:
-    learner = learner_of(digit_run("rl.loss.kl=0.0"))
+@pytest.mark.parametrize("kl", ["0.0", "0.1"])
+def test_answers_that_no_verifier_scored_teach_nothing(digit_run: Tiny, kl: str) -> None:
+    learner = learner_of(digit_run(f"rl.loss.kl={kl}", 'rl.old="trainer"'))
     before = [p.master.clone() for p in learner.rig.optimizer.pieces]
     rewarded = learner.worker.grader.rewarded
     learner.worker.grader.rewarded = lambda *answer: replace(rewarded(*answer), reward=None)  # type: ignore[method-assign]
     assert learner.rollout(0, quiet).updates == []
     assert all(torch.equal(p.master, old) for p, old in zip(learner.rig.optimizer.pieces, before, strict=True))
+
+
+def test_requests_that_failed_are_left_out_of_every_pass(digit_run: Tiny) -> None:
+    """One that was refused has neither tokens nor the routes of its prompt; the others learn as if it were not there,
+    but for the group, which is smaller."""
+    choices = ('rl.old="trainer"', "rl.loss.kl=0.05", 'rl.loss.kl_place="reward"')
+    learner = learner_of(digit_run(*choices))
+    (first, *groups) = learner.worker.rollout(0, quiet).groups
+    one, second, *others = first.answers
+    nothing = replace(
+        second.completion, tokens=torch.empty(0, dtype=torch.int64), logprobs=torch.empty(0),
+        routes=second.completion.routes[:, :0], reason="failed",
+    )  # fmt: skip
+    found = [
+        learner._lessons([replace(first, answers=[one, replace(second, reward=None, completion=c), *others]), *groups])
+        for c in (nothing, second.completion)
+    ]
+    (lessons, values), (expected, same) = found
+    assert values == same
+    assert values[0][1] == 0
+    assert len(lessons) == len(expected) == 15
+    for lesson, other in zip(lessons, expected, strict=True):
+        assert torch.equal(lesson.old, other.old)  # type: ignore[arg-type]
+        assert torch.equal(lesson.reference, other.reference)  # type: ignore[arg-type]
 
 
 def test_verdicts_are_shared_by_rank_0() -> None:

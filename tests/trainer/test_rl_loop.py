@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,11 +13,13 @@ import pytest
 from dryvine.launch.report.page import report_page
 from dryvine.launch.report.runs import RunFolder
 from dryvine.trainer.config import Config, ConfigError
+from dryvine.trainer.data.identity import UNKNOWN
 from dryvine.trainer.generate.requests import Completion
 from dryvine.trainer.hand_off.names import biases
 from dryvine.trainer.hand_off.run_files import open_run
+from dryvine.trainer.journal import same_run
 from dryvine.trainer.rl.grader import GradedAnswer
-from dryvine.trainer.rl.questions import open_task
+from dryvine.trainer.rl.questions import LOOKED_AT, open_task
 from dryvine.trainer.run_rows import read
 from tests.support.digits import DigitGrader, go
 
@@ -44,10 +47,10 @@ def test_a_run_earns_more_and_writes_what_it_did(digit_run: Tiny) -> None:
 
 @pytest.mark.parametrize("ahead", [pytest.param("false", marks=pytest.mark.long), "true"])
 def test_a_stopped_run_goes_on_to_the_same_bits(digit_run: Tiny, ahead: str) -> None:
-    """Through a checkpoint: weights, moments, reference, alarms, how many questions were asked, and with `rl.ahead` the
-    weights that the answers under way were made by."""
+    """Through a checkpoint: weights, moments, a reference that the weights have left, alarms, how many questions were
+    asked, and with `rl.ahead` the weights that the answers under way were made by."""
     more = (
-        "rl.reference_every=2", "rl.minibatches=2", "run.steps=8", "rl.questions=2", "rl.samples=2",
+        "rl.reference_every=6", "rl.minibatches=2", "run.steps=8", "rl.questions=2", "rl.samples=2",
         f"rl.ahead={ahead}",
     )  # fmt: skip
     whole, halves = digit_run(*more, 'run.name="whole"'), digit_run(*more, 'run.name="halves"')
@@ -60,6 +63,28 @@ def test_a_stopped_run_goes_on_to_the_same_bits(digit_run: Tiny, ahead: str) -> 
     assert rows[0] == rows[1]
     assert [row["step"] for row in rows[0]] == [0, 2, 4, 6, 8]
     assert rows[0][-1]["reference_k3"] > 0
+
+
+@pytest.mark.parametrize(("more", "what"), [("rl.loss.kl=0.01", "rl.loss.kl"), ("rl.ahead=true", "rl.ahead")])
+def test_a_run_cannot_take_up_what_its_checkpoints_lack(digit_run: Tiny, more: str, what: str) -> None:
+    """Refused before any GPU is held; leaving it off, and an evaluation, are no such thing."""
+    go(digit_run("run.steps=1", "rl.loss.kl=0.0"))
+    with pytest.raises(ConfigError, match=f"holds a run without {what}, .*run.init_from = "):
+        same_run(digit_run("rl.loss.kl=0.0", more), UNKNOWN)
+    same_run(digit_run("rl.loss.kl=0.0"), UNKNOWN)
+    same_run(digit_run("rl.loss.kl=0.0", more, "rl.evaluate_only=true"), UNKNOWN)
+
+
+def test_a_question_that_the_chat_cannot_encode_is_refused_wherever_it_is(digit_run: Tiny, tmp_path: Path) -> None:
+    """Also among those that are too short to be the longest."""
+    for bad, said in (
+        ('[{"role": "tool", "content": "1"}]', "question 1 of the train split: the role 'tool' has no template"),
+        ('"\\ud800"', "question 1 of the train split: .*half a surrogate pair"),
+    ):
+        lines = [f'{{"prompt": {bad}, "answer": 5}}', *['{"prompt": "10+20+30", "answer": 5}'] * LOOKED_AT]
+        (tmp_path / "train.jsonl").write_text("\n".join(lines))
+        with pytest.raises(ConfigError, match=said):
+            open_task(digit_run())
 
 
 def test_answers_ahead_are_those_of_the_weights_before_the_last_rollout(digit_run: Tiny) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from dryvine.trainer.tensors.context import Context
+from dryvine.trainer.tensors.in_order import add_rows
 from dryvine.trainer.tensors.weight import Weight
 
 
@@ -31,9 +31,7 @@ class _Embedding(Function):
         (tokens_N,), weight = ctx.saved_tensors, ctx.weight
 
         def add() -> None:
-            # index_put_ sorts on CUDA and so adds in a fixed order, where index_add_ is not deterministic. `unsafe`
-            # skips the range check, for which the host would wait: the forward has read the same rows.
-            torch._index_put_impl_(weight.gradient(), (tokens_N,), dy_NH.float(), accumulate=True, unsafe=True)
+            add_rows(weight.gradient(), tokens_N, dy_NH.float())  # in range: the forward has read the same rows
 
         weight.defer(add)
         return None, None

@@ -26,7 +26,9 @@ class AlarmMemory:
 
     def check(self, figures: Figures) -> list[str]:
         """Update the state with a rollout's figures. Returns one line for each bound that is crossed."""
-        found = [*_over(self.alarms, figures), *self._dropped(float(figures["reward"] or 0.0))]
+        found = _over(self.alarms, figures)
+        if (reward := figures["reward"]) is not None:  # None: nothing could be scored, which is no reward of 0
+            found += self._dropped(reward)
         self.state[1] = self.state[1] + 1 if found else 0
         return found
 

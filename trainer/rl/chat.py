@@ -51,6 +51,11 @@ class Chat:
             raise DataError(f"chat.roles.{config.answers}: nothing follows {{content}}, so no answer would ever end")
         self.stop = closing[0]  # the token that ends an answer
 
+    def check(self, messages: Sequence[Message]) -> None:
+        """Raise BadConversation where `encode` would."""
+        for message in messages:
+            _role_and_content(message, self._parts)
+
     def encode(self, messages: Sequence[Message]) -> Turns:
         """The tokens of a conversation, with a loss on the answering role only. Raises BadConversation."""
         turns = Turns([], [])
@@ -102,4 +107,15 @@ def _role_and_content(message: object, roles: Mapping[str, object]) -> tuple[str
         raise BadConversation(f"the role {role!r} has no template; there are {', '.join(roles)}")
     if not isinstance(content, str) or not content:
         raise BadConversation(f"the content of a message of {role!r} is {content!r}, and not text")
+    if not _is_unicode(content):
+        raise BadConversation(f"the content of a message of {role!r} has half a surrogate pair, which is no character")
     return str(role), content
+
+
+def _is_unicode(text: str) -> bool:
+    """JSON may spell what no encoding of text can hold: "\\ud800"."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

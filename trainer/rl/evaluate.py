@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dryvine.trainer.intervals import pass_at_k, share
-from dryvine.trainer.rl.groups import Group
+from dryvine.trainer.rl.groups import Group, scores_by_verifier
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Evaluation:
     pass_k: float  # with k = rl.eval_samples
     pass_k_low: float
     pass_k_high: float
-    scores: dict[str, float]  # mean of each verifier over sampled answers
+    scores: dict[str, float]  # mean of each verifier over the sampled answers that it could score
 
     def figures(self) -> dict[str, float]:
         """The evaluation as columns of metrics.jsonl."""
@@ -40,7 +40,6 @@ def evaluation(greedy: Sequence[Group], sampled: Sequence[Group]) -> Evaluation:
     right = [group.answers[0].correct for group in greedy]
     counts, samples = [sum(answer.correct for answer in group.answers) for group in sampled], len(sampled[0].answers)
     passes = [pass_at_k(counts, samples, k) for k in (1, samples)]
-    answers = [answer for group in sampled for answer in group.answers]
-    names = answers[0].verdicts
-    scores = {name: statistics.fmean(answer.verdicts[name].score or 0.0 for answer in answers) for name in names}
+    known = {name: [s for s in of if s is not None] for name, of in scores_by_verifier(sampled).items()}
+    scores = {name: statistics.fmean(of) for name, of in known.items() if of}
     return Evaluation(*share(right), *passes[0], *passes[1], scores=scores)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Sequence
 
-from dryvine.trainer.rl.groups import Group
+from dryvine.trainer.rl.groups import Group, scores_by_verifier
 from dryvine.trainer.rl.learner import RolloutOutcome
 from dryvine.trainer.rl.passes import UpdateResult
 
@@ -43,13 +43,8 @@ def rollout_figures(outcome: RolloutOutcome) -> Row:
 
 def _scores(groups: Sequence[Group]) -> Row:
     """For each verifier, the mean over the answers it could score, and the share of those it could not."""
-    found: dict[str, list[float | None]] = {}
-    for group in groups:
-        for answer in group.answers:
-            for name, verdict in answer.verdicts.items():
-                found.setdefault(name, []).append(verdict.score)
     row: Row = {}
-    for name, scores in found.items():
+    for name, scores in scores_by_verifier(groups).items():
         known = [score for score in scores if score is not None]
         row[f"score.{name}"] = statistics.fmean(known) if known else None
         row[f"unscored.{name}"] = 1 - len(known) / len(scores)

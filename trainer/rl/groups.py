@@ -43,6 +43,16 @@ def group_advantages(
     return [row[: len(group.answers)] for row, group in zip(found, groups, strict=True)]
 
 
+def scores_by_verifier(groups: Sequence[Group]) -> dict[str, list[float | None]]:
+    """By the name of each verifier, its scores of the answers that it was asked about."""
+    found: dict[str, list[float | None]] = {}
+    for group in groups:
+        for answer in group.answers:
+            for name, verdict in answer.verdicts.items():
+                found.setdefault(name, []).append(verdict.score)
+    return found
+
+
 def sample_of(answer: GradedAnswer) -> Sample:
     """The part of an answer that an update uses."""
     completion = answer.completion

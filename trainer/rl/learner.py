@@ -125,29 +125,28 @@ class Learner:
 
     def _lessons(self, groups: Sequence[Group]) -> tuple[list[Sample], list[list[float]]]:
         """The answers that the updates use, with everything the loss needs, and the advantages of all answers."""
-        rl = self.task.rl
-        samples = [[sample_of(answer) for answer in group.answers] for group in groups]
-        flat = self._scored([sample for group in samples for sample in group])
-        size = rl.samples
-        samples = [flat[i * size : (i + 1) * size] for i in range(len(groups))]
-        penalties = [[self._penalty(sample) for sample in group] for group in samples]
-        values = group_advantages(groups, rl.loss.baseline, penalties)
+        rewarded = [answer for group in groups for answer in group.answers if answer.reward is not None]
+        known = iter(self._with_logprobs([sample_of(answer) for answer in rewarded]))
+        samples = [[None if answer.reward is None else next(known) for answer in group.answers] for group in groups]
+        penalties = [[self._penalty(sample) if sample else 0.0 for sample in row] for row in samples]
+        values = group_advantages(groups, self.task.rl.loss.baseline, penalties)
         lessons = [
             replace(sample, advantage=value)
             for group, row, worth in zip(groups, samples, values, strict=True)
             for answer, sample, value in zip(group.answers, row, worth, strict=True)
-            if self._counts(answer)
+            if sample and not self._masked(answer)
         ]
         return lessons, values
 
-    def _counts(self, answer: GradedAnswer) -> bool:
-        left_out = answer.overlong and self.task.rl.overlong == "mask"
-        return answer.reward is not None and len(answer.completion.tokens) > 0 and not left_out
+    def _masked(self, answer: GradedAnswer) -> bool:
+        return answer.overlong and self.task.rl.overlong == "mask"
 
-    def _scored(self, samples: list[Sample]) -> list[Sample]:
+    def _with_logprobs(self, samples: list[Sample]) -> list[Sample]:
         """The samples with the log-probabilities that the loss needs, and with the trainer's own expert choices if
         those are replayed."""
         rl, own = self.task.rl, samples
+        if not samples:
+            return []
         if rl.old == "trainer" or rl.replay == "trainer":
             plan = PassOptions(rl.temperature, replay=rl.replay == "rollout", record=rl.replay == "trainer")
             own = score(self.rig, samples, plan)

@@ -16,8 +16,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from dryvine.trainer.rl.choices import Aggregate, Baseline, Clip, Estimator, LossChoices
+from dryvine.trainer.tensors.context import Context
+from dryvine.trainer.tensors.in_order import add_rows
 
 EPS = 1e-4  # beside a standard deviation
 MOST = 20.0  # of a log-ratio's size: e^20 is finite in every dtype
@@ -128,9 +132,31 @@ def objective(terms: Terms, share: Tensor) -> Tensor:
 def answer_means(values: Tensor, answer: Tensor, counted: Tensor) -> Tensor:
     """For each counted token, the mean of `values` over its answer, [N]; 0 elsewhere. An answer is never split over
     microbatches."""
-    # As many sums as tokens: how many answers there are is on the device.
-    counts = torch.zeros_like(values).index_add(0, answer, counted.to(values.dtype))
-    sums = torch.zeros_like(values).index_add(0, answer, torch.where(counted, values, 0.0))
+    return _AnswerMeans.apply(values, answer, counted)
+
+
+class _AnswerMeans(Function):
+    """Autograd's own backward of an index adds by atomics. The means are a symmetric matrix times the values, so their
+    backward is the same sums in the same order."""
+
+    @staticmethod
+    def forward(ctx: Context, values: Tensor, answer: Tensor, counted: Tensor) -> Tensor:
+        ctx.save_for_backward(answer, counted)
+        return _answer_means(values, answer, counted)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Context, dmeans: Tensor) -> tuple[Tensor, None, None]:
+        return _answer_means(dmeans, *ctx.saved_tensors), None, None
+
+
+def _answer_means(values: Tensor, answer: Tensor, counted: Tensor) -> Tensor:
+    # As many sums as tokens: how many answers there are is on the device. Tokens that do not count add zeros, to
+    # different sums: thousands of them in one would be added one by one.
+    into = torch.where(counted, answer, torch.arange(len(answer), device=answer.device))
+    sums, counts = torch.zeros_like(values), torch.zeros_like(values)
+    add_rows(sums, into, torch.where(counted, values, 0.0))
+    add_rows(counts, into, counted.to(values.dtype))
     return torch.where(counted, (sums / counts.clamp(min=1))[answer], 0.0)
 
 

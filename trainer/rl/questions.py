@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from dryvine.trainer.generate.requests import Request
 from dryvine.trainer.rl.chat import BadConversation, Chat
 from dryvine.trainer.rl.config import RLConfig
 from dryvine.trainer.rl.tasks.names import questions
-from dryvine.trainer.rl.tasks.question import Question, TaskError
+from dryvine.trainer.rl.tasks.question import Question, SplitOfTask, TaskError
 from dryvine.trainer.rl.verifiers.pool import Pool, VerifierError
 
 LOOKED_AT = 1000  # of the questions with most characters, when the one with most tokens is sought
@@ -75,10 +75,10 @@ def open_task(config: Config) -> RLTask:
             "name the tokenizer that the model was trained with"
         )
     try:
-        train, held_out = questions(rl.task, "train"), questions(rl.task, "validation")[: rl.eval_problems]
+        train, held_out = _checked(rl.task, "train", chat), _checked(rl.task, "validation", chat)[: rl.eval_problems]
         by_size = sorted((*train, *held_out), key=lambda question: sum(len(m["content"]) for m in question.messages))
         longest = max(len(chat.prompt(question.messages)) for question in by_size[-LOOKED_AT:])
-    except (TaskError, BadConversation) as error:
+    except TaskError as error:
         raise ConfigError(str(error)) from None
     if longest + rl.max_tokens > config.data.seq_len + 1:
         raise ConfigError(
@@ -88,6 +88,17 @@ def open_task(config: Config) -> RLTask:
     if rl.harvest is not None:
         _check_writable(Path(rl.harvest))
     return RLTask(rl, chat, train, held_out, config.run.seed)
+
+
+def _checked(task: Mapping[str, object], split: SplitOfTask, chat: Chat) -> Sequence[Question]:
+    """The questions of a split, all of which the chat can encode. Raises TaskError."""
+    found = questions(task, split)
+    for number, question in enumerate(found, 1):
+        try:
+            chat.check(question.messages)
+        except BadConversation as error:
+            raise TaskError(f"rl.task, question {number} of the {split} split: {error}; see rl.chat.roles") from None
+    return found
 
 
 def _check_writable(path: Path) -> None:

@@ -23,7 +23,8 @@ from dryvine.trainer.rl.verifiers.verdict import Job, Verdict, weighted
 from dryvine.trainer.rl.verifiers.worker import WorkerLimits
 
 ODD = """
-import os, time
+import os, subprocess, time
+from fractions import Fraction
 from dryvine.trainer.rl.verifiers.verdict import Verdict
 SECONDS = 1.0
 def verify(answer, problem):
@@ -43,6 +44,16 @@ def verify(answer, problem):
         case "shout": os.write(problem["fd"], b"x" * (1 << 20))
         case "touch": open(problem["path"], "wb").close()
         case "pid": return Verdict(float(os.getpid()))
+        case "input": return Verdict(float(input()))
+        case "child reads": return Verdict(float(len(subprocess.run(["cat"], stdout=subprocess.PIPE).stdout)))
+        case "fork": return Verdict(-1.0 if os.fork() == 0 else 7.0)
+        case "leave": raise SystemExit
+        case "tensor": return Verdict([1.0])
+        case "fraction": return Verdict(Fraction(1, 2))
+        case "endless": return Verdict(10**400)
+        case "no verdict": return 1.0
+        case "no reason": return Verdict(1.0, None)
+        case "forge": os.write(problem["fd"], problem["text"].encode() + b"\\n")
     return Verdict(float(answer))
 """
 
@@ -77,6 +88,11 @@ def test_verdicts_are_in_the_order_of_jobs_and_of_both_verifiers(odd: Pool) -> N
         ("memory", "MemoryError"),
         ("nan", "score was nan"),
         ("word", "score was '1'"),
+        ("input", "EOFError"),
+        ("leave", "ended"),
+        ("tensor", "score was [1.0]"),
+        ("endless", "OverflowError"),
+        ("no verdict", "AttributeError"),
         ("no number", "ValueError"),
     ],
 )
@@ -98,10 +114,52 @@ def test_a_worker_writes_no_large_file_and_replies_no_large_reason(odd: Pool, tm
 
 
 def test_what_is_no_verdict_in_the_reply_kills_the_worker(odd: Pool) -> None:
-    """File descriptor 3 is the worker's reply: a verifier that finds it cannot send the trainer what it likes."""
-    (verdict,) = odd.score(jobs("shout", fd=3))
+    """File descriptor 4 is the worker's reply: a verifier that finds it cannot send the trainer what it likes."""
+    (verdict,) = odd.score(jobs("shout", fd=4))
     assert verdict == Verdict(None, "the verifier's process gave a reply that is no verdict")
     assert odd.score(jobs("1"))[0].score == 1
+
+
+@pytest.mark.parametrize("text", ['{"score": 1' + "0" * 400 + ', "why": ""}', "[" * 50_000, "[]", '{"why": ""}'])
+def test_no_reply_of_a_worker_ends_the_trainer(odd: Pool, text: str) -> None:
+    (verdict,) = odd.score(jobs("forge", fd=4, text=text))
+    assert verdict == Verdict(None, "the verifier's process gave a reply that is no verdict")
+    assert odd.score(jobs("1"))[0].score == 1
+
+
+def test_a_verifier_that_reads_or_forks_gets_no_job_of_another_answer(odd: Pool) -> None:
+    """Jobs lie in the pipe from which a worker reads, and verdicts are told in their order."""
+    answers = [str(n) for n in range(100)]
+    scores = [float(n) for n in range(100)]
+    odd_ones = {10: ("child reads", 0), 11: ("fork", 7), 60: ("fork", 7), 61: ("fraction", 0.5), 62: ("no reason", 1)}
+    for number, (answer, score) in odd_ones.items():
+        answers[number], scores[number] = answer, float(score)
+    assert [verdict.score for verdict in odd.score(jobs(*answers))] == scores
+
+
+@pytest.mark.parametrize(
+    ("source", "why"),
+    [
+        ("def verify(", "verifier broken: broken raises SyntaxError: '(' was never closed (broken.py, line 1)"),
+        ("1 / 0", "verifier broken: broken raises ZeroDivisionError: division by zero"),
+        ("raise SystemExit(3)", "verifier broken: broken raises SystemExit: 3"),
+        ("import numqy", "verifier broken: No module named 'numqy'"),
+        ("def verify(a, p): pass\ndef check(): raise RuntimeError('install it')", "verifier broken: install it"),
+        ("def verfy(answer, problem): pass", "verifier broken: broken has no function verify(answer, problem)"),
+        ("SECONDS = 'ten'\ndef verify(a, p): pass", "verifier broken: broken raises ValueError: could not convert"),
+        ("SECONDS = 0\ndef verify(a, p): pass", "verifier broken: broken has SECONDS = 0; name a number above 0"),
+        ("SECONDS = 1e999\ndef verify(a, p): pass", "verifier broken: broken has SECONDS = inf"),
+    ],
+)
+def test_a_file_that_is_no_verifier_is_refused_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, why: str
+) -> None:
+    (tmp_path / "broken.py").write_text(source)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setitem(names.VERIFIERS, "broken", "broken")
+    with pytest.raises(VerifierError) as refused:
+        Pool(["broken"], 1)
+    assert str(refused.value).startswith(why)
 
 
 def test_workers_killed_from_outside_are_replaced(odd: Pool) -> None:
@@ -160,7 +218,7 @@ def test_a_verifier_that_does_not_exist_or_load_is_refused(monkeypatch: pytest.M
     with pytest.raises(VerifierError, match="no verifier 'maths': there are code"):
         Pool(["maths"])
     monkeypatch.setitem(names.VERIFIERS, "gone", "dryvine.trainer.rl.verifiers.gone")
-    with pytest.raises(VerifierError, match="verifiers gone: No module named"):
+    with pytest.raises(VerifierError, match="verifier gone: No module named"):
         Pool(["gone"])
 
 
@@ -205,5 +263,5 @@ def test_a_run_whose_verifier_does_not_load_is_refused_before_it_begins(
     path.write_text(dump(config))
     monkeypatch.setattr(os, "environ", dict(os.environ))  # which `main` adds to
     assert main([str(path)]) == ExitCode.REFUSED
-    assert "verifiers gone: No module named" in capsys.readouterr().err
+    assert "verifier gone: No module named" in capsys.readouterr().err
     assert not config.run.folder.exists()

@@ -169,7 +169,7 @@ class Pool:
                 self._started(process, reply)
                 return True
             verdict = _verdict(reply["score"], str(reply["why"]))
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):  # whatever bytes there are
             return False
         if not process.given:
             return False
