@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from dryvine.comm import local
 from dryvine.trainer.config import Config, load
@@ -28,6 +29,8 @@ def count(pytestconfig: pytest.Config) -> Callable[[int, int], int]:
     return lambda reduced, full: full if pytestconfig.getoption("--prove") else reduced
 
 
+# As ranks have: sums differ in their last bit with the number of threads.
+torch.set_num_threads(1)
 local.preload("dryvine.trainer.verify", "dryvine.trainer.loop", "matplotlib.pyplot")  # what ranks of tests import
 
 

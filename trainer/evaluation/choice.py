@@ -24,7 +24,7 @@ class Choice(NamedTuple):
     where: str
     prompt: Prompt
     choices: tuple[str, ...]
-    answer: int
+    answer: int  # of equal texts the first
 
 
 def task(records: Sequence[TaskLine]) -> Task:
@@ -38,7 +38,7 @@ def _parsed(record: TaskLine) -> Choice:
         answer = choices.index(answer)
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
         raise EvalError(f"{record.where}: answer is {answer!r}: the number of a choice from 0, or its text, is needed")
-    return Choice(record.where, record.prompt(), choices, answer)
+    return Choice(record.where, record.prompt(), choices, choices.index(choices[answer]))
 
 
 def _findings(questions: Sequence[Choice], subject: Subject, on_progress: OnProgress) -> Findings:
@@ -49,11 +49,16 @@ def _findings(questions: Sequence[Choice], subject: Subject, on_progress: OnProg
     for question in questions:
         sums = [float(score.logprobs.sum()) for score in islice(scores, len(question.choices))]
         per_byte = [one / len(text.encode()) for one, text in zip(sums, question.choices, strict=True)]
-        chosen = sums.index(max(sums))
+        chosen = _best(question, sums)
         right.append(chosen == question.answer)
-        right_per_byte.append(per_byte.index(max(per_byte)) == question.answer)
+        right_per_byte.append(_best(question, per_byte) == question.answer)
         answers.append({"chosen": chosen, "answer": question.answer, "logprobs": sums, "right": right[-1]})
     return Findings({"accuracy": share(right), "accuracy_per_byte": share(right_per_byte)}, answers)
+
+
+def _best(question: Choice, values: Sequence[float]) -> int:
+    """The choice with the largest value. Of equal texts, whose values can differ in rounding, the first."""
+    return question.choices.index(question.choices[values.index(max(values))])
 
 
 def _passage(question: Choice, text: str, subject: Subject) -> Passage:
