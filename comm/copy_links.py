@@ -13,7 +13,7 @@ from dryvine.comm.copy_wire import Expect
 from dryvine.comm.pending import Pending
 from dryvine.comm.stream_values import copy_bytes, wait_values, write_values
 from dryvine.comm.watch import Watch
-from dryvine.comm.words import Words, share_words
+from dryvine.comm.words import Words, on_all, share_words
 
 
 class StreamQueue:
@@ -72,12 +72,16 @@ def open_links(
     """`size` bytes on each of the pipeline ranks `near`, those of `group`, open to all of them, and words that
     they share; None on all of them where any cannot have that (no peer access, a container that hides file descriptors,
     /dev/shm full). Collective over the group."""
-    shared = share_words(group, words, device)
-    mapping = _rendezvous(group, size, device)
-    opened: list[bool] = [False] * len(near)
-    dist.all_gather_object(opened, shared is not None and mapping is not None, group=group)
-    if shared is None or mapping is None or not all(opened):
+    shared, own = share_words(group, words, device), _allocate(size, device)
+    # First of all: in a rendezvous the others would wait long for one that has no memory for it.
+    if not on_all(group, shared is not None and own is not None):
         return None
+    assert shared is not None
+    assert own is not None
+    mapping = _rendezvous(group, own)
+    if not on_all(group, mapping is not None):
+        return None
+    assert mapping is not None
     return DeviceLinks(near, mapping, shared, device)
 
 
@@ -98,12 +102,20 @@ class NodeMemory(NamedTuple):
     views: list[Tensor]
 
 
-def _rendezvous(group: dist.ProcessGroup, size: int, device: torch.device) -> NodeMemory | None:
+def _allocate(size: int, device: torch.device) -> Tensor | None:
     import torch.distributed._symmetric_memory as symmetric
 
     try:
-        own = symmetric.empty(size, dtype=torch.uint8, device=device)
+        return symmetric.empty(size, dtype=torch.uint8, device=device)
+    except RuntimeError:  # too little memory, too
+        return None
+
+
+def _rendezvous(group: dist.ProcessGroup, own: Tensor) -> NodeMemory | None:
+    import torch.distributed._symmetric_memory as symmetric
+
+    try:
         handle = symmetric.rendezvous(own, group.group_name)
     except RuntimeError:
         return None
-    return NodeMemory(own, handle, [handle.get_buffer(r, (size,), torch.uint8) for r in range(group.size())])
+    return NodeMemory(own, handle, [handle.get_buffer(r, own.shape, torch.uint8) for r in range(group.size())])

@@ -53,11 +53,17 @@ def share_words(group: dist.ProcessGroup, count: int, device: torch.device) -> W
     names = [str(file)]
     dist.broadcast_object_list(names, group=group, group_src=0)
     words = _open(Path(names[0]), count, device)
-    mapped: list[bool] = [False] * dist.get_world_size(group)
-    dist.all_gather_object(mapped, words is not None, group=group)
+    mapped = on_all(group, words is not None)
     if file:
         file.unlink()  # the mappings stay
-    return words if all(mapped) else None
+    return words if mapped else None
+
+
+def on_all(group: dist.ProcessGroup, fine: bool) -> bool:
+    """Whether it is on all ranks of `group`. Collective over it."""
+    everyone: list[bool] = [False] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, fine, group=group)
+    return all(everyone)
 
 
 def _create(count: int) -> Path | None:
