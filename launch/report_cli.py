@@ -23,7 +23,7 @@ def report(
     from dryvine.launch.report.runs import RunFolder
 
     path = out or runs[0] / "report.html"
-    text = report_page([RunFolder.open(run) for run in runs])
+    text = report_page(RunFolder.open_all(runs))
     write_file(path, text)
     typer.echo(f"wrote {path}")
 

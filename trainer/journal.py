@@ -36,7 +36,7 @@ from dryvine.trainer.checkpoint.reader import open_checkpoint
 from dryvine.trainer.config import Config, ConfigError, dump, load
 from dryvine.trainer.data.atomic import CannotWrite, write_atomically
 from dryvine.trainer.data.identity import UNKNOWN, DataIdentity
-from dryvine.trainer.run_rows import read
+from dryvine.trainer.run_rows import append, read
 from dryvine.trainer.wandb_board import WandbBoard
 
 # For schedule.svg: a pair takes about three quarters of the time of its parts (ISCA 2025, table 4).
@@ -131,8 +131,7 @@ class Journal:
 
     def append(self, name: str, row: Mapping[str, object]) -> None:
         """Append a line to another file of the folder."""
-        with CannotWrite.naming(self.folder / name), (self.folder / name).open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        append(self.folder, name, row)
 
     def close(self) -> None:
         with CannotWrite.naming(self._metrics):

@@ -9,7 +9,6 @@ kernel or a faulty GPU.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,9 +16,9 @@ from pathlib import Path
 from dryvine.comm.mesh import Mesh
 from dryvine.parallel.executor import Played
 from dryvine.parallel.zero import Zero
-from dryvine.trainer.data.atomic import CannotWrite
 from dryvine.trainer.fp8.guard import culprits
 from dryvine.trainer.ramps import Point
+from dryvine.trainer.run_rows import append
 
 NAMED = 3  # culprits of a rank in the printed line; skipped.jsonl has them all
 
@@ -64,9 +63,7 @@ class NonfiniteStep:
 
     def append_to(self, folder: Path) -> None:
         """Add a line to skipped.jsonl."""
-        path = folder / "skipped.jsonl"
-        with CannotWrite.naming(path), path.open("a") as lines:
-            lines.write(json.dumps(asdict(self)) + "\n")
+        append(folder, "skipped.jsonl", asdict(self))
 
 
 def blame(point: Point, played: Played, zero: Zero, mesh: Mesh) -> NonfiniteStep:

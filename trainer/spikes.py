@@ -7,16 +7,14 @@ is a pure function of its number and that file: a run that is restarted, in any 
 
 from __future__ import annotations
 
-import json
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
-from dryvine.trainer.data.atomic import CannotWrite
 from dryvine.trainer.ramps import Point
-from dryvine.trainer.run_rows import read
+from dryvine.trainer.run_rows import append, read
 
 WINDOW = 20  # losses whose median a new one is compared with; before there are so many, none is a spike
 STRIKES = 3  # spikes after the same checkpoint that end a run
@@ -66,8 +64,7 @@ class Rollback:
 
 def write_down(folder: Path, one: Rollback) -> None:
     """Append a line to rollbacks.jsonl. Raises CannotWrite."""
-    with CannotWrite.naming(folder / FILE), (folder / FILE).open("a") as lines:
-        lines.write(json.dumps(asdict(one)) + "\n")
+    append(folder, FILE, asdict(one))
 
 
 def rollbacks(folder: Path) -> list[Rollback]:

@@ -30,7 +30,8 @@ pre{background:var(--panel);border:1px solid var(--line);border-radius:10px;padd
 white-space:pre-wrap;overflow-wrap:anywhere;font:13px/1.5 ui-monospace,Menlo,Consolas,monospace}
 .bad{color:var(--bad)}.good{color:var(--good)}
 .wide.pic{background:#fff;padding:6px}.pic svg{display:block;width:100%;height:auto;min-width:560px}
-@media(max-width:600px){body{font-size:14px}th,td{padding:5px 9px}}
+@media(max-width:600px){body{font-size:14px}th,td{padding:5px 9px}
+td:first-child,th:first-child{white-space:normal;min-width:130px}td.text,th.text{min-width:200px}}
 """
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -23,16 +24,21 @@ COLOURS = (
     "#0891b2",
     "#7c3aed",
     "#be185d",
+    "#14532d",
+    "#92400e",
+    "#a3a3a3",
 )
 
 
 class Curve(NamedTuple):
-    """Points of one curve; None where there is none. `band`: the ends of an interval around each."""
+    """Points of one curve; None where there is none, which with `gaps` interrupts it. `band`: the ends of an interval
+    around each."""
 
     x: Sequence[float]
     y: Sequence[float | None]
     dashed: bool = False
     band: tuple[Sequence[float | None], Sequence[float | None]] | None = None
+    gaps: bool = False
 
 
 class Mark(NamedTuple):
@@ -46,7 +52,8 @@ def lines(curves: Mapping[str, Curve], x: str, y: str, marks: Sequence[Mark] = (
     """Curves over one x axis, by name."""
     figure, axes = _axes(x, y)
     for number, (name, curve) in enumerate(curves.items()):
-        known = [(a, b) for a, b in zip(curve.x, curve.y, strict=True) if b is not None]
+        pairs = zip(curve.x, curve.y, strict=True)
+        known = [(a, math.nan if b is None else b) for a, b in pairs if b is not None or curve.gaps]
         style = "--" if curve.dashed else "-"
         dots = "o" if len(known) < 40 else ""
         axes.plot(
@@ -109,9 +116,11 @@ def points(groups: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str, 
 
 def heat(values: Sequence[Sequence[float]], x: str, y: str, says: str) -> str:
     """A map of rows of numbers, the first at the top."""
+    from matplotlib.ticker import MaxNLocator
+
     figure, axes = _axes(x, y)
     axes.grid(False)
-    axes.set_yticks(range(len(values)))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     image = axes.imshow(values, aspect="auto", cmap="viridis", interpolation="nearest")
     axes.figure.colorbar(image, ax=axes, label=says)
     return _svg(figure)

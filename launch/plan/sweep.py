@@ -4,6 +4,8 @@ Memory comes first, and needs no simulation. What fits has a lower bound of its 
 the other, and the first of them waits for the forwards of the stages before. Slots are counted once for layouts with
 the same schedule, so a bound costs a few products. Layouts are simulated in the order of their bounds until none of the
 remaining can be among the best; those are reported as slower, with their bound.
+
+Offload of the optimizer costs time whatever the layout, so it is tried where a layout does not fit without.
 """
 
 from __future__ import annotations
@@ -12,8 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
+from dryvine.comm.config import CommConfig
 from dryvine.launch.plan.hardware import GIGA, Machine
-from dryvine.launch.plan.memory import Parts, RankMemory, state
+from dryvine.launch.plan.memory import MASTERS, MOMENTS, Parts, RankMemory, state
 from dryvine.launch.plan.plan import Plan, fits, make, memory_of, prices_of, roofline_times
 from dryvine.launch.plan.sharding import update_seconds
 from dryvine.launch.plan.shards import BucketSize, buckets
@@ -45,10 +48,12 @@ class Candidate:
     schedule: str
     microbatch: int
     recompute: tuple[str, ...]
+    offload: bool = False
 
     def __str__(self) -> str:
         again = f", recompute {', '.join(self.recompute)}" if self.recompute else ""
-        return f"pp {self.pp} x dp {self.dp} x ep {self.ep}, {self.schedule}, microbatch {self.microbatch}{again}"
+        off = ", optimizer in host memory" if self.offload else ""
+        return f"pp {self.pp} x dp {self.dp} x ep {self.ep}, {self.schedule}, microbatch {self.microbatch}{again}{off}"
 
     def config(self, base: Config) -> Config:
         """`base` with this layout and the full batch. Raises ValueError if that is not a legal config."""
@@ -56,19 +61,22 @@ class Candidate:
         changed = {"pp": self.pp, "dp": self.dp, "ep": self.ep, "schedule": self.schedule, "chunks": 1}
         parallel = {**base.parallel.model_dump(), **changed, "microbatch_sequences": self.microbatch}
         model = {**base.model.model_dump(), "recompute": self.recompute}
-        return Config.model_validate({**tree, "parallel": parallel, "model": model})
+        optim = {**base.optim.model_dump(), "offload": "cpu" if self.offload else "none"}
+        return Config.model_validate({**tree, "parallel": parallel, "model": model, "optim": optim})
 
 
 @dataclass(frozen=True)
 class SweepRow:
     """The result of a candidate: a plan, or why there is none. `bound`: lower bound of its step, in seconds; `peak`:
-    bytes of the fullest rank, 0 where they were not counted."""
+    bytes of the fullest rank, 0 where they were not counted; `least`: those that it holds between steps, 0 if they
+    were not either."""
 
     candidate: Candidate
     plan: Plan | None
     bound: float
     reason: str
     peak: int = 0
+    least: int = 0
 
     @property
     def fits(self) -> bool:
@@ -83,7 +91,7 @@ def sweep(
     base: Config, gpus: int, machine: Machine, on_progress: Callable[[float], None] = lambda share: None
 ) -> list[SweepRow]:
     """Every candidate for so many GPUs, best first: those that fit by time, then the others."""
-    single = base.model_copy(update={"batch": BatchConfig(sequences=base.batch.sequences)})
+    single = base.model_copy(update={"batch": BatchConfig(sequences=base.batch.sequences), "comm": _comm(base, gpus)})
     rows = [_first_look(single, candidate, machine) for candidate in candidates(single, gpus)]
     done, open_rows = [row for row in rows if row.reason], [row for row in rows if not row.reason]
     bench, fitting = _Bench(single, machine), list[SweepRow]()
@@ -100,8 +108,17 @@ def sweep(
             break
         planned = bench.simulate(row)
         done.append(planned)
-        best = sorted([*best, planned.seconds])[:BEST]
+        if planned.fits:
+            best = sorted([*best, planned.seconds])[:BEST]
     return sorted(done, key=lambda row: (not row.fits, row.seconds))
+
+
+def _comm(base: Config, gpus: int) -> CommConfig:
+    """Without the nodes of another number of GPUs."""
+    comm = base.comm
+    if sum(comm.topology.nodes) == gpus:
+        return comm
+    return comm.model_copy(update={"topology": comm.topology.model_copy(update={"nodes": ()})})
 
 
 def candidates(base: Config, gpus: int) -> Iterator[Candidate]:
@@ -141,24 +158,43 @@ class _Bench:
         self._flights: dict[tuple[object, ...], tuple[FlightSizes, Running]] = {}
 
     def judge(self, row: SweepRow) -> SweepRow:
-        """The row with the layout's peak, and why it is out or a bound of its step from its slots."""
+        """The row with the layout's peak, and why it is out or a bound of its step from its slots; with offload if it
+        fits only so."""
+        judged, spared = self._judge(row)
+        if (
+            self.machine.cuda
+            and judged.reason
+            and 0 < max(judged.peak, judged.least) - spared <= self.machine.usable_bytes
+        ):
+            offloaded, _ = self._judge(replace(row, candidate=replace(row.candidate, offload=True)))
+            return judged if offloaded.reason else offloaded
+        return judged
+
+    def _judge(self, row: SweepRow) -> tuple[SweepRow, int]:
+        """And the most bytes that offload takes from a rank."""
         try:
             layout = self._layouts.of(row.candidate.config(self.base))
         except ConfigError as error:
-            return replace(row, bound=float("inf"), reason=str(error))
+            return replace(row, bound=float("inf"), reason=str(error)), 0
         every, machine = self._buckets_of(layout), self.machine
-        least = max(sum(state(layout, mine).values()) for mine in every)
-        if least > machine.usable_bytes:
-            return replace(row, reason=f"does not fit: weights, sums and optimizer alone {least / GIGA:.0f} GB")
+        kept = [state(layout, mine) for mine in every]
+        spared = max(kinds.get(MASTERS, 0) + kinds.get(MOMENTS, 0) for kinds in kept)
+        row = replace(row, least=max(sum(kinds.values()) for kinds in kept))
+        if row.least > machine.usable_bytes:
+            alone = f"does not fit: weights, sums and optimizer alone {row.least / GIGA:.0f} GB"
+            return replace(row, reason=alone), spared
         ranks = memory_of(layout, Parts(every, *self._flights_of(layout)), machine)
         row = replace(row, peak=max(rank.total for rank in ranks))
         if not fits(ranks, machine):
-            return replace(row, reason=_too_large(ranks, machine))
+            return replace(row, reason=_too_large(ranks, machine)), spared
         update = update_seconds(layout.config, every, machine, None)
-        return replace(row, bound=ROUNDING * (least_span(layout.footprint, prices_of(layout, machine)) + update))
+        span = least_span(layout.footprint, prices_of(layout, machine))
+        return replace(row, bound=ROUNDING * (span + update)), spared
 
     def simulate(self, row: SweepRow) -> SweepRow:
-        return replace(row, plan=make(self._layouts.of(row.candidate.config(self.base)), self.machine))
+        """The row with its plan, or why it is out after all: of host memory the buffer of checkpoints comes last."""
+        plan = make(self._layouts.of(row.candidate.config(self.base)), self.machine)
+        return replace(row, plan=plan) if plan.fits else replace(row, reason=_too_large(plan.ranks, self.machine))
 
     def _buckets_of(self, layout: LayoutPlan) -> list[list[BucketSize]]:
         """They follow from which rank has which stages, and over how many ranks these are spread."""
@@ -208,4 +244,5 @@ def _slower(row: SweepRow, best: float) -> SweepRow:
         row.bound,
         f"slower: at least {row.bound:.3g} s, with no wait in the middle; best {best:.3g} s",
         row.peak,
+        row.least,
     )

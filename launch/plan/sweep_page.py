@@ -14,13 +14,14 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 HEADS = ("pp x dp x ep", "step, s", "tokens/s a GPU", "MFU", "bubble", "exposed", "GB", "")
+LEGEND = "b: sequences a microbatch, r: recompute, t: of transposes too, o: optimizer in host memory"
 LISTED = 400  # rows of a page's table
 
 
 def cells(row: SweepRow, best: float) -> tuple[str, ...]:
     """A row of the table; the last cell says why it is not the best."""
     plan = row.plan
-    size = f"{row.peak / GIGA:.1f}" if row.peak else ""
+    size = f"{row.peak / GIGA:.1f}" if row.peak else f"over {row.least / GIGA:.0f}" if row.least else ""
     if plan is None:
         return layout_label(row), *[""] * (len(HEADS) - 3), size, row.reason
     slower = f"{row.seconds / best - 1:.1%} slower" if row.seconds > best else "best"
@@ -37,10 +38,10 @@ def cells(row: SweepRow, best: float) -> tuple[str, ...]:
 
 
 def layout_label(row: SweepRow) -> str:
-    """The candidate in a narrow column: b, sequences a microbatch; r, recompute; t, also of transposes."""
+    """The candidate in a narrow column (`LEGEND`)."""
     c = row.candidate
     again = " rt" if "transposes" in c.recompute else " r" if c.recompute else ""
-    return f"{c.pp}x{c.dp}x{c.ep} {c.schedule} b{c.microbatch}{again}"
+    return f"{c.pp}x{c.dp}x{c.ep} {c.schedule} b{c.microbatch}{again}{' o' if c.offload else ''}"
 
 
 def why_not(rows: Sequence[SweepRow]) -> Rows:
@@ -54,10 +55,8 @@ def why_not(rows: Sequence[SweepRow]) -> Rows:
 
 
 def _kind(reason: str) -> str:
-    for start in ("does not fit", "slower"):
-        if reason.startswith(start):
-            return start
-    return "not legal"
+    kinds = {"does not fit": "do not fit", "slower": "are slower"}
+    return next((kind for start, kind in kinds.items() if reason.startswith(start)), "are not legal")
 
 
 def best_seconds(rows: Sequence[SweepRow]) -> float:
@@ -67,21 +66,21 @@ def best_seconds(rows: Sequence[SweepRow]) -> float:
 def show_sweep(rows: Sequence[SweepRow], console: Console) -> None:
     """Print the best candidates, and why the others were rejected."""
     best, good = best_seconds(rows), [row for row in rows if row.fits]
+    near = sorted((row for row in rows if row.least), key=lambda row: max(row.peak, row.least))
+    if good:
+        title, shown = "the best", good
+    elif near:
+        title, shown = "none fits; those that come nearest", near
+    else:
+        title, shown = "none is legal", []
     print_table(
-        console,
-        f"the best of {len(rows)} layouts (b: sequences a microbatch, r: recompute, t: of transposes too)",
-        list(HEADS),
-        [cells(row, best) for row in good[:BEST]],
+        console, f"{title}, of {len(rows)} layouts ({LEGEND})", list(HEADS), [cells(r, best) for r in shown[:BEST]]
     )
-    if not good:
-        console.print("none fits; those that come nearest:")
-        near = sorted((row for row in rows if row.peak), key=lambda row: row.peak)
-        print_table(console, "least memory", list(HEADS), [cells(row, best) for row in near[:BEST]])
     print_table(console, "the others", ["why", "layouts", "for example"], why_not(rows))
 
 
 def sweep_figures(rows: Sequence[SweepRow]) -> list[dict[str, object]]:
-    """For `--json`: every candidate, the best first."""
+    """For `--json`: every candidate, the best first; `peak_bytes` null where they were not counted."""
     return [
         {
             "pp": row.candidate.pp,
@@ -90,6 +89,7 @@ def sweep_figures(rows: Sequence[SweepRow]) -> list[dict[str, object]]:
             "schedule": row.candidate.schedule,
             "microbatch_sequences": row.candidate.microbatch,
             "recompute": row.candidate.recompute,
+            "offload": row.candidate.offload,
             "fits": row.fits,
             "reason": row.reason,
             "step_seconds": row.plan.step_seconds if row.plan else None,
@@ -111,7 +111,7 @@ def _parts(rows: Sequence[SweepRow], machine: Machine) -> Iterator[str]:
     from dryvine.launch.pages.page import heading, paragraph, picture, table
 
     best, planned = best_seconds(rows), [row for row in rows if row.plan]
-    counts = Counter(_kind(row.reason) if row.reason else "fit and planned" for row in rows)
+    counts = Counter(_kind(row.reason) if row.reason else "fit and are planned" for row in rows)
     yield paragraph(f"{len(rows)} layouts: " + ", ".join(f"{n} {kind}" for kind, n in counts.most_common()))
     yield heading("Time against memory")
     by_schedule: dict[str, list[tuple[float, float]]] = {}
@@ -122,6 +122,7 @@ def _parts(rows: Sequence[SweepRow], machine: Machine) -> Iterator[str]:
     usable = machine.usable_bytes / GIGA
     yield picture(plots.points(by_schedule, "GB on the fullest rank", "step, s", usable), "step time over peak memory")
     yield heading("The best, and where their steps go")
+    yield paragraph(f"A bar for each row of the table, in its order. {LEGEND}.")
     parts = {f"{number + 1}": _seconds(row) for number, row in enumerate(r for r in rows[:BEST] if r.fits)}
     if parts:
         yield picture(plots.bars(parts, "s"), "seconds of a step by what they are spent on")

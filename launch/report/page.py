@@ -57,8 +57,10 @@ def _figures(run: RunFolder) -> dict[str, str]:
     found = {"steps": f"{last['step']:,} of {run.config.run.steps:,}", "tokens": large(last["tokens"])}
     for name, title in NAMES.items():
         if known := run.known(name):
-            found[f"{title} loss"] = f"{known[0]:.3f} to {known[-1]:.3f}"
-    found["tokens/s"] = f"{median(run.known('tokens_per_second')):,.0f}"
+            now = "not finite" if name == "loss" and last[name] is None else f"{known[-1]:.3f}"
+            found[f"{title} loss"] = f"{known[0]:.3f} to {now}"
+    if rates := run.known("tokens_per_second"):
+        found["tokens/s"] = f"{median(rates):,.0f}"
     if mfu := [value for value in run.mfu() if value is not None]:
         found["MFU"] = f"{median(mfu):.1%}"
     return found
@@ -69,7 +71,7 @@ def _losses(runs: Sequence[RunFolder]) -> dict[str, Curve]:
     for run in runs:
         for name in ("loss", *run.validations):
             title = NAMES.get(name) or f"validation, {name.removeprefix('val_loss').strip('._')}"
-            found[label(runs, run, title)] = Curve(run.steps, run.column(name), dashed=name != "loss")
+            found[label(runs, run, title)] = Curve(run.steps, run.column(name), name != "loss", gaps=name == "loss")
     return found
 
 
@@ -122,10 +124,13 @@ def _planned(runs: Sequence[RunFolder]) -> Iterator[str]:
     """Planned against measured, for runs whose config names its hardware."""
     rows = [row for run in runs for row in _against_plan(run)]
     yield heading("Planned and measured")
+    for run in runs:
+        if run.plan is None:
+            yield paragraph(
+                f"{run.name}: nothing was planned, as run.hardware = {run.config.run.hardware!r} is no machine here."
+            )
     if rows:
         yield table(["run", "", "planned", "measured", "measured / planned"], rows)
-    else:
-        yield paragraph("No run's config names its hardware (run.hardware), so nothing was planned.")
 
 
 def _against_plan(run: RunFolder) -> Iterator[tuple[str, ...]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,37 +13,48 @@ from dryvine.launch.plan.plan import Plan, make
 from dryvine.trainer.config import Config, ConfigError, load
 from dryvine.trainer.run_plan import make_plan
 from dryvine.trainer.run_rows import Figures, read
+from dryvine.trainer.spikes import rollbacks
 
 
 class Event(NamedTuple):
     """Something that happened after a step."""
 
     step: int
-    kind: str  # start | checkpoint | skip | alarm
+    kind: str  # start | checkpoint | skip | spike | alarm
     what: str
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """What a run has left so far."""
+    """What a run has left so far. `name`: what a page calls it."""
 
     path: Path
+    name: str
     config: Config
     rows: list[Figures]
 
     @staticmethod
-    def open(path: Path) -> RunFolder:
+    def open_all(paths: Sequence[Path]) -> list[RunFolder]:
+        """The runs, each named by the shortest end of its path that no other has; one that is given twice counts
+        once. Raises ConfigError as `open` does."""
+        given = {path.resolve(): path for path in paths}
+        most = max(len(whole.parts) for whole in given)
+        names = next(
+            names
+            for depth in range(1, most + 1)
+            if len(set(names := ["/".join(whole.parts[-depth:]) for whole in given])) == len(given)
+        )
+        return [RunFolder.open(path, name) for path, name in zip(given.values(), names, strict=True)]
+
+    @staticmethod
+    def open(path: Path, name: str = "") -> RunFolder:
         """Raises ConfigError if there is no run, or none that has completed a step."""
         if not (path / "config.toml").exists():
             raise ConfigError(f"{path}: no run folder: it has no config.toml")
         rows = read(path)
         if not rows:
             raise ConfigError(f"{path}: no step has been recorded yet")
-        return RunFolder(path, load(path / "config.toml"), rows)
-
-    @property
-    def name(self) -> str:
-        return self.path.name
+        return RunFolder(path, name or path.resolve().name, load(path / "config.toml"), rows)
 
     @property
     def reinforced(self) -> bool:
@@ -80,9 +91,14 @@ class RunFolder:
 
     @cached_property
     def plan(self) -> Plan | None:
-        """The plan for the hardware that the config names; None if it names none."""
+        """The plan for the hardware that the config names; None if it names none, or a file of the cluster's that is
+        not here."""
         hardware = self.config.run.hardware
-        return make(make_plan(self.config), load_hardware(hardware)) if hardware else None
+        try:
+            machine = load_hardware(hardware) if hardware else None
+        except ConfigError:
+            return None
+        return make(make_plan(self.config), machine) if machine else None
 
     def mfu(self) -> list[float | None]:
         """MFU by step on the planned hardware; None without one."""
@@ -102,5 +118,9 @@ class RunFolder:
                 found.append(Event(row["step"], "checkpoint", stall))
             if row.get("skipped"):
                 found.append(Event(row["step"], "skip", f"updated nothing ({row['skipped']} in a row): skipped.jsonl"))
+        found += [
+            Event(one.step, "spike", f"loss {one.loss:.4g}, usual {one.usual:.4g}: {one}")
+            for one in rollbacks(self.path)
+        ]
         found += [Event(row["step"], "alarm", row["alarm"]) for row in read(self.path, "alarms.jsonl")]
         return iter(sorted(found))

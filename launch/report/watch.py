@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
 SPARKS = " ▁▂▃▄▅▆▇█"
+SHORTEST_SPARKS, LONGEST_SPARKS = 8, 40  # characters
+BORDERS = 10  # columns that a table of three takes besides their text
 RECENT = 20  # steps that rates are medians over
 SHOWN = {
     "reward": "{:.4f}",
@@ -43,25 +45,27 @@ SHOWN = {
 
 
 def watch(path: Path, console: Console, every: float, once: bool) -> None:
-    """Show the run until it has made its last step, or once. Raises ConfigError where there is no run."""
+    """Show the run until it has made its last step; once if the output is no terminal. Raises ConfigError where there
+    is no run."""
     from rich.live import Live
 
     if not (path / "config.toml").exists():
         raise ConfigError(f"{path}: no run folder: it has no config.toml")
     config = load(path / "config.toml")
     rows = read(path)
-    if once:
-        console.print(view(config, rows, _quiet(path)))
+    if once or not console.is_terminal:  # what is not a terminal cannot be drawn over
+        console.print(view(config, rows, _quiet(path), console.width))
         return
-    with Live(view(config, rows, _quiet(path)), console=console, refresh_per_second=4) as live:
+    with Live(view(config, rows, _quiet(path), console.width), console=console, refresh_per_second=4) as live:
         while not rows or rows[-1]["step"] < config.run.steps:
             time.sleep(every)
             rows = read(path)
-            live.update(view(config, rows, _quiet(path)))
+            live.update(view(config, rows, _quiet(path), console.width))
 
 
-def view(config: Config, rows: Sequence[Figures], quiet: float) -> RenderableType:
-    """A table of the newest figures, each with a sparkline. `quiet`: seconds since the last row was written."""
+def view(config: Config, rows: Sequence[Figures], quiet: float, width: int) -> RenderableType:
+    """A table of the newest figures, each with a sparkline if `width` columns have room for it. `quiet`: seconds since
+    the last row was written."""
     from rich.console import Group
     from rich.table import Table
 
@@ -73,21 +77,25 @@ def view(config: Config, rows: Sequence[Figures], quiet: float) -> RenderableTyp
     silent = quiet > 10 * seconds + 5 and last["step"] < config.run.steps
     late = f"; nothing for {quiet:.0f} s, a step takes {seconds:.0f}" if silent else ""
     title = f"{config.run.name}: step {last['step']:,} of {config.run.steps:,}, {left} to go{late}"
-    table = Table("", "now", f"course of {len(rows)} steps")
-    for name, form in SHOWN.items():
-        known = [row[name] for row in rows if row.get(name) is not None]
-        if known:
-            table.add_row(name, form.format(known[-1]), sparks(known))
+    known = {name: [row[name] for row in rows if row.get(name) is not None] for name in SHOWN}
+    cells = {name: (SHOWN[name].format(some[-1]), some) for name, some in known.items() if some}
+    longest = max(map(len, cells), default=0), max((len(now) for now, _ in cells.values()), default=0)
+    taken = sum(longest) + BORDERS
+    room = min(LONGEST_SPARKS, width - taken)
+    table = Table(*["", "now", "course"][: 3 if room >= SHORTEST_SPARKS else 2])
+    table.columns[0].overflow = "fold"
+    for name, (now, some) in cells.items():
+        table.add_row(name, now, *([sparks(some, room)] if room >= SHORTEST_SPARKS else []))
     return Group(title, table)
 
 
 def _seconds(row: Figures) -> float:
     """Seconds of a row: of a step, or of all parts of a rollout; 0 for a row that only evaluates."""
-    parts: list[float] = [value for name, value in row.items() if name.startswith("seconds_")]
-    return float(row.get("seconds", sum(parts)))
+    parts = [row["seconds"]] if "seconds" in row else [row[name] for name in row if name.startswith("seconds_")]
+    return float(sum(part for part in parts if part is not None))
 
 
-def sparks(values: Sequence[float], width: int = 40) -> str:
+def sparks(values: Sequence[float], width: int = LONGEST_SPARKS) -> str:
     """A sparkline: means over equal parts, scaled from the least to the largest."""
     parts = min(width, len(values))
     means = []

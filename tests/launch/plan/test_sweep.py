@@ -13,7 +13,7 @@ from dryvine.launch.plan.hardware import Machine, load_hardware
 from dryvine.launch.plan.page import plan_page
 from dryvine.launch.plan.plan import Plan, make
 from dryvine.launch.plan.sweep import BEST, sweep
-from dryvine.launch.plan.sweep_page import show_sweep, sweep_figures, sweep_page
+from dryvine.launch.plan.sweep_page import LEGEND, show_sweep, sweep_figures, sweep_page
 from dryvine.parallel.schedule.ir import Schedule
 from dryvine.parallel.schedule.table import build
 from dryvine.trainer import run_plan
@@ -74,8 +74,53 @@ def test_every_other_layout_has_its_reason(base: Config) -> None:
 
 def test_where_nothing_fits_the_nearest_are_shown(base: Config) -> None:
     out = StringIO()
-    show_sweep(sweep(base, 2, machine(0.1)), Console(file=out, width=160))
-    assert "none fits" in out.getvalue()
+    rows = sweep(base, 2, machine(0.1))
+    show_sweep(rows, Console(file=out, width=160))
+    assert "none fits; those that come nearest, of" in out.getvalue()
+    least = min(row.least for row in rows if row.least)
+    assert not any(row.peak for row in rows), "not even the state fits, so nothing else was counted"
+    assert f"alone {least / 1e9:.0f} GB" in out.getvalue()
+
+
+def test_where_nothing_is_legal_that_is_said(base: Config) -> None:
+    out = StringIO()
+    show_sweep(sweep(base, 1009, machine(1000.0)), Console(file=out, width=160))
+    assert "none is legal, of" in out.getvalue()
+    assert "no whole number of" in out.getvalue()
+
+
+def test_offload_is_tried_where_a_layout_does_not_fit_without(base: Config) -> None:
+    gpu = load_hardware("h100").model_copy(update={"reserved_gb": 0.0})
+    roomy = sweep(base, 2, gpu)
+    assert not any(row.candidate.offload for row in roomy)
+    least = min(row.peak for row in roomy if row.peak)
+    rows = sweep(base, 2, gpu.model_copy(update={"memory_gb": (least - 1) / 1e9}))
+    good = [row for row in rows if row.fits]
+    assert good
+    assert all(row.candidate.offload for row in good)
+    assert len(rows) == len(roomy)
+    plan = good[0].plan
+    assert plan is not None
+    assert plan.config.optim.offload == "cpu"
+    out = StringIO()
+    show_sweep(rows, Console(file=out, width=160))
+    assert " o " in out.getvalue()
+    assert [row["offload"] for row in sweep_figures(rows)][: len(good)] == [True] * len(good)
+
+
+def test_what_fits_but_for_the_buffer_of_checkpoints_is_out(base: Config) -> None:
+    host = load_hardware("cpu").host.model_copy(update={"memory_gb": 1e-6})
+    rows = sweep(base, 2, machine(1000.0).model_copy(update={"host": host}))
+    assert not any(row.fits for row in rows)
+    assert any("of host memory" in row.reason for row in rows)
+
+
+def test_nodes_of_the_config_are_those_of_its_own_layout(base: Config) -> None:
+    given = base.comm.model_copy(update={"topology": base.comm.topology.model_copy(update={"nodes": (1, 1)})})
+    named = base.model_copy(update={"comm": given})
+    assert [row.seconds for row in sweep(named, 4, machine(1000.0))] == [
+        row.seconds for row in sweep(base, 4, machine(1000.0))
+    ]
 
 
 def test_pages_and_figures(base: Config) -> None:
@@ -83,6 +128,7 @@ def test_pages_and_figures(base: Config) -> None:
     text = sweep_page(rows, "tiny", 2, machine(3.0))
     assert text.count("<svg") == 2
     assert "Why not the others" in text
+    assert LEGEND in text
     assert "http" not in text.replace("http://www.w3.org", ""), "nothing is fetched"
     assert [row["fits"] for row in sweep_figures(rows)] == [row.fits for row in rows]
     plan = plan_page(make(make_plan(base), machine(30.0)))

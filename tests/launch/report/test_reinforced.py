@@ -87,7 +87,7 @@ def test_runs_of_one_kind_are_compared(make: Folder, tiny: Callable[..., Config]
     assert "one: pass@1" in text
     assert "two: pass@1" in text
     assert "Answers to read: two" in text
-    trained = RunFolder(tmp_path, tiny(), one.rows)
+    trained = RunFolder(tmp_path, "trained", tiny(), one.rows)
     with pytest.raises(ConfigError, match="compare runs of one kind"):
         report_page([one, trained])
 

@@ -14,7 +14,8 @@ from dryvine.launch.report.page import report_page
 from dryvine.launch.report.runs import Event, RunFolder
 from dryvine.launch.report.watch import sparks, view, watch
 from dryvine.trainer.config import Config, ConfigError, dump
-from dryvine.trainer.run_rows import Figures
+from dryvine.trainer.run_rows import Figures, append, read
+from dryvine.trainer.spikes import Rollback, write_down
 
 
 def row(step: int, **figures: float | None) -> Figures:
@@ -82,6 +83,71 @@ def test_runs_are_compared_by_name(run: Path, tiny: Callable[..., Config], tmp_p
     assert "<title>Report of first and second</title>" in text
 
 
+def test_runs_of_the_same_name_are_told_apart(tmp_path: Path, tiny: Callable[..., Config]) -> None:
+    paths = [tmp_path / where / "tiny" for where in ("a", "b")]
+    for path in paths:
+        path.parent.mkdir()
+        folder(path, tiny(), [row(1)])
+    runs = RunFolder.open_all([*paths, paths[0]])
+    assert [run.name for run in runs] == ["a/tiny", "b/tiny"]
+    text = report_page(runs)
+    assert "a/tiny: training" in text
+    assert "b/tiny: training" in text
+
+
+def test_the_folder_that_a_user_is_in_has_a_name(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run)
+    assert RunFolder.open_all([Path()])[0].name == "first"
+
+
+def test_a_loss_that_is_no_longer_finite_is_said(tmp_path: Path, tiny: Callable[..., Config]) -> None:
+    rows = [row(1), row(2), row(3, loss=float("nan"), tokens_per_second=float("inf"))]
+    opened = RunFolder.open(folder(tmp_path / "nan", tiny(), rows))
+    assert opened.column("loss")[-1] is None
+    assert "4.900 to not finite" in report_page([opened])
+    out = StringIO()
+    watch(opened.path, Console(file=out, width=100), 1.0, once=True)
+    assert "4.8000" in out.getvalue()
+
+
+def test_a_row_of_which_nothing_is_known_is_shown(tmp_path: Path, tiny: Callable[..., Config]) -> None:
+    unknown = dict.fromkeys(row(1), None) | {"step": 1, "tokens": 512}
+    path = folder(tmp_path / "unknown", tiny(), [unknown])
+    assert "1 of 6" in report_page([RunFolder.open(path)])
+    watch(path, Console(file=StringIO()), 1.0, once=True)
+
+
+def test_hardware_that_is_not_here_keeps_nobody_from_a_report(tmp_path: Path, tiny: Callable[..., Config]) -> None:
+    path = folder(tmp_path / "far", tiny("run.hardware=/cluster/ours.toml"), [row(1)])
+    assert "run.hardware = &#x27;/cluster/ours.toml&#x27; is no machine here" in report_page([RunFolder.open(path)])
+
+
+def test_a_rollback_is_an_event(run: Path) -> None:
+    write_down(run, Rollback(step=2, loss=50.0, usual=5.0, to_step=1, first=8, sequences=16))
+    (spike,) = (event for event in RunFolder.open(run).events() if event.kind == "spike")
+    back = "back to step 1; sequences 8 to 23 are passed over (rollbacks.jsonl)"
+    assert spike == Event(2, "spike", f"loss 50, usual 5: {back}")
+
+
+def test_a_row_after_one_that_was_cut_off_replaces_it(run: Path) -> None:
+    for name in ("expert_load.jsonl", "new.jsonl"):
+        with (run / name).open("a") as file:
+            file.write('{"step": 4, "loads": [[1,')
+        append(run, name, {"step": 4, "loads": [[4, 4, 4, 4]]})
+        append(run, name, {"step": 5, "loads": [[5, 4, 4, 4]]})
+    assert [row["step"] for row in read(run, "expert_load.jsonl")] == [3, 4, 5]
+    assert [row["step"] for row in read(run, "new.jsonl")] == [4, 5]
+
+
+def test_a_line_that_is_no_row_is_refused_and_the_last_may_be_cut(run: Path) -> None:
+    whole = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(whole + '{"step": 4, "lo')
+    assert len(RunFolder.open(run).rows) == 3
+    (run / "metrics.jsonl").write_text("[1]\n" + whole)
+    with pytest.raises(ConfigError, match="line 1: not a row of figures"):
+        RunFolder.open(run)
+
+
 def test_what_is_no_run_is_refused(tmp_path: Path, tiny: Callable[..., Config]) -> None:
     with pytest.raises(ConfigError, match=r"no run folder: it has no config\.toml"):
         RunFolder.open(tmp_path)
@@ -100,16 +166,35 @@ def test_a_watch_shows_the_newest_figures_and_that_a_run_is_late(run: Path) -> N
     assert "step 3 of 6, 0:00:02 to go" in said
     assert "4.7000" in said
     assert "650" in said
-    console.print(view(opened.config, opened.rows, quiet=60.0))
+    console.print(view(opened.config, opened.rows, 60.0, 100))
     assert "nothing for 60 s" in out.getvalue()
-    console.print(view(opened.config, [], 0.0))
+    console.print(view(opened.config, [], 0.0, 100))
     assert "no step yet" in out.getvalue()
 
 
 def test_a_watch_ends_with_the_run(run: Path) -> None:
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(row(6)) + "\n")
-    watch(run, Console(file=StringIO()), 0.1, once=False)
+    watch(run, Console(file=StringIO(), force_terminal=True), 0.1, once=False)
+
+
+def test_what_is_no_terminal_is_shown_once(run: Path) -> None:
+    out = StringIO()
+    watch(run, Console(file=out, width=100), 60.0, once=False)
+    assert "step 3 of 6" in out.getvalue()
+
+
+@pytest.mark.parametrize("width", [30, 40, 50, 60, 100])
+def test_a_watch_in_a_narrow_terminal_shows_the_newest_figures_whole(run: Path, width: int) -> None:
+    opened, out = RunFolder.open(run), StringIO()
+    rows = [row(step, loss=float(step)) for step in range(1, 101)]
+    Console(file=out, width=width).print(view(opened.config, rows, 0.0, width))
+    lines = out.getvalue().splitlines()
+    assert "…" not in out.getvalue()
+    assert all(len(line) <= width for line in lines)
+    (line,) = (line for line in lines if line.startswith("│ loss"))
+    assert "100.0000" in line
+    assert ("█ │" in line) == (width >= 50), "the course up to now, or none"
 
 
 def test_sparks_go_from_the_least_to_the_largest() -> None:
