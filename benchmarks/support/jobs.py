@@ -46,8 +46,8 @@ class Job:
 
     @property
     def limit(self) -> float:
-        """Seconds after which it is ended: the machine, or what else runs on it, may be slow."""
-        return 2 * self.seconds + 40
+        """Seconds after which it is ended. A check that hangs holds up little, and may compile beside others."""
+        return (2 if self.slots == SLOTS else 3) * self.seconds + 40
 
     @property
     def slug(self) -> str:
