@@ -245,6 +245,10 @@ def _conflict(config: Config) -> str | None:
         return "data.mask = 'none' lets answers see each other; set data.mask = 'document'"
     if config.sft and config.rl:
         return "[sft] and [rl] are two runs: run.init_from begins the second with the weights of the first"
+    if config.rl and config.optim.plan_unit == "tokens":
+        return "optim.plan_unit = 'tokens': an update of [rl] has as many as its answers; set 'steps'"
+    if config.rl and config.batch.ramp_from:
+        return "batch.ramp_from: an update of [rl] takes as many passes as its answers fill; leave it out"
     if config.data.mask == "document" and m.qk_dim > WIDEST_HEAD:
         return (
             f"data.mask = 'document' has no kernel for heads of nope_dim + rope_dim = {m.qk_dim} elements; "

@@ -83,6 +83,8 @@ BAD_KEYS = {
     "rl.chat.answers=bot": "is no role",
     'rl.chat.roles={user="{content}",assistant="{content}"}': "no answer would ever end",
     "rl.foo=1": "rl.foo: unknown key",
+    "optim.plan_unit=tokens": "optim.plan_unit = 'tokens'",
+    "batch.ramp_from=2 batch.ramp_increment=2 batch.ramp_tokens=100": "batch.ramp_from",
 }
 
 

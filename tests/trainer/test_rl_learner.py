@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from dryvine.trainer.config import Config
+from dryvine.trainer.config import Config, ConfigError
 from dryvine.trainer.rl.grader import Grader
 from dryvine.trainer.rl.groups import Group
+from dryvine.trainer.rl.questions import check_verifiers, open_task
 from dryvine.trainer.rl.tasks.question import Question, user
 from dryvine.trainer.rl.verifiers.names import STOPS
 from dryvine.trainer.rl.verifiers.verdict import Verdict
@@ -58,6 +59,15 @@ def test_a_verifier_ends_an_answer(digit_run: Tiny, monkeypatch: pytest.MonkeyPa
     assert not any(answer.overlong for answer in answers)
     assert {problem for _, problem in seen} == {5}
     assert {answer.text for answer in answers} <= {text for text, _ in seen}
+
+
+@pytest.mark.parametrize(("module", "said"), [("no_such_file", "No module named"), ("json", "has no attribute")])
+def test_a_stop_that_does_not_load_is_refused_before_a_run(
+    digit_run: Tiny, monkeypatch: pytest.MonkeyPatch, module: str, said: str
+) -> None:
+    monkeypatch.setitem(STOPS, "digits", module)
+    with pytest.raises(ConfigError, match=f"verifier digits: ended of {module}: .*{said}"):
+        check_verifiers(open_task(digit_run()))
 
 
 @pytest.mark.parametrize(("overlong", "learnt"), [("keep", 16), ("mask", 0)])

@@ -9,17 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import AddedToken
 
 from dryvine.launch.report.page import report_page
 from dryvine.launch.report.runs import RunFolder
 from dryvine.trainer.config import Config, ConfigError
 from dryvine.trainer.data.identity import UNKNOWN
+from dryvine.trainer.data.tokenizer import learn_tokenizer
 from dryvine.trainer.generate.requests import Completion
 from dryvine.trainer.hand_off.names import biases
 from dryvine.trainer.hand_off.run_files import open_run
 from dryvine.trainer.journal import same_run
+from dryvine.trainer.rl.chat import Chat
 from dryvine.trainer.rl.grader import GradedAnswer
-from dryvine.trainer.rl.questions import LOOKED_AT, open_task
+from dryvine.trainer.rl.questions import open_task
 from dryvine.trainer.run_rows import read
 from tests.support.digits import DigitGrader, go
 
@@ -76,15 +79,30 @@ def test_a_run_cannot_take_up_what_its_checkpoints_lack(digit_run: Tiny, more: s
 
 
 def test_a_question_that_the_chat_cannot_encode_is_refused_wherever_it_is(digit_run: Tiny, tmp_path: Path) -> None:
-    """Also among those that are too short to be the longest."""
+    """However short it is."""
     for bad, said in (
         ('[{"role": "tool", "content": "1"}]', "question 1 of the train split: the role 'tool' has no template"),
         ('"\\ud800"', "question 1 of the train split: .*half a surrogate pair"),
     ):
-        lines = [f'{{"prompt": {bad}, "answer": 5}}', *['{"prompt": "10+20+30", "answer": 5}'] * LOOKED_AT]
+        lines = [f'{{"prompt": {bad}, "answer": 5}}', *['{"prompt": "10+20+30", "answer": 5}'] * 1000]
         (tmp_path / "train.jsonl").write_text("\n".join(lines))
         with pytest.raises(ConfigError, match=said):
             open_task(digit_run())
+
+
+def test_a_prompt_of_few_characters_and_many_tokens_is_seen(digit_run: Tiny, tmp_path: Path) -> None:
+    """Beside a thousand of more characters and fewer tokens."""
+    made = learn_tokenizer(["ab" * 1000] * 9, 270)
+    made.add_special_tokens([AddedToken(name, special=True) for name in ("<|User|>", "<|Assistant|>")])
+    made.save(str(tmp_path / "merged.json"))
+    chat = f'rl.chat.tokenizer="{tmp_path}/merged.json"'
+    plenty = ['{"prompt": "' + "ab" * 32 + '", "answer": 5}'] * 1000
+    assert len(Chat(digit_run(chat).rl.chat).prompt([{"role": "user", "content": "ab" * 32}])) < 12  # type: ignore[union-attr]
+    (tmp_path / "train.jsonl").write_text("\n".join([*plenty, '{"prompt": "' + "z" * 28 + '", "answer": 5}']))
+    with pytest.raises(ConfigError, match="behind a prompt of 30 tokens"):
+        open_task(digit_run(chat))
+    (tmp_path / "train.jsonl").write_text("\n".join([*plenty, '{"prompt": "' + "z" * 27 + '", "answer": 5}']))
+    assert len(open_task(digit_run(chat)).train) == 1001
 
 
 def test_answers_ahead_are_those_of_the_weights_before_the_last_rollout(digit_run: Tiny) -> None:

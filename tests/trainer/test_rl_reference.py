@@ -150,6 +150,7 @@ LAYOUTS = {
     "recompute": ("parallel.microbatch_sequences=2", "model.recompute=['norm','mla_up','swiglu']"),
     "layers again, mtp 2": ("model.recompute=['layer']", "model.mtp_depth=2", "parallel.microbatch_sequences=4"),
     "interleaved": ("parallel.schedule=interleaved", "parallel.chunks=3"),
+    "a balance loss in pretraining": ("model.balance_alpha=0.1",),
     "dualpipev in passes": ("parallel.schedule=dualpipev", "batch.sequences=2"),
 }
 

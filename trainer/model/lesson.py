@@ -33,7 +33,8 @@ Objective = Callable[[Scored, tuple[Tensor, ...]], dict[str, Tensor]]
 class Lesson:
     """`columns` are what is known of each target, [N] each, on the device of the model. `experts` are the choices to
     replay, int64 [N, K] by MoE block; tokens whose first is negative, and blocks that are not named, are routed as
-    usual. `record`: the choices of every gate are recorded as `routes.BLOCK`, int16 [N, K]."""
+    usual, and none has a balance loss. `record`: the choices of every gate are recorded as `routes.BLOCK`, int16 [N,
+    K]."""
 
     objective: Objective
     columns: tuple[Tensor, ...] = ()

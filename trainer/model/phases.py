@@ -157,7 +157,8 @@ def _routed(rank: Wiring, name: str, layer: MoELayer, enter: Callable[[Tensor, F
         lesson = documents.lesson if documents else None
         given = lesson.experts.get(name) if lesson else None
         routed = layer.route(enter(state[0], flight), len(flight.tokens), flight.training, documents, given)
-        found = {} if routed.loss is None else {f"balance.{name}": routed.loss}
+        # A lesson is all that is learnt: a mean over all tokens of a microbatch would depend on how answers are packed.
+        found = {} if routed.loss is None or lesson else {f"balance.{name}": routed.loss}
         if routed.other is not None:
             found[f"other.{name}"] = routed.other
         if lesson and lesson.record:

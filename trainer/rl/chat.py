@@ -72,6 +72,11 @@ class Chat:
         """The tokens that an answer is sampled after. Raises BadConversation."""
         return (*self.encode(messages).tokens, *self._opening)
 
+    def prompt_bytes(self, messages: Sequence[Message]) -> int:
+        """Of the text that `prompt` encodes, which has a token for each byte at most."""
+        turns = ("".join(self._parts[message["role"]]) + message["content"] for message in messages)
+        return sum(len(turn.encode()) for turn in turns) + len(self._parts[self.config.answers][0].encode())
+
     def text(self, tokens: Sequence[int]) -> str:
         """The text of an answer, with control tokens spelled out and without the token that ends it."""
         written = tokens[:-1] if tokens and tokens[-1] == self.stop else tokens

@@ -60,9 +60,7 @@ class RLConfig(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     epochs: Annotated[Positive, Field(le=1000)] = 1
     temperature: Annotated[float, Field(ge=0.01, le=100)] = 1.0
     max_tokens: Positive = 1024  # of an answer
-    ahead: bool = (
-        False  # the next rollout is sampled while this one is learnt from, by the weights of before (ahead.py)
-    )
+    ahead: bool = False  # sample the next rollout while this one is learnt from, by the weights of before (ahead.py)
     # Probabilities that ratios are taken to: those that the sampler reported, or the trainer's own for the same
     # weights, for one forward pass more.
     old: Literal["rollout", "trainer"] = "rollout"

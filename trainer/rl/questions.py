@@ -21,8 +21,7 @@ from dryvine.trainer.rl.config import RLConfig
 from dryvine.trainer.rl.tasks.names import questions
 from dryvine.trainer.rl.tasks.question import Question, SplitOfTask, TaskError
 from dryvine.trainer.rl.verifiers.pool import Pool, VerifierError
-
-LOOKED_AT = 1000  # of the questions with most characters, when the one with most tokens is sought
+from dryvine.trainer.rl.verifiers.stops import stops_of
 
 
 @dataclass(frozen=True)
@@ -76,11 +75,12 @@ def open_task(config: Config) -> RLTask:
         )
     try:
         train, held_out = _checked(rl.task, "train", chat), _checked(rl.task, "validation", chat)[: rl.eval_problems]
-        by_size = sorted((*train, *held_out), key=lambda question: sum(len(m["content"]) for m in question.messages))
-        longest = max(len(chat.prompt(question.messages)) for question in by_size[-LOOKED_AT:])
     except TaskError as error:
         raise ConfigError(str(error)) from None
-    if longest + rl.max_tokens > config.data.seq_len + 1:
+    room = config.data.seq_len + 1 - rl.max_tokens
+    # Encoding all would take minutes where there are many: those of fewer bytes than tokens would fit are not.
+    maybe = [question.messages for question in (*train, *held_out) if chat.prompt_bytes(question.messages) > room]
+    if (longest := max((len(chat.prompt(messages)) for messages in maybe), default=0)) > room:
         raise ConfigError(
             f"rl.max_tokens = {rl.max_tokens}, behind a prompt of {longest} tokens, is more than data.seq_len + 1 = "
             f"{config.data.seq_len + 1}; lower it, or raise data.seq_len"
@@ -111,6 +111,7 @@ def _check_writable(path: Path) -> None:
 def check_verifiers(task: RLTask) -> None:
     """Load every verifier once, before any GPU is held. Raises ConfigError for one that cannot be loaded."""
     try:
+        stops_of(task.verifiers)
         Pool(task.verifiers, workers=1).close()
     except VerifierError as error:
         raise ConfigError(f"rl.task: {error}") from None

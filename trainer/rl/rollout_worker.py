@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 
 from dryvine.trainer.generate.lane import Until
 from dryvine.trainer.generate.requests import Request
@@ -19,7 +18,7 @@ from dryvine.trainer.rl.grader import Grader
 from dryvine.trainer.rl.groups import Group
 from dryvine.trainer.rl.questions import RLTask, SamplingOptions
 from dryvine.trainer.rl.tasks.question import Question
-from dryvine.trainer.rl.verifiers.names import STOPS
+from dryvine.trainer.rl.verifiers.stops import stops_of
 
 OnAnswer = Callable[[int, int], None]  # answers that have ended, answers in all
 
@@ -63,7 +62,7 @@ class RolloutWorker:
         return Answers(kept or idle, len(idle), rounds - 1, asked, time.perf_counter() - started)
 
     def answers(self, numbers: Sequence[int], ask: SamplingOptions, on_answer: OnAnswer) -> list[Group]:
-        """Sample and grader a group for each of these question numbers of the run."""
+        """Sample and grade a group for each of these question numbers of the run."""
         return self._groups([(n, self.task.question(n)) for n in numbers], ask, "train", on_answer)
 
     def evaluate(self, on_answer: OnAnswer) -> Evaluation:
@@ -93,7 +92,7 @@ class RolloutWorker:
     def _until(self, asked: Mapping[int, Question]) -> Until | None:
         """A callback that tells whether a verifier of the question considers an answer finished; questions are found
         by the group's number."""
-        stops = {name: import_module(STOPS[name]).ended for name in sorted(self.task.verifiers & STOPS.keys())}
+        stops = stops_of(self.task.verifiers)
         if not stops:
             return None
 
