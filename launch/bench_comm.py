@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -21,9 +21,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dryvine.comm.dispatch.backends import BACKENDS
 from dryvine.comm.host import available_memory
 from dryvine.comm.topology import Topology, TopologyConfig, discover
 from dryvine.launch.options import numbers
+from dryvine.trainer.config import ConfigError
 from dryvine.trainer.data.atomic import CannotWrite
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ Names = Annotated[str, typer.Option(help="backends, by comma")]
 Nodes = Annotated[str, typer.Option(help="CPU ranks on each node, e.g. 2,2; under torchrun: found")]
 Tokens = Annotated[str, typer.Option(help="tokens per rank, by comma; 256,1024 and under torchrun 4096 too")]
 Dtypes = Annotated[str, typer.Option(help="bf16, fp8 (values and a scale per 128)")]
+DTYPES = ("bf16", "fp8")
 PARTS = ("routing", "dispatch", "combine", "plain")
 Out = Annotated[Path | None, typer.Option(help="where the plot goes (.png or .svg)")]
 
@@ -89,12 +92,22 @@ def comm(
     shape = CommShape(hidden, experts, top_k, rounds)
     tokens = tokens or ("256,1024,4096" if "RANK" in os.environ else "256,1024")
     sizes = numbers("--tokens", tokens, "tokens a rank")
-    cases = [Case(b, t, d) for d in dtypes.split(",") for t in sizes for b in backends.split(",")]
+    kinds, named = _listed("--dtypes", dtypes, DTYPES), _listed("--backends", backends, BACKENDS)
+    cases = [Case(b, t, d) for d in kinds for t in sizes for b in named]
     figures, topology = _under_torchrun(shape, cases) if "RANK" in os.environ else _here(shape, cases, nodes)
     if int(os.environ.get("RANK", 0)) == 0:
         Console(highlight=False).print(times(figures), rates(figures, topology))
         if out:
             plot(figures, topology, out)
+
+
+def _listed(option: str, text: str, known: Collection[str]) -> list[str]:
+    """The names in an option. Raises ConfigError for one that there is not."""
+    names = text.split(",")
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"{option} {text}: no {name!r}; there are {', '.join(known)}")
+    return names
 
 
 def _here(shape: CommShape, cases: list[Case], nodes: str) -> tuple[list[CommFigure], Topology]:

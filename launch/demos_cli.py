@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from dryvine.trainer.data.atomic import CannotWrite
+
 
 def demos(
     out: Annotated[Path, typer.Option(help="Folder for tokenizer.json, train.jsonl, validation.jsonl and sums.jsonl.")],
@@ -18,5 +20,6 @@ def demos(
     """Write demonstrations of countdown-3 by a teacher that is often wrong."""
     from dryvine.trainer.rl.tasks.countdown_demos import write
 
-    write(out, count, wrong, seed, largest)
+    with CannotWrite.naming(out):
+        write(out, count, wrong, seed, largest)
     typer.echo(f"{out}: {count} demonstrations, {wrong:.0%} of another target, and 25 tokens")

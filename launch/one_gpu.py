@@ -16,15 +16,17 @@ import tomli_w
 from dryvine.comm.config import CommConfig
 from dryvine.comm.integers import ceil_div, round_up
 from dryvine.launch.files import write_file
+from dryvine.launch.plan.plan import budget
 from dryvine.parallel.schedule.table import legal
 from dryvine.trainer.config import Config, RunConfig, dump, load
 from dryvine.trainer.data.config import STDLIB, DataConfig, DataError
 from dryvine.trainer.data.dataset import Dataset
 from dryvine.trainer.model.shape import Shape, count_parameters
-from dryvine.trainer.ramps import BatchConfig, OptimConfig
+from dryvine.trainer.ramps import BatchConfig, Change, OptimConfig
 
 MICROBATCHES = 4  # the fewest with which a pipeline of one rank in a V fills, pairs and empties
-STEPS, PERIOD = 50, 10  # so that validation and checkpoints happen early
+STEPS, PERIOD = 50, 10  # so that what happens every so many steps happens early
+PERIODS = ("eval_every", "checkpoint_every", "integrity_every", "buddy_every", "timeline_step")
 SEQUENCE = 512  # tokens, at most
 VOCABULARY = 4096  # of the embedded corpus, where the config's own data is not on this machine
 BYTES = 18  # a parameter: weight, gradient sum, master, two moments, in FP32; temporaries of it
@@ -55,10 +57,11 @@ def shrunk(config: Config, memory: float) -> Config:
         "batch": _batch(config, data.seq_len),
         "parallel": parallel,
         "comm": _comm(config.comm),
-        "optim": _optim(config.optim, config.run.steps),
     }
-    # Through TOML, so that what is written is what was checked.
-    return Config.model_validate_json(config.model_copy(update=table).model_dump_json())
+    small = config.model_copy(update=table)
+    small = small.model_copy(update={"optim": _optim(config, small)})
+    # Through JSON, so that what is written is what was checked.
+    return Config.model_validate_json(small.model_dump_json())
 
 
 def _schedule(config: Config) -> tuple[str, int]:
@@ -117,7 +120,8 @@ def _half(name: str, width: int | None) -> int | None:
 
 def _run(config: Config) -> RunConfig:
     run = config.run
-    periods = {name: min(getattr(run, name), PERIOD) for name in ("eval_every", "checkpoint_every")}
+    given = {name: getattr(run, name) for name in PERIODS}
+    periods = {name: min(value, PERIOD) for name, value in given.items() if value is not None}
     name = f"{run.name}-one-gpu"
     return run.model_copy(update={"name": name, "steps": min(run.steps, STEPS), "eval_batches": 1, **periods})
 
@@ -142,13 +146,29 @@ def _comm(comm: CommConfig) -> CommConfig:
     )
 
 
-def _optim(optim: OptimConfig, steps: int) -> OptimConfig:
-    """Every segment of the learning rate's plan, scaled to the number of steps."""
-    total = sum(segment.length for segment in optim.plan) if optim.plan_unit == "tokens" else steps
+def _optim(whole: Config, small: Config) -> OptimConfig:
+    """The learning rate's segments in proportion to the steps, late changes of weights to the tokens."""
+    optim, fewer = whole.optim, small.run.steps
+    total = sum(segment.length for segment in optim.plan) if optim.plan_unit == "tokens" else whole.run.steps
     parts = [
-        segment.model_copy(update={"length": max(1, segment.length * STEPS // max(1, total))}) for segment in optim.plan
+        segment.model_copy(update={"length": max(1, segment.length * fewer // max(1, total))}) for segment in optim.plan
     ]
-    return optim.model_copy(update={"plan": tuple(parts), "plan_unit": "steps"})
+    share = _tokens(small) / _tokens(whole)
+    late = {name: _earlier(getattr(optim, name), share) for name in ("mtp_weight_plan", "bias_gamma_plan")}
+    return optim.model_copy(update={"plan": tuple(parts), "plan_unit": "steps", **late})
+
+
+def _tokens(config: Config) -> float:
+    return sum(tokens for _, tokens in budget(config))
+
+
+def _earlier(changes: tuple[Change, ...], share: float) -> tuple[Change, ...]:
+    """After a share of their tokens; no two at once."""
+    found: list[Change] = []
+    for change in sorted(changes, key=lambda change: change.after):
+        after = max(round(change.after * share), found[-1].after + 1 if found else 1)
+        found.append(change.model_copy(update={"after": after}))
+    return tuple(found)
 
 
 def _changes(before: Config, after: Config) -> Iterator[str]:

@@ -52,10 +52,14 @@ class RunLock:
 
     @contextmanager
     def held(self, say: Callable[[str], None] = print) -> Iterator[RunLock]:
-        """Hold the lock. Raises ConfigError if a live run holds it; `say` is called if finding that out takes long."""
+        """Hold the lock. Raises ConfigError if a live run holds it, or its folder cannot be made; `say` is called if
+        finding out takes long."""
         folder = self._file.parent
         made = not folder.exists()
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{folder}: cannot be made: {error.strerror}; set run.out to a folder that can") from None
         while not self._created(self._file):
             self._refuse_or_remove(_read(self._file), say)
         thread = threading.Thread(target=self._beat, name="run lock", daemon=True)

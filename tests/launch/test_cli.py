@@ -86,6 +86,7 @@ def test_what_cannot_be_is_one_line_and_exit_code_2(corpus: Path, tmp_path: Path
     [
         ("plan", TINY, "--html"),
         ("plan", TINY, "--sweep", "--gpus", "2", "--html"),
+        ("demos", "--count", "10", "--out"),
         ("schedule", "1f1b", "--pp", "2", "--microbatches", "4", "--format", "svg", "--out"),
     ],
 )
@@ -95,6 +96,14 @@ def test_a_file_that_cannot_be_written_is_one_line(tmp_path: Path, words: tuple[
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith(f"dryvine: {tmp_path}/file/page: ")
     assert "Traceback" not in done.stderr
+
+
+def test_a_run_whose_folder_cannot_be_made_is_refused(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = run("train", TINY, *given(corpus, tmp_path / "file"), "run.steps=1")
+    assert done.returncode == 2, done.stderr
+    assert f"{tmp_path}/file/tiny: cannot be made: Not a directory; set run.out" in done.stderr
+    assert done.stderr.strip().count("\n") == 0
 
 
 @pytest.mark.parametrize(
@@ -112,6 +121,9 @@ def test_a_file_that_cannot_be_written_is_one_line(tmp_path: Path, words: tuple[
         (("doctor", "--groups", "8"), "--groups 8: write groups:limit"),
         (("doctor", "--groups", "8:9"), "--groups 8:9: write groups:limit"),
         (("doctor", "--nodes", "8,8", "--top-k", "300"), "--top-k 300: a token has 256 experts"),
+        (("bench", "comm", "--backends", "flatt"), "--backends flatt: no 'flatt'; there are flat, "),
+        (("bench", "comm", "--dtypes", "fp4"), "--dtypes fp4: no 'fp4'; there are bf16, fp8"),
+        (("bench", "comm", "--tokens", "many"), "--tokens many: write tokens a rank"),
         (("bench", "comm", "--nodes", "8,0"), "--nodes 8,0: write the ranks on each node"),
     ],
 )

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from dryvine.launch.one_gpu import BYTES, shrunk, write_one_gpu
+from dryvine.launch.plan.plan import budget
 from dryvine.trainer.config import Config, load
 from dryvine.trainer.model.shape import blocks, count_parameters
 from dryvine.trainer.run_plan import load_plan, make_plan
@@ -63,6 +64,31 @@ def test_a_dualpipe_keeps_its_pairs_and_its_weight_gradients(tiny: Callable[...,
     schedule = make_plan(shrunk(tiny("parallel.pp=2", "parallel.schedule=dualpipe"), LAPTOP)).schedule
     assert [slot for slot in schedule.ranks[0] if len(slot) == 2]
     assert {op.kind for op in schedule.ops(0)} == {"F", "B", "I", "W"}
+
+
+def test_a_short_run_has_all_of_its_plan_of_learning_rates(tiny: Callable[..., Config]) -> None:
+    given = tiny("run.steps=20", 'optim.plan=[{ shape = "linear", length = 5, to = 1.0 }]')
+    assert shrunk(given, LAPTOP).optim.plan[0].length == 5
+
+
+def test_what_happens_every_so_many_steps_happens_early(tiny: Callable[..., Config]) -> None:
+    run = shrunk(tiny("run.steps=1000", "run.timeline_step=700", "run.integrity_every=500"), LAPTOP).run
+    assert (run.timeline_step, run.integrity_every, run.buddy_every) == (10, 10, None)
+
+
+def test_late_changes_come_within_the_small_run() -> None:
+    whole = load(ROOT / "configs/deepseek_v3_671b.toml")
+    small = shrunk(whole, LAPTOP)
+    in_all = sum(tokens for _, tokens in budget(small))
+    (mtp,), (bias,) = small.optim.mtp_weight_plan, small.optim.bias_gamma_plan
+    assert 0.6 < mtp.after / in_all < 0.75
+    assert 0.95 < bias.after / in_all < 0.98
+
+
+def test_late_changes_that_would_coincide_stay_apart(tiny: Callable[..., Config]) -> None:
+    given = tiny("run.steps=100000000", "optim.mtp_weight_plan=[{after=2,to=0.1},{after=1,to=0.2},{after=3,to=0.0}]")
+    changes = shrunk(given, LAPTOP).optim.mtp_weight_plan
+    assert [(change.after, change.to) for change in changes] == [(1, 0.2), (2, 0.1), (3, 0.0)]
 
 
 def test_data_that_is_here_is_kept(tiny: Callable[..., Config]) -> None:
