@@ -21,13 +21,15 @@ from dryvine.comm.dispatch.nvlink import Nvlink
 from dryvine.comm.dispatch.token_plan import RowRoom
 from dryvine.parallel.graphs import Graphs
 from dryvine.trainer.config import Config
-from dryvine.trainer.model import grouped, swiglu
+from dryvine.trainer.model import documents, grouped, swiglu
 from dryvine.trainer.ramps import points
 from dryvine.trainer.rig import Rig
 from dryvine.trainer.step import evaluate, train_step
 from dryvine.trainer.tensors import in_order
+from tests.support.documents import short_documents
 from tests.support.host_links import open_host_links
 from tests.support.masked_experts import add_masked_product, masked_product, masked_swiglu
+from tests.support.recorded import attend_as_on_a_gpu
 from tests.support.rig import rig_of
 from tests.support.tape import TapeRecorder
 
@@ -124,28 +126,41 @@ def test_a_step_without_room_for_its_rows_is_run_again_without_graphs(tiny: Tiny
         _same(one.weights, again.weights)
 
 
-def losses(rank: int, folder: Path, config: Config, graphs: bool) -> list[list[float]]:
-    """Of three steps, with validations between them. The first rank records its graphs anew in each, as it does when
-    its documents outgrow them; the others keep theirs."""
-    with _as_on_a_gpu(folder, 2.0):
-        rig, seen = rig_of(config), []
-        if graphs:
-            _recorded(rig)
-        for point in islice(points(rig.config.batch, rig.config.data.seq_len), 3):
-            seen.append([float(loss) for loss in train_step(rig, point).played.losses["loss"]])
-            seen.append([evaluate(rig).loss])
-            if rig.graphs and rank == 0:
-                rig.graphs.drop()
+def masked(rank: int, folder: Path, config: Config, graphs: bool) -> tuple[list[Any], list[int]]:
+    """Losses and norm of each step over documents, with validations between; and how often the rank had recorded
+    anew by then."""
+    with _as_on_a_gpu(folder, 2.0), pytest.MonkeyPatch.context() as patch:
+        attend_as_on_a_gpu(patch)
+        # So that a microbatch of one document more has no room.
+        patch.setattr(documents, "_FEWEST", 1)
+        patch.setattr(documents, "power_of_two", lambda number: number)
+        rig, seen, recorded = rig_of(config), [], []
+        recorder = _recorded(rig) if graphs else TapeRecorder()
+        for point in islice(points(rig.config.batch, rig.config.data.seq_len), 4):
+            outcome = train_step(rig, point)
+            losses = {name: [float(loss) for loss in many] for name, many in outcome.played.losses.items()}
+            seen.append((losses, outcome.norm, evaluate(rig).loss))
+            recorded.append(recorder.freed)
         rig.optimizer.zero.settle()
-        return seen
+        return seen, recorded
 
 
-def test_ranks_need_not_record_at_the_same_time(tiny: Tiny, tmp_path: Path) -> None:
-    """They mean the same slots by the same messages, whatever each has sent and recorded before."""
-    layout = ("parallel.ep=2", "parallel.schedule=dualpipev", "comm.dispatcher=nvlink")
-    config = tiny(*layout, "model.layers=3", "batch.sequences=8", "run.eval_batches=1")
-    plain, replayed = (local.run(losses, 2, tmp_path, config, graphs, deadline=40) for graphs in (False, True))
-    assert replayed == plain
+def test_documents_of_ranks_outgrow_their_graphs_at_different_times(tiny: Tiny, tmp_path: Path) -> None:
+    """A rank records while the others replay, and they mean the same slots, whatever each has sent before."""
+    source = f'data.source="{short_documents(tmp_path / "short")}"'
+    layout = ("parallel.ep=2", "parallel.schedule=dualpipev", "parallel.microbatch_sequences=2")
+    words = (
+        "comm.dispatcher=nvlink",
+        "data.mask=document",
+        "model.layers=3",
+        "batch.sequences=8",
+        "run.eval_batches=1",
+    )
+    config = tiny(source, *layout, *words, "run.eval_batches=1")
+    plain, replayed = (local.run(masked, 2, tmp_path, config, graphs, deadline=60) for graphs in (False, True))
+    assert [seen for seen, _ in replayed] == [seen for seen, _ in plain]
+    one, other = (recorded for _, recorded in replayed)
+    assert one != other
 
 
 def _same(one: dict[str, Any], other: dict[str, Any]) -> None:
