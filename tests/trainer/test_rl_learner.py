@@ -118,6 +118,25 @@ def test_answers_that_no_verifier_scored_teach_nothing(digit_run: Tiny, kl: str)
     assert all(torch.equal(p.master, old) for p, old in zip(learner.rig.optimizer.pieces, before, strict=True))
 
 
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_a_divergence_in_the_reward_is_the_estimate_that_was_asked_for(digit_run: Tiny, estimator: str) -> None:
+    choices = ('rl.loss.kl_place="reward"', f'rl.loss.kl_estimator="{estimator}"', "rl.loss.kl=0.5", "optim.lr=0.1")
+    learner = learner_of(digit_run(*choices, "rl.loss.baseline=group_mean"))
+    learner.rollout(0, quiet)  # so that the reference is another policy
+    (group, *_) = groups = learner.worker.rollout(4, quiet).groups
+    lessons, values = learner._lessons(groups)
+    apart = [lesson.sampled - lesson.reference for lesson in lessons[: len(group.answers)]]  # type: ignore[operator]
+    sums = {
+        "k1": [float(x.sum()) for x in apart],
+        "k2": [float((x**2 / 2).sum()) for x in apart],
+        "k3": [float((torch.exp(-x) - 1 + x).sum()) for x in apart],
+    }[estimator]
+    assert max(map(abs, sums)) > 1e-3
+    rewards = [(a.reward or 0.0) - 0.5 * total for a, total in zip(group.answers, sums, strict=True)]
+    expected = [reward - sum(rewards) / len(rewards) for reward in rewards]
+    assert values[0] == pytest.approx(expected, abs=1e-5)
+
+
 def test_requests_that_failed_are_left_out_of_every_pass(digit_run: Tiny) -> None:
     """One that was refused has neither tokens nor the routes of its prompt; the others learn as if it were not there,
     but for the group, which is smaller."""

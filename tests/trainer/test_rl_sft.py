@@ -73,6 +73,7 @@ def test_what_a_user_types_is_never_a_control_token(chat: Chat) -> None:
     [
         ({"controls": ("<tool>",)}, "'<tool>' is no special token"),
         ({"roles": {"user": "{content}", "assistant": "{content}"}}, "no answer would ever end"),
+        ({"roles": {"user": "{content}", "assistant": "{content}\n<|endoftext|>"}}, "begins with plain text"),
     ],
 )
 def test_a_chat_that_cannot_work_is_refused(chat: Chat, changes: dict[str, object], said: str) -> None:

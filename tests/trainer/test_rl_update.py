@@ -25,7 +25,7 @@ from dryvine.trainer.rig import Rig, make_rig, mesh_of
 from dryvine.trainer.rl.choices import LossChoices
 from dryvine.trainer.rl.losses import k3
 from dryvine.trainer.rl.passes import PassOptions, UpdateResult, learn, score
-from dryvine.trainer.rl.rows import Lines, Sample, pack
+from dryvine.trainer.rl.rows import PackedRows, Sample, pack
 from dryvine.trainer.run_plan import make_plan
 from tests.trainer.test_one_rank_schedules import WAYS
 
@@ -82,8 +82,8 @@ def test_rows_hold_every_answer_behind_its_prompt(tiny: Tiny) -> None:
     answers = answers_of(tiny(*RL), 40)
     packing = pack(answers, 32)
     assert packing.rows <= 1 + sum(answer.size for answer in answers) * 11 / 9 / 33
-    lines = Lines(packing, 0, packing.rows + 1)
-    tokens, numbers, shared = lines.tokens(extra=2)
+    rows = PackedRows(packing, 0, packing.rows + 1)
+    tokens, numbers, shared = rows.tokens(extra=2)
     assert not tokens[packing.rows].any()
     inputs = tokens[:, :32].flatten()
     for number, answer in enumerate(answers):
@@ -103,10 +103,10 @@ def test_what_is_known_of_an_answer_is_where_its_tokens_are(tiny: Tiny, first: i
     """Columns of the objective where tokens are predicted, experts where they are fed; nothing elsewhere."""
     answers = answers_of(tiny(*RL), 40)
     packing = pack(answers, 32)
-    lines = Lines(packing, first, count)
-    sampled = lines.of_tokens(packing.end_to_end(lambda answer: answer.sampled)).view(count, 32)
-    advantages = lines.of_answers(torch.tensor([answer.advantage for answer in answers])).view(count, 32)
-    numbers, routes = lines.answer_numbers().view(count, 32), lines.routes(5, 2).view(5, count, 32, 2)
+    rows = PackedRows(packing, first, count)
+    sampled = rows.of_tokens(packing.end_to_end(lambda answer: answer.sampled)).view(count, 32)
+    advantages = rows.of_answers(torch.tensor([answer.advantage for answer in answers])).view(count, 32)
+    numbers, routes = rows.answer_numbers().view(count, 32), rows.routes(5, 2).view(5, count, 32, 2)
     inside = [i for i, place in enumerate(packing.places) if first <= place.row < first + count]
     assert int((sampled != 0).sum()) == sum(len(answers[i].tokens) for i in inside)
     seen = set()
@@ -125,7 +125,7 @@ def test_answers_to_one_question_hold_its_prompt_once_a_row(tiny: Tiny) -> None:
     prompt = (5, 6, 7, 8, 9, 10)
     packing = pack([replace(answer, prompt=prompt, routes=None) for answer in answers], 200)
     assert packing.rows == 1
-    tokens = Lines(packing, 0, 1).tokens(1)[0]
+    tokens = PackedRows(packing, 0, 1).tokens(1)[0]
     assert int((tokens[0] > 0).sum()) <= 5 + sum(1 + len(answer.tokens) for answer in answers)
     assert {place.prompt for place in packing.places} == {0}
 
@@ -135,8 +135,8 @@ def test_attention_gets_at_most_twice_a_row(tiny: Tiny) -> None:
     one = answers_of(tiny(*RL), 1)[0]
     short = replace(one, prompt=tuple(range(1, 81)), tokens=one.tokens[:1], sampled=one.sampled[:1], routes=None)
     packing = pack([short] * 60, 199)
-    lines = Lines(packing, 0, packing.rows)
-    _, numbers, shared = lines.tokens(1)
+    rows = PackedRows(packing, 0, packing.rows)
+    _, numbers, shared = rows.tokens(1)
     documents = documents_of(numbers, [np.zeros((packing.rows, 199), np.float32)], "cpu", shared)
     assert sum(documents.lengths) <= 2 * 199 * packing.rows
     assert packing.rows == 30  # two in each: 79 + 2 x 81 tokens for attention, and padding of 116

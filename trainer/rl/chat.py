@@ -50,6 +50,11 @@ class Chat:
         if not closing:
             raise DataError(f"chat.roles.{config.answers}: nothing follows {{content}}, so no answer would ever end")
         self.stop = closing[0]  # the token that ends an answer
+        if self.stop not in added.values():
+            raise DataError(
+                f"chat.roles.{config.answers}: {suffix!r} begins with plain text, at which an answer would end "
+                f"wherever it holds that; let a special token of {config.tokenizer} follow {{content}}"
+            )
 
     def check(self, messages: Sequence[Message]) -> None:
         """Raise BadConversation where `encode` would."""

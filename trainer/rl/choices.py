@@ -52,6 +52,11 @@ class LossChoices(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     # Answers with a negative advantage whose policy has moved further than this, mean log(sampled / new), are left out.
     stale_mask: Annotated[float, Field(gt=0)] | None = None
 
+    @property
+    def has_kl_loss(self) -> bool:
+        """Whether the divergence from the reference is a part of the loss, and not of rewards."""
+        return self.kl > 0 and self.kl_place == "loss"
+
     @model_validator(mode="after")
     def _bounds_hold(self) -> LossChoices:
         if self.correction_low >= self.correction_high:

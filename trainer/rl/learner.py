@@ -23,6 +23,7 @@ from dryvine.trainer.rl.ahead import Ahead
 from dryvine.trainer.rl.alarms import AlarmMemory
 from dryvine.trainer.rl.grader import GradedAnswer
 from dryvine.trainer.rl.groups import Group, group_advantages, sample_of
+from dryvine.trainer.rl.losses import divergence
 from dryvine.trainer.rl.passes import PassOptions, UpdateResult, learn, score
 from dryvine.trainer.rl.questions import RLTask
 from dryvine.trainer.rl.reference import FIELD as REFERENCE
@@ -164,7 +165,8 @@ class Learner:
         loss = self.task.rl.loss
         if sample.reference is None or loss.kl_place == "loss":
             return 0.0
-        return loss.kl * float((sample.sampled - sample.reference).sum())
+        apart = divergence(loss.kl_estimator, sample.sampled, sample.reference, torch.ones_like(sample.sampled))
+        return loss.kl * float(apart.sum())
 
     def _minibatches(self, lessons: list[Sample], step: int) -> Iterator[list[Sample]]:
         """Answers in random order, in `rl.minibatches` equal parts; shuffled anew in every epoch."""

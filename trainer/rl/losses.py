@@ -119,7 +119,7 @@ def token_losses(choices: LossChoices, logprobs: Tensor, tokens: Tokens) -> Term
     ratio = log_ratio.clamp(-MOST, MOST).exp()
     loss, clipped = CLIPS[choices.clip](choices, ratio, logprobs, tokens.advantage)
     loss = loss * _trusted(choices, logprobs, tokens, counted)
-    if choices.kl and choices.kl_place == "loss":
+    if choices.has_kl_loss:
         loss = loss + choices.kl * divergence(choices.kl_estimator, logprobs, tokens.reference, ratio)
     return Terms(loss, ratio.detach(), clipped & counted)
 

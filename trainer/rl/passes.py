@@ -24,7 +24,7 @@ from dryvine.trainer.ramps import Point, gradient_scale
 from dryvine.trainer.rig import Rig
 from dryvine.trainer.rl.choices import LossChoices
 from dryvine.trainer.rl.losses import Tokens, k3, objective, shares, token_losses
-from dryvine.trainer.rl.rows import Lines, Packing, Sample, pack
+from dryvine.trainer.rl.rows import PackedRows, Packing, Sample, pack
 from dryvine.trainer.step import summed, update
 
 
@@ -135,7 +135,7 @@ def learn(rig: Rig, answers: Sequence[Sample], choices: LossChoices, plan: PassO
     assert rl is not None
     parts = shares([len(answer.tokens) for answer in answers], choices.aggregate, rl.max_tokens)
     # Without a KL term, an answer with advantage 0 counts in the mean but needs no pass.
-    taught = [i for i, answer in enumerate(answers) if answer.advantage or choices.kl] or [0]
+    taught = [i for i, answer in enumerate(answers) if answer.advantage or choices.has_kl_loss] or [0]
     packing = pack([answers[i] for i in taught], rig.config.data.seq_len)
     passes = list(_passes(rig, packing))
     point = Point(step, 0, sum(one.count for one in passes), packing.length)
@@ -203,11 +203,11 @@ class _Fields:
             torch.tensor([part * microbatches for part in parts]),
         )
 
-    def columns(self, lines: Lines) -> tuple[Tensor, ...]:
+    def columns(self, rows: PackedRows) -> tuple[Tensor, ...]:
         """`Tokens` of some rows."""
-        by_token = (lines.of_tokens(values) for values in (self.old, self.sampled, self.reference))
-        ends = lines.of_answers(self.share), lines.answer_numbers()
-        return Tokens._make([lines.of_answers(self.advantage), *by_token, *ends])
+        by_token = (rows.of_tokens(values) for values in (self.old, self.sampled, self.reference))
+        ends = rows.of_answers(self.share), rows.answer_numbers()
+        return Tokens._make([rows.of_answers(self.advantage), *by_token, *ends])
 
 
 def _learnt(rig: Rig, norm: float, microbatches: float, played: Sequence[Played]) -> UpdateResult:
@@ -257,18 +257,18 @@ def _batch(
     one: _Pass,
     plan: PassOptions,
     objective: Objective,
-    columns: Callable[[Lines], tuple[Tensor, ...]],
+    columns: Callable[[PackedRows], tuple[Tensor, ...]],
 ) -> Batch:
     """This data rank's microbatches of a pass, with a loss scale of 0. `columns`: what the objective knows of rows."""
     size = rig.config.parallel.microbatch_sequences
     count = one.count // (size * rig.mesh.data_ranks)
     tokens, documents = [], []
     for first in (_first_row(rig, one, microbatch) for microbatch in range(count)):
-        lines = Lines(packing, first, size)
-        rows, numbers, shared = lines.tokens(1 + rig.config.model.mtp_depth)
-        tokens.append(rows.to(rig.mesh.device))
-        experts = _experts(rig, lines) if plan.replay else {}
-        known = tuple(column.to(rig.mesh.device) for column in columns(lines))
+        rows = PackedRows(packing, first, size)
+        ids, numbers, shared = rows.tokens(1 + rig.config.model.mtp_depth)
+        tokens.append(ids.to(rig.mesh.device))
+        experts = _experts(rig, rows) if plan.replay else {}
+        known = tuple(column.to(rig.mesh.device) for column in columns(rows))
         lesson = Lesson(objective, known, plan.temperature, experts, plan.record)
         documents.append(_documents(rig, numbers, shared, lesson))
     return Batch(tokens, 0.0, documents=documents)
@@ -281,8 +281,8 @@ def _documents(rig: Rig, numbers: np.ndarray, shared: np.ndarray, lesson: Lesson
     return replace(documents_of(numbers, [nothing] * depths, rig.mesh.device, shared), lesson=lesson)
 
 
-def _experts(rig: Rig, lines: Lines) -> dict[str, Tensor]:
+def _experts(rig: Rig, rows: PackedRows) -> dict[str, Tensor]:
     """The experts to replay, for the MoE layers on this rank."""
     names = moe_layers(rig)
-    routes = lines.routes(len(names), rig.config.model.top_k).to(rig.mesh.device).long()
+    routes = rows.routes(len(names), rig.config.model.top_k).to(rig.mesh.device).long()
     return {name: own for name, own in zip(names, routes, strict=True) if name in rig.model.gates}

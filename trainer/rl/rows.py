@@ -148,7 +148,7 @@ def _by_prompt(answers: Sequence[Sample]) -> dict[tuple[int, ...], list[int]]:
     return found
 
 
-class Lines:
+class PackedRows:
     """`count` rows of a packing from row `first` on. Rows past the last are empty.
 
     An update has thousands of answers, and Python for each of them took longer than a GPU takes to learn from all. So
