@@ -251,6 +251,29 @@ def test_every_benchmark_of_steps_gets_as_far_as_its_ranks(
     assert all(config.run.device == "cuda" for config in no_ranks)
 
 
+@pytest.mark.parametrize(
+    ("pattern", "line", "wrong"),
+    [
+        (gpu_jobs.SKIPPED, "2 skipped, 17 deselected in 3.94s", True),
+        (gpu_jobs.SKIPPED, "4 passed, 2 skipped in 3.94s", False),
+        (gpu_jobs.FAILED, "planner: rank 1 of 2 failed:", True),
+        (gpu_jobs.FAILED, "BF16 on: 351 ms, busy 97.4%", False),
+        (gpu_jobs.FAILED_PEER, "transformers eager: OutOfMemoryError: CUDA out of memory", True),
+        (gpu_jobs.FAILED_PEER, "dryvine fp8: not done in 80 s; last: step 2", True),
+        (gpu_jobs.FAILED_PEER, "dryvine fp8: fp8.gemm: triton 1 ms; left out: deep_gemm (ImportError: none)", False),
+    ],
+)
+def test_lines_that_say_that_a_job_went_wrong(pattern: str, line: str, wrong: bool) -> None:
+    assert bool(re.search(pattern, line)) == wrong
+
+
+def test_races_of_warps_that_start_are_not_races() -> None:
+    (job,) = (job for job in EVERY if job.name == "racecheck")
+    told = "========= Error: Race reported between Write access at {}+0x430 in sums.py:80"
+    for name, wrong in (("wgrad_kernel", False), ("product_kernel", False), ("rows_kernel", True)):
+        assert bool(re.search(job.wrong, told.format(name))) == wrong
+
+
 @pytest.mark.long
 def test_every_job_of_pytest_selects_tests() -> None:
     for job in EVERY:

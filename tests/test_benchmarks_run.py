@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import faults
+from benchmarks import faults, host
 from benchmarks.support import kernel_times
 from benchmarks.support.census import Census
 
@@ -139,3 +139,18 @@ def test_verifiers_are_timed() -> None:
     done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=200, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "reasoning_gym" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("bits", "fault"),
+    [
+        ({"off": "a", "off again": "a", "on": "b"}, True),
+        ({"off": "a", "off again": "a", "on": "a"}, False),
+        ({"off": "a", "off again": "b", "on": "c"}, False),
+        ({"off": "a", "on": "b"}, False),
+        ({"on": "a"}, False),
+    ],
+)
+def test_other_bits_are_the_graphs_fault_only_where_two_runs_without_agree(bits: dict[str, str], fault: bool) -> None:
+    """At large sizes a library's kernel adds in any order."""
+    assert host.graphs_change_bits(bits) == fault

@@ -14,7 +14,9 @@ RANK = "tests/trainer/test_one_rank_schedules.py"
 TESTED = r"^E  |^FAILED|\d passed|\d failed|no tests ran"
 SKIPPED = r"^\d+ skipped|no tests ran"  # and none passed
 DEVIATING = r" in |rror|warning"  # a cell of verify's table that is out of bounds names its tensor
-LATE = r"no time left|not done in|RankFailed|rror: |rank \d of \d (failed|died)|at the deadline"
+FAILED = r"no time left|not done in|^Traceback|RankFailed|rank \d+ of \d+ (failed|died)|at the deadline"
+FAILED_PEER = FAILED + r"|^(dryvine|transformers)[\w ]*: \w*(Error|Exception)\b"
+GENERATED = r'"(model|dryvine|transformers|same_tokens|ratio)'
 WIDE = (  # FP8 on a GPU needs sizes that are multiples of 128
     "model.hidden=128", "model.ffn=256", "model.expert_ffn=128", "model.q_lora=64", "model.kv_lora=64",
     "model.nope_dim=64", "model.rope_dim=16", "model.v_dim=64",
@@ -169,17 +171,17 @@ def _times_of_one(out: Path) -> list[Job]:
     return [
         Job(
             "host", bench("host", "--ways", "off", "on", "--deadline=90", f"--json={out / 'host.json'}"), 150,
-            r"ms, busy|different bits|│ ", wrong=LATE,
+            r"ms, busy|different bits|│ ", wrong=FAILED,
         ),
         Job(
             "peer, 1 x 8", (*peer, f"--json={out / 'peer_1_x_8.json'}", *(f"--contender={c}" for c in contenders)),
-            220, r"│ |: .*rror", wrong=LATE,
+            220, r"│ ", wrong=FAILED_PEER,
         ),
-        Job("planner, one GPU", bench("planner_gpu", "--gpus=1", "--deadline=300"), 180, r"│ |planned", wrong=LATE),
+        Job("planner, one GPU", bench("planner_gpu", "--gpus=1", "--deadline=300"), 180, r"│ |planned", wrong=FAILED),
         Job(
             "step variants",
             bench("step_variants", "--deadline=200", f"--out={out / 'step_variants.json'}", "--variants", *variants),
-            100, table, wrong=LATE,
+            100, table, wrong=FAILED,
         ),
         Job("layer", bench("model.layer", "--device=cuda", f"--json={out / 'layer.json'}"), 70, r"a microbatch, ideal"),
         Job("overlap", bench("overlap.pairs", "--device=cuda", "--phase-ms=3"), 60, r"host time|(FB|FF|BB|FW|IW) "),
@@ -188,7 +190,8 @@ def _times_of_one(out: Path) -> list[Job]:
         Job("FP8 casts", bench("fp8.kernels", "--section=casts"), 40, r"^  \w|%", wrong=r"rror: "),
         Job("memory", bench("model.memory", "--device=cuda"), 40, r"layers\.\d"),
         Job(
-            "generate", bench("generate", "--device=cuda", "--sequences=64", "--new=128", "--dtype=bfloat16"), 90, table
+            "generate", bench("generate", "--device=cuda", "--sequences=64", "--new=128", "--dtype=bfloat16"), 90,
+            GENERATED,
         ),
         Job("saves", bench("saves", "--device=cuda", "--mib=1024", "--rounds=3"), 50, r"stall|copy|│"),
         Job("dispatch alone", bench("comm.cuda"), 40, r" ms"),
@@ -197,18 +200,21 @@ def _times_of_one(out: Path) -> list[Job]:
 
 def _times_of_several(out: Path) -> list[Job]:
     made = [
-        Job("planner, two GPUs", bench("planner_gpu", "--gpus=2", "--deadline=400"), 240, r"│ |planned", 2, wrong=LATE),
+        Job(
+            "planner, two GPUs", bench("planner_gpu", "--gpus=2", "--deadline=400"), 240, r"│ |planned", 2,
+            wrong=FAILED,
+        ),
         Job(
             "overlap with graphs", bench("overlap.graphed", f"--json={out / 'overlap_with_graphs.json'}"), 100,
-            r"^(BF16|FP8)", 2, wrong=LATE,
+            r"^(BF16|FP8)", 2, wrong=FAILED,
         ),
-        Job("pipelines", bench("two_gpus", "pipelines", f"--out={out / 'pipelines'}"), 260, r"│ |^--", 2, wrong=LATE),
+        Job("pipelines", bench("two_gpus", "pipelines", f"--out={out / 'pipelines'}"), 260, r"│ |^--", 2, wrong=FAILED),
     ]  # fmt: skip
     for ranks in (2, 4):
         layout = (f"parallel.ep={ranks}", "comm.dispatcher=nvlink", "parallel.schedule=dualpipev")
         even = bench("host", "--even", "--ways", "on", f"--json={out / f'host_ep_{ranks}.json'}", "--set", *layout)
         made += [
-            Job(f"host, ep {ranks}", even, 90, r"ms, busy|│ ", ranks, wrong=LATE),
+            Job(f"host, ep {ranks}", even, 90, r"ms, busy|│ ", ranks, wrong=FAILED),
             Job(f"nvlink, ep {ranks}", torchrun(ranks, "comm.nvlink", "--rounds=100"), 70, r"rounds|│ ", ranks),
             Job(f"hop 2, ep {ranks}", torchrun(ranks, "comm.hop2", "--rounds=60"), 50, r"exchanges|│ ", ranks),
         ]
@@ -228,20 +234,21 @@ def lost(out: Path) -> list[Job]:
 def slow(out: Path) -> list[Job]:
     """What takes long, or has not changed for long."""
     return [
-        Job("experts", bench("two_gpus", "experts", f"--out={out / 'experts'}"), 420, r"│ |^--", 2, wrong=LATE),
+        Job("experts", bench("two_gpus", "experts", f"--out={out / 'experts'}"), 420, r"│ |^--", 2, wrong=FAILED),
         Job(
             "beside transformers",
             bench("model.peer", "--device=cuda", "--deadline=400", f"--json={out / 'beside_transformers.json'}"),
-            280, r"│ |: .*rror", wrong=LATE,
+            280, r"│ ", wrong=FAILED_PEER,
         ),
         Job(
-            "offload", bench("step_variants", "--deadline=400", "--variants", "plain", "offload"), 150, r"│", wrong=LATE
+            "offload", bench("step_variants", "--deadline=400", "--variants", "plain", "offload"), 150, r"│",
+            wrong=FAILED,
         ),
         Job("RL", bench("rl_gpu", "--warm=150", "--rollouts=3", f"--out={out / 'RL.json'}"), 300, r"│ |lower"),
         Job(
             "generate in FP32",
             bench("generate", "--device=cuda", "--sequences=64", "--new=128", "--dtype=float32", "--models", "1m"),
-            80, r"│",
+            80, GENERATED,
         ),
     ]  # fmt: skip
 
