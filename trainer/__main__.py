@@ -42,6 +42,7 @@ from dryvine.trainer.rig import mesh_of
 from dryvine.trainer.rl.loop import reinforce
 from dryvine.trainer.rl.prompt_source import PromptSource
 from dryvine.trainer.rl.questions import check_verifiers
+from dryvine.trainer.rl.verifiers.pool import VerifierError
 from dryvine.trainer.run_lock import RunLock
 from dryvine.trainer.run_plan import RunPlan, load_plan
 from dryvine.trainer.say import say
@@ -71,7 +72,7 @@ def main(words: Sequence[str]) -> int:
             raise
         say(f"out of memory: {str(error).splitlines()[0] if str(error) else 'of this machine'}; see `dryvine plan`")
         return ExitCode.FAULT
-    except CannotWrite as error:  # of a single process; `in_world` handles those of several
+    except (CannotWrite, VerifierError) as error:  # of a single process; `in_world` handles those of several
         say(error)
         return ExitCode.FAULT
 

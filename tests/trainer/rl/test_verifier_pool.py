@@ -245,23 +245,51 @@ def test_the_command_shows_a_verdict(words: list[str], code: int, said: str) -> 
     assert said in result.output
 
 
+@pytest.fixture
+def run_of(tiny: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Config]:
+    """A config, written to run.toml, of a run with this verifier."""
+
+    def make(name: str) -> Config:
+        tokenizer().save(str(tmp_path / "tokenizer.json"))
+        (tmp_path / "questions.jsonl").write_text('{"prompt": "1+4", "answer": 5}\n')
+        file = f'"{tmp_path}/questions.jsonl"'
+        config = tiny(
+            f'rl.chat.tokenizer="{tmp_path}/tokenizer.json"',
+            f'rl.task={{name="jsonl", train={file}, validation={file}, verifiers={{{name}=1.0}}}}',
+            'data.mask="document"',
+            "model.balance_alpha=0.0",
+            "rl.max_tokens=4",
+        )
+        (tmp_path / "run.toml").write_text(dump(config))
+        monkeypatch.setattr(os, "environ", dict(os.environ))  # which `main` adds to
+        return config
+
+    return make
+
+
 def test_a_run_whose_verifier_does_not_load_is_refused_before_it_begins(
-    tiny: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run_of: Callable[[str], Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(names.VERIFIERS, "gone", "dryvine.trainer.rl.verifiers.gone")
-    tokenizer().save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "questions.jsonl").write_text('{"prompt": "1+4", "answer": 5}\n')
-    file = f'"{tmp_path}/questions.jsonl"'
-    config = tiny(
-        f'rl.chat.tokenizer="{tmp_path}/tokenizer.json"',
-        f'rl.task={{name="jsonl", train={file}, validation={file}, verifiers={{gone=1.0}}}}',
-        'data.mask="document"',
-        "model.balance_alpha=0.0",
-        "rl.max_tokens=4",
-    )
-    path = tmp_path / "run.toml"
-    path.write_text(dump(config))
-    monkeypatch.setattr(os, "environ", dict(os.environ))  # which `main` adds to
-    assert main([str(path)]) == ExitCode.REFUSED
+    config = run_of("gone")
+    assert main([str(tmp_path / "run.toml")]) == ExitCode.REFUSED
     assert "verifier gone: No module named" in capsys.readouterr().err
     assert not config.run.folder.exists()
+
+
+def test_a_verifier_that_no_longer_loads_ends_a_run_in_a_line(
+    run_of: Callable[[str], Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lost = tmp_path / "lost"
+    (tmp_path / "loses.py").write_text(f"""
+import os
+if os.path.exists({str(lost)!r}): raise RuntimeError("its server is lost")
+def verify(answer, problem):
+    open({str(lost)!r}, "w").close()
+    os._exit(3)
+""")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setitem(names.VERIFIERS, "loses", "loses")
+    run_of("loses")
+    assert main([str(tmp_path / "run.toml")]) == ExitCode.FAULT
+    assert "dryvine: verifier loses: its server is lost" in capsys.readouterr().err
