@@ -170,8 +170,9 @@ def test_updates_are_those_of_plain_autograd(tiny: Tiny, choices: str, layout: s
     [
         ("gspo with all", ("parallel.dp=2", "model.recompute=['layer']", "parallel.microbatch_sequences=2")),
         ("cispo masked", ("parallel.pp=2", "parallel.ep=2", "parallel.schedule=dualpipe", "batch.sequences=8")),
+        ("gspo", ("parallel.pp=2", "parallel.schedule=zbv", "model.mtp_depth=2")),
     ],
-    ids=["dp2", "pp2 x ep2"],
+    ids=["dp2", "pp2 x ep2", "pp2 zbv"],
 )
 def test_updates_of_many_ranks_are_those_of_plain_autograd(tiny: Tiny, choices: str, layout: tuple[str, ...]) -> None:
     config = tiny(*WORDS, *layout)
