@@ -42,7 +42,13 @@ def printed(out: Path, job: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("layout", "nodes"), [((), ("2", "1")), (EXPERTS, ("2", "2")), ((*EXPERTS, "--per-rank"), ("4", "1"))]
+    ("layout", "nodes"),
+    [
+        ((), ("2", "1")),
+        (EXPERTS, ("2", "2")),
+        ((*EXPERTS, "--per-rank"), ("4", "1")),
+        ((*EXPERTS, "--per-rank"), ("2", "2")),
+    ],
 )
 def test_two_and_four_nodes_train_as_one_does(
     slurm: Slurm, corpus: Path, tmp_path: Path, layout: tuple[str, ...], nodes: tuple[str, str]
@@ -52,6 +58,7 @@ def test_two_and_four_nodes_train_as_one_does(
     job = submit(slurm, *words(corpus, tmp_path / "slurm", *layout), *options)
     state = slurm.wait(job, ("COMPLETED", "FAILED", "CANCELLED"))
     assert state == "COMPLETED", printed(tmp_path / "slurm", job)
+    assert f"all {count} nodes: config and data: " in printed(tmp_path / "slurm", job), "doctor ran once on each"
     run = words(corpus, tmp_path / "one", *(word for word in layout if "=" in word))
     world = str(int(count) * int(per_node))
     ((code, text),) = together([(str(BIN / "torchrun"), "--nproc-per-node", world, *MODULE, *run)], environment())
