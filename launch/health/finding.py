@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple
 
 Verdict = Literal["ok", "note", "bad", "unknown"]
 
@@ -22,9 +21,6 @@ class Finding(NamedTuple):
         return f"{label} {self.what}: {self.found}" + (f"; {self.fix}" if self.fix else "")
 
 
-Check: TypeAlias = Callable[[], Iterator[Finding]]
-
-
 def judged(good: bool, what: str, found: str, fix: str, otherwise: Verdict = "bad") -> Finding:
-    """`ok` if `good`, else the status `otherwise` with the fix."""
+    """`ok` if `good`, else the verdict `otherwise`, with the fix."""
     return Finding("ok", what, found) if good else Finding(otherwise, what, found, fix)

@@ -275,5 +275,5 @@ def _message_seconds(config: Config, machine: Machine) -> float:
     if p.pp == 1:
         return 0.0
     size = p.microbatch_sequences * config.data.seq_len * config.model.hidden * DTYPE_BYTES[config.run.dtype]
-    link = machine.intra if p.world <= machine.gpus_per_node else machine.inter
+    link = machine.intra if len(topology_of(config, machine).nodes) == 1 else machine.inter
     return size / (link.gigabytes * GIGA) + machine.latency_us * 1e-6

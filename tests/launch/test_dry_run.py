@@ -14,6 +14,7 @@ from rich.console import Console
 
 from dryvine.launch.dry_run import RankPlace, dry_run
 from dryvine.launch.plan.hardware import load_hardware
+from dryvine.launch.plan.plan import make
 from dryvine.trainer.config import Config, ConfigError
 from dryvine.trainer.run_plan import make_plan
 
@@ -57,6 +58,15 @@ def test_a_ranks_node_is_that_of_the_config(tiny: Callable[..., Config]) -> None
     console = Console(file=StringIO(), width=160)
     dry_run(make_plan(config), load_hardware("cpu"), 3, console)
     assert "GPU 0 of node 1" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_pipeline_messages_cross_the_nodes_of_the_config(tiny: Callable[..., Config]) -> None:
+    layout = ("parallel.pp=2", "parallel.ep=2", "parallel.schedule=dualpipe")
+    h100 = load_hardware("h100")
+    near, far = (
+        make(make_plan(tiny(*layout, *nodes)), h100).prices.P2P for nodes in ((), ("comm.topology.nodes=[2, 2]",))
+    )
+    assert far > near
 
 
 def test_every_slot_of_a_short_step_is_listed(tiny: Callable[..., Config]) -> None:
