@@ -48,7 +48,7 @@ test: setup-test
 
 # What takes long, with reduced counts.
 test-long: setup-test
-	$(BIN)/python -m pytest -m long --timeout 1200
+	$(BIN)/python -m pytest -m long --timeout 1200 $(SIDE_BY_SIDE)
 
 # The same with the full counts of the proofs, by hand and in parts: make prove ONLY=tests/launch/test_chaos.py
 prove: setup-test

@@ -2,10 +2,11 @@
 
     python -m benchmarks.planner [--rounds 5] [--layouts 'ep 2' ...]
 
-The profile is that of the whole model in one process; layouts then cut the model, share it, or both. Other work on the
-machine changes from second to second, so ranks profile and step in turn, each beside the other, and a step is planned
-from the profiles of its ranks just before and after it. Two ratios: the median of rounds, and the least of all plans
-over the least of all steps, which other work disturbs less. Goal: within 10%, by the least.
+The profile is that of the whole model in one process; layouts then cut the model, share it, or both. Routing is made
+even, as plans suppose it. Other work on the machine changes from second to second, so ranks profile and step in turn,
+each beside the other, and a step is planned from the profiles of its ranks just before and after it. Two ratios: the
+median of rounds, and the least of all plans over the least of all steps, which other work disturbs less. Goal: within
+10%, by the least.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from dryvine.trainer.ramps import Point, points
 from dryvine.trainer.rig import Rig, make_rig, mesh_of
 from dryvine.trainer.run_plan import make_plan
 from dryvine.trainer.step import train_step
+from tests.support.live import evenly
 
 BASE = (
     "model.layers=6",
@@ -103,6 +105,8 @@ def in_turn(rank: int, config: Config, whole: Config, rounds: int) -> RankRounds
     """For `local.run`: a profile of `whole`, then a round of steps of `config`, and so on."""
     plan, cpu = make_plan(config), torch.device("cpu")
     rig = make_rig(plan, mesh_of(plan, cpu), open_data(config))
+    for gate in rig.model.gates.values():
+        gate.choose = evenly(gate)  # type: ignore[method-assign]
     every = iter(points(config.batch, config.data.seq_len))
     found = RankRounds([], [])
     for number in range(rounds + 2):
