@@ -4,7 +4,8 @@
 
 The profile is that of the whole model in one process; layouts then cut the model, share it, or both. Routing is made
 even, as plans suppose it. Other work on the machine changes from second to second, so ranks profile and step in turn,
-each beside the other, and a step is planned from the profiles of its ranks just before and after it. Two ratios: the
+each beside the other, and a step is planned from the profiles of its ranks just before and after it. So is the latency
+of a message, between ranks that compute before each, as in a step: who computes longer is waited for. Two ratios: the
 median of rounds, and the least of all plans over the least of all steps, which other work disturbs less. Goal: within
 10%, by the least.
 """
@@ -28,7 +29,7 @@ from rich.table import Table
 
 from dryvine.comm import local
 from dryvine.comm.host import MALLOC
-from dryvine.launch.plan.hardware import load_hardware
+from dryvine.launch.plan.hardware import Machine, load_hardware
 from dryvine.launch.plan.plan import Plan, make
 from dryvine.launch.plan.profiled import Profile
 from dryvine.launch.profile import measure
@@ -37,7 +38,7 @@ from dryvine.trainer.data.prepare import prepare
 from dryvine.trainer.data.splits import open_data
 from dryvine.trainer.ramps import Point, points
 from dryvine.trainer.rig import Rig, make_rig, mesh_of
-from dryvine.trainer.run_plan import make_plan
+from dryvine.trainer.run_plan import RunPlan, make_plan
 from dryvine.trainer.step import train_step
 from tests.support.live import evenly
 
@@ -62,6 +63,7 @@ LAYOUTS = {
 }
 STEPS = 2  # of a round
 MICROBATCHES = 3  # measured in a step of a profile
+MESSAGES, PRODUCTS = 200, 4  # of a latency, and those of 256 x 256 x 256 before each: 2 ms, as a block's phases
 
 
 class Seconds(NamedTuple):
@@ -80,6 +82,7 @@ class RankRounds(NamedTuple):
 
     steps: list[list[Seconds]]
     profiles: list[Profile]
+    latencies: list[float]  # seconds of a message
 
 
 class Compared(NamedTuple):
@@ -108,7 +111,7 @@ def in_turn(rank: int, config: Config, whole: Config, rounds: int) -> RankRounds
     for gate in rig.model.gates.values():
         gate.choose = evenly(gate)  # type: ignore[method-assign]
     every = iter(points(config.batch, config.data.seq_len))
-    found = RankRounds([], [])
+    found = RankRounds([], [], [])
     for number in range(rounds + 2):
         steps = [timed(rig, point) for point in islice(every, STEPS)]
         rig.mesh.sum(torch.zeros(1), "the end of a round")
@@ -116,7 +119,21 @@ def in_turn(rank: int, config: Config, whole: Config, rounds: int) -> RankRounds
             found.profiles.append(measure(whole, cpu, MICROBATCHES, lambda part: None))
             found.steps.append(steps)
             rig.mesh.sum(torch.zeros(1), "the end of a profile")
-    return RankRounds(found.steps[1:], found.profiles)
+            found.latencies.append(latency())
+    return found._replace(steps=found.steps[1:])
+
+
+def latency() -> float:
+    """Mean seconds of an all-to-all of one number a rank. Collective."""
+    numbers = torch.zeros(torch.distributed.get_world_size())
+    square, seconds = torch.ones(256, 256), list[float]()
+    for _ in range(MESSAGES):
+        for _ in range(PRODUCTS):
+            torch.mm(square, square)
+        started = time.perf_counter()
+        torch.distributed.all_to_all_single(torch.empty_like(numbers), numbers)
+        seconds.append(time.perf_counter() - started)
+    return mean(seconds)
 
 
 def timed(rig: Rig, point: Point) -> Seconds:
@@ -126,12 +143,20 @@ def timed(rig: Rig, point: Point) -> Seconds:
 
 
 def compare(config: Config, whole: Config, rounds: int) -> Compared:
-    """Planned: means over ranks. Measured: each step as long as on its slowest rank."""
+    """Planned: means over ranks, whose profiles and latencies differ. Measured: each step as long as on its slowest
+    rank."""
     ranks = local.run(in_turn, config.parallel.world, config, whole, rounds, deadline=500.0)
     run, machine = make_plan(config), load_hardware("cpu")
-    plans = [[make(run, machine, profile) for profile in of] for of in zip(*(r.profiles for r in ranks), strict=True)]
+    plans = [
+        [_planned(run, machine, each.profiles[number], each.latencies[number]) for each in ranks]
+        for number in range(rounds + 1)
+    ]
     steps = [[_slowest(of) for of in zip(*each, strict=True)] for each in zip(*(r.steps for r in ranks), strict=True)]
     return Compared([_mean(of) for of in plans], steps)
+
+
+def _planned(run: RunPlan, machine: Machine, profile: Profile, seconds: float) -> Plan:
+    return make(run, machine.model_copy(update={"latency_us": 1e6 * seconds}), profile)
 
 
 def _slowest(ranks: Sequence[Seconds]) -> Seconds:
