@@ -243,12 +243,8 @@ def _conflict(config: Config) -> str | None:
         return f"model.vocab = {m.vocab} is less than data.vocab_size = {config.data.vocab_size}; raise model.vocab"
     if (config.sft or config.rl) and config.data.mask != "document":
         return "data.mask = 'none' lets answers see each other; set data.mask = 'document'"
-    if config.sft and config.rl:
-        return "[sft] and [rl] are two runs: run.init_from begins the second with the weights of the first"
-    if config.rl and config.optim.plan_unit == "tokens":
-        return "optim.plan_unit = 'tokens': an update of [rl] has as many as its answers; set 'steps'"
-    if config.rl and config.batch.ramp_from:
-        return "batch.ramp_from: an update of [rl] takes as many passes as its answers fill; leave it out"
+    if config.rl and (why := _not_of_rl(config)):
+        return why
     if config.data.mask == "document" and m.qk_dim > WIDEST_HEAD:
         return (
             f"data.mask = 'document' has no kernel for heads of nope_dim + rope_dim = {m.qk_dim} elements; "
@@ -260,6 +256,21 @@ def _conflict(config: Config) -> str | None:
             f"set model.recompute = {[what for what in m.recompute if what != 'transposes']}"
         )
     return _too_long(m, config.data.seq_len) or _no_path(config)
+
+
+def _not_of_rl(config: Config) -> str | None:
+    """What a run with [rl] would ignore."""
+    if config.sft:
+        return "[sft] and [rl] are two runs: run.init_from begins the second with the weights of the first"
+    if config.optim.plan_unit == "tokens":
+        return "optim.plan_unit = 'tokens': an update of [rl] has as many as its answers; set 'steps'"
+    if config.batch.ramp_from:
+        return "batch.ramp_from: an update of [rl] takes as many passes as its answers fill; leave it out"
+    if config.run.spike_factor:
+        return "run.spike_factor: the loss of [rl] has no usual size, and [rl.alarms] watches it; leave it out"
+    if config.run.timeline_step:
+        return "run.timeline_step: an update of [rl] is several passes, which are not drawn; leave it out"
+    return None
 
 
 def _too_long(model: Shape, seq_len: int) -> str | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from matplotlib import pyplot
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from dryvine.trainer import journal
 from dryvine.trainer.config import Config, ConfigError
@@ -32,6 +33,12 @@ def row(step: int, **changes: float | None) -> MetricsRow:
         mbytes_between_nodes=0.0, fp8_bad_tiles=None, fp8_floored_share=None, seconds=1.0,
     )  # fmt: skip
     return replace(base, **changes)  # type: ignore[arg-type]
+
+
+@pytest.fixture(autouse=True)
+def _first_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of events are read in the order of their names, which end with a count of this process: 10 before 9."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
 
 def written(config: Config, *rows: MetricsRow, resume_step: int = 0) -> None:

@@ -84,6 +84,8 @@ BAD_KEYS = {
     'rl.chat.roles={user="{content}",assistant="{content}"}': "no answer would ever end",
     "rl.foo=1": "rl.foo: unknown key",
     "optim.plan_unit=tokens": "optim.plan_unit = 'tokens'",
+    "run.spike_factor=2.0": "run.spike_factor",
+    "run.timeline_step=1": "run.timeline_step",
     "batch.ramp_from=2 batch.ramp_increment=2 batch.ramp_tokens=100": "batch.ramp_from",
 }
 

@@ -90,7 +90,8 @@ def _only_answer(learner: Learner, console: Console) -> bool:
             lines = [f"{name} {value:.4f}" for name, value in learner.worker.evaluate(on_answer).figures().items()]
         else:
             kept, of = harvest(learner, Path(path), on_answer)
-            lines = [f"{path}: {kept} right answers of {of}; fine-tune on it with sft.train"]
+            advice = "; fine-tune on it with sft.train" if kept else ": nothing to fine-tune on"
+            lines = [f"{path}: {kept} right answers of {of}{advice}"]
     for line in lines:
         console.print(line, markup=False, highlight=False)
     return True
