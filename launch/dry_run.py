@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from dryvine.launch.plan.hardware import Machine
-from dryvine.launch.plan.plan import Plan, make, topology_of
+from dryvine.launch.plan.plan import Plan, make
 from dryvine.launch.plan.shards import BucketSize, buckets
 from dryvine.launch.plan.summary import headline, memory_rows, print_table
+from dryvine.launch.plan.traffic import topology_of
 from dryvine.parallel.flow_control import rank_program, slots_by_line
 from dryvine.parallel.schedule.ir import Edge, Program, ProgramStep
 from dryvine.parallel.schedule.notation import slot_text

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from statistics import mean
 from typing import NamedTuple
 
 from dryvine.comm.integers import ceil_div
-from dryvine.comm.topology import Topology, by_sizes
 from dryvine.launch.plan import traffic
 from dryvine.launch.plan.copies import with_copies, with_saves
 from dryvine.launch.plan.hardware import GIGA, TERA, Machine
@@ -23,7 +22,7 @@ from dryvine.launch.plan.memory import Parts, RankMemory, memory, parts_of
 from dryvine.launch.plan.profiled import Profile
 from dryvine.launch.plan.sharding import Sharding, shard
 from dryvine.launch.plan.times import PhaseTimes, StagePrices, roofline
-from dryvine.launch.plan.traffic import Dispatching, LinkBytes
+from dryvine.launch.plan.traffic import Dispatching, LinkBytes, topology_of
 from dryvine.launch.plan.work import tasks
 from dryvine.parallel.schedule.simulate import Timeline, simulate
 from dryvine.trainer.activations import DTYPE_BYTES, microbatch_size
@@ -261,12 +260,6 @@ def _phase_times(config: Config, machine: Machine, profile: Profile | None) -> d
 
 def _sent(config: Config, machine: Machine) -> Dispatching:
     return traffic.dispatching(config, topology_of(config, machine), machine.cuda)
-
-
-def topology_of(config: Config, machine: Machine) -> Topology:
-    """The machine's links, between the nodes of the config where it names them."""
-    made, nodes = machine.topology(config.parallel.world), config.comm.topology.nodes
-    return replace(made, nodes=by_sizes(nodes).nodes) if nodes else made
 
 
 def _message_seconds(config: Config, machine: Machine) -> float:

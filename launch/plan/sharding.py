@@ -13,11 +13,11 @@ from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
-from dryvine.comm.topology import LinkClass
+from dryvine.comm.topology import LinkClass, Topology
 from dryvine.launch.plan import traffic
 from dryvine.launch.plan.hardware import GIGA, Machine
 from dryvine.launch.plan.shards import BucketSize, buckets
-from dryvine.launch.plan.traffic import LinkBytes
+from dryvine.launch.plan.traffic import LinkBytes, topology_of
 from dryvine.parallel.buckets import StageTimes, equal_times, stage_times, turns
 from dryvine.parallel.schedule.simulate import Timeline
 from dryvine.trainer.activations import DTYPE_BYTES
@@ -53,11 +53,11 @@ class _Times(NamedTuple):
 
 def shard(run: LayoutPlan, machine: Machine, timeline: Timeline, per_element: float | None) -> Sharding:
     """ZeRO's transfers and update. `per_element`: measured seconds of the update; None: by memory bandwidth."""
-    config, every = run.config, buckets(run)
+    config, every, topology = run.config, buckets(run), topology_of(run.config, machine)
     end = max(cell.end for row in timeline.cells for cell in row)
     times = _Times(equal_times(run.schedule), stage_times(timeline), end)
     sums, gathers = (
-        [[_moved(run, one, machine, width) for one in mine] for mine in every]
+        [[_moved(run, one, topology, width) for one in mine] for mine in every]
         for width in (sum_bytes(config), DTYPE_BYTES[config.run.dtype])
     )
     update = update_seconds(config, every, machine, per_element)
@@ -105,10 +105,10 @@ def _exposed(
     return max(fetched - times.end, 0.0), max(0.0, *late)
 
 
-def _moved(run: LayoutPlan, bucket: BucketSize, machine: Machine, width: int) -> LinkBytes:
+def _moved(run: LayoutPlan, bucket: BucketSize, topology: Topology, width: int) -> LinkBytes:
     """Bytes by link class of a ring reduce-scatter or all-gather: between nodes all but the node's own part, once
     for all its members; the rest inside the node. `width`: bytes of an element."""
-    together = bucket.copies if run.config.parallel.world <= machine.gpus_per_node else _in_node(bucket, run, machine)
+    together = bucket.copies if len(topology.nodes) == 1 else _in_node(bucket, run, topology)
     nodes, size = bucket.copies / together, width * bucket.padded
     moved = {
         "inter": round(size * (nodes - 1) / nodes / together),
@@ -117,18 +117,17 @@ def _moved(run: LayoutPlan, bucket: BucketSize, machine: Machine, width: int) ->
     return Counter(moved)  # type: ignore[arg-type]
 
 
-def _in_node(bucket: BucketSize, run: LayoutPlan, machine: Machine) -> int:
-    """How many copies of a bucket share a node."""
+def _in_node(bucket: BucketSize, run: LayoutPlan, topology: Topology) -> int:
+    """How many copies of a bucket are on the node of the first."""
     p = run.config.parallel
-    in_node = min(machine.gpus_per_node, p.world)
     ranks = [
         (home * p.dp + d) * p.ep + e
         for home in bucket.homes
         for d in range(p.dp)
         for e in (range(1) if bucket.one_slice else range(p.ep))
     ]
-    first = ranks[0] // in_node
-    return max(1, sum(rank // in_node == first for rank in ranks))
+    node = frozenset(topology.nodes[topology.node_of(ranks[0])])
+    return sum(rank in node for rank in ranks)
 
 
 def _fetch_seconds(config: Config, bucket: BucketSize, machine: Machine) -> float:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from dryvine.comm.dispatch.backends import AUTO, automatic, ring_bytes
 from dryvine.comm.integers import ceil_div, round_up
-from dryvine.comm.topology import LinkClass, Topology
+from dryvine.comm.topology import LinkClass, Topology, by_sizes
 from dryvine.launch.plan.hardware import GIGA, Machine
 from dryvine.trainer.activations import DTYPE_BYTES
 from dryvine.trainer.config import Config
@@ -73,6 +73,12 @@ class Messages(NamedTuple):
     combine: float
     combine_backward: float
     dispatch_backward: float
+
+
+def topology_of(config: Config, machine: Machine) -> Topology:
+    """The machine's links, between the nodes of the config where it names them."""
+    made, nodes = machine.topology(config.parallel.world), config.comm.topology.nodes
+    return replace(made, nodes=by_sizes(nodes).nodes) if nodes else made
 
 
 def dispatching(config: Config, topology: Topology, cuda: bool) -> Dispatching:

@@ -82,3 +82,20 @@ def test_gradients_cross_nodes_once_for_a_node(tiny: Callable[..., Config]) -> N
     plan = make(make_plan(tiny("parallel.dp=2")), load_hardware("cpu"))
     sums = plan.ranks[0].kinds["gradient sums"]
     assert plan.sharding.bytes == {"intra": sums, "inter": 0}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "crossing"),
+    [
+        ("[4]", 0),
+        # Half of the sums crosses, and of it each of two ranks its half; the other two copies are on the other node.
+        ("[2,2]", 1 / 4),
+        ("[1,1,1,1]", 3 / 4),
+    ],
+)
+def test_gradients_cross_between_the_nodes_that_the_config_names(
+    tiny: Callable[..., Config], nodes: str, crossing: float
+) -> None:
+    plan = make(make_plan(tiny("parallel.dp=4", f"comm.topology.nodes={nodes}")), load_hardware("cpu"))
+    sums = plan.ranks[0].kinds["gradient sums"]
+    assert plan.sharding.bytes["inter"] == pytest.approx(2 * crossing * sums, rel=1e-4)  # and as much of new weights
