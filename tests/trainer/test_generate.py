@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import random
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -161,10 +162,13 @@ def test_a_callback_that_raises_ends_its_own_answer() -> None:
     sampler, requests = sampler_of(filled(tiny())), [Request((1, 2), 9, seed=i) for i in range(4)]
 
     def until(request: Request, tokens: list[int]) -> bool:
+        if request.seed == 1:
+            sys.exit(7)
         return bool(request.seed == 2 and 1 // (3 - len(tokens)) and False)
 
     ended = by_request(sampler.generate(requests, until))
-    assert [ended[request].reason for request in requests] == ["length", "length", "failed", "length"]
+    assert [ended[request].reason for request in requests] == ["length", "failed", "failed", "length"]
+    assert "SystemExit: 7" in ended[requests[1]].why
     assert "ZeroDivisionError" in ended[requests[2]].why
     assert len(ended[requests[2]].tokens) == 3
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -61,12 +62,24 @@ def test_a_verifier_ends_an_answer(digit_run: Tiny, monkeypatch: pytest.MonkeyPa
     assert {answer.text for answer in answers} <= {text for text, _ in seen}
 
 
-@pytest.mark.parametrize(("module", "said"), [("no_such_file", "No module named"), ("json", "has no attribute")])
+@pytest.mark.parametrize(
+    ("source", "why"),
+    [
+        (None, "broken_stop raises ModuleNotFoundError: No module named 'broken_stop'"),
+        ("raise SystemExit(7)", "broken_stop raises SystemExit: 7"),
+        ("", r"broken_stop has no function ended\(answer, problem\)"),
+        ("ended = 3", r"broken_stop has no function ended\(answer, problem\)"),
+    ],
+)
 def test_a_stop_that_does_not_load_is_refused_before_a_run(
-    digit_run: Tiny, monkeypatch: pytest.MonkeyPatch, module: str, said: str
+    digit_run: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str | None, why: str
 ) -> None:
-    monkeypatch.setitem(STOPS, "digits", module)
-    with pytest.raises(ConfigError, match=f"verifier digits: ended of {module}: .*{said}"):
+    if source is not None:
+        (tmp_path / "broken_stop.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "broken_stop", raising=False)
+    monkeypatch.setitem(STOPS, "digits", "broken_stop")
+    with pytest.raises(ConfigError, match=f"verifier digits: {why}"):
         check_verifiers(open_task(digit_run()))
 
 

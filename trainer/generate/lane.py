@@ -42,7 +42,7 @@ class Answer:
         try:
             if until(self.request, tokens):
                 self.reason = "callback"
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             self.fail(f"the callback raised {type(error).__name__}: {error}")
 
 

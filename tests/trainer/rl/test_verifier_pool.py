@@ -24,6 +24,7 @@ from dryvine.trainer.rl.verifiers.worker import WorkerLimits
 
 ODD = """
 import os, subprocess, time
+from decimal import Decimal
 from fractions import Fraction
 from dryvine.trainer.rl.verifiers.verdict import Verdict
 SECONDS = 1.0
@@ -38,6 +39,7 @@ def verify(answer, problem):
         case "huge": return Verdict(1.0, "x" * 10**7)
         case "nan": return Verdict(float("nan"))
         case "word": return Verdict("1")
+        case "bytes": return Verdict(b"1")
         case "memory": return Verdict(float(len(bytearray(2 << 30)) > 0))
         case "file":
             with open(problem["path"], "wb") as file: file.write(bytes(2 << 20))
@@ -50,6 +52,7 @@ def verify(answer, problem):
         case "leave": raise SystemExit
         case "tensor": return Verdict([1.0])
         case "fraction": return Verdict(Fraction(1, 2))
+        case "decimal": return Verdict(Decimal("0.25"))
         case "endless": return Verdict(10**400)
         case "no verdict": return 1.0
         case "no reason": return Verdict(1.0, None)
@@ -90,7 +93,8 @@ def test_verdicts_are_in_the_order_of_jobs_and_of_both_verifiers(odd: Pool) -> N
         ("word", "score was '1'"),
         ("input", "EOFError"),
         ("leave", "ended"),
-        ("tensor", "score was [1.0]"),
+        ("bytes", "score was b'1'"),
+        ("tensor", "TypeError"),
         ("endless", "OverflowError"),
         ("no verdict", "AttributeError"),
         ("no number", "ValueError"),
@@ -131,10 +135,14 @@ def test_a_verifier_that_reads_or_forks_gets_no_job_of_another_answer(odd: Pool)
     """Jobs lie in the pipe from which a worker reads, and verdicts are told in their order."""
     answers = [str(n) for n in range(100)]
     scores = [float(n) for n in range(100)]
-    odd_ones = {10: ("child reads", 0), 11: ("fork", 7), 60: ("fork", 7), 61: ("fraction", 0.5), 62: ("no reason", 1)}
+    odd_ones = {10: ("child reads", 0), 11: ("fork", 7), 60: ("fork", 7), 62: ("no reason", 1)}
     for number, (answer, score) in odd_ones.items():
         answers[number], scores[number] = answer, float(score)
     assert [verdict.score for verdict in odd.score(jobs(*answers))] == scores
+
+
+def test_a_score_may_be_any_number(odd: Pool) -> None:
+    assert [verdict.score for verdict in odd.score(jobs("fraction", "decimal"))] == [0.5, 0.25]
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,15 @@ Ended = Callable[[str, Mapping[str, object]], bool]  # the answer so far, and th
 
 def stops_of(verifiers: Iterable[str]) -> dict[str, Ended]:
     """By name, for those of `verifiers` that have one. Raises VerifierError."""
-    found: dict[str, Ended] = {}
-    for name in sorted(STOPS.keys() & set(verifiers)):
-        try:
-            found[name] = import_module(STOPS[name]).ended
-        except Exception as error:  # a user's file may raise anything
-            raise VerifierError(f"verifier {name}: ended of {STOPS[name]}: {type(error).__name__}: {error}") from None
-    return found
+    return {name: _loaded(name, STOPS[name]) for name in sorted(STOPS.keys() & set(verifiers))}
+
+
+def _loaded(name: str, file: str) -> Ended:
+    """Raises VerifierError. This is the trainer's own process, which a user's file must not end, whatever it raises."""
+    try:
+        ended: Ended | None = getattr(import_module(file), "ended", None)
+    except (Exception, SystemExit) as error:
+        raise VerifierError(f"verifier {name}: {file} raises {type(error).__name__}: {error}") from None
+    if not callable(ended):
+        raise VerifierError(f"verifier {name}: {file} has no function ended(answer, problem)")
+    return ended

@@ -17,7 +17,6 @@ import resource
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from numbers import Real
 from types import ModuleType
 from typing import TextIO
 
@@ -86,7 +85,7 @@ def _verdict(module: ModuleType, answer: str, problem: Mapping[str, object]) -> 
     try:
         verdict = module.verify(answer, problem)
         score = verdict.score
-        if score is not None and not isinstance(score, Real):
+        if isinstance(score, str | bytes | bytearray):  # float() would read them
             raise TypeError(f"the verifier's score was {score!r}, and not a number")
         return Verdict(None if score is None else float(score), str(verdict.why)[:WHY_LONGEST])
     except Exception as error:  # a verifier's fault is no answer's fault
