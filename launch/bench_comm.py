@@ -24,7 +24,7 @@ import typer
 from dryvine.comm.dispatch.backends import BACKENDS
 from dryvine.comm.host import available_memory
 from dryvine.comm.topology import Topology, TopologyConfig, discover
-from dryvine.launch.options import numbers
+from dryvine.launch.options import Experts, TopK, numbers, used_experts
 from dryvine.trainer.config import ConfigError
 from dryvine.trainer.data.atomic import CannotWrite
 
@@ -41,6 +41,7 @@ Tokens = Annotated[str, typer.Option(help="tokens per rank, by comma; 256,1024 a
 Dtypes = Annotated[str, typer.Option(help="bf16, fp8 (values and a scale per 128)")]
 DTYPES = ("bf16", "fp8")
 PARTS = ("routing", "dispatch", "combine", "plain")
+PICTURES = (".png", ".svg")
 Out = Annotated[Path | None, typer.Option(help="where the plot goes (.png or .svg)")]
 
 
@@ -80,19 +81,23 @@ def comm(
     nodes: Nodes = "2,2",
     tokens: Tokens = "",
     dtypes: Dtypes = "bf16,fp8",
-    hidden: int = 7168,
-    experts: int = 64,
-    top_k: int = 8,
-    rounds: int = 5,
+    hidden: Annotated[int, typer.Option(min=1, help="width of a token")] = 7168,
+    experts: Experts = 64,
+    top_k: TopK = None,
+    rounds: Annotated[int, typer.Option(min=1, help="of each measurement; the median counts")] = 5,
     out: Out = None,
 ) -> None:
     """Time dispatch and combine on CPU ranks of this machine, or on the ranks that torchrun started."""
     from rich.console import Console
 
-    shape = CommShape(hidden, experts, top_k, rounds)
+    shape = CommShape(hidden, experts, used_experts(top_k, experts), rounds)
     tokens = tokens or ("256,1024,4096" if "RANK" in os.environ else "256,1024")
     sizes = numbers("--tokens", tokens, "tokens a rank")
     kinds, named = _listed("--dtypes", dtypes, DTYPES), _listed("--backends", backends, BACKENDS)
+    if "fp8" in kinds and hidden % 128:
+        raise ConfigError(f"--hidden {hidden}: FP8 has a scale for each 128 values; give a multiple, or --dtypes bf16")
+    if out and (out.suffix not in PICTURES or not out.parent.is_dir()):
+        raise ConfigError(f"--out {out}: give a file that ends with {' or '.join(PICTURES)}, in a folder that exists")
     cases = [Case(b, t, d) for d in kinds for t in sizes for b in named]
     figures, topology = _under_torchrun(shape, cases) if "RANK" in os.environ else _here(shape, cases, nodes)
     if int(os.environ.get("RANK", 0)) == 0:
@@ -117,12 +122,18 @@ def _here(shape: CommShape, cases: list[Case], nodes: str) -> tuple[list[CommFig
     os.environ.update(MALLOC)
     config = TopologyConfig(nodes=numbers("--nodes", nodes, "the ranks on each node"), inter="loopback")
     topology = discover(sum(config.nodes), config, {})
+    _check_experts(shape.experts, topology.ranks)
     _check_memory(topology.ranks, shape, max(case.tokens for case in cases))
     return run(measure, topology.ranks, topology, shape, cases, deadline=3600)[0], topology
 
 
 # Peak memory of a rank, in multiples of the BF16 bytes of its dispatched rows: 7 to 10 were measured.
 COPIES = 10
+
+
+def _check_experts(experts: int, ranks: int) -> None:
+    if experts % ranks:
+        raise ConfigError(f"--experts {experts}: they do not divide over {ranks} ranks; give a multiple")
 
 
 def _check_memory(ranks: int, shape: CommShape, tokens: int) -> None:
@@ -142,6 +153,7 @@ def _under_torchrun(shape: CommShape, cases: list[Case]) -> tuple[list[CommFigur
     from dryvine.comm.nvml import probe, refined
     from dryvine.comm.world import backend
 
+    _check_experts(shape.experts, int(os.environ["WORLD_SIZE"]))
     if cuda := torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group(backend("cuda" if cuda else "cpu"))

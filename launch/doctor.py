@@ -14,7 +14,7 @@ from dryvine.comm.nvml import Hardware, nics, probe, refined
 from dryvine.comm.topology import GroupLimit, Topology, TopologyConfig, discover, mismatch, spans
 from dryvine.launch.health import gpus, host
 from dryvine.launch.health.finding import Finding
-from dryvine.launch.options import numbers
+from dryvine.launch.options import Experts, TopK, numbers, used_experts
 from dryvine.trainer.config import ConfigError
 
 if TYPE_CHECKING:
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 World = Annotated[int, typer.Option(min=0, help="ranks of the run; 0: WORLD_SIZE, SLURM_NTASKS or 1")]
 Nodes = Annotated[str, typer.Option(help="ranks on each node, e.g. 8,8; empty: found")]
-Experts = Annotated[int, typer.Option(min=1, help="routed experts, to judge the dispatcher")]
-TopK = Annotated[int, typer.Option(min=1, help="experts a token uses")]
 Groups = Annotated[str, typer.Option(help="node-limited routing as groups:limit, e.g. 8:4; empty: none")]
 Hidden = Annotated[int, typer.Option(min=1, help="width of a token, for bytes (BF16)")]
 BeforeRun = Annotated[Path | None, typer.Option(help="fail unless this node, and all that srun starts, can run CONFIG")]
@@ -36,7 +34,7 @@ def doctor(
     world: World = 0,
     nodes: Nodes = "",
     experts: Experts = 256,
-    top_k: TopK = 8,
+    top_k: TopK = None,
     groups: Groups = "",
     hidden: Hidden = 7168,
 ) -> None:
@@ -52,8 +50,7 @@ def doctor(
 
     if overrides:
         raise ConfigError(f"{overrides[0]}: overrides are of --before-run CONFIG: add it, or leave them out")
-    if top_k > experts:
-        raise ConfigError(f"--top-k {top_k}: a token has {experts} experts to choose from; see --experts")
+    used = used_experts(top_k, experts)
     sizes = numbers("--nodes", nodes, "the ranks on each node") if nodes else ()
     limit = _group_limit(groups, experts) if groups else None
     console, hardware = Console(highlight=False), probe()
@@ -65,7 +62,7 @@ def doctor(
     if experts % topology.ranks:
         console.print(f"dispatcher: none; {experts} experts do not divide over {topology.ranks} ranks")
     else:
-        console.print("dispatcher: {} ({})".format(*pick(topology, top_k, experts, graphs=True)))
+        console.print("dispatcher: {} ({})".format(*pick(topology, used, experts, graphs=True)))
         if limit:
             console.print(mismatch(topology, experts, limit, hidden * 2) or "routing groups fit nodes")
     for line in _warnings(topology, os.environ.get("GLOO_SOCKET_IFNAME", "")):
