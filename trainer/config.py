@@ -27,6 +27,7 @@ from dryvine.trainer.rl.config import RLConfig
 from dryvine.trainer.rl.presets import PRESETS
 from dryvine.trainer.rl.sft_config import SFTConfig
 
+RECORDED = "config.toml"  # of a run folder
 WIDEST_HEAD = 256  # of flash attention, which packed documents need
 Positive = Annotated[int, Field(ge=1)]
 LONGEST = 4 << 20  # bytes of a config
@@ -88,16 +89,19 @@ class Config(BaseModel, frozen=True, extra="forbid"):
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a TOML file with its `extends` chain and apply `table.key=value` overrides. Raises ConfigError."""
-    tree = _read(Path(path), ())
-    for override in overrides:
-        _apply(tree, override)
-    try:
-        config = Config.model_validate(_over_preset(tree))
-    except ValidationError as error:
-        raise ConfigError(f"{path}: {explain(error, Config)}") from None
+    config = _valid(Path(path), overrides)
     if problem := _conflict(config):
         raise ConfigError(f"{path}: {problem}")
     return config
+
+
+def recorded(folder: Path) -> Config:
+    """The config that a run was begun with, from its folder. Tables that contradict each other are taken as they are:
+    the code that ran it took them. Raises ConfigError."""
+    path = folder / RECORDED
+    if not path.exists():
+        raise ConfigError(f"{folder}: no run folder: it has no {RECORDED}")
+    return _valid(path, ())
 
 
 def check_world(config: Config, world: int) -> None:
@@ -122,6 +126,17 @@ def flat(tree: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, ob
             yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def _valid(path: Path, overrides: Sequence[str]) -> Config:
+    """A config whose tables are valid one by one. Raises ConfigError."""
+    tree = _read(path, ())
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return Config.model_validate(_over_preset(tree))
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {explain(error, Config)}") from None
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> Tree:

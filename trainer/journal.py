@@ -24,6 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import matplotlib
+from pydantic import BaseModel
 from torch.utils.tensorboard import SummaryWriter
 
 from dryvine.parallel.schedule.costs import Costs
@@ -33,9 +34,10 @@ from dryvine.parallel.schedule.simulate import simulate
 from dryvine.trainer.checkpoint import run_folder
 from dryvine.trainer.checkpoint.manifest import CheckpointError
 from dryvine.trainer.checkpoint.reader import open_checkpoint
-from dryvine.trainer.config import Config, ConfigError, dump, load
+from dryvine.trainer.config import RECORDED, Config, ConfigError, dump, recorded
 from dryvine.trainer.data.atomic import CannotWrite, write_atomically
 from dryvine.trainer.data.identity import UNKNOWN, DataIdentity
+from dryvine.trainer.ramps import BatchConfig
 from dryvine.trainer.run_rows import append, read
 from dryvine.trainer.wandb_board import WandbBoard
 
@@ -93,7 +95,7 @@ class Journal:
         kept = read(self.folder) if resume_step else []
         rows = "".join(json.dumps(row) + "\n" for row in kept if row["step"] <= resume_step)
         for name, content in {
-            "config.toml": dump(config),
+            RECORDED: dump(config),
             "commit.txt": commit() + "\n",
             "schedule.svg": svg(simulate(schedule, COSTS)),
             "metrics.jsonl": rows,
@@ -163,7 +165,7 @@ def plot(folder: Path) -> None:
     if averaged:
         steps, losses = [r["step"] for r in averaged], [r["val_loss_ema"] for r in averaged]
         axes.plot(steps, losses, "s--", ms=4, label="validation, averaged weights")
-    uniform = math.log(load(folder / "config.toml").data.vocab_size)
+    uniform = math.log(recorded(folder).data.vocab_size)
     axes.axhline(uniform, ls=":", c="gray", label=f"uniform guess, ln(vocab) = {uniform:.2f}")
     axes.set(xlabel="step", ylabel="loss, nats per token", title=folder.name)
     axes.grid(alpha=0.2)
@@ -188,11 +190,11 @@ def commit() -> str:
 def same_run(config: Config, identity: DataIdentity) -> None:
     """Raise ConfigError if the run folder holds a run with another model, data or batch than `config`. The path of the
     data may change: its `identity` is compared instead, if a checkpoint has it."""
-    path = config.run.folder / "config.toml"
+    path = config.run.folder / RECORDED
     if not path.exists():
         return
     read(config.run.folder)  # what it raises is said before any GPU is held
-    before = load(path)
+    before = recorded(config.run.folder)
     known = _identity_of(config.run.folder)
     for name, ours, theirs in zip(identity._fields, identity, known, strict=True):
         if theirs is not None and ours is not None and ours != theirs:
@@ -202,8 +204,9 @@ def same_run(config: Config, identity: DataIdentity) -> None:
             )
     moved = {"source": before.data.source, "dir": before.data.dir} if known.data is not None else {}
     unmoved = config.model_copy(update={"data": config.data.model_copy(update=moved)})
-    for table in ("model", "data", "batch"):
-        if getattr(before, table) != getattr(unmoved, table):
+    kept, wanted = _kept_for_ever(before), _kept_for_ever(unmoved)
+    for table in kept:
+        if kept[table] != wanted[table]:
             raise ConfigError(
                 f"{config.run.folder}: holds a run with another [{table}] table; set run.name for a new run, "
                 f"or go on with {path}"
@@ -213,6 +216,13 @@ def same_run(config: Config, identity: DataIdentity) -> None:
             f"{config.run.folder}: holds a run without {missing[0]}, so its checkpoints lack what that needs; set "
             f'run.name for a new run, and run.init_from = "{config.run.folder}" for its weights'
         )
+
+
+def _kept_for_ever(config: Config) -> dict[str, BaseModel]:
+    """The tables that a run cannot change, without keys that change none of its bits: recompute, and the ramp of an RL
+    run of before such were refused."""
+    batch = BatchConfig(sequences=config.batch.sequences) if config.rl else config.batch
+    return {"model": config.model.model_copy(update={"recompute": ()}), "data": config.data, "batch": batch}
 
 
 def _kept_by_rl(config: Config) -> set[str]:

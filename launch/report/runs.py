@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from dryvine.launch.plan.hardware import load_hardware
 from dryvine.launch.plan.plan import Plan, make
-from dryvine.trainer.config import Config, ConfigError, load
+from dryvine.trainer.config import Config, ConfigError, recorded
 from dryvine.trainer.run_plan import make_plan
 from dryvine.trainer.run_rows import Figures, read
 from dryvine.trainer.spikes import rollbacks
@@ -49,12 +49,10 @@ class RunFolder:
     @staticmethod
     def open(path: Path, name: str = "") -> RunFolder:
         """Raises ConfigError if there is no run, or none that has completed a step."""
-        if not (path / "config.toml").exists():
-            raise ConfigError(f"{path}: no run folder: it has no config.toml")
-        rows = read(path)
+        config, rows = recorded(path), read(path)
         if not rows:
             raise ConfigError(f"{path}: no step has been recorded yet")
-        return RunFolder(path, name or path.resolve().name, load(path / "config.toml"), rows)
+        return RunFolder(path, name or path.resolve().name, config, rows)
 
     @property
     def reinforced(self) -> bool:

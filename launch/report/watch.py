@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
-from dryvine.trainer.config import Config, ConfigError, load
+from dryvine.trainer.config import Config, recorded
 from dryvine.trainer.run_rows import Figures, read
 
 if TYPE_CHECKING:
@@ -49,9 +49,7 @@ def watch(path: Path, console: Console, every: float, once: bool) -> None:
     is no run."""
     from rich.live import Live
 
-    if not (path / "config.toml").exists():
-        raise ConfigError(f"{path}: no run folder: it has no config.toml")
-    config = load(path / "config.toml")
+    config = recorded(path)
     rows = read(path)
     if once or not console.is_terminal:  # what is not a terminal cannot be drawn over
         console.print(view(config, rows, _quiet(path), console.width))

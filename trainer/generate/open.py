@@ -19,13 +19,14 @@ from torch import Tensor
 
 from dryvine.comm.dispatch.single_rank import SingleRank
 from dryvine.trainer.checkpoint.run_folder import step_of
+from dryvine.trainer.config import RECORDED
 from dryvine.trainer.data.spec import OnProgress
 from dryvine.trainer.generate.dialogue import Dialogue, TemplateDialogue, TunedDialogue
 from dryvine.trainer.hand_off.errors import HandOffError
 from dryvine.trainer.hand_off.export_hf import weights
 from dryvine.trainer.hand_off.names import places
 from dryvine.trainer.hand_off.released import open_released
-from dryvine.trainer.hand_off.run_files import CONFIG, OpenRun, open_run
+from dryvine.trainer.hand_off.run_files import OpenRun, open_run
 from dryvine.trainer.hand_off.slices import Slice, slices
 from dryvine.trainer.hand_off.tokenizer_files import TokenizerFiles, open_tokenizer
 from dryvine.trainer.model.decoder import Model
@@ -65,7 +66,7 @@ class WeightSource:
 
     def dialogue(self, files: TokenizerFiles) -> Dialogue:
         """By the run's own templates if it was fine-tuned, else by the tokenizer's chat template."""
-        config = self.folder / CONFIG
+        config = self.folder / RECORDED
         tables = tomllib.loads(config.read_text()) if self.run and config.exists() else {}
         tuned = next((tables[name] for name in ("rl", "sft") if "chat" in tables.get(name, {})), None)
         if tuned is None:

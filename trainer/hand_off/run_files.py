@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from dryvine.trainer.checkpoint.run_folder import complete, step_of
 from dryvine.trainer.checkpoint.stored import Stored
-from dryvine.trainer.config import ConfigError, load
+from dryvine.trainer.config import RECORDED, ConfigError, recorded
 from dryvine.trainer.data.config import DataError
 from dryvine.trainer.data.prepare import prepare
 from dryvine.trainer.hand_off.errors import HandOffError
@@ -20,7 +20,6 @@ from dryvine.trainer.hand_off.names import biases, sizes
 from dryvine.trainer.model.shape import Shape
 from dryvine.trainer.rl.chat_config import ChatConfig
 
-CONFIG = "config.toml"
 MODEL = "model.toml"  # of an imported run: its [model] table, for a config to extend
 TOKENIZER = "tokenizer"  # of an imported run: the folder with what it was released with
 
@@ -38,15 +37,15 @@ class OpenRun:
         if (self.folder / TOKENIZER / "tokenizer.json").exists():
             return self.folder / TOKENIZER
         try:
-            return Path(chat.tokenizer) if (chat := self.chat()) else prepare(load(self.folder / CONFIG).data)
+            return Path(chat.tokenizer) if (chat := self.chat()) else prepare(recorded(self.folder).data)
         except (ConfigError, DataError):
             return None
 
     def chat(self) -> ChatConfig | None:
         """The chat templates that it was fine-tuned with, if it was."""
-        if not (self.folder / CONFIG).exists():
+        if not (self.folder / RECORDED).exists():
             return None
-        config = load(self.folder / CONFIG)
+        config = recorded(self.folder)
         tuned = config.sft or config.rl
         return tuned.chat if tuned else None
 
@@ -69,8 +68,8 @@ def open_run(spec: str) -> OpenRun:
 def read_shape(folder: Path) -> Shape:
     """The [model] table of a run, imported or not."""
     try:
-        if (folder / CONFIG).exists():
-            return load(folder / CONFIG).model
+        if (folder / RECORDED).exists():
+            return recorded(folder).model
         return Shape.model_validate(tomllib.loads((folder / MODEL).read_text())["model"])
     except (OSError, tomllib.TOMLDecodeError, KeyError, ConfigError, ValidationError) as error:
         raise HandOffError(f"{folder}: no [model] table to be read: {str(error).splitlines()[0]}") from None
