@@ -136,7 +136,7 @@ class Running:
     def kill(self) -> None:
         """The process and all that it has started: torchrun gives each rank a session of its own, and a rank may have
         lost its parent, but all have inherited the job's mark."""
-        with suppress(ProcessLookupError):
+        if self.process.returncode is None:  # once it is reaped its number may be another's
             os.killpg(self.process.pid, signal.SIGKILL)
         for path in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from dryvine.trainer.data.atomic import CannotWrite
 from dryvine.trainer.generate.dialogue import document, plain
 from dryvine.trainer.generate.open import load, open_weights
 from dryvine.trainer.hand_off.encodings import Encoding
@@ -136,6 +137,26 @@ def test_all_checkpoints_of_a_run_are_kept_as_rows_and_drawn(tmp_path: Path) -> 
     kept = [json.loads(line) for line in (tmp_path / "run0" / "eval.jsonl").read_text().splitlines()]
     assert [row["step"] for row in kept] == [0, 3]
     assert (tmp_path / "run0" / "eval.png").stat().st_size > 1000
+
+
+def test_what_a_killed_evaluation_left_half_written_harms_no_later_one(tmp_path: Path) -> None:
+    run_of(small(), tmp_path / "run")
+    file = jsonl(tmp_path / "texts.jsonl", {"text": TEXTS[0]})
+    for torn in (tmp_path / "run" / "eval.jsonl", tmp_path / "said.jsonl"):
+        torn.write_text('{"task": "texts.js')
+    for _ in range(2):
+        assert invoke("eval", str(tmp_path / "run"), "--tasks", file, "--answers", str(tmp_path / "said.jsonl"))[0] == 0
+    for whole in (tmp_path / "run" / "eval.jsonl", tmp_path / "said.jsonl"):
+        kept = [json.loads(line) for line in whole.read_text().splitlines()]
+        assert [row["task"] for row in kept] == ["texts"] * 2
+
+
+@pytest.mark.parametrize("option", ["--answers", "--out"])
+def test_files_that_cannot_be_written_are_said_before_a_model_is_opened(option: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    file = jsonl(tmp_path / "texts.jsonl", {"text": TEXTS[0]})
+    with pytest.raises(CannotWrite, match="file/in: Not a directory; fix that"):
+        invoke("eval", str(tmp_path / "no-model"), "--tasks", file, option, str(tmp_path / "file" / "in"))
 
 
 def test_an_export_has_the_figures_of_its_run_and_nothing_is_written_into_it(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from dryvine.trainer.data.identity import UNKNOWN
 from dryvine.trainer.journal import Journal, MetricsRow
 from dryvine.trainer.report import final_table
 from dryvine.trainer.run_plan import make_plan
+from dryvine.trainer.run_rows import append, read
 
 Tiny = Callable[..., Config]
 
@@ -173,7 +174,7 @@ def test_the_table_has_first_and_last_losses_and_median_rates(tiny: Tiny) -> Non
     )
 
 
-@pytest.mark.parametrize("tail", ['{"step": 3, "lo', '{"step": 3, "lo\n', "\0\0\0\0", "\xff"])
+@pytest.mark.parametrize("tail", ['{"step": 3, "lo', "\0\0\0\0", "\xff"])
 def test_a_torn_last_row_is_dropped_and_the_run_goes_on(tiny: Tiny, tail: str) -> None:
     """As a full disk or a lost host leaves it."""
     config = tiny()
@@ -193,6 +194,23 @@ def test_a_damaged_row_in_the_middle_is_named_before_a_run_begins(tiny: Tiny) ->
     path.write_text("\n".join([lines[0], lines[1][:20], lines[2]]))
     with pytest.raises(ConfigError, match=r"metrics.jsonl, line 2: not a row of figures; restore"):
         journal.same_run(config, UNKNOWN)
+
+
+def test_a_damaged_row_at_the_end_is_named_too(tiny: Tiny) -> None:
+    """No kill leaves a newline behind a part of a row."""
+    config = tiny()
+    written(config, row(1))
+    path = config.run.folder / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 3, "lo\n')
+    with pytest.raises(ConfigError, match=r"metrics.jsonl, line 2: not a row of figures"):
+        read(config.run.folder)
+
+
+def test_a_row_that_only_lacks_its_newline_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "starts.jsonl").write_text('{"step": 1}\n{"step": 2}')
+    assert [r["step"] for r in read(tmp_path, "starts.jsonl")] == [1, 2]
+    append(tmp_path, "starts.jsonl", {"step": 3})
+    assert [r["step"] for r in read(tmp_path, "starts.jsonl")] == [1, 2, 3]
 
 
 def test_a_row_that_cannot_be_written_names_its_file(tiny: Tiny) -> None:
