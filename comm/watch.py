@@ -33,6 +33,7 @@ POLL = 0.5  # seconds between looks at the store
 EXIT = 3.0  # seconds that a process gets to exit by itself once the culprit is known
 STUCK = 8.0  # seconds after the deadline that the thread itself may be stuck
 CODE = 86  # exit code of a process that its watch ended
+Show = Callable[[BaseException], object]  # prints what ended this rank
 
 
 class CommError(RuntimeError):
@@ -150,10 +151,10 @@ class Watch:
         verdict = self.verdict or RollCallVerdict((), {}, "the store does not answer: its host is gone")
         return CommError(verdict.message(self.rank, what, due, age) + (f" ({_brief(broken)})" if broken else ""))
 
-    def fail(self, error: BaseException) -> None:
-        """This rank cannot continue: tell the others now, who would otherwise notice at their deadline, and end the
-        process."""
-        traceback.print_exception(error)
+    def fail(self, error: BaseException, show: Show = traceback.print_exception) -> None:
+        """This rank cannot continue: `show` why, tell the others now, who would otherwise notice at their deadline, and
+        end the process."""
+        show(error)
         self._raising.set()
         if not isinstance(error, CommError):
             self._failure = "failed: " + traceback.format_exception_only(error)[0].strip()

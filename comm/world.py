@@ -7,6 +7,7 @@ wait for them.
 from __future__ import annotations
 
 import socket
+import traceback
 from collections.abc import Callable, MutableMapping
 from datetime import timedelta
 
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from dryvine.comm.agreement import Disagreement, Facts, Statement, agree
 from dryvine.comm.ending import Ending
 from dryvine.comm.place import LaunchedRank, PlaceError
-from dryvine.comm.watch import Watch, watch_world
+from dryvine.comm.watch import Show, Watch, watch_world
 
 # torch's own watchdog is the last resort: it must not act before the watch, nor write dumps, nor wait a minute for it.
 # A GPU has 8 hardware queues by default: a wait in one stream would hold up others that share its queue.
@@ -109,9 +110,11 @@ def in_world(
     deadline: float,
     device: torch.device,
     met: tuple[LaunchedRank, dist.Store] | None = None,
+    show: Show = traceback.print_exception,
 ) -> int:
     """Call `body` as one rank of those that the launcher started. `met` are this rank's place and the ranks' store,
-    None where torchrun's environment says both. Returns the exit code, or ends the process if `body` raises."""
+    None where torchrun's environment says both. Returns the exit code. If `body` raises, `show` prints the error, the
+    other ranks are told, and the process ends."""
     place, store = met or (LaunchedRank(rank=-1, world=-1), None)  # -1: as torch finds it
     dist.init_process_group(
         backend(device.type),
@@ -124,7 +127,7 @@ def in_world(
     try:
         code = body(watch)
     except BaseException as error:
-        watch.fail(error)
+        watch.fail(error, show)
         raise
     watch.close()
     ending = Ending()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -50,6 +51,7 @@ from dryvine.trainer.sources import open_sources
 from dryvine.trainer.wandb_board import check_wandb
 
 CODES = {CannotSave: ExitCode.FAULT, CheckpointError: ExitCode.REFUSED, Diverged: ExitCode.DIVERGED}
+FAULTS = (CannotWrite, VerifierError, MemoryError, RuntimeError)  # of these, those that `_in_a_line` explains
 REFUSED = (ConfigError, DataError, CannotRun, CheckpointError, PlaceError, Disagreement)
 
 
@@ -67,14 +69,27 @@ def main(words: Sequence[str]) -> int:
             return run(ready, (place, store) if store else None)
     except REFUSED as error:
         return _refuse(place, error)
-    except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
+    except FAULTS as error:  # of a single process: `in_world` ends those of several, by `_show`
+        if (line := _in_a_line(error)) is None:
             raise
-        say(f"out of memory: {str(error).splitlines()[0] if str(error) else 'of this machine'}; see `dryvine plan`")
+        say(line)
         return ExitCode.FAULT
-    except (CannotWrite, VerifierError) as error:  # of a single process; `in_world` handles those of several
-        say(error)
-        return ExitCode.FAULT
+
+
+def _in_a_line(error: BaseException) -> str | None:
+    """What to tell the user of a fault that is not the program's own; None for one that needs its traceback."""
+    if isinstance(error, CannotWrite | VerifierError):
+        return str(error)
+    if out_of_memory(error):
+        return f"out of memory: {str(error).splitlines()[0] if str(error) else 'of this machine'}; see `dryvine plan`"
+    return None
+
+
+def _show(error: BaseException) -> None:
+    if (line := _in_a_line(error)) is None:
+        traceback.print_exception(error)
+    else:
+        say(line)
 
 
 @dataclass(frozen=True)
@@ -134,7 +149,7 @@ def run(ready: Ready, world: tuple[LaunchedRank, Store] | None) -> int:
             return code_of(error)
         return ExitCode.FINISHED if finished else ExitCode.STOPPED
 
-    return in_world(body, plan.config.comm.deadline, device, world) if world else body(None)
+    return in_world(body, plan.config.comm.deadline, device, world, _show) if world else body(None)
 
 
 def code_of(error: CheckpointError | Diverged) -> ExitCode:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -12,7 +14,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from dryvine.launch import spawn
 from dryvine.launch.cli import app
+from dryvine.launch.spawn import Launch, rank_environment
 from dryvine.trainer.__main__ import main
 from dryvine.trainer.config import Config, dump
 from dryvine.trainer.exit_codes import ExitCode
@@ -22,6 +26,7 @@ from dryvine.trainer.rl.verifiers.pool import Marking, Pool, VerifierError
 from dryvine.trainer.rl.verifiers.verdict import Job, Verdict, weighted
 from dryvine.trainer.rl.verifiers.worker import WorkerLimits
 
+SPAWNED = Path(__file__).parents[2] / "spawned"
 ODD = """
 import os, subprocess, time
 from decimal import Decimal
@@ -285,19 +290,46 @@ def test_a_run_whose_verifier_does_not_load_is_refused_before_it_begins(
     assert not config.run.folder.exists()
 
 
-def test_a_verifier_that_no_longer_loads_ends_a_run_in_a_line(
-    run_of: Callable[[str], Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    lost = tmp_path / "lost"
-    (tmp_path / "loses.py").write_text(f"""
+LOSES = """
 import os
-if os.path.exists({str(lost)!r}): raise RuntimeError("its server is lost")
+if os.path.exists(LOST): raise RuntimeError("its server is lost")
 def verify(answer, problem):
-    open({str(lost)!r}, "w").close()
+    open(LOST, "w").close()
     os._exit(3)
-""")
+"""
+
+
+@pytest.fixture
+def losing(run_of: Callable[[str], Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The words of a run whose verifier "digits" dies of its first answer, and loads no more."""
+    (tmp_path / "digits.py").write_text(f"LOST = {str(tmp_path / 'lost')!r}{LOSES}")
+    monkeypatch.setitem(names.VERIFIERS, "digits", "digits")
+    run_of("digits")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setitem(names.VERIFIERS, "loses", "loses")
-    run_of("loses")
-    assert main([str(tmp_path / "run.toml")]) == ExitCode.FAULT
-    assert "dryvine: verifier loses: its server is lost" in capsys.readouterr().err
+    return [str(tmp_path / "run.toml")]
+
+
+def test_a_verifier_that_no_longer_loads_ends_a_run_in_a_line(
+    losing: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(losing) == ExitCode.FAULT
+    assert "dryvine: verifier digits: its server is lost" in capsys.readouterr().err
+
+
+def test_it_ends_a_run_of_several_ranks_in_a_line_too(
+    losing: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0, which has the verifiers, tells the other one why."""
+
+    def start(rank: int, launch: Launch, port: int) -> subprocess.Popen[bytes]:
+        environment = os.environ | rank_environment(rank, launch.world, port) | {"OMP_NUM_THREADS": "1"}
+        with (tmp_path / f"{rank}.txt").open("wb") as log:
+            words = [sys.executable, str(SPAWNED / "rl_run.py"), *launch.words]
+            return subprocess.Popen(words, env=environment, stderr=log, process_group=0)
+
+    monkeypatch.setattr(spawn, "_start", start)
+    assert spawn.spawn(Launch(2, (*losing, "parallel.pp=2"), deadline=100.0)) == ExitCode.FAULT
+    zero, one = ((tmp_path / f"{rank}.txt").read_text() for rank in range(2))
+    assert "dryvine: verifier digits: its server is lost" in zero
+    assert "Traceback" not in zero
+    assert "its server is lost" in one
