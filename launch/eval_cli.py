@@ -69,6 +69,7 @@ def evaluate(
     asking = Asking(chat, max_tokens, samples, temperature, seed, context)
     ways, code = HowToCompute(dtype, device, expert_memory), 0
     rows: list[EvalRow] = []
+    _check_writable(out, answers)
     for spec in _specs(model, every):
         for row, said in _rows(spec, asked, asking, ways, tokenizer):
             code |= any(line.get("failed") for line in said)
@@ -142,18 +143,32 @@ def _folder_of(row: EvalRow) -> Path | None:
     return None if row.step is None else Path(row.model.rpartition("@")[0] or row.model)
 
 
+def _check_writable(out: Path | None, answers: Path | None) -> None:
+    """Begin the files that the user names, so that an evaluation of hours does not end for want of them. Raises
+    CannotWrite."""
+    from dryvine.trainer.data.atomic import CannotWrite
+    from dryvine.trainer.evaluation.rows import ROWS
+    from dryvine.trainer.run_rows import append_lines
+
+    if out is not None:
+        with CannotWrite.naming(out):
+            out.mkdir(parents=True, exist_ok=True)
+    for path in (out and out / ROWS, answers):
+        if path is not None:
+            append_lines(path, ())
+
+
 def _keep(row: EvalRow, said: Said, folder: Path | None, answers: Path | None) -> None:
     from dryvine.trainer.evaluation.rows import draw, keep
+    from dryvine.trainer.run_rows import append_lines
 
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
         keep(folder, row)
         draw(folder)
     if answers is not None:
-        with answers.open("a", encoding="utf-8") as file:
-            for number, line in enumerate(said):
-                about = {"task": row.task, "model": row.model, "step": row.step, "number": number}
-                file.write(json.dumps(about | dict(line), ensure_ascii=False) + "\n")
+        about = {"task": row.task, "model": row.model, "step": row.step}
+        lines = (about | {"number": number} | dict(line) for number, line in enumerate(said))
+        append_lines(answers, (json.dumps(line, ensure_ascii=False) for line in lines))
 
 
 def table(rows: Sequence[EvalRow]) -> Table:

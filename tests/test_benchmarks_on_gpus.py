@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -85,6 +86,14 @@ time.sleep(60)
         assert archive.testzip() is None
         assert sorted(archive.namelist()) == ["bad.txt", "bad_by_itself.txt", "good.txt", "hangs.txt", "killed.txt"]
         assert archive.read("good.txt").startswith(b"noise")
+
+
+def test_no_signal_goes_to_the_number_of_a_job_that_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once it is reaped, its number may be another's."""
+    signalled: list[int] = []
+    monkeypatch.setattr(os, "killpg", lambda group, number: signalled.append(group))
+    (done,) = played([Job("good", ("-c", "print('speed 5')"), 9, "speed")], tmp_path, ["0"]).results
+    assert (done.outcome, signalled) == ("right", [])
 
 
 def test_at_the_end_of_all_time_what_runs_is_ended_and_kept(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,29 +17,39 @@ Figures = dict[str, Any]  # a row of metrics.jsonl: numbers, and None where a fi
 
 def read(folder: Path, name: str = "metrics.jsonl") -> list[Figures]:
     """The rows of a run folder's metrics.jsonl, or of another file of it, in order; none if there is no such file. NaN
-    and infinities are None. An incomplete last row, left by a run that was killed, is dropped; any other invalid row
-    raises ConfigError."""
+    and infinities are None. An incomplete last row without a newline, left by a run that was killed, is dropped; any
+    other invalid row raises ConfigError."""
     path = folder / name
     rows: list[Figures] = []
-    lines = path.read_bytes().splitlines() if path.exists() else []
+    *lines, last = path.read_bytes().split(b"\n") if path.exists() else [b""]
     for number, line in enumerate(lines, 1):
         row = _row(line)
-        if row is not None:
-            rows.append(row)
-        elif number < len(lines):
+        if row is None:
             raise ConfigError(f"{path}, line {number}: not a row of figures; restore the file, or delete the line")
-    return rows
+        rows.append(row)
+    unended = _row(last)
+    return rows if unended is None else [*rows, unended]
 
 
 def append(folder: Path, name: str, row: Mapping[str, object]) -> None:
-    """Append a row to a file of a run folder. An incomplete last row, left by a run that was killed, is cut off first:
-    in the middle of the file no reader would take it. Raises CannotWrite."""
-    path = folder / name
+    """Append a row to a file of a run folder as `append_lines` does. Raises CannotWrite."""
+    append_lines(folder / name, [json.dumps(row)])
+
+
+def append_lines(path: Path, lines: Iterable[str]) -> None:
+    """Append rows, each the text of a JSON object; without any, a file that is not there is begun. An incomplete last
+    row, left by a run that was killed, is cut off first, since in the middle of the file no reader would take it; a
+    whole one that lacks its newline gets it. Raises CannotWrite."""
     with CannotWrite.naming(path), path.open("a+b") as file:
         if file.seek(0, os.SEEK_END) and _last_byte(file) != b"\n":
             file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)
-        file.write(json.dumps(row).encode() + b"\n")
+            content = file.read()
+            begin = content.rfind(b"\n") + 1
+            if _row(content[begin:]) is None:
+                file.truncate(begin)
+            else:
+                file.write(b"\n")
+        file.writelines(line.encode() + b"\n" for line in lines)
 
 
 def _last_byte(file: BinaryIO) -> bytes:

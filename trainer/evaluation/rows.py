@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 import matplotlib
 
 from dryvine.comm.integers import ceil_div
+from dryvine.trainer.data.atomic import CannotWrite
 from dryvine.trainer.intervals import Figure
-from dryvine.trainer.run_rows import Figures, read
+from dryvine.trainer.run_rows import Figures, append_lines, read
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,13 +46,13 @@ class EvalRow:
 
 
 def keep(folder: Path, row: EvalRow) -> None:
-    """Append a row to a folder's eval.jsonl."""
-    with (folder / ROWS).open("a", encoding="utf-8") as file:
-        file.write(row.as_json + "\n")
+    """Append a row to a folder's eval.jsonl. Raises CannotWrite."""
+    append_lines(folder / ROWS, [row.as_json])
 
 
 def draw(folder: Path) -> bool:
-    """eval.png, of rows that have a step: a panel for each figure of each task. Returns whether there was any."""
+    """eval.png, of rows that have a step: a panel for each figure of each task. Returns whether there was any. Raises
+    CannotWrite."""
     panels = _panels(read(folder, ROWS))
     if not panels:
         return False
@@ -66,7 +67,8 @@ def draw(folder: Path) -> bool:
     for axis, (title, ways) in zip(axes.flat, panels.items(), strict=False):
         _panel(axis, title, ways)
     figure.suptitle(folder.name)
-    figure.savefig(folder / PICTURE, dpi=110)
+    with CannotWrite.naming(folder / PICTURE):
+        figure.savefig(folder / PICTURE, dpi=110)
     pyplot.close(figure)
     return True
 

@@ -18,8 +18,8 @@ Figures = Mapping[str, float | None]
 
 
 class AlarmMemory:
-    """`state`, FP32: how many rollouts were seen, how many in a row had an alarm, the best mean reward, and the last
-    WINDOW rewards."""
+    """`state`, FP32: how many rollouts had a reward (one of which nothing could be scored has none), how many in a row
+    had an alarm (with or without a reward), the best mean reward, and the last WINDOW rewards."""
 
     def __init__(self, alarms: Alarms) -> None:
         self.alarms, self.state = alarms, torch.zeros(3 + WINDOW, dtype=torch.float32)
