@@ -16,22 +16,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
-import torch.distributed.checkpoint.filesystem as dcp_files
-import torch.distributed.checkpoint.metadata as dcp
 from torch import Tensor
 
 from dryvine.trainer.checkpoint.manifest import BUFFER, CheckpointError, Manifest, StoredFile, StoredTensor
 
+if TYPE_CHECKING:  # where such a checkpoint is read: it takes most of a second to import, and every run imports this
+    import torch.distributed.checkpoint.metadata as dcp
+
 INDEX, STATE = ".metadata", "state.json"
 _CLASSES = {
-    *((dcp.__name__, name) for name in (
+    *(("torch.distributed.checkpoint.metadata", name) for name in (
         "Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "BytesStorageMetadata",
         "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING",
     )),
-    (dcp_files.__name__, "_StorageInfo"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),
 }  # fmt: skip
@@ -95,6 +96,8 @@ class LegacyReader:
 
     @cached_property
     def _index(self) -> dcp.Metadata:
+        import torch.distributed.checkpoint.metadata as dcp
+
         file = self.path / INDEX
         try:
             with file.open("rb") as opened:
@@ -111,7 +114,7 @@ class LegacyReader:
 
     @cached_property
     def _extents(self) -> dict[str, _Extent]:
-        stored = cast(dict[dcp.MetadataIndex, _Extent], self._index.storage_data)
+        stored = cast("dict[dcp.MetadataIndex, _Extent]", self._index.storage_data)
         return {index.fqn: extent for index, extent in stored.items()}
 
     @cached_property
@@ -119,6 +122,8 @@ class LegacyReader:
         return list(self._described())
 
     def _described(self) -> Iterator[StoredTensor]:
+        import torch.distributed.checkpoint.metadata as dcp
+
         for key, stored in self._index.state_dict_metadata.items():
             if not isinstance(stored, dcp.TensorStorageMetadata) or key not in self._extents:
                 raise CheckpointError(f"{self.path / INDEX}: damaged: {key} is not a stored tensor")
