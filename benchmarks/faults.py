@@ -11,7 +11,6 @@ with 1 unless every culprit is named, every job ends with an error within its de
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import shutil
@@ -29,6 +28,8 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+
+from dryvine.trainer import run_rows
 
 ROOT = Path(__file__).parents[1]
 GRACE = 10.0  # seconds after the deadline in which a job must have ended
@@ -141,11 +142,8 @@ def training(run: Run, layout: str, name: str) -> tuple[tuple[str, ...], Path]:
 
 
 def losses(folder: Path) -> list[float]:
-    path = folder / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    with suppress(json.JSONDecodeError):  # the last may be half written
-        return [json.loads(line)["loss"] for line in lines]
-    return losses(folder)
+    """Of a run that goes on, or was killed while it wrote one."""
+    return [row["loss"] for row in run_rows.read(folder)]
 
 
 def resume(run: Run, layout: str) -> list[Finding]:

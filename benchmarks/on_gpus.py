@@ -1,4 +1,4 @@
-"""Everything that is to be checked and measured on the GPUs of one host, side by side: checks first, then times.
+"""What is checked and measured on the GPUs of one host, side by side: checks first, then times.
 
     python -m benchmarks.on_gpus [--part checks|times|lost|slow ...] [--gpus N] [--only NAME ...] [--list]
                                  [--out FOLDER] [--archive FILE.zip] [--deadline SECONDS]
@@ -6,8 +6,8 @@
 For one, two, four or more Hopper GPUs, of which each job takes one, two or four. Each job is a process with a limit of
 its own; the lines that matter are printed as it ends, its whole output is FOLDER/<job>.txt and in the archive, and a
 table of all jobs comes last. A job that fails or is late does not stop the others. `--list` tells the jobs, and how
-long they take together. Exits with 1 unless all were right. Needs the project's packages and pytest; without
-`compute-sanitizer` or transformers, their jobs report that.
+long they take together. Exits with 1 unless there were jobs and all were right. Needs the project's packages and
+pytest; without `compute-sanitizer` or transformers, their jobs report that.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def visible(count: int | None) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", nargs="+", choices=gpu_jobs.PARTS, default=["checks", "times"])
-    parser.add_argument("--gpus", type=int, help="use so many; all that torch sees")
+    parser.add_argument("--gpus", type=_positive, help="use so many; all that torch sees")
     parser.add_argument("--only", nargs="+", default=[], help="jobs of these names; * stands for anything")
     parser.add_argument("--list", action="store_true", help="tell what would run, on --gpus GPUs, and run nothing")
     parser.add_argument("--out", type=Path, default=Path("runs/on_gpus"), help="emptied first")
@@ -74,6 +74,8 @@ def main() -> int:
     if not gpus:
         sys.exit("on_gpus.py: needs a CUDA device, and torch sees none; on a CPU run `make test`")
     found, wider = chosen(options.part, len(gpus), options.only, out)
+    if why := _nothing_of(options.only, found, wider, options.part, len(gpus)):
+        sys.exit(f"on_gpus.py: {why}")
     console = Console(width=160)
     if options.list:
         console.print(listed(found))
@@ -83,16 +85,35 @@ def main() -> int:
     return 0 if options.list else run(found, gpus, out, options, console)
 
 
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number}: give 1 or more")
+    return number
+
+
+def _nothing_of(
+    only: Sequence[str], found: Sequence[Job], wider: Sequence[Job], parts: Sequence[str], gpus: int
+) -> str | None:
+    """Why all jobs, or some that were asked for, would be missing; None if none are."""
+    unknown = [repr(name) for name in only if not any(fnmatch(job.name, name) for job in (*found, *wider))]
+    if unknown:
+        return f"--only {' '.join(unknown)}: no such job in --part {' '.join(parts)}; --list tells their names"
+    if not found:
+        return f"on {gpus} GPUs there is nothing to run: all {len(wider)} jobs need more; give more, or other --part"
+    return None
+
+
 def run(found: Sequence[Job], gpus: list[str], out: Path, options: argparse.Namespace, console: Console) -> int:
     at = time.monotonic() + options.deadline
-    archive = (options.archive or out.with_suffix(".zip")).resolve()
+    archive = (options.archive or out.with_name(f"{out.name}.zip")).resolve()
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     archive.unlink(missing_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # runs `finally`
     console.print(f"{len(gpus)} x {torch.cuda.get_device_name()}, torch {torch.__version__}; whole output in {archive}")
-    if any(f"data.source={out / 'corpus-320'}" in job.words for job in found):
-        corpus(out, 320)
+    for vocab in sorted({job.vocab for job in found} - {0}):
+        corpus(out, vocab)
     session = Session(gpus, at, out, archive, console)
     try:
         session.play(found)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from benchmarks import faults, host
+from benchmarks.fp8 import loss
 from benchmarks.support import kernel_times
 from benchmarks.support.census import Census
 
@@ -32,6 +33,14 @@ def run(script: str, out: Path, *words: str) -> Any:
     done = subprocess.run([*command, *words], capture_output=True, text=True, cwd=ROOT, timeout=100, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads((out / "found.json").read_text())
+
+
+def test_losses_are_read_of_a_run_that_writes_one_or_was_killed(tmp_path: Path) -> None:
+    assert faults.losses(tmp_path) == []
+    rows = '{"loss": 2.0}\n{"loss": 1.0}\n'
+    (tmp_path / "metrics.jsonl").write_text(rows + '{"lo')
+    assert faults.losses(tmp_path) == [2.0, 1.0]
+    assert loss.Run("bf16", 0, tmp_path).losses.tolist() == [2.0, 1.0]
 
 
 @pytest.mark.long

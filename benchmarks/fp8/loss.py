@@ -36,6 +36,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
+from dryvine.trainer import run_rows
 from dryvine.trainer.begin import resume
 from dryvine.trainer.config import load
 from dryvine.trainer.data.splits import open_data
@@ -85,9 +86,7 @@ class Run:
 
     @property
     def losses(self) -> NDArray[np.float64]:
-        path = self.folder / "metrics.jsonl"
-        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        return np.array([row["loss"] for row in rows], dtype=np.float64)
+        return np.array([row["loss"] for row in run_rows.read(self.folder)], dtype=np.float64)
 
 
 def every_run(out: Path, seeds: int) -> list[Run]:
@@ -316,8 +315,8 @@ def main() -> None:
     }
     say(results)
     if asked.figure:
-        asked.figure.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-        draw(runs, results["errors"], asked.figure.with_suffix(".svg"))
+        asked.figure.with_name(f"{asked.figure.name}.json").write_text(json.dumps(results, indent=1) + "\n")
+        draw(runs, results["errors"], asked.figure.with_name(f"{asked.figure.name}.svg"))
 
 
 if __name__ == "__main__":

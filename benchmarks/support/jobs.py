@@ -43,6 +43,7 @@ class Job:
     slots: int = SLOTS  # of each of its GPUs
     wrong: str = ""  # pattern of lines that say that it went wrong, whatever its exit code
     under: tuple[str, ...] = ()  # what runs Python
+    vocab: int = 0  # of the corpus that it reads, which is built before all jobs; 0 if it reads none
 
     @property
     def limit(self) -> float:
@@ -200,9 +201,15 @@ class Session:
         self.keep(self.out.glob(f"{done.job.slug}.*"))
 
     def keep(self, files: Iterable[Path]) -> None:
-        with zipfile.ZipFile(self.archive, "a", zipfile.ZIP_DEFLATED) as archive:
+        """By a copy: whatever is appended overwrites the archive's list of its files, which is written last."""
+        longer = self.archive.with_name(f"{self.archive.name}.part")
+        longer.unlink(missing_ok=True)
+        if self.archive.exists():
+            shutil.copyfile(self.archive, longer)
+        with zipfile.ZipFile(longer, "a", zipfile.ZIP_DEFLATED) as archive:
             for path in sorted(files):
                 archive.write(path, path.relative_to(self.out))
+        longer.replace(self.archive)
 
 
 def table(results: Sequence[Done]) -> Table:
