@@ -13,7 +13,7 @@ import typer
 from dryvine.comm.nvml import Hardware, nics, probe, refined
 from dryvine.comm.topology import GroupLimit, Topology, TopologyConfig, discover, mismatch, spans
 from dryvine.launch.health import gpus, host
-from dryvine.launch.health.finding import Finding
+from dryvine.launch.health.finding import ONE_PER_NODE, Finding
 from dryvine.launch.options import Experts, TopK, numbers, used_experts
 from dryvine.trainer.config import ConfigError
 
@@ -109,9 +109,7 @@ def _health(ranks: int) -> Iterator[Finding]:
     yield from gpus.gpus(0)
     yield from gpus.infiniband()
     yield from gpus.xids()
-    yield Finding(
-        "unknown", "other nodes", "one process; `srun --ntasks-per-node=1 dryvine doctor --before-run CONFIG`"
-    )
+    yield Finding("unknown", "other nodes", f"one process; `{ONE_PER_NODE} dryvine doctor --before-run CONFIG`")
 
 
 def table(topology: Topology) -> Table:

@@ -33,7 +33,8 @@ def watch(
     every: Annotated[float, typer.Option(min=0.1, help="seconds between looks")] = 2.0,
     once: Annotated[bool, typer.Option("--once", help="show the newest figures and leave")] = False,
 ) -> None:
-    """A run's newest figures in the terminal, as they are written, until its last step."""
+    """A run's newest figures in the terminal, as they are written, until its last step. Output to a file or a pipe
+    cannot be drawn over: there they are shown once."""
     from dryvine.launch.report.watch import watch as look
 
     look(run, Console(), every, once)

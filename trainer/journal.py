@@ -188,8 +188,9 @@ def commit() -> str:
 
 
 def same_run(config: Config, identity: DataIdentity) -> None:
-    """Raise ConfigError if the run folder holds a run with another model, data or batch than `config`. The path of the
-    data may change: its `identity` is compared instead, if a checkpoint has it."""
+    """Raise ConfigError if the run folder holds a run with another model, data or batch than `config`, or one whose
+    checkpoints lack what the [rl] of `config` keeps in them. The path of the data may change: its `identity` is
+    compared instead, if a checkpoint has it."""
     path = config.run.folder / RECORDED
     if not path.exists():
         return
@@ -211,7 +212,7 @@ def same_run(config: Config, identity: DataIdentity) -> None:
                 f"{config.run.folder}: holds a run with another [{table}] table; set run.name for a new run, "
                 f"or go on with {path}"
             )
-    if missing := sorted(_kept_by_rl(config) - _kept_by_rl(before)):
+    if run_folder.newest(config.run.folder) and (missing := sorted(_kept_by_rl(config) - _kept_by_rl(before))):
         raise ConfigError(
             f"{config.run.folder}: holds a run without {missing[0]}, so its checkpoints lack what that needs; set "
             f'run.name for a new run, and run.init_from = "{config.run.folder}" for its weights'

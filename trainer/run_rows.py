@@ -14,6 +14,8 @@ from dryvine.trainer.data.atomic import CannotWrite
 
 Figures = dict[str, Any]  # a row of metrics.jsonl: numbers, and None where a figure is not known
 
+FINITE = frozenset({"loss", "grad_norm", "entropy", "mismatch_k3"})  # known for every step: None was not finite
+
 
 def read(folder: Path, name: str = "metrics.jsonl") -> list[Figures]:
     """The rows of a run folder's metrics.jsonl, or of another file of it, in order; none if there is no such file. NaN
@@ -29,6 +31,11 @@ def read(folder: Path, name: str = "metrics.jsonl") -> list[Figures]:
         rows.append(row)
     unended = _row(last)
     return rows if unended is None else [*rows, unended]
+
+
+def not_finite(row: Figures, name: str) -> bool:
+    """Whether a figure that its step has was NaN or infinite."""
+    return name in FINITE and name in row and row[name] is None
 
 
 def append(folder: Path, name: str, row: Mapping[str, object]) -> None:

@@ -22,7 +22,7 @@ from dryvine.comm.watch import Watch
 from dryvine.comm.world import in_world, rendezvous, set_environment, share_refusal
 from dryvine.launch.health import gpus, host
 from dryvine.launch.health.between import Node, compare, visit
-from dryvine.launch.health.finding import Finding
+from dryvine.launch.health.finding import ONE_PER_NODE, Finding
 from dryvine.trainer.config import Config, ConfigError
 from dryvine.trainer.data.config import DataError
 from dryvine.trainer.data.splits import Data, open_data
@@ -52,7 +52,7 @@ def before_run(path: Path, overrides: Sequence[str]) -> int:
     opened = f"{plan.config.parallel.world} ranks, and their data can be read"
     findings = [Finding("ok", "config and data", opened), *_host(plan.config, place)]
     if store is None:
-        alone = Finding("unknown", "other nodes", "one process; srun --ntasks-per-node=1 asks all nodes of a job")
+        alone = Finding("unknown", "other nodes", f"one process; `{ONE_PER_NODE}` asks all nodes of a job")
         return _print([*findings, alone])
 
     def body(watch: Watch) -> int:

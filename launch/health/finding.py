@@ -6,6 +6,9 @@ from typing import Literal, NamedTuple
 
 Verdict = Literal["ok", "note", "bad", "unknown"]
 
+# The sum of the tasks too: inside a job srun takes it from SLURM_NTASKS, and ignores another number for each node.
+ONE_PER_NODE = "srun --ntasks=NODES --ntasks-per-node=1"
+
 
 class Finding(NamedTuple):
     """One line of doctor's output. `bad`: stops a run, or makes it wrong or slow; `note`: worth knowing. `fix` is

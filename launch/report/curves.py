@@ -6,13 +6,14 @@ from collections.abc import Sequence
 
 from dryvine.launch.pages.plots import Curve
 from dryvine.launch.report.runs import RunFolder
+from dryvine.trainer.run_rows import FINITE
 
 
 def curves(runs: Sequence[RunFolder], column: str, title: str = "", scale: float = 1.0) -> dict[str, Curve]:
     """Curves by run name. The columns `column`_low and `column`_high become a band."""
     return {
         label(runs, run, title or column): Curve(
-            run.steps, [v and v * scale for v in run.column(column)], band=_band(run, column)
+            run.steps, [v and v * scale for v in run.column(column)], band=_band(run, column), gaps=column in FINITE
         )
         for run in runs
         if run.known(column)

@@ -14,6 +14,7 @@ from dryvine.launch.report.curves import curves, label
 from dryvine.launch.report.reinforced import reinforced_parts
 from dryvine.launch.report.runs import RunFolder
 from dryvine.trainer.config import ConfigError
+from dryvine.trainer.run_rows import FINITE, not_finite
 
 NAMES = {"loss": "training", "val_loss": "validation", "val_loss_ema": "validation, averaged weights"}
 MOST_EVENTS = 60  # rows of the table of events; plots have fewer marks
@@ -57,7 +58,7 @@ def _figures(run: RunFolder) -> dict[str, str]:
     found = {"steps": f"{last['step']:,} of {run.config.run.steps:,}", "tokens": large(last["tokens"])}
     for name, title in NAMES.items():
         if known := run.known(name):
-            now = "not finite" if name == "loss" and last[name] is None else f"{known[-1]:.3f}"
+            now = "not finite" if not_finite(last, name) else f"{known[-1]:.3f}"
             found[f"{title} loss"] = f"{known[0]:.3f} to {now}"
     if rates := run.known("tokens_per_second"):
         found["tokens/s"] = f"{median(rates):,.0f}"
@@ -71,7 +72,7 @@ def _losses(runs: Sequence[RunFolder]) -> dict[str, Curve]:
     for run in runs:
         for name in ("loss", *run.validations):
             title = NAMES.get(name) or f"validation, {name.removeprefix('val_loss').strip('._')}"
-            found[label(runs, run, title)] = Curve(run.steps, run.column(name), name != "loss", gaps=name == "loss")
+            found[label(runs, run, title)] = Curve(run.steps, run.column(name), name != "loss", gaps=name in FINITE)
     return found
 
 
@@ -126,9 +127,7 @@ def _planned(runs: Sequence[RunFolder]) -> Iterator[str]:
     yield heading("Planned and measured")
     for run in runs:
         if run.plan is None:
-            yield paragraph(
-                f"{run.name}: nothing was planned, as run.hardware = {run.config.run.hardware!r} is no machine here."
-            )
+            yield paragraph(f"{run.name}: nothing was planned: {run.unplanned}.")
     if rows:
         yield table(["run", "", "planned", "measured", "measured / planned"], rows)
 

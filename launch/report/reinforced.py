@@ -12,7 +12,7 @@ from dryvine.launch.pages.page import cards, heading, paragraph, picture, quote,
 from dryvine.launch.pages.plots import Curve, Mark
 from dryvine.launch.report.curves import curves
 from dryvine.launch.report.runs import Event, RunFolder
-from dryvine.trainer.run_rows import Figures
+from dryvine.trainer.run_rows import Figures, not_finite
 
 SHOWN = 1500  # characters of an answer
 ROLLOUTS = (1, 5)  # whose samples are shown: so many of the first, and of the newest
@@ -93,7 +93,8 @@ def _figures(run: RunFolder) -> dict[str, str]:
     found = {"updates": f"{run.rows[-1]['step']:,} of {run.config.run.steps:,}"}
     for column, title in {"reward": "reward", "length": "tokens of an answer", "entropy": "entropy, nats"}.items():
         if known := run.known(column):
-            found[title] = f"{known[0]:.3g} to {known[-1]:.3g}"
+            now = "not finite" if not_finite(run.rows[-1], column) else f"{known[-1]:.3g}"
+            found[title] = f"{known[0]:.3g} to {now}"
     for column, title in {"eval_pass_1": "held-out pass@1", "eval_pass_k": "held-out pass@k"}.items():
         if known := run.known(column):
             low, high = run.known(f"{column}_low")[-1], run.known(f"{column}_high")[-1]

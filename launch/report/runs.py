@@ -87,16 +87,25 @@ class RunFolder:
         """The stored sample answers of an RL run, oldest first."""
         return read(self.path, "samples.jsonl")
 
-    @cached_property
+    @property
     def plan(self) -> Plan | None:
-        """The plan for the hardware that the config names; None if it names none, or a file of the cluster's that is
-        not here."""
+        """The plan for the hardware that the config names; None where `unplanned` says why."""
+        return self._planned[0]
+
+    @property
+    def unplanned(self) -> str:
+        """Why there is no plan."""
+        return self._planned[1]
+
+    @cached_property
+    def _planned(self) -> tuple[Plan | None, str]:
         hardware = self.config.run.hardware
+        if not hardware:
+            return None, "its config names no hardware (run.hardware)"
         try:
-            machine = load_hardware(hardware) if hardware else None
-        except ConfigError:
-            return None
-        return make(make_plan(self.config), machine) if machine else None
+            return make(make_plan(self.config), load_hardware(hardware)), ""
+        except ConfigError as error:  # a file of the cluster's that is not here, for example
+            return None, str(error)
 
     def mfu(self) -> list[float | None]:
         """MFU by step on the planned hardware; None without one."""

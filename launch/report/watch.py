@@ -10,7 +10,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from dryvine.trainer.config import Config, recorded
-from dryvine.trainer.run_rows import Figures, read
+from dryvine.trainer.run_rows import Figures, not_finite, read
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -77,6 +77,7 @@ def view(config: Config, rows: Sequence[Figures], quiet: float, width: int) -> R
     title = f"{config.run.name}: step {last['step']:,} of {config.run.steps:,}, {left} to go{late}"
     known = {name: [row[name] for row in rows if row.get(name) is not None] for name in SHOWN}
     cells = {name: (SHOWN[name].format(some[-1]), some) for name, some in known.items() if some}
+    cells |= {name: ("not finite", known[name]) for name in SHOWN if not_finite(last, name)}
     longest = max(map(len, cells), default=0), max((len(now) for now, _ in cells.values()), default=0)
     taken = sum(longest) + BORDERS
     room = min(LONGEST_SPARKS, width - taken)
@@ -94,7 +95,9 @@ def _seconds(row: Figures) -> float:
 
 
 def sparks(values: Sequence[float], width: int = LONGEST_SPARKS) -> str:
-    """A sparkline: means over equal parts, scaled from the least to the largest."""
+    """A sparkline: means over equal parts, scaled from the least to the largest; empty without values."""
+    if not values:
+        return ""
     parts = min(width, len(values))
     means = []
     for part in range(parts):

@@ -319,7 +319,9 @@ def test_rounds_with_a_slow_pair_are_measured_again() -> None:
 def test_before_a_run_on_one_node(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = (f'data.source="{corpus}"', f'run.out="{tmp_path}"')
     assert before_run(Path(TINY), given) == 0
-    assert "ok      config and data: 1 ranks" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "ok      config and data: 1 ranks" in said
+    assert "`srun --ntasks=NODES --ntasks-per-node=1` asks all nodes of a job" in said, "srun needs both in a job"
     assert before_run(Path(TINY), (*given, 'data.source="/nowhere"')) == 1
     assert "BAD     start: /nowhere: no finished dataset here" in capsys.readouterr().out
 

@@ -19,10 +19,11 @@ from dryvine.trainer.data.tokenizer import learn_tokenizer
 from dryvine.trainer.generate.requests import Completion
 from dryvine.trainer.hand_off.names import biases
 from dryvine.trainer.hand_off.run_files import open_run
-from dryvine.trainer.journal import same_run
+from dryvine.trainer.journal import Journal, same_run
 from dryvine.trainer.rl.chat import Chat
 from dryvine.trainer.rl.grader import GradedAnswer
 from dryvine.trainer.rl.questions import open_task
+from dryvine.trainer.run_plan import make_plan
 from dryvine.trainer.run_rows import read
 from tests.support.digits import DigitGrader, go
 
@@ -76,6 +77,13 @@ def test_a_run_cannot_take_up_what_its_checkpoints_lack(digit_run: Tiny, more: s
         same_run(digit_run("rl.loss.kl=0.0", more), UNKNOWN)
     same_run(digit_run("rl.loss.kl=0.0"), UNKNOWN)
     same_run(digit_run("rl.loss.kl=0.0", more, "rl.evaluate_only=true"), UNKNOWN)
+
+
+@pytest.mark.parametrize("more", ["rl.loss.kl=0.01", "rl.ahead=true"])
+def test_a_run_killed_before_it_saved_may_take_up_anything(digit_run: Tiny, more: str) -> None:
+    before = digit_run("rl.loss.kl=0.0")
+    Journal(before, make_plan(before).schedule, 0).close()
+    same_run(digit_run("rl.loss.kl=0.0", more), UNKNOWN)
 
 
 def test_a_question_that_the_chat_cannot_encode_is_refused_wherever_it_is(digit_run: Tiny, tmp_path: Path) -> None:

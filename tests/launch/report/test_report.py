@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from dryvine.launch.report.curves import curves
 from dryvine.launch.report.page import report_page
 from dryvine.launch.report.runs import Event, RunFolder
 from dryvine.launch.report.watch import sparks, view, watch
@@ -101,25 +102,44 @@ def test_the_folder_that_a_user_is_in_has_a_name(run: Path, monkeypatch: pytest.
 
 
 def test_a_loss_that_is_no_longer_finite_is_said(tmp_path: Path, tiny: Callable[..., Config]) -> None:
-    rows = [row(1), row(2), row(3, loss=float("nan"), tokens_per_second=float("inf"))]
+    rows = [row(1), row(2), row(3, loss=float("nan"), grad_norm=float("inf"), tokens_per_second=float("inf"))]
     opened = RunFolder.open(folder(tmp_path / "nan", tiny(), rows))
     assert opened.column("loss")[-1] is None
     assert "4.900 to not finite" in report_page([opened])
     out = StringIO()
     watch(opened.path, Console(file=out, width=100), 1.0, once=True)
-    assert "4.8000" in out.getvalue()
+    said = {line.split()[1]: line for line in out.getvalue().splitlines() if line.startswith("│")}
+    assert all("not finite" in said[name] for name in ("loss", "grad_norm"))
+    assert "4.8000" not in said["loss"], "the last finite one is not what it is now"
+    assert curves([opened], "grad_norm")["grad_norm"].gaps
 
 
 def test_a_row_of_which_nothing_is_known_is_shown(tmp_path: Path, tiny: Callable[..., Config]) -> None:
     unknown = dict.fromkeys(row(1), None) | {"step": 1, "tokens": 512}
     path = folder(tmp_path / "unknown", tiny(), [unknown])
     assert "1 of 6" in report_page([RunFolder.open(path)])
-    watch(path, Console(file=StringIO()), 1.0, once=True)
+    out = StringIO()
+    watch(path, Console(file=out), 1.0, once=True)
+    assert out.getvalue().count("not finite") == 2, "loss and the norm of the gradient"
 
 
-def test_hardware_that_is_not_here_keeps_nobody_from_a_report(tmp_path: Path, tiny: Callable[..., Config]) -> None:
-    path = folder(tmp_path / "far", tiny("run.hardware=/cluster/ours.toml"), [row(1)])
-    assert "run.hardware = &#x27;/cluster/ours.toml&#x27; is no machine here" in report_page([RunFolder.open(path)])
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ((), "its config names no hardware (run.hardware)"),
+        (("run.hardware=/cluster/ours.toml",), "hardware &#x27;/cluster/ours.toml&#x27;: no such kind; there are"),
+        (("run.hardware=made.toml",), "made.toml: gpu_count: unknown key"),
+        (("run.hardware=text.toml",), "text.toml: cannot be read as TOML"),
+    ],
+)
+def test_hardware_that_cannot_be_read_keeps_nobody_from_a_report_that_says_why(
+    changes: tuple[str, ...], why: str, tmp_path: Path, tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("made.toml").write_text("gpu_count = 8\n")
+    Path("text.toml").write_text("eight GPUs\n")
+    path = folder(tmp_path / "far", tiny(*changes), [row(1)])
+    assert f"nothing was planned: {why}" in report_page([RunFolder.open(path)])
 
 
 def test_a_rollback_is_an_event(run: Path) -> None:
