@@ -274,7 +274,8 @@ def _conflict(config: Config) -> str | None:
 
 
 def _not_of_rl(config: Config) -> str | None:
-    """What a run with [rl] would ignore."""
+    """Keys that a run with [rl] would ignore though somebody has set them. Other ignored keys have a value in every
+    config and are not refused: model.balance_alpha, bias_gamma and mtp_weight, data.source, run.eval_batches."""
     if config.sft:
         return "[sft] and [rl] are two runs: run.init_from begins the second with the weights of the first"
     if config.optim.plan_unit == "tokens":
@@ -285,6 +286,9 @@ def _not_of_rl(config: Config) -> str | None:
         return "run.spike_factor: the loss of [rl] has no usual size, and [rl.alarms] watches it; leave it out"
     if config.run.timeline_step:
         return "run.timeline_step: an update of [rl] is several passes, which are not drawn; leave it out"
+    for key in ("mtp_weight_plan", "bias_gamma_plan"):
+        if getattr(config.optim, key):
+            return f"optim.{key}: in [rl] MTP does not learn and gate biases do not move; set []"
     return None
 
 

@@ -86,6 +86,8 @@ BAD_KEYS = {
     "optim.plan_unit=tokens": "optim.plan_unit = 'tokens'",
     "run.spike_factor=2.0": "run.spike_factor",
     "run.timeline_step=1": "run.timeline_step",
+    "optim.mtp_weight_plan=[{after=100,to=0.1}]": "optim.mtp_weight_plan",
+    "optim.bias_gamma_plan=[{after=100,to=0.0}]": "optim.bias_gamma_plan",
     "batch.ramp_from=2 batch.ramp_increment=2 batch.ramp_tokens=100": "batch.ramp_from",
 }
 
