@@ -207,6 +207,7 @@ class Graphs:
             for during, steps in programs:
                 self.recorder.live.during = during
                 _until_it_waits(steps, waiting)
+        self.recorder.live.during = ""
         for each, of in zip(ops, recorded, strict=True):
             self.meter.put(of.sent)
             if each.op.kind == "F":

@@ -149,18 +149,40 @@ def test_documents_of_ranks_outgrow_their_graphs_at_different_times(tiny: Tiny, 
     """A rank records while the others replay, and they mean the same slots, whatever each has sent before."""
     source = f'data.source="{short_documents(tmp_path / "short")}"'
     layout = ("parallel.ep=2", "parallel.schedule=dualpipev", "parallel.microbatch_sequences=2")
-    words = (
-        "comm.dispatcher=nvlink",
-        "data.mask=document",
-        "model.layers=3",
-        "batch.sequences=8",
-        "run.eval_batches=1",
-    )
+    words = ("comm.dispatcher=nvlink", "data.mask=document", "model.layers=3", "batch.sequences=8")
     config = tiny(source, *layout, *words, "run.eval_batches=1")
     plain, replayed = (local.run(masked, 2, tmp_path, config, graphs, deadline=60) for graphs in (False, True))
     assert [seen for seen, _ in replayed] == [seen for seen, _ in plain]
     one, other = (recorded for _, recorded in replayed)
     assert one != other
+
+
+def names_of_messages(rank: int, folder: Path, config: Config) -> tuple[list[str], list[str]]:
+    """What the deadline would call them: in a step of graphs, and in a validation after it."""
+    with _as_on_a_gpu(folder, 2.0):
+        rig, names = rig_of(config), list[str]()
+        _recorded(rig)
+        assert isinstance(rig.dispatcher, Nvlink)
+        expect = rig.dispatcher.windows.expect
+
+        def noting(what: str, *of: Any) -> None:
+            names.append(what)
+            expect(what, *of)
+
+        rig.dispatcher.windows.expect = noting
+        train_step(rig, next(iter(points(rig.config.batch, rig.config.data.seq_len))))
+        count = len(names)
+        evaluate(rig)
+        return names[:count], names[count:]
+
+
+def test_a_message_after_a_replay_is_not_named_by_its_op(tiny: Tiny, tmp_path: Path) -> None:
+    layout = ("parallel.ep=2", "parallel.schedule=dualpipev", "comm.dispatcher=nvlink")
+    config = tiny(*layout, "model.layers=3", "batch.sequences=8", "run.eval_batches=1")
+    for replayed, after in local.run(names_of_messages, 2, tmp_path, config, deadline=60):
+        assert all(" of stage " in name for name in replayed)
+        assert after
+        assert not any(" of stage " in name for name in after)
 
 
 def _same(one: dict[str, Any], other: dict[str, Any]) -> None:
