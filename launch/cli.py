@@ -77,14 +77,16 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check, simulate and size everything; train nothing.")
     ] = False,
-    rank: Annotated[int, typer.Option(min=0, help="With --dry-run: the rank that is written out.")] = 0,
+    rank: Annotated[int | None, typer.Option(min=0, help="With --dry-run: the rank written out; else 0.")] = None,
     hardware: HardwareName = "",
     one_gpu: OneGpu = False,
 ) -> None:
     """Train on this machine: in this process if the layout has one rank and is not to be started again, else in one
     process per rank. Exit code 0: finished; 1: a fault; 2: refused; 3: diverged; 75: stopped by a signal and saved."""
-    if (rank or hardware) and not dry_run:
+    if (rank is not None or hardware) and not dry_run:
         raise ConfigError("--rank and --hardware are for --dry-run: add it, or leave them out")
+    if max_restarts and dry_run:
+        raise ConfigError("--max-restarts is for a run, and --dry-run starts none: leave one out")
     if one_gpu:
         config, overrides = _one_gpu(config, overrides or ()), None
     from dryvine.trainer.run_plan import load_plan
@@ -93,7 +95,7 @@ def train(
     if dry_run:
         from dryvine.launch.dry_run import dry_run as play
 
-        return play(planned, machine_of(hardware, planned.config.run, None), rank, Console())
+        return play(planned, machine_of(hardware, planned.config.run, None), rank or 0, Console())
     raise typer.Exit(start(planned, [str(config), *(overrides or ())], max_restarts))
 
 

@@ -41,6 +41,8 @@ def doctor(
     """Print the topology as a table and as a picture, the dispatcher that `auto` takes, what does not fit, and
     faults of this host. With --before-run only the last, on every node of a job; exit code 1 if anything is bad."""
     if before_run is not None:
+        if world or nodes or groups or top_k is not None:
+            raise ConfigError("--world, --nodes, --groups and --top-k are CONFIG's with --before-run: leave them out")
         from dryvine.launch.health.before_run import before_run as check_nodes
 
         raise typer.Exit(check_nodes(before_run, overrides or ()))
@@ -60,7 +62,8 @@ def doctor(
     console.print(picture(topology))
     console.print(_devices(hardware))
     if experts % topology.ranks:
-        console.print(f"dispatcher: none; {experts} experts do not divide over {topology.ranks} ranks")
+        unjudged = ", so --groups is not judged" if limit else ""
+        console.print(f"dispatcher: none; {experts} experts do not divide over {topology.ranks} ranks{unjudged}")
     else:
         console.print("dispatcher: {} ({})".format(*pick(topology, used, experts, graphs=True)))
         if limit:

@@ -80,10 +80,13 @@ def import_(
 
 @contextmanager
 def _refused_in_one_line() -> Iterator[None]:
-    """Turn errors of the disk into user errors of one line, which `main` prints."""
+    """Turn errors of files that are read into user errors of one line, which `main` prints."""
+    from dryvine.trainer.data.atomic import CannotWrite
     from dryvine.trainer.hand_off.errors import HandOffError
 
     try:
         yield
+    except CannotWrite:
+        raise
     except OSError as error:
         raise HandOffError(str(error)) from None

@@ -19,6 +19,7 @@ from dryvine.parallel.schedule.costs import PAIRS, Costs
 from dryvine.parallel.schedule.draw.html import as_html
 from dryvine.parallel.schedule.ir import Schedule
 from dryvine.parallel.schedule.simulate import Timeline
+from dryvine.trainer.data.atomic import write_atomically
 
 
 def gather_timeline(schedule: Schedule, played: Played, mesh: Mesh) -> Timeline | None:
@@ -46,9 +47,9 @@ def simulated_again(timeline: Timeline) -> Timeline:
 
 
 def write(path: Path, timeline: Timeline) -> Sequence[Timeline]:
-    """Draw the measured timeline and its simulation on one page. Returns both."""
+    """Draw the measured timeline and its simulation on one page. Returns both. Raises CannotWrite."""
     costs, ideal = slot_costs(timeline), simulated_again(timeline)
     named = {"F": costs.F, "B": costs.B, "I": costs.I, "W": costs.W, **costs.pairs}
     listed = ", ".join(f"{kind} {time:.1f}" for kind, time in named.items() if time)
-    path.write_text(as_html([timeline, ideal], f"mean times in ms: {listed}"))
+    write_atomically(path, as_html([timeline, ideal], f"mean times in ms: {listed}"))
     return timeline, ideal

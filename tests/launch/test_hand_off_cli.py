@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from dryvine.launch.cli import app, main
+from dryvine.trainer.data.atomic import CannotWrite
 from tests.support.hand_off import run_of, small
 
 
@@ -59,3 +60,25 @@ def test_what_is_wrong_is_one_line_and_exit_code_2(
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("dryvine: ")
     assert line in last
+
+
+@pytest.mark.parametrize("out", ["file/in", "closed/in"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("export", "{run}"),
+        ("export", "{run}", "--format", "gguf", "--quant", "q8_0"),
+        ("import", "{hf}"),
+        ("prune", "{run}", "--text", "{text}", "--keep", "4"),
+    ],
+    ids=lambda words: " ".join(words[::2]),
+)
+def test_what_cannot_be_written_is_one_line_with_its_name(words: tuple[str, ...], out: str, tmp_path: Path) -> None:
+    run_of(small(), tmp_path / "run")
+    assert invoke("export", str(tmp_path / "run"), "--out", str(tmp_path / "hf"))[0] == 0
+    (tmp_path / "text.jsonl").write_text('{"text": "def f(x):\\n    return x\\n"}\n')
+    (tmp_path / "file").write_text("")
+    (tmp_path / "closed").symlink_to("/proc/self")  # where root cannot make files either
+    given = [word.format(run=tmp_path / "run", hf=tmp_path / "hf", text=tmp_path / "text.jsonl") for word in words]
+    with pytest.raises(CannotWrite, match=f"{out}.*: .*; fix that, and run the same command again"):
+        CliRunner().invoke(app, [*given, "--out", str(tmp_path / out)], catch_exceptions=False)

@@ -15,6 +15,7 @@ from dryvine.parallel.schedule.simulate import Timeline
 from dryvine.parallel.schedule.table import build
 from dryvine.trainer import timeline
 from dryvine.trainer.config import Config
+from dryvine.trainer.data.atomic import CannotWrite
 from dryvine.trainer.rig import mesh_of
 from dryvine.trainer.run_plan import make_plan
 
@@ -66,4 +67,6 @@ def test_costs_are_means_of_each_kind_of_slot(tmp_path: Path) -> None:
     both = timeline.write(tmp_path / "timeline.html", drawn)
     assert [one.label for one in both] == ["measured", "simulated at the measured mean costs, ms"]
     assert isinstance(both[1], Timeline)
+    with pytest.raises(CannotWrite, match=r"timeline.html: No such file"):  # ends a run in a line
+        timeline.write(tmp_path / "gone" / "timeline.html", drawn)
     assert f"F {found.F:.1f}" in (tmp_path / "timeline.html").read_text()

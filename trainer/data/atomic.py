@@ -15,9 +15,11 @@ class CannotWrite(OSError):
     @staticmethod
     @contextmanager
     def naming(path: Path) -> Iterator[None]:
-        """Turn an OSError of the block, about `path`, into CannotWrite."""
+        """Turn an OSError of the block, about `path`, into CannotWrite. One that names a file already is left."""
         try:
             yield
+        except CannotWrite:
+            raise
         except OSError as error:
             raise CannotWrite(f"{path}: {error.strerror or error}; fix that, and run the same command again") from None
 

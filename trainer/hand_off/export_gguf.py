@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dryvine.trainer.checkpoint.stored import Stored
+from dryvine.trainer.data.atomic import write_atomically
 from dryvine.trainer.data.spec import OnProgress
 from dryvine.trainer.hand_off import q4_k
 from dryvine.trainer.hand_off.errors import HandOffError
@@ -70,7 +71,7 @@ def export_gguf(run: OpenRun, out: Path, quant: str, tokenizer: TokenizerFiles, 
         for written in write_gguf(folder / GGUF, file, run.stored):
             done += written
             on_progress("writing weights", done, total)
-        (folder / "Modelfile").write_text(modelfile(tokenizer, run.shape))
+        write_atomically(folder / "Modelfile", modelfile(tokenizer, run.shape))
 
 
 def _moved_biases(run: OpenRun) -> Iterator[GgufTensor]:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 
 from dryvine.trainer.checkpoint.stored import Stored
+from dryvine.trainer.data.atomic import CannotWrite
 from dryvine.trainer.data.spec import OnProgress
 from dryvine.trainer.hand_off.encodings import Announced, Encoding, quantization_config
 from dryvine.trainer.hand_off.errors import HandOffError
@@ -80,18 +81,20 @@ def export_hf(
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder to fill; it is renamed to `out` on success and deleted on an error."""
+    """A temporary folder to fill; it is renamed to `out` on success and deleted on an error. Raises CannotWrite, also
+    for what cannot be written into it."""
     if out.exists():
         raise HandOffError(f"{out}: is there already; name another folder with --out, or delete it")
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
-        yield part
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
-    os.replace(part, out)
+    with CannotWrite.naming(out):
+        part.mkdir(parents=True)
+        try:
+            yield part
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+        os.replace(part, out)
 
 
 def plan_shards(all_places: Iterable[Mapped], encoding: Encoding, shard_bytes: int) -> list[ShardPlan]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dryvine.trainer.checkpoint.run_folder import newest
 from dryvine.trainer.checkpoint.stored import Piece, Stored, write_pieces
+from dryvine.trainer.data.atomic import CannotWrite
 from dryvine.trainer.data.spec import OnProgress
 from dryvine.trainer.hand_off.errors import HandOffError
 from dryvine.trainer.hand_off.hf_config import config_json
@@ -54,17 +55,17 @@ class Imported:
 
 def import_hf(folder: Path, out: Path, optimizer: OpenRun | None, on_progress: OnProgress) -> Imported:
     """Write checkpoint 0 of the run folder `out`; with `optimizer`, the checkpoint of that run's step, with its
-    moments. Raises HandOffError."""
+    moments. Raises HandOffError and CannotWrite."""
     if newest(out) is not None:
         raise HandOffError(f"{out}: has checkpoints already; name a new run folder with --out")
     released = open_released(folder)
     shape = released.shape if optimizer is None else _same_model(released.shape, optimizer)
     shapes = sizes(shape)
     pieces = _reporting(_pieces(released, shapes), sum(map(math.prod, shapes.values())), on_progress)
-    out.mkdir(parents=True, exist_ok=True)
     if optimizer is not None:
         pieces = _with_moments(pieces, optimizer.stored)
-    path = write_pieces(out, optimizer.stored.step if optimizer else 0, pieces, _biases(released), shapes)
+    with CannotWrite.naming(out):
+        path = write_pieces(out, optimizer.stored.step if optimizer else 0, pieces, _biases(released), shapes)
     write_shape(out, shape)
     has_tokenizer = copy_released(folder, out / TOKENIZER)
     fresh = tuple(name for name in shapes if name.startswith("mtp.") and released.without_mtp)

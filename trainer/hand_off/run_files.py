@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from dryvine.trainer.checkpoint.run_folder import complete, step_of
 from dryvine.trainer.checkpoint.stored import Stored
 from dryvine.trainer.config import RECORDED, ConfigError, recorded
+from dryvine.trainer.data.atomic import write_atomically
 from dryvine.trainer.data.config import DataError
 from dryvine.trainer.data.prepare import prepare
 from dryvine.trainer.hand_off.errors import HandOffError
@@ -76,8 +77,8 @@ def read_shape(folder: Path) -> Shape:
 
 
 def write_shape(folder: Path, shape: Shape) -> None:
-    """The counterpart of `read_shape`, for a folder that is no run yet."""
-    (folder / MODEL).write_text(tomli_w.dumps({"model": shape.model_dump(mode="json", exclude_none=True)}))
+    """The counterpart of `read_shape`, for a folder that is no run yet. Raises CannotWrite."""
+    write_atomically(folder / MODEL, tomli_w.dumps({"model": shape.model_dump(mode="json", exclude_none=True)}))
 
 
 def _check_sizes(run: OpenRun) -> None:

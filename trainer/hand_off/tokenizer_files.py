@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dryvine.trainer.data import tokenizer as tokenizers
+from dryvine.trainer.data.atomic import CannotWrite, write_atomically
 from dryvine.trainer.data.tokenizer import Vocabulary
 from dryvine.trainer.hand_off.errors import HandOffError
 
@@ -64,8 +65,9 @@ def _released_template(folder: Path) -> str | None:
 
 
 def write_tokenizer(tokenizer: TokenizerFiles, out: Path, max_position: int) -> None:
-    """Write tokenizer.json unchanged, its config, the chat template, and generation_config.json."""
-    shutil.copyfile(tokenizer.folder / "tokenizer.json", out / "tokenizer.json")
+    """Write tokenizer.json unchanged, its config, the chat template, and generation_config.json. Raises
+    CannotWrite."""
+    _copy(tokenizer.folder / "tokenizer.json", out)
     end = tokenizer.end_text
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -80,21 +82,29 @@ def write_tokenizer(tokenizer: TokenizerFiles, out: Path, max_position: int) -> 
     if released.exists():
         config = json.loads(released.read_text())
     write_json(out / CONFIG, config | {"chat_template": tokenizer.chat_template})
-    (out / "chat_template.jinja").write_text(tokenizer.chat_template)
+    write_atomically(out / "chat_template.jinja", tokenizer.chat_template)
     generation = {"eos_token_id": tokenizer.vocabulary.end, "pad_token_id": tokenizer.vocabulary.end}
     write_json(out / "generation_config.json", {"do_sample": False, **generation})
 
 
 def copy_released(folder: Path, out: Path) -> bool:
-    """Keep the tokenizer of a released checkpoint for a later export. Returns whether it has one."""
+    """Keep the tokenizer of a released checkpoint for a later export. Returns whether it has one. Raises
+    CannotWrite."""
     if not (folder / "tokenizer.json").exists():
         return False
-    out.mkdir(parents=True, exist_ok=True)
+    with CannotWrite.naming(out):
+        out.mkdir(parents=True, exist_ok=True)
     for name in ("tokenizer.json", *COMPANIONS):
         if (folder / name).exists():
-            shutil.copyfile(folder / name, out / name)
+            _copy(folder / name, out)
     return True
 
 
+def _copy(file: Path, out: Path) -> None:
+    with CannotWrite.naming(out / file.name):
+        shutil.copyfile(file, out / file.name)
+
+
 def write_json(path: Path, tree: object) -> None:
-    path.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n")
+    """Raises CannotWrite."""
+    write_atomically(path, json.dumps(tree, indent=2, ensure_ascii=False) + "\n")

@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from dryvine.trainer.checkpoint.run_folder import newest
 from dryvine.trainer.checkpoint.stored import write_pieces
+from dryvine.trainer.data.atomic import CannotWrite
 from dryvine.trainer.hand_off.errors import HandOffError
 from dryvine.trainer.hand_off.names import sizes
 from dryvine.trainer.hand_off.run_files import write_shape
@@ -100,7 +101,8 @@ def aligned(units: Tensor, like: Tensor) -> Tensor:
 
 
 def write_pruned(model: Model, uses: Mapping[str, ExpertUse], choices: Mapping[str, LayerChoice], out: Path) -> Path:
-    """Write checkpoint 0 of the run folder `out`, and its model.toml. Raises HandOffError."""
+    """Write checkpoint 0 of the run folder `out`, and its model.toml. Raises HandOffError and
+    CannotWrite."""
     if newest(out) is not None:
         raise HandOffError(f"{out}: has checkpoints already; name a new run folder with --out")
     shape = fewer(model.spec.shape, len(next(iter(choices.values())).kept))
@@ -112,7 +114,7 @@ def write_pruned(model: Model, uses: Mapping[str, ExpertUse], choices: Mapping[s
     shapes = sizes(shape)
     pieces = ((name, 0, {"master": state[name].flatten()}) for name in shapes)
     biases = {name: tensor for name, tensor in state.items() if name in model.buffers}
-    out.mkdir(parents=True, exist_ok=True)
-    path = write_pieces(out, 0, pieces, biases, shapes)
+    with CannotWrite.naming(out):
+        path = write_pieces(out, 0, pieces, biases, shapes)
     write_shape(out, shape)
     return path
