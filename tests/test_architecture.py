@@ -56,6 +56,11 @@ def test_every_package_is_listed_once_and_none_is_missing() -> None:
     assert tool["package-dir"] == {"dryvine." + f.replace("/", "."): f for f in folders}
 
 
+def test_what_tests_share_imports_no_test() -> None:
+    shared = (ROOT / "tests/support").glob("*.py")
+    assert not [(path.name, name) for path in shared for name in imports(path) if re.search(r"\btest_", name)]
+
+
 def test_no_folder_is_a_package_of_its_own() -> None:
     assert not [path for path in FILES if path.name == "__init__.py"]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from dryvine.trainer.model.documents import Documents, documents_of, same_document
-from tests.trainer.test_data_order import write_dataset
+from tests.support.datasets import write_dataset
 
 LENGTHS = ((5, 1, 9, 3, 6), (24,), (1,) * 4 + (20,), (13, 11))  # of the documents of a sequence of 24 tokens
 

@@ -33,8 +33,8 @@ from dryvine.trainer.data.source import TokenSource
 from dryvine.trainer.data.spec import BuildSpec
 from dryvine.trainer.data.splits import open_data
 from dryvine.trainer.rig import Rig
+from tests.support.datasets import write_dataset
 from tests.support.rig import train_on
-from tests.trainer.test_data_order import write_dataset
 
 Tiny = Callable[..., Config]
 WEIGHTS = st.lists(st.one_of(st.integers(1, 9), st.floats(1e-4, 1.0), st.integers(1, 10**9)), min_size=2, max_size=50)

@@ -29,8 +29,8 @@ from dryvine.trainer.data.packed_tokens import PackedTokens
 from dryvine.trainer.data.readers.fields import condition
 from dryvine.trainer.data.spec import BuildSpec
 from dryvine.trainer.data.splits import open_data
+from tests.support.datasets import write_dataset
 from tests.trainer.test_data_build import contents, texts_of
-from tests.trainer.test_data_order import write_dataset
 from tests.trainer.test_data_readers import broken, documents, read
 
 Tiny = Callable[..., Config]

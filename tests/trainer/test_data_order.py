@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dryvine.trainer.data.config import DataError
-from dryvine.trainer.data.dataset import Dataset, Shard, Split, dtype_for
+from dryvine.trainer.data.dataset import dtype_for
 from dryvine.trainer.data.order import SequenceOrder
 from dryvine.trainer.data.packed_tokens import PackedTokens
 from dryvine.trainer.data.source import TokenSource
+from tests.support.datasets import write_dataset
 
 
 @settings(max_examples=60, deadline=None)
@@ -57,33 +58,6 @@ def test_order_looks_shuffled() -> None:
     assert abs(windows[: n // 2].mean() - n / 2) < 5 * n / (12 * n / 2) ** 0.5
     assert abs(np.abs(np.diff(windows)).mean() - n / 3) < 5 * n / (18 * n) ** 0.5
     assert (np.diff(windows) == 1).sum() < 10
-
-
-def write_dataset(folder: Path, shards: list[int], vocab_size: int = 300) -> np.ndarray:
-    """A dataset whose training tokens count up from 0, modulo the vocabulary, with empty validation."""
-    dtype = dtype_for(vocab_size)
-    line = (np.arange(sum(shards)) % vocab_size).astype(dtype)
-    (folder / "train").mkdir(parents=True)
-    entries, start = [], 0
-    for number, tokens in enumerate(shards):
-        shard = Shard(name=f"{number:05d}", tokens=tokens, documents=1)
-        line[start : start + tokens].tofile(shard.bin(folder / "train"))
-        np.save(shard.ends(folder / "train"), np.array([tokens], np.uint64))
-        entries.append(shard)
-        start += tokens
-    dataset = Dataset(
-        fingerprint="0",
-        tokenizer_sha256="0",
-        vocab_size=vocab_size,
-        end_token=0,
-        dtype=dtype,
-        recipe={},
-        quarantined=0,
-        train=Split(shards=tuple(entries), bytes=1),
-        val=Split(),
-    )
-    (folder / "dataset.json").write_text(dataset.model_dump_json())
-    return line
 
 
 @pytest.mark.parametrize("vocab_size", [300, 70_000])

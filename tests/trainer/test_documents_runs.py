@@ -15,9 +15,9 @@ from dryvine.trainer.config import Config, ConfigError
 from dryvine.trainer.data.packed_tokens import PackedTokens
 from dryvine.trainer.data.source import TokenSource
 from dryvine.trainer.step import evaluate
+from tests.support.datasets import write_dataset
 from tests.support.documents import short_documents
 from tests.support.rig import rig_of
-from tests.trainer.test_data_order import write_dataset
 
 Tiny = Callable[..., Config]
 

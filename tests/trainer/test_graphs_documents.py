@@ -20,12 +20,11 @@ from dryvine.trainer.rig import Rig
 from dryvine.trainer.rl.choices import LossChoices
 from dryvine.trainer.rl.passes import PassOptions, learn, score
 from dryvine.trainer.step import train_step
+from tests.support.answers import ODD, RL, answers_of, bare, odd_answers
 from tests.support.documents import short_documents
 from tests.support.recorded import as_on_a_gpu, attend_as_on_a_gpu, recorded_by
 from tests.support.rig import rig_of
 from tests.support.tape import TapeRecorder
-from tests.trainer import test_rl_reference as odd
-from tests.trainer.test_rl_update import RL, answers_of, bare
 
 Tiny = Callable[..., Config]
 STEPS = 4
@@ -108,13 +107,13 @@ def test_updates_have_the_same_bits_as_graphs(tiny: Tiny, choices: str) -> None:
 def test_updates_from_answers_of_any_length_have_the_same_bits_as_graphs(tiny: Tiny) -> None:
     """A token beside one that fills a row to its last target; then one answer; then many more of one token, in graphs
     with room for all; then rows without any."""
-    config = tiny(*odd.WORDS, *ONE, "parallel.microbatch_sequences=2")
-    few = odd.answers_of(config, [(1, (1,))])
-    many = odd.answers_of(config, [(p, (1,) * 9) for p in (1, 2, 3, 50)])
+    config = tiny(*ODD, *ONE, "parallel.microbatch_sequences=2")
+    few = odd_answers(config, [(1, (1,))])
+    many = odd_answers(config, [(p, (1,) * 9) for p in (1, 2, 3, 50)])
 
     def learnt(rig: Rig) -> list[Any]:
         found = []
-        for step, answers in enumerate([few, odd.answers_of(config), few, many, odd.answers_of(config), few]):
+        for step, answers in enumerate([few, odd_answers(config), few, many, odd_answers(config), few]):
             outcome = replace(learn(rig, answers, CHOICES["all"], PassOptions(0.7, replay=True), step), bubble=0.0)
             found.append((outcome, weights_of(rig)))
         return found

@@ -20,19 +20,12 @@ from dryvine.trainer.rl.passes import PassOptions, learn, score
 from dryvine.trainer.rl.rows import Sample
 from tests.support import reference_model
 from tests.support.adamw import fp64_adamw
+from tests.support.answers import MAX_TOKENS, ODD, bare, odd_answers
 from tests.trainer.test_rl_losses import by_hand, with_shares
-from tests.trainer.test_rl_update import RL, bare
 
 Tiny = Callable[..., Config]
-TEMPERATURE, LENGTH, MAX_TOKENS = 0.7, 64, 60
+TEMPERATURE = 0.7
 REPLAY = PassOptions(TEMPERATURE, replay=True)
-# Tokens of a prompt, and of each answer to it: one that fills a row to its last target, one of a single token beside
-# it, prompts of a single token, and a prompt that fills the row but for one.
-QUESTIONS = ((5, (1, 60, 1, 1)), (1, (1, 7)), (64, (1, 1)), (9, (1, 2, 30, 56, 3)), (1, (64,)))
-WORDS = (
-    *RL, f"data.seq_len={LENGTH}", f"model.max_position={LENGTH}", f"rl.max_tokens={MAX_TOKENS}", "model.layers=3",
-    "batch.sequences=4",
-)  # fmt: skip
 
 
 class Learnt(NamedTuple):
@@ -42,28 +35,6 @@ class Learnt(NamedTuple):
     loss: float
     grads: Part
     weights: Part
-
-
-def answers_of(config: Config, questions: Sequence[tuple[int, Sequence[int]]] = QUESTIONS) -> list[Sample]:
-    """Random ones with these lengths. Every fifth has no advantage."""
-    draw, shape, out = torch.Generator().manual_seed(3), config.model, list[Sample]()
-    normal = lambda n, scale: torch.randn(n, generator=draw) * scale  # noqa: E731
-
-    def experts(tokens: int) -> Tensor:
-        group = torch.randint(shape.groups, (shape.layers - shape.first_dense, tokens), generator=draw)
-        return torch.stack((2 * group, 2 * group + 1), -1).to(torch.int16)
-
-    for asked, lengths in questions:
-        prompt, before = torch.randint(shape.vocab, (asked,), generator=draw), experts(asked - 1)
-        for n in lengths:
-            tokens, base = torch.randint(shape.vocab, (n,), generator=draw), -5.5 - normal(n, 0.3).abs()
-            out.append(
-                Sample(
-                    tuple(prompt.tolist()), tokens, base + normal(n, 0.3), torch.cat((before, experts(n)), 1),
-                    float(normal(1, 1.0)) if len(out) % 5 else 0.0, base + normal(n, 0.3), base + normal(n, 0.3),
-                )
-            )  # fmt: skip
-    return out
 
 
 def learnt_by(rank: int, config: Config, parts: list[list[Sample]], choices: LossChoices) -> Learnt:
@@ -159,8 +130,8 @@ LAYOUTS = {
 @pytest.mark.parametrize("choices", CHOICES)
 def test_updates_are_those_of_plain_autograd(tiny: Tiny, choices: str, layout: str) -> None:
     """Two updates, from seven answers each, of lengths from 1 to 64."""
-    config = tiny(*WORDS, *LAYOUTS[layout])
-    answers = answers_of(config)
+    config = tiny(*ODD, *LAYOUTS[layout])
+    answers = odd_answers(config)
     parts = [answers[::2], answers[1::2]]
     check([learnt_by(0, config, parts, CHOICES[choices])], learnt_plainly(config, parts, CHOICES[choices]))
 
@@ -175,17 +146,17 @@ def test_updates_are_those_of_plain_autograd(tiny: Tiny, choices: str, layout: s
     ids=["dp2", "pp2 x ep2", "pp2 zbv"],
 )
 def test_updates_of_many_ranks_are_those_of_plain_autograd(tiny: Tiny, choices: str, layout: tuple[str, ...]) -> None:
-    config = tiny(*WORDS, *layout)
-    answers = answers_of(config)
+    config = tiny(*ODD, *layout)
+    answers = odd_answers(config)
     parts = [answers[::2], answers[1::2]]
     found = local.run(learnt_by, config.parallel.world, config, parts, CHOICES[choices])
-    check(found, learnt_plainly(tiny(*WORDS), parts, CHOICES[choices]))
+    check(found, learnt_plainly(tiny(*ODD), parts, CHOICES[choices]))
 
 
 def test_scores_are_those_of_plain_autograd(tiny: Tiny) -> None:
     """Log-probabilities of every answer, by its own experts and by those that the gates choose."""
-    config = tiny(*WORDS)
-    rig, answers = bare(config), answers_of(config)
+    config = tiny(*ODD)
+    rig, answers = bare(config), odd_answers(config)
     params = {n: w.detach().double() for n, w in rig.model.named_parameters()} | {
         n: b.double() for n, b in rig.model.buffers.items()
     }

@@ -8,11 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from dryvine.comm import local
 from dryvine.trainer.config import Config
-from dryvine.trainer.data.splits import Data
 from dryvine.trainer.deviations import Part, assembled
 from dryvine.trainer.generate.requests import Request
 from dryvine.trainer.generate.sampler import Sampler
@@ -21,60 +19,17 @@ from dryvine.trainer.model.documents import documents_of
 from dryvine.trainer.model.loss import target_logprobs
 from dryvine.trainer.model.shape import blocks
 from dryvine.trainer.model.spec import Spec
-from dryvine.trainer.rig import Rig, make_rig, mesh_of
+from dryvine.trainer.rig import Rig
 from dryvine.trainer.rl.choices import LossChoices
 from dryvine.trainer.rl.losses import k3
 from dryvine.trainer.rl.passes import PassOptions, UpdateResult, learn, score
 from dryvine.trainer.rl.rows import PackedRows, Sample, pack
-from dryvine.trainer.run_plan import make_plan
+from tests.support.answers import RL, answers_of, bare
 from tests.trainer.test_one_rank_schedules import WAYS
 
 Tiny = Callable[..., Config]
-RL = (
-    'rl.chat.tokenizer="none"',
-    'data.mask="document"',
-    "rl.max_tokens=16",
-    "model.balance_alpha=0.0",
-    "batch.sequences=16",
-)
 CHOICES = LossChoices(kl=0.05, ratio="token", aggregate="token_mean")
 PLAIN = PassOptions(temperature=0.7, replay=True)
-
-
-def bare(config: Config, device: str = "cpu") -> Rig:
-    """A rig without questions: answers come from here."""
-    plan = make_plan(config)
-    return make_rig(plan, mesh_of(plan, torch.device(device)), Data(None, None))  # type: ignore[arg-type]
-
-
-def answers_of(config: Config, count: int = 24, seed: int = 0, routes: bool = True) -> list[Sample]:
-    """Random ones to random questions, with random experts."""
-    draw = torch.Generator().manual_seed(seed)
-    shape = config.model
-    integer = lambda low, high: int(torch.randint(low, high, (1,), generator=draw))  # noqa: E731
-    normal = lambda n: torch.randn(n, generator=draw)  # noqa: E731
-
-    def experts(tokens: int) -> Tensor:
-        """Two of one group, as the gate's limit allows."""
-        group = torch.randint(shape.groups, (shape.layers - shape.first_dense, tokens), generator=draw)
-        return torch.stack((2 * group, 2 * group + 1), -1).to(torch.int16)
-
-    out = []
-    for number in range(count):
-        if number % 3 == 0:  # three answers to a question: the experts of all its prompt but the last token too
-            p = integer(1, 8)
-            prompt, before = torch.randint(shape.vocab, (p,), generator=draw), experts(p - 1)
-        n = integer(1, 12)
-        tokens = torch.cat((prompt, torch.randint(shape.vocab, (n,), generator=draw)))
-        chosen = torch.cat((before, experts(n)), 1)
-        logprobs = -5 - normal(n).abs()
-        out.append(
-            Sample(
-                tuple(tokens[:p].tolist()), tokens[p:], logprobs, chosen if routes else None,
-                float(normal(1)), logprobs + normal(n) * 0.05, logprobs + normal(n) * 0.1,
-            )
-        )  # fmt: skip
-    return out
 
 
 def test_rows_hold_every_answer_behind_its_prompt(tiny: Tiny) -> None:
