@@ -135,8 +135,8 @@ class Running:
         return Done(self.job, outcome, time.monotonic() - self.started, matching or [li for li in lines if li][-1:])
 
     def kill(self) -> None:
-        """The process and all that it has started: torchrun gives each rank a session of its own, and a rank may have
-        lost its parent, but all have inherited the job's mark."""
+        """Kill the process and everything it started. Ranks of torchrun are in sessions of their own and may have lost
+        their parent, so they are found by the job's mark in their environment."""
         if self.process.returncode is None:  # once it is reaped its number may be another's
             os.killpg(self.process.pid, signal.SIGKILL)
         for path in Path("/proc").glob("[0-9]*"):

@@ -22,7 +22,7 @@ RL = (
 )
 LENGTH, MAX_TOKENS = 64, 60
 # Tokens of a prompt, and of each answer to it: one that fills a row to its last target, one of a single token beside
-# it, prompts of a single token, and a prompt that fills the row but for one.
+# it, prompts of a single token, and a prompt that leaves one token of the row free.
 QUESTIONS = ((5, (1, 60, 1, 1)), (1, (1, 7)), (64, (1, 1)), (9, (1, 2, 30, 56, 3)), (1, (64,)))
 ODD = (
     *RL, f"data.seq_len={LENGTH}", f"model.max_position={LENGTH}", f"rl.max_tokens={MAX_TOKENS}", "model.layers=3",

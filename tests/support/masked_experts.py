@@ -1,5 +1,5 @@
-"""Products of experts on a CPU that take counts from the device, as a GPU's kernels do. What lies behind the last
-expert's rows is not read, whatever it holds, but for what is left of its last block in weight gradients."""
+"""Products of experts on a CPU that take counts from the device, as a GPU's kernels do. Rows after
+the last expert's are not read, whatever they hold, except in weight gradients those up to the end of its last block."""
 
 from __future__ import annotations
 

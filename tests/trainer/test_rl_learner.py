@@ -152,7 +152,7 @@ def test_a_divergence_in_the_reward_is_the_estimate_that_was_asked_for(digit_run
 
 def test_requests_that_failed_are_left_out_of_every_pass(digit_run: Tiny) -> None:
     """One that was refused has neither tokens nor the routes of its prompt; the others learn as if it were not there,
-    but for the group, which is smaller."""
+    except that their group is smaller."""
     choices = ('rl.old="trainer"', "rl.loss.kl=0.05", 'rl.loss.kl_place="reward"')
     learner = learner_of(digit_run(*choices))
     (first, *groups) = learner.worker.rollout(0, quiet).groups
