@@ -28,8 +28,6 @@ def graphs_refusal(config: Config, cuda: bool, dispatcher: str = "") -> str | No
         )
     if config.rl and config.rl.ahead:
         return "rl.ahead samples beside updates, and two threads of a process cannot record at once"
-    if config.rl and config.parallel.graphs == "auto":
-        return "not for RL updates yet, which are not proven on a GPU; parallel.graphs = 'on' takes them"
     if config.run.dtype != "bf16":
         return "products of experts in FP32 take them one by one"
     return None

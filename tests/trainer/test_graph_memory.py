@@ -59,7 +59,6 @@ def test_flights_are_those_that_are_recorded(tiny: Tiny, overrides: tuple[str, .
     ("override", "why"),
     [
         ("run.dtype=fp32", "in FP32"),
-        ('data.mask=document rl.chat.tokenizer="none" rl.max_tokens=16', "not for RL updates yet"),
         ('data.mask=document rl.chat.tokenizer="none" rl.max_tokens=16 rl.ahead=true', "two threads"),
         ("parallel.ep=4", "expert-parallel"),
         ("parallel.ep=2 comm.dispatcher=flat", "expert-parallel"),
