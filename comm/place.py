@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dryvine.comm.extras import install
 from dryvine.comm.topology import Topology, by_mpi
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def _by_mpi(env: Mapping[str, str]) -> LaunchedRank:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise PlaceError(
-            f"started by mpirun, but mpi4py cannot be used ({error}): pip install mpi4py for this MPI, or use torchrun"
+            f"started by mpirun, but mpi4py cannot be used ({error}): {install('mpi4py')} for this MPI, or use torchrun"
         ) from None
     world: MPI.Comm = MPI.COMM_WORLD
     if world.size == 1:

@@ -90,10 +90,14 @@ def comm(
     """Time dispatch and combine on CPU ranks of this machine, or on the ranks that torchrun started."""
     from rich.console import Console
 
+    from dryvine.comm.dispatch.choose import check_library
+
     shape = CommShape(hidden, experts, used_experts(top_k, experts), rounds)
     tokens = tokens or ("256,1024,4096" if "RANK" in os.environ else "256,1024")
     sizes = numbers("--tokens", tokens, "tokens a rank")
     kinds, named = _listed("--dtypes", dtypes, DTYPES), _listed("--backends", backends, BACKENDS)
+    for name in named:
+        check_library(name)
     if "fp8" in kinds and hidden % 128:
         raise ConfigError(f"--hidden {hidden}: FP8 has a scale for each 128 values; give a multiple, or --dtypes bf16")
     if out and (out.suffix not in PICTURES or not out.parent.is_dir()):

@@ -20,39 +20,31 @@ from torch.distributed import Store
 from dryvine.comm.agreement import Disagreement
 from dryvine.comm.host import PARENT, stop_with
 from dryvine.comm.nvml import probe, refined
-from dryvine.comm.place import LaunchedRank, PlaceError, find_place
+from dryvine.comm.place import LaunchedRank, find_place
 from dryvine.comm.topology import Topology, discover
 from dryvine.comm.watch import Watch
 from dryvine.comm.world import in_world, rendezvous, set_environment, share_refusal
-from dryvine.trainer.begin import check_source
 from dryvine.trainer.checkpoint.attempts import check_folder
 from dryvine.trainer.checkpoint.manifest import CannotSave, CheckpointError
+from dryvine.trainer.checks import REFUSED, open_checked
 from dryvine.trainer.config import Config, ConfigError, check_world
 from dryvine.trainer.cpu_adam import load_cpu_adam
 from dryvine.trainer.data.atomic import CannotWrite
-from dryvine.trainer.data.config import DataError
 from dryvine.trainer.data.splits import Data
 from dryvine.trainer.exit_codes import ExitCode
 from dryvine.trainer.facts import facts
 from dryvine.trainer.fits import check_fits, out_of_memory
-from dryvine.trainer.fp8.choose import CannotRun, check_engine
-from dryvine.trainer.journal import same_run
 from dryvine.trainer.loop import train
 from dryvine.trainer.nonfinite import Diverged
 from dryvine.trainer.rig import mesh_of
 from dryvine.trainer.rl.loop import reinforce
-from dryvine.trainer.rl.prompt_source import PromptSource
-from dryvine.trainer.rl.questions import check_verifiers
 from dryvine.trainer.rl.verifiers.pool import VerifierError
 from dryvine.trainer.run_lock import RunLock
 from dryvine.trainer.run_plan import RunPlan, load_plan
 from dryvine.trainer.say import say
-from dryvine.trainer.sources import open_sources
-from dryvine.trainer.wandb_board import check_wandb
 
 CODES = {CannotSave: ExitCode.FAULT, CheckpointError: ExitCode.REFUSED, Diverged: ExitCode.DIVERGED}
 FAULTS = (CannotWrite, VerifierError, MemoryError, RuntimeError)  # of these, those that `_in_a_line` explains
-REFUSED = (ConfigError, DataError, CannotRun, CheckpointError, PlaceError, Disagreement)
 
 
 def main(words: Sequence[str]) -> int:
@@ -112,14 +104,8 @@ def _ready(words: Sequence[str], place: LaunchedRank) -> Ready:
     config = plan.config
     check_world(config, place.world)
     device = _device(config, place.local_rank)
-    check_engine(config.fp8, device, (config.model.ffn, config.model.expert_ffn))
     check_fits(config, device)
-    topology, data = _topology(config, place, device), open_sources(config)
-    if isinstance(data.train, PromptSource) and place.rank == 0:
-        check_verifiers(data.train.task)
-    same_run(config, data.identity)
-    check_wandb(config)
-    check_source(config)
+    topology, data = _topology(config, place, device), open_checked(config, device, place.rank == 0)
     check_folder(config.run)
     if config.optim.offload == "cpu":
         load_cpu_adam()  # compiled now, while no other rank waits with a deadline

@@ -248,6 +248,8 @@ def _conflict(config: Config) -> str | None:
     if m.routed % ep:
         divisors = [n for n in range(1, m.routed + 1) if m.routed % n == 0]
         return f"model.routed = {m.routed} experts do not divide over parallel.ep = {ep}; ep may be one of {divisors}"
+    if ep == 1 and config.comm.dispatcher == "deepep":
+        return "comm.dispatcher = 'deepep': with parallel.ep = 1 no token travels; set 'auto'"
     nodes = config.comm.topology.nodes
     if nodes and sum(nodes) != config.parallel.world:
         return (

@@ -26,6 +26,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol, cast
 
+from dryvine.comm.extras import lacking
+
 NAME = "cpu_adam"
 # Seconds; less than the time limit of the rendezvous (comm.world.PATIENCE).
 LIMIT = 400.0
@@ -52,7 +54,8 @@ def load_cpu_adam(limit: float = LIMIT) -> CpuAdamOp | str:
         spec.loader.exec_module(module)
         return cast(CpuAdamOp, module)
     except (OSError, ImportError, RuntimeError) as error:
-        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        said = lacking(error) if isinstance(error, ImportError) else str(error)
+        return f"{type(error).__name__}: {(said.splitlines() or [''])[0]}"
 
 
 def _cache() -> Path:

@@ -6,12 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from math import comb
+from types import ModuleType
 
 from dryvine.comm.dispatch import deepep
 from dryvine.comm.dispatch.api import AnyDispatcher
 from dryvine.comm.dispatch.backends import AUTO, BACKENDS, automatic, check_name
 from dryvine.comm.dispatch.rounds import InRounds
 from dryvine.comm.dispatch.setup import Setup
+from dryvine.comm.extras import LibraryMissing, lacking
 from dryvine.comm.topology import Topology
 
 
@@ -23,9 +25,26 @@ def make_dispatcher(name: str, setup: Setup, imbalance: float = 0.0) -> AnyDispa
     """
     if name == AUTO:
         name = automatic(setup.group_topology, setup.graphs)
-    build: Callable[[Setup], AnyDispatcher] = import_module(BACKENDS[check_name(name)]).build
+    build: Callable[[Setup], AnyDispatcher] = _backend(check_name(name)).build
     dispatcher = build(setup)
     return InRounds(dispatcher, setup.exchange(), setup.experts, imbalance) if imbalance else dispatcher
+
+
+def check_library(name: str) -> None:
+    """Raise LibraryMissing if `name`, as for `make_dispatcher`, needs one that does not load here. Before ranks meet:
+    it is not collective."""
+    if name != AUTO:
+        getattr(_backend(name), "check", lambda: None)()
+
+
+def _backend(name: str) -> ModuleType:
+    """The module of a dispatcher. Raises LibraryMissing."""
+    try:
+        return import_module(BACKENDS[name])
+    except ImportError as error:
+        raise LibraryMissing(f"comm.dispatcher = {name}: {lacking(error)}") from None
+    except RuntimeError as error:  # mpi4py found no MPI
+        raise LibraryMissing(f"comm.dispatcher = {name}: {error}") from None
 
 
 def pick(topology: Topology, top_k: int, experts: int, graphs: bool = False) -> tuple[str, str]:

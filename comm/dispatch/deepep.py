@@ -25,6 +25,7 @@ from dryvine.comm.dispatch.copies import Copies
 from dryvine.comm.dispatch.payload import WORD, Format
 from dryvine.comm.dispatch.reach import nodes_of_ranks, reach
 from dryvine.comm.dispatch.setup import Setup
+from dryvine.comm.extras import LibraryMissing
 from dryvine.comm.integers import round_up
 from dryvine.comm.pending import Pending
 from dryvine.comm.topology import LinkClass, Topology
@@ -99,6 +100,12 @@ def probe() -> tuple[str, str]:
     return "", "deep_ep has neither EPBuffer, ElasticBuffer nor Buffer: a version this adapter does not know"
 
 
+def check() -> None:
+    """Raise LibraryMissing if DeepEP cannot be used here."""
+    if lacks := probe()[1]:
+        raise LibraryMissing(f"comm.dispatcher = deepep: {lacks}")
+
+
 @dataclass(frozen=True)
 class DeepEPHandle:
     """DeepEP's handle, and the copies per expert made after arrival."""
@@ -147,10 +154,8 @@ class DeepEP:
         group = setup.mesh.experts if setup.mesh else None
         if group is None:
             raise ValueError("comm.dispatcher = deepep: one rank has no other to send to; use flat")
-        version, lacking = probe()
-        if lacking:
-            raise ValueError(f"comm.dispatcher = deepep: {lacking}")
-        module = importlib.import_module("deep_ep")
+        check()
+        version, module = probe()[0], importlib.import_module("deep_ep")
         self.port: _Port = _V1(module, group, setup) if version == "V1" else _V2(module, group, setup)
         self.route = Route(setup.group_topology, setup.rank, setup.experts)
         self.experts, self.alignment, self.meter = setup.experts, setup.alignment, setup.meter

@@ -17,22 +17,18 @@ import torch
 from dryvine.comm.agreement import Disagreement
 from dryvine.comm.integers import ceil_div
 from dryvine.comm.nvml import nics
-from dryvine.comm.place import LaunchedRank, PlaceError, find_place
+from dryvine.comm.place import LaunchedRank, find_place
 from dryvine.comm.watch import Watch
 from dryvine.comm.world import in_world, rendezvous, set_environment, share_refusal
 from dryvine.launch.health import gpus, host
 from dryvine.launch.health.between import Node, compare, visit
 from dryvine.launch.health.finding import ONE_PER_NODE, Finding
-from dryvine.trainer.config import Config, ConfigError
-from dryvine.trainer.data.config import DataError
-from dryvine.trainer.data.splits import Data, open_data
+from dryvine.trainer.checks import REFUSED, open_checked
+from dryvine.trainer.config import Config
 from dryvine.trainer.facts import facts
-from dryvine.trainer.fp8.choose import CannotRun, check_engine
-from dryvine.trainer.journal import same_run
 from dryvine.trainer.model.shape import count_parameters
-from dryvine.trainer.run_plan import RunPlan, load_plan
+from dryvine.trainer.run_plan import load_plan
 
-REFUSED = (ConfigError, DataError, CannotRun, PlaceError, Disagreement)
 DEADLINE = 120.0  # seconds that nodes wait for each other
 FP32, BF16 = 4, 2
 
@@ -44,7 +40,8 @@ def before_run(path: Path, overrides: Sequence[str]) -> int:
     try:
         place = find_place(os.environ)
         device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-        plan, data = _opened(path, overrides, device)
+        plan = load_plan(path, overrides)
+        data = open_checked(plan.config, device, place.rank == 0)
         store = rendezvous(place, facts(plan, data))
     except REFUSED as error:
         told = share_refusal(place, error)
@@ -62,15 +59,6 @@ def before_run(path: Path, overrides: Sequence[str]) -> int:
         return _print([*_merged(nodes), *compare(nodes)], place.rank)
 
     return in_world(body, DEADLINE, device, (place, store))
-
-
-def _opened(path: Path, overrides: Sequence[str], device: torch.device) -> tuple[RunPlan, Data]:
-    """The run and its data. Raises one of REFUSED."""
-    plan = load_plan(path, overrides)
-    data = open_data(plan.config)
-    same_run(plan.config, data.identity)
-    check_engine(plan.config.fp8, device, (plan.config.model.ffn, plan.config.model.expert_ffn))
-    return plan, data
 
 
 def _host(config: Config, place: LaunchedRank) -> Iterator[Finding]:

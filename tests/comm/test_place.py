@@ -79,7 +79,7 @@ def test_what_makes_no_sense_is_named(env: dict[str, str], says: str) -> None:
 
 def test_mpirun_without_mpi4py_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mpi4py", None)
-    with pytest.raises(PlaceError, match="pip install mpi4py"):
+    with pytest.raises(PlaceError, match=r'pip install "dryvine\[mpi\]" for this MPI'):
         find_place({"OMPI_COMM_WORLD_SIZE": "4"})
 
 

@@ -324,6 +324,8 @@ def test_before_a_run_on_one_node(corpus: Path, tmp_path: Path, capsys: pytest.C
     assert "`srun --ntasks=NODES --ntasks-per-node=1` asks all nodes of a job" in said, "srun needs both in a job"
     assert before_run(Path(TINY), (*given, 'data.source="/nowhere"')) == 1
     assert "BAD     start: /nowhere: no finished dataset here" in capsys.readouterr().out
+    assert before_run(Path(TINY), (*given, 'run.init_from="/nowhere"')) == 1
+    assert "BAD     start: /nowhere: no such folder" in capsys.readouterr().out
 
 
 def test_the_room_that_checkpoints_need(tiny: Callable[..., Config]) -> None:

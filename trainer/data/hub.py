@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 from pathlib import Path
 
+from dryvine.comm.extras import lacking
 from dryvine.trainer.data.config import DataError
 
 HUB = "hf://datasets/"
@@ -24,8 +25,8 @@ def fetch(address: str) -> str:
     name, _, revision = name.partition("@")
     try:
         from huggingface_hub import snapshot_download
-    except ImportError:
-        raise DataError(f"--text {address!r}: huggingface_hub is missing; pip install 'dryvine[hub]'") from None
+    except ImportError as error:
+        raise DataError(f"--text {address!r}: {lacking(error)}") from None
     try:
         folder = snapshot_download(
             f"{owner}/{name}",

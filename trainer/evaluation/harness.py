@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from dryvine.comm.extras import install
 from dryvine.trainer.data.spec import OnProgress
 from dryvine.trainer.evaluation.perplexity import windows
 from dryvine.trainer.evaluation.record import EvalError
@@ -30,7 +31,7 @@ def need_harness() -> str:
     try:
         return version("lm_eval")
     except PackageNotFoundError:
-        raise EvalError('--harness needs lm-evaluation-harness: pip install "dryvine[harness]"') from None
+        raise EvalError(f"--harness needs lm-evaluation-harness: {install('lm_eval')}") from None
 
 
 class HarnessResult(NamedTuple):

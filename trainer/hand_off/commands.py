@@ -10,6 +10,7 @@ from typing import NamedTuple
 from rich.console import Console
 from torch import Tensor
 
+from dryvine.comm.extras import install
 from dryvine.trainer.data.spec import OnProgress
 from dryvine.trainer.hand_off import integers
 from dryvine.trainer.hand_off.check import ReaderComparison, compare, prompts, table
@@ -79,7 +80,7 @@ def _verify(run: OpenRun, on_progress: OnProgress) -> None:
 def need_gguf() -> None:
     """Raises HandOffError if the gguf library is missing."""
     if installed("gguf") is None:
-        raise HandOffError('--format gguf needs the gguf library: pip install "dryvine[gguf]"')
+        raise HandOffError(f"--format gguf needs the gguf library: {install('gguf')}")
 
 
 def check_export(run: OpenRun, out: Path, ways: ExportAs, text: Path | None, console: Console) -> bool:

@@ -14,6 +14,7 @@ from itertools import combinations
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from dryvine.comm.extras import lacking
 from dryvine.parallel.schedule.ir import Kind
 from dryvine.parallel.schedule.rules import ScheduleError
 from dryvine.parallel.schedule.search.fold import FoldedOp, Pipe, Row, one_by_one, split, unfold
@@ -165,7 +166,7 @@ def _ortools() -> ModuleType:
     try:
         from ortools.sat.python import cp_model
     except ImportError as error:
-        raise ScheduleError("exact search needs OR-tools; pip install 'dryvine[search]'") from error
+        raise ScheduleError(f"exact search needs OR-tools: {lacking(error)}") from error
     return cp_model
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from dryvine.comm.extras import lacking
 from dryvine.trainer.data.config import DataError
 from dryvine.trainer.data.dataset import SplitName
 from dryvine.trainer.data.quality.documents import DocumentPlace, Repeat, SplitDocuments, ngrams
@@ -51,8 +52,8 @@ class _NearIndex:
     def __init__(self, splits: Mapping[SplitName, SplitDocuments], threshold: float) -> None:
         try:
             from datasketch import MinHash, MinHashLSH
-        except ImportError:
-            raise DataError("near copies: datasketch is missing; pip install 'dryvine[quality]'") from None
+        except ImportError as error:
+            raise DataError(f"near copies: {lacking(error)}") from None
         self.splits, self.threshold = splits, threshold
         self.lsh = MinHashLSH(threshold=threshold, num_perm=_PERMUTATIONS)
         self.empty = MinHash(num_perm=_PERMUTATIONS, hashfunc=int)

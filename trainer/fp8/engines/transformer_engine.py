@@ -19,6 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 from torch import Tensor
 
+from dryvine.comm.extras import install
 from dryvine.comm.integers import round_up
 from dryvine.trainer.fp8.engines.operands import aligned, by_expert, by_range, filled, imported, no_hopper
 from dryvine.trainer.fp8.engines.protocol import Engine
@@ -27,7 +28,7 @@ from dryvine.trainer.tensors.quantized import Quantized
 
 # Before, its tensors were built with other arguments.
 LEAST = (2, 20)
-FIX = "pip install --no-build-isolation 'transformer_engine[pytorch]>=2.20'; fp8.gemm = 'torch' is cuBLASLt too"
+FIX = f"{install('transformer_engine')} --no-build-isolation; fp8.gemm = 'torch' is cuBLASLt too"
 
 
 @dataclass(frozen=True)

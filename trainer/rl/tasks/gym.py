@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from pydantic import BaseModel, Field
 
+from dryvine.comm.extras import lacking
 from dryvine.trainer.rl.tasks.question import Question, SplitOfTask, TaskError, user
 
 MOST = 1_000_000  # questions, which are all made at the start
@@ -53,8 +54,8 @@ def _made(options: GymOptions, seed: int, size: int) -> list[Question]:
 
         dataset = reasoning_gym.create_dataset(options.dataset, seed=seed, size=size, **options.options)
         texts = [str(dataset[index]["question"]) for index in range(size)]
-    except ImportError:
-        raise TaskError("rl.task: there is no reasoning_gym: pip install dryvine[rl]") from None
+    except ImportError as error:
+        raise TaskError(f"rl.task: {lacking(error)}") from None
     except (ValueError, TypeError, AssertionError) as error:  # no such dataset, no such option, or no such value
         raise TaskError(f"rl.task: {options.dataset}: {error}; reasoning_gym.factory.DATASETS names all") from None
     system = ({"role": "system", "content": options.system},) if options.system else ()

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
+from dryvine.comm.extras import install
 from dryvine.trainer.rl.verifiers import sandbox
 from dryvine.trainer.rl.verifiers.sandbox import Allowed, SandboxError, Server
 from dryvine.trainer.rl.verifiers.tags import final
@@ -121,5 +122,5 @@ def _folder() -> Path:
     """The folder that holds the package. Raises RuntimeError."""
     found = importlib.util.find_spec("reasoning_gym")
     if found is None or found.origin is None:
-        raise RuntimeError("there is no reasoning_gym: pip install dryvine[rl]")
+        raise RuntimeError(f"there is no reasoning_gym: {install('reasoning_gym')}")
     return Path(found.origin).resolve().parent.parent

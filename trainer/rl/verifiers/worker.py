@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from types import ModuleType
 from typing import TextIO
 
+from dryvine.comm.extras import lacking
 from dryvine.trainer.rl.verifiers.verdict import SECONDS, Verdict
 
 WHY_LONGEST = 500  # characters of a verdict's reason
@@ -70,7 +71,9 @@ def _loaded(name: str, file: str) -> ModuleType:
         module = importlib.import_module(file)
         getattr(module, "check", lambda: None)()
         seconds = _seconds(module)
-    except (ImportError, RuntimeError) as error:
+    except ImportError as error:
+        raise CannotLoad(f"verifier {name}: {lacking(error)}") from None
+    except RuntimeError as error:
         raise CannotLoad(f"verifier {name}: {error}") from None
     except (Exception, SystemExit) as error:
         raise CannotLoad(f"verifier {name}: {file} raises {type(error).__name__}: {error}") from None
