@@ -35,11 +35,16 @@ class CannotRun(ValueError):
 
 
 def check_engine(recipe: Recipe, device: torch.device, widths: Sequence[int] = ()) -> None:
-    """Raise CannotRun if the engine that the recipe names, or FFNs of these `widths`, cannot run on `device`."""
+    """Raise CannotRun if the engine that the recipe names fails its trial, or it or FFNs of these `widths` cannot run
+    on `device`."""
     if not recipe.fp8:
         return
-    if recipe.gemm != "auto" and (reason := make_engine(recipe.gemm).missing(device)):
-        raise CannotRun(f"fp8.gemm = '{recipe.gemm}' {reason}")
+    if recipe.gemm not in ("auto", "emulate"):
+        engine = make_engine(recipe.gemm)
+        if reason := engine.missing(device):
+            raise CannotRun(f"fp8.gemm = '{recipe.gemm}' {reason}")
+        if why := fault(engine, device):
+            raise CannotRun(f"fp8.gemm = '{recipe.gemm}' fails on {device}: {why}; 'auto' takes one that does not")
     odd = [width for width in widths if width % TILE]
     if odd and device.type == "cuda":
         raise CannotRun(f"[fp8] on a GPU: FFN width {odd[0]} is not a multiple of 128; change model.ffn or expert_ffn")
