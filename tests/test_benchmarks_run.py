@@ -12,11 +12,17 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from benchmarks import faults, host
 from benchmarks.fp8 import loss
+from benchmarks.model import layer
 from benchmarks.support import kernel_times
 from benchmarks.support.census import Census
+from benchmarks.support.moe_layer import make_bench, v3
+from dryvine.comm.dispatch import routing
+from dryvine.trainer.tensors import in_order
+from tests.support.tape import TapeRecorder
 
 ROOT = Path(__file__).parents[1]
 
@@ -58,6 +64,26 @@ def test_a_layer_is_measured_by_phase_and_kind(tmp_path: Path) -> None:
         assert {"GEMM", "attention core", "permutation"} <= set(one["kinds_by_phase_ms"]["F attention"])
         assert "GEMM" in one["kinds_by_phase_ms"]["B experts"]
     assert len(kernel_times.read(tmp_path / "layer-bf16.json.gz", ())) > 100
+
+
+def test_flops_of_a_v3_layer_are_those_that_mfu_is_counted_by() -> None:
+    assert layer.model_flops(v3(torch.device("cuda"), recompute=True), 4096) == pytest.approx(16.45e12, rel=1e-3)
+
+
+def test_a_layer_as_a_graph_is_the_same_microbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench, recorder = make_bench("bf16", torch.device("cpu"), 32, recompute=True, folder=tmp_path), TapeRecorder()
+    monkeypatch.setattr(in_order, "_sorts", lambda total: True)
+    plainly = routing.read
+
+    def read(*tensors: Tensor) -> list[Tensor]:
+        assert not recorder.live.recording
+        return plainly(*tensors)
+
+    monkeypatch.setattr(routing, "read", read)
+    found = layer.as_graph(bench, recorder, 1, tmp_path / "graph.json.gz", {}, layer.PEAK / 1e3)
+    assert found["gradients_off"] == 0
+    assert found["mfu"] * found["total_ms"] == pytest.approx(1)
+    assert sum(found["kinds_by_phase_ms"][layer.REPLAY].values()) > 0
 
 
 @pytest.mark.long

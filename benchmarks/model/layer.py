@@ -11,7 +11,11 @@ device.
 The time of a phase is between CUDA events, host waits and launches included, without a profiler. Its kernels are read
 from one more microbatch under torch.profiler. `gaps` are the events' total less the time in which any kernel ran.
 `ideal` is the time of all products and the attention core at the rates that this chip reached on 8192^3, in FP8 where
-the recipe has it. FP8 weights are quantised once a step, so not here.
+the recipe has it. FP8 weights are quantised once a step, so not here. `MFU` is three times the forward's FLOPs, with
+half the square of causal attention and without what is computed again, over the BF16 peak of an H100 or H200.
+
+In a step ops are CUDA graphs where one rank or a node's ranks hold the experts, so on a GPU the same microbatch is
+measured again as one graph: the columns "graph", whose `gaps` are what no launch by the host explains.
 """
 
 from __future__ import annotations
@@ -20,183 +24,27 @@ import argparse
 import json
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from datetime import timedelta
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.support import kernel_times
-from benchmarks.support.census import Census
-from dryvine.comm.dispatch.flat import Flat
-from dryvine.comm.dispatch.meter import Meter
-from dryvine.comm.mesh import Layout, make_mesh
-from dryvine.comm.pending import Pending
-from dryvine.parallel.stage import Flight, Stage, State
-from dryvine.parallel.wgrad import Closure
-from dryvine.trainer.config import load
+from benchmarks.support.moe_layer import EP, RECIPES, Bench, Clock, Recipe, Spans, make_bench, untimed
+from benchmarks.support.repeated import recorded
+from dryvine.comm.live_steps import LiveSteps
+from dryvine.parallel.graphs import CudaRecorder, Recorder
 from dryvine.trainer.fp8 import casts
-from dryvine.trainer.fp8.choose import choose_engines
 from dryvine.trainer.fp8.engines.torch import Torch
-from dryvine.trainer.fp8.fp8 import FP8
-from dryvine.trainer.fp8.recipe import preset
-from dryvine.trainer.model.decoder import Model
-from dryvine.trainer.model.shape import Shape
-from dryvine.trainer.model.spec import Spec
+from dryvine.trainer.model.shape import Shape, blocks
 
-Recipe = Literal["bf16", "deepseek_v3"]
-RECIPES: tuple[Recipe, ...] = get_args(Recipe)
-EP = 64
-CONFIG = Path(__file__).parents[2] / "configs" / "deepseek_v3_671b.toml"
-TOY = {"hidden": 128, "expert_ffn": 128, "heads": 2, "q_lora": 64, "kv_lora": 64, "nope_dim": 32, "rope_dim": 16,
-       "v_dim": 32}  # fmt: skip
-
-
-def v3(device: torch.device, recompute: bool) -> Shape:
-    """V3's own MoE layer; on a CPU a narrow one, with as many experts."""
-    shape = load(CONFIG).model
-    changes = {"layers": 1, "first_dense": 0, "mtp_depth": 0} | (TOY if device.type == "cpu" else {})
-    return Shape(**(shape.model_dump() | changes | ({} if recompute else {"recompute": ()})))
-
-
-# ---- the layer, and a microbatch through it
-
-
-class Mirror:
-    """The `Exchange` of a group whose ranks all route as this one does: it receives what it sends."""
-
-    def __init__(self, size: int) -> None:
-        self.size, self.rank, self.meter = size, 0, Meter()
-
-    def start(
-        self,
-        rows: torch.Tensor,
-        sends: Sequence[int],
-        receives: Sequence[int],
-        into: torch.Tensor | None = None,
-        what: str = "",
-    ) -> Pending[torch.Tensor]:
-        return Pending.done(rows.clone() if into is None else into.copy_(rows))
-
-
-class Clock:
-    """Marks on the device's own time: events on a GPU."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-
-    def mark(self) -> Any:
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def between(self, before: Any, after: Any) -> float:
-        """Milliseconds. On a GPU it waits for `after`."""
-        if not self.cuda:
-            return 1e3 * (after - before)
-        after.synchronize()
-        return before.elapsed_time(after)
-
-
-@dataclass
-class Spans:
-    """Named stretches of one microbatch: "F attention", "B combine", "W experts", ..."""
-
-    clock: Clock
-    marks: dict[str, tuple[Any, Any]] = field(default_factory=dict)
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        before = self.clock.mark()
-        with record_function(name):
-            yield
-        self.marks[name] = before, self.clock.mark()
-
-    def milliseconds(self) -> dict[str, float]:
-        return {name: self.clock.between(*pair) for name, pair in self.marks.items()}
-
-    def total(self) -> float:
-        first, *_, last = self.marks.values()
-        return self.clock.between(first[0], last[1])
-
-
-@dataclass
-class Bench:
-    shape: Shape
-    stage: Stage
-    tokens: torch.Tensor  # [1, T + 1]: only their number counts, there is no embedding
-    x: torch.Tensor
-    dy: torch.Tensor
-    engine: str
-
-    def forward(self, spans: Spans) -> Flight:
-        flight = Flight(self.tokens, 1.0)
-        state: State = (self.x,)
-        for phase in self.stage.phases:
-            with spans(f"F {phase.name}"):
-                state = phase.forward(state, flight).wait()
-        return flight
-
-    def saved_bytes(self) -> int:
-        """Bytes that F leaves behind for B and W: the layer's input, and what its phases save."""
-        with Census() as census:
-            flight = self.forward(Spans(Clock(self.x.device)))
-        held = census.bytes + self.x.nbytes
-        del flight
-        return held
-
-    def microbatch(self, spans: Spans) -> None:
-        flight = self.forward(spans)
-        grads: tuple[Any, ...] = (self.dy,)
-        later: dict[str, list[Closure]] = {}
-        for phase in reversed(self.stage.phases):
-            with spans(f"B {phase.name}"):
-                result = phase.backward(grads, flight)
-                grads, later[phase.name] = result.value.wait(), result.closures
-                del result  # and with it what the step spent: there is one stream here
-        for name, closures in later.items():
-            if closures:
-                with spans(f"W {name}"):
-                    for closure in closures:
-                        closure()
-                    closures.clear()
-
-
-@torch.no_grad()
-def fill(model: Model, seed: int = 0) -> None:
-    """`Model.initialise` on the device: drawing billions of numbers on a CPU takes half a minute."""
-    torch.manual_seed(seed)
-    for _, weight in model.named_parameters():
-        weight.normal_(0, model.spec.shape.init_std) if weight.dim() > 1 else weight.fill_(1)
-    for buffer in model.root.buffers():
-        buffer.zero_()
-
-
-def make_bench(recipe: Recipe, device: torch.device, tokens: int, recompute: bool, folder: Path) -> Bench:
-    torch.manual_seed(0)
-    shape = v3(device, recompute)
-    fp8, engine = None, "products in BF16"
-    if recipe != "bf16":
-        alone = make_mesh(Layout(), device, timedelta(seconds=60))
-        products, engine = choose_engines(preset(recipe), alone, folder)
-        fp8 = FP8(preset(recipe), products, engine)
-    dispatcher = Flat(Mirror(EP), shape.routed)
-    model = Model(Spec(shape, torch.bfloat16, device, 0, EP, fp8), {0: ("layers.0",)}, dispatcher)
-    fill(model)
-    for _, weight in model.named_parameters():
-        weight.gradient()
-    x, dy = (torch.randn(tokens, shape.hidden, device=device).bfloat16() for _ in range(2))
-    return Bench(shape, model.stages[0], torch.zeros(1, tokens + 1, dtype=torch.int64, device=device), x, dy, engine)
+PEAK = 989.5e12  # FLOP/s in BF16, dense
+REPLAY = "replay"
 
 
 # ---- the least time it could take
@@ -211,9 +59,9 @@ def ceilings(device: torch.device) -> dict[str, float]:
     if device.type == "cuda":
         from dryvine.trainer.fp8.kernels import hopper
 
-        rows, blocks = casts.quantize_rows(a), casts.quantize_blocks(b)[0]
+        rows, tiles = casts.quantize_rows(a), casts.quantize_blocks(b)[0]
         engines = [hopper.product, *([] if Torch.missing(device) else [Torch().product])]
-        rates["fp8"] = max(_rate(n, device, partial(engine, rows, blocks)) for engine in engines)
+        rates["fp8"] = max(_rate(n, device, partial(engine, rows, tiles)) for engine in engines)
     return rates
 
 
@@ -242,6 +90,11 @@ def flops(shape: Shape, tokens: int, rows: int, recipe: str) -> dict[str, tuple[
     }
 
 
+def model_flops(shape: Shape, tokens: int) -> float:
+    """Three times the forward's, as MFU counts them: no recompute, half the square of attention."""
+    return 3.0 * tokens * next(block.cost for block in blocks(shape, tokens) if block.kind == "moe")
+
+
 # ---- measuring
 
 
@@ -250,7 +103,7 @@ def measure(recipe: Recipe, options: argparse.Namespace, rates: dict[str, float]
     device = torch.device(options.device)
     bench = make_bench(recipe, device, options.tokens, not options.no_recompute, folder)
     for _ in range(3):  # kernels are compiled here
-        bench.microbatch(Spans(Clock(device)))
+        bench.microbatch(untimed())
     saved = bench.saved_bytes()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -259,42 +112,73 @@ def measure(recipe: Recipe, options: argparse.Namespace, rates: dict[str, float]
         runs.append(Spans(Clock(device)))
         bench.microbatch(runs[-1])
     phases = [run.milliseconds() for run in runs]
+    total = statistics.median(run.total() for run in runs)
     figures: dict[str, Any] = {
         "recipe": recipe,
         "engine": bench.engine,
-        "total_ms": statistics.median(run.total() for run in runs),
         "phases_ms": {name: statistics.median(p[name] for p in phases) for name in phases[0]},
         "kept_bytes": saved,
         "peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else 0,
     }
-    trace = _beside(options.trace or folder / "layer.json.gz", recipe)
-    kernels = traced(bench, device, trace, phases[0])
     work = flops(bench.shape, options.tokens, options.tokens * bench.shape.top_k, recipe)
     best = {kind: 1e3 * count / rates.get(how, rates["bf16"]) for kind, (how, count) in work.items()}
-    return figures | explained(kernels, figures["total_ms"], best)
+    needed = model_flops(bench.shape, options.tokens)
+    trace = _beside(options.trace or folder / "layer.json.gz", recipe)
+    figures |= explained(traced(lambda: bench.microbatch(untimed()), device, trace, phases[0]), total, best, needed)
+    if device.type == "cuda" and not bench.reads_counts:
+        recorder = CudaRecorder(device, LiveSteps())
+        figures["graph"] = as_graph(bench, recorder, options.iterations, _beside(trace, "graph"), best, needed)
+    return figures
 
 
-def traced(bench: Bench, device: torch.device, path: Path, names: dict[str, float]) -> list[kernel_times.Kernel]:
-    """The kernels of one microbatch, and its trace at `path`."""
+def as_graph(
+    bench: Bench, recorder: Recorder, iterations: int, trace: Path, best: dict[str, float], needed: float
+) -> dict[str, Any]:
+    """The microbatch as one CUDA graph: its figures, and how far its gradients are from those without."""
+    device, again = bench.x.device, bench.again()
+    for _ in range(2):  # more kernels: those that read counts on the device
+        again.microbatch(untimed())
+    replay = recorded(lambda: again.microbatch(untimed()), recorder)
+
+    def play(spans: Spans) -> None:
+        with spans(REPLAY):
+            replay()
+
+    replays = [Spans(Clock(device)) for _ in range(3 + iterations)]
+    for each in replays:
+        play(each)
+    total = statistics.median(each.total() for each in replays[3:])
+    figures = explained(traced(lambda: play(untimed()), device, trace, [REPLAY]), total, best, needed)
+    return figures | {"gradients_off": bench.difference(replay)}
+
+
+def traced(
+    run: Callable[[], None], device: torch.device, path: Path, names: Iterable[str]
+) -> list[kernel_times.Kernel]:
+    """The kernels of one run that these spans launched, and its trace at `path`."""
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     with profile(activities=kinds):  # the profiler's own first use is slow
-        bench.microbatch(Spans(Clock(device)))
+        run()
     with profile(activities=kinds) as profiler:
-        bench.microbatch(Spans(Clock(device)))
+        run()
         if device.type == "cuda":
             torch.cuda.synchronize()
     profiler.export_chrome_trace(str(path))
     return [kernel for kernel in kernel_times.read(path, names) if kernel.span]
 
 
-def explained(kernels: list[kernel_times.Kernel], total_ms: float, best: dict[str, float]) -> dict[str, Any]:
-    """Time by kind and phase, and the losses: how much longer each kind took than it must."""
+def explained(
+    kernels: list[kernel_times.Kernel], total_ms: float, best: dict[str, float], needed: float
+) -> dict[str, Any]:
+    """Time by kind and phase, and the losses: how much longer each kind took than it must. `needed` FLOPs for MFU."""
     kinds = {kind: us / 1e3 for kind, us in kernel_times.by_kind(kernels).items()}
     kinds["gaps"] = max(0.0, total_ms - kernel_times.busy(kernels) / 1e3)
     losses = {kind: ms - best.get(kind, 0.0) for kind, ms in kinds.items()}
     spans = dict.fromkeys(kernel.span for kernel in kernels)
     parts = {span: kernel_times.by_kind(k for k in kernels if k.span == span) for span in spans}
     return {
+        "total_ms": total_ms,
+        "mfu": 1e3 * needed / total_ms / PEAK,
         "kinds_ms": kinds,
         "ideal_ms": best,
         "losses_ms": dict(sorted(losses.items(), key=lambda item: -item[1])),
@@ -316,18 +200,31 @@ def show(console: Console, results: list[dict[str, Any]]) -> None:
             console.print(f"  unclassified {us / 1e3:8.3f} ms {count:4d} x {name}", markup=False, highlight=False)
     columns = [one["recipe"] for one in results]
     _table(console, "phases, ms", columns, [(one["phases_ms"], one["total_ms"]) for one in results])
-    _table(
-        console, "kinds, ms (share of the microbatch)", columns, [(one["kinds_ms"], one["total_ms"]) for one in results]
-    )
-    _table(console, "losses, ms: beyond the ideal of products and attention", columns,
-           [(one["losses_ms"], one["total_ms"]) for one in results])  # fmt: skip
+    every = {name: part for one in results for name, part in _with_graph(one).items()}
+    for title, figures in (
+        ("kinds, ms (share of the microbatch)", "kinds_ms"),
+        ("losses, ms: beyond the ideal of products and attention", "losses_ms"),
+    ):
+        _table(console, title, list(every), [(part[figures], part["total_ms"]) for part in every.values()])
     for one in results:
-        ideal = sum(one["ideal_ms"].values())
         console.print(
-            f"{one['recipe']}: {one['total_ms']:.2f} ms a microbatch, ideal {ideal:.2f} ms "
-            f"({ideal / one['total_ms']:.1%}); kept from F to B {one['kept_bytes'] / 1e9:.3f} GB, "
-            f"peak {one['peak_bytes'] / 1e9:.2f} GB"
+            f"{one['recipe']}: kept from F to B {one['kept_bytes'] / 1e9:.3f} GB, peak {one['peak_bytes'] / 1e9:.2f} GB"
         )
+    for name, part in every.items():
+        console.print(f"{name}: {_line(part)}")
+
+
+def _with_graph(one: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The microbatch, and the same as a graph where it was one, by name."""
+    return {one["recipe"]: one} | ({f"{one['recipe']}, graph": one["graph"]} if "graph" in one else {})
+
+
+def _line(part: dict[str, Any]) -> str:
+    ideal, total = sum(part["ideal_ms"].values()), part["total_ms"]
+    line = f"{total:.2f} ms a microbatch, ideal {ideal:.2f} ms ({ideal / total:.1%}), {part['mfu']:.1%} MFU"
+    line += f", gaps {part['kinds_ms']['gaps']:.2f} ms"
+    off = part.get("gradients_off")
+    return line if off is None else f"{line}; gradients off by {off:.1e} of their norm"
 
 
 def _table(console: Console, title: str, columns: list[str], each: list[tuple[dict[str, float], float]]) -> None:

@@ -24,8 +24,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.model.layer import CONFIG, EP, RECIPES, Mirror, Recipe, fill
 from benchmarks.support.census import Census
+from benchmarks.support.moe_layer import CONFIG, EP, RECIPES, Mirror, Recipe, fill
 from dryvine.comm.dispatch.flat import Flat
 from dryvine.comm.mesh import Layout, make_mesh
 from dryvine.parallel.stage import Flight, Stage, State

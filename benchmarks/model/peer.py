@@ -42,8 +42,8 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.model.layer import fill
 from benchmarks.support import kernel_times
+from benchmarks.support.moe_layer import fill
 from dryvine.trainer.config import Config
 from dryvine.trainer.data.splits import Data
 from dryvine.trainer.hand_off.hf_config import config_json

@@ -36,7 +36,7 @@ class FlatHandle:
     sum: Sum  # of the rows that come back, by token, in the order of its choices
 
     @property
-    def counts(self) -> tuple[int, ...]:
+    def counts(self) -> Sequence[int]:
         return self.arrival.counts
 
 

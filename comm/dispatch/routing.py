@@ -160,7 +160,7 @@ def arrive(message: Tensor, used: Sequence[int], alignment: int) -> tuple[Tensor
 class Arrival:
     """Rows that arrive by (source rank, local expert), and the result, which has them by (expert, rank) and padded."""
 
-    counts: tuple[int, ...]  # result rows of each local expert, with padding
+    counts: Sequence[int]  # result rows of each local expert, with padding
     order: Tensor  # [R] the position among them of each result row; -1 for padding
     back: Tensor  # [rows that arrive] the result row of each
 
