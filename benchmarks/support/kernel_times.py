@@ -22,7 +22,7 @@ from typing import Any
 # A kind is the first whose pattern matches, so what is special comes before what is common.
 KINDS = {
     "attention core": r"flash|fmha|sdpa|cudnn_generated|scaled_dot_product|dot_do_o|convert_dq",
-    "norms": r"^norm_weight_kernel|rms_?norm|layer_?norm|GammaBeta",
+    "norms": r"^norm_backward_kernel|rms_?norm|layer_?norm|GammaBeta",
     "casts": r"^(rows|columns|transpose|blocks|transpose_blocks|pack|unpack|swiglu|swiglu_backward)_kernel",
     "GEMM in FP32": r"sgemm|simt|gemm\w*_f32f32_f32f32",
     "GEMM": r"gemm|nvjet|cutlass|xmma|cublas|splitk|^product_kernel|^wgrad_kernel|grouped_mm|^aten::(\w*mm\w*|linear)$",

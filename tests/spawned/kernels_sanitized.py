@@ -38,10 +38,12 @@ from dryvine.trainer.fp8.kernels import hopper
 from dryvine.trainer.fp8.recipe import preset
 from dryvine.trainer.model.decoder import Model
 from dryvine.trainer.model.kernels import grouped
+from dryvine.trainer.model.norm import norm_backward
 from dryvine.trainer.model.shape import Shape, blocks
 from dryvine.trainer.model.spec import Spec
 from dryvine.trainer.ramps import OptimConfig
 from dryvine.trainer.tensors.groups import ExpertGroups
+from tests.support import norm as helpers_norm
 
 MODULES = (
     "dryvine.comm.dispatch.kernels", "dryvine.comm.dispatch.plan_kernels",
@@ -125,6 +127,11 @@ def tokens() -> None:
         by_rank.sum_by_rank(ByRank(partial, partial[rank], rank), found.total)
 
 
+def norms() -> None:
+    """Programs of four steps, whose loads run ahead of them, and a last one of less."""
+    norm_backward(*helpers_norm.case(1701, 2048, torch.bfloat16, "cuda"))
+
+
 def model(recipe: Any) -> None:
     """All phases forward and backward, with a number of tokens that fits no tile."""
     fp8 = FP8(recipe, Triton(), "") if recipe.fp8 else None
@@ -166,6 +173,7 @@ def main() -> int:
     quantisers()
     products()
     tokens()
+    norms()
     for recipe in (preset("bf16"), preset("deepseek_v3"), preset("deepseek_v3", dispatch="bf16")):
         model(recipe)
     torch.cuda.synchronize()

@@ -7,6 +7,7 @@ import json
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from triton.experimental.gluon import language as gl
 
 from dryvine.trainer import adam_kernel
@@ -49,11 +50,7 @@ def every() -> Any:
         types = typed(dtype, "h", "y", "dy", "dh") | typed("*fp32", "weights", "dweights") | {"F": "i32"}
         for kernel in (swiglu.gated_kernel, swiglu.gated_backward_kernel):
             yield compile_for_hopper(kernel, types, known, frozenset("F"), 8, fusion=True)
-    types = (
-        typed("*bf16", "dy", "x") | typed("*fp32", "inverse", "sums") | typed("i32", "N", "H", "dy_stride", "x_stride")
-    )
-    known = {"CHUNK": norm.CHUNK, "ROWS": norm.ROWS, "BLOCK": norm.BLOCK}
-    yield compile_for_hopper(norm.norm_weight_kernel, types, known, frozenset(("N", "H", "dy_stride", "x_stride")), 4)
+    yield from norms()
     layout = repr(gl.NVMMASharedLayout(128, 16, rank=2))
     types = {f"{name}_desc": f"tensordesc<bf16[64,{width}],{layout}>" for name, width in (("dy", 64), ("x", 256))}
     types |= {"total_desc": sums_type(), "ends": "*i32"} | typed("i32", "M", "N", "tiles")
@@ -72,6 +69,20 @@ def every() -> Any:
         yield compile_for_hopper(adam_kernel.adamw_kernel, types, known, frozenset(("N", "matrices")), 4, fusion=True)
     for facts in GATES:
         yield from gates(Shape.model_construct(**facts))
+
+
+def norms() -> Any:
+    """As launched, at V3's widths."""
+    strides = ("H", "dy_stride", "x_stride")
+    types = typed("*fp32", "inverse", "sums") | typed("i32", "N", "rows", *strides)
+    for dtype in (torch.bfloat16, torch.float32):
+        kind = "*bf16" if dtype == torch.bfloat16 else "*fp32"
+        reals = typed(kind, "dy", "x", "weight", "dx")
+        for width in (7168, 1536, 512):
+            known, warps = norm.tile(width, dtype)
+            yield compile_for_hopper(
+                norm.norm_backward_kernel, types | reals, known, frozenset(strides), warps, fusion=True
+            )
 
 
 def gates(shape: Shape) -> Any:

@@ -19,14 +19,15 @@ from dryvine.trainer.fp8.recipe import preset
 from dryvine.trainer.model import memory
 from dryvine.trainer.model.gate import route
 from dryvine.trainer.model.kernels import loss as loss_kernels
-from dryvine.trainer.model.kernels import norm
 from dryvine.trainer.model.loss import log_sum_exp, logits_to_gradient
+from dryvine.trainer.model.norm import norm_backward
 from dryvine.trainer.model.qkv import assemble
 from dryvine.trainer.model.recompute import through
 from dryvine.trainer.model.rope import Rope
 from dryvine.trainer.model.swiglu import swiglu_backward, swiglu_forward
 from dryvine.trainer.optim import MOMENTS
 from dryvine.trainer.ramps import OptimConfig
+from tests.support import norm as helpers_norm
 from tests.support.adamw import HALF_ULP, fp64_adamw
 from tests.support.gate import GATES, case, clear, gate_of, near, tied
 from tests.support.interpreter import right_casts
@@ -170,7 +171,7 @@ def test_a_model_of_these_kernels(q_lora: int | None, monkeypatch: pytest.Monkey
     found = []
     for ways, kernels in (((), False), ((), True), (("norm", "mla_up", "swiglu"), True)):
         if kernels:
-            for function in (assemble, swiglu_forward, swiglu_backward, route):
+            for function in (assemble, swiglu_forward, swiglu_backward, route, norm_backward):
                 monkeypatch.setattr(function, "reference", function.kernel)
         shape = tiny(layers=1, first_dense=0, q_lora=q_lora, v_dim=12, recompute=ways)
         model = filled(shape)
@@ -235,18 +236,11 @@ def test_swiglu_of_a_row_of_weight_zero_is_zero_whatever_it_holds(held: float) -
     assert not y[1].isfinite().any()
 
 
-@pytest.mark.parametrize(("rows", "width"), [(0, 16), (5, 24), (300, 144)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_gradient_of_a_norms_weight_is_an_fp32_sum(rows: int, width: int, dtype: torch.dtype) -> None:
-    """Of rows that may be a slice of wider ones, as MLA's key-value latent is."""
-    generator = torch.Generator().manual_seed(5)
-    dy, wide = (torch.randn(rows, w, generator=generator).to(dtype) for w in (width, width + 8))
-    x, inverse = wide[:, 3 : width + 3], torch.rand(rows, 1, generator=generator)
-    terms = dy.double() * x.double() * inverse.double()
-    found = norm.weight_gradient(dy, x, inverse)
-    assert found.dtype == torch.float32
-    bound = 2.0**-24 * (norm.CHUNK // norm.ROWS + 10) * terms.abs().sum(0)  # one rounding an addition, and two a term
-    assert ((found.double() - terms.sum(0)).abs() <= bound).all()
+@pytest.mark.parametrize(("rows", "width"), helpers_norm.SIZES)
+@pytest.mark.parametrize("dtype", helpers_norm.DTYPES)
+def test_both_gradients_of_a_norm(rows: int, width: int, dtype: torch.dtype) -> None:
+    given = helpers_norm.case(rows, width, dtype)
+    helpers_norm.assert_near(norm_backward.kernel(*given), given)
 
 
 @pytest.mark.parametrize(("rows", "width"), [(3, 7), (5, loss_kernels.BLOCK + 5)])

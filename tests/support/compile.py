@@ -70,4 +70,7 @@ def sums_type() -> str:
 def _widest(ptx: str, way: str) -> list[int]:
     """Bytes a thread moves with each of its global loads or stores."""
     widths = re.findall(rf"{way}\.global\S*?(?:\.v(\d))?\.[bfu](\d+)", ptx)
-    return sorted((int(count or 1) * int(bits) // 8 for count, bits in widths), reverse=True)
+    moved = [int(count or 1) * int(bits) // 8 for count, bits in widths]
+    if way == "ld":  # some go to shared memory
+        moved += [int(size, 16) for size in re.findall(r"cp\.async\.c[ag]\.shared\.global .*?(0x\w+)", ptx)]
+    return sorted(moved, reverse=True)

@@ -15,12 +15,14 @@ from dryvine.trainer.model import gate, qkv, swiglu
 from dryvine.trainer.model.decoder import Model
 from dryvine.trainer.model.grouped import add_grouped_product, grouped_linear, grouped_product
 from dryvine.trainer.model.linear import add_product, linear_to_fp32
+from dryvine.trainer.model.norm import norm_backward
 from dryvine.trainer.model.rope import Rope
 from dryvine.trainer.model.shape import Shape
 from dryvine.trainer.tensors import groups as expert_groups
 from dryvine.trainer.tensors.groups import ExpertGroups
 from dryvine.trainer.tensors.weight import Weight
 from tests.support import gate as helpers_gate
+from tests.support import norm as helpers_norm
 from tests.support.gate import GATES, case, gate_of, tied
 from tests.support.model import filled, random_tokens, tiny, train, whole
 
@@ -222,6 +224,16 @@ def test_the_gates_product_keeps_what_fp32_operands_would_give() -> None:
     assert (y - true_y).norm() / true_y.norm() < cut
     assert (dx.float() - true_dx).norm() / true_dx.norm() < 2**-8  # rounded once
     assert (dw - true_dw).norm() / true_dw.norm() < 1e-5
+
+
+@pytest.mark.parametrize(("rows", "width"), [(4096, 2048), (4099, 512), *helpers_norm.SIZES])
+@pytest.mark.parametrize("dtype", helpers_norm.DTYPES)
+def test_both_gradients_of_a_norm_are_near_fp64_and_the_same_twice(rows: int, width: int, dtype: torch.dtype) -> None:
+    given = helpers_norm.case(rows, width, dtype, "cuda")
+    found, again = norm_backward(*given), norm_backward(*given)
+    helpers_norm.assert_near(found, given)
+    assert torch.equal(found[0], again[0])
+    assert torch.equal(found[1], again[1])
 
 
 @pytest.mark.parametrize("name", GATES)

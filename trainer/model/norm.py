@@ -36,18 +36,16 @@ def normalise(x_NH: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tenso
 
 
 @kernel_in(KERNELS)
-def input_gradient(dy_NH: Tensor, x_NH: Tensor, inverse_N1: Tensor, weight_H: Tensor) -> Tensor:
-    """The gradient of the input, [N, H] in x's dtype."""
-    unit, slope = x_NH.float() * inverse_N1, dy_NH.float() * weight_H.float()
-    mean_N1 = (slope * unit).mean(-1, keepdim=True)
+def norm_backward(dy_NH: Tensor, x_NH: Tensor, inverse_N1: Tensor, weight_H: Tensor) -> tuple[Tensor, Tensor]:
+    """-> the gradient of the input, [N, H] in x's dtype, and of the weight: the sum over tokens of dy * x / rms, FP32
+    [H]."""
+    unit, dy, weight_H = x_NH.float() * inverse_N1, dy_NH.float(), weight_H.float()
+    product = dy * unit
+    dweight_H = product.sum(0)
     # In place, as all of this file: on a CPU new memory costs as much as the arithmetic.
-    return slope.sub_(unit.mul_(mean_N1)).mul_(inverse_N1).to(x_NH.dtype)
-
-
-@kernel_in(KERNELS)
-def weight_gradient(dy_NH: Tensor, x_NH: Tensor, inverse_N1: Tensor) -> Tensor:
-    """FP32 [H]: the sum over tokens of dy * x / rms."""
-    return (dy_NH.float() * x_NH.float()).mul_(inverse_N1).sum(0)
+    mean_N1 = product.mul_(weight_H).mean(-1, keepdim=True)
+    slope = torch.mul(dy, weight_H, out=product)
+    return slope.sub_(unit.mul_(mean_N1)).mul_(inverse_N1).to(x_NH.dtype), dweight_H
 
 
 class _NormContext(Context, Protocol):
@@ -67,15 +65,15 @@ class _RMSNorm(Function):
     @once_differentiable
     def backward(ctx: _NormContext, dy_NH: Tensor) -> tuple[Tensor, None, None, None]:
         (x_NH, inverse_N1), weight = ctx.saved_tensors, ctx.weight
-        # Only the addition is deferred, whose order sets the bits. The sum over tokens takes microseconds, and in W it
-        # would keep dy and x until then.
-        summed_H = weight_gradient(dy_NH, x_NH, inverse_N1)
+        dx_NH, summed_H = norm_backward(dy_NH, x_NH, inverse_N1, weight.detach())
 
+        # Only the addition is deferred, whose order sets the bits: the sum over tokens in W would keep dy and x until
+        # then, and read them again.
         def add() -> None:
             weight.gradient().add_(summed_H)
 
         weight.defer(add)
-        return input_gradient(dy_NH, x_NH, inverse_N1, weight.detach()), None, None, None
+        return dx_NH, None, None, None
 
 
 class Normed(NamedTuple):

@@ -1,7 +1,9 @@
-"""RMSNorm on CUDA: two kernels of torch, and the weight's gradient, the sum over tokens of dy * x / rms in one order.
+"""RMSNorm on CUDA: forward a kernel of torch, backward one that makes both gradients of x and dy read once.
 
-In torch it is five passes over FP32 copies of both tensors; torch's fused backward would round each microbatch's sum to
-the weight's dtype. Here both are read once, as they are. Legend: N tokens, H hidden, C chunks of rows.
+Torch's fused backward reads both twice, and would round each microbatch's sum to the weight's dtype. A program takes
+consecutive rows, whole, and keeps its part of the weight's gradient in registers; torch adds the parts up. How rows are
+shared out depends on the shape alone, so that the sums have the same bits on every GPU. Legend: N tokens, H hidden,
+P programs.
 """
 
 import torch
@@ -9,48 +11,59 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dryvine.comm.integers import ceil_div
+from dryvine.comm.integers import ceil_div, round_up
 
-# A program sums CHUNK rows of BLOCK columns, ROWS at a time; torch adds up the chunks.
-ROWS = 16
-CHUNK = 256
-BLOCK = 128
+PROGRAMS = 256  # at most: two to each of the 132 SMs of an H100
+TILE = 4096  # elements that a program of 8 warps takes at a time: several rows, or one that may be wider
 
 
-@triton.jit
-def norm_weight_kernel(dy, x, inverse, sums, N, H, dy_stride, x_stride, CHUNK: tl.constexpr, ROWS: tl.constexpr,
-                       BLOCK: tl.constexpr):  # fmt: skip
-    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    chunk = tl.program_id(1)
-    # ROWS partial sums for each column, so that no addition waits for the one before.
+@triton.jit(do_not_specialize=["N", "rows"])
+def norm_backward_kernel(dy, x, inverse, weight, dx, sums, N, rows, H, dy_stride, x_stride, ROWS: tl.constexpr,
+                         BLOCK: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    first = tl.program_id(0) * rows
+    c = tl.arange(0, BLOCK)
+    w = tl.load(weight + c, mask=c < H, other=0.0).to(tl.float32)[None, :]
     total = tl.zeros([ROWS, BLOCK], tl.float32)
-    for i in range(CHUNK // ROWS):
-        r = chunk * CHUNK + i * ROWS + tl.arange(0, ROWS)
+    # With stages, loads of the next rows are on their way to shared memory while these wait for their sum.
+    for start in tl.range(first, tl.minimum(first + rows, N), ROWS, num_stages=STAGES):
+        r = start + tl.arange(0, ROWS)
         row, keep = r.to(tl.int64)[:, None], (r < N)[:, None] & (c < H)[None, :]
-        a = tl.load(dy + row * dy_stride + c[None, :], mask=keep, other=0.0).to(tl.float32)
-        b = tl.load(x + row * x_stride + c[None, :], mask=keep, other=0.0).to(tl.float32)
-        total += a * b * tl.load(inverse + r, mask=r < N, other=0.0)[:, None]
-    tl.store(sums + chunk.to(tl.int64) * H + c, tl.sum(total, 0), mask=c < H)
+        d = tl.load(dy + row * dy_stride + c[None, :], mask=keep, other=0.0).to(tl.float32)
+        unit = tl.load(x + row * x_stride + c[None, :], mask=keep, other=0.0).to(tl.float32)
+        scale = tl.load(inverse + r, mask=r < N, other=0.0)[:, None]
+        unit *= scale
+        total += d * unit
+        slope = d * w
+        mean = tl.sum(slope * unit, 1)[:, None] / H
+        tl.store(dx + row * H + c[None, :], ((slope - unit * mean) * scale).to(dx.dtype.element_ty), mask=keep)
+    tl.store(sums + tl.program_id(0).to(tl.int64) * H + c, tl.sum(total, 0), mask=c < H)
 
 
-def weight_gradient(dy_NH: Tensor, x_NH: Tensor, inverse_N1: Tensor) -> Tensor:
-    """FP32 [H]. Rows may be strided, a row's elements not."""
+def tile(width: int, dtype: torch.dtype) -> tuple[dict[str, int], int]:
+    """The kernel's constants for norms of this width, and its warps: 16 elements to a thread."""
+    block = max(16, triton.next_power_of_2(width))
+    rows = max(1, TILE // block)
+    # In FP32, whose time matters less, three stages of wide rows are more than shared memory holds.
+    known = {"ROWS": rows, "BLOCK": block, "STAGES": 3 if dtype.itemsize == 2 else 1}
+    return known, min(32, rows * block // 512)
+
+
+def norm_backward(dy_NH: Tensor, x_NH: Tensor, inverse_N1: Tensor, weight_H: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows may be strided, a row's elements not."""
     n, h = x_NH.shape
     dy, x = (t if t.stride(1) == 1 else t.contiguous() for t in (dy_NH, x_NH))
-    sums_CH = torch.empty(ceil_div(n, CHUNK), h, dtype=torch.float32, device=x.device)
+    known, warps = tile(h, x.dtype)
+    # Whole steps, so that no two programs share one.
+    rows = round_up(max(1, ceil_div(n, PROGRAMS)), known["ROWS"])
+    dx_NH = torch.empty(n, h, dtype=x.dtype, device=x.device)
+    sums_PH = torch.empty(ceil_div(n, rows), h, dtype=torch.float32, device=x.device)
     if n:
-        norm_weight_kernel[(ceil_div(h, BLOCK), len(sums_CH))](
-            dy, x, inverse_N1, sums_CH, n, h, dy.stride(0), x.stride(0), CHUNK, ROWS, BLOCK, num_warps=4
+        norm_backward_kernel[(len(sums_PH),)](
+            dy, x, inverse_N1, weight_H, dx_NH, sums_PH, n, rows, h, dy.stride(0), x.stride(0), **known, num_warps=warps
         )
-    return sums_CH.sum(0)
+    return dx_NH, sums_PH.sum(0)
 
 
 def normalise(x_NH: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Torch's own kernel, nine times as fast as the definition's six."""
     return torch.ops.aten._fused_rms_norm(x_NH, x_NH.shape[-1:], weight_H, eps)
-
-
-def input_gradient(dy_NH: Tensor, x_NH: Tensor, inverse_N1: Tensor, weight_H: Tensor) -> Tensor:
-    """Torch's own kernel, asked for dx alone."""
-    size, only_dx = x_NH.shape[-1:], [True, False]
-    return torch.ops.aten._fused_rms_norm_backward(dy_NH, x_NH, size, inverse_N1, weight_H, only_dx)[0]
