@@ -351,7 +351,7 @@ def no_ranks(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> list[Config]:
 
 @pytest.mark.parametrize(
     ("name", "starts"),
-    [("host", 6), ("host, ep 2", 2), ("host, ep 4", 2), ("overlap with graphs", 2), ("planner, one GPU", 4),
+    [("host", 4), ("host, ep 2", 2), ("host, ep 4", 2), ("overlap with graphs", 2), ("planner, one GPU", 4),
      ("planner, two GPUs", 5), ("step variants", 3), ("offload", 2), ("pipelines", 5), ("experts", 14)],
 )  # fmt: skip
 def test_every_benchmark_of_steps_gets_as_far_as_its_ranks(
@@ -360,9 +360,7 @@ def test_every_benchmark_of_steps_gets_as_far_as_its_ranks(
     (job,) = (job for part in gpu_jobs.PARTS.values() for job in part(tmp_path) if job.name == name)
     module, words = job.words[1], job.words[2:]
     monkeypatch.setattr(sys, "argv", [module, *words])
-    failed = importlib.import_module(module).main()
-    # Graphs change the bits here, which is an error where runs with and without are compared.
-    assert failed or name != "host"
+    importlib.import_module(module).main()
     assert len(no_ranks) == starts
     assert {config.parallel.world for config in no_ranks} <= {1, job.gpus}
     assert all(config.run.device == "cuda" for config in no_ranks)
@@ -389,6 +387,14 @@ def test_races_of_warps_that_start_are_not_races() -> None:
     told = "========= Error: Race reported between Write access at {}+0x430 in sums.py:80"
     for name, wrong in (("wgrad_kernel", False), ("product_kernel", False), ("rows_kernel", True)):
         assert bool(re.search(job.wrong, told.format(name))) == wrong
+
+
+def test_races_that_were_not_printed_may_be_any() -> None:
+    (job,) = (job for job in EVERY if job.name == "racecheck")
+    told = "========= RACECHECK SUMMARY: {} hazards displayed (2000000 errors, 0 warnings)"
+    limit = job.under[job.under.index("--print-limit") + 1]
+    assert re.search(job.wrong, told.format(limit))
+    assert not re.search(job.wrong, told.format(200))
 
 
 @pytest.mark.long
