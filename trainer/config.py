@@ -1,6 +1,7 @@
 """The config of a run: TOML files composed of the tables of their owners, checked before any process group exists.
 
-Defaults < `extends` file < file < dotted overrides on the command line. Every model is frozen and refuses unknown keys.
+Defaults < `extends` file, less what `without` takes back of it < file < dotted overrides on the command line. Every
+model is frozen and refuses unknown keys.
 What is derived from it (`run_plan`) is never written back, so the `config.toml` in a run folder is what the user asked
 for and can be run again. In the alternative, one flat namespace of flags as in Megatron, keys have no owner.
 """
@@ -8,6 +9,7 @@ for and can be run again. In the alternative, one flat namespace of flags as in 
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -150,10 +152,25 @@ def _read(path: Path, seen: tuple[Path, ...]) -> Tree:
         raise ConfigError(f"{path}: cannot be read as TOML: nested too deeply") from None
     except (OSError, ValueError) as error:  # not UTF-8, not TOML, no path at all
         raise ConfigError(f"{path}: cannot be read as TOML: {error}") from None
-    base = tree.pop("extends", None)
+    base, without = tree.pop("extends", None), tree.pop("without", [])
     if not isinstance(base, str | None):
         raise ConfigError(f"{path}: extends = {base!r}: write the path of a config, from this file's folder")
-    return tree if base is None else _merge(_read(path.parent / base, (*seen, path)), tree)
+    inherited = {} if base is None else _read(path.parent / base, (*seen, path))
+    if not isinstance(without, list) or not all(isinstance(key, str) for key in without):
+        raise ConfigError(f'{path}: without = {without!r}: list inherited keys or tables, such as ["batch.ramp_from"]')
+    for key in without:
+        if not _take_back(inherited, key):
+            raise ConfigError(f"{path}: without: {key!r} is nothing that `extends` brings; remove it")
+    return _merge(inherited, tree)
+
+
+def _take_back(tree: Tree, dotted: str) -> bool:
+    """Remove a key or a table. Returns whether it was there."""
+    table, dot, rest = dotted.partition(".")
+    inner = tree.get(table)
+    if dot:
+        return isinstance(inner, dict) and _take_back(inner, rest)
+    return tree.pop(table, None) is not None
 
 
 def _text(path: Path) -> str:
@@ -280,17 +297,22 @@ def _not_of_rl(config: Config) -> str | None:
     config and are not refused: model.balance_alpha, bias_gamma and mtp_weight, data.source, run.eval_batches."""
     if config.sft:
         return "[sft] and [rl] are two runs: run.init_from begins the second with the weights of the first"
-    if config.optim.plan_unit == "tokens":
-        return "optim.plan_unit = 'tokens': an update of [rl] has as many as its answers; set 'steps'"
-    if config.batch.ramp_from:
-        return "batch.ramp_from: an update of [rl] takes as many passes as its answers fill; leave it out"
-    if config.run.spike_factor:
-        return "run.spike_factor: the loss of [rl] has no usual size, and [rl.alarms] watches it; leave it out"
-    if config.run.timeline_step:
-        return "run.timeline_step: an update of [rl] is several passes, which are not drawn; leave it out"
-    for key in ("mtp_weight_plan", "bias_gamma_plan"):
-        if getattr(config.optim, key):
-            return f"optim.{key}: in [rl] MTP does not learn and gate biases do not move; set []"
+    run, batch, optim = config.run, config.batch, config.optim
+    given = {
+        ("run.spike_factor",): run.spike_factor,  # the loss has no usual size: [rl.alarms]
+        ("run.timeline_step",): run.timeline_step,  # several passes, which are not drawn
+        # As many passes as answers fill.
+        ("batch.ramp_from", "batch.ramp_tokens"): batch.ramp_from,
+        # As many tokens as answers have. Lengths in tokens are no lengths in steps.
+        ("optim.plan_unit", "optim.plan"): optim.plan_unit == "tokens",
+        ("optim.mtp_weight_plan",): optim.mtp_weight_plan,  # MTP does not learn
+        ("optim.bias_gamma_plan",): optim.bias_gamma_plan,  # biases do not move
+    }
+    if keys := [key for together, value in given.items() if value for key in together]:
+        return (
+            f"{', '.join(keys)}: of no use in [rl] (docs/rl.md says why); leave out what is given here, and take back "
+            f"what is inherited: without = {json.dumps(keys)}, beside `extends`"
+        )
     return None
 
 

@@ -26,8 +26,10 @@ def plan_page(plan: Plan) -> str:
 
 
 def _parts(plan: Plan) -> Iterator[str]:
-    first, *_, host, memory = headline(plan)
+    first, _, run, host, memory = headline(plan)
     yield paragraph(first)
+    if plan.config.rl:
+        yield paragraph(run)
     for line in (memory, host):
         yield paragraph(line, "bad" if "DOES NOT FIT" in line else "good")
     yield cards(
@@ -36,10 +38,8 @@ def _parts(plan: Plan) -> Iterator[str]:
             "tokens/s a GPU": f"{plan.tokens_per_second / plan.world:,.0f}",
             "tokens a day": large(plan.tokens_per_day),
             "MFU, causal": f"{plan.mfu[0]:.1%}",
-            "the run": f"{plan.run_seconds / DAY:,.1f} days",
-            "GPU hours": large(plan.gpu_hours),
-            f"at ${plan.machine.dollars:g} an hour": f"${plan.dollars:,.0f}",
         }
+        | ({} if plan.config.rl else _of_run(plan))
     )
     yield heading("Where a step goes")
     yield table(STEP_HEADS, step_rows(plan))
@@ -55,3 +55,11 @@ def _parts(plan: Plan) -> Iterator[str]:
     yield table(["", "F", "I", "W"], phase_rows(plan))
     yield heading("The schedule, at these costs")
     yield picture(svg(plan.timeline), "what each pipeline rank runs when")
+
+
+def _of_run(plan: Plan) -> dict[str, str]:
+    return {
+        "the run": f"{plan.run_seconds / DAY:,.1f} days",
+        "GPU hours": large(plan.gpu_hours),
+        f"at ${plan.machine.dollars:g} an hour": f"${plan.dollars:,.0f}",
+    }

@@ -24,7 +24,8 @@ SLOTS = {
 
 def figures(plan: Plan) -> dict[str, object]:
     """What `--json` writes. Units are in the names; `peak_bytes` is the fullest rank's."""
-    causal, whole = plan.mfu
+    causal, noncausal = plan.mfu
+    whole = None if plan.config.rl else True  # None: an update of [rl] is not such a step
     return {
         "name": plan.config.run.name,
         "hardware": plan.machine.name,
@@ -33,10 +34,10 @@ def figures(plan: Plan) -> dict[str, object]:
         "step_seconds": plan.step_seconds,
         "tokens_per_day": plan.tokens_per_day,
         "tokens_per_second_per_gpu": plan.tokens_per_second / plan.world,
-        "token_budget": plan.token_budget,
-        "run_seconds": plan.run_seconds,
-        "gpu_hours": plan.gpu_hours,
-        "cost_dollars": plan.dollars,
+        "token_budget": whole and plan.token_budget,
+        "run_seconds": whole and plan.run_seconds,
+        "gpu_hours": whole and plan.gpu_hours,
+        "cost_dollars": whole and plan.dollars,
         "dollars_per_gpu_hour": plan.machine.dollars,
         "bubble_seconds": plan.bubble_seconds,
         "exposed_comm_seconds": plan.exposed_seconds,
@@ -44,7 +45,7 @@ def figures(plan: Plan) -> dict[str, object]:
         "optimizer_seconds": plan.optimizer_seconds,
         "slots": {kinds: {"count": t.slots, "seconds": t.seconds} for kinds, t in plan.by_kind.items()},
         "mfu": causal,
-        "mfu_noncausal": whole,
+        "mfu_noncausal": noncausal,
         "peak_bytes": plan.fullest.total,
         "usable_bytes": plan.machine.usable_bytes,
         "fits": plan.fits,
@@ -70,8 +71,7 @@ def headline(plan: Plan) -> list[str]:
         f"dispatcher {plan.sent.name}; times from {plan.source}",
         f"step: {plan.step_seconds:.4g} s, {plan.tokens_per_second / plan.world:,.0f} tokens/s a GPU, "
         f"{large(plan.tokens_per_day)} tokens a day, MFU {causal:.1%} causal, {whole:.1%} with attention's masked half",
-        f"run: {large(plan.token_budget)} tokens in {plan.run_seconds / DAY:,.1f} days, {large(plan.gpu_hours)} GPU "
-        f"hours, ${plan.dollars:,.0f} at ${plan.machine.dollars:g} an hour",
+        _whole_run(plan),
     ]
     fullest, usable = plan.fullest, plan.machine.usable_bytes / GIGA
     most = f"{fullest.total / GIGA:.1f} GB on pipeline rank {fullest.rank} of {p.pp}"
@@ -86,6 +86,17 @@ def headline(plan: Plan) -> list[str]:
     host_fits, gpu_fits = on_host <= has, fullest.total <= plan.machine.usable_bytes
     lines.append(f"host memory: {_fits(host_fits)}: {on_host:.3g} GB a GPU with {of}, of {has:g} GB")
     return [*lines, f"memory: {_fits(gpu_fits)}: {most}, of {reserved}"]
+
+
+def _whole_run(plan: Plan) -> str:
+    if plan.config.rl:
+        return (
+            "run: not planned; an update of [rl] is as many such steps as its answers fill, and sampling comes before"
+        )
+    return (
+        f"run: {large(plan.token_budget)} tokens in {plan.run_seconds / DAY:,.1f} days, {large(plan.gpu_hours)} GPU "
+        f"hours, ${plan.dollars:,.0f} at ${plan.machine.dollars:g} an hour"
+    )
 
 
 def _fits(it_does: bool) -> str:

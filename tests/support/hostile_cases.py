@@ -148,6 +148,8 @@ def _files(folder: Path) -> Iterator[Path]:
         "twice": good.encode() * 2,
         "json": json.dumps({"run": 1}).encode(),
         "extends-number": b"extends = 3\n" + good.encode(),
+        "without-number": b"without = 3\n" + good.encode(),
+        "without-nothing": b'without = ["run.name"]\n' + good.encode(),
         "extends-self": b'extends = "extends-self.toml"\n' + good.encode(),
         "extends-folder": b'extends = "."\n' + good.encode(),
         "extends-nul": b'extends = "\\u0000"\n' + good.encode(),

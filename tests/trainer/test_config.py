@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -10,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from dryvine.comm.config import CommConfig
 from dryvine.trainer.config import Config, ConfigError, check_world, dump, load
+from dryvine.trainer.ramps import OptimConfig
 from dryvine.trainer.run_plan import make_plan
 from tests.support.hostile_cases import SIZES, TYPES, keys
 from tests.support.launching import TINY
@@ -134,6 +137,35 @@ def test_extends_and_overrides_come_in_order(tmp_path: Path) -> None:
     assert (config.optim.lr, config.optim.clip, config.model.layers) == (0.5, 3.0, 6)
     (tmp_path / "base.toml").write_text('extends = "mine.toml"\n')
     with pytest.raises(ConfigError, match="extends itself"):
+        load(tmp_path / "mine.toml")
+
+
+def test_without_takes_back_keys_and_tables_of_the_extended_file(tmp_path: Path) -> None:
+    text = (ROOT / "tests" / "tiny.toml").read_text()
+    (tmp_path / "base.toml").write_text(
+        text.replace("[optim]", "[optim]\nema = 0.9").replace("[run]", "[run]\nwandb = 'x'")
+    )
+    mine = tmp_path / "mine.toml"
+    mine.write_text('extends = "base.toml"\nwithout = ["run.wandb", "comm", "optim"]\n[optim]\nlr = 0.5\n')
+    config = load(mine)
+    assert (config.run.wandb, config.run.steps, config.comm) == (None, 6, CommConfig())
+    assert config.optim == OptimConfig(lr=0.5)
+
+
+@pytest.mark.parametrize(
+    ("without", "says"),
+    [
+        ('["batch.ramp"]', "without: 'batch.ramp' is nothing that `extends` brings"),
+        ('["optim.lr.x"]', "'optim.lr.x' is nothing"),
+        ('["fp8.preset"]', "'fp8.preset' is nothing"),
+        ('[""]', "'' is nothing"),
+        ('"run.wandb"', "without = 'run.wandb': list inherited keys or tables, such as"),
+        ("[1]", "without = [1]: list"),
+    ],
+)
+def test_what_without_cannot_take_back_is_said_in_a_line(tmp_path: Path, without: str, says: str) -> None:
+    (tmp_path / "mine.toml").write_text(f'extends = "{TINY}"\nwithout = {without}\n')
+    with pytest.raises(ConfigError, match=re.escape(says)):
         load(tmp_path / "mine.toml")
 
 

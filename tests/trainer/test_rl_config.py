@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,8 +13,10 @@ from dryvine.trainer.data.build import build
 from dryvine.trainer.data.config import DataError
 from dryvine.trainer.data.inputs import match_files
 from dryvine.trainer.data.spec import BuildSpec
+from dryvine.trainer.ramps import OptimConfig
 from dryvine.trainer.rl.questions import open_task
 from dryvine.trainer.rl.tasks.countdown_demos import write
+from dryvine.trainer.run_plan import make_plan
 from dryvine.trainer.sources import open_sources
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "countdown_r1zero.toml"
@@ -83,7 +86,7 @@ BAD_KEYS = {
     "rl.chat.answers=bot": "is no role",
     'rl.chat.roles={user="{content}",assistant="{content}"}': "no answer would ever end",
     "rl.foo=1": "rl.foo: unknown key",
-    "optim.plan_unit=tokens": "optim.plan_unit = 'tokens'",
+    "optim.plan_unit=tokens": "optim.plan_unit, optim.plan: of no use in [rl]",
     "run.spike_factor=2.0": "run.spike_factor",
     "run.timeline_step=1": "run.timeline_step",
     "optim.mtp_weight_plan=[{after=100,to=0.1}]": "optim.mtp_weight_plan",
@@ -117,6 +120,38 @@ def test_questions_of_ones_own_that_cannot_be_used_are_refused(demo: Load, table
 def test_what_is_right_is_taken(demo: Load) -> None:
     task = open_task(demo(f'rl.task={{name="jsonl",{FILE},verifiers={{countdown=1.0,format=-0.1}}}}'))
     assert task.verifiers == {"countdown", "format"}
+
+
+ON_A_RECIPE = """extends = "{base}"
+{without}
+[run]
+name = "r1"
+steps = 100
+[data]
+mask = "document"
+[batch]
+sequences = 8192
+[rl]
+preset = "r1_zero"
+max_tokens = 2048
+[rl.chat]
+tokenizer = "data/deepseek_v3/tokenizer.json"
+roles = {{ user = "<|User|>{{content}}<|Assistant|>", assistant = "{{content}}<|endoftext|>" }}
+"""
+
+
+def test_what_a_pretraining_recipe_brings_is_taken_back_as_the_refusal_says(tmp_path: Path) -> None:
+    """All keys that [rl] cannot use are in one line, which can be copied."""
+    base, path = CONFIG.with_name("deepseek_v3_671b.toml"), tmp_path / "rl.toml"
+    path.write_text(ON_A_RECIPE.format(base=base, without=""))
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    (line,) = re.findall(r"without = \[.*?\]", str(caught.value))
+    path.write_text(ON_A_RECIPE.format(base=base, without=line))
+    config = load(path)
+    assert max(make_plan(config).training) == 8192
+    assert (config.batch.ramp_from, config.optim.plan, config.optim.mtp_weight_plan) == (None, OptimConfig().plan, ())
+    assert config.optim.moments == load(base).optim.moments == "bf16"
 
 
 def test_the_sums_that_make_rl_pretrains_on_fill_both_splits(tmp_path: Path) -> None:

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from dryvine.launch.plan.hardware import load_hardware
+from dryvine.launch.plan.page import plan_page
 from dryvine.launch.plan.plan import make
+from dryvine.launch.plan.summary import figures, headline
 from dryvine.trainer.data.config import STDLIB
 from dryvine.trainer.run_plan import load_plan
 
@@ -38,4 +40,11 @@ def test_it_names_hardware_and_data_and_is_planned(path: Path) -> None:
     plan = make(run, load_hardware(run.config.run.hardware))
     assert plan.world == GPUS.get(path.stem, plan.world)
     assert plan.step_seconds > 0
+    whole = [line.startswith("run: not planned") for line in headline(plan)]
+    assert (
+        any(whole)
+        == (figures(plan)["gpu_hours"] is None)
+        == ("GPU hours" not in plan_page(plan))
+        == bool(run.config.rl)
+    )
     assert plan.fits
