@@ -11,6 +11,10 @@ up to the step. Two schedules are played. In one, I and W are ops of their own, 
 other they are one B, and weight gradients run beside other compute, as far as the device can: what this costs or saves
 is one factor for all.
 
+Plans suppose that ops are CUDA graphs, which wait for no host. So on a GPU each F and B is given a lead: work that the
+device does before it, while the host issues the op. Without, times of phases are the host's where it is slower than the
+device. (With experts on several ranks the host reads counts in F, and has no lead after that.)
+
 With experts on several ranks, the `fake` dispatcher stands in for the others: as many rows arrive as even routing
 brings, and local copies are timed, but nothing is sent. A trace of a run would need the layout's GPUs.
 """
@@ -58,6 +62,8 @@ from dryvine.trainer.rig import DTYPES, make_fp8
 COMM = ("routing", "dispatch", "combine")  # phases whose local work is part of the experts'
 MOST = 2  # blocks of a kind in the small model
 STEPS = 3  # of each schedule, after a first one
+LEAD = 0.06  # seconds: half a thousand launches of a slow host
+SIDE = 8192  # of the matrices of a lead
 WHOLE, SPLIT = "one_f_one_b", "zb1p"
 
 Instant = float | torch.cuda.Event
@@ -72,6 +78,7 @@ class PhaseOp(NamedTuple):
 
 
 Seconds = dict[PhaseOp, float]  # of a microbatch, over all blocks of a kind
+AHEAD = PhaseOp("", "lead", 0)  # in no result
 
 
 def measure(config: Config, device: torch.device, rounds: int, on_progress: Callable[[str], None]) -> Profile:
@@ -137,31 +144,61 @@ def _dispatcher(ep: int, experts: int) -> AnyDispatcher:
     return SingleRank(experts) if ep == 1 else Fake(by_sizes([ep]), 0, experts)
 
 
+class Lead:
+    """Work for a GPU, of about LEAD seconds. Products, since one that idles has a higher clock than one that trains."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.a, self.b, self.out = torch.randn(3, SIDE, SIDE, dtype=torch.bfloat16, device=device)
+        self.count = 1
+        self.give()
+        start = _now(device)
+        self.give()
+        end = _now(device)
+        _after(device)
+        self.count = max(1, round(LEAD / _between(start, end)))
+
+    def give(self) -> None:
+        for _ in range(self.count):
+            torch.mm(self.a, self.b, out=self.out)
+
+
+def _lead(device: torch.device) -> Lead | None:
+    return Lead(device) if device.type == "cuda" else None
+
+
 @dataclass
 class _Notes:
     """When each phase of a step began, in the order of the calls."""
 
     device: torch.device
+    lead: Lead | None
     noted: list[tuple[PhaseOp, int, Instant]] = field(default_factory=list)  # and its microbatch
 
     def note(self, key: PhaseOp, microbatch: int) -> None:
         self.noted.append((key, microbatch, _now(self.device)))
+
+    def ahead(self, microbatch: int) -> None:
+        """Before an op."""
+        if self.lead:
+            self.note(AHEAD, microbatch)
+            self.lead.give()
 
     def seconds(self, microbatches: int) -> Seconds:
         """The mean of the microbatches without the first, which finds nothing ready, and the last, which nothing
         follows."""
         found: defaultdict[PhaseOp, float] = defaultdict(float)
         for (key, microbatch, start), (_, _, end) in pairwise(self.noted):
-            if 0 < microbatch < microbatches - 1:
+            if key != AHEAD and 0 < microbatch < microbatches - 1:
                 found[key] += _between(start, end) / (microbatches - 2)
         return dict(found)
 
 
 class _Noted:
-    """A phase that notes when it begins. `apart`: its weight gradients too, which then are a W."""
+    """A phase that notes when it begins. `apart`: its weight gradients too, which then are a W. `opens`: the op that
+    begins with it, F or B, if any."""
 
-    def __init__(self, inner: Phase, kind: str, notes: _Notes, apart: bool) -> None:
-        self.inner, self.kind, self.notes, self.apart = inner, kind, notes, apart
+    def __init__(self, inner: Phase, kind: str, notes: _Notes, apart: bool, opens: str) -> None:
+        self.inner, self.kind, self.notes, self.apart, self.opens = inner, kind, notes, apart, opens
         self.name, self.layer = inner.name, inner.layer
 
     @property
@@ -169,10 +206,14 @@ class _Noted:
         return self.inner.stream
 
     def forward(self, state: State, flight: Flight) -> Pending[State]:
+        if self.opens == "F":
+            self.notes.ahead(flight.microbatch)
         self._note(0, flight.microbatch)
         return self.inner.forward(state, flight)
 
     def backward(self, grads: Grads, flight: Flight) -> StepResult:
+        if self.opens == "B":
+            self.notes.ahead(flight.microbatch)
         self._note(1, flight.microbatch)
         result = self.inner.backward(grads, flight)
         if self.apart and result.closures:
@@ -187,11 +228,11 @@ class _Noted:
 def _steps(config: Config, model: Model, kinds: dict[str, str], rounds: int) -> tuple[Seconds, Seconds]:
     """With I and W apart, and with both as one: the medians of some steps of each, in turn."""
     device, microbatches = torch.device(model.spec.device), rounds + 2
-    streams = make_streams(device)
+    streams, lead = make_streams(device), _lead(device)
     found: dict[str, list[Seconds]] = {SPLIT: [], WHOLE: []}
     for step in range(1 + STEPS):
         for schedule, seconds in found.items():
-            notes = _Notes(device)
+            notes = _Notes(device, lead)
             executor = _executor(config, model, kinds, build(schedule, 1, microbatches), notes, streams)
             executor.run(Batch([_tokens(config, device) for _ in range(microbatches)], 1.0 / microbatches))
             if step:
@@ -208,7 +249,11 @@ def _executor(
     notes: _Notes,
     streams: Callable[[], Streams],
 ) -> Executor:
-    noted = [_Noted(phase, kinds[phase.layer], notes, schedule.name == SPLIT) for phase in model.stages[0].phases]
+    phases = model.stages[0].phases
+    noted = [
+        _Noted(phase, kinds[phase.layer], notes, schedule.name == SPLIT, opens)
+        for phase, opens in zip(phases, ("F", *[""] * (len(phases) - 2), "B"), strict=True)
+    ]
     order = ORDERS[notes.device.type] if config.parallel.overlap == "on" else None
     wire = EdgeWire(EchoWire(notes.device), lambda edge: ())
     return Executor(rank_program(lower(schedule), 0), {0: Stage(0, noted)}, wire, streams, order)

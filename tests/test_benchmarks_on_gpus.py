@@ -366,6 +366,27 @@ def test_every_benchmark_of_steps_gets_as_far_as_its_ranks(
     assert all(config.run.device == "cuda" for config in no_ranks)
 
 
+@pytest.mark.parametrize(("layout", "graphs"), [((), 6), (("parallel.ep=2", "comm.dispatcher=flat"), 0)])
+def test_plans_are_compared_with_seconds_of_graphs_and_memory_without(
+    layout: tuple[str, ...], graphs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(fn: Any, world: int, config: Config, **_: Any) -> list[Any]:
+        if fn is planner_gpu.profile:
+            return [None]
+        auto = config.parallel.graphs == "auto"
+        size, seconds, count = (0, 0.5, 6) if auto else (30, 1.0, 0)
+        return [planner_gpu.RankFound({}, {}, 0, size, seconds, seconds, count)] * world
+
+    monkeypatch.setattr(local, "run", run)
+    model = (*planner_gpu.WIDE, *planner_gpu.ALONE, f"data.source={corpus_folder(tmp_path, 320)}")
+    row = planner_gpu.compare({}, model, layout, 1e9)
+    assert row.plan.config.parallel.graphs == "off"
+    assert row.plan.ranks[0].kinds["CUDA graphs"] == 0
+    assert {found.peak for found in row.ranks} == {30}
+    assert planner_gpu.slowest(row.usual) == (0.5 if graphs else 1.0)
+    assert {found.graphs for found in row.usual} == {graphs}
+
+
 @pytest.mark.parametrize(
     ("pattern", "line", "wrong"),
     [

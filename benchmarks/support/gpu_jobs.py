@@ -188,7 +188,7 @@ def _times_of_one(out: Path) -> list[Job]:
             "peer, 1 x 8", (*peer, f"--json={out / 'peer_1_x_8.json'}", *(f"--contender={c}" for c in contenders)),
             220, r"│ ", wrong=FAILED_PEER,
         ),
-        Job("planner, one GPU", bench("planner_gpu", "--gpus=1", "--deadline=300"), 180, r"│ |planned", wrong=FAILED),
+        Job("planner, one GPU", bench("planner_gpu", "--gpus=1", "--deadline=300"), 220, r"│ |planned", wrong=FAILED),
         Job(
             "step variants",
             bench("step_variants", "--deadline=200", f"--out={out / 'step_variants.json'}", "--variants", *variants),
@@ -212,7 +212,7 @@ def _times_of_one(out: Path) -> list[Job]:
 def _times_of_several(out: Path) -> list[Job]:
     made = [
         Job(
-            "planner, two GPUs", bench("planner_gpu", "--gpus=2", "--deadline=400"), 240, r"│ |planned", 2,
+            "planner, two GPUs", bench("planner_gpu", "--gpus=2", "--deadline=400"), 260, r"│ |planned", 2,
             wrong=FAILED,
         ),
         Job(

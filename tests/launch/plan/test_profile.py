@@ -65,6 +65,30 @@ def test_phases_last_until_the_next_begins(tiny: Callable[..., Config], monkeypa
     assert found.whole == inputs / (inputs + weights)
 
 
+def test_no_phase_lasts_longer_by_the_lead_of_a_gpu(
+    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that readings move on by one, and leads by more: before each F and B of both schedules."""
+
+    class Leading:
+        now, given = 0.0, 0
+
+        def give(self) -> None:
+            self.now, self.given = self.now + 1000, self.given + 1
+
+        def read(self, device: torch.device) -> float:
+            self.now += 1
+            return self.now
+
+    lead = Leading()
+    monkeypatch.setattr(profile, "_now", lead.read)
+    without = profile_of(tiny())
+    monkeypatch.setattr(profile, "_lead", lambda device: lead)
+    found = profile_of(tiny())
+    assert (found.phases, found.whole) == (without.phases, without.whole)
+    assert lead.given == 2 * 2 * 3 * (1 + profile.STEPS)
+
+
 def test_a_profile_of_something_else_is_refused(tiny: Callable[..., Config], tmp_path: Path) -> None:
     found = profile_of(tiny())
     with pytest.raises(ConfigError, match="another model, dtype or microbatch"):
