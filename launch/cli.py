@@ -32,7 +32,7 @@ from dryvine.launch.schedule_cli import schedule
 from dryvine.launch.start import start
 from dryvine.launch.verifier_cli import check_verifier
 from dryvine.trainer.config import ConfigError
-from dryvine.trainer.data.atomic import CannotWrite
+from dryvine.trainer.faults import FAULTS, in_a_line
 from dryvine.trainer.say import say
 
 app = typer.Typer(
@@ -127,8 +127,8 @@ CommandLineError: type[typer.BadParameter] = typer.BadParameter.__mro__[2]  # cl
 
 
 def main() -> None:
-    """Run the app. A user error prints one line on stderr and exits with 2, a file that cannot be written with 1,
-    without a traceback."""
+    """Run the app. A user error prints one line on stderr and exits with 2, a fault that is not the program's own with
+    1, without a traceback."""
     try:
         sys.exit(app(standalone_mode=False))
     except CommandLineError as error:
@@ -136,8 +136,10 @@ def main() -> None:
             say(f"{message}; see --help")
     except typer.Abort:
         sys.exit(130)
-    except CannotWrite as error:
-        say(error)
+    except FAULTS as error:
+        if (line := in_a_line(error)) is None:
+            raise
+        say(line)
         sys.exit(1)
     except ValueError as error:
         if type(error) is ValueError:

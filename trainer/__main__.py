@@ -29,22 +29,20 @@ from dryvine.trainer.checkpoint.manifest import CannotSave, CheckpointError
 from dryvine.trainer.checks import REFUSED, open_checked
 from dryvine.trainer.config import Config, ConfigError, check_world
 from dryvine.trainer.cpu_adam import load_cpu_adam
-from dryvine.trainer.data.atomic import CannotWrite
 from dryvine.trainer.data.splits import Data
 from dryvine.trainer.exit_codes import ExitCode
 from dryvine.trainer.facts import facts
-from dryvine.trainer.fits import check_fits, out_of_memory
+from dryvine.trainer.faults import FAULTS, in_a_line
+from dryvine.trainer.fits import check_fits
 from dryvine.trainer.loop import train
 from dryvine.trainer.nonfinite import Diverged
 from dryvine.trainer.rig import mesh_of
 from dryvine.trainer.rl.loop import reinforce
-from dryvine.trainer.rl.verifiers.pool import VerifierError
 from dryvine.trainer.run_lock import RunLock
 from dryvine.trainer.run_plan import RunPlan, load_plan
 from dryvine.trainer.say import say
 
 CODES = {CannotSave: ExitCode.FAULT, CheckpointError: ExitCode.REFUSED, Diverged: ExitCode.DIVERGED}
-FAULTS = (CannotWrite, VerifierError, MemoryError, RuntimeError)  # of these, those that `_in_a_line` explains
 
 
 def main(words: Sequence[str]) -> int:
@@ -62,23 +60,14 @@ def main(words: Sequence[str]) -> int:
     except REFUSED as error:
         return _refuse(place, error)
     except FAULTS as error:  # of a single process: `in_world` ends those of several, by `_show`
-        if (line := _in_a_line(error)) is None:
+        if (line := in_a_line(error)) is None:
             raise
         say(line)
         return ExitCode.FAULT
 
 
-def _in_a_line(error: BaseException) -> str | None:
-    """What to tell the user of a fault that is not the program's own; None for one that needs its traceback."""
-    if isinstance(error, CannotWrite | VerifierError):
-        return str(error)
-    if out_of_memory(error):
-        return f"out of memory: {str(error).splitlines()[0] if str(error) else 'of this machine'}; see `dryvine plan`"
-    return None
-
-
 def _show(error: BaseException) -> None:
-    if (line := _in_a_line(error)) is None:
+    if (line := in_a_line(error)) is None:
         traceback.print_exception(error)
     else:
         say(line)

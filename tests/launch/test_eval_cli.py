@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 
+from dryvine.launch.cli import main
 from dryvine.trainer.data.atomic import CannotWrite
 from dryvine.trainer.generate.dialogue import document, plain
 from dryvine.trainer.generate.open import load, open_weights
 from dryvine.trainer.hand_off.encodings import Encoding
 from dryvine.trainer.hand_off.export_hf import export_hf
+from dryvine.trainer.rl.verifiers import names
 from tests.launch.test_generate_cli import invoke
 from tests.support.generate import training_forward
 from tests.support.hand_off import quiet, run_of, small, tokenizer_of
@@ -122,6 +124,31 @@ def test_pass_at_k_is_judged_by_a_verifier(tmp_path: Path) -> None:
     assert row["figures"]["pass@1"]["value"] == pytest.approx(sum(sum(some[1:]) for some in right) / 8)
     assert row["figures"]["pass@4"]["value"] == sum(any(some[1:]) for some in right) / 2
     assert rows_of(*words) == [row]
+
+
+LOSES = """
+import os
+if os.path.exists(LOST): raise RuntimeError("its server is lost")
+def verify(answer, problem):
+    open(LOST, "w").close()
+    os._exit(3)
+"""
+
+
+def test_a_verifier_that_is_lost_while_it_scores_ends_an_evaluation_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As it ends a run of `dryvine rl`."""
+    run_of(small(), tmp_path / "run")
+    (tmp_path / "losing.py").write_text(f"LOST = {str(tmp_path / 'lost')!r}{LOSES}")
+    monkeypatch.setitem(names.VERIFIERS, "length", "losing")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    file = jsonl(tmp_path / "p.jsonl", {"prompt": "def f", "verifier": "length", "max_tokens": 3})
+    monkeypatch.setattr(sys, "argv", ["dryvine", "eval", str(tmp_path / "run"), "--tasks", file, "--samples", "4"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    assert "dryvine: verifier length: its server is lost\n" in capsys.readouterr().err
 
 
 def test_all_checkpoints_of_a_run_are_kept_as_rows_and_drawn(tmp_path: Path) -> None:
