@@ -73,15 +73,20 @@ def every() -> Any:
 
 def norms() -> Any:
     """As launched, at V3's widths."""
-    strides = ("H", "dy_stride", "x_stride")
+    strides = ("H", "dy_stride", "x_stride", "residual_stride")
     types = typed("*fp32", "inverse", "sums") | typed("i32", "N", "rows", *strides)
     for dtype in (torch.bfloat16, torch.float32):
         kind = "*bf16" if dtype == torch.bfloat16 else "*fp32"
-        reals = typed(kind, "dy", "x", "weight", "dx")
-        for width in (7168, 1536, 512):
+        reals = typed(kind, "dy", "x", "weight", "residual", "dx")
+        for width, residual in ((7168, True), (7168, False), (1536, False), (512, False)):
             known, warps = norm.tile(width, dtype)
             yield compile_for_hopper(
-                norm.norm_backward_kernel, types | reals, known, frozenset(strides), warps, fusion=True
+                norm.norm_backward_kernel,
+                types | reals,
+                known if residual else known | {"residual": None},
+                frozenset(strides),
+                warps,
+                fusion=True,
             )
 
 

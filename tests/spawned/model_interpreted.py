@@ -238,8 +238,9 @@ def test_swiglu_of_a_row_of_weight_zero_is_zero_whatever_it_holds(held: float) -
 
 @pytest.mark.parametrize(("rows", "width"), helpers_norm.SIZES)
 @pytest.mark.parametrize("dtype", helpers_norm.DTYPES)
-def test_both_gradients_of_a_norm(rows: int, width: int, dtype: torch.dtype) -> None:
-    given = helpers_norm.case(rows, width, dtype)
+@pytest.mark.parametrize("residual", [True, False])
+def test_both_gradients_of_a_norm(rows: int, width: int, dtype: torch.dtype, residual: bool) -> None:
+    given = helpers_norm.case(rows, width, dtype, residual=residual)
     helpers_norm.assert_near(norm_backward.kernel(*given), given)
 
 

@@ -13,24 +13,25 @@ DTYPES = [torch.float32, torch.bfloat16]
 EPS = 1e-6
 
 
-def case(rows: int, width: int, dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `norm_backward` takes. Rows of x are a slice of wider ones, as MLA's key-value latent is."""
+def case(rows: int, width: int, dtype: torch.dtype, device: str = "cpu", residual: bool = True) -> tuple[Tensor, ...]:
+    """What `norm_backward` takes. Rows of x are a slice of wider ones, as MLA's key-value latent is; the residual's
+    gradient is the same for all rows, as a sum's is."""
     generator = torch.Generator().manual_seed(5)
-    dy, wide, weight = (
-        torch.randn(*size, generator=generator).to(dtype) for size in ((rows, width), (rows, width + 8), (width,))
-    )
+    sizes = (rows, width), (rows, width + 8), (width,), (width,)
+    dy, wide, weight, other = (torch.randn(*size, generator=generator).to(dtype).to(device) for size in sizes)
     x = wide[:, 3 : width + 3]
     inverse = torch.rsqrt(x.double().square().mean(-1, keepdim=True) + EPS).float()
-    return dy.to(device), wide.to(device)[:, 3 : width + 3], inverse.to(device), weight.to(device)
+    return dy, x, inverse, weight, *([other.expand(rows, width)] if residual else [])
 
 
 def assert_near(found: tuple[Tensor, Tensor], given: tuple[Tensor, ...]) -> None:
     """dx is rounded once, and of a sum over rows no addition is lost."""
-    (dx, dweight), (dy, x, inverse, weight) = found, (t.cpu() for t in given)
+    (dx, dweight), (dy, x, inverse, weight, *residual) = found, (t.cpu() for t in given)
     assert (dx.dtype, dweight.dtype) == (x.dtype, torch.float32)
     leaves: Any = x.double().requires_grad_(), weight.double().requires_grad_()
     unit = leaves[0] * torch.rsqrt(leaves[0].square().mean(-1, keepdim=True) + EPS)
     true_dx, true_dweight = torch.autograd.grad(unit * leaves[1], leaves, dy.double())
+    true_dx += sum(residual)
     rounding = 1.001 * 2**-8 if x.dtype == torch.bfloat16 else 2e-6
     torch.testing.assert_close(dx.cpu().double(), true_dx, rtol=rounding, atol=1e-5)
     terms = (dy.double() * x.double() * inverse.double()).abs().sum(0)

@@ -12,7 +12,7 @@ from torch import Tensor
 from dryvine.trainer.fp8 import fused
 from dryvine.trainer.fp8.casts import quantize_rows
 from dryvine.trainer.fp8.fp8 import FP8
-from dryvine.trainer.model.norm import RMSNorm, normalise
+from dryvine.trainer.model.norm import Normed, RMSNorm, normalise
 from tests.support.model import in_fp8, random_tokens, tiny, train
 
 Result = tuple[dict[str, Tensor], dict[str, Tensor], list[Any]]
@@ -53,8 +53,13 @@ def test_the_norms_cast_is_the_one_that_linears_would_make(monkeypatch: pytest.M
     casts = Counter(monkeypatch, FP8, "rows")
     handed_on = step()
     with_it = casts.calls
-    forward = RMSNorm.forward
-    monkeypatch.setattr(RMSNorm, "forward", lambda self, x: forward(self, x)._replace(rows=None))
+    beside = RMSNorm.beside
+
+    def without(self: RMSNorm, x: Tensor) -> tuple[Tensor, Normed]:
+        x, normed = beside(self, x)
+        return x, normed._replace(rows=None)
+
+    monkeypatch.setattr(RMSNorm, "beside", without)
     same(handed_on, step())
     # Of a dense layer: attention's (two Linears), q, kv and FFN; of three routed ones, MTP's included, the shared FFN.
     norms = 4 * (1 + 1 + 1 + 1)

@@ -228,8 +228,11 @@ def test_the_gates_product_keeps_what_fp32_operands_would_give() -> None:
 
 @pytest.mark.parametrize(("rows", "width"), [(4096, 2048), (4099, 512), *helpers_norm.SIZES])
 @pytest.mark.parametrize("dtype", helpers_norm.DTYPES)
-def test_both_gradients_of_a_norm_are_near_fp64_and_the_same_twice(rows: int, width: int, dtype: torch.dtype) -> None:
-    given = helpers_norm.case(rows, width, dtype, "cuda")
+@pytest.mark.parametrize("residual", [True, False])
+def test_both_gradients_of_a_norm_are_near_fp64_and_the_same_twice(
+    rows: int, width: int, dtype: torch.dtype, residual: bool
+) -> None:
+    given = helpers_norm.case(rows, width, dtype, "cuda", residual)
     found, again = norm_backward(*given), norm_backward(*given)
     helpers_norm.assert_near(found, given)
     assert torch.equal(found[0], again[0])

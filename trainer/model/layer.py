@@ -18,7 +18,7 @@ from dryvine.trainer.model.experts import Experts
 from dryvine.trainer.model.ffn import FFN
 from dryvine.trainer.model.gate import Gate
 from dryvine.trainer.model.mla import MLA
-from dryvine.trainer.model.norm import Normed, through_norm
+from dryvine.trainer.model.norm import Normed, residual_through_norm
 from dryvine.trainer.model.spec import Spec
 
 
@@ -33,7 +33,9 @@ class Layer(nn.Module):
         self.ffn_norm = spec.norm(hidden, feeds_linear=ffn_feeds_linear)
 
     def attend(self, x_NH: Tensor, sequences: int, documents: Documents | None) -> Tensor:
-        latents = through_norm(self.attention_norm, x_NH, self.attention.down, self.again)
+        x_NH, latents = residual_through_norm(
+            self.attention_norm, x_NH, lambda x_NH, normed: (x_NH, self.attention.down(normed)), self.again
+        )
         return x_NH + self.attention.attend(*latents, sequences=sequences, documents=documents)
 
 
@@ -44,7 +46,7 @@ class DenseLayer(Layer):
 
     def forward(self, x_NH: Tensor, sequences: int, documents: Documents | None = None) -> Tensor:
         x_NH = self.attend(x_NH, sequences, documents)
-        return x_NH + through_norm(self.ffn_norm, x_NH, lambda normed: self.ffn(*normed), self.again)
+        return residual_through_norm(self.ffn_norm, x_NH, lambda x_NH, normed: x_NH + self.ffn(*normed), self.again)
 
 
 class Routed(NamedTuple):
@@ -77,11 +79,11 @@ class MoELayer(Layer):
         (replayed)."""
         x_NH = self.attend(x_NH, sequences, documents)
 
-        def use(normed: Normed) -> tuple[Tensor, Tensor, Tensor]:
+        def use(x_NH: Tensor, normed: Normed) -> tuple[Tensor, Tensor, Tensor]:
             shared_NH = x_NH if self.shared is None else x_NH + self.shared(*normed)
             return shared_NH, normed.x, self.gate(normed.x)
 
-        shared_NH, rows_NH, logits_NE = through_norm(self.ffn_norm, x_NH, use, self.again)
+        shared_NH, rows_NH, logits_NE = residual_through_norm(self.ffn_norm, x_NH, use, self.again)
         if given_NK is None:
             return Routed(shared_NH, rows_NH, *self.gate.choose(logits_NE, sequences, count))
         choice, other = self.gate.replay(logits_NE, given_NK, sequences)

@@ -36,36 +36,50 @@ def normalise(x_NH: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tenso
 
 
 @kernel_in(KERNELS)
-def norm_backward(dy_NH: Tensor, x_NH: Tensor, inverse_N1: Tensor, weight_H: Tensor) -> tuple[Tensor, Tensor]:
+def norm_backward(
+    dy_NH: Tensor, x_NH: Tensor, inverse_N1: Tensor, weight_H: Tensor, residual_NH: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """-> the gradient of the input, [N, H] in x's dtype, and of the weight: the sum over tokens of dy * x / rms, FP32
-    [H]."""
+    [H]. `residual_NH`: the input's gradient from its other reader, added before the sum is rounded."""
     unit, dy, weight_H = x_NH.float() * inverse_N1, dy_NH.float(), weight_H.float()
     product = dy * unit
     dweight_H = product.sum(0)
     # In place, as all of this file: on a CPU new memory costs as much as the arithmetic.
     mean_N1 = product.mul_(weight_H).mean(-1, keepdim=True)
     slope = torch.mul(dy, weight_H, out=product)
-    return slope.sub_(unit.mul_(mean_N1)).mul_(inverse_N1).to(x_NH.dtype), dweight_H
+    dx = slope.sub_(unit.mul_(mean_N1)).mul_(inverse_N1)
+    if residual_NH is not None:
+        dx.add_(residual_NH)
+    return dx.to(x_NH.dtype), dweight_H
 
 
 class _NormContext(Context, Protocol):
     weight: Weight
 
+    def set_materialize_grads(self, value: bool) -> None: ...
+
 
 class _RMSNorm(Function):
-    """Adds an output that a kernel has already computed, `normed_NH`, to the autograd graph."""
+    """Adds an output that a kernel has already computed, `normed_NH`, to the autograd graph.
+
+    x is an output, too, for the residual stream: its gradient arrives with that of the normed x, where autograd would
+    add the two in a pass of its own.
+    """
 
     @staticmethod
-    def forward(ctx: _NormContext, x_NH: Tensor, weight_H: Weight, normed_NH: Tensor, inverse_N1: Tensor) -> Tensor:
+    def forward(
+        ctx: _NormContext, x_NH: Tensor, weight_H: Weight, normed_NH: Tensor, inverse_N1: Tensor
+    ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x_NH, inverse_N1)
         ctx.weight = weight_H
-        return normed_NH
+        ctx.set_materialize_grads(False)  # no zeros for x, where nobody else reads it
+        return normed_NH, x_NH
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: _NormContext, dy_NH: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: _NormContext, dy_NH: Tensor, residual_NH: Tensor | None) -> tuple[Tensor, None, None, None]:
         (x_NH, inverse_N1), weight = ctx.saved_tensors, ctx.weight
-        dx_NH, summed_H = norm_backward(dy_NH, x_NH, inverse_N1, weight.detach())
+        dx_NH, summed_H = norm_backward(dy_NH, x_NH, inverse_N1, weight.detach(), residual_NH)
 
         # Only the addition is deferred, whose order sets the bits: the sum over tokens in W would keep dy and x until
         # then, and read them again.
@@ -95,8 +109,13 @@ class RMSNorm(nn.Module):
         self.fused = fp8 is not None and fp8.recipe.activation_tile == "1x128"
 
     def forward(self, x_NH: Tensor) -> Normed:
+        return self.beside(x_NH)[1]
+
+    def beside(self, x_NH: Tensor) -> tuple[Tensor, Normed]:
+        """-> x, for what else reads it, and the normed x: the backward adds up the gradients of both."""
         normed, inverse_N1 = self._compute(x_NH)
-        return Normed(_RMSNorm.apply(x_NH, self.weight, normed.x, inverse_N1), normed.rows)
+        normed_NH, x_NH = _RMSNorm.apply(x_NH, self.weight, normed.x, inverse_N1)
+        return x_NH, Normed(normed_NH, normed.rows)
 
     def again(self, x_NH: Tensor) -> Normed:
         """The bitwise equal result for recomputation in a backward, without a gradient."""
@@ -114,7 +133,13 @@ class RMSNorm(nn.Module):
 
 def through_norm(norm: RMSNorm, x_NH: Tensor, use: Callable[[Normed], R], again: bool) -> R:
     """use(norm(x)). With `again`, neither the normed x nor its cast is kept for the backward: see `through`."""
-    return through_normed(lambda: norm(x_NH), use, again, lambda: norm.again(x_NH))
+    return residual_through_norm(norm, x_NH, lambda _, normed: use(normed), again)
+
+
+def residual_through_norm(norm: RMSNorm, x_NH: Tensor, use: Callable[[Tensor, Normed], R], again: bool) -> R:
+    """use(x, norm(x)), for a residual: `use` adds to this x."""
+    residual_NH, made = norm.beside(x_NH)
+    return through_normed(lambda: made, lambda normed: use(residual_NH, normed), again, lambda: norm.again(x_NH))
 
 
 def through_normed(

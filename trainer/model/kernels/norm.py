@@ -18,8 +18,8 @@ TILE = 4096  # elements that a program of 8 warps takes at a time: several rows,
 
 
 @triton.jit(do_not_specialize=["N", "rows"])
-def norm_backward_kernel(dy, x, inverse, weight, dx, sums, N, rows, H, dy_stride, x_stride, ROWS: tl.constexpr,
-                         BLOCK: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+def norm_backward_kernel(dy, x, inverse, weight, residual, dx, sums, N, rows, H, dy_stride, x_stride, residual_stride,
+                         ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     first = tl.program_id(0) * rows
     c = tl.arange(0, BLOCK)
     w = tl.load(weight + c, mask=c < H, other=0.0).to(tl.float32)[None, :]
@@ -35,7 +35,10 @@ def norm_backward_kernel(dy, x, inverse, weight, dx, sums, N, rows, H, dy_stride
         total += d * unit
         slope = d * w
         mean = tl.sum(slope * unit, 1)[:, None] / H
-        tl.store(dx + row * H + c[None, :], ((slope - unit * mean) * scale).to(dx.dtype.element_ty), mask=keep)
+        out = (slope - unit * mean) * scale
+        if residual is not None:
+            out += tl.load(residual + row * residual_stride + c[None, :], mask=keep, other=0.0).to(tl.float32)
+        tl.store(dx + row * H + c[None, :], out.to(dx.dtype.element_ty), mask=keep)
     tl.store(sums + tl.program_id(0).to(tl.int64) * H + c, tl.sum(total, 0), mask=c < H)
 
 
@@ -48,20 +51,28 @@ def tile(width: int, dtype: torch.dtype) -> tuple[dict[str, int], int]:
     return known, min(32, rows * block // 512)
 
 
-def norm_backward(dy_NH: Tensor, x_NH: Tensor, inverse_N1: Tensor, weight_H: Tensor) -> tuple[Tensor, Tensor]:
+def norm_backward(
+    dy_NH: Tensor, x_NH: Tensor, inverse_N1: Tensor, weight_H: Tensor, residual_NH: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Rows may be strided, a row's elements not."""
     n, h = x_NH.shape
-    dy, x = (t if t.stride(1) == 1 else t.contiguous() for t in (dy_NH, x_NH))
+    dy, x = _by_row(dy_NH), _by_row(x_NH)
+    residual = None if residual_NH is None else _by_row(residual_NH)
     known, warps = tile(h, x.dtype)
     # Whole steps, so that no two programs share one.
     rows = round_up(max(1, ceil_div(n, PROGRAMS)), known["ROWS"])
     dx_NH = torch.empty(n, h, dtype=x.dtype, device=x.device)
     sums_PH = torch.empty(ceil_div(n, rows), h, dtype=torch.float32, device=x.device)
     if n:
+        strides = (t.stride(0) for t in (dy, x, x if residual is None else residual))
         norm_backward_kernel[(len(sums_PH),)](
-            dy, x, inverse_N1, weight_H, dx_NH, sums_PH, n, rows, h, dy.stride(0), x.stride(0), **known, num_warps=warps
+            dy, x, inverse_N1, weight_H, residual, dx_NH, sums_PH, n, rows, h, *strides, **known, num_warps=warps
         )
     return dx_NH, sums_PH.sum(0)
+
+
+def _by_row(t: Tensor) -> Tensor:
+    return t if t.stride(1) == 1 else t.contiguous()
 
 
 def normalise(x_NH: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
