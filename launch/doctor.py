@@ -27,8 +27,11 @@ Hidden = Annotated[int, typer.Option(min=1, help="width of a token, for bytes (B
 BeforeRun = Annotated[Path | None, typer.Option(help="fail unless this node, and all that srun starts, can run CONFIG")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="of --before-run: table.key=value ...", show_default=False)]
 
+OF_A_RUN = ("world", "nodes", "experts", "top_k", "groups", "hidden")
+
 
 def doctor(
+    context: typer.Context,
     overrides: Overrides = None,
     before_run: BeforeRun = None,
     world: World = 0,
@@ -41,8 +44,9 @@ def doctor(
     """Print the topology as a table and as a picture, the dispatcher that `auto` takes, what does not fit, and
     faults of this host. With --before-run only the last, on every node of a job; exit code 1 if anything is bad."""
     if before_run is not None:
-        if world or nodes or groups or top_k is not None:
-            raise ConfigError("--world, --nodes, --groups and --top-k are CONFIG's with --before-run: leave them out")
+        if given := [name for name in OF_A_RUN if _given(context, name)]:
+            options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise ConfigError(f"{options}: with --before-run CONFIG says it: leave it out")
         from dryvine.launch.health.before_run import before_run as check_nodes
 
         raise typer.Exit(check_nodes(before_run, overrides or ()))
@@ -72,6 +76,12 @@ def doctor(
         console.print(f"warning: {line}")
     for finding in _health(topology.ranks):
         console.print(str(finding), markup=False, soft_wrap=True)
+
+
+def _given(context: typer.Context, name: str) -> bool:
+    """Whether the user has typed an option, with whatever value."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _topology(sizes: tuple[int, ...], world: int) -> Topology:

@@ -117,7 +117,12 @@ def test_a_run_whose_folder_cannot_be_made_is_refused(corpus: Path, tmp_path: Pa
         (("train", TINY, "--dry-run", "--max-restarts", "2"), "--max-restarts is for a run"),
         (("train", TINY, "--hardware", "h100"), "--rank and --hardware are for --dry-run"),
         (("doctor", "run.steps=1"), "overrides are of --before-run"),
-        (("doctor", "--before-run", TINY, "--nodes", "8,8"), "are CONFIG's with --before-run"),
+        (("doctor", "--before-run", TINY, "--nodes", "8,8"), "--nodes: with --before-run CONFIG says it"),
+        (
+            ("doctor", "--before-run", TINY, "--experts", "8", "--hidden", "64"),
+            "--experts, --hidden: with --before-run",
+        ),
+        (("doctor", "--before-run", TINY, "--world", "0", "--top-k", "2"), "--world, --top-k: with --before-run"),
         (("doctor", "--world", "-3"), "--world"),
         (("doctor", "--nodes", "8,a"), "--nodes 8,a: write the ranks on each node"),
         (("doctor", "--nodes", "8,0"), "--nodes 8,0: write the ranks on each node"),
