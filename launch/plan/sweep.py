@@ -68,8 +68,8 @@ class Candidate:
 @dataclass(frozen=True)
 class SweepRow:
     """The result of a candidate: a plan, or why there is none. `bound`: lower bound of its step, in seconds; `peak`:
-    bytes of the fullest rank, 0 where they were not counted; `least`: those that it holds between steps, 0 if they
-    were not either."""
+    bytes of the fullest rank, 0 where they were not counted; `least`: those that it holds between steps, and `spared`:
+    the most that offload takes from a rank, 0 if they were not either."""
 
     candidate: Candidate
     plan: Plan | None
@@ -77,6 +77,7 @@ class SweepRow:
     reason: str
     peak: int = 0
     least: int = 0
+    spared: int = 0
 
     @property
     def fits(self) -> bool:
@@ -160,36 +161,33 @@ class _Bench:
     def judge(self, row: SweepRow) -> SweepRow:
         """The row with the layout's peak, and why it is out or a bound of its step from its slots; with offload if it
         fits only so."""
-        judged, spared = self._judge(row)
-        if (
-            self.machine.cuda
-            and judged.reason
-            and 0 < max(judged.peak, judged.least) - spared <= self.machine.usable_bytes
-        ):
-            offloaded, _ = self._judge(replace(row, candidate=replace(row.candidate, offload=True)))
+        judged = self._judge(row)
+        offloaded_peak = max(judged.peak, judged.least) - judged.spared
+        if self.machine.cuda and judged.reason and 0 < offloaded_peak <= self.machine.usable_bytes:
+            offloaded = self._judge(replace(row, candidate=replace(row.candidate, offload=True)))
             return judged if offloaded.reason else offloaded
         return judged
 
-    def _judge(self, row: SweepRow) -> tuple[SweepRow, int]:
-        """And the most bytes that offload takes from a rank."""
+    def _judge(self, row: SweepRow) -> SweepRow:
+        """The same, with the optimizer where the candidate has it."""
         try:
             layout = self._layouts.of(row.candidate.config(self.base))
         except ConfigError as error:
-            return replace(row, bound=float("inf"), reason=str(error)), 0
+            return replace(row, bound=float("inf"), reason=str(error))
         every, machine = self._buckets_of(layout), self.machine
         kept = [state(layout, mine) for mine in every]
         spared = max(kinds.get(MASTERS, 0) + kinds.get(MOMENTS, 0) for kinds in kept)
-        row = replace(row, least=max(sum(kinds.values()) for kinds in kept))
+        row = replace(row, least=max(sum(kinds.values()) for kinds in kept), spared=spared)
         if row.least > machine.usable_bytes:
             alone = f"does not fit: weights, sums and optimizer alone {row.least / GIGA:.0f} GB"
-            return replace(row, reason=alone), spared
+            return replace(row, reason=alone)
         ranks = memory_of(layout, Parts(every, *self._flights_of(layout)), machine)
         row = replace(row, peak=max(rank.total for rank in ranks))
         if not fits(ranks, machine):
-            return replace(row, reason=_too_large(ranks, machine)), spared
+            return replace(row, reason=_too_large(ranks, machine))
         update = update_seconds(layout.config, every, machine, None)
         span = least_span(layout.footprint, prices_of(layout, machine))
-        return replace(row, bound=ROUNDING * (span + update)), spared
+        return replace(row, bound=ROUNDING * (span + update))
 
     def simulate(self, row: SweepRow) -> SweepRow:
         """The row with its plan, or why it is out after all: of host memory the buffer of checkpoints comes last."""
@@ -238,11 +236,4 @@ def _too_large(ranks: Sequence[RankMemory], machine: Machine) -> str:
 
 
 def _slower(row: SweepRow, best: float) -> SweepRow:
-    return SweepRow(
-        row.candidate,
-        None,
-        row.bound,
-        f"slower: at least {row.bound:.3g} s, with no wait in the middle; best {best:.3g} s",
-        row.peak,
-        row.least,
-    )
+    return replace(row, reason=f"slower: at least {row.bound:.3g} s, with no wait in the middle; best {best:.3g} s")
