@@ -12,24 +12,38 @@ from dryvine.trainer.hand_off.names import places
 from dryvine.trainer.model.decoder import Model
 
 if TYPE_CHECKING:
-    from transformers import DeepseekV3ForCausalLM
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+
+class UnknownExperts(Exception):
+    """The installed transformers has no such implementation of experts, or not for this torch."""
 
 
 def as_transformers(model: Model, implementation: str) -> DeepseekV3ForCausalLM:
-    """The same weights, in the same dtype and place. `implementation`: how it multiplies with experts."""
-    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+    """The same weights, in the same dtype and place. `implementation`: how it multiplies with experts. Raises
+    UnknownExperts."""
+    from transformers import DeepseekV3Config
 
     shape, own = model.spec.shape, dict(model.named_parameters()) | model.buffers
     config = DeepseekV3Config(**config_json(shape))
     config._experts_implementation = implementation
     with torch.device(model.spec.device):
-        other = DeepseekV3ForCausalLM(config).to(model.spec.dtype)
+        other = _made(config).to(model.spec.dtype)
     fused = dict(other.named_parameters()) | dict(other.named_buffers())
     with torch.no_grad():
         for place in places(shape):
             values = own[place.ours].flatten()[place.first : place.first + place.elements].view(place.shape)
             _put(fused, place.theirs, values.detach())
     return other
+
+
+def _made(config: DeepseekV3Config) -> DeepseekV3ForCausalLM:
+    from transformers import DeepseekV3ForCausalLM
+
+    try:
+        return DeepseekV3ForCausalLM(config)
+    except (ValueError, ImportError) as error:
+        raise UnknownExperts(str(error)) from None
 
 
 def _put(fused: dict[str, Tensor], name: str, values: Tensor) -> None:

@@ -267,3 +267,27 @@ def test_transformers_generates_the_same_tokens_from_the_same_weights() -> None:
 
     row = compare("1m", sequences=3, new=6, device="cpu", dtype=torch.float32)
     assert row["same_tokens"] == 1.0
+
+
+def test_of_the_peers_ways_only_those_that_it_lacks_or_that_do_not_fit_are_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Any other error is a fault of the comparison."""
+    from benchmarks import generate
+
+    def broken(model: Model, way: str) -> Any:
+        if way == "full":
+            raise torch.OutOfMemoryError("tried to allocate 116 GiB")
+        if way == "broken":
+            raise RuntimeError("shapes do not match")
+        return theirs(model, way)
+
+    theirs = generate.theirs
+    monkeypatch.setattr(generate, "theirs", broken)
+    monkeypatch.setattr(generate, "ROUNDS", 1)
+    asked = {"sequences": 2, "new": 2, "device": "cpu", "dtype": torch.float32}
+    monkeypatch.setattr(generate, "IMPLEMENTATIONS", ("no such thing", "full", "eager"))
+    assert generate.compare("1m", **asked)["trials_of_peer"].keys() == {"eager"}
+    monkeypatch.setattr(generate, "IMPLEMENTATIONS", ("broken", "eager"))
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        generate.compare("1m", **asked)
