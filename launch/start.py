@@ -17,8 +17,10 @@ def start(planned: RunPlan, words: Sequence[str], max_restarts: int) -> int:
     """Build the data if need be, and train: in this process if the layout has one rank and is not to be started again,
     else in one process per rank. `words` are the config and its overrides. Returns an exit code."""
     from dryvine.trainer.data.prepare import prepare
+    from dryvine.trainer.fits import check_host
 
     config = planned.config
+    check_host(config)
     with data_cli.progress_bar(Console(stderr=True)) as on_progress:
         for source in () if config.sft or config.rl else config.data.sources:
             prepare(config.data, source, on_progress)

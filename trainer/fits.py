@@ -15,6 +15,9 @@ import torch
 from dryvine.trainer.config import Config, ConfigError
 from dryvine.trainer.model.shape import count_parameters
 
+CPU = torch.device("cpu")
+PROCESS = 1e8  # bytes that are a rank's alone before it has a model; 190 MB with torch 2.13 on a CPU
+
 
 def check_fits(config: Config, device: torch.device) -> None:
     """Raise ConfigError if the device is too small for the run."""
@@ -24,6 +27,24 @@ def check_fits(config: Config, device: torch.device) -> None:
             f"weights, gradient sums and optimizer take at least {needed / 1e9:.1f} GB a rank, and {device.type} has "
             f"{memory / 1e9:.1f} GB: raise parallel.pp, dp or ep, or try a small copy with `dryvine train --one-gpu`"
         )
+
+
+def check_host(config: Config) -> None:
+    """Raise ConfigError if this host is too small for all ranks of the run together, before one is started: thousands
+    of processes would leave nothing of it."""
+    world = config.parallel.world
+    gpus = 0 if config.run.device == "cpu" else torch.cuda.device_count()
+    least = world * (least_bytes(config, CPU) + PROCESS)
+    if gpus and world > gpus:
+        has = f"this host has {gpus} GPUs"
+    elif not gpus and least > memory_of(CPU):
+        has = f"take at least {least / 1e9:,.1f} GB on a CPU, and this host has {memory_of(CPU) / 1e9:.1f} GB"
+    else:
+        return
+    raise ConfigError(
+        f"parallel.pp x dp x ep = {world:,} ranks: {has}; start them on several (docs/launch.md), lower the layout, or "
+        "see what `dryvine train --dry-run` and `--one-gpu` do here"
+    )
 
 
 def least_bytes(config: Config, device: torch.device) -> float:

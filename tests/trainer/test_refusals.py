@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from dryvine.trainer.config import Config, ConfigError, load
-from dryvine.trainer.fits import check_fits, least_bytes, memory_of, out_of_memory
+from dryvine.trainer.fits import check_fits, check_host, least_bytes, memory_of, out_of_memory
 from dryvine.trainer.model.shape import count_parameters
 from dryvine.trainer.run_plan import make_plan
 from dryvine.trainer.say import say
 
 CPU = torch.device("cpu")
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 @pytest.mark.parametrize(
@@ -76,6 +77,21 @@ def test_a_model_larger_than_the_machine(tiny: Callable[..., Config], monkeypatc
     assert memory_of(CPU) == 1 << 20
     with pytest.raises(ConfigError, match=r"at least 0\.0 GB a rank, and cpu has 0\.0 GB: raise parallel"):
         check_fits(tiny(), CPU)
+
+
+def test_more_ranks_than_a_host_can_have_are_refused_before_one_is_started(
+    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 671B parameters because of their size; of a tiny model because of what a process is."""
+    check_host(tiny("parallel.pp=2"))
+    for config in (load(CONFIGS / "deepseek_v3_671b.toml"), tiny("parallel.dp=4096", "batch.sequences=4096")):
+        with pytest.raises(ConfigError, match=r"^parallel.pp x dp x ep = [24],\d+ ranks: take at least [\d,.]+ GB"):
+            check_host(config)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    check_host(tiny("parallel.pp=2", "run.device=auto"))
+    with pytest.raises(ConfigError, match="= 4 ranks: this host has 2 GPUs; start them on several"):
+        check_host(tiny("parallel.pp=4", "run.device=auto"))
+    check_host(tiny("parallel.pp=4", "run.device=cpu"))
 
 
 def test_allocations_that_fail_are_told_from_other_errors() -> None:
