@@ -20,7 +20,7 @@ def start(planned: RunPlan, words: Sequence[str], max_restarts: int) -> int:
     from dryvine.trainer.fits import check_host
 
     config = planned.config
-    check_host(config)
+    check_host(config, config.run.device)
     with data_cli.progress_bar(Console(stderr=True)) as on_progress:
         for source in () if config.sft or config.rl else config.data.sources:
             prepare(config.data, source, on_progress)

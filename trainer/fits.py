@@ -29,11 +29,11 @@ def check_fits(config: Config, device: torch.device) -> None:
         )
 
 
-def check_host(config: Config) -> None:
+def check_host(config: Config, device: str) -> None:
     """Raise ConfigError if this host is too small for all ranks of the run together, before one is started: thousands
-    of processes would leave nothing of it."""
+    of processes would leave nothing of it. `device`: as run.device."""
     world = config.parallel.world
-    gpus = 0 if config.run.device == "cpu" else torch.cuda.device_count()
+    gpus = 0 if device == "cpu" else torch.cuda.device_count()
     least = world * (least_bytes(config, CPU) + PROCESS)
     if gpus and world > gpus:
         has = f"this host has {gpus} GPUs"

@@ -23,6 +23,7 @@ from dryvine.comm.world import backend, set_environment
 from dryvine.parallel.config import ParallelConfig
 from dryvine.trainer.config import Config
 from dryvine.trainer.deviations import Deviation, RankRun, Run, assembled, deviations, table
+from dryvine.trainer.fits import check_host
 from dryvine.trainer.ramps import gradient_scale, points
 from dryvine.trainer.rehearse import rehearse, report_loads
 from dryvine.trainer.rig import make_rig, mesh_of
@@ -36,7 +37,10 @@ TWICE = f"this layout against itself, in its own dtypes: |a - b| / |a|, {STEPS} 
 
 
 def run(config: Config, device: str, console: Console) -> bool:
-    """Print the deviations. Returns whether all are within their tolerance."""
+    """Print the deviations. Returns whether all are within their tolerance. Raises ConfigError if this host is to
+    start ranks that it cannot hold."""
+    for layout in () if dist.is_torchelastic_launched() else (alone(config), in_fp32(config)):
+        check_host(layout, device)
     with _world(device) as rank:
         against_one = compare(config, device)
         twice = repeat(config, device) if device == "cuda" else []

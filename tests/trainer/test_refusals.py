@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
+from dryvine.trainer import verify
 from dryvine.trainer.config import Config, ConfigError, load
 from dryvine.trainer.fits import check_fits, check_host, least_bytes, memory_of, out_of_memory
 from dryvine.trainer.model.shape import count_parameters
@@ -83,15 +85,21 @@ def test_more_ranks_than_a_host_can_have_are_refused_before_one_is_started(
     tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of 671B parameters because of their size; of a tiny model because of what a process is."""
-    check_host(tiny("parallel.pp=2"))
+    check_host(tiny("parallel.pp=2"), "cpu")
     for config in (load(CONFIGS / "deepseek_v3_671b.toml"), tiny("parallel.dp=4096", "batch.sequences=4096")):
         with pytest.raises(ConfigError, match=r"^parallel.pp x dp x ep = [24],\d+ ranks: take at least [\d,.]+ GB"):
-            check_host(config)
+            check_host(config, "auto")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    check_host(tiny("parallel.pp=2", "run.device=auto"))
+    check_host(tiny("parallel.pp=2"), "auto")
     with pytest.raises(ConfigError, match="= 4 ranks: this host has 2 GPUs; start them on several"):
-        check_host(tiny("parallel.pp=4", "run.device=auto"))
-    check_host(tiny("parallel.pp=4", "run.device=cpu"))
+        check_host(tiny("parallel.pp=4"), "auto")
+    check_host(tiny("parallel.pp=4"), "cpu")
+
+
+def test_verify_starts_no_ranks_that_the_host_cannot_hold() -> None:
+    """Nor the one process that it compares them with."""
+    with pytest.raises(ConfigError, match=r"= 1 ranks: take at least [\d,]+\.\d GB on a CPU"):
+        verify.run(load(CONFIGS / "deepseek_v3_671b.toml"), "cpu", Console())
 
 
 def test_allocations_that_fail_are_told_from_other_errors() -> None:
