@@ -101,6 +101,19 @@ def model_flops(shape: Shape, tokens: int) -> float:
 def measure(recipe: Recipe, options: argparse.Namespace, rates: dict[str, float], folder: Path) -> dict[str, Any]:
     """`folder` holds the engines' choice, and the trace unless one is asked for."""
     device = torch.device(options.device)
+    if device.type != "cuda":
+        return _measure(recipe, options, rates, folder, None)
+    recorder = CudaRecorder(device, LiveSteps())
+    # All on the stream that records: a flight that is alive keeps the weights' nodes of autograd, each on the stream of
+    # its first use, and a recorded backward must not wait for another.
+    with torch.cuda.stream(recorder.stream):
+        return _measure(recipe, options, rates, folder, recorder)
+
+
+def _measure(
+    recipe: Recipe, options: argparse.Namespace, rates: dict[str, float], folder: Path, recorder: Recorder | None
+) -> dict[str, Any]:
+    device = torch.device(options.device)
     bench = make_bench(recipe, device, options.tokens, not options.no_recompute, folder)
     for _ in range(3):  # kernels are compiled here
         bench.microbatch(untimed())
@@ -125,8 +138,7 @@ def measure(recipe: Recipe, options: argparse.Namespace, rates: dict[str, float]
     needed = model_flops(bench.shape, options.tokens)
     trace = _beside(options.trace or folder / "layer.json.gz", recipe)
     figures |= explained(traced(lambda: bench.microbatch(untimed()), device, trace, phases[0]), total, best, needed)
-    if device.type == "cuda" and not bench.reads_counts:
-        recorder = CudaRecorder(device, LiveSteps())
+    if recorder is not None and not bench.reads_counts:
         figures["graph"] = as_graph(bench, recorder, options.iterations, _beside(trace, "graph"), best, needed)
     return figures
 
