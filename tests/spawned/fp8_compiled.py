@@ -61,14 +61,16 @@ def products() -> Any:
 def quantisers() -> Any:
     yield compile_one(cast_kernels.rows_kernel, {"UE8M0": False, "ROWS": cast_kernels.ROWS}, 4)
     yield compile_one(cast_kernels.columns_kernel, {"ROWS_TOO": True, "GROUPED": True, "UE8M0": True}, 8, 128)
-    turn = {"GROUPED": True, "UE8M0": True, "WORDS": cast_kernels.TRANSPOSE_WORDS}
+    yield compile_one(cast_kernels.columns_kernel, {"ROWS_TOO": False, "GROUPED": True, "UE8M0": False}, 8, 80)
+    turn = {"C": 7168, "GROUPED": True, "UE8M0": True, "WORDS": cast_kernels.TRANSPOSE_WORDS}
     yield compile_one(cast_kernels.transpose_kernel, turn, 4, 96, x=f"*{FP8}")
     yield compile_one(cast_kernels.blocks_kernel, {"UE8M0": False}, 8)
     yield compile_one(cast_kernels.transpose_blocks_kernel, {}, 8, q="*u8")
     yield compile_one(cast_kernels.pack_kernel, {"ROWS": cast_kernels.ROWS}, 4)
     yield compile_one(cast_kernels.unpack_kernel, {"ROWS": cast_kernels.ROWS}, 4)
-    yield compile_one(fused_kernels.swiglu_kernel, {"WEIGHTED": True, "UE8M0": False, "ROWS": fused_kernels.ROWS}, 4)
-    yield compile_one(fused_kernels.swiglu_backward_kernel, {"WEIGHTED": True, "UE8M0": False, "WORDS": 8}, 4, 128)
+    ffn = {"F": 2048, "WEIGHTED": True, "UE8M0": False}
+    yield compile_one(fused_kernels.swiglu_kernel, ffn | {"ROWS": fused_kernels.ROWS}, 4)
+    yield compile_one(fused_kernels.swiglu_backward_kernel, ffn | {"WORDS": 8}, 4, 128)
     yield compile_one(fused_kernels.rmsnorm_kernel, {"UE8M0": False, "TILES": 64}, 8)
 
 

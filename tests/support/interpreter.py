@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,14 +11,45 @@ import torch
 import triton.language as tl
 import triton.runtime.interpreter as interpreter
 
+from dryvine.trainer.fp8.kernels import ptx
+
 ROUNDED = {tl.float8e4nv: torch.float8_e4m3fn, tl.bfloat16: torch.bfloat16}
+
+
+def _e4m3(x: np.ndarray) -> np.ndarray:
+    return torch.from_numpy(np.ascontiguousarray(x)).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+
+
+def _word(*parts: np.ndarray) -> np.ndarray:
+    return np.sum([p.astype(np.uint32) << (8 * i) for i, p in enumerate(parts)], 0, np.uint32).view(np.int32)
+
+
+PTX: dict[str, Callable[..., np.ndarray]] = {
+    ptx.INVERSE.value: lambda s: (1.0 / s.astype(np.float64)).astype(np.float32),
+    ptx.WIDEN.value: lambda x: (x.view(np.uint16).astype(np.uint32) << 16).view(np.int32),
+    ptx.BYTES.value: lambda v, keep: np.where(keep, _e4m3(v), 0).astype(np.uint8),
+    ptx.WORD.value: lambda *v: _word(*map(_e4m3, v)),
+    ptx.TURN.value: _word,
+}
+
+
+class _Results(list[interpreter.TensorHandle]):
+    """As the compiler's builder returns them."""
+
+    def get_result(self, i: int) -> interpreter.TensorHandle:
+        return self[i]
+
+
+def _inline_asm(self: Any, asm: str, constraints: str, values: Any, types: Any, pure: bool, pack: int) -> _Results:
+    return _Results([interpreter.TensorHandle(PTX[asm](*(v.data for v in values)), types[0].scalar)])
 
 
 @contextmanager
 def right_casts() -> Iterator[None]:
-    """The interpreter rounds FP32 -> E4M3 and BF16 wrongly (ties, saturation), widens BF16 subnormals wrongly and
-    rounds a fused multiply-add twice; hardware and torch agree."""
-    wrong, wrong_fma = interpreter._convert_float, interpreter.InterpreterBuilder.create_fma
+    """The interpreter rounds FP32 -> E4M3 and BF16 wrongly (ties, saturation), widens BF16 subnormals wrongly, rounds a
+    fused multiply-add twice and has no PTX; hardware and torch agree."""
+    builder = interpreter.InterpreterBuilder
+    wrong, wrong_fma, no_asm = interpreter._convert_float, builder.create_fma, builder.create_inline_asm
 
     def convert(data: np.ndarray, source: Any, target: Any, rounding: Any) -> np.ndarray:
         if source == tl.float32 and target in ROUNDED:
@@ -33,7 +64,7 @@ def right_casts() -> Iterator[None]:
         x, y, z = (v.data.astype(np.float64) for v in (x, y, z))
         return interpreter.TensorHandle((x * y + z).astype(np.float32), tl.float32)
 
-    interpreter._convert_float, interpreter.InterpreterBuilder.create_fma = convert, fma
+    interpreter._convert_float, builder.create_fma, builder.create_inline_asm = convert, fma, _inline_asm
     with np.errstate(all="ignore"):
         yield
-    interpreter._convert_float, interpreter.InterpreterBuilder.create_fma = wrong, wrong_fma
+    interpreter._convert_float, builder.create_fma, builder.create_inline_asm = wrong, wrong_fma, no_asm

@@ -14,11 +14,12 @@ import triton.language as tl
 from torch import Tensor
 
 from dryvine.comm.integers import ceil_div
+from dryvine.trainer.fp8.kernels import ptx
 from dryvine.trainer.fp8.kernels.numbers import (
     block_rows,
-    byte,
     column_scale,
-    inverse_of,
+    larger,
+    largest_of,
     magnitude,
     put_columns,
     put_rows,
@@ -51,7 +52,7 @@ def rows_kernel(x, q, s, R, C, x_stride, s_stride, UE8M0: tl.constexpr, ROWS: tl
     r = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     c = b * 128 + tl.arange(0, 128)
     keep = (r < R)[:, None] & (c < C)[None, :]
-    v = tl.load(x + r.to(tl.int64)[:, None] * x_stride + c[None, :], mask=keep, other=0.0).to(tl.float32)
+    v = ptx.widen(tl.load(x + r.to(tl.int64)[:, None] * x_stride + c[None, :], mask=keep, other=0.0))
     put_rows(q, s, v, r, R, c, C, b, s_stride, UE8M0)
 
 
@@ -60,7 +61,7 @@ def fourth(x, first, end, c, C):
     """Rows first, first + 4, .. of a block of 128, FP32 [32, 128], zeros beyond `end`."""
     r = first + 4 * tl.arange(0, 32)
     keep = (r < end)[:, None] & (c < C)[None, :]
-    return tl.load(x + r.to(tl.int64)[:, None] * C + c[None, :], mask=keep, other=0.0).to(tl.float32), r
+    return ptx.widen(tl.load(x + r.to(tl.int64)[:, None] * C + c[None, :], mask=keep, other=0.0)), r
 
 
 @triton.jit(do_not_specialize=["R", "s_stride"])
@@ -87,7 +88,7 @@ def columns_kernel(x, q, s, qt, st, table, R, C, P, s_stride, st_stride, ROWS_TO
 
 
 @triton.jit
-def some_rows(x, xs, r, end, c, C, b, xs_stride):
+def some_rows(x, xs, r, end, c, C: tl.constexpr, b, xs_stride):
     """Those rows of FP8 tiles, read back to FP32, zeros beyond `end`."""
     keep = (r < end)[:, None] & (c < C)[None, :]
     v = tl.load(x + r.to(tl.int64)[:, None] * C + c[None, :], mask=keep, other=0.0).to(tl.float32)
@@ -95,8 +96,8 @@ def some_rows(x, xs, r, end, c, C, b, xs_stride):
 
 
 @triton.jit(do_not_specialize=["R", "xs_stride"])
-def transpose_kernel(x, xs, qt, st, table, R, C, P, xs_stride, st_stride, GROUPED: tl.constexpr, UE8M0: tl.constexpr,
-                WORDS: tl.constexpr):  # fmt: skip
+def transpose_kernel(x, xs, qt, st, table, R, C: tl.constexpr, P, xs_stride, st_stride, GROUPED: tl.constexpr,
+                     UE8M0: tl.constexpr, WORDS: tl.constexpr):  # fmt: skip
     """FP8 by rows to FP8 by columns. The 16 KiB of a block are read a second time, from L1, once their scales are
     known: holding them as FP32 takes registers that are worth more as threads, which hide the first read."""
     b = tl.program_id(0)
@@ -105,34 +106,35 @@ def transpose_kernel(x, xs, qt, st, table, R, C, P, xs_stride, st_stride, GROUPE
     c = b * 128 + tl.arange(0, 128)
     r = first + 4 * tl.arange(0, WORDS)
     # First pass: the largest magnitude of each column, and from it the scales.
-    largest = tl.zeros((WORDS, 128), tl.int32)
+    largest = tl.zeros((WORDS, 128), tl.float32)
     for i in tl.static_range(128 // WORDS):
         v = some_rows(x, xs, r + i // 4 * (4 * WORDS) + i % 4, end, c, C, b, xs_stride)
-        largest = tl.maximum(largest, magnitude(v))
+        largest = larger(largest, v)
     inverse, sound = column_scale(largest, st, block, c, C, st_stride, UE8M0)
     # Second pass: four rows of a column become the four bytes of a word.
     for part in tl.static_range(32 // WORDS):
-        words = tl.zeros((WORDS, 128), tl.uint32)
-        for i in tl.static_range(4):
-            v = some_rows(x, xs, r + part * (4 * WORDS) + i, end, c, C, b, xs_stride)
-            words |= byte(v, inverse) << (8 * i)
-        put_words(qt, words, sound, block * 32 + part * WORDS, c, C, P, WORDS)
+        at = r + part * (4 * WORDS)
+        v0 = some_rows(x, xs, at, end, c, C, b, xs_stride) * inverse
+        v1 = some_rows(x, xs, at + 1, end, c, C, b, xs_stride) * inverse
+        v2 = some_rows(x, xs, at + 2, end, c, C, b, xs_stride) * inverse
+        v3 = some_rows(x, xs, at + 3, end, c, C, b, xs_stride) * inverse
+        put_words(qt, ptx.word(v0, v1, v2, v3), sound, block * 32 + part * WORDS, c, C, P, WORDS)
 
 
 @triton.jit
-def put_values(q, v, inverse, fault, r, end, c, C):
-    """Store v / scale as E4M3, zero where the tile had a fault."""
-    value = tl.where(fault, 0.0, v * inverse).to(tl.float8e4nv)
+def put_values(q, v, inverse, keep, r, end, c, C):
+    """Store v / scale as E4M3, zero where the tile had a fault and `keep` is 0."""
+    value = ptx.cast(v * inverse, keep)
     tl.store(q + r.to(tl.int64)[:, None] * C + c[None, :], value, mask=(r < end)[:, None] & (c < C)[None, :])
 
 
 @triton.jit
 def put_transposed(qt, four, x, row, R, c, C):
-    """Store a block of the transpose of matrix x from uint32 [32, 128]: four rows of a column in a word, and words of a
+    """Store a block of the transpose of matrix x from int32 [32, 128]: four rows of a column in a word, and words of a
     column side by side."""
     p = row * 32 + tl.arange(0, 32)
     at = qt + x.to(tl.int64) * C * (R // 4) + c.to(tl.int64)[:, None] * (R // 4) + p[None, :]
-    tl.store(at, tl.trans(four.to(tl.int32, bitcast=True)), mask=(c < C)[:, None] & (4 * p < R)[None, :])
+    tl.store(at, tl.trans(four), mask=(c < C)[:, None] & (4 * p < R)[None, :])
 
 
 @triton.jit
@@ -152,7 +154,7 @@ def transpose_blocks_kernel(q, s, qt, st, R, C, s_batch, s_stride, st_batch, st_
     four = fourth_bytes(q, row * 128, R, c, C) | (fourth_bytes(q, row * 128 + 1, R, c, C) << 8)
     four |= fourth_bytes(q, row * 128 + 2, R, c, C) << 16
     four |= fourth_bytes(q, row * 128 + 3, R, c, C) << 24
-    put_transposed(qt, four, x, row, R, c, C)
+    put_transposed(qt, four.to(tl.int32, bitcast=True), x, row, R, c, C)
     tl.store(st + x * st_batch + col * st_stride + row, tl.load(s + x * s_batch + row * s_stride + col))
 
 
@@ -170,16 +172,15 @@ def blocks_kernel(w, q, s, qt, st, R, C, s_batch, s_stride, st_batch, st_stride,
     v2, _ = fourth(w, row * 128 + 2, R, c, C)
     v3, _ = fourth(w, row * 128 + 3, R, c, C)
     # One scale for the block, as a tensor [1, 1] that broadcasts.
-    largest = tl.maximum(tl.maximum(magnitude(v0), magnitude(v1)), tl.maximum(magnitude(v2), magnitude(v3)))
-    amax = tl.max(tl.max(largest, 1), 0)
-    scale = scale_of(tl.full((1, 1), 0, tl.int32) + amax, 448.0, UE8M0)
-    inverse, fault = inverse_of(scale), scale == float("inf")
-    put_values(q, v0, inverse, fault, r, R, c, C)
-    put_values(q, v1, inverse, fault, r + 1, R, c, C)
-    put_values(q, v2, inverse, fault, r + 2, R, c, C)
-    put_values(q, v3, inverse, fault, r + 3, R, c, C)
-    four = byte(v0, inverse) | (byte(v1, inverse) << 8) | (byte(v2, inverse) << 16) | (byte(v3, inverse) << 24)
-    put_transposed(qt, tl.where(fault, 0, four), x, row, R, c, C)
+    largest = tl.max(tl.max(largest_of(v0, v1, v2, v3).to(tl.int32, bitcast=True), 1), 0)
+    scale = scale_of(tl.full((1, 1), 0, tl.int32) + largest, 448.0, UE8M0)
+    inverse, keep = ptx.inverse(scale), tl.where(scale < float("inf"), -1, 0)
+    put_values(q, v0, inverse, keep, r, R, c, C)
+    put_values(q, v1, inverse, keep, r + 1, R, c, C)
+    put_values(q, v2, inverse, keep, r + 2, R, c, C)
+    put_values(q, v3, inverse, keep, r + 3, R, c, C)
+    four = ptx.word(v0 * inverse, v1 * inverse, v2 * inverse, v3 * inverse)
+    put_transposed(qt, four & keep, x, row, R, c, C)
     # Both copies have the same scales, at mirrored places.
     one = tl.arange(0, 1)[:, None] + tl.arange(0, 1)[None, :]
     tl.store(s + x * s_batch + row * s_stride + col + one, scale)
@@ -265,7 +266,7 @@ def _columns(x: Tensor, groups: ExpertGroups, scales: ScaleFormat, rows_too: boo
         columns_kernel[(blocks(cols), groups.blocks)](
             x, out.values, out.scales, columns.values.view(torch.int32), columns.scales, groups.tables.blocks, rows,
             cols, padded, out.scales.stride(1), columns.scales.stride(1), rows_too, len(groups.counts) > 1,
-            scales == "ue8m0", num_warps=8, maxnreg=128, enable_fp_fusion=False,
+            scales == "ue8m0", num_warps=8, maxnreg=128 if rows_too else 80, enable_fp_fusion=False,
         )  # fmt: skip
     return out, columns
 

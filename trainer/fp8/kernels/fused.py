@@ -12,11 +12,12 @@ import triton.language as tl
 from torch import Tensor
 
 from dryvine.comm.integers import ceil_div
+from dryvine.trainer.fp8.kernels import ptx
 from dryvine.trainer.fp8.kernels.numbers import (
     block_rows,
-    byte,
     column_scale,
     e4m3,
+    larger,
     magnitude,
     put_rows,
     put_words,
@@ -31,16 +32,16 @@ ROWS = 16  # to a program of `swiglu_kernel`
 
 
 @triton.jit(do_not_specialize=["R", "s_stride", "ks_stride"])
-def swiglu_kernel(h, weights, q, s, saved, ks, R, F, s_stride, ks_stride, WEIGHTED: tl.constexpr, UE8M0: tl.constexpr,
-                  ROWS: tl.constexpr):  # fmt: skip
+def swiglu_kernel(h, weights, q, s, saved, ks, R, F: tl.constexpr, s_stride, ks_stride, WEIGHTED: tl.constexpr,
+                  UE8M0: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
     """128 columns of gate and the same of up to a program: three tiles a row leave, the product's and both inputs'."""
     b = tl.program_id(0)
     r = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     c = b * 128 + tl.arange(0, 128)
     ours = (r < R)[:, None]
     at = h + r.to(tl.int64)[:, None] * (2 * F) + c[None, :]
-    gate = tl.load(at, mask=ours, other=0.0).to(tl.float32)
-    up = tl.load(at + F, mask=ours, other=0.0).to(tl.float32)
+    gate = ptx.widen(tl.load(at, mask=ours, other=0.0))
+    up = ptx.widen(tl.load(at + F, mask=ours, other=0.0))
     put_rows(saved, ks, gate, r, R, c, 2 * F, b, ks_stride, UE8M0)
     put_rows(saved, ks, up, r, R, c + F, 2 * F, b + F // 128, ks_stride, UE8M0)
     y = gate * sigmoid(gate) * up
@@ -50,19 +51,20 @@ def swiglu_kernel(h, weights, q, s, saved, ks, R, F, s_stride, ks_stride, WEIGHT
 
 
 @triton.jit
-def read_back(saved, ks, r, end, c, b, F2, ks_stride):
+def read_back(saved, ks, r, end, c, b, F2: tl.constexpr, ks_stride):
     """Column b of 1x128 tiles of a tensor of width F2, as FP32 [.., 128]."""
     v = tl.load(saved + r.to(tl.int64)[:, None] * F2 + c[None, :], mask=(r < end)[:, None], other=0.0).to(tl.float32)
     return v * tl.load(ks + b * ks_stride + r, mask=r < end, other=0.0)[:, None]
 
 
 @triton.jit
-def some_rows(dy, saved, ks, weights, dw, r, end, c, b, F, ks_stride, WEIGHTED: tl.constexpr, FIRST: tl.constexpr):
+def some_rows(dy, saved, ks, weights, dw, r, end, c, b, F: tl.constexpr, ks_stride, WEIGHTED: tl.constexpr,
+              FIRST: tl.constexpr):  # fmt: skip
     """-> the product again, d gate and d up of rows r, each FP32 [.., 128]. With FIRST this tile's part of d weights is
     stored too."""
     gate = read_back(saved, ks, r, end, c, b, 2 * F, ks_stride)
     up = read_back(saved, ks, r, end, c + F, b + F // 128, 2 * F, ks_stride)
-    d = tl.load(dy + r.to(tl.int64)[:, None] * F + c[None, :], mask=(r < end)[:, None], other=0.0).to(tl.float32)
+    d = ptx.widen(tl.load(dy + r.to(tl.int64)[:, None] * F + c[None, :], mask=(r < end)[:, None], other=0.0))
     sig = sigmoid(gate)
     silu = gate * sig
     y = silu * up
@@ -75,13 +77,21 @@ def some_rows(dy, saved, ks, weights, dw, r, end, c, b, F, ks_stride, WEIGHTED: 
     return y, d * up * (sig * (gate * (1.0 - sig) + 1.0)), d * silu
 
 
+@triton.jit
+def some_bytes(dy, saved, ks, weights, dw, r, end, c, b, y_inverse, g_inverse, u_inverse, F: tl.constexpr, ks_stride,
+               WEIGHTED: tl.constexpr):  # fmt: skip
+    """`some_rows` in E4M3, by scales of columns."""
+    y, g, u = some_rows(dy, saved, ks, weights, dw, r, end, c, b, F, ks_stride, WEIGHTED, False)
+    return ptx.cast(y * y_inverse, -1), ptx.cast(g * g_inverse, -1), ptx.cast(u * u_inverse, -1)
+
+
 @triton.jit(do_not_specialize=["R", "ks_stride", "s_stride"])
-def swiglu_backward_kernel(dy, saved, ks, weights, q, s, qt, st, act, acts, dw, table, R, F, P, ks_stride, s_stride,
-                           st_stride, act_stride, WEIGHTED: tl.constexpr, UE8M0: tl.constexpr,
+def swiglu_backward_kernel(dy, saved, ks, weights, q, s, qt, st, act, acts, dw, table, R, F: tl.constexpr, P, ks_stride,
+                           s_stride, st_stride, act_stride, WEIGHTED: tl.constexpr, UE8M0: tl.constexpr,
                            WORDS: tl.constexpr):  # fmt: skip
     """A block of 128x128 of one expert's rows to a program. Three tensors of that size leave by columns, whose scales
-    need all rows first. Held, they fill the registers of an SM; so a block is computed twice, 4 * WORDS rows at a time,
-    the second time from L1."""
+    need all rows first. Held, they fill the registers of an SM; so a block is computed twice, the second time from L1.
+    The first pass is not unrolled: a shorter program, which the instruction cache holds, is 4 to 7% faster."""
     b = tl.program_id(0)
     block = tl.program_id(1)
     first, end = block_rows(block, table, R, True)
@@ -90,36 +100,49 @@ def swiglu_backward_kernel(dy, saved, ks, weights, q, s, qt, st, act, acts, dw, 
     c = b * 128 + tl.arange(0, 128)
     # The same columns of the half that belongs to up.
     far, far_b = c + F, b + F // 128
-    rows = first + 4 * tl.arange(0, WORDS)
+    # Parts of 4 * WORDS rows that this block has.
+    filled = tl.minimum(tl.cdiv(end - first, 4 * WORDS), 32 // WORDS)
     # First pass: d gate and d up leave by rows; the largest magnitudes of each column give the scales by columns.
-    y_most = tl.zeros((WORDS, 128), tl.int32)
-    g_most, u_most = y_most, y_most
-    for part in range(32 // WORDS):
-        for i in tl.static_range(4):
-            r = rows + part * (4 * WORDS) + i
-            y, g, u = some_rows(dy, saved, ks, weights, dw, r, end, c, b, F, ks_stride, WEIGHTED, True)
-            put_rows(q, s, g, r, end, c, 2 * F, b, s_stride, UE8M0)
-            put_rows(q, s, u, r, end, far, 2 * F, far_b, s_stride, UE8M0)
-            y_most = tl.maximum(y_most, magnitude(y))
-            g_most = tl.maximum(g_most, magnitude(g))
-            u_most = tl.maximum(u_most, magnitude(u))
+    y_most = tl.zeros((WORDS, 128), tl.float32)
+    g_most = tl.zeros((WORDS, 128), tl.int32)
+    u_most = g_most
+    for part in range(4 * filled):
+        r = first + part * WORDS + tl.arange(0, WORDS)
+        y, g, u = some_rows(dy, saved, ks, weights, dw, r, end, c, b, F, ks_stride, WEIGHTED, True)
+        put_rows(q, s, g, r, end, c, 2 * F, b, s_stride, UE8M0)
+        put_rows(q, s, u, r, end, far, 2 * F, far_b, s_stride, UE8M0)
+        y_most = larger(y_most, y)
+        # Their magnitudes are at hand, from the casts by rows.
+        g_most = tl.maximum(g_most, magnitude(g))
+        u_most = tl.maximum(u_most, magnitude(u))
     y_inverse, y_sound = column_scale(y_most, acts, block, c, F, act_stride, UE8M0)
     g_inverse, g_sound = column_scale(g_most, st, block, c, 2 * F, st_stride, UE8M0)
     u_inverse, u_sound = column_scale(u_most, st, block, far, 2 * F, st_stride, UE8M0)
     # Second pass: four rows of a column become the four bytes of a word.
-    for part in range(32 // WORDS):
-        y_words = tl.zeros((WORDS, 128), tl.uint32)
-        g_words, u_words = y_words, y_words
-        for i in tl.static_range(4):
-            r = rows + part * (4 * WORDS) + i
-            y, g, u = some_rows(dy, saved, ks, weights, dw, r, end, c, b, F, ks_stride, WEIGHTED, False)
-            y_words |= byte(y, y_inverse) << (8 * i)
-            g_words |= byte(g, g_inverse) << (8 * i)
-            u_words |= byte(u, u_inverse) << (8 * i)
+    for part in range(filled):
+        r = first + part * (4 * WORDS) + 4 * tl.arange(0, WORDS)
+        y0, g0, u0 = some_bytes(
+            dy, saved, ks, weights, dw, r, end, c, b, y_inverse, g_inverse, u_inverse, F, ks_stride, WEIGHTED
+        )
+        y1, g1, u1 = some_bytes(
+            dy, saved, ks, weights, dw, r + 1, end, c, b, y_inverse, g_inverse, u_inverse, F, ks_stride, WEIGHTED
+        )
+        y2, g2, u2 = some_bytes(
+            dy, saved, ks, weights, dw, r + 2, end, c, b, y_inverse, g_inverse, u_inverse, F, ks_stride, WEIGHTED
+        )
+        y3, g3, u3 = some_bytes(
+            dy, saved, ks, weights, dw, r + 3, end, c, b, y_inverse, g_inverse, u_inverse, F, ks_stride, WEIGHTED
+        )
         place = block * 32 + part * WORDS
-        put_words(act, y_words, y_sound, place, c, F, P, WORDS)
-        put_words(qt, g_words, g_sound, place, c, 2 * F, P, WORDS)
-        put_words(qt, u_words, u_sound, place, far, 2 * F, P, WORDS)
+        put_words(act, ptx.turn(y0, y1, y2, y3), y_sound, place, c, F, P, WORDS)
+        put_words(qt, ptx.turn(g0, g1, g2, g3), g_sound, place, c, 2 * F, P, WORDS)
+        put_words(qt, ptx.turn(u0, u1, u2, u3), u_sound, place, far, 2 * F, P, WORDS)
+    none = tl.zeros((WORDS, 128), tl.int32)
+    for part in range(filled, 32 // WORDS):
+        place = block * 32 + part * WORDS
+        put_words(act, none, y_sound, place, c, F, P, WORDS)
+        put_words(qt, none, g_sound, place, c, 2 * F, P, WORDS)
+        put_words(qt, none, u_sound, place, far, 2 * F, P, WORDS)
 
 
 @triton.jit
@@ -129,7 +152,7 @@ def rmsnorm_kernel(x, weight, q, s, normed, inverse, R, C, eps, s_stride, UE8M0:
     b = tl.arange(0, TILES)
     c = b[:, None] * 128 + tl.arange(0, 128)[None, :]
     base = r.to(tl.int64) * C
-    v = tl.load(x + base + c, mask=c < C, other=0.0).to(tl.float32)
+    v = ptx.widen(tl.load(x + base + c, mask=c < C, other=0.0))
     # In FP64, where the order of additions does not reach the FP32 result.
     wide = v.to(tl.float64)
     mean = (tl.sum(tl.sum(wide * wide, 1), 0) / C.to(tl.float64)).to(tl.float32)

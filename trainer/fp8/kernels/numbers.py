@@ -10,6 +10,8 @@ columns.
 import triton
 import triton.language as tl
 
+from dryvine.trainer.fp8.kernels import ptx
+
 
 @triton.jit
 def scale_of(amax, TOP: tl.constexpr, UE8M0: tl.constexpr):
@@ -33,27 +35,27 @@ def magnitude(x):
 
 @triton.jit
 def scaled(x, s):
-    """x / s, zero in a tile whose scale is infinite. Within the format's range without a clamp, since s came from
-    the largest |x|, and the hardware cast saturates what rounding adds to that one."""
-    return tl.where(s < float("inf"), x * inverse_of(s), 0.0)
-
-
-@triton.jit
-def inverse_of(s):
-    """1 / s, correctly rounded, for s from 2^-120 to 2^120: two of Newton's steps from the hardware's approximation,
-    the last of which rounds right (Markstein). `div_rn` has a rare case, and with it a branch that keeps divisions
-    from being interleaved."""
-    # Near 1 / s: the hardware's approximate 1 / sqrt(s), squared.
-    y = tl.rsqrt(s)
-    y = y * y
-    y = tl.fma(tl.fma(-s, y, 1.0), y, y)
-    return tl.fma(tl.fma(-s, y, 1.0), y, y)
+    """x / s, zero in a tile whose scale is infinite."""
+    return tl.where(s < float("inf"), x * ptx.inverse(s), 0.0)
 
 
 @triton.jit
 def e4m3(x, s):
-    """x / s as E4M3; `s` is broadcast against x."""
-    return scaled(x, s).to(tl.float8e4nv)
+    """x / s as E4M3, zero in a tile whose scale is infinite; `s` is broadcast against x. The largest |x| gave s, so
+    that only rounding leaves the format's range, and the cast saturates."""
+    return ptx.cast(x * ptx.inverse(s), tl.where(s < float("inf"), -1, 0))
+
+
+@triton.jit
+def larger(most, x):
+    """The larger of `most` and |x|, a NaN if either is: one instruction, where the maximum of a `magnitude` is two."""
+    return tl.maximum(most, tl.abs(x), propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def largest_of(v0, v1, v2, v3):
+    """The `larger` of four."""
+    return larger(larger(larger(tl.abs(v0), v1), v2), v3)
 
 
 @triton.jit
@@ -72,7 +74,7 @@ def sigmoid(x):
     p = tl.fma(p, f, 1.00000012)
     # Times 2^m: the whole number is added to the exponent.
     p = (p.to(tl.int32, bitcast=True) + (m.to(tl.int32, bitcast=True) << 23)).to(tl.float32, bitcast=True)
-    return inverse_of(p + 1.0)
+    return ptx.inverse(p + 1.0)
 
 
 @triton.jit
@@ -85,25 +87,19 @@ def put_rows(q, s, v, r, end, c, C, b, s_stride, UE8M0: tl.constexpr):
 
 
 @triton.jit
-def byte(v, inverse):
-    """v / scale as an E4M3 byte in a uint32, to be shifted into a word."""
-    return (v * inverse).to(tl.float8e4nv).to(tl.uint8, bitcast=True).to(tl.uint32)
-
-
-@triton.jit
 def column_scale(largest, st, block, c, C, st_stride, UE8M0: tl.constexpr):
-    """Scales of 1x128 tiles over rows, from the largest magnitudes [.., 128] of any partition of the 128 rows; stored.
+    """Scales of 1x128 tiles over rows, from the `larger` or `magnitude` [.., 128] of parts of the 128 rows; stored.
     -> their inverses and whether the tile was sound, each [1, 128]."""
-    scale = scale_of(tl.max(largest, 0), 448.0, UE8M0)
+    scale = scale_of(tl.max(largest.to(tl.int32, bitcast=True), 0), 448.0, UE8M0)
     tl.store(st + block * st_stride + c, scale, mask=c < C)
-    return inverse_of(scale)[None, :], (scale < float("inf"))[None, :]
+    return ptx.inverse(scale)[None, :], (scale < float("inf"))[None, :]
 
 
 @triton.jit
 def put_words(qt, words, sound, first, c, C, P, WORDS: tl.constexpr):
-    """Store uint32 [WORDS, 128], four rows of a column in each, transposed: `qt` is int32 [C, P / 4], `first` the
+    """Store int32 [WORDS, 128], four rows of a column in each, transposed: `qt` is int32 [C, P / 4], `first` the
     place of the first word in its row."""
-    words = tl.where(sound, words, 0).to(tl.int32, bitcast=True)
+    words = tl.where(sound, words, 0)
     at = qt + c.to(tl.int64)[:, None] * (P // 4) + first + tl.arange(0, WORDS)[None, :]
     tl.store(at, tl.trans(words), mask=(c < C)[:, None])
 
@@ -112,10 +108,8 @@ def put_words(qt, words, sound, first, c, C, P, WORDS: tl.constexpr):
 def put_columns(qt, st, v0, v1, v2, v3, block, c, C, P, st_stride, UE8M0: tl.constexpr):
     """Store 128 rows transposed, as 1x128 tiles over rows: v0 [32, 128] has rows 0, 4, 8, .., v1 rows 1, 5, .. and so
     on, so that four bytes which end up side by side are in one thread."""
-    largest = tl.maximum(tl.maximum(magnitude(v0), magnitude(v1)), tl.maximum(magnitude(v2), magnitude(v3)))
-    i, sound = column_scale(largest, st, block, c, C, st_stride, UE8M0)
-    words = byte(v0, i) | (byte(v1, i) << 8) | (byte(v2, i) << 16) | (byte(v3, i) << 24)
-    put_words(qt, words, sound, block * 32, c, C, P, 32)
+    i, sound = column_scale(largest_of(v0, v1, v2, v3), st, block, c, C, st_stride, UE8M0)
+    put_words(qt, ptx.word(v0 * i, v1 * i, v2 * i, v3 * i), sound, block * 32, c, C, P, 32)
 
 
 @triton.jit
