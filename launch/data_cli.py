@@ -125,14 +125,20 @@ def progress_bar(console: Console, counted: ProgressColumn | None = None) -> Ite
     `counted` is another column."""
     rows: dict[str, TaskID] = {}
     columns = TextColumn("{task.description}"), BarColumn(), counted or DownloadColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console) as bar:
+    bar = Progress(*columns, console=console)
 
-        def on_progress(stage: str, done: int, total: int) -> None:
-            if stage not in rows:
-                rows[stage] = bar.add_task(stage)
-            bar.update(rows[stage], completed=done, total=total)
+    def on_progress(stage: str, done: int, total: int) -> None:
+        if not rows:
+            bar.start()
+        if stage not in rows:
+            rows[stage] = bar.add_task(stage)
+        bar.update(rows[stage], completed=done, total=total)
 
+    try:
         yield on_progress
+    finally:
+        if rows:  # where there was nothing to report, it would print an empty line
+            bar.stop()
 
 
 def report(dataset: Dataset, folder: Path, console: Console) -> None:

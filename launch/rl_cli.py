@@ -29,5 +29,6 @@ def _run(config: Path, overrides: list[str], max_restarts: int, table: str) -> i
 
     planned = load_plan(config, overrides)
     if getattr(planned.config, table) is None:
-        raise ConfigError(f"{config}: has no table [{table}]; `dryvine train` runs it, or add the table (docs/rl.md)")
+        has = next((name for name in ("sft", "rl") if getattr(planned.config, name)), "train")
+        raise ConfigError(f"{config}: has no table [{table}]; `dryvine {has}` runs it, or add the table (docs/rl.md)")
     return start(planned, [str(config), *overrides], max_restarts)

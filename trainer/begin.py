@@ -17,6 +17,7 @@ from rich.console import Console
 
 from dryvine.trainer.checkpoint import attempts, run_folder
 from dryvine.trainer.checkpoint.load import load, newest_sound, verified
+from dryvine.trainer.checkpoint.manifest import CheckpointError
 from dryvine.trainer.checkpoint.memory_load import recall
 from dryvine.trainer.checkpoint.reader import open_checkpoint
 from dryvine.trainer.checkpoint.state import RunState
@@ -74,7 +75,10 @@ def _recall(rig: Rig, console: Console, state: RunState) -> int | None:
 def check_source(config: Config) -> None:
     """Raise CheckpointError if a new run cannot be initialised from `run.init_from`. Reads its index only."""
     if config.run.init_from is not None and run_folder.newest(config.run.folder) is None:
-        open_checkpoint(Path(config.run.init_from))
+        try:
+            open_checkpoint(Path(config.run.init_from))
+        except CheckpointError as error:
+            raise CheckpointError(f"run.init_from: {error}") from None
 
 
 def _begin_from(rig: Rig, source: Path, console: Console) -> None:
@@ -102,7 +106,10 @@ def differences(path: Path, config: Config) -> Iterator[str]:
     if not path.exists():
         yield f"{path}: not found, so differences in the config are not known"
         return
-    before, now = (dict(flat(tomllib.loads(text))) for text in (path.read_text(), dump(config)))
+    old, new = (tomllib.loads(text) for text in (path.read_text(), dump(config)))
+    for kind in sorted(old.keys() ^ new.keys()):  # [sft] and [rl]
+        yield f"[{kind}]: {'set -> not set' if kind in old else 'not set -> set'}"
+    before, now = (dict(flat({t: keys for t, keys in each.items() if t in old and t in new})) for each in (old, new))
     for key in sorted((before.keys() | now.keys()) - UNCOMPARED):
         if before.get(key) != now.get(key):
             yield f"{key}: {before.get(key, 'not set')} -> {now.get(key, 'not set')}"

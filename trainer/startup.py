@@ -9,11 +9,13 @@ from rich.console import Console
 from dryvine.comm.dispatch.choose import pick
 from dryvine.comm.topology import GroupLimit, Topology, mismatch
 from dryvine.trainer.activations import activations
+from dryvine.trainer.config import Config, flat
 from dryvine.trainer.data.blend import Blend
 from dryvine.trainer.graph_memory import graph_line, recordable
 from dryvine.trainer.ramps import sequences_before
 from dryvine.trainer.rehearse import rehearse, report_loads
 from dryvine.trainer.rig import Rig, row_bytes
+from dryvine.trainer.rl.presets import PRESETS
 
 
 def get_ready(rig: Rig, topology: Topology | None, console: Console, steps_done: int) -> None:
@@ -42,8 +44,19 @@ def startup_lines(rig: Rig, topology: Topology | None, steps_done: int) -> Itera
     yield from _blend(rig)
     if rig.optimizer.chosen:
         yield rig.optimizer.chosen
+    if rig.config.rl:
+        yield preset_line(rig.config)
     if steps_done:
-        yield f"resuming {rig.config.run.folder} after step {steps_done}"
+        left = "" if steps_done < rig.config.run.steps else f", and run.steps = {rig.config.run.steps}: nothing is left"
+        yield f"resuming {rig.config.run.folder} after step {steps_done}{left}"
+
+
+def preset_line(config: Config) -> str:
+    """Which keys of its preset a run with [rl] has otherwise: any key of a file comes before it, inherited ones too."""
+    assert config.rl is not None
+    own, preset = dict(flat(config.model_dump(mode="json"))), config.rl.preset
+    other = [f"{key} = {own[key]} ({value})" for key, value in flat(PRESETS[preset]) if own[key] != value]
+    return f"rl.preset {preset}" + (f", but for {', '.join(other)}" if other else "")
 
 
 def _blend(rig: Rig) -> Iterator[str]:

@@ -13,6 +13,7 @@ import pytest
 from dryvine.trainer.checkpoint import run_folder
 
 TINY = str(Path(__file__).parents[1] / "tiny.toml")
+CONFIGS = Path(__file__).parents[2] / "configs"
 DUALPIPE = ("parallel.pp=2", "parallel.schedule=dualpipe")
 
 
@@ -116,6 +117,8 @@ def test_a_run_whose_folder_cannot_be_made_is_refused(corpus: Path, tmp_path: Pa
         (("train", TINY, "--rank", "0"), "--rank and --hardware are for --dry-run"),
         (("train", TINY, "--dry-run", "--max-restarts", "2"), "--max-restarts is for a run"),
         (("train", TINY, "--hardware", "h100"), "--rank and --hardware are for --dry-run"),
+        (("rl", str(CONFIGS / "countdown_sft.toml")), "has no table [rl]; `dryvine sft` runs it"),
+        (("sft", TINY), "has no table [sft]; `dryvine train` runs it"),
         (("doctor", "run.steps=1"), "overrides are of --before-run"),
         (("doctor", "--before-run", TINY, "--nodes", "8,8"), "--nodes: with --before-run CONFIG says it"),
         (

@@ -325,7 +325,7 @@ def test_before_a_run_on_one_node(corpus: Path, tmp_path: Path, capsys: pytest.C
     assert before_run(Path(TINY), (*given, 'data.source="/nowhere"')) == 1
     assert "BAD     start: /nowhere: no finished dataset here" in capsys.readouterr().out
     assert before_run(Path(TINY), (*given, 'run.init_from="/nowhere"')) == 1
-    assert "BAD     start: /nowhere: no such folder" in capsys.readouterr().out
+    assert "BAD     start: run.init_from: /nowhere: no such folder" in capsys.readouterr().out
 
 
 def test_the_room_that_checkpoints_need(tiny: Callable[..., Config]) -> None:

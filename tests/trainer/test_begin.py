@@ -12,11 +12,12 @@ import torch
 from dryvine.trainer.begin import check_source, differences
 from dryvine.trainer.checkpoint.manifest import CheckpointError
 from dryvine.trainer.checkpoint.reader import open_checkpoint, whole
-from dryvine.trainer.config import Config, dump
+from dryvine.trainer.config import Config, dump, load
 from dryvine.trainer.ramps import points
 from dryvine.trainer.step import train_step
 from tests.support.rig import rig_of, train_on
 
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 Tiny = Callable[..., Config]
 SMALL = ("model.layers=2", "batch.sequences=4", "run.checkpoint_every=9", "optim.lr=0.01", "optim.ema=0.5")
 
@@ -67,8 +68,13 @@ def test_a_run_that_has_begun_goes_on_by_itself(tiny: Tiny, first: Config, capsy
 
 
 def test_what_cannot_be_begun_from_is_refused(tiny: Tiny, first: Config, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="nowhere: no such folder"):
+    with pytest.raises(CheckpointError, match=r"run\.init_from: .*nowhere: no such folder"):
         check_source(tiny(f'run.init_from="{tmp_path / "nowhere"}"'))
+    with pytest.raises(CheckpointError, match="no checkpoint here; name a run folder or one of its checkpoints"):
+        check_source(tiny(f'run.init_from="{tmp_path}"'))
+    (tmp_path / "config.json").touch()
+    with pytest.raises(CheckpointError, match="no checkpoint here; `dryvine import` makes one of it"):
+        check_source(tiny(f'run.init_from="{tmp_path}"'))
     other = tiny(*SMALL, "model.ffn=40", "run.name=second", f'run.init_from="{first.run.folder}"')
     with pytest.raises(CheckpointError, match=r"layers.0.ffn.*run.init_from needs a checkpoint of this \[model\]"):
         train_on(0, other)
@@ -88,6 +94,9 @@ def test_the_differences_are_those_of_the_whole_config(tiny: Tiny, tmp_path: Pat
         "model.yarn.original: not set -> 4096",
         "optim.ema: 0.5 -> 0.0",
     ]
+    path.write_text(dump(load(CONFIGS / "countdown_sft.toml")))
+    tables = [line for line in differences(path, load(CONFIGS / "countdown_r1zero.toml")) if "set" in line]
+    assert tables == ["[rl]: not set -> set", "[sft]: set -> not set"], "and not every key of them"
     assert next(differences(tmp_path / "none.toml", tiny())).endswith("differences in the config are not known")
 
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from dryvine.comm.topology import by_sizes
-from dryvine.trainer.config import Config
+from dryvine.trainer.config import Config, load
 from dryvine.trainer.data.splits import open_data
 from dryvine.trainer.rig import row_bytes
 from dryvine.trainer.run_plan import make_plan
-from dryvine.trainer.startup import startup_lines
+from dryvine.trainer.startup import preset_line, startup_lines
 
 Tiny = Callable[..., Config]
 FP8 = ("run.dtype=bf16", "fp8.preset=deepseek_v3")
@@ -38,7 +39,19 @@ def test_one_process_has_little_to_say(tiny: Tiny) -> None:
     assert said[1].startswith("activations kept for backwards: at most ")
     assert len(said) == 2
     assert lines(config, [1], 4)[2] == f"resuming {config.run.folder} after step 4"
+    assert lines(config, [1], 6)[2].endswith("after step 6, and run.steps = 6: nothing is left")
     assert len(lines(config, None)) == 1
+
+
+def test_a_run_of_rl_says_where_it_is_not_its_preset() -> None:
+    """The rate of a file comes before the preset's, though the file may have inherited it from pretraining."""
+    folder = Path(__file__).resolve().parents[2] / "configs"
+    assert preset_line(load(folder / "countdown_r1zero.toml", ("rl.preset=cispo",))) == "rl.preset cispo"
+    said = preset_line(load(folder / "countdown_r1zero.toml", ("rl.preset=dr_grpo", "rl.loss.aggregate=token_mean")))
+    keys = (
+        "optim.lr = 0.0002 (1e-06), rl.loss.aggregate = token_mean (token_sum), rl.samples = 16 (8), rl.max_tokens = 48"
+    )
+    assert said == f"rl.preset dr_grpo, but for {keys} (3000)"
 
 
 def test_a_pipeline_names_what_carries_its_messages(tiny: Tiny) -> None:

@@ -93,4 +93,8 @@ def _reader(path: Path) -> CheckpointReader:
         raise CheckpointError(f"{path}: no such folder; name a run folder or one of its checkpoints")
     if (path / legacy.INDEX).exists() or ((path / legacy.STATE).exists() and not (path / NAME).exists()):
         return LegacyReader(path)
+    if not (path / NAME).exists() and not any(path.glob("rank-*")):
+        exported = (path / "config.json").exists()  # or downloaded
+        fix = "`dryvine import` makes one of it" if exported else "name a run folder or one of its checkpoints"
+        raise CheckpointError(f"{path}: no checkpoint here; {fix}")
     return SafetensorsReader(path)
