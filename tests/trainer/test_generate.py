@@ -136,6 +136,26 @@ def test_a_cancelled_answer_takes_part_in_no_further_step(monkeypatch: pytest.Mo
     assert widths == [3, 3, 3, 1, 1]
 
 
+def test_what_is_done_meanwhile_is_between_a_steps_launch_and_the_read_of_its_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sampler, seen, step, exchange = sampler_of(filled(tiny())), [], decoder.Decoder.step, decoder.Decoder._exchange
+
+    def launched(*given: Any) -> Any:
+        coming = step(*given)
+        seen.append("launched")
+        return coming
+
+    def read(*given: Any) -> Any:
+        seen.append("read")
+        return exchange(*given)
+
+    monkeypatch.setattr(decoder.Decoder, "step", launched)
+    monkeypatch.setattr(decoder.Decoder, "_exchange", read)
+    assert len([*sampler.generate([Request((5, 6), 3)], None, lambda: seen.append("meanwhile"))]) == 1
+    assert seen == ["launched", "meanwhile", "read"] * 3
+
+
 @pytest.mark.parametrize(
     ("wrong", "why"),
     [

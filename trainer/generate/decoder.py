@@ -129,14 +129,15 @@ class Decoder:
         return self.parts[self._end].logits(x_NH)
 
     @torch.no_grad()
-    def step(self, caches: Caches, steps: Sequence[LaneStep]) -> list[Drawn]:
+    def step(self, caches: Caches, steps: Sequence[LaneStep]) -> Pending[list[Drawn]]:
         """Feed every slot in use and sample the next tokens: for every lane, on every rank."""
         waves = [w for w in range(self.waves) if any(len(steps[lane].tokens) for lane in self._lanes_of(w))]
         own = {wave: steps[self._lane(wave)] for wave in waves}
         drawn = self._drawn(caches, own) if self._replay is None else self._replayed(self._replay, caches, own)
-        return self._exchange(drawn, [len(step.tokens) for step in steps])
+        sizes = [len(step.tokens) for step in steps]
+        return Pending(lambda: self._exchange({lane: coming.wait() for lane, coming in drawn.items()}, sizes))
 
-    def _drawn(self, caches: Caches, own: Mapping[int, LaneStep]) -> dict[int, Drawn]:
+    def _drawn(self, caches: Caches, own: Mapping[int, LaneStep]) -> dict[int, Pending[Drawn]]:
         """By lane, of the waves that end on this rank."""
         feeds = {wave: step_feed(one, self.spec, self.mesh.device) for wave, one in own.items()}
         return {
@@ -144,7 +145,7 @@ class Decoder:
             for wave, x_NH in self._pass(caches, feeds).items()
         }
 
-    def _replayed(self, replay: Replay, caches: Caches, own: Mapping[int, LaneStep]) -> dict[int, Drawn]:
+    def _replayed(self, replay: Replay, caches: Caches, own: Mapping[int, LaneStep]) -> dict[int, Pending[Drawn]]:
         """The same by graphs."""
         return {
             self._lane(wave): draw(replay.step(caches[wave, self._end], step), step)

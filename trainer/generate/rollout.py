@@ -8,7 +8,7 @@ every rank and must return the same there.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -36,10 +36,11 @@ class Rollout:
         room: LaneRoom,
         requests: Iterator[Request],
         until: Until | None,
+        meanwhile: Callable[[], None],
         cancelled: set[Request],
     ) -> None:
         self._decoder, self._room, self._requests, self._until = decoder, room, requests, until
-        self._cancelled = cancelled
+        self._meanwhile, self._cancelled = meanwhile, cancelled
         self._lanes = [Lane(decoder.mesh.device, decoder.drafts) for _ in range(decoder.lanes)]
         self._caches = decoder.kept_caches()
         self._next: Answer | None = None  # taken from the iterable, and waiting for room
@@ -58,8 +59,9 @@ class Rollout:
                 yield self._completion(answer, self._no_routes())
             if not any(lane.live for lane in self._lanes):
                 return
-            steps = [lane.step() for lane in self._lanes]
-            for lane, drawn in zip(self._lanes, self._decoder.step(self._caches, steps), strict=True):
+            coming = self._decoder.step(self._caches, [lane.step() for lane in self._lanes])
+            self._meanwhile()  # a GPU computes now
+            for lane, drawn in zip(self._lanes, coming.wait(), strict=True):
                 lane.take(drawn, self._until)
             yield from self._leave()
             while self._cancel():

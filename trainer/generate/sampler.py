@@ -6,7 +6,7 @@ trains. A second engine would need the weights again in its own layout, and woul
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -83,12 +83,14 @@ class Sampler:
         replay = None if experts or drafts else make_replay(parts)
         return Sampler(Decoder(mesh, ((0,),), parts, ALONE, drafts, replay), room or Room())
 
-    def generate(self, requests: Iterable[Request], until: Until | None = None) -> Iterator[Completion]:
+    def generate(
+        self, requests: Iterable[Request], until: Until | None = None, meanwhile: Callable[[], None] = lambda: None
+    ) -> Iterator[Completion]:
         """Completions in the order in which they end; requests are taken from the iterable as there is room. `until` is
         asked after each token, with the tokens so far, whether to end there; not after one that ends the answer anyway.
-        What is wrong with one request, or raised by `until` for it, ends that one with reason "failed". To stop, drop
-        the iterator."""
-        return Rollout(self._decoder, self._room, iter(requests), until, self._cancelled).completions()
+        What is wrong with one request, or raised by `until` for it, ends that one with reason "failed". `meanwhile` is
+        called in every step while a GPU computes it. To stop, drop the iterator."""
+        return Rollout(self._decoder, self._room, iter(requests), until, meanwhile, self._cancelled).completions()
 
     def score(self, passages: Iterable[Passage]) -> Iterator[Score]:
         """Log-probabilities of texts that are given, in their order. Raises ValueError for one that the model cannot

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dryvine.comm.pending import Pending
 from dryvine.trainer.generate.requests import Request
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -81,8 +82,10 @@ class Drawn(NamedTuple):
     drafts: NDArray[np.int64]
 
     @staticmethod
-    def of(tokens_ST: Tensor, logprobs_ST: Tensor, drafts_SD: Tensor) -> Drawn:
-        return Drawn(*(part.cpu().numpy() for part in (tokens_ST, logprobs_ST.double(), drafts_SD)))
+    def of(tokens_ST: Tensor, logprobs_ST: Tensor, drafts_SD: Tensor) -> Pending[Drawn]:
+        """To be waited for: a GPU has not computed them yet."""
+        parts = tokens_ST, logprobs_ST.double(), drafts_SD
+        return Pending(lambda: Drawn(*(part.cpu().numpy() for part in parts)))
 
 
 def sample(logits_SV: Tensor, ways: Ways, positions: NDArray[np.uint64]) -> tuple[Tensor, Tensor]:

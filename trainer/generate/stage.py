@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dryvine.comm.pending import Pending
 from dryvine.parallel.stage import Stage
 from dryvine.trainer.generate.cache import Cache
 from dryvine.trainer.generate.experts import dispatched, in_memory
@@ -95,7 +96,7 @@ class CachedStage:
         if self._head is not None and self._speculator is not None:
             self._speculator.read(self._head[0](x_NH), feed, cache.latents[len(self.blocks) :])
 
-    def draw(self, x_NH: Tensor, feed: Feed, cache: Cache, step: LaneStep) -> Drawn:
+    def draw(self, x_NH: Tensor, feed: Feed, cache: Cache, step: LaneStep) -> Pending[Drawn]:
         """Sample after every token of a step, and guess what comes then."""
         assert self._head is not None
         norm, logits = self._head
@@ -108,7 +109,7 @@ class CachedStage:
         return Drawn.of(sampled.counted(), logprobs_ST, drafts_SD)
 
 
-def draw(logits_NV: Tensor, step: LaneStep) -> Drawn:
+def draw(logits_NV: Tensor, step: LaneStep) -> Pending[Drawn]:
     """Sample after every token of a step, whose logits these are, without guesses."""
     tokens_ST, logprobs_ST = _sampled(logits_NV, step)
     return Drawn.of(tokens_ST, logprobs_ST, tokens_ST[:, 1:])

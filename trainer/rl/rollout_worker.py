@@ -7,11 +7,12 @@ that samples ahead of it, with a copy of them (`ahead.py`).
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from dryvine.trainer.generate.lane import Until
-from dryvine.trainer.generate.requests import Request
+from dryvine.trainer.generate.requests import Completion, Request
 from dryvine.trainer.generate.sampler import Sampler
 from dryvine.trainer.rl.evaluate import Evaluation, evaluation
 from dryvine.trainer.rl.grader import Grader
@@ -78,11 +79,18 @@ class RolloutWorker:
         requests = [[*self.task.requests(question, n, ask, purpose)] for n, question in asked]
         every = [request for group in requests for request in group]
         self.settle()
-        grading, questions = self.grader.begin(), dict(asked)
-        for number, completion in enumerate(self.sampler.generate(every, self._until(questions)), 1):
-            assert completion.request.group is not None
-            grading.add(questions[completion.request.group], completion)
+        grading, questions, ended = self.grader.begin(), dict(asked), deque[Completion]()
+
+        def grade() -> None:
+            while ended:
+                completion = ended.popleft()
+                assert completion.request.group is not None
+                grading.add(questions[completion.request.group], completion)
+
+        for number, completion in enumerate(self.sampler.generate(every, self._until(questions), grade), 1):
+            ended.append(completion)
             on_answer(number, len(every))
+        grade()
         found = {_name(answer.completion.request): answer for answer in grading.graded()}
         return [
             Group(n, question, [found[_name(request)] for request in group])
