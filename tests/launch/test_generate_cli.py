@@ -11,14 +11,20 @@ import torch
 from typer.testing import CliRunner
 
 from dryvine.launch.cli import app
+from dryvine.trainer.config import RECORDED, dump
+from dryvine.trainer.config import load as load_config
 from dryvine.trainer.generate.dialogue import Stream, TemplateDialogue
 from dryvine.trainer.generate.open import load, open_weights
 from dryvine.trainer.generate.requests import Request
 from dryvine.trainer.generate.sampler import Sampler
 from dryvine.trainer.hand_off.encodings import Encoding
+from dryvine.trainer.hand_off.errors import HandOffError
 from dryvine.trainer.hand_off.export_hf import export_hf
+from dryvine.trainer.hand_off.run_files import TOKENIZER
 from dryvine.trainer.hand_off.tokenizer_files import TokenizerFiles
 from tests.support.hand_off import quiet, run_of, small, tokenizer_of
+
+RL = Path(__file__).resolve().parents[2] / "configs" / "countdown_r1zero.toml"
 
 
 def invoke(*words: str, stdin: str | None = None) -> tuple[int, str]:
@@ -93,6 +99,23 @@ def test_ctrl_c_keeps_what_was_written_and_tells_by_the_exit_code(
     assert code == 130
     assert whole.startswith(said.rstrip("\n"))
     assert len(said) > len("def f")
+
+
+def test_a_fine_tuned_run_brings_its_tokenizer_and_templates(tmp_path: Path) -> None:
+    """Those that its config names: it has no dataset."""
+    run = run_of(small(), tmp_path / "run")
+    tokenizer = (tmp_path / "run" / TOKENIZER).rename(tmp_path / "elsewhere") / "tokenizer.json"
+    roles = 'rl.chat.roles={user="{content}?",assistant="{content}<|endoftext|>"}'
+    config = load_config(RL, (f'rl.chat.tokenizer="{tokenizer}"', "rl.chat.controls=[]", roles))
+    (tmp_path / "run" / RECORDED).write_text(dump(config.model_copy(update={"model": run.shape})))
+    asked = str(tmp_path / "run"), "--max-tokens", "4", "--temperature", "0"
+    assert invoke("generate", asked[0], "hello?", *asked[1:])[0] == 0
+    code, said = invoke("chat", *asked, stdin="hello\n\n")
+    assert code == 0
+    assert said.strip()
+    tokenizer.unlink()
+    with pytest.raises(HandOffError, match=r"tokenizer\.json: the tokenizer is not there: name it with --tokenizer"):
+        invoke("generate", asked[0], "hello?")
 
 
 def test_ctrl_c_ends_an_answer_of_a_chat_and_the_next_one_is_given(

@@ -60,8 +60,6 @@ class WeightSource:
     def tokenizer(self, given: Path | None) -> TokenizerFiles:
         """`given`, or that of the run or folder. Raises HandOffError or DataError."""
         found = self.run.tokenizer() if self.run else self.folder
-        if given is None and found is not None and not (found / "tokenizer.json").exists():
-            found = None
         return open_tokenizer(found, given, None, self.shape.vocab)
 
     def dialogue(self, files: TokenizerFiles) -> Dialogue:

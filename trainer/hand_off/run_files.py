@@ -34,7 +34,7 @@ class OpenRun:
     stored: Stored
 
     def tokenizer(self) -> Path | None:
-        """The folder with its tokenizer.json, if that can be found."""
+        """Its tokenizer.json, or the folder that has it, if the run's data say so."""
         if (self.folder / TOKENIZER / "tokenizer.json").exists():
             return self.folder / TOKENIZER
         try:

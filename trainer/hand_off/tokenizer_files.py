@@ -46,6 +46,8 @@ def open_tokenizer(
     path = given or found
     if path is None:
         raise HandOffError("the run's dataset is gone and with it the tokenizer: name one with --tokenizer PATH")
+    if given is None and not (path.is_file() or (path / "tokenizer.json").exists()):
+        raise HandOffError(f"{path}: the tokenizer is not there: name it with --tokenizer PATH")
     folder = path if path.is_dir() else path.parent
     vocabulary = tokenizers.load(path / "tokenizer.json" if path.is_dir() else path)
     if vocabulary.size > vocab:
