@@ -15,6 +15,7 @@ from rich.table import Table
 
 from dryvine.launch.data_cli import progress_bar
 from dryvine.launch.open_model import Device, Dtype, ExpertMemory, HowToCompute, Model, Tokenizer, open_model
+from dryvine.trainer.say import say
 
 if TYPE_CHECKING:
     from dryvine.trainer.data.spec import OnProgress
@@ -128,6 +129,8 @@ def _rows(
     with progress_bar(Console(stderr=True), MofNCompleteColumn()) as bar:
         for file, task in asked.tasks:
             findings = task(subject, partial(_of_task, bar, file.name))
+            if findings.note:
+                say(f"{file.name}: {findings.note}")
             lines = len(file.records)
             yield EvalRow(file.name, spec, step, lines, file.sha256, settings, findings.figures), findings.answers
         for name, lines, figures in ask(asked.harness, asked.harness_tasks, asked.limit, subject, bar):

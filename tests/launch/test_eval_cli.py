@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from dryvine.launch.cli import main
+from dryvine.launch.cli import app, main
 from dryvine.trainer.data.atomic import CannotWrite
 from dryvine.trainer.generate.dialogue import document, plain
 from dryvine.trainer.generate.open import load, open_weights
@@ -124,6 +125,20 @@ def test_pass_at_k_is_judged_by_a_verifier(tmp_path: Path) -> None:
     assert row["figures"]["pass@1"]["value"] == pytest.approx(sum(sum(some[1:]) for some in right) / 8)
     assert row["figures"]["pass@4"]["value"] == sum(any(some[1:]) for some in right) / 2
     assert rows_of(*words) == [row]
+
+
+def test_answers_that_cannot_be_scored_are_told_with_the_reason(tmp_path: Path) -> None:
+    """They count as wrong, and the model may be right."""
+    run_of(small(), tmp_path / "run")
+    records = [{"prompt": "def f", "verifier": name, "max_tokens": 3} for name in ("countdown", "format")]
+    file, answers = jsonl(tmp_path / "p.jsonl", *records), tmp_path / "answers.jsonl"
+    words = ["eval", str(tmp_path / "run"), "--tasks", file, "--samples", "2", "--answers", str(answers)]
+    result = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert result.exit_code == 0
+    why = "the first: ValueError: the problem's 'target' is None"
+    assert f"p: 3 of 6 answers could not be scored, {why}" in result.stderr
+    said = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert [len(line["why"]) for line in said] == [3, 3]
 
 
 LOSES = """

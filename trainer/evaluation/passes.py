@@ -62,7 +62,14 @@ def _findings(problems: Sequence[Judgeable], subject: Subject, on_progress: OnPr
     figures |= {f"pass@{k}": pass_at_k(counts, samples, k) for k in _ks(samples)}
     unscored = [verdict.score is None for some in verdicts for verdict in some[1:]]
     rows = [_row(p, some, said, subject) for p, some, said in zip(problems, answers, verdicts, strict=True)]
-    return Findings(figures | {"unscored": share(unscored)}, rows)
+    return Findings(figures | {"unscored": share(unscored)}, rows, _note(verdicts))
+
+
+def _note(verdicts: Sequence[Sequence[Verdict]]) -> str:
+    """Unscored answers count as wrong: a field that a problem lacks must not look like a model that solves nothing."""
+    every = [verdict for some in verdicts for verdict in some]
+    why = [verdict.why for verdict in every if verdict.score is None]
+    return f"{len(why)} of {len(every)} answers could not be scored, the first: {why[0]}" if why else ""
 
 
 def _verdicts(
@@ -89,6 +96,7 @@ def _row(
     return {
         "texts": [subject.answer_text(problem.question, one) for one in answers],
         "scores": [verdict.score for verdict in verdicts],
+        "why": [verdict.why for verdict in verdicts],
         "right": statistics.fmean(verdict.right for verdict in verdicts[1:]),
         "failed": failures(answers),
     }

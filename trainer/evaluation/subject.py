@@ -41,10 +41,11 @@ class EvalQuestion(NamedTuple):
 
 
 class Findings(NamedTuple):
-    """A task's results: figures, and a JSON object for each of its lines."""
+    """A task's results: figures, and a JSON object for each of its lines. `note`: what to tell the user beside them."""
 
     figures: dict[str, Figure]
     answers: list[dict[str, object]]
+    note: str = ""
 
 
 @dataclass
