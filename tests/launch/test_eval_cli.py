@@ -20,7 +20,7 @@ from dryvine.trainer.generate.open import load, open_weights
 from dryvine.trainer.hand_off.encodings import Encoding
 from dryvine.trainer.hand_off.export_hf import export_hf
 from dryvine.trainer.rl.verifiers import names
-from tests.launch.test_generate_cli import invoke
+from tests.support.commands import invoke
 from tests.support.generate import training_forward
 from tests.support.hand_off import quiet, run_of, small, tokenizer_of
 

@@ -22,14 +22,10 @@ from dryvine.trainer.hand_off.errors import HandOffError
 from dryvine.trainer.hand_off.export_hf import export_hf
 from dryvine.trainer.hand_off.run_files import TOKENIZER
 from dryvine.trainer.hand_off.tokenizer_files import TokenizerFiles
+from tests.support.commands import invoke
 from tests.support.hand_off import quiet, run_of, small, tokenizer_of
 
 RL = Path(__file__).resolve().parents[2] / "configs" / "countdown_r1zero.toml"
-
-
-def invoke(*words: str, stdin: str | None = None) -> tuple[int, str]:
-    result = CliRunner().invoke(app, list(words), input=stdin, env={"COLUMNS": "200"}, catch_exceptions=False)
-    return result.exit_code, result.stdout
 
 
 def test_a_run_and_its_export_go_on_alike_and_the_seed_reproduces(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from dryvine.trainer.hand_off.errors import HandOffError
 from dryvine.trainer.model.decoder import Model
 from dryvine.trainer.pruning.measure import measure
 from dryvine.trainer.pruning.prune import aligned, choose, fewer
-from tests.launch.test_generate_cli import invoke
+from tests.support.commands import invoke
 from tests.support.hand_off import quiet, run_of, small, weights_of
 
 TEXTS = [Passage(tuple(range(3 * n, 3 * n + 30))) for n in range(9)]
