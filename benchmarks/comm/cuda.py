@@ -19,7 +19,7 @@ from dryvine.comm.dispatch.hierarchical import Hierarchical
 from dryvine.comm.dispatch.hop_groups import HopGroups
 from dryvine.comm.dispatch.routing import Sum
 from dryvine.comm.topology import by_sizes
-from tests.comm.test_dispatch_hypothesis import Board, Boards, on_ranks
+from tests.support.dispatch import Board, Boards, on_ranks
 
 GPU = torch.device("cuda")
 

@@ -21,7 +21,7 @@ from dryvine.comm.dispatch.hierarchical import Hierarchical
 from dryvine.comm.dispatch.hop_groups import HopGroups, rail_of
 from dryvine.comm.dispatch.meter import Meter
 from dryvine.comm.topology import by_sizes
-from tests.comm.test_dispatch_hypothesis import Boards, ThreadExchange, cases, on_ranks, there_and_back
+from tests.support.dispatch import Boards, ThreadExchange, cases, on_ranks, there_and_back
 from tests.support.host_links import HostLinks, make_room
 
 PIECE = 320  # bytes: two of the widest rows below

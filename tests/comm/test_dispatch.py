@@ -9,12 +9,7 @@ from torch import Tensor
 from dryvine.comm.dispatch.exchange import GroupExchange
 from dryvine.comm.dispatch.flat import Flat
 from dryvine.comm.local import RankFailed, run
-
-
-def draw(seed: int, tokens: int, experts: int, top_k: int) -> Tensor:
-    """Different experts for each token, int64 [tokens, top_k]."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(tokens, experts, generator=generator).argsort(dim=1)[:, :top_k].contiguous()
+from tests.support.dispatch import draw
 
 
 def reference(

@@ -29,13 +29,9 @@ from dryvine.comm.dispatch.single_rank import SingleRank
 from dryvine.comm.local import run
 from dryvine.comm.mesh import Layout, Mesh, make_mesh
 from dryvine.comm.topology import NVLINK_H800, Link, by_sizes
+from tests.support.dispatch import draw
 
 CPU, MINUTE = torch.device("cpu"), timedelta(seconds=60)
-
-
-def draw(seed: int, tokens: int, experts: int, top_k: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(tokens, experts, generator=generator).argsort(dim=1)[:, :top_k].contiguous()
 
 
 def every_backend(rank: int, sizes: list[int], dtype: torch.dtype, groups: int = 1) -> dict[str, dict[str, int]]:

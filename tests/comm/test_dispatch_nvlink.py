@@ -34,7 +34,7 @@ from dryvine.comm.dispatch.windows import WindowRows, Windows, word_count
 from dryvine.comm.live_steps import LiveStep
 from dryvine.comm.mesh import Layout, make_mesh
 from dryvine.comm.topology import by_sizes
-from tests.comm.test_dispatch_hypothesis import Boards, cases, check_order, on_ranks, there_and_back
+from tests.support.dispatch import Boards, cases, check_order, on_ranks, there_and_back
 from tests.support.host_links import HostLinks, make_room
 
 SLOT = 1 << 17

@@ -14,7 +14,7 @@ from dryvine.comm.dispatch.flat import Flat
 from dryvine.comm.dispatch.rounds import InRounds
 from dryvine.comm.dispatch.setup import Setup
 from dryvine.comm.dispatch.single_rank import SingleRank
-from tests.comm.test_dispatch import draw
+from tests.support.dispatch import draw
 
 EXPERTS, TOP_K, HIDDEN = 12, 3, 24
 

@@ -19,7 +19,7 @@ from dryvine.comm.dispatch.routing import Arrival, Sum
 from dryvine.comm.dispatch.single_rank import SingleRank
 from dryvine.comm.dispatch.token_plan import PlanGroup
 from dryvine.comm.topology import by_sizes
-from tests.comm.test_dispatch_hypothesis import Boards, on_ranks, there_and_back
+from tests.support.dispatch import Boards, draw, on_ranks, there_and_back
 from tests.support.interpreter import right_casts
 from tests.support.specialisations import recorded
 
@@ -42,11 +42,6 @@ FUNCTIONS: list[Any] = [
 def _right_casts() -> Iterator[None]:
     with right_casts():
         yield
-
-
-def draw(seed: int, tokens: int, experts: int, top_k: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(tokens, experts, generator=generator).argsort(dim=1)[:, :top_k].contiguous()
 
 
 @pytest.fixture
