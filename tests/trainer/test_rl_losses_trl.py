@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dryvine.trainer.rl.choices import LossChoices
-from tests.trainer.test_rl_losses import draw, loss_of, packed, with_shares
+from tests.support.rl_losses import draw, loss_of, packed, with_shares
 
 LENGTHS = (3, 7, 16, 12, 5, 9)
 MAX = 16

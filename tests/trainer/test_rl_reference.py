@@ -21,7 +21,7 @@ from dryvine.trainer.rl.rows import Sample
 from tests.support import reference_model
 from tests.support.adamw import fp64_adamw
 from tests.support.answers import MAX_TOKENS, ODD, bare, odd_answers
-from tests.trainer.test_rl_losses import by_hand, with_shares
+from tests.support.rl_losses import by_hand, with_shares
 
 Tiny = Callable[..., Config]
 TEMPERATURE = 0.7
