@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import random
 import struct
@@ -12,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -29,9 +27,9 @@ from dryvine.trainer.data.packed_tokens import PackedTokens
 from dryvine.trainer.data.readers.fields import condition
 from dryvine.trainer.data.spec import BuildSpec
 from dryvine.trainer.data.splits import open_data
+from tests.support.built import contents, texts_of
 from tests.support.datasets import write_dataset
-from tests.trainer.test_data_build import contents, texts_of
-from tests.trainer.test_data_readers import broken, documents, read
+from tests.support.records import broken, documents, read, write_rows
 
 Tiny = Callable[..., Config]
 
@@ -127,30 +125,6 @@ def test_a_run_reads_a_prefix_alone_and_in_a_blend(tiny: Tiny, corpus: Path, tmp
 
 
 # -- what a build reads
-
-ROWS = [{"meta": {"text": f"text {i}", "lang": "en" if i % 3 else "de"}, "score": i / 10} for i in range(10)]
-
-
-def write_rows(path: Path) -> Path:
-    lines = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
-    table = pa.Table.from_pylist(ROWS)
-    match "".join(path.suffixes):
-        case ".jsonl":
-            path.write_bytes(lines)
-        case ".jsonl.gz" | ".json.gz":
-            path.write_bytes(gzip.compress(lines))
-        case ".jsonl.zst":
-            with pa.CompressedOutputStream(str(path), "zstd") as out:
-                out.write(lines)
-        case ".parquet":
-            pq.write_table(table, path, row_group_size=4)
-        case ".arrow":
-            with pa.ipc.new_file(str(path), table.schema) as out:
-                out.write_table(table, max_chunksize=3)
-        case ".stream.arrow":
-            with pa.ipc.new_stream(str(path), table.schema) as out:
-                out.write_table(table, max_chunksize=3)
-    return path
 
 
 FORMATS = [".jsonl", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".parquet", ".arrow", ".stream.arrow"]

@@ -16,7 +16,7 @@ from dryvine.trainer.data.inputs import Input, match_files
 from dryvine.trainer.data.megatron import megatron_prefix, write_megatron
 from dryvine.trainer.data.quality.clean import CleanSpec, write_clean
 from dryvine.trainer.data.spec import BuildSpec
-from tests.trainer.test_data_build import contents, corpus
+from tests.support.built import contents, corpus
 
 SPEC = BuildSpec(vocab_size=300, shard_tokens=6000, validation_fraction=0.3)
 

@@ -12,9 +12,9 @@ from dryvine.trainer.data.build import build
 from dryvine.trainer.data.inputs import match_files
 from dryvine.trainer.data.spec import BuildSpec
 from tests.support import hostile_corpus
+from tests.support.built import contents, texts_of
 from tests.support.hostile_corpus import ALL, Hostile
-from tests.trainer.test_data_build import contents, texts_of
-from tests.trainer.test_data_readers import broken, documents, read
+from tests.support.records import broken, documents, read
 
 
 @pytest.mark.parametrize("file", ALL, ids=lambda file: ascii(file.name))

@@ -20,7 +20,7 @@ from dryvine.trainer.data.encoding import ItemText, TextPart
 from dryvine.trainer.data.inputs import match_files
 from dryvine.trainer.data.spec import BuildSpec
 from dryvine.trainer.data.tokenizer import learn_tokenizer
-from tests.trainer.test_data_build import contents, corpus
+from tests.support.built import contents, corpus
 
 SPEC = {"vocab_size": 300, "shard_tokens": 2500, "validation_fraction": 0.3, "fim_rate": 0.3}
 

@@ -20,7 +20,7 @@ from dryvine.trainer.data.quality.clean import CleanSpec, find_repeats, write_cl
 from dryvine.trainer.data.quality.documents import DocumentPlace, Repeat, SplitDocuments, ngrams, splits_of
 from dryvine.trainer.data.quality.figures import by_length, quarantined_by_reason, split_figures
 from dryvine.trainer.data.spec import BuildSpec
-from tests.trainer.test_data_build import texts_of
+from tests.support.built import texts_of
 
 WORDS = [f"{a}{b}" for a in "bcdfghjklmnp" for b in "aeiou"]
 

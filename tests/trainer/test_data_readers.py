@@ -11,36 +11,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dryvine.trainer.data.inputs import Input
 from dryvine.trainer.data.readers import jsonl, record
 from dryvine.trainer.data.readers import text as text_reader
-from dryvine.trainer.data.readers.fields import Fields
 from dryvine.trainer.data.readers.record import Broken
 from dryvine.trainer.data.stdlib import stdlib_files
-from dryvine.trainer.data.stream import StreamItem, StreamPosition, read_stream
-
-
-def inputs_of(*paths: Path) -> list[Input]:
-    return [Input(path, path.name, path.stat().st_size) for path in paths]
-
-
-def read(*paths: Path, start: StreamPosition | None = None, field: str = "text") -> list[StreamItem]:
-    return list(read_stream(inputs_of(*paths), Fields(field), start or StreamPosition()))
-
-
-def documents(records: list[StreamItem]) -> list[str]:
-    """Texts of the documents, put together from their pieces."""
-    texts, text = [], ""
-    for item in records:
-        text += item.record.text
-        if item.record.ends and text:
-            texts.append(text)
-            text = ""
-    return texts
-
-
-def broken(records: list[StreamItem]) -> list[Broken]:
-    return [entry for item in records for entry in item.record.broken]
+from tests.support.records import broken, documents, read
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

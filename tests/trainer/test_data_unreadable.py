@@ -16,8 +16,8 @@ from dryvine.trainer.data.config import DataError
 from dryvine.trainer.data.inputs import match_files
 from dryvine.trainer.data.readers.table import kind_of
 from dryvine.trainer.data.spec import BuildSpec
-from tests.trainer.test_data_build import contents
-from tests.trainer.test_data_formats import write_rows
+from tests.support.built import contents
+from tests.support.records import write_rows
 
 SPEC = BuildSpec(vocab_size=300, field="meta.text", validation_fraction=0)
 UNREADABLE = Path("/proc/self/mem")  # opens, but reading its first bytes raises EIO
