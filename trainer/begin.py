@@ -21,7 +21,7 @@ from dryvine.trainer.checkpoint.manifest import CheckpointError
 from dryvine.trainer.checkpoint.memory_load import recall
 from dryvine.trainer.checkpoint.reader import open_checkpoint
 from dryvine.trainer.checkpoint.state import RunState
-from dryvine.trainer.config import Config, dump, flat
+from dryvine.trainer.config import Config, Tree, dump, flat
 from dryvine.trainer.rig import Rig
 
 UNCOMPARED = {
@@ -109,7 +109,15 @@ def differences(path: Path, config: Config) -> Iterator[str]:
     old, new = (tomllib.loads(text) for text in (path.read_text(), dump(config)))
     for kind in sorted(old.keys() ^ new.keys()):  # [sft] and [rl]
         yield f"[{kind}]: {'set -> not set' if kind in old else 'not set -> set'}"
-    before, now = (dict(flat({t: keys for t, keys in each.items() if t in old and t in new})) for each in (old, new))
+    before, now = (dict(flat(_compared(each, other))) for each, other in ((old, new), (new, old)))
     for key in sorted((before.keys() | now.keys()) - UNCOMPARED):
         if before.get(key) != now.get(key):
             yield f"{key}: {before.get(key, 'not set')} -> {now.get(key, 'not set')}"
+
+
+def _compared(tree: Tree, other: Tree) -> Tree:
+    """The tables that both have, and the chat if both have one: RL after fine-tuning must speak as that did."""
+    tables = [cast(Tree, table) for table in (*tree.values(), *other.values())]
+    chats = [table["chat"] for table in tables if "chat" in table]
+    common: Tree = {name: table for name, table in tree.items() if name in other}
+    return common | ({"chat": chats[0]} if len(chats) == 2 and tree.keys() != other.keys() else {})

@@ -95,8 +95,11 @@ def test_the_differences_are_those_of_the_whole_config(tiny: Tiny, tmp_path: Pat
         "optim.ema: 0.5 -> 0.0",
     ]
     path.write_text(dump(load(CONFIGS / "countdown_sft.toml")))
-    tables = [line for line in differences(path, load(CONFIGS / "countdown_r1zero.toml")) if "set" in line]
+    rl = CONFIGS / "countdown_r1zero.toml"
+    tables = [line for line in differences(path, load(rl)) if "set" in line or "chat" in line]
     assert tables == ["[rl]: not set -> set", "[sft]: set -> not set"], "and not every key of them"
+    lines = list(differences(path, load(rl, ('rl.chat.roles.user="{content}"',))))
+    assert "chat.roles.user: <|User|>{content}<|Assistant|> -> {content}" in lines
     assert next(differences(tmp_path / "none.toml", tiny())).endswith("differences in the config are not known")
 
 

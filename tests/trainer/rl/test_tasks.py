@@ -121,7 +121,11 @@ def test_a_file_of_questions(tmp_path: Path) -> None:
         ('\n[2]\n"\\ud800\n' + "[" * 100_000, {}, r"3 bad lines, .*: line 3: no object.*; line 4: no .*; line 5: no "),
         ("", {"verifiers": {"maths": 1}}, r"rl.task.verifiers: no verifier 'maths'; there are code"),
         ("", {"verifiers": {}}, r"rl.task.verifiers: "),
-        ("", {"file": "x"}, r"rl.task.file: .*; jsonl has train, validation, prompt, system, verifiers"),
+        (
+            "",
+            {"file": "x"},
+            r"rl.task.file: .*this table has train, validation, prompt, system, verifiers; rl.task.name is jsonl",
+        ),
         ("", {"train": "none.jsonl"}, r"rl.task.train: none.jsonl: .*No such file"),
         ("", {"name": "count"}, r"rl.task.name = 'count': there are countdown, jsonl"),
     ],

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from pydantic import ValidationError
 
+from dryvine.trainer.config import explain
 from dryvine.trainer.rl.tasks.question import Question, SplitOfTask, TaskError
 
 TASKS = {
@@ -29,9 +30,6 @@ def questions(task: Mapping[str, object], split: SplitOfTask) -> Sequence[Questi
     try:
         options = module.OPTIONS(**{key: value for key, value in task.items() if key != "name"})
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in ("rl.task", *first["loc"]))
-        known = f"; {name} has {', '.join(module.OPTIONS.model_fields)}" if first["type"] == "extra_forbidden" else ""
-        raise TaskError(f"{key}: {first['msg']}{known}") from None
+        raise TaskError(f"rl.task.{explain(error, module.OPTIONS)}; rl.task.name is {name}") from None
     found: Sequence[Question] = module.questions(options, split)
     return found
