@@ -152,7 +152,8 @@ def rmsnorm_kernel(x, weight, q, s, normed, inverse, R, C, eps, s_stride, UE8M0:
     b = tl.arange(0, TILES)
     c = b[:, None] * 128 + tl.arange(0, 128)[None, :]
     base = r.to(tl.int64) * C
-    v = ptx.widen(tl.load(x + base + c, mask=c < C, other=0.0))
+    # Not `ptx.widen`, which hides from the compiler that BF16 to FP64 is one conversion.
+    v = tl.load(x + base + c, mask=c < C, other=0.0).to(tl.float32)
     # In FP64, where the order of additions does not reach the FP32 result.
     wide = v.to(tl.float64)
     mean = (tl.sum(tl.sum(wide * wide, 1), 0) / C.to(tl.float64)).to(tl.float32)
