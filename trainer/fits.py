@@ -31,20 +31,20 @@ def check_fits(config: Config, device: torch.device) -> None:
 
 def check_host(config: Config, device: str) -> None:
     """Raise ConfigError if this host is too small for all ranks of the run together, before one is started: thousands
-    of processes would leave nothing of it. `device`: as run.device."""
+    of processes would leave nothing of it. `device`: as run.device; one rank may find by itself that it has no GPU."""
     world = config.parallel.world
     gpus = 0 if device == "cpu" else torch.cuda.device_count()
     least = world * (least_bytes(config, CPU) + PROCESS)
-    if gpus and world > gpus:
-        has = f"this host has {gpus} GPUs"
-    elif not gpus and least > memory_of(CPU):
-        has = f"take at least {least / 1e9:,.1f} GB on a CPU, and this host has {memory_of(CPU) / 1e9:.1f} GB"
+    on_gpus = gpus > 0 or device == "cuda"
+    if on_gpus and world > max(1, gpus):
+        need = f"a GPU each, and this host has {gpus}"
+    elif not on_gpus and least > memory_of(CPU):
+        need = f"at least {least / 1e9:,.1f} GB on a CPU, and this host has {memory_of(CPU) / 1e9:.1f} GB"
     else:
         return
-    raise ConfigError(
-        f"parallel.pp x dp x ep = {world:,} ranks: {has}; start them on several (docs/launch.md), lower the layout, or "
-        "see what `dryvine train --dry-run` and `--one-gpu` do here"
-    )
+    who = "one rank needs" if world == 1 else f"{world:,} ranks (parallel.pp x dp x ep) need"
+    fix = "make [model] smaller" if world == 1 else "start them on several hosts (docs/launch.md), lower the layout"
+    raise ConfigError(f"{who} {need}; {fix}, or see what `dryvine train --dry-run` and `--one-gpu` do here")
 
 
 def least_bytes(config: Config, device: torch.device) -> float:

@@ -87,18 +87,20 @@ def test_more_ranks_than_a_host_can_have_are_refused_before_one_is_started(
     """Of 671B parameters because of their size; of a tiny model because of what a process is."""
     check_host(tiny("parallel.pp=2"), "cpu")
     for config in (load(CONFIGS / "deepseek_v3_671b.toml"), tiny("parallel.dp=4096", "batch.sequences=4096")):
-        with pytest.raises(ConfigError, match=r"^parallel.pp x dp x ep = [24],\d+ ranks: take at least [\d,.]+ GB"):
+        with pytest.raises(ConfigError, match=r"^[24],\d+ ranks \(parallel.pp x dp x ep\) need at least [\d,.]+ GB"):
             check_host(config, "auto")
+        with pytest.raises(ConfigError, match="need a GPU each, and this host has 0; start them"):
+            check_host(config, "cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     check_host(tiny("parallel.pp=2"), "auto")
-    with pytest.raises(ConfigError, match="= 4 ranks: this host has 2 GPUs; start them on several"):
+    with pytest.raises(ConfigError, match=r"^4 ranks \(.*\) need a GPU each, and this host has 2; start them on"):
         check_host(tiny("parallel.pp=4"), "auto")
     check_host(tiny("parallel.pp=4"), "cpu")
 
 
 def test_verify_starts_no_ranks_that_the_host_cannot_hold() -> None:
     """Nor the one process that it compares them with."""
-    with pytest.raises(ConfigError, match=r"= 1 ranks: take at least [\d,]+\.\d GB on a CPU"):
+    with pytest.raises(ConfigError, match=r"^one rank needs at least [\d,]+\.\d GB on a CPU, .*; make \[model\] sm"):
         verify.run(load(CONFIGS / "deepseek_v3_671b.toml"), "cpu", Console())
 
 
