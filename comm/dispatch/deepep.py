@@ -32,6 +32,7 @@ from dryvine.comm.topology import LinkClass, Topology
 
 # BF16 values in a row of a routing; the kernels want whole 16-byte vectors for each thread of a warp.
 NARROW = 256
+INSTEAD = "choose comm.dispatcher = hierarchical"
 
 
 class _Port(ABC):
@@ -93,11 +94,11 @@ def probe() -> tuple[str, str]:
     try:
         module = importlib.import_module("deep_ep")
     except (ImportError, OSError, RuntimeError) as error:
-        return "", f"deep_ep does not import ({error}); install DeepEP, or choose comm.dispatcher = hierarchical"
+        return "", f"deep_ep does not import ({error}); install DeepEP, or {INSTEAD}"
     for version, name in (("V2.5", "EPBuffer"), ("V2", "ElasticBuffer"), ("V1", "Buffer")):
         if hasattr(module, name):
             return version, ""
-    return "", "deep_ep has neither EPBuffer, ElasticBuffer nor Buffer: a version this adapter does not know"
+    return "", f"deep_ep has no EPBuffer, ElasticBuffer or Buffer, as known versions do; {INSTEAD}"
 
 
 def check() -> None:

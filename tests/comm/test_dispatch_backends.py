@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -315,9 +316,11 @@ def test_deepep_counts_the_links_that_tokens_take(sizes: list[int]) -> None:
         assert sum(r.get(link, 0) for r in real) == sum(o.get(link, 0) for o in ours), link
 
 
-def test_deepep_says_what_it_lacks() -> None:
+def test_deepep_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     version, lacking = probe()
     assert version == ""
     assert "deep_ep does not import" in lacking
     with pytest.raises(ValueError, match=r"choose comm\.dispatcher = hierarchical"):
         DeepEP(Setup(8, mesh_of(2), tokens=16, top_k=3, row_bytes=1024))
+    monkeypatch.setitem(sys.modules, "deep_ep", ModuleType("deep_ep"))
+    assert re.search(r"^deep_ep has no .*; choose comm\.dispatcher = hierarchical$", probe()[1])
