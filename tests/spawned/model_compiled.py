@@ -31,6 +31,7 @@ GATES: tuple[dict[str, Any], ...] = (
     {"routed": 1, "top_k": 1, "score": "sigmoid", "normalise": False},
     {"routed": 1100, "top_k": 2, "score": "softmax", "normalise": True},
 )  # layouts, and mistakes in them, go by a tile's shape
+WIDE = 20_480  # of a norm: wider than that of any published model
 REALS = ("logits", "bias", "weights", "chosen", "terms", "dweights", "dloss", "dlogits")
 
 
@@ -72,13 +73,13 @@ def every() -> Any:
 
 
 def norms() -> Any:
-    """As launched, at V3's widths."""
+    """As launched, at V3's widths and a very wide one."""
     strides = ("H", "dy_stride", "x_stride", "residual_stride")
     types = typed("*fp32", "inverse", "sums") | typed("i32", "N", "rows", *strides)
     for dtype in (torch.bfloat16, torch.float32):
         kind = "*bf16" if dtype == torch.bfloat16 else "*fp32"
         reals = typed(kind, "dy", "x", "weight", "residual", "dx")
-        for width, residual in ((7168, True), (7168, False), (1536, False), (512, False)):
+        for width, residual in ((WIDE, True), (7168, True), (7168, False), (1536, False), (512, False)):
             known, warps = norm.tile(width, dtype)
             yield compile_for_hopper(
                 norm.norm_backward_kernel,

@@ -46,8 +46,8 @@ def tile(width: int, dtype: torch.dtype) -> tuple[dict[str, int], int]:
     """The kernel's constants for norms of this width, and its warps: 16 elements to a thread."""
     block = max(16, triton.next_power_of_2(width))
     rows = max(1, TILE // block)
-    # In FP32, whose time matters less, three stages of wide rows are more than shared memory holds.
-    known = {"ROWS": rows, "BLOCK": block, "STAGES": 3 if dtype.itemsize == 2 else 1}
+    # Three stages of wider rows, or of wide ones in FP32, whose time matters less, are more than shared memory holds.
+    known = {"ROWS": rows, "BLOCK": block, "STAGES": 3 if dtype.itemsize == 2 and block <= 2 * TILE else 1}
     return known, min(32, rows * block // 512)
 
 
