@@ -25,7 +25,14 @@ SLOTS = {
 def figures(plan: Plan) -> dict[str, object]:
     """What `--json` writes. Units are in the names; `peak_bytes` is the fullest rank's."""
     causal, noncausal = plan.mfu
-    whole = None if plan.config.rl else True  # None: an update of [rl] is not such a step
+    of_run: dict[str, float | None] = {
+        "token_budget": plan.token_budget,
+        "run_seconds": plan.run_seconds,
+        "gpu_hours": plan.gpu_hours,
+        "cost_dollars": plan.dollars,
+    }
+    if plan.config.rl:  # an update is not such a step
+        of_run = dict.fromkeys(of_run)
     return {
         "name": plan.config.run.name,
         "hardware": plan.machine.name,
@@ -34,10 +41,7 @@ def figures(plan: Plan) -> dict[str, object]:
         "step_seconds": plan.step_seconds,
         "tokens_per_day": plan.tokens_per_day,
         "tokens_per_second_per_gpu": plan.tokens_per_second / plan.world,
-        "token_budget": whole and plan.token_budget,
-        "run_seconds": whole and plan.run_seconds,
-        "gpu_hours": whole and plan.gpu_hours,
-        "cost_dollars": whole and plan.dollars,
+        **of_run,
         "dollars_per_gpu_hour": plan.machine.dollars,
         "bubble_seconds": plan.bubble_seconds,
         "exposed_comm_seconds": plan.exposed_seconds,
