@@ -82,6 +82,11 @@ def test_file_keeps_the_rules(path: Path) -> None:
     assert text.count("\n") <= 400, "over 400 lines"
 
 
+def test_files_of_tests_and_benchmarks_are_short_too() -> None:
+    files = (path for folder in ("tests", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
+    assert not [path for path in files if path.read_text().count("\n") > 400]
+
+
 def test_planning_needs_no_torch() -> None:
     code = f"import sys\nsys.modules['torch'] = None\nimport {', '.join(TORCH_FREE)}\n"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
