@@ -62,8 +62,8 @@ from dryvine.trainer.rig import DTYPES, make_fp8
 COMM = ("routing", "dispatch", "combine")  # phases whose local work is part of the experts'
 MOST = 2  # blocks of a kind in the small model
 STEPS = 3  # of each schedule, after a first one
-LEAD = 0.06  # seconds: half a thousand launches of a slow host
-SIDE = 8192  # of the matrices of a lead
+LEAD = 0.06  # seconds, in which a slow host launches 500 kernels
+SIDE = 8192  # rows and columns of a lead's matrices
 WHOLE, SPLIT = "one_f_one_b", "zb1p"
 
 Instant = float | torch.cuda.Event

@@ -130,7 +130,7 @@ class Decoder:
 
     @torch.no_grad()
     def step(self, caches: Caches, steps: Sequence[LaneStep]) -> Pending[list[Drawn]]:
-        """Feed every slot in use and sample the next tokens: for every lane, on every rank."""
+        """Feed every slot in use and sample the next tokens: for all lanes, on every rank. `wait` is collective too."""
         waves = [w for w in range(self.waves) if any(len(steps[lane].tokens) for lane in self._lanes_of(w))]
         own = {wave: steps[self._lane(wave)] for wave in waves}
         drawn = self._drawn(caches, own) if self._replay is None else self._replayed(self._replay, caches, own)
