@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class LibraryMissing(ValueError):
-    """A library that the config names does not load on this host: which, why, and what installs it, in one line."""
+    """A library that the config names cannot be used by this process: which, why, and the fix, in one line."""
 
 
 # Modules as they are imported, and the extra of pyproject.toml that installs them.

@@ -90,14 +90,10 @@ def comm(
     """Time dispatch and combine on CPU ranks of this machine, or on the ranks that torchrun started."""
     from rich.console import Console
 
-    from dryvine.comm.dispatch.choose import check_library
-
     shape = CommShape(hidden, experts, used_experts(top_k, experts), rounds)
     tokens = tokens or ("256,1024,4096" if "RANK" in os.environ else "256,1024")
     sizes = numbers("--tokens", tokens, "tokens a rank")
     kinds, named = _listed("--dtypes", dtypes, DTYPES), _listed("--backends", backends, BACKENDS)
-    for name in named:
-        check_library(name)
     if "fp8" in kinds and hidden % 128:
         raise ConfigError(f"--hidden {hidden}: FP8 has a scale for each 128 values; give a multiple, or --dtypes bf16")
     if out and (out.suffix not in PICTURES or not out.parent.is_dir()):
@@ -126,7 +122,7 @@ def _here(shape: CommShape, cases: list[Case], nodes: str) -> tuple[list[CommFig
     os.environ.update(MALLOC)
     config = TopologyConfig(nodes=numbers("--nodes", nodes, "the ranks on each node"), inter="loopback")
     topology = discover(sum(config.nodes), config, {})
-    _check_experts(shape.experts, topology.ranks)
+    _check_ranks(shape, cases, topology.ranks)
     _check_memory(topology.ranks, shape, max(case.tokens for case in cases))
     return run(measure, topology.ranks, topology, shape, cases, deadline=3600)[0], topology
 
@@ -135,9 +131,14 @@ def _here(shape: CommShape, cases: list[Case], nodes: str) -> tuple[list[CommFig
 COPIES = 10
 
 
-def _check_experts(experts: int, ranks: int) -> None:
-    if experts % ranks:
-        raise ConfigError(f"--experts {experts}: they do not divide over {ranks} ranks; give a multiple")
+def _check_ranks(shape: CommShape, cases: list[Case], ranks: int) -> None:
+    """Raise ConfigError or LibraryMissing if so many ranks cannot share the experts, or use a backend."""
+    from dryvine.comm.dispatch.choose import check_library
+
+    if shape.experts % ranks:
+        raise ConfigError(f"--experts {shape.experts}: they do not divide over {ranks} ranks; give a multiple")
+    for name in {case.backend for case in cases}:
+        check_library(name, ranks)
 
 
 def _check_memory(ranks: int, shape: CommShape, tokens: int) -> None:
@@ -157,7 +158,7 @@ def _under_torchrun(shape: CommShape, cases: list[Case]) -> tuple[list[CommFigur
     from dryvine.comm.nvml import probe, refined
     from dryvine.comm.world import backend
 
-    _check_experts(shape.experts, int(os.environ["WORLD_SIZE"]))
+    _check_ranks(shape, cases, int(os.environ["WORLD_SIZE"]))
     if cuda := torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group(backend("cuda" if cuda else "cpu"))

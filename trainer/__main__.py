@@ -94,7 +94,7 @@ def _ready(words: Sequence[str], place: LaunchedRank) -> Ready:
     check_world(config, place.world)
     device = _device(config, place.local_rank)
     check_fits(config, device)
-    topology, data = _topology(config, place, device), open_checked(config, device, place.rank == 0)
+    topology, data = _topology(config, place, device), open_checked(config, device, place.rank == 0, place.world)
     check_folder(config.run)
     if config.optim.offload == "cpu":
         load_cpu_adam()  # compiled now, while no other rank waits with a deadline

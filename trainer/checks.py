@@ -24,11 +24,12 @@ from dryvine.trainer.wandb_board import check_wandb
 REFUSED = (ConfigError, DataError, CannotRun, LibraryMissing, CheckpointError, PlaceError, Disagreement)
 
 
-def open_checked(config: Config, device: torch.device, verifies: bool) -> Data:
+def open_checked(config: Config, device: torch.device, verifies: bool, world: int | None = None) -> Data:
     """The data of a run that this host can take part in: libraries that the config names load, the data and
-    `run.init_from` are there, and so are the verifiers, where this process `verifies`. Raises one of REFUSED."""
+    `run.init_from` are there, and so are the verifiers, where this process `verifies`. `world` is that of
+    `check_library`. Raises one of REFUSED."""
     check_engine(config.fp8, device, (config.model.ffn, config.model.expert_ffn))
-    check_library(config.comm.dispatcher)
+    check_library(config.comm.dispatcher, world)
     check_wandb(config)
     data = open_sources(config)
     if isinstance(data.train, PromptSource) and verifies:

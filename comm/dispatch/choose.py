@@ -30,11 +30,11 @@ def make_dispatcher(name: str, setup: Setup, imbalance: float = 0.0) -> AnyDispa
     return InRounds(dispatcher, setup.exchange(), setup.experts, imbalance) if imbalance else dispatcher
 
 
-def check_library(name: str) -> None:
-    """Raise LibraryMissing if `name`, as for `make_dispatcher`, needs one that does not load here. Before ranks meet:
-    it is not collective."""
-    if name != AUTO:
-        getattr(_backend(name), "check", lambda: None)()
+def check_library(name: str, world: int | None = None) -> None:
+    """Raise LibraryMissing if `name`, as for `make_dispatcher`, needs one that cannot be used here. Not collective: it
+    is asked before ranks meet. `world`: how many they are; None if this process is none of them."""
+    if name != AUTO and (check := getattr(_backend(name), "check", None)):
+        check(world)
 
 
 def _backend(name: str) -> ModuleType:

@@ -101,7 +101,7 @@ def probe() -> tuple[str, str]:
     return "", f"deep_ep has no EPBuffer, ElasticBuffer or Buffer, as known versions do; {INSTEAD}"
 
 
-def check() -> None:
+def check(world: int | None = None) -> None:
     """Raise LibraryMissing if DeepEP cannot be used here."""
     if lacks := probe()[1]:
         raise LibraryMissing(f"comm.dispatcher = deepep: {lacks}")

@@ -20,6 +20,7 @@ from dryvine.comm.dispatch.flat import Flat, FlatHandle
 from dryvine.comm.dispatch.meter import Meter
 from dryvine.comm.dispatch.payload import WORD
 from dryvine.comm.dispatch.setup import Setup
+from dryvine.comm.extras import LibraryMissing
 from dryvine.comm.pending import Pending
 from dryvine.comm.topology import LinkClass
 
@@ -29,6 +30,15 @@ def build(setup: Setup) -> Dispatcher[FlatHandle]:
     world, size = MPI.COMM_WORLD, setup.group_topology.ranks
     part = world.Split(world.rank // size, world.rank)
     return Flat(MpiExchange(part, setup.links, setup.meter), setup.experts, setup.alignment)
+
+
+def check(world: int | None) -> None:
+    """Raise LibraryMissing unless MPI knows all ranks of the run: alone, each would take all experts for its own."""
+    if world is not None and MPI.COMM_WORLD.size != world:
+        raise LibraryMissing(
+            f"comm.dispatcher = mpi: MPI has started {MPI.COMM_WORLD.size} of the {world} ranks; start them by mpirun, "
+            "or choose another dispatcher"
+        )
 
 
 class MpiExchange:

@@ -95,6 +95,15 @@ def test_a_dispatcher_without_its_library_is_refused_before_a_run_begins(
     assert done.stderr.endswith('pip install "dryvine[mpi]"\n')
 
 
+def test_ranks_that_mpi_has_not_started_cannot_dispatch_over_it() -> None:
+    """To MPI each of them is alone, and has all experts."""
+    pytest.importorskip("mpi4py")
+    check_library("mpi", 1)
+    check_library("mpi")
+    with pytest.raises(LibraryMissing, match="MPI has started 1 of the 2 ranks; start them by mpirun"):
+        check_library("mpi", 2)
+
+
 def test_what_no_extra_installs_is_said_as_it_is() -> None:
     assert lacking(ImportError("No module named 'mine'", name="mine")) == "No module named 'mine'"
     assert lacking(ImportError("cannot import name")) == "cannot import name"
