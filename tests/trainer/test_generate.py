@@ -156,6 +156,18 @@ def test_what_is_done_meanwhile_is_between_a_steps_launch_and_the_read_of_its_to
     assert seen == ["launched", "meanwhile", "read"] * 3
 
 
+def test_an_error_raised_meanwhile_ends_the_call_and_not_the_sampler() -> None:
+    sampler, requests = sampler_of(filled(tiny())), [Request((5, 6), 5), Request((7,), 4)]
+    first = [completion.tokens.tolist() for completion in sampler.generate(requests)]
+
+    def raising() -> None:
+        raise OSError("a verifier is gone")
+
+    with pytest.raises(OSError, match="a verifier is gone"):
+        next(sampler.generate(requests, None, raising))
+    assert [completion.tokens.tolist() for completion in sampler.generate(requests)] == first
+
+
 @pytest.mark.parametrize(
     ("wrong", "why"),
     [

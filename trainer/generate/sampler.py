@@ -89,7 +89,7 @@ class Sampler:
         """Completions in the order in which they end; requests are taken from the iterable as there is room. `until` is
         asked after each token, with the tokens so far, whether to end there; not after one that ends the answer anyway.
         What is wrong with one request, or raised by `until` for it, ends that one with reason "failed". `meanwhile` is
-        called in every step while a GPU computes it. To stop, drop the iterator."""
+        called in every step while a GPU computes it; what it raises ends the call. To stop, drop the iterator."""
         return Rollout(self._decoder, self._room, iter(requests), until, meanwhile, self._cancelled).completions()
 
     def score(self, passages: Iterable[Passage]) -> Iterator[Score]:
