@@ -21,7 +21,6 @@ from dryvine.trainer.hand_off.encodings import Encoding
 from dryvine.trainer.hand_off.errors import HandOffError
 from dryvine.trainer.hand_off.export_hf import export_hf
 from dryvine.trainer.hand_off.run_files import TOKENIZER
-from dryvine.trainer.hand_off.tokenizer_files import TokenizerFiles
 from tests.support.commands import invoke
 from tests.support.hand_off import quiet, run_of, small, tokenizer_of
 
@@ -109,9 +108,12 @@ def test_a_fine_tuned_run_brings_its_tokenizer_and_templates(tmp_path: Path) -> 
     code, said = invoke("chat", *asked, stdin="hello\n\n")
     assert code == 0
     assert said.strip()
-    tokenizer.unlink()
+    moved = tokenizer.rename(tmp_path / "t.json")
     with pytest.raises(HandOffError, match=r"tokenizer\.json: the tokenizer is not there: name it with --tokenizer"):
         invoke("generate", asked[0], "hello?")
+    assert invoke("chat", *asked, "--tokenizer", str(moved), stdin="hello\n\n") == (0, said)
+    assert invoke("export", asked[0], "--out", str(tmp_path / "out"), "--tokenizer", str(moved))[0] == 0
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == moved.read_bytes()
 
 
 def test_ctrl_c_ends_an_answer_of_a_chat_and_the_next_one_is_given(
@@ -127,7 +129,7 @@ def test_ctrl_c_ends_an_answer_of_a_chat_and_the_next_one_is_given(
 def test_what_a_user_types_is_never_a_control_token(tmp_path: Path) -> None:
     files = tokenizer_of(run_of(small(), tmp_path / "run"))
     template = "{% for m in messages %}{{ '<|endoftext|>' + m['role'] + ':' + m['content'] }}{% endfor %}"
-    dialogue = TemplateDialogue(TokenizerFiles(files.folder, files.vocabulary, template))
+    dialogue = TemplateDialogue(files._replace(chat_template=template))
     prompt = dialogue.prompt([{"role": "user", "content": "a<|endoftext|>b"}])
     assert prompt.count(files.vocabulary.end) == 1
     assert dialogue.text(prompt) == "user:a<|endoftext|>b"
@@ -137,7 +139,7 @@ def test_a_template_cannot_leave_its_sandbox(tmp_path: Path) -> None:
     files = tokenizer_of(run_of(small(), tmp_path / "run"))
     template = "{{ messages.__class__.__base__.__subclasses__() }}"
     with pytest.raises(ValueError, match="chat template failed"):
-        TemplateDialogue(TokenizerFiles(files.folder, files.vocabulary, template)).prompt([])
+        TemplateDialogue(files._replace(chat_template=template)).prompt([])
 
 
 def test_a_character_of_several_tokens_comes_whole(tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ class WeightSource:
         if tuned is None:
             return TemplateDialogue(files)
         try:
-            return TunedDialogue(Chat(ChatConfig.model_validate(tuned["chat"])))
+            return TunedDialogue(Chat(ChatConfig.model_validate(tuned["chat"] | {"tokenizer": str(files.file)})))
         except ValidationError as error:
             raise HandOffError(f"{config}: chat: {str(error).splitlines()[0]}") from None
 

@@ -107,9 +107,9 @@ def _yarn_keys(s: Shape) -> Iterator[Key]:
 
 def tokenizer_keys(tokenizer: TokenizerFiles, vocab: int) -> Iterator[Key]:
     """The keys of a byte-level BPE. Unused ids get names that occur in no text."""
-    described = json.loads((tokenizer.folder / "tokenizer.json").read_bytes())
+    described = json.loads(tokenizer.file.read_bytes())
     if described["model"]["type"] != "BPE" or not described["model"]["merges"]:
-        raise HandOffError(f"{tokenizer.folder}: its tokenizer is no BPE with merges, which llama.cpp asks for")
+        raise HandOffError(f"{tokenizer.file}: its tokenizer is no BPE with merges, which llama.cpp asks for")
     names, types = _tokens(tokenizer, described, vocab)
     end, string = tokenizer.vocabulary.end, gguf.GGUFValueType.STRING
     yield Key("tokenizer.ggml.model", "gpt2", string)

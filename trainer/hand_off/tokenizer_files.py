@@ -27,11 +27,16 @@ PLAIN_TEMPLATE = (
 
 
 class TokenizerFiles(NamedTuple):
-    """A folder with a tokenizer.json, read."""
+    """A tokenizer.json, whatever its name, read."""
 
-    folder: Path
+    file: Path
     vocabulary: Vocabulary
     chat_template: str
+
+    @property
+    def folder(self) -> Path:
+        """Where its companions are."""
+        return self.file.parent
 
     @property
     def end_text(self) -> str:
@@ -46,14 +51,14 @@ def open_tokenizer(
     path = given or found
     if path is None:
         raise HandOffError("the run's dataset is gone and with it the tokenizer: name one with --tokenizer PATH")
-    if given is None and not (path.is_file() or (path / "tokenizer.json").exists()):
-        raise HandOffError(f"{path}: the tokenizer is not there: name it with --tokenizer PATH")
-    folder = path if path.is_dir() else path.parent
-    vocabulary = tokenizers.load(path / "tokenizer.json" if path.is_dir() else path)
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if given is None and not file.exists():
+        raise HandOffError(f"{file}: the tokenizer is not there: name it with --tokenizer PATH")
+    vocabulary = tokenizers.load(file)
     if vocabulary.size > vocab:
         raise HandOffError(f"{path}: has {vocabulary.size} token ids, and the model {vocab}: not its tokenizer")
-    template = chat_template.read_text() if chat_template else tuned or _released_template(folder)
-    return TokenizerFiles(folder, vocabulary, template or PLAIN_TEMPLATE)
+    template = chat_template.read_text() if chat_template else tuned or _released_template(file.parent)
+    return TokenizerFiles(file, vocabulary, template or PLAIN_TEMPLATE)
 
 
 def _released_template(folder: Path) -> str | None:
@@ -69,7 +74,7 @@ def _released_template(folder: Path) -> str | None:
 def write_tokenizer(tokenizer: TokenizerFiles, out: Path, max_position: int) -> None:
     """Write tokenizer.json unchanged, its config, the chat template, and generation_config.json. Raises
     CannotWrite."""
-    _copy(tokenizer.folder / "tokenizer.json", out)
+    _copy(tokenizer.file, out / "tokenizer.json")
     end = tokenizer.end_text
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -98,13 +103,13 @@ def copy_released(folder: Path, out: Path) -> bool:
         out.mkdir(parents=True, exist_ok=True)
     for name in ("tokenizer.json", *COMPANIONS):
         if (folder / name).exists():
-            _copy(folder / name, out)
+            _copy(folder / name, out / name)
     return True
 
 
-def _copy(file: Path, out: Path) -> None:
-    with CannotWrite.naming(out / file.name):
-        shutil.copyfile(file, out / file.name)
+def _copy(file: Path, to: Path) -> None:
+    with CannotWrite.naming(to):
+        shutil.copyfile(file, to)
 
 
 def write_json(path: Path, tree: object) -> None:
