@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import tempfile
 import time
 import traceback
@@ -76,7 +77,7 @@ def _collect(pipes: list[Connection], until: float) -> list[R]:
             raise RankFailed(f"ranks {sorted(left)} of {len(pipes)} had not finished at the deadline")
         for rank in [r for r, pipe in left.items() if pipe in ready]:
             try:
-                succeeded, value = left.pop(rank).recv()
+                succeeded, value = pickle.loads(left.pop(rank).recv_bytes())
             except EOFError:
                 raise RankFailed(f"rank {rank} of {len(pipes)} died without a traceback") from None
             if not succeeded:
@@ -109,8 +110,14 @@ def _rank(pipe: Connection, world: _World, fn: Callable[..., object], args: tupl
     torch.set_num_threads(1)
     try:
         world.join()
-        pipe.send((True, fn(world.rank, *args)))
+        _send(pipe, True, fn(world.rank, *args))
         dist.barrier()  # no rank leaves while another may still send to it
         dist.destroy_process_group()
     except BaseException:
-        pipe.send((False, traceback.format_exc()))
+        _send(pipe, False, traceback.format_exc())
+
+
+def _send(pipe: Connection, succeeded: bool, value: object) -> None:
+    """By value. `Connection.send` would leave a tensor's numbers for the reader to fetch from this process, which may
+    have ended by then."""
+    pipe.send_bytes(pickle.dumps((succeeded, value)))

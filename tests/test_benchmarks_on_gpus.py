@@ -25,6 +25,7 @@ from benchmarks.support.corpus import corpus_folder
 from benchmarks.support.jobs import ROOT, SLOTS, TOO_LATE, Job, Lanes, Session, forecast
 from dryvine.trainer.config import load
 from dryvine.trainer.run_plan import make_plan
+from tests.support.processes import wait_until_ended
 
 OUT = Path("/out")
 EVERY = [job for part in gpu_jobs.PARTS.values() for job in part(OUT)]
@@ -34,11 +35,6 @@ def played(jobs: list[Job], out: Path, gpus: list[str], seconds: float = 60) -> 
     session = Session(gpus, time.monotonic() + seconds, out, out / "all.zip", Console(quiet=True))
     session.play(jobs)
     return session
-
-
-def alive(pid: str) -> bool:
-    state = Path(f"/proc/{pid}/stat")
-    return state.exists() and state.read_text().split()[2] != "Z"
 
 
 class Impatient(Job):
@@ -79,7 +75,7 @@ time.sleep(60)
     assert found["bad by itself"].lines[-1] == "row 3 DIFFERS"
     children = [line.split()[1] for line in found["hangs"].lines]
     assert len(children) == 2
-    assert not [pid for pid in children if alive(pid)]
+    wait_until_ended(children)
     with zipfile.ZipFile(tmp_path / "all.zip") as archive:
         assert archive.testzip() is None
         assert sorted(archive.namelist()) == ["bad.txt", "bad_by_itself.txt", "good.txt", "hangs.txt", "killed.txt"]

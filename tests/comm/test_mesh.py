@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from datetime import timedelta
+from multiprocessing import connection
+from multiprocessing.connection import Connection
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dryvine.comm import clock
+from dryvine.comm import clock, local
 from dryvine.comm.collectives import all_gather, reduce_scatter
 from dryvine.comm.local import RankFailed, run
 from dryvine.comm.mesh import Layout, make_mesh
@@ -105,6 +108,20 @@ def one_fails(rank: int) -> int:
 def test_a_rank_that_fails_is_named_with_its_traceback() -> None:
     with pytest.raises(RankFailed, match=r"(?s)rank 1 of 2 failed:.*ValueError: of rank 1"):
         run(one_fails, 2)
+
+
+def numbers(rank: int) -> torch.Tensor:
+    return torch.arange(3) + rank
+
+
+def test_tensors_of_ranks_that_have_ended_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(pipes: list[Connection], timeout: float) -> list[Any]:
+        for process in multiprocessing.active_children():
+            process.join(30)
+        return connection.wait(pipes, timeout)
+
+    monkeypatch.setattr(local, "wait", late)
+    assert [found.tolist() for found in run(numbers, 2)] == [[0, 1, 2], [1, 2, 3]]
 
 
 def sleeps(rank: int) -> None:

@@ -14,9 +14,10 @@ import torch
 from dryvine.comm.nvml import Gpu, Hardware, merged, probe, refined
 from dryvine.comm.place import LaunchedRank
 from dryvine.comm.topology import GroupLimit, Topology, TopologyConfig, by_sizes, discover, mismatch, spans
-from dryvine.launch.doctor import doctor, picture
+from dryvine.launch.doctor import picture
 from dryvine.trainer.__main__ import _topology as topology_of_run
 from dryvine.trainer.config import Config
+from tests.support.commands import invoke
 
 NONE = TopologyConfig()
 
@@ -79,7 +80,7 @@ def test_groups_that_do_not_fit_nodes_are_said_with_their_cost() -> None:
     assert "a token may reach 6 nodes instead of 4, up to 2000 bytes more a token and layer" in said
 
 
-def test_doctor_draws_even_and_uneven_nodes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_draws_even_and_uneven_nodes() -> None:
     assert picture(by_sizes([2, 2])).splitlines() == [
         "node 0    -r0--r1-  loopback",
         "           |   |    ethernet",
@@ -87,13 +88,11 @@ def test_doctor_draws_even_and_uneven_nodes(capsys: pytest.CaptureFixture[str]) 
     ]
     assert "rail 2 of other nodes end at 3" in picture(by_sizes([3, 2]))
     assert spans([0, 1, 2, 5]) == "0-2 5"
-    doctor(nodes="8,8", experts=256, groups="8:4")
-    said = capsys.readouterr().out
+    _, said = invoke("doctor", "--nodes=8,8", "--experts=256", "--groups=8:4")
     assert "16 ranks on 2 nodes" in said
     assert "dispatcher: hierarchical (2 nodes: a token crosses ethernet 1.00 times" in said
     assert "routing groups fit nodes" in said
-    doctor(nodes="3,2", experts=7)
-    assert "7 experts do not divide over 5 ranks" in capsys.readouterr().out
+    assert "7 experts do not divide over 5 ranks" in invoke("doctor", "--nodes=3,2", "--experts=7")[1]
 
 
 def fake_sysfs(root: Path) -> Path:
