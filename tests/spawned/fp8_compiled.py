@@ -59,7 +59,7 @@ def products() -> Any:
 
 
 def quantisers() -> Any:
-    yield compile_one(cast_kernels.rows_kernel, {"UE8M0": False, "ROWS": cast_kernels.ROWS}, 4, 32)
+    yield compile_one(cast_kernels.rows_kernel, {"UE8M0": False, "ROWS": cast_kernels.ROWS}, 4)
     yield compile_one(cast_kernels.columns_kernel, {"ROWS_TOO": True, "GROUPED": True, "UE8M0": True}, 8, 128)
     yield compile_one(cast_kernels.columns_kernel, {"ROWS_TOO": False, "GROUPED": True, "UE8M0": False}, 8, 80)
     turn = {"C": 7168, "GROUPED": True, "UE8M0": True, "WORDS": cast_kernels.TRANSPOSE_WORDS}

@@ -252,7 +252,7 @@ def quantize_rows(x: Tensor, scales: ScaleFormat = "fp32") -> Quantized:
     if rows:
         rows_kernel[(blocks(cols), ceil_div(rows, ROWS))](
             x, out.values, out.scales, rows, cols, x.stride(0), out.scales.stride(1), scales == "ue8m0", ROWS,
-            num_warps=4, maxnreg=32, enable_fp_fusion=False,
+            num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return out
 
