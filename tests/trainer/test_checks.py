@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
+from dryvine.trainer import wandb_board
+from dryvine.trainer.checks import open_checked
+from dryvine.trainer.config import RECORDED, Config, ConfigError, dump
 from dryvine.trainer.fp8 import choose
 from dryvine.trainer.fp8.choose import CannotRun, check_engine
 from dryvine.trainer.fp8.engines.emulate import Emulate
@@ -43,3 +48,17 @@ def test_an_engine_asked_for_by_name_is_tried_before_a_run_begins(
 def test_an_engine_that_runs_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choose, "make_engine", lambda _: Emulate())
     check_engine(preset("deepseek_v3", gemm="triton"), CPU)
+
+
+def test_a_run_that_would_fail_later_is_refused_before_it_begins(
+    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_checked(tiny(), CPU, verifies=True)
+    monkeypatch.setattr(wandb_board, "find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match=r"run\.wandb: the package wandb is not installed"):
+        open_checked(tiny("run.wandb=mine"), CPU, verifies=True)
+    folder = tiny().run.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RECORDED).write_text(dump(tiny("model.ffn=40")))
+    with pytest.raises(ConfigError, match=r"holds a run with another \[model\] table"):
+        open_checked(tiny(), CPU, verifies=True)

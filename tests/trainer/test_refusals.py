@@ -12,8 +12,11 @@ import pytest
 import torch
 from rich.console import Console
 
+from dryvine.launch import spawn
+from dryvine.launch.start import start
 from dryvine.trainer import verify
 from dryvine.trainer.config import Config, ConfigError, load
+from dryvine.trainer.data import prepare
 from dryvine.trainer.fits import check_fits, check_host, least_bytes, memory_of, out_of_memory
 from dryvine.trainer.model.shape import count_parameters
 from dryvine.trainer.run_plan import make_plan
@@ -96,6 +99,15 @@ def test_more_ranks_than_a_host_can_have_are_refused_before_one_is_started(
     with pytest.raises(ConfigError, match=r"^4 ranks \(.*\) need a GPU each, and this host has 2; start them on"):
         check_host(tiny("parallel.pp=4"), "auto")
     check_host(tiny("parallel.pp=4"), "cpu")
+
+
+def test_ranks_are_counted_before_data_are_built_or_any_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[object] = []
+    monkeypatch.setattr(prepare, "prepare", lambda *given: begun.append(given))
+    monkeypatch.setattr(spawn, "spawn", lambda *given: begun.append(given))
+    with pytest.raises(ConfigError, match=r"^[\d,]+ ranks \(parallel.pp x dp x ep\) need"):
+        start(make_plan(load(CONFIGS / "deepseek_v3_671b.toml")), [], 0)
+    assert not begun
 
 
 def test_verify_starts_no_ranks_that_the_host_cannot_hold() -> None:
