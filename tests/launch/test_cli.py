@@ -117,7 +117,7 @@ def test_a_run_whose_folder_cannot_be_made_is_refused(corpus: Path, tmp_path: Pa
         (("train", TINY, "--rank", "0"), "--rank and --hardware are for --dry-run"),
         (("train", TINY, "--dry-run", "--max-restarts", "2"), "--max-restarts is for a run"),
         (("train", TINY, "--hardware", "h100"), "--rank and --hardware are for --dry-run"),
-        (("train", str(CONFIGS / "deepseek_v3_671b.toml")), "parallel.pp x dp x ep = 2,048 ranks: "),
+        (("train", str(CONFIGS / "deepseek_v3_671b.toml")), "2,048 ranks (parallel.pp x dp x ep) "),
         (("rl", str(CONFIGS / "countdown_sft.toml")), "has no table [rl]; `dryvine sft` runs it"),
         (("sft", TINY), "has no table [sft]; `dryvine train` runs it"),
         (("doctor", "run.steps=1"), "overrides are of --before-run"),
