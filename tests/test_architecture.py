@@ -30,6 +30,7 @@ TORCH_FREE = (
     "dryvine.parallel.schedule.simulate",
     "dryvine.trainer.config",
     "dryvine.trainer.run_plan",
+    "dryvine.trainer.faults",
     "dryvine.trainer.activations",
     "dryvine.trainer.ramps",
     "dryvine.trainer.model.memory",
@@ -89,6 +90,7 @@ def test_files_of_tests_and_benchmarks_are_short_too() -> None:
 
 def test_planning_needs_no_torch() -> None:
     code = f"import sys\nsys.modules['torch'] = None\nimport {', '.join(TORCH_FREE)}\n"
+    code += "assert 'out of memory' in dryvine.trainer.faults.in_a_line(MemoryError())\n"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
 

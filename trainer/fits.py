@@ -64,8 +64,3 @@ def memory_of(device: torch.device) -> float:
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return float(whole if limit == resource.RLIM_INFINITY else min(whole, limit))
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed: Python's, a GPU's, or torch's on the CPU, which has no type of its own."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)

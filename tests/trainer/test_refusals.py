@@ -17,7 +17,8 @@ from dryvine.launch.start import start
 from dryvine.trainer import verify
 from dryvine.trainer.config import Config, ConfigError, load
 from dryvine.trainer.data import prepare
-from dryvine.trainer.fits import check_fits, check_host, least_bytes, memory_of, out_of_memory
+from dryvine.trainer.faults import out_of_memory
+from dryvine.trainer.fits import check_fits, check_host, least_bytes, memory_of
 from dryvine.trainer.model.shape import count_parameters
 from dryvine.trainer.run_plan import make_plan
 from dryvine.trainer.say import say
