@@ -32,7 +32,7 @@ def reinforcement(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Con
     tokenizer = f'chat.tokenizer="{folder}/tokenizer.json"'
     train_on(0, load(CONFIGS / "countdown_sft.toml", (out, *SMALL, *sft, f"sft.{tokenizer}", "run.steps=60")))
     rl = (
-        f"rl.{tokenizer}", f'run.init_from="{folder}/countdown_sft"', "run.steps=16", "run.eval_every=1000",
+        f"rl.{tokenizer}", f'run.init_from="{folder}/countdown_sft"', "run.steps=24", "run.eval_every=1000",
         "rl.questions=16", "rl.samples=8", "rl.eval_problems=16", "rl.eval_samples=2", "optim.lr=5e-4",
         'rl.task={name="countdown", largest=5, format_weight=1.0}',
     )  # fmt: skip
