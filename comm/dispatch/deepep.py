@@ -101,10 +101,17 @@ def probe() -> tuple[str, str]:
     return "", f"deep_ep has no EPBuffer, ElasticBuffer or Buffer, as known versions do; {INSTEAD}"
 
 
-def check(world: int | None = None) -> None:
+def check(world: int | None) -> None:
     """Raise LibraryMissing if DeepEP cannot be used here."""
-    if lacks := probe()[1]:
+    _version()
+
+
+def _version() -> str:
+    """The installed version. Raises LibraryMissing."""
+    version, lacks = probe()
+    if lacks:
         raise LibraryMissing(f"comm.dispatcher = deepep: {lacks}")
+    return version
 
 
 @dataclass(frozen=True)
@@ -155,8 +162,7 @@ class DeepEP:
         group = setup.mesh.experts if setup.mesh else None
         if group is None:
             raise ValueError("comm.dispatcher = deepep: one rank has no other to send to; use flat")
-        check()
-        version, module = probe()[0], importlib.import_module("deep_ep")
+        version, module = _version(), importlib.import_module("deep_ep")
         self.port: _Port = _V1(module, group, setup) if version == "V1" else _V2(module, group, setup)
         self.route = Route(setup.group_topology, setup.rank, setup.experts)
         self.experts, self.alignment, self.meter = setup.experts, setup.alignment, setup.meter

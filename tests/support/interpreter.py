@@ -22,7 +22,7 @@ def _e4m3(x: np.ndarray) -> np.ndarray:
 
 
 def _inverse(s: np.ndarray) -> np.ndarray:
-    """Of an infinity it is a NaN, and nobody has looked at other numbers outside this range."""
+    """1 / s in the range in which a GPU was compared with it; NaN outside, so that leaving it is noticed."""
     known = (s >= 2.0**-120) & (s < 2.0**121)
     return np.where(known, 1.0 / s.astype(np.float64), np.nan).astype(np.float32)
 

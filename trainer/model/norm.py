@@ -72,7 +72,7 @@ class _RMSNorm(Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x_NH, inverse_N1)
         ctx.weight = weight_H
-        ctx.set_materialize_grads(False)  # no zeros for x, where nobody else reads it
+        ctx.set_materialize_grads(False)  # None, and not zeros, for an x that has no other reader
         return normed_NH, x_NH
 
     @staticmethod
